@@ -1,0 +1,19 @@
+"""kdiff: diffusion models in Keras 3, on TensorFlow, JAX and PyTorch."""
+
+from kdiff import (
+    blocks,
+    codecs,
+    networks,
+    predictions,
+    random,
+    schedules,
+    solvers,
+    times,
+    weightings,
+)
+from kdiff.base import Configurable
+from kdiff.callbacks import SampleCallback
+from kdiff.model import DiffusionModel
+from kdiff.sampling import Sampler, Step
+
+__version__ = "0.1.0"

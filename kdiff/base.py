@@ -1,0 +1,161 @@
+"""An object is its constructor arguments.
+
+Every schedule, prediction, solver, block and network of kdiff keeps each constructor argument as an attribute of the
+same name. From that one rule follow its configuration, its copy, its printed form and its lookup by name, so a class
+of your own needs no more than `__init__` and its one method of mathematics:
+
+    class Quadratic(NoiseSchedule):
+        def __init__(self, power=2.0):
+            super().__init__()
+            self.power = power
+        ...
+
+    NoiseSchedule.get("quadratic")      # Quadratic()
+    Quadratic(power=3.0).get_config()   # {"power": 3.0}
+    repr(Quadratic(power=3.0))          # "Quadratic(power=3.0)"
+"""
+
+import difflib
+import inspect
+import re
+from typing import Any, Self
+
+import keras
+import numpy as np
+
+
+class Configurable:
+    """Mixin that derives `get_config`, `from_config`, `get`, `clone` and `repr` from the constructor's signature.
+
+    Subclasses are registered with Keras' serialisation when they are defined: a saved model that uses one loads
+    wherever the defining module was imported.
+    """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        module = cls.__module__.split(".")
+        package = ".".join(module[:2]) if module[0] == "kdiff" else "Custom"
+        keras.saving.register_keras_serializable(package)(cls)
+
+    @classmethod
+    def _argument_defaults(cls) -> dict[str, Any]:
+        """The constructor's arguments in order, each with its default (`inspect.Parameter.empty` if it has none)."""
+        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        named = (p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+        return {p.name: p.default for p in named}
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, serialised."""
+        return {name: keras.saving.serialize_keras_object(getattr(self, name)) for name in self._argument_defaults()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """The object that `get_config` described."""
+        return cls(**{name: keras.saving.deserialize_keras_object(value) for name, value in config.items()})
+
+    def clone(self, **changes: Any) -> Self:
+        """A new object with the same constructor arguments, except for `changes`. Weights are not copied."""
+        return type(self).from_config({**self.get_config(), **changes})
+
+    @classmethod
+    def get(cls, identifier: Any) -> Self:
+        """The object that `identifier` names.
+
+        Args:
+            identifier: an object of this family (returned as it is), a subclass (called without arguments), the
+                name of a subclass in any case ("cosine_beta", "CosineBeta") or a serialised configuration.
+
+        Raises:
+            ValueError: if no subclass has that name; the message lists those that exist.
+            TypeError: if `identifier` is of another type.
+        """
+        if isinstance(identifier, cls):
+            return identifier
+        if isinstance(identifier, type) and issubclass(identifier, cls):
+            return identifier()
+        if isinstance(identifier, dict):
+            return cls.get(keras.saving.deserialize_keras_object(identifier))
+        known = cls.names()
+        if not isinstance(identifier, str):
+            raise TypeError(f"{cls.__name__} expected, or one of the names {sorted(known)}; received: {identifier!r}")
+        for name, subclass in known.items():
+            if _letters(name) == _letters(identifier):
+                return subclass()
+        close = difflib.get_close_matches(_snake_case(identifier), known, 1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"Unknown {cls.__name__} {identifier!r}.{hint} Known: {sorted(known)}.")
+
+    @classmethod
+    def names(cls) -> dict[str, type[Self]]:
+        """The public subclasses, by the name that `get` knows them by."""
+        return {_snake_case(c.__name__): c for c in _subclasses(cls) if not c.__name__.startswith("_")}
+
+    def __repr__(self) -> str:
+        shown = (
+            f"{name}={_short(getattr(self, name))}"
+            for name, default in self._argument_defaults().items()
+            if not _same(getattr(self, name), default)
+        )
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+class Value(Configurable):
+    """A `Configurable` without weights: equal to any other with the same arguments, and pickled as them."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and _same(self.get_config(), other.get_config())
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    def __reduce__(self):
+        return type(self).from_config, (self.get_config(),)
+
+
+def _subclasses(cls: type) -> list[type]:
+    return [c for child in cls.__subclasses__() for c in (child, *_subclasses(child))]
+
+
+def _snake_case(name: str) -> str:
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
+    return name.lower()
+
+
+def _letters(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower())
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return np.array_equal(a, b)
+    return bool(a == b)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, np.ndarray) and value.size > 6:
+        return f"<array of shape {value.shape}>"
+    return repr(value)
+
+
+def check_choice(owner: str, argument: str, value: Any, choices: tuple) -> None:
+    """Raises a ValueError that lists the choices unless `value` is one of them."""
+    if value not in choices:
+        raise ValueError(f"{owner}: `{argument}` must be one of {list(choices)}; received: {value!r}")
+
+
+def check_integer(owner: str, argument: str, value: Any, minimum: int = 1) -> None:
+    """Raises a ValueError unless `value` is a whole number of at least `minimum`."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or value < minimum:
+        raise ValueError(f"{owner}: `{argument}` must be a whole number of at least {minimum}; received: {value!r}")
+
+
+def check_number(owner: str, argument: str, value: Any, low: float, high: float = float("inf")) -> None:
+    """Raises a ValueError unless `value` is a number in [low, high]."""
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not number or not low <= value <= high:
+        raise ValueError(f"{owner}: `{argument}` must be a number in [{low}, {high}]; received: {value!r}")

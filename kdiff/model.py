@@ -1,0 +1,486 @@
+"""DiffusionModel: a schedule, a prediction and a network, trained with `fit` and sampled with `sample`.
+
+    fit       x = codec.encode(image);  t ~ times;  m = schedule.at(t);  noise ~ N(0, I)
+              x_t = alpha x + sigma noise,   y = prediction.target(x, noise, m)
+              loss = w(log_snr) gain(m)^2 |network(x_t, t) - y|^2,  or the plain |network(x_t, t) - y|^2
+    sample    x = sigma(1) noise, then solver steps with x_hat = prediction.denoise(network(x_t, t), x_t, m)
+
+The model is Keras' own in every other respect: `compile`, `fit`, `evaluate`, `save`, callbacks, mixed precision,
+gradient accumulation and clipping are untouched.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from kdiff import backend, inputs, random
+from kdiff.base import Configurable, check_integer, check_number
+from kdiff.codecs import Codec
+from kdiff.predictions import Prediction
+from kdiff.sampling import Sampler, Step
+from kdiff.schedules import Marginal, NoiseSchedule
+from kdiff.solvers import Solver
+from kdiff.times import TimeLabel, TimeSampler
+from kdiff.weightings import Weighting
+
+
+class DiffusionModel(Configurable, keras.Model):
+    """A diffusion model.
+
+    Args:
+        network: a Keras model or layer: `network({"image": x_t, "time": label, **conditions}, training=...)` returns
+            a tensor with the shape of `x_t`, `(batch, ...)`. An attribute `conditions`, a tuple of names, says which
+            conditions it takes.
+        schedule: a `NoiseSchedule` or its name.
+        prediction: a `Prediction` or its name: what the network's output means.
+        times: a `TimeSampler` or its name: the times to train at.
+        weighting: a `Weighting` or its name; None is the simple loss, in which every output counts the same.
+        time_label: a `TimeLabel` or its name: what the network sees as time.
+        codec: a `Codec` or its name: "pixels" for images, uint8 or in [-1, 1]; "identity" for any other numbers.
+        ema: the decay of the averaged weights, in [0, 1); None keeps no averages. In update n it is
+            min(ema, (1 + n) / (10 + n)), so that the first weights are soon forgotten. Validation and sampling use
+            the averages.
+        seed: names the random numbers of training, the same on every backend.
+        name: the model's name.
+
+    Examples:
+        model = DiffusionModel(UNet.residual(width=32, levels=2))
+        model.compile(keras.optimizers.Adam(1e-3))
+        model.fit(images, epochs=10)                 # uint8, or float32 in [-1, 1], shape (N, height, width, channels)
+        samples = model.sample(16)                   # float32 in [-1, 1], shape (16, height, width, channels)
+        model.save("model.keras")
+    """
+
+    def __init__(
+        self,
+        network: keras.layers.Layer,
+        schedule="cosine",
+        prediction="velocity",
+        *,
+        times="stratified",
+        weighting=None,
+        time_label="scaled",
+        codec="pixels",
+        ema: float | None = 0.999,
+        seed: int = 0,
+        name: str | None = None,
+    ):
+        if not isinstance(network, keras.layers.Layer):
+            raise TypeError(f"DiffusionModel: `network` must be a Keras model or layer; received: {network!r}")
+        # Examples reach `encode` as they are: a layer would cast them to the policy's compute dtype on their way in.
+        super().__init__(name=name, dtype=network.dtype_policy, autocast=False)
+        if ema is not None:
+            check_number("DiffusionModel", "ema", ema, 0.0, 1.0 - 1e-9)
+        random.key_of(seed)
+        self.network = network
+        self.schedule = NoiseSchedule.get(schedule)
+        self.prediction = Prediction.get(prediction)
+        self.times = TimeSampler.get(times)
+        self.weighting = None if weighting is None else Weighting.get(weighting)
+        self.time_label = TimeLabel.get(time_label)
+        self.codec = Codec.get(codec)
+        self.ema = ema
+        self.seed = seed
+        self.shapes: dict[str, tuple] | None = None
+        self._step_functions: dict[Any, Any] = {}
+
+    # Building
+
+    def build(self, shapes) -> None:
+        """Creates all weights.
+
+        Args:
+            shapes: the shape of a batch of images, or a dictionary of the shapes of all inputs by name,
+                {"image": (None, 32, 32, 3), "label": (None,)}. The first axis is not used.
+        """
+        if self.built:
+            return
+        shapes = shapes if isinstance(shapes, dict) else {"image": shapes}
+        self.shapes = {key: (None, *tuple(shape)[1:]) for key, shape in shapes.items()}
+        if not self.network.built:
+            self.network.build({**self.shapes, "time": (None,)})
+        self.step = self._counter("step")
+        self.evaluation_step = self._counter("evaluation_step")
+        self.updates = self._counter("updates")
+        self.last_iteration = self._counter("last_iteration")
+        self.averages = [] if self.ema is None else [self._average_of(w) for w in self._averaged_weights()]
+        self.built = True
+
+    def _counter(self, name: str):
+        return self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False, name=name)
+
+    def _average_of(self, weight):
+        # Through NumPy: on JAX the two must not share a buffer, which a training step gives away.
+        value = ops.convert_to_numpy(weight).astype("float32")
+        return self.add_weight(
+            shape=value.shape,
+            dtype="float32",
+            initializer=lambda shape, dtype: ops.convert_to_tensor(value, dtype),
+            trainable=False,
+            name=f"average_of_{weight.name}",
+        )
+
+    def _averaged_weights(self) -> list:
+        return [w for w in self.network.weights if "float" in w.dtype]
+
+    def get_build_config(self) -> dict[str, Any] | None:
+        """What `build` was given."""
+        return None if self.shapes is None else {"shapes": self.shapes}
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        """Builds a loaded model."""
+        if config:
+            self.build(config["shapes"])
+
+    # Training
+
+    def compile(self, optimizer="adam", loss="mse", **options) -> None:
+        """Keras' `compile`; `loss` compares the network's output with its target: "mse", "mae", "huber" or any other.
+
+        `jit_compile` and `steps_per_execution` are choices for a machine, and are not saved with the model.
+        """
+        super().compile(optimizer, loss, **options)
+
+    def call(self, data, training: bool | None = None) -> dict[str, Any]:
+        """Makes a denoising problem of a clean batch, and solves it.
+
+        Args:
+            data: images, or a dictionary {"image": ..., **conditions}.
+            training: whether to use the weights (True), or their averages (False).
+
+        Returns:
+            {"output", "target", "weight"}: the network's output and its target, float32, with the shape of the data,
+            and the loss weight, with shape `(batch,)`, or None.
+        """
+        batch, _ = inputs.unpack((data,))
+        conditions = {key: value for key, value in batch.items() if key != "image"}
+        x = self.codec.encode(batch["image"])
+        time_key, noise_key = self._next_keys(training)
+        t = self.times(self.schedule, ops.shape(x)[0], time_key)
+        noise = random.normal(noise_key, ops.shape(x))
+        m = self.schedule.at(t)
+        x_t = self.schedule(x, noise, t)
+        output = self._output(x_t, m, conditions, training=bool(training), averages=not training)
+        return {"output": output, "target": self.prediction.target(x, noise, m), "weight": self._weight(m)}
+
+    def _next_keys(self, training):
+        """The two keys of this step: training goes on from step to step, each evaluation draws the same numbers."""
+        stream, counter = (random.TRAINING, self.step) if training else (random.EVALUATION, self.evaluation_step)
+        number = ops.convert_to_tensor(counter.value)
+        counter.assign(number + 1)
+        keys = random.fold(random.key_of(self.seed), 2 * number + np.arange(2, dtype="int32"), stream)
+        return keys[0], keys[1]
+
+    def _weight(self, m: Marginal):
+        if self.weighting is None:
+            return None
+        return self.weighting(m.log_snr) * self.prediction.gain(m) ** 2
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """The compiled loss of the network's output, weighted by noise level and by example."""
+        target, output, weight = _problem(y_pred, sample_weight)
+        return super().compute_loss(x, target, output, weight, training=training)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None) -> dict[str, Any]:
+        """The compiled metrics of the network's output against its target."""
+        target, output, weight = _problem(y_pred, sample_weight)
+        return super().compute_metrics(x, target, output, weight)
+
+    def train_step(self, *args):
+        """Keras' own step, then the averages. `args` are `(data,)`, on JAX `(state, data)`."""
+        *state, data = args
+        x, sample_weight = inputs.unpack(data)
+        result = super().train_step(*state, (x, None, sample_weight))
+        return backend.after_step(self, result, self._update_averages)
+
+    def test_step(self, *args):
+        """Keras' own step."""
+        *state, data = args
+        x, sample_weight = inputs.unpack(data)
+        return super().test_step(*state, (x, None, sample_weight))
+
+    def _update_averages(self) -> None:
+        """average += (1 - decay) (weight - average), where the optimizer has made an update.
+
+        Under gradient accumulation, or when a loss scale overflows, it does not at every step.
+        """
+        if not self.averages:
+            return
+        iteration = ops.cast(self.optimizer.iterations, "int32")
+        updated = ops.cast(iteration != self.last_iteration.value, "int32")
+        count = ops.cast(self.updates.value, "float32")
+        decay = ops.minimum(self.ema, (1.0 + count) / (10.0 + count))
+        fraction = ops.cast(updated, "float32") * (1.0 - decay)
+        backend.move_towards(self.averages, self._averaged_weights(), fraction)
+        self.last_iteration.assign(iteration)
+        self.updates.assign(self.updates.value + updated)
+
+    def reset_averages(self) -> None:
+        """Sets the averages to the weights as they are now, as after loading weights into the network."""
+        for average, weight in zip(self.averages, self._averaged_weights(), strict=True):
+            average.assign(ops.convert_to_numpy(weight).astype("float32"))
+
+    def fit(self, x=None, y=None, *args, validation_data=None, **options):
+        """Keras' `fit`, on data that is checked batch by batch.
+
+        Args:
+            x: images, uint8 or float32 in [-1, 1], with shape `(batch, height, width, channels)`, alone or in a
+                dictionary with conditions: arrays, a `tf.data.Dataset`, a `PyDataset`, a `DataLoader`, a generator.
+            y: labels, the condition "label", if `x` is an array.
+            *args: as of `keras.Model.fit`.
+            validation_data: of the same kinds, or a tuple `(x, y)`.
+            **options: as of `keras.Model.fit`.
+
+        Raises:
+            ValueError: if the data is empty; if an image has the wrong shape, is not finite or out of range; if a
+                condition is missing, unknown or of another batch size.
+        """
+        x, check = self._checked(x, y, options.pop("sample_weight", None))
+        if validation_data is not None:
+            validation_data, _ = self._checked(*keras.utils.unpack_x_y_sample_weight(validation_data), check)
+        before = int(self.step.value)
+        try:
+            history = super().fit(x, None, *args, validation_data=validation_data, **options)
+        except Exception as error:
+            _reraise(error, check)
+            if int(self.step.value) > before or not isinstance(error, (StopIteration, UnboundLocalError)):
+                raise
+            raise ValueError("`x` is empty: it yielded no batch") from None
+        if history.epoch and int(self.step.value) == before:
+            raise ValueError("`x` is empty: it yielded no batch")
+        return history
+
+    def evaluate(self, x=None, y=None, *args, **options):
+        """Keras' `evaluate`, with the averaged weights, and with the same times and noise at each call."""
+        self.evaluation_step.assign(0)
+        if options.get("_use_cached_eval_dataset"):  # inside `fit`, whose validation data is checked already
+            return super().evaluate(x, y, *args, **options)
+        x, check = self._checked(x, y, options.pop("sample_weight", None))
+        try:
+            return super().evaluate(x, None, *args, **options)
+        except Exception as error:
+            _reraise(error, check)
+            raise
+
+    def _checked(self, x, y, sample_weight, check: inputs.BatchCheck | None = None):
+        """(x, check): the data, checked on its way; the model is built for it if it was not."""
+        shapes, x = inputs.look(x, y)
+        if check is None:
+            check = inputs.BatchCheck(self._example_shape(shapes), self.codec.limit, self._condition_names())
+        check.names(shapes)
+        self.build(shapes)
+        return inputs.checked(x, y, sample_weight, check), check
+
+    def _example_shape(self, shapes: dict[str, tuple]) -> tuple:
+        return (self.shapes or shapes)["image"][1:]
+
+    def _condition_names(self) -> tuple[str, ...] | None:
+        if isinstance(self.network, keras.Model) and isinstance(getattr(self.network, "input", None), dict):
+            return tuple(name for name in self.network.input if name not in ("image", "time"))
+        return getattr(self.network, "conditions", None)
+
+    # Denoising and sampling
+
+    def _output(self, x_t, m: Marginal, conditions: dict[str, Any], training: bool, averages: bool):
+        """The network's output, float32, with the averaged weights if there are any and they are asked for."""
+        label = ops.broadcast_to(self.time_label(self.schedule, m), ops.shape(x_t)[:1])
+        arguments = {"image": x_t, "time": label, **conditions}
+        with keras.StatelessScope(self._average_values()) if averages and self.averages else nullcontext():
+            output = self.network(arguments, training=training)
+        return ops.cast(output, "float32")
+
+    def _average_values(self) -> list:
+        """Every variable of the network with the value to use: averages, and what is not averaged as it is."""
+        averaged = {id(w): a.value for w, a in zip(self._averaged_weights(), self.averages, strict=True)}
+        return [(v, ops.cast(averaged.get(id(v), v.value), v.dtype)) for v in self.network.variables]
+
+    def denoise(self, x_t, m: Marginal, averages: bool = True, **conditions):
+        """The network's estimate of the data, x_hat.
+
+        Args:
+            x_t: a noisy batch, with shape `(batch, ...)`.
+            m: the marginal that it is at, `schedule.at(t)`; the fields have shape `()` or `(batch,)`.
+            averages: use the averaged weights.
+            **conditions: one row an example.
+
+        Returns:
+            x_hat, with the shape of `x_t`.
+        """
+        return self.prediction.denoise(self._output(x_t, m, conditions, False, averages), x_t, m)
+
+    def sample(
+        self,
+        num_samples: int,
+        *,
+        sampler: Sampler | Solver | str | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+        averages: bool = True,
+        verbose: bool = False,
+        **conditions,
+    ) -> np.ndarray:
+        """New examples.
+
+        Args:
+            num_samples: how many.
+            sampler: a `Sampler`, a `Solver`, or the name of one; None is `Sampler()`, 50 steps of DDIM.
+            steps: the number of steps; None: the sampler's own.
+            seed: names the noise. Sample n of a seed is the same in any batch size, and on every backend.
+            batch_size: how many are made at once.
+            averages: use the averaged weights.
+            verbose: show a progress bar.
+            **conditions: one value for all samples, or one a sample, with shape `(num_samples, ...)`.
+
+        Returns:
+            A float32 array of shape `(num_samples, ...)`; of images, in [-1, 1].
+
+        Raises:
+            ValueError: if the model is not built, a number is out of range, or a condition is missing, unknown or of
+                another batch size.
+        """
+        check_integer("sample", "num_samples", num_samples)
+        check_integer("sample", "batch_size", batch_size)
+        sampler = _as_sampler(sampler, steps)
+        conditions = self._condition_rows(conditions, num_samples)
+        batches = range(0, num_samples, batch_size)
+        total = len(sampler.times(self.schedule)) - 1
+        progress = keras.utils.Progbar(total * len(batches)) if verbose else None
+        samples = []
+        for first in batches:
+            # The last batch is filled up and cut: a batch of another size would be compiled again.
+            rows = np.minimum(np.arange(first, first + min(batch_size, num_samples)), num_samples - 1)
+            chosen = {key: value[rows] for key, value in conditions.items()}
+            for step in self._steps(sampler, len(rows), seed, first, averages, chosen):
+                if progress:
+                    progress.add(1)
+            samples.append(ops.convert_to_numpy(self.codec.decode(step.x)))
+        return np.concatenate(samples)[:num_samples]
+
+    def sample_steps(
+        self,
+        num_samples: int,
+        *,
+        sampler: Sampler | Solver | str | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+        averages: bool = True,
+        **conditions,
+    ) -> Iterator[Step]:
+        """The same as `sample`, in one batch, step by step: yields a `Step` whose x and x_hat are decoded arrays."""
+        check_integer("sample_steps", "num_samples", num_samples)
+        conditions = self._condition_rows(conditions, num_samples)
+        for step in self._steps(_as_sampler(sampler, steps), num_samples, seed, 0, averages, conditions):
+            x, x_hat = (ops.convert_to_numpy(self.codec.decode(value)) for value in (step.x, step.x_hat))
+            yield step._replace(x=x, x_hat=x_hat)
+
+    def _steps(self, sampler: Sampler, rows: int, seed: int, first: int, averages: bool, conditions) -> Iterator[Step]:
+        backend.synchronise(self)
+        shape = (rows, *self._sample_shape())
+        function = self._step_function(sampler, averages)
+        conditions = {key: ops.convert_to_tensor(value) for key, value in conditions.items()}
+
+        def advance(*arguments):
+            return function(conditions, *arguments)
+
+        return sampler.steps_of(None, self.schedule, shape, seed=seed, first=first, compiled=advance)
+
+    def _step_function(self, sampler: Sampler, averages: bool):
+        """A compiled step of this solver, made once; seed, times and conditions are arguments of it."""
+        key = (sampler.solver, averages)
+        if key not in self._step_functions:
+
+            def advance(conditions, *arguments):
+                def denoise(x_t, m):
+                    return self.denoise(x_t, m, averages, **conditions)
+
+                return sampler.advance(denoise, *arguments)
+
+            self._step_functions[key] = backend.compiled(advance, self)
+        return self._step_functions[key]
+
+    def _sample_shape(self) -> tuple[int, ...]:
+        shape = self.shapes["image"][1:]
+        if None in shape:
+            raise ValueError(f"sample: the model was built for images of any size, {shape}; build it for one size")
+        return shape
+
+    def _condition_rows(self, conditions: dict[str, Any], num_samples: int) -> dict[str, np.ndarray]:
+        """Each condition with one row a sample; one value for all is repeated."""
+        if not self.built:
+            raise ValueError("sample: the model has no weights yet; train it, load it, or call `build`")
+        names = set(self.shapes) - {"image"}
+        if missing := names - set(conditions):
+            raise ValueError(f"sample: the model needs the conditions {sorted(names)}; missing: {sorted(missing)}")
+        if extra := set(conditions) - names:
+            raise ValueError(f"sample: the model takes the conditions {sorted(names)}; received: {sorted(extra)}")
+        return {key: self._rows_of(key, np.asarray(value), num_samples) for key, value in conditions.items()}
+
+    def _rows_of(self, name: str, value: np.ndarray, num_samples: int) -> np.ndarray:
+        if value.ndim < len(self.shapes[name]):
+            value = np.broadcast_to(value, (num_samples, *value.shape))
+        if value.shape[0] != num_samples:
+            raise ValueError(f"sample: `{name}` must have {num_samples} rows; received the shape {value.shape}")
+        return value.astype("int32") if value.dtype.kind in "iu" else value.astype("float32")
+
+    # Saving
+
+    def get_compile_config(self) -> dict[str, Any]:
+        """The compilation, without what belongs to a machine: jit, steps per execution, PyTorch's optimizer class."""
+        config = super().get_compile_config()
+        config = {key: value for key, value in config.items() if key not in ("jit_compile", "steps_per_execution")}
+        if isinstance(config.get("optimizer"), dict):
+            config["optimizer"] = backend.portable_optimizer(config["optimizer"])
+        return config
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles a loaded model, and makes the optimizer's variables, which are loaded next."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
+
+    def save_own_variables(self, store) -> None:
+        """Keras' own, and the states of random layers, which Keras leaves out."""
+        super().save_own_variables(store)
+        for index, state in enumerate(self._random_states()):
+            store[f"random_state_{index}"] = ops.convert_to_numpy(state)
+
+    def load_own_variables(self, store) -> None:
+        """Keras' own, and the states of random layers."""
+        states = {name: store[name] for name in list(store.keys()) if name.startswith("random_state_")}
+        super().load_own_variables({name: store[name] for name in store.keys() if name not in states})
+        for index, state in enumerate(self._random_states()):
+            state.assign(np.asarray(states[f"random_state_{index}"]))
+
+    def _random_states(self) -> list:
+        weights = {id(weight) for weight in self.network.weights}
+        return [variable for variable in self.network.variables if id(variable) not in weights]
+
+
+def _problem(y_pred: dict[str, Any], sample_weight):
+    """(target, output, weight), the weight with the rank of a loss that has averaged over the last axis."""
+    target, output, weight = y_pred["target"], y_pred["output"], y_pred["weight"]
+    if sample_weight is not None:
+        sample_weight = ops.cast(sample_weight, "float32")
+        weight = sample_weight if weight is None else weight * sample_weight
+    if weight is not None:
+        weight = ops.reshape(weight, (-1, *[1] * (len(target.shape) - 2)))
+    return target, output, weight
+
+
+def _reraise(error: Exception, check: inputs.BatchCheck) -> None:
+    """Raises what the check of a batch had to say, where tf.data has hidden it in an error of its own."""
+    if check.error is not None and check.error is not error:
+        raise check.error from None
+
+
+def _as_sampler(sampler: Sampler | Solver | str | None, steps: int | None) -> Sampler:
+    if sampler is None:
+        sampler = Sampler()
+    elif not isinstance(sampler, Sampler):
+        sampler = Sampler(sampler)
+    return sampler if steps is None else Sampler(sampler.solver, sampler.grid, steps)

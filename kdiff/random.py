@@ -1,0 +1,124 @@
+"""Counter-based random numbers: one seed gives the same numbers on every backend.
+
+A counter-based generator is a function, not a state: `words = threefry(key, counter)`. The key names a stream, the
+counter a place in it, so that any number can be had at any time, in any order, inside a compiled loop, without a
+carry. kdiff draws all its noise this way:
+
+    key = fold(key_of(seed), step, TRAINING)     one stream a step
+    noise = normal(key, shape, first=n)          counters (sample number, place in the sample)
+
+Sample number n therefore gets the same noise whether it is drawn in a batch of 1 or of 1,000, and a run that is
+resumed at step k goes on with the numbers that it would have had.
+
+The generator is Threefry-2x32 with 20 rounds (Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy
+as 1, 2, 3"): 64 bits in, 64 bits out, by additions, rotations and exclusive ors of 32-bit words. The words are kept in
+int32, whose additions wrap around in the same way on TensorFlow, JAX and PyTorch.
+"""
+
+import numpy as np
+from keras import ops
+
+from kdiff import backend
+from kdiff.base import check_integer
+
+ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+PARITY = 0x1BD11BDA
+
+# What a seed's numbers are used for: no two uses share a stream.
+TRAINING, EVALUATION, INITIAL, STEPS = range(4)
+
+
+@backend.fused
+def threefry(key, counter):
+    """The Threefry-2x32-20 block function.
+
+    Args:
+        key: a pair of int32 tensors or numbers, (k0, k1).
+        counter: a pair of int32 tensors or numbers, (c0, c1). All four broadcast together.
+
+    Returns:
+        A pair of int32 tensors: 64 random bits for every counter.
+    """
+    k0, k1 = (ops.convert_to_tensor(k, "int32") for k in key)
+    keys = (k0, k1, ops.bitwise_xor(ops.bitwise_xor(k0, k1), PARITY))
+    x0, x1 = (ops.convert_to_tensor(c, "int32") for c in counter)
+    x0, x1 = x0 + keys[0], x1 + keys[1]
+    for group in range(5):
+        for distance in ROTATIONS[group % 2]:
+            x0 = x0 + x1
+            x1 = ops.bitwise_xor(_rotate(x1, distance), x0)
+        x0 = x0 + keys[(group + 1) % 3]
+        x1 = x1 + keys[(group + 2) % 3] + (group + 1)
+    return x0, x1
+
+
+def _rotate(word, distance: int):
+    return ops.bitwise_or(ops.left_shift(word, distance), _shift_right(word, 32 - distance))
+
+
+def _shift_right(word, distance: int):
+    """Logical shift: int32 shifts copy the sign bit, so it is masked away."""
+    return ops.bitwise_and(ops.right_shift(word, distance), (1 << (32 - distance)) - 1)
+
+
+def key_of(seed: int) -> np.ndarray:
+    """The key of a seed: its 64 bits as two int32 words, with shape `(2,)`.
+
+    Raises:
+        ValueError: if `seed` is not a whole number in [0, 2^64).
+    """
+    check_integer("key_of", "seed", seed, minimum=0)
+    if seed >= 2**64:
+        raise ValueError(f"`seed` must be below 2^64; received: {seed}")
+    return np.array([seed >> 32, seed & 0xFFFFFFFF], "uint32").astype("int32")
+
+
+def fold(key, number, stream: int = 0):
+    """Keys of streams below `key`.
+
+    Args:
+        key: int32, shape `(2,)`.
+        number: whole numbers, of any shape: which streams.
+        stream: which family of streams, one of those below or a number of your own.
+
+    Returns:
+        An int32 tensor of shape `(*number.shape, 2)`.
+    """
+    number = ops.cast(number, "int32")
+    return ops.stack(threefry((key[0], key[1]), (number, ops.full_like(number, stream))), axis=-1)
+
+
+def uniform(key, shape, first=0):
+    """Uniform float32 numbers in [0, 1), multiples of 2^-24.
+
+    Args:
+        key: int32, shape `(2,)`: the stream.
+        shape: shape of the result, `(samples, ...)`. The number of samples may be a tensor.
+        first: the number of the first sample, so that batches continue one another.
+    """
+    return _draw(key, shape, first, lambda u0, u1: (u0, u1))
+
+
+def normal(key, shape, first=0):
+    """Standard normal float32 numbers, by the method of Box and Muller (1958): z = sqrt(-2 ln u0) (cos, sin)(2 pi u1).
+
+    With 24 bits, u0 >= 2^-24 and |z| <= 5.77. Arguments as of `uniform`.
+    """
+    return _draw(key, shape, first, _box_muller)
+
+
+@backend.fused
+def _box_muller(u0, u1):
+    radius = ops.sqrt(-2.0 * ops.log(u0 + 2.0**-24))
+    angle = (2.0 * np.pi) * u1
+    return radius * ops.cos(angle), radius * ops.sin(angle)
+
+
+def _draw(key, shape, first, transform):
+    """Two numbers a counter: the first of each pair fill the first half of a sample, the second the other half."""
+    samples, size = shape[0], int(np.prod(shape[1:]))
+    rows = ops.arange(samples, dtype="int32")[:, None] + first
+    places = ops.arange((size + 1) // 2, dtype="int32")[None, :]
+    words = threefry((key[0], key[1]), (rows, places))
+    pair = transform(*(ops.cast(_shift_right(word, 8), "float32") * 2.0**-24 for word in words))
+    return ops.reshape(ops.concatenate(pair, axis=-1)[:, :size], (samples, *shape[1:]))

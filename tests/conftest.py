@@ -1,0 +1,25 @@
+"""Settings that must be made before Keras is imported."""
+
+import os
+import tempfile
+from importlib.util import find_spec
+
+import pytest
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Tests compile many small programs, often the same, and run each a few times.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="kdiff-jax-cache-"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+def pytest_configure(config):
+    """Registers the marker of tests that need more than one backend's extra."""
+    config.addinivalue_line("markers", "data: needs the extra `data`; skipped where it is not installed")
+
+
+def pytest_runtest_setup(item):
+    """Skips them where that is not installed."""
+    if item.get_closest_marker("data") and find_spec("tensorflow_datasets") is None:
+        pytest.skip("the extra `data` is not installed")

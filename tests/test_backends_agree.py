@@ -1,0 +1,132 @@
+"""The three backends side by side: the same numbers from the same seed, and models that go from one to another.
+
+Each backend runs this file's `main` in a process of its own and leaves its results in a folder; the tests compare them.
+"""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+
+BACKENDS = ("tensorflow", "jax", "torch")
+missing = [name for name in BACKENDS if find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(missing), reason=f"needs all three backends; not installed: {missing}")
+
+
+def main(phase: str, folder: Path) -> None:
+    import keras
+    import numpy as np
+
+    import kdiff
+
+    name = keras.backend.backend()
+    if phase == "load":
+        for other in BACKENDS:
+            model = keras.saving.load_model(folder / f"{other}.keras")
+            x = np.load(folder / "x.npy")
+            results = {"samples": model.sample(3, steps=4, label=[0, 1, 2]), "evaluation": model.evaluate(x, LABELS)}
+            results["losses"] = model.fit(x, LABELS, epochs=2, batch_size=8, shuffle=False).history["loss"]
+            np.savez(folder / f"{other}-on-{name}.npz", **results)
+        return
+
+    from kdiff import random
+
+    x = np.load(folder / "x.npy")
+    network = kdiff.networks.UNet.attention(
+        width=8, levels=2, depth=1, heads=2, conditions={"label": kdiff.blocks.LabelEmbedding(3)}, dropout=0.0
+    )
+    model = kdiff.DiffusionModel(network, "linear_beta", "velocity", times="discrete", weighting="min_snr", seed=11)
+    model.compile(keras.optimizers.Adam(1e-3), metrics=["mae"])
+    model.build({"image": x.shape, "label": LABELS.shape})
+    generator = np.random.default_rng(0)
+    for weight in network.weights:
+        weight.assign(0.1 * generator.standard_normal(weight.shape))
+    model.reset_averages()
+    history = model.fit(x, LABELS, epochs=3, batch_size=8, shuffle=False, validation_data=(x, LABELS)).history
+    model.save(folder / f"{name}.keras")
+    np.savez(
+        folder / f"{name}.npz",
+        normal=random.normal(random.key_of(5), (4, 3, 3, 2)),
+        uniform=random.uniform(random.key_of(5), (4, 7)),
+        keys=random.fold(random.key_of(2**40 + 3), np.arange(6), random.STEPS),
+        times=kdiff.times.Stratified()(model.schedule, 16, random.key_of(1)),
+        ddim=model.sample(3, sampler="ddim", steps=5, label=[0, 1, 2]),
+        ddpm=model.sample(3, sampler="ddpm", steps=5, label=[0, 1, 2]),
+        evaluation=model.evaluate(x, LABELS),
+        **{metric: np.array(values) for metric, values in history.items()},
+    )
+
+
+LABELS = None
+if __name__ == "__main__":
+    import numpy as np
+
+    LABELS = np.arange(16, dtype="int32") % 3
+    main(sys.argv[1], Path(sys.argv[2]))
+
+
+def run(phase: str, folder: Path) -> None:
+    """The backends one after the other: each uses every core."""
+    for backend in BACKENDS:
+        environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(Path.cwd())}
+        done = subprocess.run(
+            [sys.executable, __file__, phase, str(folder)], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{backend}: {done.stderr[-4000:]}"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    import numpy as np
+
+    folder = tmp_path_factory.mktemp("backends")
+    np.save(folder / "x.npy", np.random.default_rng(0).uniform(-1, 1, (16, 8, 8, 2)).astype("float32"))
+    run("train", folder)
+    run("load", folder)
+    return {file.stem: dict(np.load(file)) for file in folder.glob("*.npz")}
+
+
+PAIRS = [("jax", "tensorflow"), ("jax", "torch")]
+
+
+@pytest.mark.parametrize(("a", "b"), PAIRS)
+def test_one_seed_gives_the_same_random_numbers(results, a, b):
+    import numpy as np
+
+    np.testing.assert_array_equal(results[a]["keys"], results[b]["keys"])
+    np.testing.assert_array_equal(results[a]["uniform"], results[b]["uniform"])
+    np.testing.assert_array_equal(results[a]["times"], results[b]["times"])
+    # log, cos and sin differ in their last bit.
+    np.testing.assert_allclose(results[a]["normal"], results[b]["normal"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("a", "b"), PAIRS)
+def test_the_same_losses(results, a, b):
+    import numpy as np
+
+    for name in ("loss", "mae", "val_loss", "val_mae", "evaluation"):
+        # Three epochs of Adam, whose first steps have the sign of the gradient, multiply rounding errors.
+        np.testing.assert_allclose(results[a][name], results[b][name], rtol=2e-5)
+
+
+@pytest.mark.parametrize(("a", "b"), PAIRS)
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_the_same_samples(results, a, b, sampler):
+    import numpy as np
+
+    assert results[a][sampler].std() > 0.1
+    np.testing.assert_allclose(results[a][sampler], results[b][sampler], atol=5e-4)
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [*permutations(BACKENDS, 2), *zip(BACKENDS, BACKENDS, strict=True)])
+def test_a_model_saved_on_one_backend_goes_on_another(results, saved, loaded):
+    import numpy as np
+
+    there, here = results[f"{saved}-on-{loaded}"], results[f"{saved}-on-{saved}"]
+    np.testing.assert_allclose(there["samples"], here["samples"], atol=1e-5)
+    np.testing.assert_allclose(there["evaluation"], here["evaluation"], rtol=1e-5)
+    np.testing.assert_allclose(there["losses"], here["losses"], rtol=2e-5)

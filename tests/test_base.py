@@ -1,0 +1,103 @@
+import copy
+import pickle
+
+import keras
+import numpy as np
+import pytest
+
+import kdiff
+from kdiff import codecs, predictions, schedules, solvers, times, weightings
+from kdiff.base import Configurable, Value
+from kdiff.schedules import NoiseSchedule
+from tests.toys import SCHEDULES, numpy
+
+OBJECTS = [
+    *SCHEDULES,
+    schedules.LinearBeta(10, beta_end=0.5),
+    predictions.Velocity(),
+    weightings.MinSNR(3.0),
+    times.Discrete(7),
+    times.Leading(offset=1),
+    times.LogSNR(0.5),
+    solvers.DDPM("large", clip=True),
+    solvers.DDIM(eta=0.3),
+    kdiff.Sampler(solvers.DDIM(0.5), "leading", 20),
+    codecs.Pixels(),
+]
+
+
+class Quadratic(NoiseSchedule):
+    """A schedule of a user's own: six lines."""
+
+    def __init__(self, scale=10.0):
+        super().__init__()
+        self.scale = scale
+
+    def log_snr(self, t):
+        return self.scale * (1.0 - 2.0 * t)
+
+    def time(self, log_snr):
+        return (1.0 - log_snr / self.scale) / 2.0
+
+
+@pytest.mark.parametrize("thing", [*OBJECTS, Quadratic(4.0)], ids=repr)
+def test_an_object_is_its_constructor_arguments(thing):
+    config = keras.saving.serialize_keras_object(thing)
+    for twin in (
+        keras.saving.deserialize_keras_object(config),
+        type(thing).get(config),
+        thing.clone(),
+        copy.copy(thing),
+        copy.deepcopy(thing),
+        pickle.loads(pickle.dumps(thing)),
+    ):
+        assert twin == thing
+        assert hash(twin) == hash(thing)
+        assert repr(twin) == repr(thing)
+
+
+def test_repr_is_the_constructor_call():
+    assert repr(schedules.Cosine()) == "Cosine()"
+    assert repr(solvers.DDIM(eta=0.3)) == "DDIM(eta=0.3)"
+    assert eval(repr(solvers.DDPM("large", clip=True)), vars(solvers)) == solvers.DDPM("large", True)
+
+
+def test_equality_and_changes():
+    assert solvers.DDIM(0.5) != solvers.DDIM(0.2)
+    assert solvers.DDIM() != solvers.DDPM()
+    assert schedules.BetaTable([0.1, 0.2]) != schedules.BetaTable([0.1, 0.3])
+    assert solvers.DDIM(0.5).clone(eta=0.2) == solvers.DDIM(0.2)
+
+
+def test_get_by_name_class_object_and_config():
+    cosine = schedules.CosineBeta()
+    for identifier in ("cosine_beta", "CosineBeta", "cosine-beta", schedules.CosineBeta, cosine):
+        assert NoiseSchedule.get(identifier) == cosine
+    assert NoiseSchedule.get(cosine) is cosine
+    assert isinstance(NoiseSchedule.get("quadratic"), Quadratic)
+
+
+def test_get_says_what_is_known():
+    with pytest.raises(ValueError, match=r"Unknown Solver 'dimm'. Did you mean 'ddim'\? Known: \['ddim', 'ddpm'\]"):
+        solvers.Solver.get("dimm")
+    with pytest.raises(TypeError, match="Prediction expected"):
+        predictions.Prediction.get(3)
+    with pytest.raises(TypeError, match="Prediction expected"):
+        predictions.Prediction.get(schedules.Cosine())
+
+
+def test_a_schedule_of_ones_own_works_everywhere():
+    t = np.float32([0.0, 0.4, 1.0])
+    np.testing.assert_allclose(numpy(Quadratic().time(Quadratic().log_snr(t))), t, atol=1e-6)
+    x = kdiff.Sampler("ddim", steps=3)(lambda x, m: 0.0 * x + 0.5, Quadratic(30.0), (2, 2))
+    np.testing.assert_allclose(numpy(x), 0.5, atol=1e-4)
+
+
+def test_configurable_needs_no_more_than_a_constructor():
+    class Pair(Value):
+        def __init__(self, left, right=(1, 2)):
+            self.left, self.right = left, right
+
+    assert Pair("a").get_config()["left"] == "a"
+    assert Pair.from_config(Pair("a", (3,)).get_config()) == Pair("a", (3,))
+    assert issubclass(Value, Configurable)

@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+
+from kdiff import Sampler, schedules
+from kdiff.solvers import DDPM
+from kdiff.times import Linspace
+from tests.toys import exact_denoiser, numpy
+
+SCHEDULE = schedules.CosineBeta()
+
+
+def sample(sampler, shape=(4, 3), **options):
+    return numpy(sampler(exact_denoiser(), SCHEDULE, shape, **options))
+
+
+def test_a_run_can_be_watched():
+    steps = list(Sampler(DDPM(), steps=5).steps_of(exact_denoiser(), SCHEDULE, (4, 3)))
+    assert [step.index for step in steps] == [1, 2, 3, 4, 5]
+    assert {step.total for step in steps} == {5}
+    assert np.all(np.diff([step.t for step in steps]) < 0)
+    assert steps[-1].t == 0
+    assert all(numpy(step.x).shape == numpy(step.x_hat).shape == (4, 3) for step in steps)
+    np.testing.assert_array_equal(numpy(steps[-1].x), sample(Sampler(DDPM(), steps=5)))
+
+
+def test_a_run_does_not_depend_on_those_before_it():
+    sampler = Sampler("ddpm", steps=5)
+    before = sample(sampler)
+    sample(Sampler("ddpm", steps=9))
+    np.testing.assert_array_equal(sample(sampler), before)
+
+
+def test_the_seed_names_the_samples():
+    sampler = Sampler("ddpm", steps=5)
+    np.testing.assert_array_equal(sample(sampler, seed=3), sample(sampler, seed=3))
+    assert not np.any(sample(sampler, seed=3) == sample(sampler, seed=4))
+
+
+def test_batches_continue_one_another():
+    def last(first, count):
+        *_, step = Sampler("ddpm", steps=5).steps_of(exact_denoiser(), SCHEDULE, (count, 3), seed=1, first=first)
+        return numpy(step.x)
+
+    np.testing.assert_allclose(np.concatenate([last(0, 3), last(3, 2)]), last(0, 5), rtol=1e-5, atol=1e-6)
+
+
+def test_defaults_and_names():
+    assert len(Sampler().times(SCHEDULE)) == 51
+    assert len(Sampler(grid="all").times(schedules.LinearBeta(30))) == 31
+    sampler = Sampler("ddpm", "linspace", 7)
+    assert sampler == Sampler(DDPM(), Linspace(), 7)
+    assert repr(sampler) == "Sampler(solver=DDPM(), grid=Linspace(), steps=7)"
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, True])
+def test_bad_steps(steps):
+    with pytest.raises(ValueError, match="steps"):
+        Sampler(steps=steps)
+
+
+def test_more_steps_than_there_are():
+    with pytest.raises(ValueError, match="at most 10"):
+        Sampler(steps=11).times(schedules.LinearBeta(10))
