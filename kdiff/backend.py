@@ -60,14 +60,19 @@ def compiled(function: Callable, model: keras.Model) -> Callable:
 
 
 def fused(function: Callable) -> Callable:
-    """A function of tensors alone that JAX compiles as a whole, even where it is called outside of a program.
+    """A function of tensors alone that JAX and TensorFlow compile as a whole, in or out of a larger program.
 
-    Op by op, JAX would compile the many small operations of `function` one at a time for every new shape.
+    Op by op, JAX would compile the many small operations of `function` one at a time for every new shape, and
+    TensorFlow would trace them again wherever it is called.
     """
     if BACKEND == "jax":
         import jax
 
         return jax.jit(function)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, reduce_retracing=True, autograph=False)
     return function
 
 

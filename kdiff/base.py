@@ -55,7 +55,7 @@ class Configurable:
 
     def clone(self, **changes: Any) -> Self:
         """A new object with the same constructor arguments, except for `changes`. Weights are not copied."""
-        return type(self).from_config({**self.get_config(), **changes})
+        return type(self).from_config({**self.get_config(), **keras.saving.serialize_keras_object(changes)})
 
     @classmethod
     def get(cls, identifier: Any) -> Self:

@@ -66,6 +66,7 @@ class BatchCheck:
         try:
             inputs, _ = unpack(data)
             self.names(inputs)
+            self.size(inputs["image"].shape)
             self.image(inputs["image"])
             for name, condition in inputs.items():
                 self.condition(name, condition, len(inputs["image"]))
@@ -87,12 +88,14 @@ class BatchCheck:
         if extra := given - set(self.conditions):
             raise ValueError(f"data: the network takes no {sorted(extra)}; it takes {sorted(self.conditions)}")
 
+    def size(self, shape: tuple) -> None:
+        """The image must have the right shape."""
+        sizes = zip(shape[1:], self.shape, strict=False)
+        if len(shape) != len(self.shape) + 1 or any(None not in pair and pair[0] != pair[1] for pair in sizes):
+            raise ValueError(f"`image` must have the shape (batch, {_words(self.shape)}); received: {tuple(shape)}")
+
     def image(self, image: Any) -> None:
-        """The image must have the right shape, and be finite and in range."""
-        if len(image.shape) != len(self.shape) + 1 or any(
-            want is not None and got != want for got, want in zip(image.shape[1:], self.shape, strict=False)
-        ):
-            raise ValueError(f"`image` must have the shape (batch, {_words(self.shape)}); received: {image.shape}")
+        """The image must be finite and in range."""
         low, high = _range(image)
         if not (np.isfinite(low) and np.isfinite(high)):
             raise ValueError("`image` must be finite; received a batch that holds NaN or infinity")
@@ -103,8 +106,8 @@ class BatchCheck:
                 raise ValueError(f"`image` of whole numbers must be in 0..255; received {low} to {high}")
         elif max(-low, high) > self.limit + TOLERANCE:
             raise ValueError(
-                f"`image` of floating-point numbers must be in [{-self.limit}, {self.limit}]; received {low} to {high}. "
-                "Scale it, x / 127.5 - 1 for 0..255, or give it as uint8."
+                f"`image` of floating-point numbers must be in [{-self.limit}, {self.limit}]; "
+                f"received {low} to {high}. Scale it, x / 127.5 - 1 for 0..255, or give it as uint8."
             )
 
     def condition(self, name: str, condition: Any, batch: int) -> None:

@@ -170,9 +170,9 @@ class DiffusionModel(Configurable, keras.Model):
     def _next_keys(self, training):
         """The two keys of this step: training goes on from step to step, each evaluation draws the same numbers."""
         stream, counter = (random.TRAINING, self.step) if training else (random.EVALUATION, self.evaluation_step)
-        number = ops.convert_to_tensor(counter.value)
-        counter.assign(number + 1)
-        keys = random.fold(random.key_of(self.seed), 2 * number + np.arange(2, dtype="int32"), stream)
+        numbers = 2 * counter.value + np.arange(2, dtype="int32")
+        keys = random.fold(random.key_of(self.seed), numbers, stream)
+        counter.assign_add(1)  # after its last use: on TensorFlow `value` is not a copy
         return keys[0], keys[1]
 
     def _weight(self, m: Marginal):
@@ -250,7 +250,7 @@ class DiffusionModel(Configurable, keras.Model):
             if int(self.step.value) > before or not isinstance(error, (StopIteration, UnboundLocalError)):
                 raise
             raise ValueError("`x` is empty: it yielded no batch") from None
-        if history.epoch and int(self.step.value) == before:
+        if history.epoch and not history.history:
             raise ValueError("`x` is empty: it yielded no batch")
         return history
 
@@ -272,6 +272,7 @@ class DiffusionModel(Configurable, keras.Model):
         if check is None:
             check = inputs.BatchCheck(self._example_shape(shapes), self.codec.limit, self._condition_names())
         check.names(shapes)
+        check.size(shapes["image"])
         self.build(shapes)
         return inputs.checked(x, y, sample_weight, check), check
 
@@ -356,9 +357,10 @@ class DiffusionModel(Configurable, keras.Model):
             rows = np.minimum(np.arange(first, first + min(batch_size, num_samples)), num_samples - 1)
             chosen = {key: value[rows] for key, value in conditions.items()}
             for step in self._steps(sampler, len(rows), seed, first, averages, chosen):
+                x = step.x
                 if progress:
                     progress.add(1)
-            samples.append(ops.convert_to_numpy(self.codec.decode(step.x)))
+            samples.append(ops.convert_to_numpy(self.codec.decode(x)))
         return np.concatenate(samples)[:num_samples]
 
     def sample_steps(
@@ -398,7 +400,7 @@ class DiffusionModel(Configurable, keras.Model):
                 def denoise(x_t, m):
                     return self.denoise(x_t, m, averages, **conditions)
 
-                return sampler.advance(denoise, *arguments)
+                return sampler.advance(denoise, self.schedule, *arguments)
 
             self._step_functions[key] = backend.compiled(advance, self)
         return self._step_functions[key]
@@ -451,10 +453,10 @@ class DiffusionModel(Configurable, keras.Model):
 
     def load_own_variables(self, store) -> None:
         """Keras' own, and the states of random layers."""
-        states = {name: store[name] for name in list(store.keys()) if name.startswith("random_state_")}
-        super().load_own_variables({name: store[name] for name in store.keys() if name not in states})
+        names = list(store.keys())
+        super().load_own_variables({name: store[name] for name in names if not name.startswith("random_state_")})
         for index, state in enumerate(self._random_states()):
-            state.assign(np.asarray(states[f"random_state_{index}"]))
+            state.assign(np.asarray(store[f"random_state_{index}"]))
 
     def _random_states(self) -> list:
         weights = {id(weight) for weight in self.network.weights}

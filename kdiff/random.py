@@ -28,7 +28,6 @@ PARITY = 0x1BD11BDA
 TRAINING, EVALUATION, INITIAL, STEPS = range(4)
 
 
-@backend.fused
 def threefry(key, counter):
     """The Threefry-2x32-20 block function.
 
@@ -39,9 +38,12 @@ def threefry(key, counter):
     Returns:
         A pair of int32 tensors: 64 random bits for every counter.
     """
-    k0, k1 = (ops.convert_to_tensor(k, "int32") for k in key)
+    return _rounds(*(ops.convert_to_tensor(word, "int32") for word in (*key, *counter)))
+
+
+@backend.fused
+def _rounds(k0, k1, x0, x1):
     keys = (k0, k1, ops.bitwise_xor(ops.bitwise_xor(k0, k1), PARITY))
-    x0, x1 = (ops.convert_to_tensor(c, "int32") for c in counter)
     x0, x1 = x0 + keys[0], x1 + keys[1]
     for group in range(5):
         for distance in ROTATIONS[group % 2]:

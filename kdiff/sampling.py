@@ -12,6 +12,7 @@ which calls it for you, or a plain function `x_hat = denoise(x, marginal)`:
 """
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from keras import ops
 
 from kdiff import random
 from kdiff.base import Value, check_integer
-from kdiff.schedules import Marginal, NoiseSchedule
+from kdiff.schedules import NoiseSchedule
 from kdiff.solvers import Denoise, Solver
 from kdiff.times import All, TimeGrid
 
@@ -86,23 +87,39 @@ class Sampler(Value):
             first: the number of the first sample, so that batches of one run continue one another.
             compiled: a compiled form of `advance` for this `denoise`, if there is one.
         """
-        times = self.times(schedule)
-        marginals = [Marginal(*(ops.convert_to_numpy(v)[i] for v in schedule.at(times))) for i in range(len(times))]
-        run = random.key_of(seed)
-        keys = ops.convert_to_numpy(random.fold(run, np.arange(len(times) - 1), random.STEPS))
-        x = marginals[0].sigma * random.normal(random.fold(run, 0, random.INITIAL), shape, first)
+        times = self.times(schedule).astype("float32")
+        key = random.key_of(seed)
+        x = schedule.at(times[0]).sigma * random.normal(random.fold(key, 0, random.INITIAL), shape, first)
         state = self.solver.init(x)
-        advance = compiled or (lambda *args: self.advance(denoise, *args))
-        for index, (now, then) in enumerate(zip(marginals, marginals[1:], strict=False)):
-            x, x_hat, state = advance(x, now, then, keys[index], np.int32(first), state)
-            yield Step(index + 1, len(times) - 1, float(then.t), x, x_hat)
+        advance = compiled or (lambda *args: self.advance(denoise, schedule, *args))
+        for index, (now, then) in enumerate(pairwise(times)):
+            x, x_hat, state = advance(x, now, then, key, np.int32(index), np.int32(first), state)
+            yield Step(index + 1, len(times) - 1, float(then), x, x_hat)
 
-    def advance(self, denoise: Denoise, x, now: Marginal, then: Marginal, key, first, state):
-        """One step of the loop, noise included: a pure function of its arguments, fit to be compiled."""
-        noise = random.normal(key, ops.shape(x), first) if self.solver.stochastic else None
-        return self.solver.step(denoise, x, now, then, noise, state)
+    def advance(self, denoise: Denoise, schedule: NoiseSchedule, x, now, then, key, index, first, state):
+        """One step of the loop, noise included: a pure function of its arguments, fit to be compiled.
+
+        Args:
+            denoise: x_hat = denoise(x, marginal).
+            schedule: the schedule to sample under.
+            x: the noisy batch at time `now`.
+            now: the time, a scalar.
+            then: the time to go to.
+            key: the run's key.
+            index: the number of the step.
+            first: the number of the first sample.
+            state: the solver's state.
+
+        Returns:
+            `(x, x_hat, state)`, as of `Solver.step`.
+        """
+        noise = None
+        if self.solver.stochastic:
+            noise = random.normal(random.fold(key, index, random.STEPS), ops.shape(x), first)
+        return self.solver.step(denoise, x, schedule.at(now), schedule.at(then), noise, state)
 
     def __call__(self, denoise: Denoise, schedule: NoiseSchedule, shape: tuple[int, ...], *, seed: int = 0):
         """Runs, and returns the last x. Arguments as of `steps_of`."""
-        *_, last = self.steps_of(denoise, schedule, shape, seed=seed)
-        return last.x
+        for step in self.steps_of(denoise, schedule, shape, seed=seed):
+            x = step.x
+        return x

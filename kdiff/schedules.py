@@ -82,6 +82,10 @@ class NoiseSchedule(Value, keras.layers.Layer):
         """(alpha, sigma) from the log-SNR; variance preserving unless overridden."""
         return ops.sqrt(ops.sigmoid(log_snr)), ops.sqrt(ops.sigmoid(-log_snr))
 
+    def snr(self, t):
+        """The signal-to-noise ratio alpha^2 / sigma^2 = exp(log_snr) at `t`."""
+        return ops.exp(self.log_snr(t))
+
     def at(self, t) -> Marginal:
         """The marginal q(x_t | x) at times `t`, of any shape."""
         t = ops.convert_to_tensor(t, "float32")

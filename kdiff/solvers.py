@@ -54,7 +54,8 @@ class Solver(Value):
 class DDPM(Solver):
     """Ancestral sampling (Ho et al. 2020, algorithm 2): x_then from the posterior q(x_then | x_now, x = x_hat).
 
-        x_then = kept x_now + alpha_then (1 - r) x_hat + s noise,    kept = alpha_now sigma_then^2 / (alpha_then sigma_now^2)
+        x_then = kept x_now + alpha_then (1 - r) x_hat + s noise,
+        kept = (alpha_now sigma_then^2) / (alpha_then sigma_now^2).
 
     It may take every step of the process or, as any grid says, some of them.
 

@@ -70,9 +70,11 @@ if __name__ == "__main__":
 
 
 def run(phase: str, folder: Path) -> None:
-    """The backends one after the other: each uses every core."""
+    """The backends one after the other, with the kdiff that is tested here: each uses every core."""
+    import kdiff
+
     for backend in BACKENDS:
-        environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(Path.cwd())}
+        environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(Path(kdiff.__file__).parents[1])}
         done = subprocess.run(
             [sys.executable, __file__, phase, str(folder)], env=environment, capture_output=True, text=True
         )

@@ -67,6 +67,7 @@ def test_equality_and_changes():
     assert solvers.DDIM() != solvers.DDPM()
     assert schedules.BetaTable([0.1, 0.2]) != schedules.BetaTable([0.1, 0.3])
     assert solvers.DDIM(0.5).clone(eta=0.2) == solvers.DDIM(0.2)
+    assert kdiff.Sampler().clone(solver=solvers.DDPM()) == kdiff.Sampler("ddpm")
 
 
 def test_get_by_name_class_object_and_config():

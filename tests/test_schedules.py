@@ -37,6 +37,7 @@ def test_scales_are_finite_and_agree_with_log_snr(schedule):
     assert np.all(m.alpha > 0)
     assert np.all(m.sigma > 0)
     np.testing.assert_allclose(2 * np.log(m.alpha.astype("float64") / m.sigma), m.log_snr, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(numpy(schedule.snr(TIMES)), (m.alpha.astype("float64") / m.sigma) ** 2, rtol=2e-5)
     total = m.alpha + m.sigma if isinstance(schedule, schedules.Rectified) else m.alpha**2 + m.sigma**2
     np.testing.assert_allclose(total, 1, rtol=1e-6)
     assert m.alpha[0] > 0.999

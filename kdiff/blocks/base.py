@@ -1,0 +1,185 @@
+"""What every block shares: one call, and a constructor from which it is saved and copied.
+
+A block is a Keras layer that is called as
+
+    y = block(x, embed=None, context=None, training=None)
+
+    x         a map (batch, height, width, channels) or tokens (batch, tokens, channels)
+    embed     one vector an example, (batch, dim): what the network knows of time and class
+    context   a sequence an example, (batch, tokens, dim): what it knows of a text, say
+
+and ignores what it does not use, so any block can stand where another stood. Widths are inferred when a block is built.
+A layer given to a constructor is a template: the block works with a copy of it, so that no two share weights.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import keras
+import numpy as np
+from keras import ops
+
+from kdiff.base import Configurable
+
+Shape = tuple[int | None, ...]
+
+
+class ConfigurableLayer(Configurable):
+    """Configurable for Keras layers and models, with Keras' own entries in the configuration."""
+
+    def get_config(self) -> dict[str, Any]:
+        """Keras' own entries (name, trainable, dtype) and the constructor's arguments."""
+        return {**keras.layers.Layer.get_config(self), **super().get_config()}
+
+    def clone(self, **changes: Any) -> Self:
+        """A new, unbuilt layer with the same constructor arguments, except for `changes`, and a name of its own."""
+        return copy_layer(self, **changes)
+
+
+class Block(ConfigurableLayer, keras.layers.Layer):
+    """A Keras layer with the call that all blocks share (see the module's first lines).
+
+    A subclass writes `__init__(self, ..., **kwargs)`, which keeps every argument as an attribute of the same name and
+    passes `kwargs` (name, dtype) on; `build(self, x_shape, embed_shape=None, context_shape=None)`; and `call`. It gives
+    the shape of `x`, with `width` channels if it has such an attribute; otherwise it overrides `compute_output_shape`.
+    """
+
+    def compute_output_shape(self, x_shape: Shape, embed_shape: Shape | None = None, context_shape=None) -> Shape:
+        """The shape of `x`, with `self.width` channels where that is given."""
+        return (*x_shape[:-1], getattr(self, "width", None) or x_shape[-1])
+
+
+class Chain(Block):
+    """Layers applied in order, each with the same `embed` and `context`: a `Sequential` for blocks.
+
+    Args:
+        layers: blocks or Keras layers, each taking what the one before it gives. They are used as they are, not copied.
+    """
+
+    def __init__(self, layers: Sequence[keras.layers.Layer], **kwargs):
+        super().__init__(**kwargs)
+        self.layers = [get_layer(layer) for layer in layers]
+
+    def build(self, x_shape, embed_shape=None, context_shape=None):
+        """Builds the layers one after the other."""
+        for layer in self.layers:
+            x_shape = build_layer(layer, x_shape, embed_shape, context_shape)
+
+    def call(self, x, embed=None, context=None, training=None):
+        """The last layer's output."""
+        for layer in self.layers:
+            x = apply_layer(layer, x, embed, context, training)
+        return x
+
+    def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
+        """The last layer's shape."""
+        for layer in self.layers:
+            x_shape = output_shape(layer, x_shape, embed_shape, context_shape)
+        return x_shape
+
+
+def get_layer(identifier: Any) -> keras.layers.Layer:
+    """A Keras layer as it is, or the block that a name or a configuration describes."""
+    return identifier if isinstance(identifier, keras.layers.Layer) else Block.get(identifier)
+
+
+def copy_layer(layer: Any, **changes: Any) -> keras.layers.Layer:
+    """An unbuilt copy of `layer` (or of the block so named) with a name of its own and the given arguments changed."""
+    layer = get_layer(layer)
+    config = {name: value for name, value in layer.get_config().items() if name != "name"}
+    return type(layer).from_config({**config, **keras.saving.serialize_keras_object(changes)})
+
+
+def apply_layer(layer: keras.layers.Layer, x: Any, embed: Any = None, context: Any = None, training=None) -> Any:
+    """Calls a block or any other Keras layer with as much of `embed`, `context` and `training` as it takes."""
+    return layer(x, **_taken(layer, {"embed": embed, "context": context, "training": training}))
+
+
+def build_layer(layer: keras.layers.Layer, x_shape: Shape, embed_shape=None, context_shape=None) -> Shape:
+    """Builds a layer, unless it is built (loading builds what was saved built), and gives the shape of its output."""
+    if not layer.built:
+        _build(layer, x_shape, embed_shape, context_shape)
+    return output_shape(layer, x_shape, embed_shape, context_shape)
+
+
+def _build(layer, x_shape, embed_shape, context_shape):
+    shapes = {"embed": embed_shape, "context": context_shape}
+    if type(layer).build is keras.layers.Layer.build:  # a layer without a `build` makes its weights by being called
+        layer(keras.KerasTensor(x_shape), **_symbols(layer, shapes))
+        return
+    accepted = _parameters(type(layer).build)
+    named = {f"{name}_shape": shape for name, shape in shapes.items() if shape is not None}
+    layer.build(x_shape, **{name: shape for name, shape in named.items() if name in accepted})
+
+
+def output_shape(layer: keras.layers.Layer, x_shape: Shape, embed_shape=None, context_shape=None) -> Shape:
+    """The shape of the output of a block or any other Keras layer."""
+    symbols = _symbols(layer, {"embed": embed_shape, "context": context_shape})
+    return layer.compute_output_spec(keras.KerasTensor(x_shape), **symbols).shape
+
+
+def _symbols(layer, shapes):
+    return {name: keras.KerasTensor(shape) for name, shape in _taken(layer, shapes).items()}
+
+
+def _taken(layer: keras.layers.Layer, arguments: dict[str, Any]) -> dict[str, Any]:
+    accepted = _parameters(type(layer).call)
+    return {name: value for name, value in arguments.items() if value is not None and name in accepted}
+
+
+@functools.cache
+def _parameters(function: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def derive_seed(seed: int, index: int) -> int:
+    """A seed for part `index` of a layer. Nearby seeds will not do: on PyTorch they are one stream, shifted."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0] >> 1)
+
+
+def dropout_layer(block: Block) -> keras.layers.Layer:
+    """Dropout by a block's `dropout`, `seed` and precision."""
+    return keras.layers.Dropout(block.dropout, seed=block.seed, dtype=block.dtype_policy)
+
+
+def kernel_initializer(zero: bool) -> str:
+    """The initialiser of the last layer of a residual branch, which is the identity at first if `zero`."""
+    return "zeros" if zero else "glorot_uniform"
+
+
+def over_positions(vector: Any, x: Any) -> Any:
+    """`vector`, (batch, channels), shaped to broadcast over the positions of a map or of tokens `x`."""
+    return ops.reshape(vector, (-1, *[1] * (len(x.shape) - 2), vector.shape[-1]))
+
+
+def projection_of(block: Block, embed_shape: Shape | None, width: int) -> keras.layers.Layer | None:
+    """A dense layer from the embedding to `width` channels; None if there is no embedding."""
+    if embed_shape is None:
+        return None
+    layer = keras.layers.Dense(width, dtype=block.dtype_policy)
+    layer.build(embed_shape)
+    return layer
+
+
+def check_embed(block: Block, embed: Any) -> None:
+    """Raises a ValueError if a block built with an embedding gets none, or one built without gets one."""
+    if block.embedded != (embed is not None):
+        built, received = ("with", "none") if block.embedded else ("without", "one")
+        raise ValueError(f"{type(block).__name__}: built {built} an `embed`, but received {received}")
+
+
+def check_map(owner: keras.layers.Layer, shape: Shape) -> None:
+    """Raises a ValueError unless `shape` is that of a map with a known number of channels."""
+    if len(shape) != 4 or shape[-1] is None:
+        raise ValueError(
+            f"{type(owner).__name__}: `x` must have the shape (batch, height, width, channels) with known channels; "
+            f"received: {tuple(shape)}"
+        )
+
+
+def check_given(owner: keras.layers.Layer, argument: str, value: Any, description: str) -> None:
+    """Raises a ValueError if `value` is None."""
+    if value is None:
+        raise ValueError(f"{type(owner).__name__}: `{argument}` is needed, {description}; received: None")

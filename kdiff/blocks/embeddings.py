@@ -1,0 +1,279 @@
+"""Numbers, positions and labels as vectors.
+
+Time embeddings read their input in float32 under any precision: in bfloat16 a time of 999 would be 1000.
+"""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from kdiff import backend
+from kdiff.base import check_integer, check_number
+from kdiff.blocks.base import Block, build_layer, check_given, copy_layer
+
+
+class SinusoidalEmbedding(Block):
+    """A number as cosines and sines of falling frequency: `[cos(scale t f_i), sin(scale t f_i)]`.
+
+    `f_i = max_period^(-i / (half - shift))` for i = 0 ... half - 1, with `half = width // 2`; an odd width ends in a
+    zero. The two conventions of the literature:
+
+    - `shift=0`, cosines first: Dhariwal & Nichol's ADM, Stable Diffusion, DiT. The default.
+    - `shift=1, sine_first=True`: Ho et al., "Denoising Diffusion Probabilistic Models" (2020), after Vaswani et al.,
+      "Attention Is All You Need" (2017), section 3.5.
+
+    Args:
+        width: the size of the embedding, at least 2.
+        max_period: the period, over 2 pi, of the slowest wave.
+        scale: multiplies the input, which should span some hundreds: 1000 for a time in [0, 1].
+        sine_first: whether the sines come before the cosines.
+        shift: taken from the denominator of the exponent.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        max_period: float = 10000.0,
+        scale: float = 1.0,
+        sine_first: bool = False,
+        shift: float = 0.0,
+        **kwargs,
+    ):
+        super().__init__(autocast=False, **kwargs)
+        check_integer("SinusoidalEmbedding", "width", width, 2)
+        check_number("SinusoidalEmbedding", "max_period", max_period, 1)
+        if not width // 2 > shift:
+            raise ValueError(
+                f"SinusoidalEmbedding: `shift` must be less than half the width, {width // 2}; received: {shift!r}"
+            )
+        self.width = width
+        self.max_period = max_period
+        self.scale = scale
+        self.sine_first = sine_first
+        self.shift = shift
+        half = width // 2
+        self._frequencies = scale * float(max_period) ** (-np.arange(half) / (half - shift))
+
+    def call(self, x, embed=None, context=None, training=None):
+        """Numbers of any shape, (batch,) as a rule, to (..., width)."""
+        waves = _waves(x, self._frequencies.astype("float32"), self.sine_first)
+        odd = [[0, 0]] * len(x.shape) + [[0, self.width % 2]]
+        return ops.cast(ops.pad(waves, odd) if self.width % 2 else waves, self.compute_dtype)
+
+    def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
+        """(..., width)."""
+        return (*x_shape, self.width)
+
+
+class FourierEmbedding(Block):
+    """A number as waves of random, fixed frequency: `[cos(2 pi f_i t), sin(2 pi f_i t)]`, `f_i ~ N(0, scale^2)`.
+
+    Tancik et al., "Fourier Features Let Networks Learn High Frequency Functions" (2020), equation 5; as Karras et al.
+    (EDM, 2022) use it for log-sigma, and, with scale 16 and the sines first, Song et al. (NCSN++, 2021). The
+    frequencies are a weight that is not trained, so they are saved with the model. They are the same on every backend.
+
+    Args:
+        width: the size of the embedding, an even number.
+        scale: the standard deviation of the frequencies.
+        sine_first: whether the sines come before the cosines.
+        seed: of the frequencies.
+    """
+
+    def __init__(self, width: int, scale: float = 1.0, sine_first: bool = False, seed: int = 0, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        check_integer("FourierEmbedding", "width", width, 2)
+        check_integer("FourierEmbedding", "seed", seed, 0)
+        if width % 2:
+            raise ValueError(f"FourierEmbedding: `width` must be even; received: {width!r}")
+        self.width = width
+        self.scale = scale
+        self.sine_first = sine_first
+        self.seed = seed
+
+    def build(self, x_shape):
+        """Draws the frequencies, (width / 2,)."""
+        drawn = self.scale * np.random.default_rng(self.seed).standard_normal(self.width // 2)
+        self.frequencies = self.add_weight(
+            shape=drawn.shape,
+            initializer=lambda shape, dtype: ops.convert_to_tensor(drawn, dtype=dtype),
+            dtype="float32",
+            autocast=False,
+            trainable=False,
+            name="frequencies",
+        )
+
+    def call(self, x, embed=None, context=None, training=None):
+        """Numbers of any shape, (batch,) as a rule, to (..., width)."""
+        waves = _waves(x, 2 * np.pi * ops.convert_to_tensor(self.frequencies), self.sine_first)
+        return ops.cast(waves, self.compute_dtype)
+
+    def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
+        """(..., width)."""
+        return (*x_shape, self.width)
+
+
+def _waves(x, frequencies, sine_first: bool):
+    angles = ops.expand_dims(ops.cast(x, "float32"), -1) * frequencies
+    pair = [ops.cos(angles), ops.sin(angles)]
+    return ops.concatenate(pair[::-1] if sine_first else pair, axis=-1)
+
+
+class MLPEmbedding(Block):
+    """An embedding with two dense layers after it: `W2 activation(W1 embedding(t) + b1) + b2`.
+
+    Ho et al. (2020), appendix B, and every U-Net since. No activation follows: each block applies its own.
+
+    Args:
+        embedding: the layer that makes a vector of the number, such as `SinusoidalEmbedding(64)`.
+        width: of both dense layers; None for four times that of the embedding.
+        activation: between the two.
+    """
+
+    def __init__(self, embedding: keras.layers.Layer, width: int | None = None, activation: Any = "silu", **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        if width is not None:
+            check_integer("MLPEmbedding", "width", width)
+        self.embedding = copy_layer(embedding, name="embedding", dtype=self.dtype_policy)
+        self.width = width
+        self.activation = activation
+
+    def build(self, x_shape):
+        """Builds the embedding and the dense layers."""
+        shape = build_layer(self.embedding, x_shape)
+        width = self.width or 4 * shape[-1]
+        self.hidden = keras.layers.Dense(width, activation=self.activation, dtype=self.dtype_policy)
+        self.output_layer = keras.layers.Dense(width, dtype=self.dtype_policy)
+        build_layer(self.output_layer, build_layer(self.hidden, shape))
+
+    def call(self, x, embed=None, context=None, training=None):
+        """What the embedding takes, (batch,) as a rule, to (..., width)."""
+        return self.output_layer(self.hidden(self.embedding(x)))
+
+    def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
+        """(..., width)."""
+        *shape, width = self.embedding.compute_output_shape(x_shape)
+        return (*shape, self.width or 4 * width)
+
+
+class LearnedEmbedding(Block):
+    """Learned vectors: for positions, `x + p`, or, given a `size`, for indices, `table[x]`.
+
+    Positions fix the shape of the input but for the batch. An index outside 0 ... size - 1 raises a ValueError where
+    its value is known (outside compiled code and off the accelerator) and otherwise gives NaN, never some other row.
+
+    Args:
+        size: the number of rows of the table; None for positions.
+        width: of a row of the table; None for that of `embed`. Positions have the width of the input.
+        stddev: the standard deviation of the normal initialiser.
+    """
+
+    def __init__(self, size: int | None = None, width: int | None = None, stddev: float = 0.02, **kwargs):
+        super().__init__(autocast=size is None, **kwargs)
+        for name, value in {"size": size, "width": width}.items():
+            if value is not None:
+                check_integer("LearnedEmbedding", name, value)
+        if size is None and width is not None:
+            raise ValueError(
+                f"LearnedEmbedding: `width` is that of the input unless `size` is given; received: {width}"
+            )
+        check_number("LearnedEmbedding", "stddev", stddev, 0)
+        self.size = size
+        self.width = width
+        self.stddev = stddev
+
+    def build(self, x_shape, embed_shape=None):
+        """Makes the table, (size, width), or the positions, the shape of `x` but for the batch."""
+        shape = tuple(x_shape[1:]) if self.size is None else (self.size, _width(self, embed_shape))
+        if len(shape) < 2 or None in shape:
+            raise ValueError(
+                "LearnedEmbedding: `x` must be a map or tokens of known size, unless `size` is given; "
+                f"received the shape: {tuple(x_shape)}"
+            )
+        self.table = self.add_weight(
+            shape=shape, initializer=keras.initializers.RandomNormal(stddev=self.stddev), name="table"
+        )
+
+    def call(self, x, embed=None, context=None, training=None):
+        """Maps or tokens to the same, or whole numbers of any shape to (..., width)."""
+        if self.size is not None:
+            return _rows(self, x, self.size)
+        if tuple(x.shape[1:]) != tuple(self.table.shape):
+            raise ValueError(
+                f"LearnedEmbedding: positions are learned for the shape {tuple(self.table.shape)}; "
+                f"received: {tuple(x.shape[1:])}"
+            )
+        return x + ops.cast(self.table, x.dtype)
+
+    def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
+        """The shape of `x`, or (..., width) for indices."""
+        return tuple(x_shape) if self.size is None else (*x_shape, _width(self, embed_shape))
+
+
+class LabelEmbedding(Block):
+    """A vector for each class, and one for no class: `table[label]`.
+
+    In training a label is dropped, that is, replaced by the null class `num_classes`, with probability `dropout`: a
+    network so trained also knows the unconditional distribution, as Ho & Salimans, "Classifier-Free Diffusion
+    Guidance" (2022), algorithm 1, need. The null class exists if `dropout` is above 0. A label out of range raises a
+    ValueError where its value is known (outside compiled code and off the accelerator) and otherwise gives NaN.
+
+    Args:
+        num_classes: labels are 0 ... num_classes - 1.
+        width: the size of a vector; None for that of `embed`, to which a network adds it.
+        dropout: the probability of dropping a label in training.
+        seed: of the dropping.
+    """
+
+    def __init__(self, num_classes: int, width: int | None = None, dropout: float = 0.0, seed: int = 0, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        check_integer("LabelEmbedding", "num_classes", num_classes)
+        if width is not None:
+            check_integer("LabelEmbedding", "width", width)
+        check_number("LabelEmbedding", "dropout", dropout, 0, 1)
+        self.num_classes = num_classes
+        self.width = width
+        self.dropout = dropout
+        self.seed = seed
+        self._generator = keras.random.SeedGenerator(seed)
+
+    def build(self, x_shape, embed_shape=None):
+        """Makes the table, (num_classes, width), with one more row for the null class."""
+        self.table = self.add_weight(
+            shape=(self.num_classes + (self.dropout > 0), _width(self, embed_shape)),
+            initializer=keras.initializers.RandomNormal(stddev=0.02),
+            name="table",
+        )
+
+    def call(self, x, embed=None, context=None, training=None):
+        """Labels (batch,) to (batch, width)."""
+        if len(x.shape) != 1:
+            raise ValueError(f"LabelEmbedding: labels must have the shape (batch,); received: {tuple(x.shape)}")
+        if training and self.dropout > 0:
+            dropped = keras.random.uniform(ops.shape(x), seed=self._generator) < self.dropout
+            x = ops.where(dropped, self.num_classes, ops.cast(x, "int32"))
+        return _rows(self, x, self.table.shape[0])
+
+    def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
+        """(batch, width)."""
+        return (*x_shape, _width(self, embed_shape))
+
+
+def _width(layer: Block, embed_shape) -> int:
+    if layer.width is None:
+        check_given(layer, "width", embed_shape, "or an `embed` to take it from")
+    return layer.width or embed_shape[-1]
+
+
+def _rows(layer: Block, indices, size: int):
+    """The rows of the layer's table at `indices`; NaN, not a neighbour, for an index that has none."""
+    known = backend.concrete(indices)
+    if known is not None and not np.all((known >= 0) & (known < size) & (known == np.floor(known))):
+        raise ValueError(
+            f"{type(layer).__name__}: `x` must be whole numbers in 0 ... {size - 1}; received: {np.unique(known)}"
+        )
+    indices = ops.cast(indices, "int32")
+    rows = ops.take(ops.cast(layer.table, layer.compute_dtype), ops.clip(indices, 0, size - 1), axis=0)
+    inside = ops.expand_dims((indices >= 0) & (indices < size), -1)
+    return ops.where(inside, rows, ops.cast(float("nan"), rows.dtype))

@@ -1,0 +1,155 @@
+"""Normalisations, with statistics in float32 whatever the precision, and the one that an embedding steers."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from kdiff import backend
+from kdiff.base import check_integer, check_number
+from kdiff.blocks.base import (
+    Block,
+    apply_layer,
+    build_layer,
+    check_given,
+    copy_layer,
+    kernel_initializer,
+    over_positions,
+)
+
+
+class GroupNorm(Block):
+    """Each group of channels of each example to mean 0 and variance 1: `gamma (x - mean) / sqrt(var + epsilon) + beta`.
+
+    Wu & He, "Group Normalization" (2018), equations 1, 2 and 7. The epsilon is PyTorch's, not Keras'.
+
+    Args:
+        groups: the number of groups, which must divide the channels. None takes as many as there can be, up to 32, with
+            four channels or more in each: a group of one channel would undo what was added to it just before.
+        epsilon: added to the variance.
+        affine: whether there are `gamma` and `beta`.
+    """
+
+    def __init__(self, groups: int | None = None, epsilon: float = 1e-5, affine: bool = True, **kwargs):
+        super().__init__(**kwargs)
+        if groups is not None:
+            check_integer("GroupNorm", "groups", groups)
+        check_number("GroupNorm", "epsilon", epsilon, 0)
+        self.groups = groups
+        self.epsilon = epsilon
+        self.affine = affine
+
+    def build(self, x_shape):
+        """Makes `gamma` and `beta`, (channels,)."""
+        channels = x_shape[-1]
+        divisors = [g for g in range(1, channels + 1) if channels % g == 0]
+        if self.groups is not None and self.groups not in divisors:
+            raise ValueError(
+                f"GroupNorm: `groups` must divide the {channels} channels, that is, be one of {divisors}, or None; "
+                f"received: {self.groups}"
+            )
+        self.groups_used = self.groups or max(g for g in divisors if g == 1 or g <= min(32, channels // 4))
+        self.gamma = self.add_weight(shape=(channels,), initializer="ones", name="gamma") if self.affine else None
+        self.beta = self.add_weight(shape=(channels,), initializer="zeros", name="beta") if self.affine else None
+
+    def call(self, x, embed=None, context=None, training=None):
+        """(batch, ..., channels) to the same."""
+        return backend.group_norm(x, self.groups_used, self.gamma, self.beta, self.epsilon)
+
+
+class LayerNorm(Block):
+    """The channels at each position to mean 0 and variance 1: `gamma (x - mean) / sqrt(var + epsilon) + beta`.
+
+    Ba, Kiros & Hinton, "Layer Normalization" (2016), equation 4, over the last axis.
+
+    Args:
+        epsilon: added to the variance.
+        affine: whether there are `gamma` and `beta`.
+    """
+
+    def __init__(self, epsilon: float = 1e-5, affine: bool = True, **kwargs):
+        super().__init__(**kwargs)
+        check_number("LayerNorm", "epsilon", epsilon, 0)
+        self.epsilon = epsilon
+        self.affine = affine
+
+    def build(self, x_shape):
+        """Makes `gamma` and `beta`, (channels,)."""
+        channels = x_shape[-1:]
+        self.gamma = self.add_weight(shape=channels, initializer="ones", name="gamma") if self.affine else None
+        self.beta = self.add_weight(shape=channels, initializer="zeros", name="beta") if self.affine else None
+
+    def call(self, x, embed=None, context=None, training=None):
+        """(..., channels) to the same."""
+        y = ops.cast(x, "float32")
+        y = y - ops.mean(y, axis=-1, keepdims=True)
+        y = y * ops.rsqrt(ops.mean(ops.square(y), axis=-1, keepdims=True) + self.epsilon)
+        if self.affine:
+            y = ops.cast(self.gamma, "float32") * y + ops.cast(self.beta, "float32")
+        return ops.cast(y, x.dtype)
+
+
+class RMSNorm(Block):
+    """The channels at each position to mean square 1: `gamma x / sqrt(mean(x^2) + epsilon)`.
+
+    Zhang & Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4, over the last axis.
+
+    Args:
+        epsilon: added to the mean square.
+        affine: whether there is `gamma`.
+    """
+
+    def __init__(self, epsilon: float = 1e-6, affine: bool = True, **kwargs):
+        super().__init__(**kwargs)
+        check_number("RMSNorm", "epsilon", epsilon, 0)
+        self.epsilon = epsilon
+        self.affine = affine
+
+    def build(self, x_shape):
+        """Makes `gamma`, (channels,)."""
+        self.gamma = self.add_weight(shape=x_shape[-1:], initializer="ones", name="gamma") if self.affine else None
+
+    def call(self, x, embed=None, context=None, training=None):
+        """(..., channels) to the same."""
+        y = ops.cast(x, "float32")
+        y = y * ops.rsqrt(ops.mean(ops.square(y), axis=-1, keepdims=True) + self.epsilon)
+        return ops.cast(y * ops.cast(self.gamma, "float32") if self.affine else y, x.dtype)
+
+
+class AdaptiveNorm(Block):
+    """A normalisation whose scale and shift come from the embedding: `norm(x) (1 + scale) + shift`.
+
+    `scale, shift = Dense(activation(embed))`. Dhariwal & Nichol, "Diffusion Models Beat GANs on Image Synthesis"
+    (2021), equation 4 (AdaGN, on a group norm); Peebles & Xie, "Scalable Diffusion Models with Transformers" (2022),
+    section 3.2 (adaLN, on a layer norm that is not affine).
+
+    Args:
+        normalization: a normalising layer or its name.
+        activation: applied to the embedding first; None for one that is activated already.
+        zero: whether scale and shift are zero at first, so that this begins as the plain normalisation.
+
+    Raises:
+        ValueError: if `embed` is not given.
+    """
+
+    def __init__(self, normalization: Any = "group_norm", activation: Any = "silu", zero: bool = True, **kwargs):
+        super().__init__(**kwargs)
+        self.normalization = copy_layer(normalization, name="normalization", dtype=self.dtype_policy)
+        self.activation = activation
+        self.zero = zero
+        self._activate = keras.activations.get(activation)
+
+    def build(self, x_shape, embed_shape=None):
+        """Builds the normalisation and the projection of the embedding to scale and shift."""
+        check_given(self, "embed", embed_shape, "one vector an example")
+        build_layer(self.normalization, x_shape)
+        self.projection = keras.layers.Dense(
+            2 * x_shape[-1], kernel_initializer=kernel_initializer(self.zero), dtype=self.dtype_policy
+        )
+        self.projection.build(embed_shape)
+
+    def call(self, x, embed=None, context=None, training=None):
+        """(batch, ..., channels), with `embed` (batch, dim), to the shape of `x`."""
+        check_given(self, "embed", embed, "one vector an example")
+        scale, shift = ops.split(over_positions(self.projection(self._activate(embed)), x), 2, axis=-1)
+        return apply_layer(self.normalization, x, training=training) * (1 + scale) + shift

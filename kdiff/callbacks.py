@@ -1,0 +1,178 @@
+"""Keras callbacks that show how a diffusion model learns."""
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from kdiff import images
+from kdiff.base import check_choice, check_integer
+from kdiff.sampling import Sampler
+from kdiff.solvers import Solver
+
+DIGITS = {"epoch": 4, "step": 8}  # in file names, so that they sort
+
+
+class SampleCallback(keras.callbacks.Callback):
+    """Draws samples while a model trains: always the same noise, so that one watches the same images improve.
+
+    It leaves `samples-epoch-0001.png`, ... (or `samples-step-00000100.png`, ...) in `folder`. Training that is resumed
+    goes on with the numbers. A failure while it draws is a warning; it never stops training.
+
+        model.fit(dataset, epochs=50, callbacks=[SampleCallback("runs/digits", every=5)])
+
+    Args:
+        folder: where the files go; made if it is not there.
+        every: how many epochs (or steps) lie between two grids.
+        num_samples: images in a grid.
+        unit: "epoch", or "step" for batches.
+        sampler: a `Sampler`, a `Solver` or its name; `None` for the model's own choice.
+        steps: sampling steps; `None` for the sampler's own choice.
+        seed: names the noise.
+        conditions: what the samples are conditioned on: a dict of arrays with `num_samples` rows, or of one value for
+            all of them.
+        columns: images in a row; `None` makes the grid about square.
+        trajectory_gif: whether to write `trajectory.gif`, from noise to images, when training ends.
+        training_gif: whether to write `training.gif`, from the first grid in `folder` to the last, when training ends.
+        tensorboard: a folder of TensorBoard logs in which the grids appear too (this needs TensorFlow), or `None`.
+
+    Raises:
+        ValueError: for an argument out of its range, an unknown sampler, or conditions with another number of rows.
+        ImportError: if Pillow is missing, or TensorFlow where `tensorboard` asks for it.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        every: int = 1,
+        num_samples: int = 16,
+        *,
+        unit: str = "epoch",
+        sampler: Sampler | Solver | str | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+        conditions: Mapping[str, Any] | None = None,
+        columns: int | None = None,
+        trajectory_gif: bool = False,
+        training_gif: bool = False,
+        tensorboard: str | os.PathLike | None = None,
+    ):
+        super().__init__()
+        check_integer("SampleCallback", "every", every)
+        check_integer("SampleCallback", "num_samples", num_samples)
+        check_integer("SampleCallback", "seed", seed, minimum=0)
+        check_choice("SampleCallback", "unit", unit, ("epoch", "step"))
+        for name, value in (("steps", steps), ("columns", columns)):
+            if value is not None:
+                check_integer("SampleCallback", name, value)
+        self.folder = Path(folder)
+        self.every = every
+        self.num_samples = num_samples
+        self.unit = unit
+        self.sampler = _check_sampler(sampler)
+        self.steps = steps
+        self.seed = seed
+        self.conditions = _check_conditions(conditions, num_samples)
+        self.columns = columns
+        self.trajectory_gif = trajectory_gif
+        self.training_gif = training_gif
+        self.tensorboard = tensorboard
+        images.pillow()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._writer = _tensorboard_writer(tensorboard) if tensorboard is not None else None
+        self._step = self._epoch_start = 0
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Forgets the steps of the last run."""
+        self._step = None
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Notes how many steps there were before this epoch: in a resumed run, those that the optimizer counted."""
+        if self._step is None:  # not in on_train_begin: other callbacks restore the model there
+            self._step = int(self.model.optimizer.iterations)
+        self._epoch_start = self._step
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        """Draws samples if the unit is "step" and it is time."""
+        before, self._step = self._step, self._epoch_start + batch + 1
+        if self.unit == "step" and self._step // self.every > before // self.every:
+            self._try("draw samples", self._draw, self._step)
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Draws samples if the unit is "epoch" and it is time."""
+        if self.unit == "epoch" and (epoch + 1) % self.every == 0:
+            self._try("draw samples", self._draw, epoch + 1)
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        """Writes the animations that were asked for."""
+        if self.trajectory_gif:
+            self._try("write trajectory.gif", self._write_trajectory)
+        if self.training_gif:
+            self._try("write training.gif", self._write_training)
+
+    def _try(self, what: str, task: Callable, *args: Any) -> None:
+        try:
+            task(*args)
+        except Exception as error:  # whatever it is: hours of training matter more than a picture
+            at = f" at {self.unit} {args[0]}" if args else ""
+            message = f"SampleCallback could not {what}{at}, and training goes on: {type(error).__name__}: {error}"
+            warnings.warn(message, stacklevel=2)
+
+    def _draw(self, number: int) -> None:
+        samples = self.model.sample(self.num_samples, **self._options())
+        path = self.folder / f"samples-{self.unit}-{number:0{DIGITS[self.unit]}d}.png"
+        images.save_png(path, samples, self.columns)
+        if self._writer is not None:
+            _log_image(self._writer, path, number)
+
+    def _write_trajectory(self) -> None:
+        steps = self.model.sample_steps(self.num_samples, **self._options())
+        images.save_gif(self.folder / "trajectory.gif", (images.to_uint8(step.x) for step in steps), self.columns)
+
+    def _write_training(self) -> None:
+        pictures = [images.read_picture(path) for path in sorted(self.folder.glob(f"samples-{self.unit}-*.png"))]
+        if not pictures:
+            raise ValueError(f"{self.folder} holds no grids; `every` is {self.every}")
+        alike = [picture for picture in pictures if picture.shape == pictures[-1].shape]  # not an earlier run's
+        images.save_gif(self.folder / "training.gif", alike, fps=4)
+
+    def _options(self) -> dict[str, Any]:
+        sampler = {} if self.sampler is None else {"sampler": self.sampler}
+        return {**sampler, "steps": self.steps, "seed": self.seed, **self.conditions}
+
+
+def _check_sampler(sampler: Sampler | Solver | str | None) -> Sampler | Solver | None:
+    return sampler if sampler is None or isinstance(sampler, Sampler) else Solver.get(sampler)
+
+
+def _check_conditions(conditions: Mapping[str, Any] | None, num_samples: int) -> dict[str, np.ndarray]:
+    conditions = {name: np.asarray(value) for name, value in (conditions or {}).items()}
+    for name, value in conditions.items():
+        if value.ndim and len(value) != num_samples:
+            raise ValueError(
+                f"SampleCallback: the condition {name!r} must be one value, or one row for each of {num_samples} "
+                f"samples; received the shape {value.shape}"
+            )
+    return conditions
+
+
+def _tensorboard_writer(folder: str | os.PathLike):
+    from kdiff.data._tensorflow import tf
+
+    return tf.summary.create_file_writer(os.fspath(folder))
+
+
+def _log_image(writer, path: Path, step: int) -> None:
+    """Adds a PNG file to the log, in a form that does not need the package tensorboard, which only shows it."""
+    from kdiff.data._tensorflow import tf
+
+    height, width, channels = images.read_picture(path).shape
+    picture = {"encoded_image_string": path.read_bytes(), "height": height, "width": width, "colorspace": channels}
+    value = tf.compat.v1.Summary.Value(tag="samples", image=tf.compat.v1.Summary.Image(**picture))
+    with writer.as_default():
+        tf.summary.experimental.write_raw_pb(tf.compat.v1.Summary(value=[value]).SerializeToString(), step=step)
+    writer.flush()

@@ -1,0 +1,14 @@
+"""Image pipelines: `kdiff.data.images` makes a `tf.data.Dataset` that `model.fit` takes on every backend.
+
+    dataset = kdiff.data.images("digits", image_size=16, batch_size=64)
+    dataset = kdiff.data.images("cifar10", data_dir="~/tensorflow_datasets", labels=True)
+    dataset = kdiff.data.images("photos/", image_size=64, augment=keras.layers.RandomFlip("horizontal"))
+
+An image is float32 in [-1, 1] with shape `(height, width, channels)`. The core of kdiff does not import this package,
+so that it needs no TensorFlow; this package needs the extra `data`.
+"""
+
+from kdiff.data.pipeline import images
+from kdiff.data.sources import EMBEDDED
+
+__all__ = ["EMBEDDED", "images"]

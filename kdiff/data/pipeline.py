@@ -1,0 +1,191 @@
+"""From a source of images to the batches that `model.fit` takes."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from kdiff.base import check_choice, check_integer
+from kdiff.data import augmentation, sources
+from kdiff.data._tensorflow import tf
+
+UNCACHED_SHUFFLE = 10_000  # images that the shuffle holds where no cache in memory holds them all
+
+
+def images(
+    source: Any,
+    image_size: int | tuple[int, int] | None = None,
+    batch_size: int = 64,
+    *,
+    split: str = "train",
+    labels: Any = False,
+    channels: int | None = None,
+    data_dir: str | os.PathLike | None = None,
+    download: bool = False,
+    augment: keras.layers.Layer | Callable | Sequence | None = None,
+    cache: bool | str | os.PathLike = True,
+    shuffle: bool = True,
+    repeat: int | None = 1,
+    drop_remainder: bool = True,
+    seed: int | None = 0,
+) -> tf.data.Dataset:
+    """A pipeline of image batches: resized, cached, shuffled each epoch, augmented, batched, prefetched.
+
+    It yields float32 images in [-1, 1] with shape `(batch, height, width, channels)`, or with `labels` the dicts
+    `{"image": images, "label": labels}`. Its attribute `class_names` lists the names of the classes, or is `None`.
+
+    Args:
+        source: one of
+            - the name of an embedded set: "digits", 1,797 handwritten digits of 8x8 pixels, needing no network;
+            - a folder of images, as a path; files that cannot be read are named in a warning and skipped;
+            - the name of a TensorFlow Dataset such as "cifar10";
+            - an array `(count, height, width, channels)`, uint8 in 0..255 or floats in [-1, 1].
+        image_size: the side, or `(height, width)`, that images get: cropped about the centre to that shape, then
+            resized smoothly. `None` keeps their size.
+        batch_size: the number of images in a batch.
+        split: for digits "train" (1,500), "test" (297) or "all"; for a TensorFlow Dataset what it has; for an array
+            "train" or "all", which are the same; for a folder the same, or the name of a folder in it ("test").
+            "train[:90%]" and "train[90%:]" divide any of them; arrays, folders and digits are divided at random,
+            always in the same way.
+        labels: `True` for the labels that the source has (in a folder of images, one folder a class); for an array
+            of images an array of as many rows.
+        channels: 1, 3 or 4; colours become grey, and transparent pixels white. `None` keeps the source's own, which
+            is 3 for a folder.
+        data_dir: where TensorFlow Datasets lie; `None` is their default, ~/tensorflow_datasets.
+        download: whether a TensorFlow Dataset that is not there may be downloaded.
+        augment: Keras or keras-cv layers, functions of a TensorFlow tensor, or a list of them. Each gets one float32
+            image `(height, width, channels)` in [0, 255], the range that Keras' layers expect, anew in every epoch.
+        cache: `True` keeps the resized images in memory, a path in files of that name, `False` reads them every epoch.
+        shuffle: whether each epoch comes in a new order.
+        repeat: passes over the images in one epoch; `None` is endless, for `fit(steps_per_epoch=...)`.
+        drop_remainder: whether to leave out a last batch smaller than the others.
+        seed: fixes the order, and augments on one thread so that layers with a seed repeat too; `None` does neither.
+
+    Raises:
+        ValueError: for an unknown source or split, an empty source, fewer images than a batch, images of different
+            sizes without `image_size`, and an array of the wrong rank, type or range, or with NaN.
+        ImportError: if the source needs a package that is missing; the message names the extra to install.
+    """
+    size = _check_arguments(image_size, batch_size, channels, repeat, seed)
+    augment = augmentation.steps(augment)
+    found = sources.find(source, labels, split, data_dir, download)
+    channels = channels or found.channels
+    _check_source(found, size, channels, split)
+    _check_count(int(found.dataset.cardinality()), batch_size if drop_remainder else 1)
+
+    dataset = found.dataset.map(_conform(size, channels), tf.data.AUTOTUNE)
+    if cache and not (cache is True and found.in_memory and size is None):
+        dataset = dataset.cache(_cache_file(cache))
+    if shuffle:
+        count = found.dataset.cardinality()
+        dataset = dataset.shuffle(count if cache is True else min(count, UNCACHED_SHUFFLE), seed)
+    dataset = dataset.repeat(repeat)
+    if augment:
+        dataset = dataset.map(_augment(augment), tf.data.AUTOTUNE if seed is None else None)
+    dataset = dataset.batch(batch_size, drop_remainder).map(_scale).prefetch(tf.data.AUTOTUNE)
+    dataset.class_names = found.class_names
+    return dataset
+
+
+def _check_arguments(image_size, batch_size, channels, repeat, seed) -> tuple[int, int] | None:
+    """The size as `(height, width)`."""
+    check_integer("images", "batch_size", batch_size)
+    check_choice("images", "channels", channels, (None, 1, 3, 4))
+    if repeat is not None:
+        check_integer("images", "repeat", repeat)
+    if seed is not None:
+        check_integer("images", "seed", seed, minimum=0)
+    if image_size is None:
+        return None
+    size = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    if len(size) != 2:
+        raise ValueError(f"images: `image_size` must be a number or (height, width); received: {image_size!r}")
+    for side in size:
+        check_integer("images", "image_size", side)
+    return size
+
+
+def _check_source(found: sources.Source, size: tuple[int, int] | None, channels: int | None, split: str) -> None:
+    if found.dataset.cardinality() == 0:
+        raise ValueError(f"images: the source is empty: it has no images in the split {split!r}")
+    if size is None and None in found.shape:
+        raise ValueError("images: the images differ in size; pass the `image_size` that all shall get")
+    if channels and found.shape[-1] not in (1, 2, 3, 4):
+        raise ValueError(f"images: `channels` must be None for images of {found.shape[-1]} channels; got {channels}")
+
+
+def _check_count(count: int, batch_size: int) -> None:
+    if count < batch_size:
+        raise ValueError(
+            f"images: `batch_size` is {batch_size}, but there are only {count} images, so not one batch; "
+            "pass a smaller one, or `drop_remainder=False`"
+        )
+
+
+# One image, as a float in 0..255. It is cached as uint8, unless the source holds floats.
+
+
+def _conform(size: tuple[int, int] | None, channels: int | None) -> Callable[[dict], dict]:
+    """To one size and number of channels."""
+
+    def conform(element: dict) -> dict:
+        image = element["image"]
+        exact = image.dtype.is_floating
+        image = (image + 1) * 127.5 if exact else tf.cast(image, tf.float32)
+        image = _to_size(_to_channels(image, channels), size)
+        return {**element, "image": image if exact else tf.cast(tf.round(image), tf.uint8)}
+
+    return conform
+
+
+def _to_channels(image: tf.Tensor, channels: int | None) -> tf.Tensor:
+    if channels in (None, image.shape[-1]):
+        return image
+    if image.shape[-1] in (2, 4):  # grey or colour, and opacity: lay it on white
+        opacity = image[..., -1:] / 255
+        image = image[..., :-1] * opacity + 255 * (1 - opacity)
+    if channels == 1:
+        return image if image.shape[-1] == 1 else tf.image.rgb_to_grayscale(image)
+    image = tf.image.grayscale_to_rgb(image) if image.shape[-1] == 1 else image
+    return image if channels == 3 else tf.pad(image, [[0, 0], [0, 0], [0, 1]], constant_values=255)
+
+
+def _to_size(image: tf.Tensor, size: tuple[int, int] | None) -> tf.Tensor:
+    if size in (None, tuple(image.shape[:2])):
+        return image
+    resized = tf.image.resize(_centre_window(image, size), size, "bicubic", antialias=True)
+    return tf.clip_by_value(resized, 0, 255)  # the cubic overshoots at edges
+
+
+def _centre_window(image: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
+    """The largest window with the aspect of `size`, in the centre."""
+    whole = tf.shape(image)[:2]
+    scale = tf.reduce_min(whole / size)
+    window = tf.maximum(tf.cast(tf.round(scale * size), tf.int32), 1)
+    top, left = tf.unstack((whole - window) // 2)
+    return image[top : top + window[0], left : left + window[1]]
+
+
+def _cache_file(cache: bool | str | os.PathLike) -> str:
+    if cache is True:
+        return ""  # tf.data's name for memory
+    Path(cache).parent.mkdir(parents=True, exist_ok=True)
+    return str(cache)
+
+
+def _augment(steps: list[Callable]) -> Callable[[dict], dict]:
+    def augment(element: dict) -> dict:
+        image = tf.cast(element["image"], tf.float32)
+        for step in steps:
+            image = augmentation.apply(step, image)
+        return {**element, "image": image}
+
+    return augment
+
+
+def _scale(batch: dict) -> dict | tf.Tensor:
+    """From 0..255 to [-1, 1]."""
+    images = tf.clip_by_value(tf.cast(batch["image"], tf.float32), 0, 255) / 127.5 - 1
+    return {**batch, "image": images} if "label" in batch else images

@@ -1,0 +1,171 @@
+import sys
+import warnings
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import pytest
+
+from kdiff import images
+from kdiff.callbacks import SampleCallback
+from kdiff.sampling import Sampler
+from kdiff.solvers import DDPM
+
+pytest.importorskip("PIL", reason="the extra `plot` is not installed")
+
+
+class FakeStep(NamedTuple):
+    index: int
+    total: int
+    x: Any
+    x_hat: Any
+
+
+class FakeModel(keras.Sequential):
+    """A regression that can be sampled: the callback needs no more than `sample` and `sample_steps`."""
+
+    calls: tuple = ()
+
+    def sample(self, num_samples, *, sampler=None, steps=None, seed=0, batch_size=None, **conditions):
+        self.calls += ((num_samples, sampler, steps, seed, conditions),)
+        return np.random.default_rng(seed).uniform(-1, 1, (num_samples, 4, 4, 1)).astype("float32")
+
+    def sample_steps(self, num_samples, *, sampler=None, steps=None, seed=0, **conditions):
+        for index in range(3):
+            x = keras.ops.full((num_samples, 4, 4, 1), 2.0 - index)
+            yield FakeStep(index + 1, 3, x, x)
+
+
+@pytest.fixture
+def model():
+    model = FakeModel([keras.layers.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse", jit_compile=False)
+    return model
+
+
+def fit(model, callback, epochs=4, **options):
+    x = np.ones((12, 2), "float32")
+    model.fit(x, x[:, :1], batch_size=4, epochs=epochs, callbacks=[callback], verbose=0, **options)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_grid_each_n_epochs_always_from_the_same_noise(model, tmp_path):
+    fit(model, SampleCallback(tmp_path, every=2, num_samples=3, seed=5, columns=3))
+    assert names(tmp_path) == ["samples-epoch-0002.png", "samples-epoch-0004.png"]
+    assert model.calls == ((3, None, None, 5, {}),) * 2
+    picture = images.read_picture(tmp_path / "samples-epoch-0004.png")
+    np.testing.assert_array_equal(picture, images.grid(model.sample(3, seed=5), columns=3))
+
+
+def test_a_grid_each_n_steps_across_epochs(model, tmp_path):
+    fit(model, SampleCallback(tmp_path, every=4, unit="step"))  # an epoch has three steps
+    assert names(tmp_path) == [f"samples-step-{step:08d}.png" for step in (4, 8, 12)]
+
+
+def test_steps_that_run_together_are_not_missed(model, tmp_path):
+    callback = SampleCallback(tmp_path, every=4, unit="step")
+    callback.set_model(model)
+    callback.on_train_begin()
+    for epoch in range(2):
+        callback.on_epoch_begin(epoch)
+        callback.on_train_batch_end(2)  # what Keras reports with steps_per_execution=3: the last of three
+        callback.on_train_batch_end(5)
+    assert names(tmp_path) == [f"samples-step-{step:08d}.png" for step in (6, 9, 12)]
+
+
+@pytest.mark.parametrize(
+    ("unit", "second"), [("epoch", "samples-epoch-0004.png"), ("step", "samples-step-00000010.png")]
+)
+def test_resumed_training_goes_on_with_the_numbers(model, tmp_path, unit, second):
+    every = {"epoch": 2, "step": 5}[unit]
+    fit(model, SampleCallback(tmp_path, every=every, unit=unit), epochs=2)
+    assert len(names(tmp_path)) == 1
+    fit(model, SampleCallback(tmp_path, every=every, unit=unit), epochs=4, initial_epoch=2)
+    assert names(tmp_path)[1] == second
+
+
+def test_sampler_steps_and_conditions_reach_the_model(model, tmp_path):
+    sampler = Sampler("ddpm", steps=7)
+    conditions = {"label": [1, 2]}
+    fit(model, SampleCallback(tmp_path, 1, 2, sampler=sampler, steps=9, conditions=conditions), epochs=1)
+    _, got_sampler, steps, _, got_conditions = model.calls[0]
+    assert (got_sampler, steps, got_conditions["label"].tolist()) == (sampler, 9, [1, 2])
+    fit(model, SampleCallback(tmp_path, sampler="ddpm", conditions={"label": 1}), epochs=1)
+    assert model.calls[1][1] == DDPM()
+    assert model.calls[1][4]["label"] == 1
+
+
+def test_animations(model, tmp_path):
+    from PIL import Image
+
+    images.save_png(tmp_path / "samples-epoch-0000.png", np.zeros((1, 9, 9, 1)))  # of another run, with another size
+    fit(model, SampleCallback(tmp_path, trajectory_gif=True, training_gif=True))
+    with Image.open(tmp_path / "trajectory.gif") as animation:
+        assert animation.n_frames == 2  # x = 2 and x = 1 look alike: Pillow joins them
+    with Image.open(tmp_path / "training.gif") as animation:
+        assert animation.size == images.read_picture(tmp_path / "samples-epoch-0004.png").shape[1::-1]
+
+
+def test_tensorboard_shows_the_grids(model, tmp_path):
+    tf = pytest.importorskip("tensorflow", reason="the extra `data` is not installed")
+    fit(model, SampleCallback(tmp_path / "grids", every=2, tensorboard=tmp_path / "logs"))
+    (log,) = (tmp_path / "logs").iterdir()
+    values = [(event.step, v) for event in tf.compat.v1.train.summary_iterator(str(log)) for v in event.summary.value]
+    assert [(step, value.tag) for step, value in values] == [(2, "samples"), (4, "samples")]
+    picture = tf.io.decode_png(values[1][1].image.encoded_image_string).numpy()
+    np.testing.assert_array_equal(picture, images.read_picture(tmp_path / "grids" / "samples-epoch-0004.png"))
+
+
+def test_tensorboard_without_tensorflow_names_the_extra(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("kdiff.data")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with pytest.raises(ImportError, match=r"kdiff\[data\]"):
+        SampleCallback(tmp_path, tensorboard=tmp_path)
+
+
+def test_failures_warn_and_training_goes_on(model, tmp_path):
+    def broken(*args, **options):
+        raise RuntimeError("out of ink")
+
+    model.sample = model.sample_steps = broken
+    callback = SampleCallback(tmp_path, trajectory_gif=True, training_gif=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(model, callback, epochs=2)
+    messages = [str(warning.message) for warning in caught if "SampleCallback" in str(warning.message)]
+    assert len(messages) == 4
+    assert "epoch 2" in messages[1]
+    assert "RuntimeError: out of ink" in messages[1]
+    assert "trajectory.gif" in messages[2]
+    assert "training.gif" in messages[3]
+    assert "holds no grids" in messages[3]
+    assert int(model.optimizer.iterations) == 6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"every": 0},
+        {"num_samples": 0},
+        {"unit": "hour"},
+        {"sampler": "nope"},
+        {"sampler": 3},
+        {"steps": 0},
+        {"seed": -1},
+        {"columns": 0},
+        {"conditions": {"label": [1, 2, 3]}},
+    ],
+)
+def test_bad_arguments_are_errors_at_once(tmp_path, options):
+    with pytest.raises((ValueError, TypeError)):
+        SampleCallback(tmp_path, **options)
+
+
+def test_a_missing_pillow_is_an_error_at_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match=r"kdiff\[plot\]"):
+        SampleCallback(tmp_path)

@@ -1,0 +1,470 @@
+import subprocess
+import sys
+import warnings
+
+import keras
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow", reason="the extra `data` is not installed")
+
+from kdiff import data  # noqa: E402
+from kdiff.data import sources  # noqa: E402
+
+
+@pytest.fixture
+def colours():
+    return np.random.default_rng(0).integers(0, 256, (10, 6, 8, 3), dtype="uint8")
+
+
+def values(dataset):
+    """All images of one pass."""
+    return np.concatenate(
+        [batch["image"] if isinstance(batch, dict) else batch for batch in dataset.as_numpy_iterator()]
+    )
+
+
+def unshuffled(source, size=None, **options):
+    return data.images(source, size, **{"batch_size": 64, "shuffle": False, "drop_remainder": False, **options})
+
+
+# Digits
+
+
+def test_digits_are_scaled_labelled_and_divided():
+    (batch,) = unshuffled("digits", batch_size=2000, split="all", labels=True)
+    assert batch["image"].shape == (1797, 8, 8, 1)
+    assert batch["image"].dtype == tf.float32
+    assert (batch["image"].numpy().min(), batch["image"].numpy().max()) == (-1, 1)
+    assert np.unique(batch["label"]).tolist() == list(range(10))
+    train, test = (values(unshuffled("digits", split=split)) for split in ("train", "test"))
+    np.testing.assert_array_equal(np.concatenate([train, test]), batch["image"])
+
+
+def test_digits_are_those_of_scikit_learn():
+    raw = pytest.importorskip("sklearn.datasets").load_digits().images
+    np.testing.assert_allclose(values(unshuffled("digits", split="all"))[..., 0], raw / 8 - 1, atol=1.01 / 255)
+
+
+@pytest.mark.parametrize("size", [16, 32, (12, 20)])
+def test_digits_grow_smoothly(size):
+    images = values(unshuffled("digits", size, split="test"))
+    assert images.shape[1:3] == (size if isinstance(size, tuple) else (size, size))
+    assert images.max() <= 1
+    assert len(np.unique(images)) > 100  # more shades than the 17 of the originals
+
+
+# Arrays
+
+
+def test_uint8_and_float_arrays_give_the_same(colours):
+    floats = colours / 127.5 - 1
+    np.testing.assert_allclose(values(unshuffled(colours)), floats, atol=1e-6)
+    np.testing.assert_allclose(values(unshuffled(floats)), floats, atol=1e-6)
+    np.testing.assert_allclose(values(unshuffled(floats.astype("float16"))), floats, atol=1e-3)
+
+
+@pytest.mark.parametrize("labels", [np.arange(10), np.arange(10.0) / 3, np.arange(20).reshape(10, 2)])
+def test_labels_stay_with_their_images(colours, labels):
+    images = np.full_like(colours, 0) + np.arange(10, dtype="uint8")[:, None, None, None]
+    for batch in data.images(images, batch_size=3, labels=labels).as_numpy_iterator():
+        rows = np.round((batch["image"][:, 0, 0, 0] + 1) * 127.5).astype(int)
+        np.testing.assert_allclose(batch["label"], labels[rows], rtol=1e-6)
+
+
+def test_resizing_keeps_the_aspect_and_the_centre():
+    image = np.zeros((1, 8, 16, 1), "uint8")
+    image[:, :, 4:12] = 255  # the middle half is white: a square keeps just that
+    np.testing.assert_array_equal(values(unshuffled(image, 4)), np.ones((1, 4, 4, 1)))
+    tall = values(unshuffled(image.transpose(0, 2, 1, 3), (4, 4)))
+    np.testing.assert_array_equal(tall, np.ones((1, 4, 4, 1)))
+
+
+def test_downsizing_averages():
+    checkers = (np.indices((32, 32)).sum(0) % 2 * 255).astype("uint8")[None, ..., None]
+    np.testing.assert_allclose(values(unshuffled(checkers, 8))[:, 2:-2, 2:-2], 0, atol=0.05)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("have", [1, 2, 3, 4])
+def test_channels(have, channels):
+    white = values(unshuffled(np.full((1, 4, 4, have), 255, "uint8"), channels=channels))
+    np.testing.assert_array_equal(white, np.ones((1, 4, 4, channels)))
+
+
+def test_transparent_pixels_become_white():
+    clear = np.zeros((1, 4, 4, 4), "uint8")
+    np.testing.assert_array_equal(values(unshuffled(clear, channels=3)), np.ones((1, 4, 4, 3)))
+    np.testing.assert_array_equal(values(unshuffled(clear)), -np.ones((1, 4, 4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((3, 8, 8), "uint8"), r"\[\.\.\., None\]"),
+        (np.zeros((3, 3, 8, 8), "uint8"), "channels come last"),
+        (np.zeros((3, 8, 8, 1), "int64"), "int64"),
+        (np.full((3, 8, 8, 1), 255.0), "127.5"),
+        (np.full((3, 8, 8, 1), -1.5), r"\[-1, 1\]"),
+        (np.full((3, 8, 8, 1), np.nan), "NaN"),
+        (np.full((3, 8, 8, 1), np.inf), "NaN or infinite"),
+        (np.zeros((0, 8, 8, 1), "uint8"), "empty"),
+        (np.zeros((0, 8, 8, 1)), "empty"),
+        (np.zeros((3, 8, 8, 1), "uint8"), "batch_size"),
+    ],
+)
+def test_bad_arrays(array, message):
+    with pytest.raises(ValueError, match=message):
+        data.images(array, batch_size=4)
+
+
+def test_floats_that_look_like_0_to_1_are_remarked_on():
+    with pytest.warns(UserWarning, match=r"look like \[0, 1\]"):
+        data.images(np.linspace(0, 1, 64).reshape(1, 8, 8, 1), batch_size=1)
+
+
+@pytest.mark.parametrize("labels", [True, np.arange(9), np.array(["cat"] * 10), np.array(3)])
+def test_bad_labels_of_arrays(colours, labels):
+    with pytest.raises(ValueError, match="labels"):
+        data.images(colours, batch_size=2, labels=labels)
+
+
+# Splits
+
+
+def test_parts_of_a_split_share_nothing(colours):
+    parts = [values(unshuffled(colours, split=split)) for split in ("train[:60%]", "train[6:]")]
+    assert [len(part) for part in parts] == [6, 4]
+    together = np.concatenate(parts)
+    assert {image.tobytes() for image in together} == {image.tobytes() for image in values(unshuffled(colours))}
+    np.testing.assert_array_equal(values(unshuffled(colours, split="all[-4:]")), parts[1])
+
+
+@pytest.mark.parametrize("split", ["val", "train[a:b]", "train[:5", "", None, 3])
+def test_bad_splits(colours, split):
+    for source in ("digits", colours):
+        with pytest.raises(ValueError, match="`split` must be one of"):
+            data.images(source, split=split)
+
+
+def test_an_empty_split_is_an_error(colours):
+    with pytest.raises(ValueError, match="empty"):
+        data.images(colours, split="train[:0]")
+
+
+# Batches and order
+
+
+def test_each_epoch_has_a_new_order_and_a_seed_repeats_it(colours):
+    first, again = (data.images(colours, batch_size=5, seed=1) for _ in range(2))
+    epochs = [values(first), values(first)]
+    assert not np.array_equal(*epochs)
+    assert {image.tobytes() for image in epochs[0]} == {image.tobytes() for image in epochs[1]}
+    np.testing.assert_array_equal([values(again), values(again)], epochs)
+    assert not np.array_equal(values(data.images(colours, batch_size=5, seed=2)), epochs[0])
+    data.images(colours, batch_size=5, seed=None)
+
+
+def test_remainder_and_repeat(colours):
+    def sizes(**options):
+        return [len(batch) for batch in data.images(colours, batch_size=4, **options)]
+
+    assert sizes() == [4, 4]
+    assert sizes(drop_remainder=False) == [4, 4, 2]
+    assert sizes(repeat=2) == [4] * 5
+    endless = data.images(colours, batch_size=4, repeat=None)
+    assert endless.cardinality() == tf.data.INFINITE_CARDINALITY
+    assert len(list(endless.take(9))) == 9
+
+
+@pytest.mark.parametrize("cache", [True, False, "file"])
+def test_caching_changes_nothing(colours, tmp_path, cache):
+    dataset = unshuffled(colours, 4, cache=tmp_path / "new" / "cache" if cache == "file" else cache)
+    np.testing.assert_array_equal(values(dataset), values(dataset))
+    assert len(values(data.images(colours, 4, 2, cache=cache is True))) == 10
+    assert any(tmp_path.rglob("cache*")) == (cache == "file")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 0},
+        {"batch_size": 2.0},
+        {"image_size": 0},
+        {"image_size": (8, 8, 8)},
+        {"image_size": "big"},
+        {"channels": 2},
+        {"repeat": 0},
+        {"seed": -1},
+        {"augment": "flip"},
+        {"augment": [None, 3]},
+        {"labels": "yes"},
+    ],
+)
+def test_bad_arguments_are_named(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        data.images("digits", **options)
+
+
+def test_channels_of_latents_are_not_colours():
+    latents = np.zeros((2, 8, 8, 16), "float32")
+    assert values(unshuffled(latents)).shape == (2, 8, 8, 16)
+    with pytest.raises(ValueError, match="channels"):
+        unshuffled(latents, channels=3)
+
+
+# Augmentation
+
+
+class Darken(keras.layers.Layer):
+    """A layer of one's own, that computes with Keras' backend."""
+
+    def call(self, images):
+        return keras.ops.maximum(images - 10.0, 0.0)
+
+
+def same_image(count=8):
+    return np.repeat(np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), dtype="uint8"), count, 0)
+
+
+def random_layers():
+    layers = keras.layers
+    flip, shift = (
+        (lambda: layers.RandomFlip("horizontal", seed=1)),
+        (lambda: layers.RandomTranslation(0.3, 0.3, seed=1)),
+    )
+    return {
+        "layer": shift,
+        "noise": lambda: layers.GaussianNoise(1.0, seed=1),
+        "list": lambda: [flip(), shift()],
+        "sequential": lambda: keras.Sequential([flip(), shift()]),
+        "pipeline": lambda: layers.Pipeline([flip(), shift()]),
+        "function": lambda: lambda image: image * tf.random.uniform(()),
+    }
+
+
+@pytest.mark.parametrize("name", random_layers())
+def test_random_augmentation_differs_between_images_and_epochs(name):
+    dataset = data.images(same_image(), batch_size=8, augment=random_layers()[name]())
+    first, second = values(dataset), values(dataset)
+    assert len({image.tobytes() for image in first}) > 4
+    assert not np.array_equal(first, second)
+    assert dataset.element_spec.shape == (8, 8, 8, 3)
+
+
+@pytest.mark.parametrize("name", ["layer", "noise", "list"])
+def test_seeded_augmentation_repeats(name):
+    first, again = (values(data.images(same_image(), batch_size=8, augment=random_layers()[name]())) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    unordered = data.images(same_image(), batch_size=8, augment=random_layers()[name](), seed=None)
+    assert values(unordered).shape == first.shape
+
+
+def test_keras_cv_layers():
+    layers = pytest.importorskip("keras_cv", reason="the extra `data` is not installed").layers
+    augment = [layers.RandomFlip("horizontal"), layers.RandomCutout(0.5, 0.5)]
+    dataset = data.images(same_image(), batch_size=8, augment=augment)
+    first, second = values(dataset), values(dataset)
+    assert len({image.tobytes() for image in first}) > 4
+    assert not np.array_equal(first, second)
+
+
+def test_augmentation_sees_0_to_255(colours):
+    brighter = data.images(colours, batch_size=2, shuffle=False, augment=lambda image: image + 51.0)
+    np.testing.assert_allclose(values(brighter), np.minimum(colours / 127.5 - 1 + 0.4, 1), atol=1e-5)
+    own = data.images(colours, batch_size=2, shuffle=False, augment=Darken())
+    np.testing.assert_allclose(values(own), np.maximum(colours.astype(float) - 10, 0) / 127.5 - 1, atol=1e-5)
+
+
+def test_augmentation_may_crop(colours):
+    dataset = data.images(colours, batch_size=2, augment=keras.layers.RandomCrop(4, 5), labels=np.arange(10))
+    assert dataset.element_spec["image"].shape == (2, 4, 5, 3)
+    assert values(dataset).shape == (10, 4, 5, 3)
+
+
+# Folders
+
+
+@pytest.fixture
+def folder(tmp_path, colours):
+    image = pytest.importorskip("PIL.Image", reason="the extra `data` is not installed")
+    for index, pixels in enumerate(colours[:6]):
+        path = tmp_path / "pets" / ("cat" if index % 2 else "dog") / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.fromarray(pixels).save(path)
+    (tmp_path / "pets" / "notes.txt").write_text("not an image")
+    (tmp_path / "pets" / ".hidden.png").write_text("not an image")
+    return tmp_path / "pets"
+
+
+def test_folder(folder, colours):
+    assert {image.tobytes() for image in values(unshuffled(folder))} == {
+        image.tobytes() for image in values(unshuffled(colours[:6]))
+    }
+    assert values(unshuffled(str(folder), 4, channels=1)).shape == (6, 4, 4, 1)
+
+
+def test_class_folders_are_labels(folder, colours):
+    dataset = unshuffled(folder, labels=True)
+    assert dataset.class_names == ["cat", "dog"]
+    (batch,) = dataset.as_numpy_iterator()
+    assert batch["label"].tolist() == [0, 0, 0, 1, 1, 1]
+    np.testing.assert_allclose(batch["image"][3], colours[0] / 127.5 - 1, atol=1e-6)
+    assert unshuffled(folder).class_names is None
+
+
+def test_splits_of_folders(folder):
+    assert len(values(unshuffled(folder, split="train[:50%]"))) == 3
+    assert len(values(unshuffled(folder, split="cat"))) == 3
+    assert len(values(unshuffled(folder, split="dog[:1]"))) == 1
+    with pytest.raises(ValueError, match="split"):
+        unshuffled(folder, split="test")
+
+
+def test_broken_files_are_named_and_skipped(folder):
+    (folder / "cat" / "text.png").write_text("no picture")
+    (folder / "dog" / "cut.png").write_bytes((folder / "dog" / "0.png").read_bytes()[:-60])
+    (folder / "dog" / "nothing.jpg").touch()
+    with pytest.warns(UserWarning, match="3 of 9 files") as caught:
+        dataset = unshuffled(folder, labels=True)
+    for name in ("text.png", "cut.png", "nothing.jpg"):
+        assert name in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(values(dataset)) == 6
+
+
+def test_more_than_8_bits_are_reported(folder):
+    from PIL import Image
+
+    Image.fromarray(np.full((6, 8), 40_000, "uint16")).save(folder / "dog" / "deep.png")
+    with pytest.warns(UserWarning, match="deep.png: its pixels are of mode 'I;16'"):
+        assert len(values(unshuffled(folder))) == 6
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_modes_of_files(tmp_path, mode):
+    from PIL import Image
+
+    Image.new("RGB", (4, 4), "white").convert(mode).save(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"))
+    np.testing.assert_array_equal(values(unshuffled(tmp_path)), np.ones((1, 4, 4, 3)))
+
+
+def test_images_of_different_sizes_need_a_size(folder):
+    from PIL import Image
+
+    Image.new("RGB", (5, 5)).save(folder / "cat" / "small.png")
+    with pytest.raises(ValueError, match="image_size"):
+        unshuffled(folder)
+    assert values(unshuffled(folder, 4)).shape == (7, 4, 4, 3)
+
+
+def test_rotated_photographs_are_put_upright(tmp_path):
+    from PIL import Image
+
+    photo = Image.new("L", (4, 2))
+    exif = photo.getexif()
+    exif[0x0112] = 6  # the camera was turned by a quarter
+    photo.save(tmp_path / "photo.jpg", exif=exif)
+    assert values(unshuffled(tmp_path)).shape == (1, 4, 2, 3)
+
+
+def test_folders_that_hold_nothing(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no image files"):
+        data.images(tmp_path / "empty")
+    with pytest.raises(ValueError, match="no such folder"):
+        data.images(tmp_path / "missing")
+    (tmp_path / "empty" / "a.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"1 of 1 files.*\n.*a\.png"):
+        data.images(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"one folder a class.*a\.png"):
+        data.images(tmp_path / "empty", labels=True)
+    with pytest.raises(ValueError, match="labels"):
+        data.images(folder, labels=np.arange(6))
+
+
+# TensorFlow Datasets
+
+
+@pytest.fixture(scope="module")
+def tfds_folder(tmp_path_factory):
+    tfds = pytest.importorskip("tensorflow_datasets", reason="the extra `data` is not installed")
+    folder = tmp_path_factory.mktemp("tfds")
+    images = np.random.default_rng(0).integers(0, 256, (6, 5, 5, 1), dtype="uint8")
+    rows = [(index, {"image": image, "label": index % 2}) for index, image in enumerate(images)]
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="tiny_pets",
+        version="1.0.0",
+        data_dir=folder,
+        features=tfds.features.FeaturesDict(
+            {"image": tfds.features.Image(shape=(5, 5, 1)), "label": tfds.features.ClassLabel(names=["cat", "dog"])}
+        ),
+        split_datasets={"train": rows[:4], "test": rows[4:]},
+        disable_shuffling=True,
+    )
+    features = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(5, 5, 1), dtype=np.uint16)})
+    deep = [(0, {"image": images[0].astype("uint16")})]
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="deep", version="1.0.0", data_dir=folder, features=features, split_datasets={"train": deep}
+    )
+    return folder, images
+
+
+def test_tfds(tfds_folder):
+    folder, images = tfds_folder
+    dataset = unshuffled("tiny_pets", data_dir=folder, labels=True)
+    assert dataset.class_names == ["cat", "dog"]
+    assert [batch["label"].tolist() for batch in dataset.as_numpy_iterator()] == [[0, 1, 0, 1]]
+    np.testing.assert_allclose(values(dataset), images[:4] / 127.5 - 1, atol=1e-6)
+    test = unshuffled("tiny_pets", 10, data_dir=str(folder), split="test[:1]", download=True)  # it is there already
+    assert values(test).shape == (1, 10, 10, 1)
+
+
+def test_bad_tfds(tfds_folder):
+    folder, _ = tfds_folder
+    with pytest.raises(ValueError, match=r"split.*'test', 'train'"):
+        data.images("tiny_pets", data_dir=folder, split="val")
+    with pytest.raises(ValueError, match=r"'no_such_set'.*\['digits'\].*data_dir"):
+        data.images("no_such_set", data_dir=folder)
+    with pytest.raises(ValueError, match="download=True"):
+        data.images("mnist", data_dir=folder)
+    with pytest.raises(ValueError, match="labels"):
+        data.images("tiny_pets", data_dir=folder, labels=np.arange(4))
+    with pytest.raises(ValueError, match="no feature 'label'"):
+        data.images("deep", data_dir=folder, labels=True)
+    with pytest.raises(ValueError, match="uint16"):
+        data.images("deep", data_dir=folder)
+
+
+# Packages
+
+
+def test_missing_packages_name_the_extra(monkeypatch, folder):
+    for module, source in (("sklearn.datasets", "digits"), ("tensorflow_datasets", "mnist"), ("PIL", folder)):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ImportError, match=r"pip install \"kdiff\["):
+            data.images(source)
+
+
+def test_missing_tensorflow_names_the_extra():
+    code = "import sys; sys.modules['tensorflow'] = None; import kdiff.data"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"KERAS_BACKEND": "jax"})
+    if "No module named 'jax" in result.stderr:
+        pytest.skip("the extra `jax` is not installed")
+    assert 'pip install "kdiff[data]"' in result.stderr
+
+
+def test_embedded_sets_are_listed():
+    assert data.EMBEDDED == sources.EMBEDDED
+    assert "digits" in data.EMBEDDED
+
+
+# Training
+
+
+def test_fit_takes_it():
+    model = keras.Sequential([keras.layers.Input((8, 8, 1)), keras.layers.Conv2D(1, 3, padding="same")])
+    model.compile("sgd", "mse")
+    dataset = data.images("digits", labels=True, augment=keras.layers.RandomTranslation(0.1, 0.1), split="train[:128]")
+    model.fit(dataset.map(lambda batch: (batch["image"], batch["image"])), epochs=2, verbose=0)
