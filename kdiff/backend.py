@@ -49,7 +49,7 @@ def compiled(function: Callable, model: keras.Model) -> Callable:
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
-        graph = tf.function(function)
+        graph = tf.function(function, autograph=False)
         return lambda *arguments: graph(*tree.map_structure(tf.convert_to_tensor, arguments))
 
     def eager(*arguments):
@@ -109,6 +109,13 @@ def portable_optimizer(config: dict[str, Any]) -> dict[str, Any]:
     if ".backend.torch.optimizers." not in (config.get("module") or ""):
         return config
     return {**config, "module": "keras.optimizers", "registered_name": None}
+
+
+def leave_accelerator(tf: Any) -> None:
+    """Keeps TensorFlow, where it only prepares batches for JAX or PyTorch, from taking the accelerator's memory."""
+    if BACKEND != "tensorflow":
+        with contextlib.suppress(RuntimeError):  # its devices were started before: the user has chosen
+            tf.config.set_visible_devices([], "GPU")
 
 
 def is_tf_dataset(data: Any) -> bool:

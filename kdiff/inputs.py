@@ -141,7 +141,8 @@ def look(x: Any, y: Any = None) -> tuple[dict[str, tuple], Any]:
         TypeError: if it is of no type that Keras trains on.
     """
     if backend.is_tf_dataset(x):
-        if int(x.cardinality()) == 0:
+        count = int(x.cardinality())  # below 0 if it is endless (-1) or not known (-2)
+        if count == 0 or (count == -2 and next(iter(x.take(1)), None) is None):
             raise ValueError("`x` is empty: the tf.data.Dataset has no batch")
         return _shapes(x.element_spec), x
     if isinstance(x, keras.utils.PyDataset):

@@ -242,17 +242,13 @@ class DiffusionModel(Configurable, keras.Model):
         x, check = self._checked(x, y, options.pop("sample_weight", None))
         if validation_data is not None:
             validation_data, _ = self._checked(*keras.utils.unpack_x_y_sample_weight(validation_data), check)
-        before = int(self.step.value)
+        if not isinstance(x, dict):
+            options.setdefault("shuffle", False)  # the data's own business, as Keras would warn
         try:
-            history = super().fit(x, None, *args, validation_data=validation_data, **options)
+            return super().fit(x, None, *args, validation_data=validation_data, **options)
         except Exception as error:
             _reraise(error, check)
-            if int(self.step.value) > before or not isinstance(error, (StopIteration, UnboundLocalError)):
-                raise
-            raise ValueError("`x` is empty: it yielded no batch") from None
-        if history.epoch and not history.history:
-            raise ValueError("`x` is empty: it yielded no batch")
-        return history
+            raise
 
     def evaluate(self, x=None, y=None, *args, **options):
         """Keras' `evaluate`, with the averaged weights, and with the same times and noise at each call."""
@@ -266,7 +262,15 @@ class DiffusionModel(Configurable, keras.Model):
             _reraise(error, check)
             raise
 
-    def _checked(self, x, y, sample_weight, check: inputs.BatchCheck | None = None):
+    def train_on_batch(self, x, y=None, sample_weight=None, **options):
+        """Keras' `train_on_batch`; the batch as of `fit`."""
+        return super().train_on_batch(self._checked(x, y, sample_weight)[0], **options)
+
+    def test_on_batch(self, x, y=None, sample_weight=None, **options):
+        """Keras' `test_on_batch`; the batch as of `fit`."""
+        return super().test_on_batch(self._checked(x, y, sample_weight)[0], **options)
+
+    def _checked(self, x, y=None, sample_weight=None, check: inputs.BatchCheck | None = None):
         """(x, check): the data, checked on its way; the model is built for it if it was not."""
         shapes, x = inputs.look(x, y)
         if check is None:

@@ -37,7 +37,7 @@ def main(phase: str, folder: Path) -> None:
 
     x = np.load(folder / "x.npy")
     network = kdiff.networks.UNet.attention(
-        width=8, levels=2, depth=1, heads=2, conditions={"label": kdiff.blocks.LabelEmbedding(3)}, dropout=0.0
+        width=8, levels=1, depth=1, heads=2, conditions={"label": kdiff.blocks.LabelEmbedding(3)}
     )
     model = kdiff.DiffusionModel(network, "linear_beta", "velocity", times="discrete", weighting="min_snr", seed=11)
     model.compile(keras.optimizers.Adam(1e-3), metrics=["mae"])

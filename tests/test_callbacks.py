@@ -109,8 +109,10 @@ def test_animations(model, tmp_path):
         assert animation.size == images.read_picture(tmp_path / "samples-epoch-0004.png").shape[1::-1]
 
 
+@pytest.mark.data
 def test_tensorboard_shows_the_grids(model, tmp_path):
-    tf = pytest.importorskip("tensorflow", reason="the extra `data` is not installed")
+    import tensorflow as tf
+
     fit(model, SampleCallback(tmp_path / "grids", every=2, tensorboard=tmp_path / "logs"))
     (log,) = (tmp_path / "logs").iterdir()
     values = [(event.step, v) for event in tf.compat.v1.train.summary_iterator(str(log)) for v in event.summary.value]

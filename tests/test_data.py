@@ -11,6 +11,8 @@ tf = pytest.importorskip("tensorflow", reason="the extra `data` is not installed
 from kdiff import data  # noqa: E402
 from kdiff.data import sources  # noqa: E402
 
+pytestmark = pytest.mark.data
+
 
 @pytest.fixture
 def colours():

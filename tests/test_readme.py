@@ -1,0 +1,43 @@
+"""What the README shows is run, so that it stays true."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.data
+def test_twenty_lines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shorter = {"epochs=25": "epochs=1", "every=5": "every=1", '"trailing", 100': '"trailing", 2', "steps=20": "steps=2"}
+    code = BLOCKS[0]
+    for long, short in shorter.items():
+        assert long in code
+        code = code.replace(long, short)
+    names = {}
+    exec(code, names)
+    assert names["threes"].shape == names["same"].shape == (16, 16, 16, 1)
+    assert (tmp_path / "digits.keras").exists()
+    assert (tmp_path / "schedule.png").exists()
+    assert list((tmp_path / "runs/digits").glob("*.png"))
+
+
+def test_objects_of_ones_own():
+    """They are defined, have names, and work with the rest."""
+    import keras
+    import numpy as np
+
+    import kdiff
+
+    names = {"keras": keras, "kdiff": kdiff}
+    for block in BLOCKS[2:]:
+        exec(block, names)
+    network = names["network"]
+    model = kdiff.DiffusionModel(network, schedule="quadratic", ema=None)
+    model.build((None, 4, 4, 1))
+    network.head.kernel.assign(np.random.default_rng(0).standard_normal(network.head.kernel.shape))
+    euler = model.sample(2, sampler="euler", steps=5)
+    # Song et al. 2021, eq. 14: DDIM is Euler's method in sigma / alpha.
+    np.testing.assert_allclose(euler, model.sample(2, sampler="ddim", steps=5), atol=1e-3)
