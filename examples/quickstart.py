@@ -18,7 +18,7 @@ from kdiff import data, images
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--dataset", default="digits", help="an embedded set, a TensorFlow Dataset or class folders")
     parser.add_argument("--data-dir", help="where TensorFlow Datasets are")
     parser.add_argument("--image-size", type=int, default=16, help="a multiple of 4")
@@ -49,7 +49,13 @@ def main() -> None:
     labels = np.tile(np.arange(columns), 5)
     every = max(1, options.epochs // 4)
     watch = kdiff.SampleCallback(
-        options.out / "training", every, len(labels), conditions={"label": labels}, columns=columns, training_gif=True
+        options.out / "training",
+        every,
+        num_samples=len(labels),
+        steps=20,
+        conditions={"label": labels},
+        columns=columns,
+        training_gif=True,
     )
     history = model.fit(dataset, epochs=options.epochs, callbacks=[watch])
     images.loss_plot(options.out / "loss.png", history)

@@ -11,7 +11,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README
 @pytest.mark.data
 def test_twenty_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shorter = {"epochs=25": "epochs=1", "every=5": "every=1", '"trailing", 100': '"trailing", 2', "steps=20": "steps=2"}
+    shorter = {"epochs=16": "epochs=1", "every=4": "every=1", '"trailing", 100': '"trailing", 2', "steps=20": "steps=2"}
     code = BLOCKS[0]
     for long, short in shorter.items():
         assert long in code
