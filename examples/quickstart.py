@@ -2,7 +2,7 @@
 
     KERAS_BACKEND=jax python examples/quickstart.py          # or tensorflow, or torch
 
-On two cores this takes two or three minutes with TensorFlow and JAX. It leaves pictures and the saved model in a folder
+On two cores this takes under three minutes with TensorFlow and JAX. It leaves pictures and the saved model in a folder
 that it names at the end.
 """
 
@@ -21,6 +21,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--dataset", default="digits", help="an embedded set, a TensorFlow Dataset or class folders")
     parser.add_argument("--data-dir", help="where TensorFlow Datasets are")
+    parser.add_argument("--download", action="store_true", help="download the TensorFlow Dataset if it is not there")
     parser.add_argument("--image-size", type=int, default=16, help="a multiple of 4")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("runs") / f"quickstart-{keras.backend.backend()}")
@@ -30,7 +31,12 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     dataset = data.images(
-        options.dataset, options.image_size, options.batch_size, labels=True, data_dir=options.data_dir
+        options.dataset,
+        options.image_size,
+        options.batch_size,
+        labels=True,
+        data_dir=options.data_dir,
+        download=options.download,
     )
     classes = len(dataset.class_names)
 

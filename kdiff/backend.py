@@ -52,11 +52,18 @@ def compiled(function: Callable, model: keras.Model) -> Callable:
         graph = tf.function(function, autograph=False)
         return lambda *arguments: graph(*tree.map_structure(tf.convert_to_tensor, arguments))
 
-    def eager(*arguments):
-        with _no_gradients():
-            return function(*tree.map_structure(ops.convert_to_tensor, arguments))
+    plain = without_gradients(function)
+    return lambda *arguments: plain(*tree.map_structure(ops.convert_to_tensor, arguments))
 
-    return eager
+
+def without_gradients(function: Callable) -> Callable:
+    """The function without the record for gradients that PyTorch, alone, keeps of all it computes."""
+
+    def plain(*arguments):
+        with _no_gradients():
+            return function(*arguments)
+
+    return plain
 
 
 def fused(function: Callable) -> Callable:

@@ -85,6 +85,7 @@ class SampleCallback(keras.callbacks.Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         self._writer = _tensorboard_writer(tensorboard) if tensorboard is not None else None
         self._step = self._epoch_start = 0
+        self._last: Path | None = None
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Forgets the steps of the last run."""
@@ -93,7 +94,8 @@ class SampleCallback(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Notes how many steps there were before this epoch: in a resumed run, those that the optimizer counted."""
         if self._step is None:  # not in on_train_begin: other callbacks restore the model there
-            self._step = int(self.model.optimizer.iterations)
+            optimizer = self.model.optimizer  # which counts updates
+            self._step = int(optimizer.iterations) * (getattr(optimizer, "gradient_accumulation_steps", None) or 1)
         self._epoch_start = self._step
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
@@ -126,6 +128,7 @@ class SampleCallback(keras.callbacks.Callback):
         samples = self.model.sample(self.num_samples, **self._options())
         path = self.folder / f"samples-{self.unit}-{number:0{DIGITS[self.unit]}d}.png"
         images.save_png(path, samples, self.columns)
+        self._last = path
         if self._writer is not None:
             _log_image(self._writer, path, number)
 
@@ -134,9 +137,11 @@ class SampleCallback(keras.callbacks.Callback):
         images.save_gif(self.folder / "trajectory.gif", (images.to_uint8(step.x) for step in steps), self.columns)
 
     def _write_training(self) -> None:
-        pictures = [images.read_picture(path) for path in sorted(self.folder.glob(f"samples-{self.unit}-*.png"))]
-        if not pictures:
-            raise ValueError(f"{self.folder} holds no grids; `every` is {self.every}")
+        if self._last is None:
+            raise ValueError(f"no grid was drawn; `every` is {self.every}")
+        paths = sorted(self.folder.glob(f"samples-{self.unit}-*.png"))
+        # Those after the last one drawn are an earlier, longer run's.
+        pictures = [images.read_picture(path) for path in paths if path <= self._last]
         alike = [picture for picture in pictures if picture.shape == pictures[-1].shape]  # not an earlier run's
         images.save_gif(self.folder / "training.gif", alike, fps=4)
 

@@ -52,13 +52,14 @@ class BatchCheck:
         shape: the shape of one example, with None for an axis of any length.
         limit: the largest magnitude of floating-point examples; None if any will do.
         conditions: the names of the conditions that the network takes; None if it does not say.
+        checks: functions, by a condition's name, that raise a ValueError for values that its layer does not take.
 
     Attributes:
         error: what was raised last: tf.data hides it in an error of its own.
     """
 
-    def __init__(self, shape: tuple, limit: float | None, conditions: tuple[str, ...] | None):
-        self.shape, self.limit, self.conditions = shape, limit, conditions
+    def __init__(self, shape: tuple, limit: float | None, conditions: tuple[str, ...] | None, checks: dict[str, Any]):
+        self.shape, self.limit, self.conditions, self.checks = shape, limit, conditions, checks
         self.error: ValueError | None = None
 
     def __call__(self, data: Any) -> Any:
@@ -96,6 +97,8 @@ class BatchCheck:
 
     def image(self, image: Any) -> None:
         """The image must be finite and in range."""
+        if "bool" in str(image.dtype):
+            raise ValueError("`image` must be uint8, or floating-point numbers; received truth values")
         low, high = _range(image)
         if not (np.isfinite(low) and np.isfinite(high)):
             raise ValueError("`image` must be finite; received a batch that holds NaN or infinity")
@@ -116,6 +119,8 @@ class BatchCheck:
             raise ValueError(f"`{name}` must have {batch} rows, as `image` has; received the shape {condition.shape}")
         if not _is_integer(condition) and not np.all(np.isfinite(_range(condition))):
             raise ValueError(f"`{name}` must be finite; received a batch that holds NaN or infinity")
+        if name in self.checks:
+            self.checks[name](condition if isinstance(condition, np.ndarray) else ops.convert_to_numpy(condition))
 
 
 def _words(shape: tuple) -> str:
@@ -159,10 +164,10 @@ def look(x: Any, y: Any = None) -> tuple[dict[str, tuple], Any]:
         if len(inputs["image"]) == 0:
             raise ValueError("`x` is empty: it has no example")
         return _shapes(inputs), x
-    if hasattr(x, "__iter__") and not isinstance(x, (str, list, tuple)):
-        first = next(iter(x), None)
+    if backend.is_data_loader(x):
+        first = next(iter(copy.copy(x)), None)  # a copy: workers that persist would keep the loader's own collation
         if first is None:
-            raise ValueError(f"`x` is empty: the {type(x).__name__} has no batch")
+            raise ValueError("`x` is empty: the DataLoader has no batch")
         return _shapes(first), x
     raise TypeError(
         "`x` must be an array, a dictionary of arrays, a tf.data.Dataset, a PyDataset, a PyTorch DataLoader or a "

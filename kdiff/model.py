@@ -34,7 +34,7 @@ class DiffusionModel(Configurable, keras.Model):
     Args:
         network: a Keras model or layer: `network({"image": x_t, "time": label, **conditions}, training=...)` returns
             a tensor with the shape of `x_t`, `(batch, ...)`. An attribute `conditions`, a tuple of names, says which
-            conditions it takes.
+            conditions it takes; it may be a dictionary of layers by name, as that of `UNet` is.
         schedule: a `NoiseSchedule` or its name.
         prediction: a `Prediction` or its name: what the network's output means.
         times: a `TimeSampler` or its name: the times to train at.
@@ -71,8 +71,9 @@ class DiffusionModel(Configurable, keras.Model):
     ):
         if not isinstance(network, keras.layers.Layer):
             raise TypeError(f"DiffusionModel: `network` must be a Keras model or layer; received: {network!r}")
-        # Examples reach `encode` as they are: a layer would cast them to the policy's compute dtype on their way in.
-        super().__init__(name=name, dtype=network.dtype_policy, autocast=False)
+        # The network has its own precision. Here nothing is cast: neither examples on their way to `encode`, nor the
+        # averages, which take the place of float32 weights.
+        super().__init__(name=name, dtype="float32", autocast=False)
         if ema is not None:
             check_number("DiffusionModel", "ema", ema, 0.0, 1.0 - 1e-9)
         random.key_of(seed)
@@ -101,14 +102,27 @@ class DiffusionModel(Configurable, keras.Model):
             return
         shapes = shapes if isinstance(shapes, dict) else {"image": shapes}
         self.shapes = {key: (None, *tuple(shape)[1:]) for key, shape in shapes.items()}
-        if not self.network.built:
-            self.network.build({**self.shapes, "time": (None,)})
+        self._build_network()
         self.step = self._counter("step")
         self.evaluation_step = self._counter("evaluation_step")
         self.updates = self._counter("updates")
         self.last_iteration = self._counter("last_iteration")
         self.averages = [] if self.ema is None else [self._average_of(w) for w in self._averaged_weights()]
         self.built = True
+
+    def _build_network(self) -> None:
+        """By its own `build`, or by a symbolic call if it has none: every weight must be there to be averaged."""
+        shapes = {**self.shapes, "time": (None,)}
+        if not self.network.built and type(self.network).build not in (keras.Model.build, keras.layers.Layer.build):
+            self.network.build(shapes)
+        elif not self.network.built:
+            labels = {name for name, shape in shapes.items() if len(shape) == 1 and name != "time"}
+            self.network(
+                {
+                    name: keras.KerasTensor(shape, "int32" if name in labels else "float32")
+                    for name, shape in shapes.items()
+                }
+            )
 
     def _counter(self, name: str):
         return self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False, name=name)
@@ -141,8 +155,13 @@ class DiffusionModel(Configurable, keras.Model):
     def compile(self, optimizer="adam", loss="mse", **options) -> None:
         """Keras' `compile`; `loss` compares the network's output with its target: "mse", "mae", "huber" or any other.
 
-        `jit_compile` and `steps_per_execution` are choices for a machine, and are not saved with the model.
+        A network that computes in float16 gets a loss scale, unless `auto_scale_loss=False`. `jit_compile` and
+        `steps_per_execution` are choices for a machine, and are not saved with the model.
         """
+        optimizer = keras.optimizers.get(optimizer)
+        scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        if self.network.compute_dtype == "float16" and options.get("auto_scale_loss", True) and not scaled:
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         super().compile(optimizer, loss, **options)
 
     def call(self, data, training: bool | None = None) -> dict[str, Any]:
@@ -242,8 +261,8 @@ class DiffusionModel(Configurable, keras.Model):
         x, check = self._checked(x, y, options.pop("sample_weight", None))
         if validation_data is not None:
             validation_data, _ = self._checked(*keras.utils.unpack_x_y_sample_weight(validation_data), check)
-        if not isinstance(x, dict):
-            options.setdefault("shuffle", False)  # the data's own business, as Keras would warn
+        if not isinstance(x, (dict, keras.utils.PyDataset)):
+            options.setdefault("shuffle", False)  # Keras cannot shuffle the others, and would warn
         try:
             return super().fit(x, None, *args, validation_data=validation_data, **options)
         except Exception as error:
@@ -274,19 +293,24 @@ class DiffusionModel(Configurable, keras.Model):
         """(x, check): the data, checked on its way; the model is built for it if it was not."""
         shapes, x = inputs.look(x, y)
         if check is None:
-            check = inputs.BatchCheck(self._example_shape(shapes), self.codec.limit, self._condition_names())
+            example = (self.shapes or shapes)["image"][1:]
+            check = inputs.BatchCheck(example, self.codec.limit, self._condition_names(), self._condition_checks())
         check.names(shapes)
         check.size(shapes["image"])
         self.build(shapes)
         return inputs.checked(x, y, sample_weight, check), check
 
-    def _example_shape(self, shapes: dict[str, tuple]) -> tuple:
-        return (self.shapes or shapes)["image"][1:]
-
     def _condition_names(self) -> tuple[str, ...] | None:
         if isinstance(self.network, keras.Model) and isinstance(getattr(self.network, "input", None), dict):
             return tuple(name for name in self.network.input if name not in ("image", "time"))
-        return getattr(self.network, "conditions", None)
+        names = getattr(self.network, "conditions", None)
+        return None if names is None else tuple(names)
+
+    def _condition_checks(self) -> dict[str, Any]:
+        """What the network's condition layers have to say of values that they do not take, by name."""
+        layers = getattr(self.network, "conditions", None)
+        pairs = layers.items() if hasattr(layers, "items") else ()
+        return {name: layer.check for name, layer in pairs if hasattr(layer, "check")}
 
     # Denoising and sampling
 
@@ -397,7 +421,7 @@ class DiffusionModel(Configurable, keras.Model):
 
     def _step_function(self, sampler: Sampler, averages: bool):
         """A compiled step of this solver, made once; seed, times and conditions are arguments of it."""
-        key = (sampler.solver, averages)
+        key = (sampler.solver, averages, self.schedule, self.prediction, self.time_label)
         if key not in self._step_functions:
 
             def advance(conditions, *arguments):
@@ -429,8 +453,12 @@ class DiffusionModel(Configurable, keras.Model):
     def _rows_of(self, name: str, value: np.ndarray, num_samples: int) -> np.ndarray:
         if value.ndim < len(self.shapes[name]):
             value = np.broadcast_to(value, (num_samples, *value.shape))
-        if value.shape[0] != num_samples:
-            raise ValueError(f"sample: `{name}` must have {num_samples} rows; received the shape {value.shape}")
+        wanted = (num_samples, *self.shapes[name][1:])
+        sizes = zip(value.shape, wanted, strict=False)
+        if value.ndim != len(wanted) or any(size is not None and got != size for got, size in sizes):
+            raise ValueError(f"sample: `{name}` must have {num_samples} rows, {wanted}; received: {value.shape}")
+        if name in self._condition_checks():
+            self._condition_checks()[name](value)
         return value.astype("int32") if value.dtype.kind in "iu" else value.astype("float32")
 
     # Saving
@@ -480,7 +508,7 @@ def _problem(y_pred: dict[str, Any], sample_weight):
 
 def _reraise(error: Exception, check: inputs.BatchCheck) -> None:
     """Raises what the check of a batch had to say, where tf.data has hidden it in an error of its own."""
-    if check.error is not None and check.error is not error:
+    if check.error is not None and check.error is not error and str(check.error) in str(error):
         raise check.error from None
 
 

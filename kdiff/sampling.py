@@ -12,13 +12,14 @@ which calls it for you, or a plain function `x_hat = denoise(x, marginal)`:
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
 
-from kdiff import random
+from kdiff import backend, random
 from kdiff.base import Value, check_integer
 from kdiff.schedules import NoiseSchedule
 from kdiff.solvers import Denoise, Solver
@@ -64,7 +65,7 @@ class Sampler(Value):
 
     def times(self, schedule: NoiseSchedule) -> np.ndarray:
         """The times of a run on this schedule: float64, strictly decreasing to 0, with shape `(steps + 1,)`."""
-        whole = schedule.num_steps if isinstance(self.grid, All) else None
+        whole = (schedule.num_steps or self.grid.resolution) if isinstance(self.grid, All) else None
         return self.grid(schedule, self.steps or whole or 50)
 
     def steps_of(
@@ -91,7 +92,7 @@ class Sampler(Value):
         key = random.key_of(seed)
         x = schedule.at(times[0]).sigma * random.normal(random.fold(key, 0, random.INITIAL), shape, first)
         state = self.solver.init(x)
-        advance = compiled or (lambda *args: self.advance(denoise, schedule, *args))
+        advance = compiled or backend.without_gradients(partial(self.advance, denoise, schedule))
         for index, (now, then) in enumerate(pairwise(times)):
             x, x_hat, state = advance(x, now, then, key, np.int32(index), np.int32(first), state)
             yield Step(index + 1, len(times) - 1, float(then), x, x_hat)

@@ -49,6 +49,17 @@ class Marginal(NamedTuple):
         return Marginal(*(v[axes] if len(v.shape) == 1 else v for v in self))
 
 
+def bridge(now: Marginal, then: Marginal):
+    """(kept, fresh), the two numbers of a step back in time, from x_now to x_then:
+
+        kept = (alpha_now sigma_then^2) / (alpha_then sigma_now^2),    fresh = 1 - SNR_now / SNR_then.
+
+    `fresh` is written -expm1(log_snr_now - log_snr_then), which does not cancel near t = 0.
+    """
+    kept = now.alpha * then.sigma**2 / (then.alpha * now.sigma**2)
+    return kept, -ops.expm1(now.log_snr - then.log_snr)
+
+
 class NoiseSchedule(Value, keras.layers.Layer):
     """The base of all schedules: a Keras layer without weights that computes in float32 under any policy.
 
@@ -110,15 +121,12 @@ class NoiseSchedule(Value, keras.layers.Layer):
             mean = (alpha_now sigma_then^2) / (alpha_then sigma_now^2) x_now + alpha_then (1 - r) x
             variance = sigma_then^2 (1 - r),       r = SNR_now / SNR_then
 
-        1 - r is written -expm1(log r), which does not cancel near t = 0.
-
         Returns:
             The mean, of the shape of `x`, and the variance, which broadcasts against it.
         """
         x, x_t = ops.convert_to_tensor(x, "float32"), ops.convert_to_tensor(x_t, "float32")
         now, then = now.like(x), then.like(x)
-        fresh = -ops.expm1(now.log_snr - then.log_snr)
-        kept = now.alpha * then.sigma**2 / (then.alpha * now.sigma**2)
+        kept, fresh = bridge(now, then)
         return kept * x_t + then.alpha * fresh * x, then.sigma**2 * fresh
 
     def compute_output_shape(self, x_shape, *_):

@@ -14,7 +14,7 @@ from typing import Any
 from keras import ops
 
 from kdiff.base import Value, check_choice, check_number
-from kdiff.schedules import Marginal
+from kdiff.schedules import Marginal, bridge
 
 Denoise = Callable[[Any, Marginal], Any]
 
@@ -62,7 +62,7 @@ class DDPM(Solver):
     Args:
         variance: "small" is the posterior's own, s^2 = sigma_then^2 (1 - r), right if the data were one point;
             "large" is the forward process's, s^2 = sigma_now^2 (1 - r), right if the data were standard normal
-            (section 3.2). No noise is added in the step to t = 0.
+            (section 3.2); no noise is then added in the step to t = 0.
         clip: clip x_hat to [-1, 1], as DDPM's code does for images.
     """
 
@@ -75,8 +75,7 @@ class DDPM(Solver):
     def step(self, denoise: Denoise, x, now: Marginal, then: Marginal, noise, state):
         """One ancestral step; arguments and results as in `Solver.step`."""
         x_hat = _clipped(denoise(x, now), self.clip)
-        fresh = -ops.expm1(now.log_snr - then.log_snr)
-        kept = now.alpha * then.sigma**2 / (then.alpha * now.sigma**2)
+        kept, fresh = bridge(now, then)
         sigma = then.sigma if self.variance == "small" else ops.where(then.t > 0, now.sigma, 0.0)
         return kept * x + then.alpha * fresh * x_hat + sigma * ops.sqrt(fresh) * noise, x_hat, state
 
@@ -101,7 +100,7 @@ class DDIM(Solver):
         """One implicit step; arguments and results as in `Solver.step`."""
         x_hat = _clipped(denoise(x, now), self.clip)
         noise_hat = (x - now.alpha * x_hat) / now.sigma
-        fresh = -ops.expm1(now.log_snr - then.log_snr)
+        _, fresh = bridge(now, then)
         x = then.alpha * x_hat + then.sigma * ops.sqrt(1.0 - self.eta**2 * fresh) * noise_hat
         if self.stochastic:
             x = x + self.eta * then.sigma * ops.sqrt(fresh) * noise

@@ -26,7 +26,7 @@ OBJECTS = [
 ]
 
 
-class Quadratic(NoiseSchedule):
+class Ramp(NoiseSchedule):
     """A schedule of a user's own: six lines."""
 
     def __init__(self, scale=10.0):
@@ -40,7 +40,7 @@ class Quadratic(NoiseSchedule):
         return (1.0 - log_snr / self.scale) / 2.0
 
 
-@pytest.mark.parametrize("thing", [*OBJECTS, Quadratic(4.0)], ids=repr)
+@pytest.mark.parametrize("thing", [*OBJECTS, Ramp(4.0)], ids=repr)
 def test_an_object_is_its_constructor_arguments(thing):
     config = keras.saving.serialize_keras_object(thing)
     for twin in (
@@ -75,11 +75,11 @@ def test_get_by_name_class_object_and_config():
     for identifier in ("cosine_beta", "CosineBeta", "cosine-beta", schedules.CosineBeta, cosine):
         assert NoiseSchedule.get(identifier) == cosine
     assert NoiseSchedule.get(cosine) is cosine
-    assert isinstance(NoiseSchedule.get("quadratic"), Quadratic)
+    assert isinstance(NoiseSchedule.get("ramp"), Ramp)
 
 
 def test_get_says_what_is_known():
-    with pytest.raises(ValueError, match=r"Unknown Solver 'dimm'. Did you mean 'ddim'\? Known: \['ddim', 'ddpm'\]"):
+    with pytest.raises(ValueError, match=r"Unknown Solver 'dimm'. Did you mean 'ddim'\? Known: \[.*'ddim', 'ddpm'"):
         solvers.Solver.get("dimm")
     with pytest.raises(TypeError, match="Prediction expected"):
         predictions.Prediction.get(3)
@@ -89,8 +89,8 @@ def test_get_says_what_is_known():
 
 def test_a_schedule_of_ones_own_works_everywhere():
     t = np.float32([0.0, 0.4, 1.0])
-    np.testing.assert_allclose(numpy(Quadratic().time(Quadratic().log_snr(t))), t, atol=1e-6)
-    x = kdiff.Sampler("ddim", steps=3)(lambda x, m: 0.0 * x + 0.5, Quadratic(30.0), (2, 2))
+    np.testing.assert_allclose(numpy(Ramp().time(Ramp().log_snr(t))), t, atol=1e-6)
+    x = kdiff.Sampler("ddim", steps=3)(lambda x, m: 0.0 * x + 0.5, Ramp(30.0), (2, 2))
     np.testing.assert_allclose(numpy(x), 0.5, atol=1e-4)
 
 

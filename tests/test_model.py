@@ -271,6 +271,30 @@ def test_vectors_of_any_size():
     assert model.sample(3, steps=4).shape == (3, 2)
 
 
+class Plain(keras.Model):
+    """A network as anyone would write it, without `build`, `get_config` or a list of its conditions."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.first = keras.layers.Conv2D(4, 3, padding="same")
+        self.table = keras.layers.Embedding(10, 4)
+        self.last = keras.layers.Conv2D(1, 3, padding="same")
+
+    def call(self, inputs, training=None):
+        embedding = self.table(inputs["label"]) + inputs["time"][:, None] / 1000.0
+        return self.last(ops.silu(self.first(inputs["image"]) + embedding[:, None, None, :]))
+
+
+def test_a_network_without_a_build(tmp_path):
+    model = compiled_model(Plain())
+    fit(model, images(16), LABELS[:16].astype("int32"))
+    assert len(model.averages) == len(model.network.weights) == 5
+    samples = model.sample(2, label=[1, 2], steps=2)
+    model.save(tmp_path / "model.keras")
+    twin = keras.saving.load_model(tmp_path / "model.keras", custom_objects={"Plain": Plain})
+    np.testing.assert_array_equal(twin.sample(2, label=[1, 2], steps=2), samples)
+
+
 # Averages
 
 
@@ -639,3 +663,44 @@ def test_bad_models():
         kdiff.DiffusionModel(tiny_network(), "cosin")
     with pytest.raises(ValueError, match="seed"):
         kdiff.DiffusionModel(tiny_network(), seed=-3)
+
+
+def label_model():
+    conditions = {"label": kdiff.blocks.LabelEmbedding(3)}
+    return compiled_model(kdiff.networks.UNet.basic(width=8, levels=1, depth=1, conditions=conditions))
+
+
+def test_labels_out_of_range():
+    model = label_model()
+    with pytest.raises(ValueError, match=r"in 0\.\.2; received 0 to 9"):
+        fit(model, images(16), LABELS[:16].astype("int32"))
+    model.build({"image": (None, 8, 8, 1), "label": (None,)})
+    with pytest.raises(ValueError, match=r"in 0\.\.2; received 3 to 3"):
+        model.sample(2, label=3)
+    with pytest.raises(ValueError, match="label"):
+        model.sample(2, label=[[1, 2], [1, 2]])
+
+
+def test_validation_in_mixed_precision_sees_float32_averages():
+    """Frequencies that the network keeps in float32 must not be rounded on the way through their average."""
+
+    class Frequencies(keras.layers.Layer):
+        def build(self, shapes):
+            value = keras.initializers.Constant(0.12573022)
+            self.frequency = self.add_weight(shape=(), initializer=value, trainable=False, autocast=False)
+
+        def call(self, inputs):
+            return ops.cast(inputs["image"], "float32") * 0.0 + self.frequency
+
+    model = kdiff.DiffusionModel(Frequencies(dtype="mixed_bfloat16"))
+    model.build((None, 2, 2, 1))
+    output = model(ops.zeros((2, 2, 2, 1)), training=False)["output"]
+    np.testing.assert_allclose(numpy(output), 0.12573022, rtol=1e-6)
+
+
+def test_a_changed_prediction_is_not_the_compiled_one():
+    model = kdiff.DiffusionModel(tiny_network(), prediction="velocity")
+    model.build((None, 8, 8, 1))
+    before = model.sample(2, steps=2)
+    model.prediction = predictions.Data()
+    assert np.abs(model.sample(2, steps=2) - before).max() > 1e-3

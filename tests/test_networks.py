@@ -247,7 +247,7 @@ def test_errors_of_the_input():
         with pytest.raises(ValueError, match=message):
             network(inputs)
     assert network.compute_output_spec(_symbols(good)).shape == (2, 8, 8, 2)
-    assert network.conditions == ("label",)
+    assert tuple(network.conditions) == ("label",)
 
 
 def test_errors_of_arguments():

@@ -255,6 +255,12 @@ class LabelEmbedding(Block):
             x = ops.where(dropped, self.num_classes, ops.cast(x, "int32"))
         return _rows(self, x, self.table.shape[0])
 
+    def check(self, labels) -> None:
+        """Raises a ValueError for an array of labels that holds one that the table does not have."""
+        known = self.num_classes + (self.dropout > 0)
+        if labels.size and not (labels.min() >= 0 and labels.max() < known):
+            raise ValueError(f"Labels must be in 0..{known - 1}; received {labels.min()} to {labels.max()}")
+
     def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
         """(batch, width)."""
         return (*x_shape, _width(self, embed_shape))

@@ -115,7 +115,7 @@ class UNet(ConfigurableLayer, keras.Model):
         self.levels = list(levels)
         self.middle = middle or Level(levels[-1].width, 2, levels[-1].block, levels[-1].mixer)
         self.embedding = embedding or MLPEmbedding(SinusoidalEmbedding(max(2, levels[0].width)))
-        self.encoders = dict(conditions or {})
+        self.conditions = dict(conditions or {})
         self.normalization = copy_layer(normalization, name="normalization", dtype=self.dtype_policy)
         self.activation = activation
         self.out_channels = out_channels
@@ -139,15 +139,6 @@ class UNet(ConfigurableLayer, keras.Model):
         for index, layer in enumerate(layer for layer in copies if hasattr(layer, "seed")):
             layer.seed = derive_seed(self.seed, index)
 
-    @property
-    def conditions(self) -> tuple[str, ...]:
-        """The names of the conditions that the input must have."""
-        return tuple(self.encoders)
-
-    def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, serialised."""
-        return {**super().get_config(), "conditions": keras.saving.serialize_keras_object(dict(self.encoders))}
-
     def build(self, input_shape):
         """Builds every layer, from the shapes of the inputs by name."""
         shapes = self._checked({name: tuple(shape) for name, shape in input_shape.items()})
@@ -164,7 +155,7 @@ class UNet(ConfigurableLayer, keras.Model):
 
     def _build_embeddings(self, shapes):
         embed = build_layer(self.embedding, shapes["time"])
-        encoded = {name: build_layer(layer, shapes[name], embed) for name, layer in self.encoders.items()}
+        encoded = {name: build_layer(layer, shapes[name], embed) for name, layer in self.conditions.items()}
         for name, shape in encoded.items():
             if len(shape) not in (2, 3) or (len(shape) == 2 and shape[-1] != embed[-1]):
                 raise ValueError(
@@ -200,7 +191,7 @@ class UNet(ConfigurableLayer, keras.Model):
         """The sum of the vectors of time and conditions, and the conditions' tokens one after the other, or None."""
         embed = time = apply_layer(self.embedding, inputs["time"], training=training)
         context = []
-        for name, layer in self.encoders.items():
+        for name, layer in self.conditions.items():
             encoded = apply_layer(layer, inputs[name], time, training=training)
             if len(encoded.shape) == 2:
                 embed = embed + ops.cast(encoded, embed.dtype)
