@@ -2,7 +2,7 @@
 
     KERAS_BACKEND=jax python examples/quickstart.py          # or tensorflow, or torch
 
-On two cores this takes under three minutes with TensorFlow and JAX. It leaves pictures and the saved model in a folder
+On two cores this takes about three minutes with TensorFlow and JAX. It leaves pictures and the saved model in a folder
 that it names at the end.
 """
 
@@ -18,7 +18,7 @@ from kdiff import data, images
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--dataset", default="digits", help="an embedded set, a TensorFlow Dataset or class folders")
     parser.add_argument("--data-dir", help="where TensorFlow Datasets are")
     parser.add_argument("--download", action="store_true", help="download the TensorFlow Dataset if it is not there")
