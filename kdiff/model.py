@@ -271,10 +271,11 @@ class DiffusionModel(Configurable, keras.Model):
 
     def evaluate(self, x=None, y=None, *args, **options):
         """Keras' `evaluate`, with the averaged weights, and with the same times and noise at each call."""
-        self.evaluation_step.assign(0)
         if options.get("_use_cached_eval_dataset"):  # inside `fit`, whose validation data is checked already
+            self.evaluation_step.assign(0)
             return super().evaluate(x, y, *args, **options)
         x, check = self._checked(x, y, options.pop("sample_weight", None))
+        self.evaluation_step.assign(0)  # only now is the model built for certain
         try:
             return super().evaluate(x, None, *args, **options)
         except Exception as error:

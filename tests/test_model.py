@@ -704,3 +704,8 @@ def test_a_changed_prediction_is_not_the_compiled_one():
     before = model.sample(2, steps=2)
     model.prediction = predictions.Data()
     assert np.abs(model.sample(2, steps=2) - before).max() > 1e-3
+
+
+def test_a_model_that_was_never_fitted_evaluates():
+    model = compiled_model()
+    assert np.isfinite(model.evaluate(images(16), verbose=0))
