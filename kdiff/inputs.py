@@ -5,9 +5,10 @@ Examples come alone, as a pair with labels, or in a dictionary with named condit
 Every batch is looked at on its way to the model, so that one bad batch is an error and not a ruined network.
 """
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import GeneratorType
 from typing import Any
 
@@ -45,21 +46,68 @@ def packed(data: Any) -> tuple[dict[str, Any]]:
     return (inputs,) if sample_weight is None else ({**inputs, "sample_weight": sample_weight},)
 
 
+def condition_names(network: keras.layers.Layer) -> tuple[str, ...] | None:
+    """The conditions that the network takes; None if it does not say."""
+    if isinstance(network, keras.Model) and isinstance(getattr(network, "input", None), dict):
+        return tuple(name for name in network.input if name not in ("image", "time"))
+    names = getattr(network, "conditions", None)
+    return None if names is None else tuple(names)
+
+
+def condition_checks(network: keras.layers.Layer) -> dict[str, Callable[[np.ndarray], None]]:
+    """Functions, by a condition's name, that raise a ValueError for values that its layer does not take."""
+    layers = getattr(network, "conditions", None)
+    pairs = layers.items() if hasattr(layers, "items") else ()
+    return {name: layer.check for name, layer in pairs if hasattr(layer, "check")}
+
+
+def condition_rows(
+    conditions: dict[str, Any], shapes: dict[str, tuple], network: keras.layers.Layer, num_samples: int
+) -> dict[str, np.ndarray]:
+    """Each condition with one row a sample; one value for all samples is repeated.
+
+    Args:
+        conditions: the values by name.
+        shapes: the shape of one row of each condition that there must be.
+        network: what the conditions are for.
+        num_samples: the number of rows.
+
+    Raises:
+        ValueError: if a condition is missing, unknown, of another shape, or holds what its layer does not take.
+    """
+    if missing := set(shapes) - set(conditions):
+        raise ValueError(f"sample: the model needs the conditions {sorted(shapes)}; missing: {sorted(missing)}")
+    if extra := set(conditions) - set(shapes):
+        raise ValueError(f"sample: the model takes the conditions {sorted(shapes)}; received: {sorted(extra)}")
+    rows = {}
+    for name, shape in shapes.items():
+        value = np.asarray(conditions[name])
+        if value.ndim == len(shape):
+            value = np.broadcast_to(value, (num_samples, *value.shape))
+        if not _fits(value.shape, (num_samples, *shape)):
+            wanted = _words((num_samples, *shape))
+            raise ValueError(f"sample: `{name}` must have {num_samples} rows, ({wanted}); received: {value.shape}")
+        if check := condition_checks(network).get(name):
+            check(value)
+        rows[name] = value.astype("int32") if value.dtype.kind in "iu" else value.astype("float32")
+    return rows
+
+
 class BatchCheck:
     """Looks at a batch and raises a ValueError that names what is wrong with it.
 
     Args:
         shape: the shape of one example, with None for an axis of any length.
         limit: the largest magnitude of floating-point examples; None if any will do.
-        conditions: the names of the conditions that the network takes; None if it does not say.
-        checks: functions, by a condition's name, that raise a ValueError for values that its layer does not take.
+        network: whose conditions the batch must hold.
 
     Attributes:
         error: what was raised last: tf.data hides it in an error of its own.
     """
 
-    def __init__(self, shape: tuple, limit: float | None, conditions: tuple[str, ...] | None, checks: dict[str, Any]):
-        self.shape, self.limit, self.conditions, self.checks = shape, limit, conditions, checks
+    def __init__(self, shape: tuple, limit: float | None, network: keras.layers.Layer):
+        self.shape, self.limit = shape, limit
+        self.conditions, self.checks = condition_names(network), condition_checks(network)
         self.error: ValueError | None = None
 
     def __call__(self, data: Any) -> Any:
@@ -76,6 +124,16 @@ class BatchCheck:
             raise
         return data
 
+    @contextlib.contextmanager
+    def reported(self) -> Iterator[None]:
+        """Raises what the check had to say, where tf.data has hidden it in an error of its own."""
+        try:
+            yield
+        except Exception as error:
+            if self.error is not None and self.error is not error and str(self.error) in str(error):
+                raise self.error from None
+            raise
+
     def names(self, inputs: dict[str, Any]) -> None:
         """The conditions must be those that the network takes."""
         if self.conditions is None:
@@ -91,8 +149,7 @@ class BatchCheck:
 
     def size(self, shape: tuple) -> None:
         """The image must have the right shape."""
-        sizes = zip(shape[1:], self.shape, strict=False)
-        if len(shape) != len(self.shape) + 1 or any(None not in pair and pair[0] != pair[1] for pair in sizes):
+        if not _fits(tuple(shape), (None, *self.shape)):
             raise ValueError(f"`image` must have the shape (batch, {_words(self.shape)}); received: {tuple(shape)}")
 
     def image(self, image: Any) -> None:
@@ -121,6 +178,13 @@ class BatchCheck:
             raise ValueError(f"`{name}` must be finite; received a batch that holds NaN or infinity")
         if name in self.checks:
             self.checks[name](condition if isinstance(condition, np.ndarray) else ops.convert_to_numpy(condition))
+
+
+def _fits(shape: tuple, wanted: tuple) -> bool:
+    """Whether the shapes agree; None is any length."""
+    return len(shape) == len(wanted) and all(
+        None in pair or pair[0] == pair[1] for pair in zip(shape, wanted, strict=True)
+    )
 
 
 def _words(shape: tuple) -> str:

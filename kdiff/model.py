@@ -18,6 +18,7 @@ import numpy as np
 from keras import ops
 
 from kdiff import backend, inputs, random
+from kdiff.averages import Averages
 from kdiff.base import Configurable, check_integer, check_number
 from kdiff.codecs import Codec
 from kdiff.predictions import Prediction
@@ -105,9 +106,9 @@ class DiffusionModel(Configurable, keras.Model):
         self._build_network()
         self.step = self._counter("step")
         self.evaluation_step = self._counter("evaluation_step")
-        self.updates = self._counter("updates")
-        self.last_iteration = self._counter("last_iteration")
-        self.averages = [] if self.ema is None else [self._average_of(w) for w in self._averaged_weights()]
+        self.averages = None if self.ema is None else Averages(self.ema)
+        if self.averages:
+            self.averages.follow(self.network)
         self.built = True
 
     def _build_network(self) -> None:
@@ -126,20 +127,6 @@ class DiffusionModel(Configurable, keras.Model):
 
     def _counter(self, name: str):
         return self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False, name=name)
-
-    def _average_of(self, weight):
-        # Through NumPy: on JAX the two must not share a buffer, which a training step gives away.
-        value = ops.convert_to_numpy(weight).astype("float32")
-        return self.add_weight(
-            shape=value.shape,
-            dtype="float32",
-            initializer=lambda shape, dtype: ops.convert_to_tensor(value, dtype),
-            trainable=False,
-            name=f"average_of_{weight.name}",
-        )
-
-    def _averaged_weights(self) -> list:
-        return [w for w in self.network.weights if "float" in w.dtype]
 
     def get_build_config(self) -> dict[str, Any] | None:
         """What `build` was given."""
@@ -214,7 +201,9 @@ class DiffusionModel(Configurable, keras.Model):
         *state, data = args
         x, sample_weight = inputs.unpack(data)
         result = super().train_step(*state, (x, None, sample_weight))
-        return backend.after_step(self, result, self._update_averages)
+        if self.averages is None:
+            return result
+        return backend.after_step(self, result, lambda: self.averages.update(self.network, self.optimizer.iterations))
 
     def test_step(self, *args):
         """Keras' own step."""
@@ -222,26 +211,10 @@ class DiffusionModel(Configurable, keras.Model):
         x, sample_weight = inputs.unpack(data)
         return super().test_step(*state, (x, None, sample_weight))
 
-    def _update_averages(self) -> None:
-        """average += (1 - decay) (weight - average), where the optimizer has made an update.
-
-        Under gradient accumulation, or when a loss scale overflows, it does not at every step.
-        """
-        if not self.averages:
-            return
-        iteration = ops.cast(self.optimizer.iterations, "int32")
-        updated = ops.cast(iteration != self.last_iteration.value, "int32")
-        count = ops.cast(self.updates.value, "float32")
-        decay = ops.minimum(self.ema, (1.0 + count) / (10.0 + count))
-        fraction = ops.cast(updated, "float32") * (1.0 - decay)
-        backend.move_towards(self.averages, self._averaged_weights(), fraction)
-        self.last_iteration.assign(iteration)
-        self.updates.assign(self.updates.value + updated)
-
     def reset_averages(self) -> None:
         """Sets the averages to the weights as they are now, as after loading weights into the network."""
-        for average, weight in zip(self.averages, self._averaged_weights(), strict=True):
-            average.assign(ops.convert_to_numpy(weight).astype("float32"))
+        if self.averages:
+            self.averages.reset(self.network)
 
     def fit(self, x=None, y=None, *args, validation_data=None, **options):
         """Keras' `fit`, on data that is checked batch by batch.
@@ -263,11 +236,8 @@ class DiffusionModel(Configurable, keras.Model):
             validation_data, _ = self._checked(*keras.utils.unpack_x_y_sample_weight(validation_data), check)
         if not isinstance(x, (dict, keras.utils.PyDataset)):
             options.setdefault("shuffle", False)  # Keras cannot shuffle the others, and would warn
-        try:
+        with check.reported():
             return super().fit(x, None, *args, validation_data=validation_data, **options)
-        except Exception as error:
-            _reraise(error, check)
-            raise
 
     def evaluate(self, x=None, y=None, *args, **options):
         """Keras' `evaluate`, with the averaged weights, and with the same times and noise at each call."""
@@ -276,11 +246,8 @@ class DiffusionModel(Configurable, keras.Model):
             return super().evaluate(x, y, *args, **options)
         x, check = self._checked(x, y, options.pop("sample_weight", None))
         self.evaluation_step.assign(0)  # only now is the model built for certain
-        try:
+        with check.reported():
             return super().evaluate(x, None, *args, **options)
-        except Exception as error:
-            _reraise(error, check)
-            raise
 
     def train_on_batch(self, x, y=None, sample_weight=None, **options):
         """Keras' `train_on_batch`; the batch as of `fit`."""
@@ -294,24 +261,11 @@ class DiffusionModel(Configurable, keras.Model):
         """(x, check): the data, checked on its way; the model is built for it if it was not."""
         shapes, x = inputs.look(x, y)
         if check is None:
-            example = (self.shapes or shapes)["image"][1:]
-            check = inputs.BatchCheck(example, self.codec.limit, self._condition_names(), self._condition_checks())
+            check = inputs.BatchCheck((self.shapes or shapes)["image"][1:], self.codec.limit, self.network)
         check.names(shapes)
         check.size(shapes["image"])
         self.build(shapes)
         return inputs.checked(x, y, sample_weight, check), check
-
-    def _condition_names(self) -> tuple[str, ...] | None:
-        if isinstance(self.network, keras.Model) and isinstance(getattr(self.network, "input", None), dict):
-            return tuple(name for name in self.network.input if name not in ("image", "time"))
-        names = getattr(self.network, "conditions", None)
-        return None if names is None else tuple(names)
-
-    def _condition_checks(self) -> dict[str, Any]:
-        """What the network's condition layers have to say of values that they do not take, by name."""
-        layers = getattr(self.network, "conditions", None)
-        pairs = layers.items() if hasattr(layers, "items") else ()
-        return {name: layer.check for name, layer in pairs if hasattr(layer, "check")}
 
     # Denoising and sampling
 
@@ -319,14 +273,9 @@ class DiffusionModel(Configurable, keras.Model):
         """The network's output, float32, with the averaged weights if there are any and they are asked for."""
         label = ops.broadcast_to(self.time_label(self.schedule, m), ops.shape(x_t)[:1])
         arguments = {"image": x_t, "time": label, **conditions}
-        with keras.StatelessScope(self._average_values()) if averages and self.averages else nullcontext():
+        with self.averages.scope(self.network) if averages and self.averages else nullcontext():
             output = self.network(arguments, training=training)
         return ops.cast(output, "float32")
-
-    def _average_values(self) -> list:
-        """Every variable of the network with the value to use: averages, and what is not averaged as it is."""
-        averaged = {id(w): a.value for w, a in zip(self._averaged_weights(), self.averages, strict=True)}
-        return [(v, ops.cast(averaged.get(id(v), v.value), v.dtype)) for v in self.network.variables]
 
     def denoise(self, x_t, m: Marginal, averages: bool = True, **conditions):
         """The network's estimate of the data, x_hat.
@@ -376,7 +325,7 @@ class DiffusionModel(Configurable, keras.Model):
         check_integer("sample", "num_samples", num_samples)
         check_integer("sample", "batch_size", batch_size)
         sampler = _as_sampler(sampler, steps)
-        conditions = self._condition_rows(conditions, num_samples)
+        conditions = self._rows_of(conditions, num_samples)
         batches = range(0, num_samples, batch_size)
         total = len(sampler.times(self.schedule)) - 1
         progress = keras.utils.Progbar(total * len(batches)) if verbose else None
@@ -404,7 +353,7 @@ class DiffusionModel(Configurable, keras.Model):
     ) -> Iterator[Step]:
         """The same as `sample`, in one batch, step by step: yields a `Step` whose x and x_hat are decoded arrays."""
         check_integer("sample_steps", "num_samples", num_samples)
-        conditions = self._condition_rows(conditions, num_samples)
+        conditions = self._rows_of(conditions, num_samples)
         for step in self._steps(_as_sampler(sampler, steps), num_samples, seed, 0, averages, conditions):
             x, x_hat = (ops.convert_to_numpy(self.codec.decode(value)) for value in (step.x, step.x_hat))
             yield step._replace(x=x, x_hat=x_hat)
@@ -440,27 +389,11 @@ class DiffusionModel(Configurable, keras.Model):
             raise ValueError(f"sample: the model was built for images of any size, {shape}; build it for one size")
         return shape
 
-    def _condition_rows(self, conditions: dict[str, Any], num_samples: int) -> dict[str, np.ndarray]:
-        """Each condition with one row a sample; one value for all is repeated."""
+    def _rows_of(self, conditions: dict[str, Any], num_samples: int) -> dict[str, np.ndarray]:
         if not self.built:
             raise ValueError("sample: the model has no weights yet; train it, load it, or call `build`")
-        names = set(self.shapes) - {"image"}
-        if missing := names - set(conditions):
-            raise ValueError(f"sample: the model needs the conditions {sorted(names)}; missing: {sorted(missing)}")
-        if extra := set(conditions) - names:
-            raise ValueError(f"sample: the model takes the conditions {sorted(names)}; received: {sorted(extra)}")
-        return {key: self._rows_of(key, np.asarray(value), num_samples) for key, value in conditions.items()}
-
-    def _rows_of(self, name: str, value: np.ndarray, num_samples: int) -> np.ndarray:
-        if value.ndim < len(self.shapes[name]):
-            value = np.broadcast_to(value, (num_samples, *value.shape))
-        wanted = (num_samples, *self.shapes[name][1:])
-        sizes = zip(value.shape, wanted, strict=False)
-        if value.ndim != len(wanted) or any(size is not None and got != size for got, size in sizes):
-            raise ValueError(f"sample: `{name}` must have {num_samples} rows, {wanted}; received: {value.shape}")
-        if name in self._condition_checks():
-            self._condition_checks()[name](value)
-        return value.astype("int32") if value.dtype.kind in "iu" else value.astype("float32")
+        shapes = {name: shape[1:] for name, shape in self.shapes.items() if name != "image"}
+        return inputs.condition_rows(conditions, shapes, self.network, num_samples)
 
     # Saving
 
@@ -505,12 +438,6 @@ def _problem(y_pred: dict[str, Any], sample_weight):
     if weight is not None:
         weight = ops.reshape(weight, (-1, *[1] * (len(target.shape) - 2)))
     return target, output, weight
-
-
-def _reraise(error: Exception, check: inputs.BatchCheck) -> None:
-    """Raises what the check of a batch had to say, where tf.data has hidden it in an error of its own."""
-    if check.error is not None and check.error is not error and str(check.error) in str(error):
-        raise check.error from None
 
 
 def _as_sampler(sampler: Sampler | Solver | str | None, steps: int | None) -> Sampler:
