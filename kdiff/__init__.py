@@ -1,8 +1,10 @@
 """kdiff: diffusion models in Keras 3, on TensorFlow, JAX and PyTorch."""
 
 from kdiff import (
+    analytic,
     blocks,
     codecs,
+    guidance,
     networks,
     predictions,
     random,

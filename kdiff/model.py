@@ -371,7 +371,7 @@ class DiffusionModel(Configurable, keras.Model):
 
     def _step_function(self, sampler: Sampler, averages: bool):
         """A compiled step of this solver, made once; seed, times and conditions are arguments of it."""
-        key = (sampler.solver, averages, self.schedule, self.prediction, self.time_label)
+        key = (sampler.solver, sampler.guidance, averages, self.schedule, self.prediction, self.time_label)
         if key not in self._step_functions:
 
             def advance(conditions, *arguments):
@@ -445,4 +445,4 @@ def _as_sampler(sampler: Sampler | Solver | str | None, steps: int | None) -> Sa
         sampler = Sampler()
     elif not isinstance(sampler, Sampler):
         sampler = Sampler(sampler)
-    return sampler if steps is None else Sampler(sampler.solver, sampler.grid, steps)
+    return sampler if steps is None else sampler.clone(steps=steps)

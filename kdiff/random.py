@@ -24,7 +24,7 @@ from kdiff.base import check_integer
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA
 
-# What a seed's numbers are used for: no two uses share a stream.
+# What a seed's numbers are used for: no two uses share a stream. A step that draws noise again takes STEPS + 1, ...
 TRAINING, EVALUATION, INITIAL, STEPS = range(4)
 
 

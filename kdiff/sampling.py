@@ -1,9 +1,10 @@
 """The sampling loop, once for every solver, grid, schedule and network.
 
-    x = sigma(1) noise;  for now, then in pairs(grid):  x = solver.step(denoise, x, now, then, noise)
+    x = sigma(1) noise
+    for now, then in pairs(grid):  x = solver.step(guidance(denoise), schedule, x, now, then, noise)
 
-A `Sampler` is a solver, a grid and a number of steps. It samples from anything that can denoise: a `DiffusionModel`,
-which calls it for you, or a plain function `x_hat = denoise(x, marginal)`:
+A `Sampler` is a solver, a grid, a number of steps and any guidance. It samples from anything that can denoise: a
+`DiffusionModel`, which calls it for you, or a plain function `x_hat = denoise(x, marginal)`:
 
     sampler = Sampler("ddim", steps=20)
     x = sampler(denoise, Cosine(), (16, 32, 32, 3), seed=0)          # the result
@@ -11,7 +12,8 @@ which calls it for you, or a plain function `x_hat = denoise(x, marginal)`:
         print(step.index, step.total, step.x_hat)
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -21,9 +23,10 @@ from keras import ops
 
 from kdiff import backend, random
 from kdiff.base import Value, check_integer
+from kdiff.guidance import Guidance
 from kdiff.schedules import NoiseSchedule
 from kdiff.solvers import Denoise, Solver
-from kdiff.times import All, TimeGrid
+from kdiff.times import TimeGrid
 
 
 class Step(NamedTuple):
@@ -51,22 +54,37 @@ class Sampler(Value):
         solver: a `Solver` or its name.
         grid: a `TimeGrid` or its name.
         steps: the number of steps. None: 50, or every step that the schedule has where the grid is "all".
+        guidance: a `Guidance` or its name, or several, of which the first is applied first.
+        to_zero: whether the last step goes to t = 0. Otherwise the run ends at a grid's last time above zero.
 
     Raises:
-        ValueError: if `steps` is below 1; and, when it runs, if a discrete schedule has fewer.
+        ValueError: if `steps` is below 1, or below what the solver needs; and, when it runs, if a discrete schedule has
+            fewer.
     """
 
-    def __init__(self, solver="ddim", grid="trailing", steps: int | None = None):
+    def __init__(
+        self,
+        solver="ddim",
+        grid="trailing",
+        steps: int | None = None,
+        guidance: Guidance | str | Sequence[Guidance | str] = (),
+        to_zero: bool = True,
+    ):
         if steps is not None:
             check_integer("Sampler", "steps", steps)
         self.solver = Solver.get(solver)
         self.grid = TimeGrid.get(grid)
         self.steps = steps
+        guidance = guidance if isinstance(guidance, (list, tuple)) else (guidance,)
+        self.guidance = tuple(Guidance.get(one) for one in guidance)
+        self.to_zero = to_zero
 
     def times(self, schedule: NoiseSchedule) -> np.ndarray:
         """The times of a run on this schedule: float64, strictly decreasing to 0, with shape `(steps + 1,)`."""
-        whole = (schedule.num_steps or self.grid.resolution) if isinstance(self.grid, All) else None
-        return self.grid(schedule, self.steps or whole or 50)
+        steps = self.steps or self.grid.default_steps(schedule)
+        times = self.grid(schedule, steps) if self.to_zero else self.grid(schedule, steps + 1)[:-1]
+        self.solver.check(len(times) - 1)
+        return times
 
     def steps_of(
         self,
@@ -88,10 +106,36 @@ class Sampler(Value):
             first: the number of the first sample, so that batches of one run continue one another.
             compiled: a compiled form of `advance` for this `denoise`, if there is one.
         """
-        times = self.times(schedule).astype("float32")
-        key = random.key_of(seed)
-        x = schedule.at(times[0]).sigma * random.normal(random.fold(key, 0, random.INITIAL), shape, first)
-        state = self.solver.init(x)
+        times = self.times(schedule)
+        noise = random.normal(random.fold(random.key_of(seed), 0, random.INITIAL), shape, first)
+        x = schedule.at(times[0]).sigma * noise
+        yield from self._run(denoise, schedule, x, times, seed, first, compiled)
+
+    def invert(self, denoise: Denoise, schedule: NoiseSchedule, x, *, compiled: Callable | None = None):
+        """The noise from which a deterministic solver makes `x`: the run backwards, from t = 0.
+
+        Args:
+            denoise: x_hat = denoise(x, marginal).
+            schedule: the schedule of the run.
+            x: data, with shape `(samples, ...)`.
+            compiled: a compiled form of `advance` of the inverse sampler, if there is one.
+
+        Returns:
+            x at the grid's first time.
+
+        Raises:
+            ValueError: if the solver has no inverse.
+        """
+        inverse = Sampler(self.solver.inverse(), self.grid, self.steps, self.guidance, self.to_zero)
+        times = self.times(schedule)[::-1]
+        x = schedule.at(times[0]).alpha * ops.convert_to_tensor(x, "float32")
+        for step in inverse._run(denoise, schedule, x, times, 0, 0, compiled):
+            x = step.x
+        return x
+
+    def _run(self, denoise, schedule, x, times, seed, first, compiled) -> Iterator[Step]:
+        times, key = times.astype("float32"), random.key_of(seed)
+        state = self.solver.init(x, len(times) - 1)
         advance = compiled or backend.without_gradients(partial(self.advance, denoise, schedule))
         for index, (now, then) in enumerate(pairwise(times)):
             x, x_hat, state = advance(x, now, then, key, np.int32(index), np.int32(first), state)
@@ -114,10 +158,14 @@ class Sampler(Value):
         Returns:
             `(x, x_hat, state)`, as of `Solver.step`.
         """
-        noise = None
-        if self.solver.stochastic:
-            noise = random.normal(random.fold(key, index, random.STEPS), ops.shape(x), first)
-        return self.solver.step(denoise, x, schedule.at(now), schedule.at(then), noise, state)
+        for guidance in self.guidance:
+            denoise = guidance(denoise)
+        streams = itertools.count(random.STEPS)
+
+        def noise():
+            return random.normal(random.fold(key, index, next(streams)), ops.shape(x), first)
+
+        return self.solver.step(denoise, schedule, x, schedule.at(now), schedule.at(then), noise, state)
 
     def __call__(self, denoise: Denoise, schedule: NoiseSchedule, shape: tuple[int, ...], *, seed: int = 0):
         """Runs, and returns the last x. Arguments as of `steps_of`."""

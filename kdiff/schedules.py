@@ -103,6 +103,11 @@ class NoiseSchedule(Value, keras.layers.Layer):
         log_snr = self.log_snr(t)
         return Marginal(t, *self.scales(log_snr), log_snr)
 
+    def at_log_snr(self, log_snr) -> Marginal:
+        """The marginal with this log-SNR, of any shape."""
+        log_snr = ops.convert_to_tensor(log_snr, "float32")
+        return Marginal(self.time(log_snr), *self.scales(log_snr), log_snr)
+
     def call(self, x, noise, t):
         """The forward process, x_t = alpha x + sigma noise (DDPM eq. 4).
 

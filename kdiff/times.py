@@ -84,6 +84,10 @@ class TimeGrid(Value):
 
     resolution = 1000
 
+    def default_steps(self, schedule: NoiseSchedule) -> int:
+        """The number of steps of a run that names none: 50, or all that the schedule has if they are fewer."""
+        return min(50, schedule.num_steps or 50)
+
     def __call__(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
         """The times of a run of `steps` steps.
 
@@ -109,6 +113,10 @@ class TimeGrid(Value):
 
 class All(TimeGrid):
     """Every step of a discrete process: i = T - 1 ... 0, as DDPM samples. `steps` must be T."""
+
+    def default_steps(self, schedule: NoiseSchedule) -> int:
+        """T."""
+        return schedule.num_steps or self.resolution
 
     def indices(self, num_steps: int, steps: int) -> np.ndarray:
         """T - 1 ... 0."""

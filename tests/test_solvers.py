@@ -13,7 +13,7 @@ STOCHASTIC = [DDPM(), DDPM("large"), DDIM(0.5), DDIM(1.0)]
 
 def test_every_solver_is_here():
     ours = {name for name, solver in Solver.names().items() if solver.__module__.startswith("kdiff.")}
-    assert ours == {"ddpm", "ddim"}
+    assert {"ddpm", "ddim"} <= ours
     assert not DDIM().stochastic
     assert all(solver.stochastic for solver in STOCHASTIC)
 
@@ -101,17 +101,6 @@ def test_ddpm_is_ho_et_al():
             key = random.fold(random.key_of(4), step.index - 1, random.STEPS)
             x = mean + (np.sqrt(spread) * numpy(random.normal(key, (5, 3))) if i else 0)
             np.testing.assert_allclose(numpy(step.x), x, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("make", [DDPM, DDIM])
-def test_clip(make):
-    def denoise(x, m):
-        return 3.0 * x
-
-    run = list(Sampler(make(clip=True), steps=4).steps_of(denoise, schedules.Cosine(), (4, 4)))
-    assert all(np.abs(numpy(step.x_hat)).max() <= 1 for step in run)
-    free = list(Sampler(make(clip=False), steps=4).steps_of(denoise, schedules.Cosine(), (4, 4)))
-    assert np.abs(numpy(free[0].x_hat)).max() > 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,111 @@
+"""DDPM and DDIM: the solvers that follow from the exact posterior q(x_then | x_now, x).
+
+In both r = SNR_now / SNR_then < 1, and 1 - r is written -expm1(log r), which does not cancel near t = 0.
+"""
+
+from keras import ops
+
+from kdiff.base import check_choice, check_integer, check_number
+from kdiff.schedules import Marginal, NoiseSchedule, bridge
+from kdiff.solvers.base import Denoise, Draw, Solver, half_step, noise_of
+
+
+class DDPM(Solver):
+    """Ancestral sampling: a draw from q(x_then | x_now, x = x_hat) (Ho et al. 2020, algorithm 2):
+
+        x_then = (alpha_now sigma_then^2) / (alpha_then sigma_now^2) x_now + alpha_then (1 - r) x_hat + s noise.
+
+    Args:
+        variance: "small" is that of the posterior, s^2 = sigma_then^2 (1 - r), right if the data were one point;
+            "large" is the forward process's, s^2 = sigma_now^2 (1 - r), right if the data were standard normal
+            (section 3.2); "learned" lies between the two where the network says, in the logarithm (improved DDPM,
+            arXiv:2102.09672, eq. 15), and needs the prediction `LearnedVariance`. With "large" and "learned" no noise
+            is added in the step to t = 0.
+    """
+
+    stochastic = True
+
+    def __init__(self, variance: str = "small"):
+        check_choice("DDPM", "variance", variance, ("small", "large", "learned"))
+        self.variance = variance
+        self.learned = variance == "learned"
+
+    def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
+        """One ancestral step; arguments and results as in `Solver.step`."""
+        x_hat, share = denoise(x, now) if self.learned else (denoise(x, now), None)
+        kept, fresh = bridge(now, then)
+        s = self._sigma(now, then, share) * ops.sqrt(fresh)
+        return kept * x + then.alpha * fresh * x_hat + s * noise(), x_hat, state
+
+    def _sigma(self, now: Marginal, then: Marginal, share):
+        if self.variance == "small":
+            return then.sigma
+        large = now.sigma
+        if self.learned:
+            large = then.sigma * (now.sigma / then.sigma) ** share
+        return ops.where(then.t > 0, large, 0.0)
+
+
+class DDIM(Solver):
+    """Denoising diffusion implicit models (Song et al. 2021, arXiv:2010.02502, eqs. 12 and 16):
+
+        x_then = alpha_then x_hat + sqrt(sigma_then^2 - s^2) noise_hat + s noise,
+        noise_hat = (x_now - alpha_now x_hat) / sigma_now,    s = eta sigma_then sqrt(1 - r).
+
+    With eta = 0 it is Euler's method, in sigma / alpha as in EDM and in t as in rectified flow; with eta = 1 it is DDPM
+    with the small variance, and the ancestral Euler method.
+
+    Args:
+        eta: 0 is deterministic, an ODE solver of order 1; 1 is DDPM; any number in [0, 1].
+    """
+
+    def __init__(self, eta: float = 0.0):
+        check_number(type(self).__name__, "eta", eta, 0.0, 1.0)
+        self.eta = eta
+        self.stochastic = eta > 0
+
+    def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
+        """One implicit step; arguments and results as in `Solver.step`."""
+        x_hat = denoise(x, now)
+        _, fresh = bridge(now, then)
+        kept = then.sigma * ops.sqrt(1.0 - self.eta**2 * fresh)
+        x = then.alpha * x_hat + kept * noise_of(x, x_hat, now)
+        if self.stochastic:
+            x = x + self.eta * then.sigma * ops.sqrt(fresh) * noise()
+        return x, x_hat, state
+
+    def inverse(self) -> Solver:
+        """`DDIMInversion()`, if eta is 0."""
+        return super().inverse() if self.stochastic else DDIMInversion()
+
+
+class DDIMInversion(Solver):
+    """DDIM from data to noise: here `then` is noisier than `now`. The step that DDIM undoes solves
+
+        x_then = (alpha_then / alpha_now) x_now + (sigma_then - alpha_then sigma_now / alpha_now) noise_hat(x_then),
+
+    by iteration from noise_hat at the scaled x_now (Song et al. 2021, section 4.3, is one iteration; Garibi et al.
+    2024, "ReNoise", arXiv:2403.14602, iterates).
+
+    Args:
+        iterations: how often the network is asked in a step.
+    """
+
+    def __init__(self, iterations: int = 1):
+        check_integer("DDIMInversion", "iterations", iterations)
+        self.iterations = iterations
+        self.evaluations = iterations
+
+    def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
+        """One step back; arguments and results as in `Solver.step`."""
+        start = then.alpha / now.alpha * x
+        step = then.sigma * -ops.expm1(half_step(now, then))
+        x_then = start
+        for _ in range(self.iterations):
+            x_hat = denoise(x_then, then)
+            x_then = start + step * noise_of(x_then, x_hat, then)
+        return x_then, x_hat, state
+
+    def inverse(self) -> Solver:
+        """`DDIM()`."""
+        return DDIM()
