@@ -3,8 +3,8 @@
     lint            ruff's rules and format
     tests(backend)  the suite where `kdiff[backend]` is all there is: the extra is enough, and on JAX and PyTorch
                     nothing misses TensorFlow, which is not installed; tests that need it skip themselves
-    together        one environment with every extra: the backends compared, and on each the tests marked `data`, which
-                    the other sessions skip
+    together        one environment with every extra: the backends compared, and on each the tests marked `data` or
+                    `reference`, which the other sessions skip
 
 `nox -s "tests(jax)"` runs one session, `nox -- -k unet` hands what follows `--` to pytest, `nox -R` reuses the
 environments as they are.
@@ -49,8 +49,8 @@ def tests(session: nox.Session, backend: str) -> None:
 
 @nox.session
 def together(session: nox.Session) -> None:
-    """Run what needs TensorFlow's pipelines on each backend, and compare the backends."""
+    """Run on each backend what needs TensorFlow's pipelines or diffusers, and compare the backends."""
     install(session, ".[all]")
     pytest(session, "tensorflow", "tests/test_backends_agree.py")
     for backend in BACKENDS:
-        pytest(session, backend, "-m", "data")
+        pytest(session, backend, "-m", "data or reference")

@@ -15,11 +15,14 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
 def pytest_configure(config):
-    """Registers the marker of tests that need more than one backend's extra."""
+    """Registers the markers of tests that need more than one backend's extra."""
     config.addinivalue_line("markers", "data: needs the extra `data`; skipped where it is not installed")
+    config.addinivalue_line("markers", "reference: compares with diffusers; skipped where PyTorch or it is not installed")
 
 
 def pytest_runtest_setup(item):
     """Skips them where that is not installed."""
     if item.get_closest_marker("data") and find_spec("tensorflow_datasets") is None:
         pytest.skip("the extra `data` is not installed")
+    if item.get_closest_marker("reference") and None in (find_spec("torch"), find_spec("diffusers")):
+        pytest.skip("PyTorch or diffusers is not installed")
