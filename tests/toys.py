@@ -1,11 +1,13 @@
 """Small things that the tests share: networks, data, and denoisers that are known exactly."""
 
+import itertools
+
 import keras
 import numpy as np
 from keras import layers, ops
 
 import kdiff
-from kdiff import schedules
+from kdiff import analytic, schedules
 
 SCHEDULES = [
     schedules.LinearBeta(),
@@ -63,3 +65,35 @@ def compiled_model(network=None, optimizer=None, loss="mse", metrics=None, jit="
     model = kdiff.DiffusionModel(network or tiny_network(), **options)
     model.compile(optimizer or keras.optimizers.Adam(1e-2), loss, metrics=metrics, jit_compile=jit)
     return model
+
+
+MIXTURE = analytic.GaussianMixture([[-0.8, 0.2], [0.5, -0.6], [0.4, 0.7]], [0.3, 0.2, 0.25], [1.0, 2.0, 1.5])
+
+
+def solve(solver, schedule, log_snrs, x, data=MIXTURE, noise=None):
+    """A run of `solver` along these log-SNRs from `x`, outside of the sampling loop; the last x."""
+    marginals = [schedule.at_log_snr(np.float32(log_snr)) for log_snr in log_snrs]
+    x = ops.convert_to_tensor(x, "float32")
+    state = solver.init(x, len(marginals) - 1)
+    for now, then in itertools.pairwise(marginals):
+        x, _, state = solver.step(data, schedule, x, now, then, noise, state)
+    return numpy(x)
+
+
+def measured_order(solver, schedule, steps=(8, 16, 32), span=(-3.0, 3.0), warm=0):
+    """log2 of how the error of a deterministic solver falls when the steps are doubled, once for each doubling.
+
+    The grid is uniform in log-SNR. A multistep solver begins at order 1, and the error of that one step would stay; with
+    `warm` the first step is cut into that many pieces, each four times as long as the one before.
+    """
+    x = np.random.default_rng(0).normal(size=(32, 2))
+    m = schedule.at_log_snr(np.float32(span[0]))
+    x = (float(m.alpha) * 0.5 + float(m.sigma)) * x
+    exact = MIXTURE.flow(x, schedule, float(m.t), float(schedule.time(np.float32(span[1]))))
+    errors = []
+    for count in steps:
+        log_snrs = np.linspace(*span, count + 1)
+        pieces = log_snrs[0] + (log_snrs[1] - log_snrs[0]) * 4.0 ** -np.arange(warm, 0, -1)
+        log_snrs = np.concatenate([log_snrs[:1], pieces, log_snrs[1:]])
+        errors.append(np.sqrt(np.mean((solve(solver, schedule, log_snrs, x) - exact) ** 2)))
+    return np.log2(np.array(errors[:-1]) / errors[1:]), np.array(errors)
