@@ -17,7 +17,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 def pytest_configure(config):
     """Registers the markers of tests that need more than one backend's extra."""
     config.addinivalue_line("markers", "data: needs the extra `data`; skipped where it is not installed")
-    config.addinivalue_line("markers", "reference: compares with diffusers; skipped where PyTorch or it is not installed")
+    config.addinivalue_line("markers", "reference: compares with diffusers; skipped where it or PyTorch is missing")
 
 
 def pytest_runtest_setup(item):

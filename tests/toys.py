@@ -83,8 +83,8 @@ def solve(solver, schedule, log_snrs, x, data=MIXTURE, noise=None):
 def measured_order(solver, schedule, steps=(8, 16, 32), span=(-3.0, 3.0), warm=0):
     """log2 of how the error of a deterministic solver falls when the steps are doubled, once for each doubling.
 
-    The grid is uniform in log-SNR. A multistep solver begins at order 1, and the error of that one step would stay; with
-    `warm` the first step is cut into that many pieces, each four times as long as the one before.
+    The grid is uniform in log-SNR. A multistep solver begins at order 1, and the error of that one step would stay;
+    with `warm` the first step is cut into that many pieces, each four times as long as the one before.
     """
     x = np.random.default_rng(0).normal(size=(32, 2))
     m = schedule.at_log_snr(np.float32(span[0]))
