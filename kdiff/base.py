@@ -90,6 +90,10 @@ class Configurable:
         """The public subclasses, by the name that `get` knows them by."""
         return {_snake_case(c.__name__): c for c in _subclasses(cls) if not c.__name__.startswith("_")}
 
+    def explain(self) -> None:
+        """Prints what this object is: its constructor call, its equation, source, arguments and their limits."""
+        print(f"{self!r}\n\n{inspect.getdoc(type(self))}")
+
     def __repr__(self) -> str:
         shown = (
             f"{name}={_short(getattr(self, name))}"

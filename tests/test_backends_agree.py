@@ -36,12 +36,14 @@ def main(phase: str, folder: Path) -> None:
     from kdiff import random
 
     x = np.load(folder / "x.npy")
+    keras.utils.set_random_seed(3)
     network = kdiff.networks.UNet.attention(
         width=8, levels=1, depth=1, heads=2, conditions={"label": kdiff.blocks.LabelEmbedding(3)}
     )
     model = kdiff.DiffusionModel(network, "linear_beta", "velocity", times="discrete", weighting="min_snr", seed=11)
     model.compile(keras.optimizers.Adam(1e-3), metrics=["mae"])
     model.build({"image": x.shape, "label": LABELS.shape})
+    initial = np.concatenate([keras.ops.convert_to_numpy(weight).ravel() for weight in network.weights])
     generator = np.random.default_rng(0)
     for weight in network.weights:
         weight.assign(0.1 * generator.standard_normal(weight.shape))
@@ -50,6 +52,7 @@ def main(phase: str, folder: Path) -> None:
     model.save(folder / f"{name}.keras")
     np.savez(
         folder / f"{name}.npz",
+        initial=initial,
         normal=random.normal(random.key_of(5), (4, 3, 3, 2)),
         uniform=random.uniform(random.key_of(5), (4, 7)),
         keys=random.fold(random.key_of(2**40 + 3), np.arange(6), random.STEPS),
@@ -99,6 +102,7 @@ PAIRS = [("jax", "tensorflow"), ("jax", "torch")]
 def test_one_seed_gives_the_same_random_numbers(results, a, b):
     import numpy as np
 
+    np.testing.assert_array_equal(results[a]["initial"], results[b]["initial"])
     np.testing.assert_array_equal(results[a]["keys"], results[b]["keys"])
     np.testing.assert_array_equal(results[a]["uniform"], results[b]["uniform"])
     np.testing.assert_array_equal(results[a]["times"], results[b]["times"])

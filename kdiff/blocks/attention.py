@@ -67,6 +67,7 @@ class MultiHeadAttention(Block):
         self.output_layer = self._dense("output", (*x_shape[:-1], inner), width, kernel_initializer=initializer)
 
     def _dense(self, name, shape, width, **options):
+        options = {"kernel_initializer": kernel_initializer(), **options}
         layer = keras.layers.Dense(width, name=name, dtype=self.dtype_policy, **options)
         layer.build(shape)
         return layer

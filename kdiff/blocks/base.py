@@ -22,6 +22,7 @@ import numpy as np
 from keras import ops
 
 from kdiff.base import Configurable
+from kdiff.blocks.initializers import GlorotUniform
 
 Shape = tuple[int | None, ...]
 
@@ -144,9 +145,9 @@ def dropout_layer(block: Block) -> keras.layers.Layer:
     return keras.layers.Dropout(block.dropout, seed=block.seed, dtype=block.dtype_policy)
 
 
-def kernel_initializer(zero: bool) -> str:
-    """The initialiser of the last layer of a residual branch, which is the identity at first if `zero`."""
-    return "zeros" if zero else "glorot_uniform"
+def kernel_initializer(zero: bool = False) -> keras.initializers.Initializer:
+    """The initialiser of a kernel; zeros for the last layer of a residual branch that is the identity at first."""
+    return keras.initializers.Zeros() if zero else GlorotUniform()
 
 
 def over_positions(vector: Any, x: Any) -> Any:
@@ -158,7 +159,7 @@ def projection_of(block: Block, embed_shape: Shape | None, width: int) -> keras.
     """A dense layer from the embedding to `width` channels; None if there is no embedding."""
     if embed_shape is None:
         return None
-    layer = keras.layers.Dense(width, dtype=block.dtype_policy)
+    layer = keras.layers.Dense(width, kernel_initializer=kernel_initializer(), dtype=block.dtype_policy)
     layer.build(embed_shape)
     return layer
 

@@ -56,7 +56,8 @@ class ConvBlock(Block):
         check_map(self, x_shape)
         self.embedded = embed_shape is not None
         width = self.width or x_shape[-1]
-        self.convolution = keras.layers.Conv2D(width, self.kernel_size, padding="same", dtype=self.dtype_policy)
+        options = {"kernel_initializer": kernel_initializer(), "dtype": self.dtype_policy}
+        self.convolution = keras.layers.Conv2D(width, self.kernel_size, padding="same", **options)
         build_layer(self.normalization, build_layer(self.convolution, x_shape))
         self.projection = projection_of(self, embed_shape, width)
 

@@ -11,7 +11,8 @@ from keras import ops
 
 from kdiff import backend
 from kdiff.base import check_integer, check_number
-from kdiff.blocks.base import Block, build_layer, check_given, copy_layer
+from kdiff.blocks.base import Block, build_layer, check_given, copy_layer, kernel_initializer
+from kdiff.blocks.initializers import Normal
 
 
 class SinusoidalEmbedding(Block):
@@ -143,8 +144,9 @@ class MLPEmbedding(Block):
         """Builds the embedding and the dense layers."""
         shape = build_layer(self.embedding, x_shape)
         width = self.width or 4 * shape[-1]
-        self.hidden = keras.layers.Dense(width, activation=self.activation, dtype=self.dtype_policy)
-        self.output_layer = keras.layers.Dense(width, dtype=self.dtype_policy)
+        options = {"dtype": self.dtype_policy}
+        self.hidden = keras.layers.Dense(width, self.activation, kernel_initializer=kernel_initializer(), **options)
+        self.output_layer = keras.layers.Dense(width, kernel_initializer=kernel_initializer(), **options)
         build_layer(self.output_layer, build_layer(self.hidden, shape))
 
     def call(self, x, embed=None, context=None, training=None):
@@ -191,9 +193,7 @@ class LearnedEmbedding(Block):
                 "LearnedEmbedding: `x` must be a map or tokens of known size, unless `size` is given; "
                 f"received the shape: {tuple(x_shape)}"
             )
-        self.table = self.add_weight(
-            shape=shape, initializer=keras.initializers.RandomNormal(stddev=self.stddev), name="table"
-        )
+        self.table = self.add_weight(shape=shape, initializer=Normal(self.stddev), name="table")
 
     def call(self, x, embed=None, context=None, training=None):
         """Maps or tokens to the same, or whole numbers of any shape to (..., width)."""
@@ -242,7 +242,7 @@ class LabelEmbedding(Block):
         """Makes the table, (num_classes, width), with one more row for the null class."""
         self.table = self.add_weight(
             shape=(self.num_classes + (self.dropout > 0), _width(self, embed_shape)),
-            initializer=keras.initializers.RandomNormal(stddev=0.02),
+            initializer=Normal(0.02),
             name="table",
         )
 

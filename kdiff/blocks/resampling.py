@@ -4,7 +4,7 @@ import keras
 
 from kdiff import backend
 from kdiff.base import check_choice, check_integer
-from kdiff.blocks.base import Block, check_map
+from kdiff.blocks.base import Block, check_map, kernel_initializer
 
 
 class Downsample(Block):
@@ -96,6 +96,7 @@ def _widens(block, x_shape):
 
 
 def _convolution(block, x_shape, kernel_size, layer=keras.layers.Conv2D, **options):
-    made = layer(block.width or x_shape[-1], kernel_size, padding="same", dtype=block.dtype_policy, **options)
+    options = {"kernel_initializer": kernel_initializer(), "dtype": block.dtype_policy, **options}
+    made = layer(block.width or x_shape[-1], kernel_size, padding="same", **options)
     made.build(x_shape)
     return made

@@ -44,9 +44,9 @@ class FeedForward(_Branch):
         """Builds the normalisation and the two dense layers."""
         self._build(x_shape, embed_shape)
         width, policy = x_shape[-1], self.dtype_policy
-        initializer = kernel_initializer(self.zero)
-        self.hidden = keras.layers.Dense(self.ratio * width, activation=self.activation, dtype=policy)
-        self.output_layer = keras.layers.Dense(width, kernel_initializer=initializer, dtype=policy)
+        first, last = kernel_initializer(), kernel_initializer(self.zero)
+        self.hidden = keras.layers.Dense(self.ratio * width, self.activation, kernel_initializer=first, dtype=policy)
+        self.output_layer = keras.layers.Dense(width, kernel_initializer=last, dtype=policy)
         build_layer(self.output_layer, build_layer(self.hidden, x_shape))
 
     def _branch(self, x, context):

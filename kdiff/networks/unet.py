@@ -16,6 +16,7 @@ from kdiff.blocks.base import (
     copy_layer,
     derive_seed,
     get_layer,
+    kernel_initializer,
 )
 from kdiff.blocks.convolution import ConvBlock, ResidualBlock
 from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding
@@ -121,7 +122,14 @@ class UNet(ConfigurableLayer, keras.Model):
         self.out_channels = out_channels
         self.seed = seed
         self._activate = keras.activations.get(activation)
-        self.stem = keras.layers.Conv2D(levels[0].width, 3, padding="same", dtype=self.dtype_policy, name="stem")
+        self.stem = keras.layers.Conv2D(
+            levels[0].width,
+            3,
+            padding="same",
+            kernel_initializer=kernel_initializer(),
+            dtype=self.dtype_policy,
+            name="stem",
+        )
         self.down = [self._chain(unit, f"down_{i}") for i, unit in enumerate(_way_down(self.levels))]
         self.bridge = self._chain(_between(self.middle), "bridge")
         self.up = [self._chain(unit, f"up_{i}") for i, unit in enumerate(_way_up(self.levels))]
