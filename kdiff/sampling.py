@@ -92,6 +92,7 @@ class Sampler(Value):
         schedule: NoiseSchedule,
         shape: tuple[int, ...],
         *,
+        x: Any = None,
         seed: int = 0,
         first: int = 0,
         compiled: Callable | None = None,
@@ -102,13 +103,15 @@ class Sampler(Value):
             denoise: x_hat = denoise(x, marginal); the fields of the marginal have shape `()`.
             schedule: the schedule to sample under.
             shape: the shape of the batch, `(samples, ...)`.
+            x: the noisy batch to start from, at the grid's first time; None for sigma noise.
             seed: names the noise; the same on every backend.
             first: the number of the first sample, so that batches of one run continue one another.
             compiled: a compiled form of `advance` for this `denoise`, if there is one.
         """
         times = self.times(schedule)
-        noise = random.normal(random.fold(random.key_of(seed), 0, random.INITIAL), shape, first)
-        x = schedule.at(times[0]).sigma * noise
+        if x is None:
+            noise = random.normal(random.fold(random.key_of(seed), 0, random.INITIAL), shape, first)
+            x = schedule.at(times[0]).sigma * noise
         yield from self._run(denoise, schedule, x, times, seed, first, compiled)
 
     def invert(self, denoise: Denoise, schedule: NoiseSchedule, x, *, compiled: Callable | None = None):
@@ -128,13 +131,14 @@ class Sampler(Value):
         """
         inverse = Sampler(self.solver.inverse(), self.grid, self.steps, self.guidance, self.to_zero)
         times = self.times(schedule)[::-1]
-        x = schedule.at(times[0]).alpha * ops.convert_to_tensor(x, "float32")
+        x = schedule.at(times[0].astype("float32")).alpha * ops.convert_to_tensor(x, "float32")
         for step in inverse._run(denoise, schedule, x, times, 0, 0, compiled):
             x = step.x
         return x
 
     def _run(self, denoise, schedule, x, times, seed, first, compiled) -> Iterator[Step]:
         times, key = times.astype("float32"), random.key_of(seed)
+        x = ops.convert_to_tensor(x, "float32")
         state = self.solver.init(x, len(times) - 1)
         advance = compiled or backend.without_gradients(partial(self.advance, denoise, schedule))
         for index, (now, then) in enumerate(pairwise(times)):
@@ -167,8 +171,8 @@ class Sampler(Value):
 
         return self.solver.step(denoise, schedule, x, schedule.at(now), schedule.at(then), noise, state)
 
-    def __call__(self, denoise: Denoise, schedule: NoiseSchedule, shape: tuple[int, ...], *, seed: int = 0):
+    def __call__(self, denoise: Denoise, schedule: NoiseSchedule, shape: tuple[int, ...], *, x=None, seed: int = 0):
         """Runs, and returns the last x. Arguments as of `steps_of`."""
-        for step in self.steps_of(denoise, schedule, shape, seed=seed):
+        for step in self.steps_of(denoise, schedule, shape, x=x, seed=seed):
             x = step.x
         return x
