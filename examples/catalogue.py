@@ -1,0 +1,66 @@
+"""Write examples/catalogue.md: every object that has a name, with its arguments, from the objects themselves.
+
+    python examples/catalogue.py
+"""
+
+import inspect
+import itertools
+from pathlib import Path
+
+from kdiff import codecs, guidance, predictions, schedules, solvers, times, weightings
+
+FAMILIES = {
+    "Schedules": schedules.NoiseSchedule,
+    "Predictions": predictions.Prediction,
+    "Loss weights": weightings.Weighting,
+    "Training times": times.TimeSampler,
+    "Sampling grids": times.TimeGrid,
+    "Time labels": times.TimeLabel,
+    "Solvers": solvers.Solver,
+    "Guidance": guidance.Guidance,
+    "Codecs": codecs.Codec,
+}
+PAGE = Path(__file__).with_name("catalogue.md")
+
+
+def summary(kind: type) -> str:
+    """The first sentence of the docstring, without the equation that may follow it."""
+    lines = itertools.takewhile(str.strip, inspect.getdoc(kind).splitlines())
+    text = " ".join(line.strip() for line in lines).rstrip(":")
+    return text.replace("|", "\\|")
+
+
+def call(kind: type) -> str:
+    """The constructor call with its defaults."""
+    arguments = [str(p.replace(annotation=p.empty)) for p in inspect.signature(kind).parameters.values()]
+    return f"{kind.__name__}({', '.join(arguments)})"
+
+
+def rows(base: type):
+    """The lines of the table of one family."""
+    solver = base is solvers.Solver
+    yield "| name | object | what it is |" + (" order | evaluations a step |" if solver else "")
+    yield "|---|---|---|" + ("---|---|" if solver else "")
+    for name, kind in sorted(base.names().items()):
+        if kind.__module__.startswith("kdiff."):
+            order = f" {kind().order} | {kind().evaluations} |" if solver else ""
+            yield f"| `{name}` | `{call(kind)}` | {summary(kind)} |{order}"
+
+
+def catalogue() -> str:
+    """The whole page."""
+    lines = [
+        "# All that has a name",
+        "",
+        "Written by `examples/catalogue.py` from the objects; a test keeps it true. Any of them may be given by its name,",
+        "`schedule=\"cosine\"`, or as an object, `schedule=Cosine(min_log_snr=-12.0)`; `object.explain()` prints all of its",
+        "documentation: equation, source, arguments and their limits.",
+    ]
+    for title, base in FAMILIES.items():
+        lines += ["", f"## {title}", "", *rows(base)]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(catalogue(), encoding="utf-8")
+    print(f"Wrote {PAGE}")

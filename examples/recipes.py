@@ -1,0 +1,110 @@
+"""Six published recipes as six rows of objects, trained on two-dimensional data in seconds each.
+
+    KERAS_BACKEND=jax python examples/recipes.py                       # or tensorflow, or torch
+    KERAS_BACKEND=jax python examples/recipes.py --data mixture
+
+Only objects are swapped: schedule, prediction, training times, loss weight, grid and solver. It leaves a picture with
+the data, and the samples of each.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import layers
+from matplotlib.figure import Figure
+
+from kdiff import DiffusionModel, Sampler, blocks, predictions, schedules, solvers, times, weightings
+
+RECIPES = {
+    "DDPM": (
+        {"schedule": schedules.LinearBeta(1000), "prediction": "noise", "times": "discrete", "time_label": "index"},
+        Sampler(solvers.DDPM("large"), "all"),
+    ),
+    "Improved DDPM, DDIM": (
+        {"schedule": schedules.CosineBeta(1000), "prediction": "noise", "times": times.LossAware(1000)},
+        Sampler("ddim", "trailing", 50),
+    ),
+    "Simple diffusion": (
+        {"schedule": schedules.Shifted(schedules.Cosine(), 0.0), "prediction": "velocity", "times": "stratified"},
+        Sampler("ddpm", "trailing", 100),
+    ),
+    "EDM": (
+        {
+            "schedule": schedules.VarianceExploding(0.002, 80.0),
+            "prediction": predictions.Karras(1.0),
+            "times": times.LogNormalSigma(-1.2, 1.2),
+            "weighting": weightings.EDM(1.0),
+            "time_label": times.LogSNR(-0.125),
+        },
+        Sampler("heun", times.Karras(7.0), 18),
+    ),
+    "Rectified flow": (
+        {"schedule": schedules.Rectified(), "prediction": "flow", "times": times.LogitNormal()},
+        Sampler("euler", "trailing", 50),
+    ),
+    "Stable Diffusion": (
+        {"schedule": schedules.ScaledLinearBeta(), "prediction": "noise", "times": "discrete", "time_label": "index"},
+        Sampler("dpm_solver_pp", times.Leading(1), 25),
+    ),
+}
+
+
+def swiss_roll(count: int, generator: np.random.Generator) -> np.ndarray:
+    angle = 1.5 * np.pi * (1 + 2 * generator.uniform(size=count))
+    points = np.stack([angle * np.cos(angle), angle * np.sin(angle)], axis=-1) + 0.3 * generator.normal(size=(count, 2))
+    return (points / 8).astype("float32")
+
+
+def mixture(count: int, generator: np.random.Generator) -> np.ndarray:
+    angle = 2 * np.pi * generator.integers(8, size=count) / 8
+    centres = 1.5 * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+    return (centres + 0.1 * generator.normal(size=(count, 2))).astype("float32")
+
+
+DATA = {"swiss-roll": swiss_roll, "mixture": mixture}
+
+
+def network(width: int = 128) -> keras.Model:
+    """Three dense layers that see the point and an embedding of time."""
+    point, label = keras.Input((2,), name="image"), keras.Input((), name="time")
+    embedding = blocks.MLPEmbedding(blocks.SinusoidalEmbedding(64), width)(label)
+    x = layers.Dense(width)(point)
+    for _ in range(3):
+        x = x + layers.Dense(width)(keras.ops.silu(layers.Dense(width)(keras.ops.silu(x + embedding))))
+    return keras.Model({"image": point, "time": label}, layers.Dense(2)(keras.ops.silu(x)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=DATA, default="swiss-roll")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--out", type=Path, default=Path("runs") / "recipes.png")
+    options = parser.parse_args()
+    keras.utils.set_random_seed(0)
+    x = DATA[options.data](512 * options.steps // 10, np.random.default_rng(0))
+
+    figure = Figure(figsize=(3 * (len(RECIPES) + 1), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(RECIPES) + 1, sharex=True, sharey=True)
+    panels[0].plot(*x[:2000].T, ".", markersize=2, color="black")
+    panels[0].set_title("Data")
+    for panel, (name, (objects, sampler)) in zip(panels[1:], RECIPES.items(), strict=True):
+        begun = time.monotonic()
+        model = DiffusionModel(network(), codec="identity", ema=0.99, **objects)
+        model.compile(keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(3e-3, options.steps)))
+        history = model.fit(x, batch_size=512, epochs=10, verbose=0)
+        samples = model.sample(2000, sampler=sampler, batch_size=2000)
+        seconds, loss = time.monotonic() - begun, history.history["loss"][-1]
+        panel.plot(*samples.T, ".", markersize=2)
+        panel.set_title(f"{name}\n{sampler.solver!r}", fontsize=9)
+        print(f"{name:22} loss {loss:.4f}   {seconds:4.0f} s   {model.schedule!r}, {model.prediction!r}, {sampler!r}")
+    panels[0].set(xlim=(-2.2, 2.2), ylim=(-2.2, 2.2), aspect="equal")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.out, dpi=110)
+    print(f"Drawn in {options.out.resolve()}")
+
+
+if __name__ == "__main__":
+    main()
