@@ -1,6 +1,6 @@
 """Write examples/catalogue.md: every object that has a name, with its arguments, from the objects themselves.
 
-    python examples/catalogue.py
+python examples/catalogue.py
 """
 
 import inspect
@@ -52,9 +52,9 @@ def catalogue() -> str:
     lines = [
         "# All that has a name",
         "",
-        "Written by `examples/catalogue.py` from the objects; a test keeps it true. Any of them may be given by its name,",
-        "`schedule=\"cosine\"`, or as an object, `schedule=Cosine(min_log_snr=-12.0)`; `object.explain()` prints all of its",
-        "documentation: equation, source, arguments and their limits.",
+        "Written by `examples/catalogue.py` from the objects; a test keeps it true. Any of them may be given by its",
+        'name, `schedule="cosine"`, or as an object, `schedule=Cosine(min_log_snr=-12.0)`; `object.explain()` prints',
+        "all of its documentation: equation, source, arguments and their limits.",
     ]
     for title, base in FAMILIES.items():
         lines += ["", f"## {title}", "", *rows(base)]

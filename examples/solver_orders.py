@@ -45,7 +45,9 @@ def flow_error(solver, evaluations: int) -> float:
 
 def moment_error(solver, evaluations: int) -> float:
     """The largest difference in the mean and covariance of 20,000 samples, in standard deviations and variances."""
-    x = ops.convert_to_numpy(Sampler(solver, "uniform_log_snr", steps_for(solver, evaluations))(DATA, SCHEDULE, (20000, 2)))
+    x = ops.convert_to_numpy(
+        Sampler(solver, "uniform_log_snr", steps_for(solver, evaluations))(DATA, SCHEDULE, (20000, 2))
+    )
     weights = DATA.weights / DATA.weights.sum()
     mean = weights @ DATA.means
     covariance = np.einsum("k,ki,kj->ij", weights, DATA.means - mean, DATA.means - mean)

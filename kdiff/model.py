@@ -21,6 +21,8 @@ from kdiff import backend, inputs, random
 from kdiff.averages import Averages
 from kdiff.base import Configurable, check_integer, check_number
 from kdiff.codecs import Codec
+from kdiff.conversion import transfer
+from kdiff.objectives import loss_weight
 from kdiff.predictions import Prediction
 from kdiff.sampling import Sampler, Step
 from kdiff.schedules import Marginal, NoiseSchedule
@@ -159,8 +161,9 @@ class DiffusionModel(Configurable, keras.Model):
             training: whether to use the weights (True), or their averages (False).
 
         Returns:
-            {"output", "target", "weight"}: the network's output and its target, float32, with the shape of the data,
-            and the loss weight, with shape `(batch,)`, or None.
+            {"output", "target", "weight", "extra", "t"}: the network's output and its target, float32, with the shape
+            of the data; and, with shape `(batch,)`, the loss weight, or None; what the prediction adds to the loss, or
+            None; and the times.
         """
         batch, _ = inputs.unpack((data,))
         conditions = {key: value for key, value in batch.items() if key != "image"}
@@ -171,7 +174,13 @@ class DiffusionModel(Configurable, keras.Model):
         m = self.schedule.at(t)
         x_t = self.schedule(x, noise, t)
         output = self._output(x_t, m, conditions, training=bool(training), averages=not training)
-        return {"output": output, "target": self.prediction.target(x, noise, m), "weight": self._weight(m)}
+        return {
+            "output": self.prediction.value(output),
+            "target": self.prediction.target(x, noise, m),
+            "weight": self._weight(m),
+            "extra": self.prediction.extra_loss(output, x, x_t, self.schedule, m),
+            "t": t,
+        }
 
     def _next_keys(self, training):
         """The two keys of this step: training goes on from step to step, each evaluation draws the same numbers."""
@@ -182,14 +191,20 @@ class DiffusionModel(Configurable, keras.Model):
         return keys[0], keys[1]
 
     def _weight(self, m: Marginal):
-        if self.weighting is None:
-            return None
-        return self.weighting(m.log_snr) * self.prediction.gain(m) ** 2
+        """The loss weight at each noise level, and what makes up for times drawn more often than others."""
+        weight = loss_weight(self.schedule, self.prediction, self.weighting, self.times, m)
+        return _product(weight, self.times.importance(self.schedule, m.t))
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The compiled loss of the network's output, weighted by noise level and by example."""
         target, output, weight = _problem(y_pred, sample_weight)
-        return super().compute_loss(x, target, output, weight, training=training)
+        loss = super().compute_loss(x, target, output, weight, training=training)
+        if y_pred["extra"] is not None:
+            loss = loss + ops.mean(_product(y_pred["extra"], sample_weight))
+        if training:
+            errors = ops.mean(ops.square(target - output), axis=tuple(range(1, len(target.shape))))
+            self.times.update(self.schedule, y_pred["t"], errors)
+        return loss
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None) -> dict[str, Any]:
         """The compiled metrics of the network's output against its target."""
@@ -272,24 +287,33 @@ class DiffusionModel(Configurable, keras.Model):
     def _output(self, x_t, m: Marginal, conditions: dict[str, Any], training: bool, averages: bool):
         """The network's output, float32, with the averaged weights if there are any and they are asked for."""
         label = ops.broadcast_to(self.time_label(self.schedule, m), ops.shape(x_t)[:1])
-        arguments = {"image": x_t, "time": label, **conditions}
+        arguments = {"image": self.prediction.input_scale(m.like(x_t)) * x_t, "time": label, **conditions}
         with self.averages.scope(self.network) if averages and self.averages else nullcontext():
             output = self.network(arguments, training=training)
+        wanted = self.prediction.factor * x_t.shape[-1]
+        if output.shape[-1] != wanted:
+            raise ValueError(
+                f"{self.prediction!r}: the network must return {wanted} channels (`out_channels={wanted}`), "
+                f"{self.prediction.factor} for each of the data; received: {output.shape[-1]}"
+            )
         return ops.cast(output, "float32")
 
-    def denoise(self, x_t, m: Marginal, averages: bool = True, **conditions):
+    def denoise(self, x_t, m: Marginal, averages: bool = True, learned: bool = False, **conditions):
         """The network's estimate of the data, x_hat.
 
         Args:
             x_t: a noisy batch, with shape `(batch, ...)`.
             m: the marginal that it is at, `schedule.at(t)`; the fields have shape `()` or `(batch,)`.
             averages: use the averaged weights.
+            learned: whether to return the learned variance too, if the prediction is a `LearnedVariance`.
             **conditions: one row an example.
 
         Returns:
-            x_hat, with the shape of `x_t`.
+            x_hat, with the shape of `x_t`; or a pair, x_hat and the share (see `LearnedVariance`).
         """
-        return self.prediction.denoise(self._output(x_t, m, conditions, False, averages), x_t, m)
+        output = self._output(x_t, m, conditions, False, averages)
+        x_hat = self.prediction.denoise(output, x_t, m)
+        return (x_hat, self.prediction.share(output)) if learned else x_hat
 
     def sample(
         self,
@@ -297,6 +321,7 @@ class DiffusionModel(Configurable, keras.Model):
         *,
         sampler: Sampler | Solver | str | None = None,
         steps: int | None = None,
+        schedule: NoiseSchedule | str | None = None,
         seed: int = 0,
         batch_size: int = 64,
         averages: bool = True,
@@ -309,6 +334,8 @@ class DiffusionModel(Configurable, keras.Model):
             num_samples: how many.
             sampler: a `Sampler`, a `Solver`, or the name of one; None is `Sampler()`, 50 steps of DDIM.
             steps: the number of steps; None: the sampler's own.
+            schedule: a schedule, or its name, to sample under; None: the one of training. The network is asked at
+                the same log-SNR, so that any continuous schedule will do within the noise levels that it has seen.
             seed: names the noise. Sample n of a seed is the same in any batch size, and on every backend.
             batch_size: how many are made at once.
             averages: use the averaged weights.
@@ -325,16 +352,17 @@ class DiffusionModel(Configurable, keras.Model):
         check_integer("sample", "num_samples", num_samples)
         check_integer("sample", "batch_size", batch_size)
         sampler = _as_sampler(sampler, steps)
+        schedule = self.schedule if schedule is None else NoiseSchedule.get(schedule)
         conditions = self._rows_of(conditions, num_samples)
         batches = range(0, num_samples, batch_size)
-        total = len(sampler.times(self.schedule)) - 1
+        total = len(sampler.times(schedule)) - 1
         progress = keras.utils.Progbar(total * len(batches)) if verbose else None
         samples = []
         for first in batches:
             # The last batch is filled up and cut: a batch of another size would be compiled again.
             rows = np.minimum(np.arange(first, first + min(batch_size, num_samples)), num_samples - 1)
             chosen = {key: value[rows] for key, value in conditions.items()}
-            for step in self._steps(sampler, len(rows), seed, first, averages, chosen):
+            for step in self._steps(sampler, schedule, len(rows), seed, first, averages, chosen):
                 x = step.x
                 if progress:
                     progress.add(1)
@@ -347,6 +375,7 @@ class DiffusionModel(Configurable, keras.Model):
         *,
         sampler: Sampler | Solver | str | None = None,
         steps: int | None = None,
+        schedule: NoiseSchedule | str | None = None,
         seed: int = 0,
         averages: bool = True,
         **conditions,
@@ -354,31 +383,34 @@ class DiffusionModel(Configurable, keras.Model):
         """The same as `sample`, in one batch, step by step: yields a `Step` whose x and x_hat are decoded arrays."""
         check_integer("sample_steps", "num_samples", num_samples)
         conditions = self._rows_of(conditions, num_samples)
-        for step in self._steps(_as_sampler(sampler, steps), num_samples, seed, 0, averages, conditions):
+        schedule = self.schedule if schedule is None else NoiseSchedule.get(schedule)
+        for step in self._steps(_as_sampler(sampler, steps), schedule, num_samples, seed, 0, averages, conditions):
             x, x_hat = (ops.convert_to_numpy(self.codec.decode(value)) for value in (step.x, step.x_hat))
             yield step._replace(x=x, x_hat=x_hat)
 
-    def _steps(self, sampler: Sampler, rows: int, seed: int, first: int, averages: bool, conditions) -> Iterator[Step]:
+    def _steps(self, sampler: Sampler, schedule, rows: int, seed: int, first: int, averages: bool, conditions):
         backend.synchronise(self)
+        if sampler.solver.learned and self.prediction.factor == 1:
+            raise ValueError(f"{sampler.solver!r} needs the prediction LearnedVariance; this is {self.prediction!r}")
         shape = (rows, *self._sample_shape())
-        function = self._step_function(sampler, averages)
+        function = self._step_function(sampler, schedule, averages)
         conditions = {key: ops.convert_to_tensor(value) for key, value in conditions.items()}
 
         def advance(*arguments):
             return function(conditions, *arguments)
 
-        return sampler.steps_of(None, self.schedule, shape, seed=seed, first=first, compiled=advance)
+        return sampler.steps_of(None, schedule, shape, seed=seed, first=first, compiled=advance)
 
-    def _step_function(self, sampler: Sampler, averages: bool):
+    def _step_function(self, sampler: Sampler, schedule: NoiseSchedule, averages: bool):
         """A compiled step of this solver, made once; seed, times and conditions are arguments of it."""
-        key = (sampler.solver, sampler.guidance, averages, self.schedule, self.prediction, self.time_label)
+        key = (sampler.solver, sampler.guidance, schedule, averages, self.schedule, self.prediction, self.time_label)
         if key not in self._step_functions:
 
             def advance(conditions, *arguments):
                 def denoise(x_t, m):
-                    return self.denoise(x_t, m, averages, **conditions)
+                    return self.denoise(x_t, m, averages, sampler.solver.learned, **conditions)
 
-                return sampler.advance(denoise, self.schedule, *arguments)
+                return sampler.advance(transfer(denoise, self.schedule, schedule), schedule, *arguments)
 
             self._step_functions[key] = backend.compiled(advance, self)
         return self._step_functions[key]
@@ -432,12 +464,16 @@ class DiffusionModel(Configurable, keras.Model):
 def _problem(y_pred: dict[str, Any], sample_weight):
     """(target, output, weight), the weight with the rank of a loss that has averaged over the last axis."""
     target, output, weight = y_pred["target"], y_pred["output"], y_pred["weight"]
-    if sample_weight is not None:
-        sample_weight = ops.cast(sample_weight, "float32")
-        weight = sample_weight if weight is None else weight * sample_weight
+    weight = _product(weight, sample_weight)
     if weight is not None:
         weight = ops.reshape(weight, (-1, *[1] * (len(target.shape) - 2)))
     return target, output, weight
+
+
+def _product(a, b):
+    """a b in float32; None is 1."""
+    factors = [ops.cast(factor, "float32") for factor in (a, b) if factor is not None]
+    return factors[0] * factors[1] if len(factors) == 2 else next(iter(factors), None)
 
 
 def _as_sampler(sampler: Sampler | Solver | str | None, steps: int | None) -> Sampler:

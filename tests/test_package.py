@@ -18,7 +18,18 @@ FILES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*
 # A part may import what stands before it, on each of these paths that it is on. So mathematics, neural blocks and
 # pipelines meet in nothing but the foundations.
 FOUNDATIONS = ("base", "backend", "random")
-MATHEMATICS = ("schedules", "predictions", "weightings", "times", "solvers", "guidance", "sampling", "analytic")
+MATHEMATICS = (
+    "schedules",
+    "predictions",
+    "conversion",
+    "weightings",
+    "times",
+    "objectives",
+    "solvers",
+    "guidance",
+    "sampling",
+    "analytic",
+)
 PATHS = (
     (*FOUNDATIONS, *MATHEMATICS, "codecs", "inputs", "averages", "model", "images", "data", "callbacks", "evaluation"),
     (*FOUNDATIONS, "blocks", "networks"),

@@ -1,18 +1,50 @@
+"""Training times and labels. The times of sampling: test_times_grids.py; other implementations: *_reference.py."""
+
+import copy
+import pickle
+
+import keras
 import numpy as np
 import pytest
+from keras import ops
+from scipy import stats
+from scipy.special import expit, logit
 
+import kdiff
 from kdiff import random, schedules, times
-from kdiff.times import TimeGrid, TimeLabel, TimeSampler
-from tests.toys import SCHEDULES, numpy
+from kdiff.times import TimeLabel, TimeSampler
+from tests.toys import numpy, tiny_network
 
 DISCRETE, CONTINUOUS = schedules.LinearBeta(), schedules.Cosine()
+EVEN = [times.Uniform(), times.Stratified(), times.Systematic(), times.LowDiscrepancy(), times.Antithetic()]
+BENT = [
+    times.LogitNormal(),
+    times.LogitNormal(-0.7, 0.6),
+    times.Mode(),
+    times.Mode(-0.9),
+    times.Mode(0.0),
+    times.PowerLaw(),
+    times.PowerLaw(-0.5),
+    times.LogNormalSigma(),
+    times.LogNormalSigma(0.5, 2.0),
+    times.LogUniform(),
+]
+ON = [CONTINUOUS, schedules.Rectified(), DISCRETE]
 
 
 def draw(sampler, schedule=DISCRETE, batch=64, seed=0):
     return numpy(sampler(schedule, batch, random.key_of(seed)))
 
 
-@pytest.mark.parametrize("sampler", [times.Uniform(), times.Discrete(10), times.Stratified()], ids=repr)
+def test_every_time_sampler_is_here():
+    ours = {kind for kind in TimeSampler.names().values() if kind.__module__.startswith("kdiff.")}
+    assert ours == {type(sampler) for sampler in [*EVEN, *BENT, times.Discrete(), times.LossAware()]}
+
+
+# Uniform times
+
+
+@pytest.mark.parametrize("sampler", [*EVEN, times.Discrete(10)], ids=repr)
 def test_times_are_uniform(sampler):
     """The mean, and the share in each tenth, to 5 standard errors of independent draws."""
     drawn = np.stack([draw(sampler, seed=seed) for seed in range(60)])
@@ -26,8 +58,11 @@ def test_times_are_uniform(sampler):
     assert drawn.max() <= 1
 
 
-def test_every_time_sampler_is_here():
-    assert set(TimeSampler.names()) == {"uniform", "discrete", "stratified"}
+@pytest.mark.parametrize("sampler", EVEN, ids=repr)
+def test_each_time_alone_is_uniform(sampler):
+    """Whatever its place in the batch, over seeds: Kolmogorov and Smirnov at a level of 1e-4."""
+    drawn = np.stack([draw(sampler, batch=5, seed=seed) for seed in range(150)])
+    assert all(stats.kstest(place, "uniform").pvalue > 1e-4 for place in drawn.T)
 
 
 def test_discrete_times_are_the_steps():
@@ -48,47 +83,281 @@ def test_stratified_times_cover_every_part_once():
     assert len(set(first)) > 5  # the place in the batch does not tell the noise level
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
-@pytest.mark.parametrize("name", TimeGrid.names())
-@pytest.mark.parametrize("steps", [1, 2, 7, 40])
-def test_grids_decrease_to_zero(schedule, name, steps):
-    if name == "all":
-        steps = schedule.num_steps or 1000
-    grid = TimeGrid.get(name)(schedule, steps)
-    assert grid.shape == (steps + 1,)
-    assert np.all(np.diff(grid) < 0)
-    assert grid[-1] == 0
-    assert grid[0] <= 1
+def gaps(t):
+    """The distances between neighbours on the circle."""
+    t = np.sort(t.astype("float64"))
+    return np.diff(np.append(t, t[0] + 1.0))
 
 
-def indices(grid, steps, schedule=DISCRETE):
-    return list(np.round(grid(schedule, steps)[:-1] * schedule.num_steps - 1, 6))
+def test_systematic_times_have_equal_distances():
+    np.testing.assert_allclose(gaps(draw(times.Systematic(), batch=23)), 1 / 23, atol=3e-7)
 
 
-def test_grids_are_the_published_spacings():
-    """Lin et al. 2024, table 2, for T = 1000 and S = 10, with the indices from 0."""
-    assert indices(times.Leading(), 10) == [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]
-    assert indices(times.Leading(offset=1), 10) == [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
-    assert indices(times.Trailing(), 10) == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
-    assert indices(times.Linspace(), 10) == [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]
-    assert indices(times.All(), 1000) == list(range(999, -1, -1))
-    np.testing.assert_allclose(times.Trailing()(CONTINUOUS, 4), [1, 0.75, 0.5, 0.25, 0])
+def test_low_discrepancy_times_cover_every_run_evenly():
+    """Three-distance theorem: n / phi mod 1 has at most three distances; of the golden ratio none exceeds 2 / n."""
+    t = draw(times.LowDiscrepancy(), batch=5000)
+    exact = np.arange(5000) * (np.sqrt(5) - 1) / 2
+    assert np.abs((t - t[0] - exact + 0.5) % 1.0 - 0.5).max() < 2e-6
+    for run in (t[:64], t[17:81], t[4000:4021]):
+        found = gaps(run)
+        assert len(set(np.round(found, 5))) <= 3
+        assert found.max() < 2 / len(run)
+        # A part of a batch of the other kind does not cover [0, 1).
+    assert gaps(draw(times.Systematic(), batch=64)[:16]).max() > 0.7
+
+
+def test_antithetic_times_are_mirrored():
+    t = draw(times.Antithetic(), batch=10)
+    np.testing.assert_allclose(t[:5] + t[5:], 1.0, atol=1e-6)
+    np.testing.assert_array_equal(draw(times.Antithetic(), batch=9), t[:9])
+    assert draw(times.Antithetic(), batch=1).shape == (1,)
+
+
+# Other densities
+
+
+def integral(sampler, schedule, points=20001):
+    """(t, F): the integral of the density from 0 to t, float64, over points that are dense at both ends."""
+    y = np.linspace(-16, 16, points)
+    t = expit(y)
+    p = numpy(sampler.density(schedule, t.astype("float32"))).astype("float64") * t * expit(-y)
+    return t, np.append(0.0, np.cumsum((p[1:] + p[:-1]) / 2 * (y[1] - y[0])))
+
+
+def clipped(sampler, schedule):
+    """The shares of the times that lie beyond the two ends of the schedule, and are put at the ends."""
+    if not isinstance(sampler, times.LogNormalSigma):
+        return 0.0, 0.0
+    clean, noisy = (-0.5 * float(numpy(end)) for end in times.log_snr_ends(schedule))
+    normal = stats.norm(sampler.mean, sampler.std)
+    return normal.cdf(clean), normal.sf(noisy)
+
+
+@pytest.mark.parametrize("schedule", ON, ids=repr)
+@pytest.mark.parametrize("sampler", BENT, ids=repr)
+def test_density_is_that_of_the_draws(sampler, schedule):
+    """It integrates to 1, and 4,000 draws follow it: Kolmogorov and Smirnov at a level of 1e-3."""
+    t, total = integral(sampler, schedule)
+    below, above = clipped(sampler, schedule)
+    # The ends of the steps of a table fall between the points of the integral: 0.3 %.
+    assert total[-1] + below + above == pytest.approx(1.0, abs=3e-3)
+    drawn = draw(sampler, schedule, batch=4000)
+    assert drawn.dtype == np.float32
+    assert drawn.min() >= 0
+    assert drawn.max() <= 1
+
+    def distribution(x):
+        return np.interp(x, t, below + total) + above * (np.asarray(x) >= 1.0)
+
+    inside = drawn[(drawn > drawn.min()) & (drawn < drawn.max())]  # what was put at the ends has no density
+    assert len(inside) > 3900
+    span = distribution(inside.min()), distribution(inside.max())
+    assert stats.kstest(inside, lambda x: (distribution(x) - span[0]) / (span[1] - span[0])).pvalue > 1e-3
+
+
+def test_known_quantiles_and_densities():
+    """Against scipy in float64, at the uniform numbers themselves."""
+    u = (np.arange(400) / 400).astype("float32")
+    middle = (u + 2.0**-25).astype("float64")  # where `normal` reads a uniform number
+    t = np.linspace(0.001, 0.999, 99).astype("float32")
+    sampler = times.LogitNormal(0.4, 1.3)
+    np.testing.assert_allclose(
+        numpy(sampler.quantile(CONTINUOUS, u)), expit(0.4 + 1.3 * stats.norm.ppf(middle)), atol=1e-6
+    )
+    density = stats.norm.pdf(logit(t.astype("float64")), 0.4, 1.3) / t / (1.0 - t)
+    np.testing.assert_allclose(numpy(sampler.density(CONTINUOUS, t)), density, rtol=2e-4)
+    law = stats.beta(1.5, 1)
+    np.testing.assert_allclose(numpy(times.PowerLaw(0.5).quantile(CONTINUOUS, u)), law.ppf(u), atol=1e-6)
+    np.testing.assert_allclose(numpy(times.PowerLaw(0.5).density(CONTINUOUS, t)), law.pdf(t), rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [-1.0, -0.5, 0.0, 1.0, 2 / (np.pi - 2)])
+def test_mode_is_monotone_and_its_density_is_the_slope(scale):
+    """1 / p at t = f(u) is the slope of f by differences in float64; at the largest scale it vanishes at u = 1/2."""
+    u = np.linspace(0.03, 0.97, 48)
+
+    def f(u):
+        return 1 - u - scale * (np.cos(np.pi * u / 2) ** 2 - 1 + u)
+
+    sampler = times.Mode(scale)
+    np.testing.assert_allclose(numpy(sampler.quantile(CONTINUOUS, u)), f(u), atol=1e-6)
+    slope = (f(u - 1e-6) - f(u + 1e-6)) / 2e-6
+    assert np.all(slope > -1e-6)
+    np.testing.assert_allclose(1 / numpy(sampler.density(CONTINUOUS, f(u).astype("float32"))), slope, atol=2e-3)
+
+
+@pytest.mark.parametrize("schedule", [*ON, schedules.VarianceExploding()], ids=repr)
+def test_noise_levels_have_the_published_distribution(schedule):
+    """Karras et al. 2022, table 1: ln sigma is normal. To the part of it that float32 knows of t near 1."""
+    log_sigma = -0.5 * numpy(schedule.log_snr(draw(times.LogNormalSigma(points="systematic"), schedule, batch=2000)))
+    expected = np.sort(stats.norm(-1.2, 1.2).ppf((np.arange(2000) + 0.5) / 2000))
+    clean, noisy = (-0.5 * float(numpy(end)) for end in times.log_snr_ends(schedule))
+    np.testing.assert_allclose(np.sort(log_sigma)[5:-5], np.clip(expected, clean, noisy)[5:-5], atol=0.06)
+    log_snr = numpy(schedule.log_snr(draw(times.LogUniform("systematic"), schedule, batch=2000)))
+    np.testing.assert_allclose(np.sort(log_snr), np.linspace(-2 * noisy, -2 * clean, 2000), atol=0.06)
+
+
+def test_points_cover_the_batch():
+    """One time in each of n equally likely parts."""
+    for points in ("stratified", "systematic"):
+        u = stats.norm.cdf(logit(draw(times.LogitNormal(points=points), batch=16).astype("float64")))
+        assert sorted((u * 16).astype(int)) == list(range(16))
+    for wrong in ("discrete", "logit_normal", "loss_aware"):
+        with pytest.raises(ValueError, match="points"):
+            times.LogitNormal(points=wrong)
 
 
 @pytest.mark.parametrize(
-    ("grid", "steps", "message"),
+    "make",
     [
-        ("trailing", 0, "at least 1"),
-        ("leading", -3, "at least 1"),
-        ("linspace", 2.5, "whole number"),
-        ("trailing", 1001, "at most 1000"),
-        ("all", 50, "must be 1000"),
-        (times.Leading(offset=500), 2, "at most 499"),
+        lambda: times.LogitNormal(std=0.0),
+        lambda: times.LogitNormal(mean="a"),
+        lambda: times.Mode(2.0),
+        lambda: times.Mode(-1.1),
+        lambda: times.PowerLaw(-1.0),
+        lambda: times.LogNormalSigma(std=-1.0),
+        lambda: times.LossAware(0),
+        lambda: times.LossAware(history=0),
+        lambda: times.LossAware(uniform=0.0),
     ],
 )
-def test_impossible_numbers_of_steps(grid, steps, message):
-    with pytest.raises(ValueError, match=message):
-        TimeGrid.get(grid)(DISCRETE, steps)
+def test_impossible_distributions(make):
+    with pytest.raises(ValueError, match="must be"):
+        make()
+
+
+def test_a_sampler_of_ones_own_needs_no_density():
+    class _Half(TimeSampler):
+        def __call__(self, schedule, batch, key):
+            return 0.5 * random.uniform(key, (batch,))
+
+    sampler = _Half()
+    assert draw(sampler).max() < 0.5
+    assert sampler.importance(DISCRETE, np.float32([0.1])) is None
+    assert sampler.update(DISCRETE, np.float32([0.1]), np.float32([1.0])) is None
+    with pytest.raises(NotImplementedError, match="_Half"):
+        sampler.density(DISCRETE, np.float32([0.1]))
+
+
+# Loss-aware times
+
+
+def learn(sampler, schedule, index, losses):
+    offset = 1.0 if schedule.num_steps else 0.5
+    sampler.update(schedule, ((index + offset) / sampler.num_steps).astype("float32"), losses.astype("float32"))
+
+
+@pytest.mark.parametrize("schedule", [schedules.LinearBeta(6), CONTINUOUS], ids=repr)
+def test_history_is_that_of_one_loss_at_a_time(schedule):
+    """Also where a time occurs twice in a batch, or more often than there are places; what is not finite is left."""
+    sampler, generator = times.LossAware(6, history=3), np.random.default_rng(0)
+    queues = [[] for _ in range(6)]
+    for step in range(12):
+        index = generator.integers(0, 6, 8) if step % 3 else np.full(8, step % 6)
+        losses = generator.uniform(0.1, 5.0, 8)
+        losses[0] = [np.nan, np.inf, 1.0][step % 3]
+        learn(sampler, schedule, index, losses)
+        for i, loss in zip(index, losses, strict=True):
+            queues[i] += [loss] if np.isfinite(loss) else []
+        kept = [np.sort(queue[-3:]) for queue in queues]
+        for i, row in enumerate(numpy(sampler.past_losses)):
+            np.testing.assert_allclose(np.sort(row)[3 - len(kept[i]) :], kept[i], rtol=1e-6)
+        np.testing.assert_array_equal(numpy(sampler.counts), [len(queue) for queue in queues])
+        p = np.full(6, 1 / 6)
+        if min(map(len, queues)) >= 3:  # the paper's, with the uniform share of the authors' code
+            p = np.sqrt([np.mean(row**2) for row in kept])
+            p = 0.999 * p / p.sum() + 0.001 / 6
+        np.testing.assert_allclose(numpy(sampler.probabilities()), p, rtol=1e-5)
+    assert p.max() > 1.3 / 6  # it has learnt
+
+
+def teach(sampler, schedule):
+    """Losses of 8 steps that differ by up to a thousand times, in a history of 2; returns the probabilities."""
+    losses = 10.0 ** np.random.default_rng(3).uniform(-2, 1, (2, 8))
+    for row in losses:
+        learn(sampler, schedule, np.arange(8), row)
+    p = np.sqrt(np.mean(losses**2, axis=0))
+    return 0.999 * p / p.sum() + 0.001 / 8
+
+
+@pytest.mark.parametrize("schedule", [schedules.LinearBeta(8), schedules.LinearBeta(40), CONTINUOUS], ids=repr)
+def test_times_are_drawn_where_losses_are_large(schedule):
+    """Frequencies, density and importance; with the importance the mean over any times is that over uniform ones."""
+    sampler = times.LossAware(8, history=2)
+    p = teach(sampler, schedule)
+    t = draw(sampler, schedule, batch=4000)
+    if schedule.num_steps:
+        np.testing.assert_allclose(t * schedule.num_steps, np.round(t * schedule.num_steps), atol=1e-4)
+        assert t.min() > 0
+    index = (np.ceil(t * 8 - 1e-4) - 1 if schedule.num_steps else np.floor(t * 8)).astype(int)
+    assert stats.chisquare(np.bincount(index, minlength=8), 4000 * p).pvalue > 1e-3
+    np.testing.assert_allclose(numpy(sampler.density(schedule, t)), 8 * p[index], rtol=1e-4)
+    np.testing.assert_allclose(numpy(sampler.importance(schedule, t)), 1 / (8 * p[index]), rtol=1e-4)
+    within = (t * 8 - index)[index == p.argmax()]
+    parts = (schedule.num_steps or 40) // 8  # uniform within the part, or one of its steps
+    shares = np.bincount(np.clip(np.ceil(within * parts - 1e-3) - 1, 0, parts - 1).astype(int), minlength=parts)
+    assert parts == 1 or stats.chisquare(shares).pvalue > 1e-3
+    even = times.LossAware(8, history=2, points="systematic")
+    teach(even, schedule)
+    t = draw(even, schedule, batch=4000)
+    # Points in equal spaces miss the share of each step by at most one, of 1 / (8 p 4000).
+    mean = np.mean((np.arange(1, schedule.num_steps + 1) / schedule.num_steps) ** 2) if schedule.num_steps else 1 / 3
+    assert np.mean(numpy(even.importance(schedule, t)) * t**2) == pytest.approx(mean, abs=np.sum(1 / p) / 8 / 4000)
+
+
+def test_loss_aware_times_begin_uniform_and_bear_zeros():
+    schedule, sampler = schedules.LinearBeta(8), times.LossAware(4, history=1, points="stratified")
+    assert sorted((draw(sampler, CONTINUOUS, batch=16) * 16).astype(int)) == list(range(16))
+    learn(sampler, CONTINUOUS, np.arange(4), np.zeros(4))
+    np.testing.assert_allclose(numpy(sampler.probabilities()), 0.25)
+    assert set(np.round(draw(sampler, schedule, batch=200) * 8, 4)) == set(range(1, 9))
+    with pytest.raises(ValueError, match="must divide 1000"):
+        times.LossAware(3)(DISCRETE, 2, random.key_of(0))
+
+
+class Learner(keras.Model):
+    """A model that reports losses from inside its own, compiled, training step."""
+
+    def __init__(self):
+        super().__init__()
+        self.times, self.dense = times.LossAware(4, history=2), keras.layers.Dense(1)
+
+    def call(self, x):
+        t = self.times(CONTINUOUS, ops.shape(x)[0], random.key_of(0))
+        self.times.update(CONTINUOUS, t, ops.mean(x, axis=-1) + t)
+        return self.dense(x)
+
+
+def test_loss_aware_times_learn_in_a_compiled_step():
+    model = Learner()
+    model.compile("sgd", "mse")
+    x = np.ones((8, 3), "float32")
+    model.fit(x, x[:, :1], epochs=3, verbose=0)
+    seen = draw(times.Uniform(), batch=8)
+    np.testing.assert_array_equal(
+        numpy(model.times.counts) >= 3, [np.any((4 * seen).astype(int) == i) for i in range(4)]
+    )
+    assert numpy(model.times.counts).sum() in (24, 32)  # Keras may call the model once before the first step
+    filled = numpy(model.times.past_losses)
+    assert np.all((filled == 0) | ((filled >= 1) & (filled < 2)))
+    assert {id(v) for v in model.times.variables} <= {id(v) for v in model.non_trainable_variables}
+
+
+def test_loss_aware_times_are_saved(tmp_path):
+    model = kdiff.DiffusionModel(tiny_network(), times=times.LossAware(8, history=2), ema=None)
+    model.build((None, 8, 8, 1))
+    teach(model.times, CONTINUOUS)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras").times
+    assert loaded.get_config() == model.times.get_config()
+    for twin in (loaded, copy.deepcopy(model.times), pickle.loads(pickle.dumps(model.times))):
+        np.testing.assert_array_equal(numpy(twin.past_losses), numpy(model.times.past_losses))
+        np.testing.assert_array_equal(numpy(twin.counts), numpy(model.times.counts))
+    assert repr(loaded) == "LossAware(num_steps=8, history=2)"
+    assert numpy(loaded.clone().counts).sum() == 0
+
+
+# Labels
 
 
 def test_labels():

@@ -12,15 +12,19 @@ which decreases in t, and how the pair is normalised. A schedule is therefore on
 inverse, `time(log_snr)`, and one normalisation, `scales(log_snr) = (alpha, sigma)`:
 
     variance preserving     alpha^2 + sigma^2 = 1     alpha = sqrt(sigmoid(l)),   sigma = sqrt(sigmoid(-l))
+    variance exploding      alpha = 1                                             sigma = exp(-l / 2)
     interpolant             alpha + sigma = 1         alpha = sigmoid(l / 2),     sigma = sigmoid(-l / 2)
+    sub-variance-preserving alpha^2 + sigma = 1       alpha = exp(l / 2) sigma,   sigma = 2 / (1 + sqrt(1 + 4 e^l))
 
-A discrete process of T steps, given by a table of betas, is the continuous one read at t = (i + 1) / T,
-i = 0 ... T - 1; between the entries of the table log_snr is linear in t. Tables are computed in float64 and are
-constants, not weights; everything that depends on t is float32.
+A discrete process of T steps, given by a table, is the continuous one read at t = (i + 1) / T, i = 0 ... T - 1;
+between the entries of the table log_snr is linear in t. Tables are computed in float64 and are constants, not
+weights; everything that depends on t is float32. Where the formula of a continuous schedule has an infinite log-SNR
+at an end, the schedule is drawn a hair short there, by an `epsilon` that its documentation names.
 
 Sources: Ho et al. 2020 (DDPM), arXiv:2006.11239; Kingma et al. 2021 (variational diffusion models),
 arXiv:2107.00630; Nichol and Dhariwal 2021 (improved DDPM), arXiv:2102.09672; Hoogeboom et al. 2023 (simple
-diffusion), arXiv:2301.11093; Liu et al. 2022 (rectified flow), arXiv:2209.03003.
+diffusion), arXiv:2301.11093; Liu et al. 2022 (rectified flow), arXiv:2209.03003; Song et al. 2021 (score SDEs),
+arXiv:2011.13456; Karras et al. 2022 (EDM), arXiv:2206.00364.
 """
 
 from typing import Any, NamedTuple, Self
@@ -29,7 +33,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kdiff.base import Value, check_integer, check_number
+from kdiff.base import Value
 
 # At t = 0 a table has no noise at all. Its log-SNR is written as 40, sigma = 2e-9, so that no infinity arises.
 CLEAN_LOG_SNR = 40.0
@@ -97,6 +101,16 @@ class NoiseSchedule(Value, keras.layers.Layer):
         """The signal-to-noise ratio alpha^2 / sigma^2 = exp(log_snr) at `t`."""
         return ops.exp(self.log_snr(t))
 
+    def slope(self, t):
+        """d log_snr / dt at t in [0, 1], negative. Any shape; returns float32 of the same shape.
+
+        Unless overridden, the central difference over t +- 0.001, cut to [0, 1]. Every schedule of kdiff has its own
+        formula; a discrete process has the difference between two of its steps.
+        """
+        t = ops.convert_to_tensor(t, "float32")
+        before, after = ops.maximum(t - 1e-3, 0.0), ops.minimum(t + 1e-3, 1.0)
+        return (self.log_snr(after) - self.log_snr(before)) / (after - before)
+
     def at(self, t) -> Marginal:
         """The marginal q(x_t | x) at times `t`, of any shape."""
         t = ops.convert_to_tensor(t, "float32")
@@ -161,170 +175,3 @@ class NoiseSchedule(Value, keras.layers.Layer):
         if path is not None:
             figure.savefig(path)
         return figure
-
-
-class BetaTable(NoiseSchedule):
-    """A discrete process given by its betas: alpha_bar_i = prod_{j <= i} (1 - beta_j) = alpha^2, variance preserving.
-
-    Args:
-        betas: the variance of each step of the forward process, each in (0, 1), with shape `(T,)`.
-
-    Raises:
-        ValueError: if a beta is not in (0, 1), so that alpha would not decrease.
-    """
-
-    def __init__(self, betas):
-        super().__init__()
-        self.betas = np.asarray(betas, "float64")
-        if self.betas.ndim != 1 or self.betas.size == 0:
-            raise ValueError(f"{type(self).__name__}: `betas` must have shape (T,); received: {self.betas.shape}")
-        if not np.all((self.betas > 0) & (self.betas < 1)):
-            raise ValueError(
-                f"{type(self).__name__}: `betas` must lie in (0, 1), so that alpha decreases; "
-                f"received numbers from {self.betas.min()} to {self.betas.max()}"
-            )
-        log_alpha_bar = np.cumsum(np.log1p(-self.betas))
-        log_snr = log_alpha_bar - np.log(-np.expm1(log_alpha_bar))
-        self.num_steps = len(self.betas)
-        self.log_snrs = np.append(max(CLEAN_LOG_SNR, log_snr[0] + 1.0), log_snr).astype("float32")
-
-    def log_snr(self, t):
-        """Read from the table, linear in t between its entries."""
-        place = ops.clip(ops.convert_to_tensor(t, "float32"), 0.0, 1.0) * self.num_steps
-        index = ops.cast(ops.clip(ops.floor(place), 0, self.num_steps - 1), "int32")
-        left, right = self._neighbours(index)
-        return left + (place - ops.cast(index, "float32")) * (right - left)
-
-    def time(self, log_snr):
-        """The place in the table, linear in log_snr between its entries."""
-        log_snr = ops.convert_to_tensor(log_snr, "float32")
-        not_below = ops.sum(ops.cast(ops.less_equal(log_snr[..., None], self.log_snrs), "int32"), axis=-1)
-        index = ops.clip(not_below - 1, 0, self.num_steps - 1)
-        left, right = self._neighbours(index)
-        place = ops.cast(index, "float32") + (log_snr - left) / (right - left)
-        return ops.clip(place / self.num_steps, 0.0, 1.0)
-
-    def _neighbours(self, index):
-        table = ops.convert_to_tensor(self.log_snrs)
-        return ops.take(table, index), ops.take(table, index + 1)
-
-
-class LinearBeta(BetaTable):
-    """The linear table of DDPM (Ho et al. 2020, section 4): beta rises in equal steps.
-
-    Args:
-        num_steps: the number of steps T.
-        beta_start: the first beta.
-        beta_end: the last beta.
-    """
-
-    def __init__(self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02):
-        check_integer("LinearBeta", "num_steps", num_steps)
-        super().__init__(np.linspace(beta_start, beta_end, num_steps))
-        self.beta_start, self.beta_end = beta_start, beta_end
-
-
-class ScaledLinearBeta(BetaTable):
-    """The table of Stable Diffusion (Rombach et al. 2022, arXiv:2112.10752): sqrt(beta) rises in equal steps.
-
-    Args:
-        num_steps: the number of steps T.
-        beta_start: the first beta.
-        beta_end: the last beta.
-    """
-
-    def __init__(self, num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012):
-        check_integer("ScaledLinearBeta", "num_steps", num_steps)
-        check_number("ScaledLinearBeta", "beta_start", beta_start, 0.0, 1.0)
-        check_number("ScaledLinearBeta", "beta_end", beta_end, 0.0, 1.0)
-        super().__init__(np.linspace(beta_start**0.5, beta_end**0.5, num_steps) ** 2)
-        self.beta_start, self.beta_end = beta_start, beta_end
-
-
-class CosineBeta(BetaTable):
-    """The cosine table of improved DDPM (Nichol and Dhariwal 2021, eq. 17):
-
-        alpha_bar(t) = f(t) / f(0),    f(t) = cos^2((t + s) / (1 + s) pi / 2),
-        beta_i = min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), max_beta).
-
-    Args:
-        num_steps: the number of steps T.
-        s: the offset that keeps the first betas from being too small.
-        max_beta: betas are clipped here, below the singularity at t = 1.
-    """
-
-    def __init__(self, num_steps: int = 1000, s: float = 0.008, max_beta: float = 0.999):
-        check_integer("CosineBeta", "num_steps", num_steps)
-        check_number("CosineBeta", "s", s, 0.0)
-        alpha_bar = np.cos((np.linspace(0.0, 1.0, num_steps + 1) + s) / (1.0 + s) * np.pi / 2) ** 2
-        super().__init__(np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], max_beta))
-        self.s, self.max_beta = s, max_beta
-
-
-class Cosine(NoiseSchedule):
-    """The continuous cosine schedule (Hoogeboom et al. 2023, section 2), variance preserving:
-
-        alpha = cos(u),  sigma = sin(u),  log_snr = -2 log tan(u),
-
-    with the angle u linear in t, from the one at which log_snr is `max_log_snr` to the one at which it is
-    `min_log_snr`.
-
-    Args:
-        min_log_snr: log-SNR at t = 1.
-        max_log_snr: log-SNR at t = 0.
-    """
-
-    def __init__(self, min_log_snr: float = -15.0, max_log_snr: float = 15.0):
-        super().__init__()
-        check_number("Cosine", "min_log_snr", min_log_snr, -40.0, 40.0)
-        check_number("Cosine", "max_log_snr", max_log_snr, min_log_snr, 40.0)
-        if min_log_snr == max_log_snr:
-            raise ValueError(f"Cosine: `max_log_snr` must exceed `min_log_snr`; both are {min_log_snr}")
-        self.min_log_snr, self.max_log_snr = min_log_snr, max_log_snr
-        self.first = float(np.arctan(np.exp(-max_log_snr / 2)))  # u at t = 0
-        self.rest = float(np.arctan(np.exp(min_log_snr / 2)))  # pi / 2 - u at t = 1
-        self.span = np.pi / 2 - self.first - self.rest
-
-    def log_snr(self, t):
-        """-2 log tan(u); near t = 1 from pi / 2 - u, because tan(u) loses its digits there."""
-        t = ops.convert_to_tensor(t, "float32")
-        early = -2.0 * ops.log(ops.tan(self.first + self.span * ops.minimum(t, 0.5)))
-        late = 2.0 * ops.log(ops.tan(self.rest + self.span * ops.minimum(1.0 - t, 0.5)))
-        return ops.where(t < 0.5, early, late)
-
-    def time(self, log_snr):
-        """(u - u(0)) / (u(1) - u(0)), u = arctan(exp(-log_snr / 2))."""
-        half = ops.convert_to_tensor(log_snr, "float32") / 2
-        return (ops.arctan(ops.exp(-half)) - self.first) / self.span
-
-
-class Rectified(NoiseSchedule):
-    """Rectified flow (Liu et al. 2022, eq. 1): the straight line from data to noise,
-
-        alpha = 1 - t,  sigma = t,  log_snr = 2 log(alpha / sigma),
-
-    drawn a hair short at both ends, sigma = `epsilon` + (1 - 2 `epsilon`) t, so that log_snr stays finite.
-
-    Args:
-        epsilon: what is kept of the noise at t = 0, and of the data at t = 1.
-    """
-
-    def __init__(self, epsilon: float = 1e-5):
-        super().__init__()
-        check_number("Rectified", "epsilon", epsilon, 1e-8, 0.1)
-        self.epsilon = epsilon
-
-    def log_snr(self, t):
-        """2 log(alpha / sigma)."""
-        t = ops.convert_to_tensor(t, "float32")
-        slope = 1.0 - 2.0 * self.epsilon
-        return 2.0 * ops.log((self.epsilon + slope * (1.0 - t)) / (self.epsilon + slope * t))
-
-    def time(self, log_snr):
-        """From sigma = sigmoid(-log_snr / 2)."""
-        sigma = ops.sigmoid(-ops.convert_to_tensor(log_snr, "float32") / 2)
-        return (sigma - self.epsilon) / (1.0 - 2.0 * self.epsilon)
-
-    def scales(self, log_snr):
-        """(sigmoid(log_snr / 2), sigmoid(-log_snr / 2)): alpha + sigma = 1."""
-        return ops.sigmoid(log_snr / 2), ops.sigmoid(-log_snr / 2)

@@ -1,4 +1,18 @@
-"""Solvers, a file a family: how a sampling run goes from one time to the next."""
+"""Solvers, a file a family: how a sampling run goes from one time to the next. The theory is in `solvers.base`."""
 
+from kdiff.solvers.adaptive import Adaptive
 from kdiff.solvers.ancestral import DDIM, DDPM, DDIMInversion
 from kdiff.solvers.base import Denoise, Draw, Solver
+from kdiff.solvers.consistency import LCM, TCD, Consistency
+from kdiff.solvers.dpm import DPMSolver, DPMSolverPP, DPMSolverPPSinglestep, DPMSolverSinglestep
+from kdiff.solvers.dpm_sde import (
+    DPMSolverPP2SAncestral,
+    DPMSolverPP3MSDE,
+    DPMSolverPPSDE,
+    DPMSolverPPSinglestepSDE,
+    DPMSolverSDE,
+)
+from kdiff.solvers.multistep import DEIS, IPNDM, LMS, PNDM
+from kdiff.solvers.runge_kutta import DPM2, RK4, DPM2Ancestral, Euler, EulerAncestral, Heun
+from kdiff.solvers.sa import SASolver, Tau, Within
+from kdiff.solvers.unipc import UniPC

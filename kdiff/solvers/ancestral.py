@@ -7,7 +7,7 @@ from keras import ops
 
 from kdiff.base import check_choice, check_integer, check_number
 from kdiff.schedules import Marginal, NoiseSchedule, bridge
-from kdiff.solvers.base import Denoise, Draw, Solver, half_step, noise_of
+from kdiff.solvers.base import Denoise, Draw, Solver, noise_of
 
 
 class DDPM(Solver):
@@ -82,10 +82,12 @@ class DDIM(Solver):
 class DDIMInversion(Solver):
     """DDIM from data to noise: here `then` is noisier than `now`. The step that DDIM undoes solves
 
-        x_then = (alpha_then / alpha_now) x_now + (sigma_then - alpha_then sigma_now / alpha_now) noise_hat(x_then),
+        x_then = x_now + (alpha_then - alpha_now) x_hat(x_then) + (sigma_then - sigma_now) noise_hat(x_then),
 
-    by iteration from noise_hat at the scaled x_now (Song et al. 2021, section 4.3, is one iteration; Garibi et al.
-    2024, "ReNoise", arXiv:2403.14602, iterates).
+    by iteration from x_now: with one, the estimates are those at (x_now, t_then) (Song et al. 2021, section 4.3);
+    Garibi et al. 2024, "ReNoise", arXiv:2403.14602, iterate. In this form of the equation each iteration divides the
+    error by about the number of steps, at any noise. Eliminating x_hat instead, by alpha_now x_hat + sigma_now
+    noise_hat = x_now, gives an iteration that stands still where alpha_then is small.
 
     Args:
         iterations: how often the network is asked in a step.
@@ -98,12 +100,11 @@ class DDIMInversion(Solver):
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One step back; arguments and results as in `Solver.step`."""
-        start = then.alpha / now.alpha * x
-        step = then.sigma * -ops.expm1(half_step(now, then))
-        x_then = start
+        x_then = x
         for _ in range(self.iterations):
             x_hat = denoise(x_then, then)
-            x_then = start + step * noise_of(x_then, x_hat, then)
+            noise_hat = noise_of(x_then, x_hat, then)
+            x_then = x + (then.alpha - now.alpha) * x_hat + (then.sigma - now.sigma) * noise_hat
         return x_then, x_hat, state
 
     def inverse(self) -> Solver:

@@ -1,0 +1,205 @@
+"""Objectives: what a schedule, a prediction, a weighting and the times of training amount to together.
+
+Whatever a network predicts, and however its noise levels are drawn and weighted, it is trained with
+
+    L = 1/2 integral of w(l) E|noise_hat - noise|^2 dl,        l = log_snr,
+
+and differs from other networks in the one function w, its effective weight (Kingma and Gao 2023, arXiv:2303.00848,
+eq. 8 and table 1). The variational bound has w = 1. Of the schedule nothing but its ends remains, if the loss is stated
+per unit of l; and if it is not, the schedule and the times are a weight, the density p(l) of the noise levels:
+
+    w(l) = 2 p(l) weight(l) / SNR,        p(l) = p(t) / |d l / d t|,
+
+where weight is the factor on |x_hat - x|^2, and |noise_hat - noise|^2 = SNR |x_hat - x|^2. Two networks with the same
+w, up to a constant factor, are trained with the same objective (`same_objective`), if with another variance.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from keras import ops
+
+from kdiff.predictions import Prediction
+from kdiff.schedules import Marginal, NoiseSchedule
+from kdiff.times import TimeSampler, log_snr_ends
+from kdiff.weightings import Weighting
+
+
+class Recipe(NamedTuple):
+    """What decides on the objective."""
+
+    schedule: NoiseSchedule
+    prediction: Prediction
+    weighting: Weighting | None
+    times: TimeSampler
+
+    @classmethod
+    def of(cls, source: Any) -> Self:
+        """The recipe of a tuple `(schedule, prediction, weighting, times)`, objects or names, or of a model.
+
+        Raises:
+            TypeError: if it is neither.
+        """
+        if not isinstance(source, tuple):
+            if not all(hasattr(source, name) for name in cls._fields):
+                raise TypeError(f"Expected a model, or a tuple {cls._fields}; received: {source!r}")
+            source = tuple(getattr(source, name) for name in cls._fields)
+        if len(source) != len(cls._fields):
+            raise TypeError(f"A recipe is a tuple {cls._fields}; received: {source!r}")
+        schedule, prediction, weighting, times = source
+        weighting = None if weighting is None else Weighting.get(weighting)
+        return cls(NoiseSchedule.get(schedule), Prediction.get(prediction), weighting, TimeSampler.get(times))
+
+
+def loss_weight(
+    schedule: NoiseSchedule, prediction: Prediction, weighting: Weighting | None, times: TimeSampler, m: Marginal
+) -> Any:
+    """The factor on the squared error of the network's output, |y_hat - y|^2:
+
+        weighting(log_snr) gain^2,   or   weighting(log_snr) gain^2 / p(log_snr)   if the weighting is `per_log_snr`.
+
+    Here p(log_snr) is the density that a batch has with the sampler's own `importance`, which is another factor on the
+    loss and is not part of this one.
+
+    Args:
+        schedule: the schedule.
+        prediction: what the network predicts.
+        weighting: the weighting, or None.
+        times: the times of training.
+        m: the marginals of the batch, `schedule.at(t)`.
+
+    Returns:
+        float32, with the shape of the fields of `m`; None, for a factor of 1, if `weighting` is None.
+    """
+    if weighting is None:
+        return None
+    weight = weighting(m.log_snr) * prediction.gain(m) ** 2
+    return weight / _density(schedule, times, m.t) if weighting.per_log_snr else weight
+
+
+def _density(schedule: NoiseSchedule, times: TimeSampler, t):
+    """p(log_snr) = p(t) / |d log_snr / dt|, times what `importance` makes of it; above zero."""
+    density, importance = times.density(schedule, t), times.importance(schedule, t)
+    density = density if importance is None else density * importance
+    return ops.maximum(density / ops.abs(schedule.slope(t)), 1e-30)
+
+
+def effective_weight(
+    schedule, prediction, weighting=None, times="uniform", *, normalise: bool = False
+) -> Callable[[Any], np.ndarray]:
+    """w in L = 1/2 integral of w(log_snr) E|noise_hat - noise|^2 dlog_snr.
+
+    Args:
+        schedule: a `NoiseSchedule` or its name.
+        prediction: a `Prediction` or its name.
+        weighting: a `Weighting` or its name; None is the simple loss.
+        times: a `TimeSampler` or its name.
+        normalise: divide w by its integral over the schedule's log-SNRs, so that a factor on the loss is not seen.
+
+    Returns:
+        A function of log-SNRs: NumPy in, float64 out, of the same shape; 0 outside of the schedule's own. Multiplied by
+        SNR / 2 it is the weight of |x_hat - x|^2.
+    """
+    recipe = Recipe.of((schedule, prediction, weighting, times))
+    lowest, highest = _range(recipe.schedule)
+
+    def weight(log_snr) -> np.ndarray:
+        log_snr = np.asarray(log_snr, "float64")
+        inside = (log_snr >= lowest - 1e-4) & (log_snr <= highest + 1e-4)
+        return np.where(inside, _effective(recipe, np.clip(log_snr, lowest, highest)), 0.0)
+
+    if not normalise:
+        return weight
+    places = np.linspace(lowest, highest, 4001)
+    total = np.trapezoid(weight(places), places)
+    return lambda log_snr: weight(log_snr) / total
+
+
+def _effective(recipe: Recipe, log_snr: np.ndarray) -> np.ndarray:
+    """2 p(l) weight(l) / SNR."""
+    schedule, prediction, weighting, times = recipe
+    m = schedule.at_log_snr(log_snr)
+    weight = 1.0 / prediction.gain(m) ** 2 if weighting is None else weighting(m.log_snr)
+    if weighting is None or not weighting.per_log_snr:
+        weight = weight * _density(schedule, times, ops.clip(m.t, 0.0, 1.0))
+    return 2.0 * ops.convert_to_numpy(weight).astype("float64") * np.exp(-log_snr)
+
+
+def _range(schedule: NoiseSchedule) -> tuple[float, float]:
+    """(smallest, largest) log-SNR."""
+    largest, smallest = (float(ops.convert_to_numpy(end)) for end in log_snr_ends(schedule))
+    return smallest, largest
+
+
+def same_objective(a, b, tolerance: float = 0.02) -> bool:
+    """Whether two recipes are the same objective up to a constant factor, over the log-SNRs that both have.
+
+    The effective weights are compared at 200 log-SNRs, in equal spaces between the common ends, of which a hundredth
+    is left out on each side: there float32 knows little of the times. Left out as well is where neither weight counts:
+    below 1e-5 of its largest value as a weight of the noise's error, of the data's, and of one halfway (the flow's).
+    Whether the ends themselves are the same, which is part of the objective, is for the caller to see; so is the
+    variance of the loss.
+
+    Args:
+        a: a tuple `(schedule, prediction, weighting, times)`, of objects or names, or a model.
+        b: the same.
+        tolerance: how far the quotient of the two weights may go from its median, relatively.
+
+    Raises:
+        ValueError: if the two have no log-SNR in common.
+    """
+    a, b = Recipe.of(a), Recipe.of(b)
+    lowest, highest = (
+        f(ends) for f, ends in zip((max, min), zip(*map(_range, (a[0], b[0])), strict=True), strict=True)
+    )
+    if not lowest < highest:
+        raise ValueError(f"same_objective: {a.schedule!r} and {b.schedule!r} have no log-SNR in common")
+    margin = (highest - lowest) / 100
+    places = np.linspace(lowest + margin, highest - margin, 200)
+    first, second = (effective_weight(*recipe)(places) for recipe in (a, b))
+    counts = _matters(first, places) | _matters(second, places)
+    with np.errstate(divide="ignore"):
+        quotient = np.log(first[counts]) - np.log(second[counts])
+    return bool(np.all(np.abs(quotient - np.median(quotient)) <= np.log1p(tolerance)))
+
+
+def _matters(weight: np.ndarray, log_snr: np.ndarray) -> np.ndarray:
+    """Where a weight is above 1e-5 of its largest value, as the noise's, the data's or one halfway."""
+    weights = [weight * np.exp(power * log_snr) for power in (0.0, 0.5, 1.0)]
+    return np.any([one > 1e-5 * one.max() for one in weights], axis=0)
+
+
+def plot_objective(*recipes, labels=None, normalise: bool = True, path: str | None = None, points: int = 400):
+    """Draws the effective weights of recipes, on |noise_hat - noise|^2 and on |x_hat - x|^2, against log-SNR.
+
+    Args:
+        *recipes: tuples `(schedule, prediction, weighting, times)`, of objects or names, or models.
+        labels: one a recipe; None names its objects.
+        normalise: draw each with an integral of 1.
+        path: where to write the figure.
+        points: how many log-SNRs are drawn.
+
+    Returns:
+        The matplotlib figure. Needs matplotlib (the extra `plot`).
+    """
+    from matplotlib.figure import Figure
+
+    recipes = [Recipe.of(recipe) for recipe in recipes]
+    labels = [", ".join(map(repr, recipe)) for recipe in recipes] if labels is None else labels
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    noise, data = figure.subplots(1, 2)
+    for recipe, label in zip(recipes, labels, strict=True):
+        log_snr = np.linspace(*_range(recipe.schedule), points)
+        weight = effective_weight(*recipe, normalise=normalise)(log_snr)
+        noise.plot(log_snr, weight, label=label)
+        weight = weight * np.exp(log_snr)
+        data.plot(log_snr, weight / (np.trapezoid(weight, log_snr) if normalise else 2.0))
+    noise.set_title("weight of |noise_hat - noise|²")
+    data.set_title("weight of |x_hat - x|²")
+    for axes in (noise, data):
+        axes.set_xlabel("log-SNR  (noise on the left)")
+    figure.legend(loc="outside lower center", fontsize="small")
+    if path is not None:
+        figure.savefig(path)
+    return figure

@@ -1,0 +1,16 @@
+"""Noise schedules: how much signal and how much noise there is at each time. The theory is in `schedules.base`."""
+
+from kdiff.schedules.base import CLEAN_LOG_SNR, Marginal, NoiseSchedule, bridge
+from kdiff.schedules.continuous import (
+    Cosine,
+    CosineAlphaBar,
+    Laplace,
+    LinearVP,
+    Rectified,
+    SigmoidAlphaBar,
+    SubVP,
+    Trigonometric,
+    VarianceExploding,
+)
+from kdiff.schedules.tables import AlphaBarTable, BetaTable, CosineBeta, LinearBeta, ScaledLinearBeta, SigmoidBeta
+from kdiff.schedules.wrappers import Shifted, ZeroTerminalSNR

@@ -1,0 +1,415 @@
+"""Continuous schedules: log_snr as a formula in t, and its inverse.
+
+Near t = 1 a formula in t loses its digits, because float32 has no more of them near 1; each is therefore written in
+1 - t there, which has them.
+"""
+
+import numpy as np
+from keras import ops
+
+from kdiff.base import check_number
+from kdiff.schedules.base import NoiseSchedule
+
+
+def _tensor(value):
+    return ops.convert_to_tensor(value, "float32")
+
+
+class Cosine(NoiseSchedule):
+    """The continuous cosine schedule (Hoogeboom et al. 2023, section 2), variance preserving:
+
+        alpha = cos(u),  sigma = sin(u),  log_snr = -2 log tan(u),
+
+    with the angle u linear in t, from the one at which log_snr is `max_log_snr` to the one at which it is
+    `min_log_snr`.
+
+    Args:
+        min_log_snr: log-SNR at t = 1.
+        max_log_snr: log-SNR at t = 0.
+    """
+
+    def __init__(self, min_log_snr: float = -15.0, max_log_snr: float = 15.0):
+        super().__init__()
+        _check_ends("Cosine", min_log_snr, max_log_snr)
+        self.min_log_snr, self.max_log_snr = min_log_snr, max_log_snr
+        self.first = float(np.arctan(np.exp(-max_log_snr / 2)))  # u at t = 0
+        self.rest = float(np.arctan(np.exp(min_log_snr / 2)))  # pi / 2 - u at t = 1
+        self.span = np.pi / 2 - self.first - self.rest
+
+    def log_snr(self, t):
+        """-2 log tan(u); near t = 1 from pi / 2 - u, because tan(u) loses its digits there."""
+        t = _tensor(t)
+        early = -2.0 * ops.log(ops.tan(self.first + self.span * ops.minimum(t, 0.5)))
+        late = 2.0 * ops.log(ops.tan(self.rest + self.span * ops.minimum(1.0 - t, 0.5)))
+        return ops.where(t < 0.5, early, late)
+
+    def time(self, log_snr):
+        """(u - u(0)) / (u(1) - u(0)), u = arctan(exp(-log_snr / 2))."""
+        half = _tensor(log_snr) / 2
+        return (ops.arctan(ops.exp(-half)) - self.first) / self.span
+
+    def slope(self, t):
+        """-4 u' / sin(2 u); sin(2 u) = sin(2 (pi / 2 - u))."""
+        t = _tensor(t)
+        u = ops.where(t < 0.5, self.first + self.span * t, self.rest + self.span * (1.0 - t))
+        return -4.0 * self.span / ops.sin(2.0 * u)
+
+
+class Trigonometric(Cosine):
+    """The generalised variance preserving path of SiT (Ma et al. 2024, arXiv:2401.08740, section 2):
+
+        alpha = cos(pi t / 2),  sigma = sin(pi t / 2),
+
+    drawn a hair short at both ends: t stands for `epsilon` + (1 - 2 `epsilon`) t, so that log_snr stays finite.
+    It is `Cosine` with other ends.
+
+    Args:
+        epsilon: what is cut off t at each end. 1e-5 gives log-SNRs from 22 to -22.
+    """
+
+    def __init__(self, epsilon: float = 1e-5):
+        check_number("Trigonometric", "epsilon", epsilon, 1e-8, 0.1)
+        end = float(-2.0 * np.log(np.tan(np.pi / 2 * epsilon)))
+        super().__init__(-end, end)
+        self.epsilon = epsilon
+
+
+class Laplace(NoiseSchedule):
+    """The Laplace schedule (Hang et al. 2024, arXiv:2407.03297, table 1), variance preserving:
+
+        log_snr = mu - b sgn(0.5 - u) log(1 - 2 |u - 0.5|),
+
+    so that with t uniform, log_snr has a Laplace distribution: training dwells where it is near mu. u is linear in t,
+    from where log_snr is `max_log_snr` to where it is `min_log_snr`: the distribution, cut at both ends.
+
+    Args:
+        mu: the centre of the log-SNRs.
+        b: their mean distance from it, above zero.
+        min_log_snr: log-SNR at t = 1.
+        max_log_snr: log-SNR at t = 0.
+    """
+
+    def __init__(self, mu: float = 0.0, b: float = 0.5, min_log_snr: float = -15.0, max_log_snr: float = 15.0):
+        super().__init__()
+        _check_ends("Laplace", min_log_snr, max_log_snr)
+        check_number("Laplace", "mu", mu, min_log_snr, max_log_snr)
+        # Below the lower limit the ends, exp(-distance / b), are less than the smallest float32.
+        check_number("Laplace", "b", b, max(max_log_snr - mu, mu - min_log_snr) / 80.0, 1000.0)
+        self.mu, self.b, self.min_log_snr, self.max_log_snr = mu, b, min_log_snr, max_log_snr
+        self.first = float(0.5 * np.exp(-(max_log_snr - mu) / b))  # u at t = 0
+        self.rest = float(0.5 * np.exp(-(mu - min_log_snr) / b))  # 1 - u at t = 1
+        self.span = 1.0 - self.first - self.rest
+
+    def log_snr(self, t):
+        """mu - b log(2 u) up to u = 1/2, then mu + b log(2 (1 - u))."""
+        u, rest = self._place(t)
+        return self.mu + self.b * ops.where(u < 0.5, -ops.log(2.0 * u), ops.log(2.0 * rest))
+
+    def time(self, log_snr):
+        """2 u = exp(-(log_snr - mu) / b) up to u = 1/2, then 2 (1 - u) = exp((log_snr - mu) / b)."""
+        distance = (_tensor(log_snr) - self.mu) / self.b
+        part = 0.5 * ops.exp(-ops.abs(distance))
+        return ops.where(distance > 0, part - self.first, self.span + self.rest - part) / self.span
+
+    def slope(self, t):
+        """-b u' / min(u, 1 - u)."""
+        return -self.b * self.span / ops.minimum(*self._place(t))
+
+    def _place(self, t):
+        return _between(t, self.first, self.rest)
+
+
+class LinearVP(NoiseSchedule):
+    """The VP process with linear beta(t) (Song et al. 2021, arXiv:2011.13456, eqs. 29 and 33), variance preserving:
+
+        alpha = exp(-B / 2),   B(t) = integral of beta from 0 to t = t beta_min + t^2 (beta_max - beta_min) / 2,
+        log_snr = -log(e^B - 1).
+
+    It is the limit of `LinearBeta(T, beta_min / T, beta_max / T)`. Drawn a hair short at t = 0: t stands for `epsilon`
+    + (1 - `epsilon`) t.
+
+    Args:
+        beta_min: the rate at t = 0, above zero.
+        beta_max: the rate at t = 1, at most 100.
+        epsilon: the first time. 1e-5, as in the paper's training, gives log-SNRs from 13.8 to -10.
+    """
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, epsilon: float = 1e-5):
+        super().__init__()
+        name = type(self).__name__
+        check_number(name, "beta_min", beta_min, 1e-4, 100.0)
+        check_number(name, "beta_max", beta_max, beta_min, 100.0)
+        check_number(name, "epsilon", epsilon, 1e-8, 0.1)
+        self.beta_min, self.beta_max, self.epsilon = beta_min, beta_max, epsilon
+
+    def log_snr(self, t):
+        """-log(e^B - 1)."""
+        return -ops.log(ops.expm1(self._integral(t)))
+
+    def time(self, log_snr):
+        """From B = log(1 + e^-log_snr)."""
+        return self._time(ops.softplus(-_tensor(log_snr)))
+
+    def slope(self, t):
+        """-B' / (1 - e^-B)."""
+        return self._rate(t) / ops.expm1(-self._integral(t))
+
+    def _integral(self, t):
+        u = self.epsilon + (1.0 - self.epsilon) * _tensor(t)
+        return u * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * u)
+
+    def _rate(self, t):
+        u = self.epsilon + (1.0 - self.epsilon) * _tensor(t)
+        return (1.0 - self.epsilon) * (self.beta_min + (self.beta_max - self.beta_min) * u)
+
+    def _time(self, integral):
+        """The root of B(u) = integral, as a quotient, which does not cancel for small B."""
+        root = ops.sqrt(self.beta_min**2 + 2.0 * (self.beta_max - self.beta_min) * integral)
+        return (2.0 * integral / (self.beta_min + root) - self.epsilon) / (1.0 - self.epsilon)
+
+
+class SubVP(LinearVP):
+    """The sub-VP process with linear beta(t) (Song et al. 2021, arXiv:2011.13456, eqs. 28 and 29):
+
+        alpha = exp(-B / 2),   sigma = 1 - exp(-B),   log_snr = -B - 2 log(1 - e^-B),
+
+    with B(t) as in `LinearVP`: the alpha of the VP process with the square of its sigma, alpha^2 + sigma = 1. Drawn a
+    hair short at t = 0.
+
+    Args:
+        beta_min: the rate at t = 0, above zero.
+        beta_max: the rate at t = 1, at most 100.
+        epsilon: the first time. 1e-5 gives log-SNRs from 27.6 to -10.
+    """
+
+    def log_snr(self, t):
+        """-B - 2 log(1 - e^-B)."""
+        integral = self._integral(t)
+        return -integral - 2.0 * ops.log(-ops.expm1(-integral))
+
+    def time(self, log_snr):
+        """From B = -log(1 - sigma); where sigma is near 1, from the same in alpha, B = -log_snr - 2 log(sigma)."""
+        log_snr = _tensor(log_snr)
+        _, sigma = self.scales(log_snr)
+        early = -ops.log1p(-ops.minimum(sigma, 0.5))
+        return self._time(ops.where(sigma < 0.5, early, -log_snr - 2.0 * ops.log(sigma)))
+
+    def scales(self, log_snr):
+        """(e^(log_snr / 2) sigma, sigma); sigma = 2 / (1 + sqrt(1 + 4 SNR)) solves SNR sigma^2 = 1 - sigma."""
+        sigma = 2.0 / (1.0 + ops.sqrt(1.0 + 4.0 * ops.exp(log_snr)))
+        return ops.exp(log_snr / 2) * sigma, sigma
+
+    def slope(self, t):
+        """-B' (e^B + 1) / (e^B - 1)."""
+        return -self._rate(t) / ops.tanh(self._integral(t) / 2)
+
+
+class VarianceExploding(NoiseSchedule):
+    """Noise that is added to data kept as it is; log_snr is linear in t (Song et al. 2021, arXiv:2011.13456, eq. 31):
+
+        alpha = 1,   sigma = sigma_min (sigma_max / sigma_min)^t,   log_snr = -2 log(sigma).
+
+    The defaults are EDM's (Karras et al. 2022, arXiv:2206.00364, table 1), which chooses the times of training and
+    sampling apart from the schedule.
+
+    Args:
+        sigma_min: sigma at t = 0, above zero.
+        sigma_max: sigma at t = 1, above `sigma_min`.
+    """
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0):
+        super().__init__()
+        check_number("VarianceExploding", "sigma_min", sigma_min, 1e-8, 1e8)
+        check_number("VarianceExploding", "sigma_max", sigma_max, sigma_min, 1e8)
+        if sigma_min == sigma_max:
+            raise ValueError(f"VarianceExploding: `sigma_max` must exceed `sigma_min`; both are {sigma_min}")
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.first, self.span = float(np.log(sigma_min)), float(np.log(sigma_max / sigma_min))
+
+    def log_snr(self, t):
+        """-2 log(sigma)."""
+        return -2.0 * (self.first + self.span * _tensor(t))
+
+    def time(self, log_snr):
+        """log(sigma / sigma_min) / log(sigma_max / sigma_min)."""
+        return (-0.5 * _tensor(log_snr) - self.first) / self.span
+
+    def scales(self, log_snr):
+        """(1, exp(-log_snr / 2))."""
+        return ops.ones_like(log_snr), ops.exp(-log_snr / 2)
+
+    def slope(self, t):
+        """-2 log(sigma_max / sigma_min)."""
+        return ops.full_like(_tensor(t), -2.0 * self.span)
+
+
+class Rectified(NoiseSchedule):
+    """Rectified flow (Liu et al. 2022, eq. 1): the straight line from data to noise,
+
+        alpha = 1 - t,  sigma = t,  log_snr = 2 log(alpha / sigma),
+
+    drawn a hair short at both ends, sigma = `epsilon` + (1 - 2 `epsilon`) t, so that log_snr stays finite.
+
+    Args:
+        epsilon: what is kept of the noise at t = 0, and of the data at t = 1.
+    """
+
+    def __init__(self, epsilon: float = 1e-5):
+        super().__init__()
+        check_number("Rectified", "epsilon", epsilon, 1e-8, 0.1)
+        self.epsilon = epsilon
+
+    def log_snr(self, t):
+        """2 log(alpha / sigma)."""
+        sigma, alpha = _within(t, self.epsilon)
+        return 2.0 * ops.log(alpha / sigma)
+
+    def time(self, log_snr):
+        """From sigma = sigmoid(-log_snr / 2)."""
+        sigma = ops.sigmoid(-_tensor(log_snr) / 2)
+        return (sigma - self.epsilon) / (1.0 - 2.0 * self.epsilon)
+
+    def scales(self, log_snr):
+        """(sigmoid(log_snr / 2), sigmoid(-log_snr / 2)): alpha + sigma = 1."""
+        return ops.sigmoid(log_snr / 2), ops.sigmoid(-log_snr / 2)
+
+    def slope(self, t):
+        """-2 sigma' / (alpha sigma)."""
+        sigma, alpha = _within(t, self.epsilon)
+        return -2.0 * (1.0 - 2.0 * self.epsilon) / (alpha * sigma)
+
+
+class SigmoidAlphaBar(NoiseSchedule):
+    """The sigmoid schedule of Chen 2023 (arXiv:2301.10972, algorithm 1), variance preserving:
+
+        alpha_bar = alpha^2 = (s(1) - s(t)) / (s(1) - s(0)),    s(t) = sigmoid((start + (end - start) t) / tau).
+
+    A difference of two sigmoids is a quotient, s(q) - s(p) = sinh((q - p) / 2) / (2 cosh(q / 2) cosh(p / 2)), so
+
+        log_snr = log(sinh(h (1 - t)) / sinh(h t)) + log(cosh(start / 2 tau) / cosh(end / 2 tau)),
+        h = (end - start) / 2 tau,
+
+    which cancels nowhere. Drawn a hair short at both ends: t stands for `epsilon` + (1 - 2 `epsilon`) t.
+
+    Args:
+        start: the sigmoid's argument at t = 0, times tau.
+        end: the sigmoid's argument at t = 1, times tau.
+        tau: the temperature, above zero; `start` / tau and `end` / tau must lie in [-40, 40].
+        epsilon: what is cut off t at each end. 1e-6, with the other defaults, gives log-SNRs from 15 to -15.
+    """
+
+    def __init__(self, start: float = -3.0, end: float = 3.0, tau: float = 1.0, epsilon: float = 1e-6):
+        super().__init__()
+        check_number("SigmoidAlphaBar", "tau", tau, 1e-3)
+        check_number("SigmoidAlphaBar", "start", start, -40.0 * tau, 40.0 * tau)
+        check_number("SigmoidAlphaBar", "end", end, start + 1e-3 * tau, 40.0 * tau)
+        check_number("SigmoidAlphaBar", "epsilon", epsilon, 1e-8, 0.1)
+        self.start, self.end, self.tau, self.epsilon = start, end, tau, epsilon
+        self.half = (end - start) / (2.0 * tau)
+        self.centre = float(_log_cosh(start / (2.0 * tau)) - _log_cosh(end / (2.0 * tau)))
+
+    def log_snr(self, t):
+        """log(sinh(h (1 - t)) / sinh(h t)) + ..., where 2 sinh(x) = e^x (1 - e^-2x)."""
+        u, rest = (self.half * v for v in _within(t, self.epsilon))
+        return rest - u + ops.log(ops.expm1(-2.0 * rest) / ops.expm1(-2.0 * u)) + self.centre
+
+    def time(self, log_snr):
+        """t = log(1 + 2 sinh(h) / (r + e^-h)) / 2h,   r = sinh(h (1 - t)) / sinh(h t)."""
+        r = ops.exp(_tensor(log_snr) - self.centre)
+        u = ops.log1p(2.0 * np.sinh(self.half) / (r + np.exp(-self.half))) / (2.0 * self.half)
+        return (u - self.epsilon) / (1.0 - 2.0 * self.epsilon)
+
+    def slope(self, t):
+        """-h (coth(h (1 - t)) + coth(h t))."""
+        u, rest = (self.half * v for v in _within(t, self.epsilon))
+        return -self.half * (1.0 - 2.0 * self.epsilon) * (1.0 / ops.tanh(rest) + 1.0 / ops.tanh(u))
+
+
+class CosineAlphaBar(NoiseSchedule):
+    """The cosine schedule of Chen 2023 (arXiv:2301.10972, algorithm 1), variance preserving:
+
+        alpha_bar = alpha^2 = (v(1) - v(t)) / (v(1) - v(0)),
+        v(t) = cos(w)^(2 tau),   w = (start + (end - start) t) pi / 2.
+
+    Drawn a hair short at both ends: t stands for `epsilon` + (1 - 2 `epsilon`) t. With the defaults it is
+    `Trigonometric()`.
+
+    Args:
+        start: in [0, 1).
+        end: in (`start`, 1].
+        tau: the temperature, in [0.1, 3].
+        epsilon: what is cut off t at each end, in [1e-6, 0.1].
+    """
+
+    def __init__(self, start: float = 0.0, end: float = 1.0, tau: float = 1.0, epsilon: float = 1e-5):
+        super().__init__()
+        check_number("CosineAlphaBar", "start", start, 0.0, 0.999)
+        check_number("CosineAlphaBar", "end", end, start + 1e-3, 1.0)
+        check_number("CosineAlphaBar", "tau", tau, 0.1, 3.0)
+        check_number("CosineAlphaBar", "epsilon", epsilon, 1e-6, 0.1)
+        self.start, self.end, self.tau, self.epsilon = start, end, tau, epsilon
+        self.first, self.last = start * np.pi / 2, end * np.pi / 2  # w at the ends, and its cosine
+        self.first_cosine, self.last_cosine = float(np.cos(self.first)), float(np.cos(self.last))
+
+    def log_snr(self, t):
+        """log((v(t) - v(1)) / (v(0) - v(t))), with x = log(v(0) / v(t)) and y = log(v(t) / v(1))."""
+        x, y, _ = self._logarithms(t)
+        return ops.log(ops.expm1(-y) / ops.expm1(-x)) - x
+
+    def time(self, log_snr):
+        """From v(t) / v(0) = 1 - (1 - alpha_bar) (1 - v(1) / v(0))."""
+        log_snr = _tensor(log_snr)
+        signal, noise = ops.sigmoid(log_snr), ops.sigmoid(-log_snr)
+        last = (self.last_cosine / self.first_cosine) ** (2.0 * self.tau)
+        early = ops.log1p(-ops.minimum(noise, 0.5) * (1.0 - last))
+        x = ops.where(noise < 0.5, early, ops.log(signal + noise * last)) / (2.0 * self.tau)
+        u = (self._angle(x) - self.first) / (self.last - self.first)
+        return (u - self.epsilon) / (1.0 - 2.0 * self.epsilon)
+
+    def slope(self, t):
+        """-2 tau w' tan(w) (1 / (1 - e^-y) + 1 / (e^x - 1)), x and y as in `log_snr`."""
+        x, y, tangent = self._logarithms(t)
+        rate = (1.0 - 2.0 * self.epsilon) * (self.last - self.first)
+        return 2.0 * self.tau * rate * tangent * (1.0 / ops.expm1(-y) - 1.0 / ops.expm1(x))
+
+    def _logarithms(self, t):
+        """(x, y, tan(w)), from cos(p) - cos(q) = 2 sin((p + q) / 2) sin((q - p) / 2), which does not cancel."""
+        gone, left = (v * (self.last - self.first) for v in _within(t, self.epsilon))
+        fallen = 2.0 * ops.sin(self.first + gone / 2) * ops.sin(gone / 2)  # cos(w(0)) - cos(w)
+        to_fall = 2.0 * ops.sin(self.last - left / 2) * ops.sin(left / 2)  # cos(w) - cos(w(1))
+        cosine = self.last_cosine + to_fall
+        early = -ops.log1p(-ops.minimum(fallen / self.first_cosine, 0.5))
+        x = ops.where(fallen < 0.5 * self.first_cosine, early, ops.log(self.first_cosine / cosine))
+        y = ops.log1p(to_fall / self.last_cosine)
+        return 2.0 * self.tau * x, 2.0 * self.tau * y, ops.sin(self.first + gone) / cosine
+
+    def _angle(self, log_ratio):
+        """w from log(cos(w) / cos(w(0))): by the arcsine of its half where it is small, of its complement elsewhere."""
+        cosine = self.first_cosine * ops.exp(log_ratio)
+        fallen = 1.0 - self.first_cosine - self.first_cosine * ops.expm1(log_ratio)  # 1 - cos(w)
+        small = 2.0 * ops.arcsin(ops.sqrt(ops.clip(fallen / 2, 0.0, 0.5)))
+        return ops.where(fallen < 0.5, small, np.pi / 2 - ops.arcsin(ops.clip(cosine, 0.0, 1.0)))
+
+
+def _between(t, first: float, rest: float):
+    """(u, 1 - u), where u goes in a straight line from `first` to 1 - `rest`, both of which may be tiny."""
+    t = _tensor(t)
+    span = 1.0 - first - rest
+    # A compiler that sees a span of 1 makes (1 + rest) - t of the second, which has forgotten `rest` at t = 1.
+    return first + span * t, ops.maximum(rest + span * (1.0 - t), rest)
+
+
+def _within(t, epsilon: float):
+    """(u, 1 - u), where u goes from epsilon to 1 - epsilon."""
+    return _between(t, epsilon, epsilon)
+
+
+def _log_cosh(x: float) -> float:
+    return np.logaddexp(x, -x) - np.log(2.0)
+
+
+def _check_ends(name: str, min_log_snr: float, max_log_snr: float) -> None:
+    check_number(name, "min_log_snr", min_log_snr, -40.0, 40.0)
+    check_number(name, "max_log_snr", max_log_snr, min_log_snr, 40.0)
+    if min_log_snr == max_log_snr:
+        raise ValueError(f"{name}: `max_log_snr` must exceed `min_log_snr`; both are {min_log_snr}")

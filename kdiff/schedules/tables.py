@@ -1,0 +1,179 @@
+"""Discrete processes: T steps given by a table, between whose entries log_snr is linear in t.
+
+The entry i = 0 ... T - 1 is at t = (i + 1) / T. At t = 0, which no table has, the log-SNR is `CLEAN_LOG_SNR`.
+"""
+
+import numpy as np
+from keras import ops
+
+from kdiff.base import check_integer, check_number
+from kdiff.schedules.base import CLEAN_LOG_SNR, NoiseSchedule
+
+
+class _Table(NoiseSchedule):
+    """A discrete process given by its log-SNRs, float64, with shape `(T,)`; variance preserving."""
+
+    def __init__(self, log_snrs):
+        super().__init__()
+        self.num_steps = len(log_snrs)
+        self.log_snrs = np.append(max(CLEAN_LOG_SNR, log_snrs[0] + 1.0), log_snrs)
+        if not np.all(np.diff(self.log_snrs.astype("float32")) < 0):
+            raise ValueError(
+                f"{type(self).__name__}: log-SNR must fall at each step by more than float32 resolves, about 1e-6; "
+                f"the smallest fall is {-np.diff(self.log_snrs).max():.1e}"
+            )
+
+    def log_snr(self, t):
+        """Read from the table, linear in t between its entries."""
+        place = self._place(t)
+        index = ops.cast(ops.clip(ops.floor(place), 0, self.num_steps - 1), "int32")
+        left, right = self._neighbours(index)
+        return left + (place - ops.cast(index, "float32")) * (right - left)
+
+    def time(self, log_snr):
+        """The place in the table, linear in log_snr between its entries."""
+        log_snr = ops.convert_to_tensor(log_snr, "float32")
+        table = ops.convert_to_tensor(self.log_snrs, "float32")
+        not_below = ops.sum(ops.cast(ops.less_equal(log_snr[..., None], table), "int32"), axis=-1)
+        index = ops.clip(not_below - 1, 0, self.num_steps - 1)
+        left, right = self._neighbours(index)
+        place = ops.cast(index, "float32") + (log_snr - left) / (right - left)
+        return ops.clip(place / self.num_steps, 0.0, 1.0)
+
+    def slope(self, t):
+        """T (log_snr_i - log_snr_(i-1)) of the interval that ends at t or contains it.
+
+        Where that interval is the first, which begins at `CLEAN_LOG_SNR`, a number with no meaning, the second's.
+        """
+        # A hundredth of a step is taken off, so that the rounding of t T does not move a step into the next interval.
+        index = ops.clip(ops.ceil(self._place(t) - 0.01) - 1, min(1, self.num_steps - 1), self.num_steps - 1)
+        left, right = self._neighbours(ops.cast(index, "int32"))
+        return self.num_steps * (right - left)
+
+    def _place(self, t):
+        return ops.clip(ops.convert_to_tensor(t, "float32"), 0.0, 1.0) * self.num_steps
+
+    def _neighbours(self, index):
+        table = ops.convert_to_tensor(self.log_snrs, "float32")
+        return ops.take(table, index), ops.take(table, index + 1)
+
+
+class BetaTable(_Table):
+    """A discrete process given by its betas: alpha_bar_i = prod_{j <= i} (1 - beta_j) = alpha^2, variance preserving.
+
+    Args:
+        betas: the variance of each step of the forward process, each in (0, 1), with shape `(T,)`.
+
+    Raises:
+        ValueError: if a beta is not in (0, 1), so that alpha would not decrease.
+    """
+
+    def __init__(self, betas):
+        name, betas = type(self).__name__, np.asarray(betas, "float64")
+        _check_shape(name, "betas", betas)
+        if not np.all((betas > 0) & (betas < 1)):
+            raise ValueError(
+                f"{name}: `betas` must lie in (0, 1), so that alpha decreases; "
+                f"received numbers from {betas.min()} to {betas.max()}"
+            )
+        log_alpha_bar = np.cumsum(np.log1p(-betas))
+        super().__init__(log_alpha_bar - np.log(-np.expm1(log_alpha_bar)))
+        self.betas = betas
+
+
+class AlphaBarTable(_Table):
+    """A discrete process given by its alpha-bars, alpha_bar_i = alpha^2 after step i, variance preserving.
+
+    Args:
+        alpha_bars: strictly decreasing numbers in (0, 1), with shape `(T,)`.
+
+    Raises:
+        ValueError: if they are not.
+    """
+
+    def __init__(self, alpha_bars):
+        name, alpha_bars = type(self).__name__, np.asarray(alpha_bars, "float64")
+        _check_shape(name, "alpha_bars", alpha_bars)
+        if not (np.all((alpha_bars > 0) & (alpha_bars < 1)) and np.all(np.diff(alpha_bars) < 0)):
+            raise ValueError(
+                f"{name}: `alpha_bars` must lie in (0, 1) and decrease from step to step; received: {alpha_bars}"
+            )
+        super().__init__(np.log(alpha_bars) - np.log1p(-alpha_bars))
+        self.alpha_bars = alpha_bars
+
+
+class LinearBeta(BetaTable):
+    """The linear table of DDPM (Ho et al. 2020, section 4): beta rises in equal steps.
+
+    Args:
+        num_steps: the number of steps T.
+        beta_start: the first beta.
+        beta_end: the last beta.
+    """
+
+    def __init__(self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02):
+        check_integer("LinearBeta", "num_steps", num_steps)
+        super().__init__(np.linspace(beta_start, beta_end, num_steps))
+        self.beta_start, self.beta_end = beta_start, beta_end
+
+
+class ScaledLinearBeta(BetaTable):
+    """The table of Stable Diffusion (Rombach et al. 2022, arXiv:2112.10752): sqrt(beta) rises in equal steps.
+
+    Args:
+        num_steps: the number of steps T.
+        beta_start: the first beta.
+        beta_end: the last beta.
+    """
+
+    def __init__(self, num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012):
+        check_integer("ScaledLinearBeta", "num_steps", num_steps)
+        check_number("ScaledLinearBeta", "beta_start", beta_start, 0.0, 1.0)
+        check_number("ScaledLinearBeta", "beta_end", beta_end, 0.0, 1.0)
+        super().__init__(np.linspace(beta_start**0.5, beta_end**0.5, num_steps) ** 2)
+        self.beta_start, self.beta_end = beta_start, beta_end
+
+
+class CosineBeta(BetaTable):
+    """The cosine table of improved DDPM (Nichol and Dhariwal 2021, eq. 17):
+
+        alpha_bar(t) = f(t) / f(0),    f(t) = cos^2((t + s) / (1 + s) pi / 2),
+        beta_i = min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), max_beta).
+
+    Args:
+        num_steps: the number of steps T.
+        s: the offset that keeps the first betas from being too small.
+        max_beta: betas are clipped here, below the singularity at t = 1.
+    """
+
+    def __init__(self, num_steps: int = 1000, s: float = 0.008, max_beta: float = 0.999):
+        check_integer("CosineBeta", "num_steps", num_steps)
+        check_number("CosineBeta", "s", s, 0.0)
+        alpha_bar = np.cos((np.linspace(0.0, 1.0, num_steps + 1) + s) / (1.0 + s) * np.pi / 2) ** 2
+        super().__init__(np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], max_beta))
+        self.s, self.max_beta = s, max_beta
+
+
+class SigmoidBeta(BetaTable):
+    """The sigmoid table of GeoDiff (Xu et al. 2022, arXiv:2203.02923), which diffusers calls "sigmoid":
+
+        beta_i = beta_start + sigmoid(u_i) (beta_end - beta_start),    u from -6 to 6 in equal steps.
+
+    `SigmoidAlphaBar` is another schedule: there it is alpha_bar that is a sigmoid.
+
+    Args:
+        num_steps: the number of steps T.
+        beta_start: the beta that the first is a hair above.
+        beta_end: the beta that the last is a hair below.
+    """
+
+    def __init__(self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02):
+        check_integer("SigmoidBeta", "num_steps", num_steps)
+        rise = 1.0 / (1.0 + np.exp(-np.linspace(-6.0, 6.0, num_steps)))
+        super().__init__(beta_start + rise * (beta_end - beta_start))
+        self.beta_start, self.beta_end = beta_start, beta_end
+
+
+def _check_shape(name: str, argument: str, table: np.ndarray) -> None:
+    if table.ndim != 1 or table.size == 0:
+        raise ValueError(f"{name}: `{argument}` must have shape (T,); received: {table.shape}")

@@ -1,0 +1,210 @@
+"""Schedules made from a schedule: another log-SNR, the same normalisation, the same number of steps."""
+
+from typing import Self
+
+import numpy as np
+from keras import ops
+
+from kdiff.base import check_number
+from kdiff.schedules.base import NoiseSchedule
+from kdiff.schedules.tables import _Table
+
+
+class Shifted(NoiseSchedule):
+    """A schedule whose log-SNR is moved by a constant, log_snr = schedule.log_snr + shift; the normalisation stays.
+
+    Averaging s x s pixels divides the variance of noise by s^2, and hardly that of an image; so a larger image, at the
+    same log-SNR, is less destroyed, and is given a negative shift.
+
+    Args:
+        schedule: a `NoiseSchedule` or its name.
+        shift: is added to log_snr; below zero there is more noise.
+    """
+
+    def __init__(self, schedule, shift: float):
+        super().__init__()
+        check_number("Shifted", "shift", shift, -80.0, 80.0)
+        self.schedule, self.shift = NoiseSchedule.get(schedule), shift
+        self.num_steps = self.schedule.num_steps
+
+    @classmethod
+    def by_factor(cls, schedule, factor: float) -> Self:
+        """sigma / alpha times `factor`: shift = -2 log(factor).
+
+        On `Rectified` it moves t to factor t / (1 + (factor - 1) t) (Esser et al. 2024, "SD3", arXiv:2403.03206,
+        eq. 23, factor = sqrt(m / n) for m pixels where n were tuned for; SD3 uses 3).
+        """
+        check_number("Shifted", "factor", factor, 1e-6, 1e6)
+        return cls(schedule, float(-2.0 * np.log(factor)))
+
+    @classmethod
+    def for_resolution(cls, schedule, resolution: int, base: int = 64) -> Self:
+        """shift = 2 log(base / resolution) (Hoogeboom et al. 2023, "simple diffusion", arXiv:2301.11093, section 3.1).
+
+        Args:
+            schedule: a schedule that suits images of `base` x `base` pixels.
+            resolution: the side of the images, in pixels.
+            base: the side that the schedule was made for.
+        """
+        check_number("Shifted", "resolution", resolution, 1)
+        check_number("Shifted", "base", base, 1)
+        return cls(schedule, float(2.0 * np.log(base / resolution)))
+
+    @classmethod
+    def for_tokens(
+        cls,
+        schedule,
+        tokens: int,
+        base_tokens: int = 256,
+        max_tokens: int = 4096,
+        base_mu: float = 0.5,
+        max_mu: float = 1.15,
+    ) -> Self:
+        """The shift of Flux, which depends on the size of the sample: shift = -2 mu, mu linear in the tokens,
+
+            mu = base_mu + (max_mu - base_mu) (tokens - base_tokens) / (max_tokens - base_tokens).
+
+        It is `by_factor` with the factor e^mu. The constants are those of the published sampling code of Flux.1 dev
+        (Black Forest Labs 2024, no paper), which diffusers calls "dynamic shifting".
+
+        Args:
+            schedule: the schedule to shift; `Rectified` in Flux.
+            tokens: the length of the transformer's sequence, (height / patch) (width / patch).
+            base_tokens: where mu is `base_mu`.
+            max_tokens: where mu is `max_mu`.
+            base_mu: log(sigma / alpha) is raised by so much at `base_tokens`.
+            max_mu: and by so much at `max_tokens`.
+        """
+        check_number("Shifted", "tokens", tokens, 1)
+        check_number("Shifted", "base_tokens", base_tokens, 1)
+        check_number("Shifted", "max_tokens", max_tokens, base_tokens + 1)
+        mu = base_mu + (max_mu - base_mu) * (tokens - base_tokens) / (max_tokens - base_tokens)
+        return cls(schedule, -2.0 * mu)
+
+    def log_snr(self, t):
+        """schedule.log_snr + shift."""
+        return self.schedule.log_snr(t) + self.shift
+
+    def time(self, log_snr):
+        """schedule.time(log_snr - shift)."""
+        return self.schedule.time(ops.convert_to_tensor(log_snr, "float32") - self.shift)
+
+    def scales(self, log_snr):
+        """The schedule's normalisation."""
+        return self.schedule.scales(log_snr)
+
+    def slope(self, t):
+        """The schedule's: a constant has none."""
+        return self.schedule.slope(t)
+
+
+class ZeroTerminalSNR(NoiseSchedule):
+    """A schedule that ends in nothing but noise (Lin et al. 2024, arXiv:2305.08891, algorithm 1):
+
+        alpha'(t) = (alpha(t) - alpha(1)) alpha_0 / (alpha_0 - alpha(1)),   sigma'^2 = 1 - alpha'^2,
+
+    where alpha_0 is the alpha of the first step of a discrete process, and alpha(0) of a continuous one: both stay as
+    they were. alpha is the variance preserving one, sqrt(sigmoid(log_snr)), and the new log-SNR goes back into the
+    normalisation of the schedule.
+
+    At t = 1 the log-SNR would be minus infinity. It is `min_log_snr`, and no infinity arises: at -40 alpha is 2e-9, as
+    good as zero. A network that predicts the noise cannot be sampled from there, x_hat being divided by alpha; one that
+    predicts the velocity, the data or the flow can, which is why the paper changes the prediction with the schedule.
+
+    Args:
+        schedule: a `NoiseSchedule` or its name; not one whose sigma grows without bound.
+        min_log_snr: log-SNR at t = 1.
+    """
+
+    def __init__(self, schedule, min_log_snr: float = -40.0):
+        super().__init__()
+        self.schedule, self.min_log_snr = NoiseSchedule.get(schedule), min_log_snr
+        end = float(_number(self.schedule.log_snr(1.0)))
+        check_number("ZeroTerminalSNR", "min_log_snr", min_log_snr, -80.0, end - 1.0)
+        if _number(self.schedule.scales(ops.convert_to_tensor(min_log_snr, "float32"))[1]) > 10.0:
+            raise ValueError(
+                f"ZeroTerminalSNR: at a log-SNR of {min_log_snr} the noise of {self.schedule!r} is without bound; "
+                "give a schedule whose sigma ends near 1, as do the variance preserving ones and Rectified"
+            )
+        self.num_steps = self.schedule.num_steps
+        self._rescaled = (_RescaledTable if self.num_steps else _Rescaled)(self.schedule, min_log_snr)
+
+    def log_snr(self, t):
+        """log(alpha'^2 / (1 - alpha'^2)), at least `min_log_snr`."""
+        return self._rescaled.log_snr(t)
+
+    def time(self, log_snr):
+        """The schedule's own time of alpha = alpha' (alpha_0 - alpha(1)) / alpha_0 + alpha(1)."""
+        return self._rescaled.time(log_snr)
+
+    def scales(self, log_snr):
+        """The schedule's normalisation."""
+        return self.schedule.scales(log_snr)
+
+    def slope(self, t):
+        """By the chain rule; of a discrete process, as of any table."""
+        return self._rescaled.slope(t)
+
+
+class _RescaledTable(_Table):
+    """Algorithm 1 on a discrete process: a table of its own, in float64."""
+
+    def __init__(self, schedule, min_log_snr):
+        times = np.arange(1, schedule.num_steps + 1) / schedule.num_steps
+        log_snrs = schedule.log_snrs[1:] if isinstance(schedule, _Table) else _number(schedule.log_snr(times))
+        alpha = np.sqrt(1.0 / (1.0 + np.exp(-log_snrs.astype("float64"))))
+        alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+        with np.errstate(divide="ignore"):  # log(0) at the end
+            log_snrs = 2.0 * np.log(alpha) - np.log1p(-(alpha**2))
+        super().__init__(np.maximum(log_snrs, min_log_snr))
+
+
+class _Rescaled(NoiseSchedule):
+    """Algorithm 1 on a continuous schedule. Near t = 0 everything is written in d = 1 - alpha, which has the digits."""
+
+    def __init__(self, schedule, min_log_snr):
+        super().__init__()
+        self.schedule, self.min_log_snr = schedule, min_log_snr
+        first, last = _number(schedule.log_snr(np.array([0.0, 1.0]))).astype("float64")
+        first, self.last = (float(np.sqrt(1.0 / (1.0 + np.exp(-end)))) for end in (first, last))
+        self.factor = first / (first - self.last)
+        self.offset = 1.0 - self.factor * (1.0 - self.last)  # 1 - alpha' = factor d + offset
+
+    def log_snr(self, t):
+        alpha, d = self._new(self._old(t))
+        return ops.maximum(_log_snr(alpha, d), self.min_log_snr)
+
+    def time(self, log_snr):
+        alpha, d = _alpha(ops.convert_to_tensor(log_snr, "float32"))
+        return self.schedule.time(_log_snr(alpha / self.factor + self.last, (d - self.offset) / self.factor))
+
+    def slope(self, t):
+        """(alpha sigma^2 / alpha' sigma'^2) (d alpha' / d alpha) slope; d log_snr / d alpha = 2 / (alpha sigma^2)."""
+        old = self._old(t)
+        alpha, d = self._new(old)
+        ratio = old[0] * old[1] * (1.0 + old[0]) / (alpha * d * (1.0 + alpha))
+        return self.factor * ratio * self.schedule.slope(t)
+
+    def _old(self, t):
+        return _alpha(self.schedule.log_snr(t))
+
+    def _new(self, old):
+        """(alpha', 1 - alpha'); alpha' is at least that of `min_log_snr`."""
+        alpha, d = old
+        lowest = float(np.exp(self.min_log_snr / 2))
+        return ops.maximum(self.factor * (alpha - self.last), lowest), self.factor * d + self.offset
+
+
+def _alpha(log_snr):
+    """(alpha, 1 - alpha) of the variance preserving normalisation."""
+    alpha = ops.sqrt(ops.sigmoid(log_snr))
+    return alpha, ops.sigmoid(-log_snr) / (1.0 + alpha)
+
+
+def _log_snr(alpha, d):
+    """log(alpha^2 / (1 - alpha^2)), where d = 1 - alpha."""
+    return 2.0 * ops.log(alpha) - ops.log(d * (1.0 + alpha))
+
+
+def _number(tensor) -> np.ndarray:
+    return ops.convert_to_numpy(tensor)

@@ -1,0 +1,117 @@
+"""Solvers for distilled networks, which jump to the data in one step: consistency sampling, LCM and TCD.
+
+Their `denoise` is a consistency function: it does not answer with the mean of all x that x_t may come from, but with
+the one x that the probability flow leads to. A step jumps there, and goes back to `then` with fresh noise; so each step
+mends the last one's errors, and one step is enough. More steps do not converge to anything: `order` is 0. With a
+denoiser that was not distilled they blur the samples in few steps.
+"""
+
+from keras import ops
+
+from kdiff.base import check_number
+from kdiff.schedules import Marginal, NoiseSchedule
+from kdiff.solvers.base import Denoise, Draw, Solver, flow_to
+
+
+def renoised(x_hat, then: Marginal, noise: Draw, s=None):
+    """alpha_then x_hat + s noise, s = sigma_then unless given; without noise at t = 0."""
+    s = then.sigma if s is None else s
+    return then.alpha * x_hat + ops.where(then.t > 0, s, 0.0) * noise()
+
+
+class Consistency(Solver):
+    """Multistep consistency sampling (Song et al. 2023, arXiv:2303.01469, algorithm 1):
+
+        x_hat = f(x_now),    x_then = alpha_then x_hat + sqrt(sigma_then^2 - (alpha_then epsilon)^2) noise,
+
+    where f = `denoise` is a consistency function (see the module). The step to t = 0 adds no noise.
+
+    Args:
+        epsilon: the noise level sigma / alpha that f leads to. In the paper it is sigma_min, 0.002, not 0.
+    """
+
+    order = 0
+    stochastic = True
+
+    def __init__(self, epsilon: float = 0.0):
+        check_number("Consistency", "epsilon", epsilon, 0.0)
+        self.epsilon = epsilon
+
+    def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
+        """One jump to the data and back to `then`; arguments and results as in `Solver.step`."""
+        x_hat = denoise(x, now)
+        # A difference of squares, so that it is exactly 0 where sigma_then / alpha_then is epsilon.
+        least = then.alpha * self.epsilon
+        s = ops.sqrt(ops.maximum((then.sigma - least) * (then.sigma + least), 0.0))
+        return renoised(x_hat, then, noise, s), x_hat, state
+
+
+class LCM(Solver):
+    """Latent consistency models (Luo et al. 2023, arXiv:2310.04378, section 4):
+
+        f = c_skip x_now + c_out x_hat,          x_then = alpha_then f + sigma_then noise,
+        c_skip = sigma_data^2 / (s^2 + sigma_data^2),    c_out = s / sqrt(s^2 + sigma_data^2),    s = scaling i,
+
+    where i is the index of a discrete process of T steps, t = (i + 1) / T (T = 1000 for a continuous schedule). f is a
+    consistency function (see the module) whose boundary condition, f(x) = x, holds at i = 0. The step to t = 0 adds no
+    noise. The x_hat of a step is f.
+
+    Args:
+        sigma_data: the standard deviation of the data in the scalings.
+        scaling: what multiplies the index, large, so that c_skip is small everywhere but at i = 0.
+    """
+
+    order = 0
+    stochastic = True
+
+    def __init__(self, sigma_data: float = 0.5, scaling: float = 10.0):
+        check_number("LCM", "sigma_data", sigma_data, 1e-6)
+        check_number("LCM", "scaling", scaling, 0.0)
+        self.sigma_data, self.scaling = sigma_data, scaling
+
+    def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
+        """One jump to the data and back to `then`; arguments and results as in `Solver.step`."""
+        c_skip, c_out = self.scalings(schedule, now)
+        x_hat = c_skip * x + c_out * denoise(x, now)
+        return renoised(x_hat, then, noise), x_hat, state
+
+    def scalings(self, schedule: NoiseSchedule, m: Marginal):
+        """(c_skip, c_out) at the marginal `m`."""
+        s = self.scaling * ops.maximum((schedule.num_steps or 1000) * m.t - 1.0, 0.0)
+        total = s**2 + self.sigma_data**2
+        return self.sigma_data**2 / total, s / ops.sqrt(total)
+
+
+class TCD(Solver):
+    """Strategic stochastic sampling, of trajectory consistency distillation (Zheng et al. 2024, arXiv:2402.19159).
+
+    A step of DDIM down to the time s = (1 - gamma) t_then, and back up to `then` with fresh noise:
+
+        x_s = (sigma_s / sigma_now) x_now + alpha_s (1 - e^{l_now - l_s}) x_hat,
+        x_then = (alpha_then / alpha_s) x_s + sqrt(sigma_then^2 - (alpha_then sigma_s / alpha_s)^2) noise.
+
+    With gamma = 0 it is DDIM; with gamma = 1, where s = 0, it is `Consistency`, and `denoise` a consistency function
+    (see the module).
+
+    Args:
+        gamma: in [0, 1]; how much of the noise is fresh.
+    """
+
+    order = 0
+
+    def __init__(self, gamma: float = 0.3):
+        check_number("TCD", "gamma", gamma, 0.0, 1.0)
+        self.gamma = gamma
+        self.stochastic = gamma > 0
+        self.order = 0 if self.stochastic else 1
+
+    def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
+        """One step down to s and up to `then`; arguments and results as in `Solver.step`."""
+        x_hat = denoise(x, now)
+        if not self.stochastic:
+            return flow_to(x, x_hat, now, then), x_hat, state
+        s = schedule.at((1.0 - self.gamma) * then.t)
+        x_s = flow_to(x, x_hat, now, s)
+        # sigma_then sqrt(1 - SNR_then / SNR_s), which does not cancel.
+        fresh = then.sigma * ops.sqrt(-ops.expm1(then.log_snr - s.log_snr))
+        return then.alpha / s.alpha * x_s + fresh * noise(), x_hat, state

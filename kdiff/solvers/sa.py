@@ -1,0 +1,116 @@
+"""SA-Solver: an Adams predictor-corrector for the stochastic differential equation, with as much noise as wanted."""
+
+from keras import ops
+
+from kdiff.base import Value, check_choice, check_number
+from kdiff.schedules import Marginal, NoiseSchedule
+from kdiff.solvers.base import Denoise, Draw, Solver, half_step
+from kdiff.solvers.unipc import Memory, adams
+
+
+class Tau(Value):
+    """The base of SA-Solver's noise level as a function of time. A new one defines `__call__` alone."""
+
+    def __call__(self, m: Marginal):
+        """tau >= 0 for a step that begins at `m`: 0 is the probability flow, 1 the reverse of the forward process."""
+        raise NotImplementedError
+
+
+class Within(Tau):
+    """`value` for `low` <= t <= `high`, 0 elsewhere: Xue et al. 2023 take such intervals.
+
+    Args:
+        value: tau inside.
+        low: where it begins, in [0, 1].
+        high: where it ends, in [0, 1].
+    """
+
+    def __init__(self, value: float = 1.0, low: float = 0.2, high: float = 0.8):
+        check_number("Within", "value", value, 0.0)
+        check_number("Within", "low", low, 0.0, 1.0)
+        check_number("Within", "high", high, low, 1.0)
+        self.value, self.low, self.high = value, low, high
+
+    def __call__(self, m: Marginal):
+        """value if low <= t <= high, else 0."""
+        inside = ops.logical_and(m.t >= self.low, m.t <= self.high)
+        return ops.where(inside, float(self.value), 0.0)
+
+
+class SASolver(Solver):
+    """SA-Solver, data prediction (Xue et al. 2023, arXiv:2309.05019, algorithm 1). With z = (1 + tau^2) h,
+
+        x_then = e^{-tau^2 h} sigma_then / sigma_now x_now + alpha_then (M_0 m_0 + sum_k w_k (m_k - m_0))
+                 + sigma_then sqrt(1 - e^{-2 tau^2 h}) noise,
+
+    and M_0 and w_k as of `solvers.unipc`. The predictor has the estimates at the last `predictor_order` times. The
+    corrector makes the same step again, with the same noise, from the estimate at its end and those at the
+    `corrector_order` - 1 times before. As in UniPC the next step begins with it, estimates stay what they were at the
+    predicted x, and the last x is not corrected. Where the sum has a single term, M_1 in it is z / 2, as in the
+    authors' code.
+
+    With tau = 0 this is UniPC ("bh1"), and of the order of its corrector. With tau > 0 past estimates differ by noise
+    of size sqrt(h), and mean and covariance have order 2 at most. With tau = 1 and the orders 1 and 0 it is DDPM.
+
+    Args:
+        tau: a number, or a `Tau`.
+        predictor_order: the number of estimates in the predictor, from 1 to 3.
+        corrector_order: the number of estimates in the corrector, from 1 to 3; 0 for none.
+        lower_final: whether the orders fall to 1 and 2 in the last step, steadier in few steps to t = 0.
+    """
+
+    def __init__(
+        self,
+        tau: float | Tau = 1.0,
+        predictor_order: int = 2,
+        corrector_order: int = 2,
+        lower_final: bool = True,
+    ):
+        if not isinstance(tau, Tau):
+            check_number("SASolver", "tau", tau, 0.0)
+        check_choice("SASolver", "predictor_order", predictor_order, (1, 2, 3))
+        check_choice("SASolver", "corrector_order", corrector_order, (0, 1, 2, 3))
+        self.tau, self.predictor_order, self.corrector_order = tau, predictor_order, corrector_order
+        self.lower_final = lower_final
+        self.stochastic = isinstance(tau, Tau) or tau > 0
+        order = min(predictor_order + 1, corrector_order) if corrector_order else predictor_order
+        self.order = min(order, 2 if lower_final or self.stochastic else 3)
+
+    def init(self, x, steps: int) -> Memory:
+        """No estimates yet."""
+        return Memory.empty(x, max(self.predictor_order, self.corrector_order - 1), steps, self.stochastic)
+
+    def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
+        """The corrector of the last step, then the predictor of this one; arguments and results as in `Solver.step`."""
+        x_hat = denoise(x, now)
+        if self.corrector_order:
+            x = ops.where(state.history.made > 0, self._correct(x_hat, now, state), x)
+        order = state.history.order(self.predictor_order, self.lower_final)
+        state = Memory(state.history.add(x_hat, now), x, now, noise() if self.stochastic else ())
+        return self._predict(then, state, order), x_hat, state
+
+    def _predict(self, then: Marginal, last: Memory, order):
+        h, (first, *others) = half_step(last.now, then), last.history.values
+        count = self.predictor_order - 1
+        return self._move(last, then, h, first, last.places(h)[:count], others[:count], order - 1)
+
+    def _correct(self, x_hat, now: Marginal, last: Memory):
+        h, (first, *others) = half_step(last.now, now), last.history.values
+        if self.corrector_order == 1:
+            return self._move(last, now, h, x_hat, [], [], 0)
+        order = ops.minimum(self.corrector_order, last.history.made + 1)
+        if self.lower_final:
+            order = ops.minimum(order, last.history.left + 2)
+        count = self.corrector_order - 2
+        places, values = [1.0, *last.places(h)[:count]], [x_hat, *others[:count]]
+        return self._move(last, now, h, first, places, values, order - 1)
+
+    def _move(self, last: Memory, then: Marginal, h, first, places, values, count):
+        """The step from `last.x` to `then`, with the first `count` of `values` besides `first`."""
+        square = (self.tau(last.now) if isinstance(self.tau, Tau) else float(self.tau)) ** 2
+        z = (1.0 + square) * h
+        x = ops.exp(-square * h) * then.sigma / last.now.sigma * last.x
+        x = x + then.alpha * adams(z, first, places, values, count, z / 2)
+        if self.stochastic:
+            x = x + then.sigma * ops.sqrt(-ops.expm1(-2.0 * square * h)) * last.noise
+        return x

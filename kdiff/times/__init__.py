@@ -1,0 +1,39 @@
+"""Times: which t a network is trained at, which it is sampled at, and how it is told.
+
+TimeSampler   (schedule, batch, key) -> t        random times for a training batch, float32, shape `(batch,)`
+TimeGrid      (schedule, steps) -> t             the times of a sampling run, float64, decreasing, from noise to 0
+TimeLabel     (schedule, marginal) -> label      what the network sees as time
+"""
+
+from kdiff.times.grids import (
+    All,
+    BetaQuantile,
+    Exponential,
+    FlowShift,
+    Karras,
+    Leading,
+    Linspace,
+    Polyexponential,
+    Rounded,
+    TimeGrid,
+    Times,
+    Trailing,
+    UniformLogSNR,
+)
+from kdiff.times.labels import Index, LogSNR, Scaled, TimeLabel
+from kdiff.times.samplers import (
+    Antithetic,
+    Discrete,
+    LogitNormal,
+    LogNormalSigma,
+    LogUniform,
+    LossAware,
+    LowDiscrepancy,
+    Mode,
+    PowerLaw,
+    Stratified,
+    Systematic,
+    TimeSampler,
+    Uniform,
+    log_snr_ends,
+)

@@ -1,0 +1,54 @@
+"""TimeLabel: what a network sees as time."""
+
+from kdiff.base import Value, check_number
+from kdiff.schedules import Marginal, NoiseSchedule
+
+
+class TimeLabel(Value):
+    """The base of what a network sees as time."""
+
+    def __call__(self, schedule: NoiseSchedule, m: Marginal):
+        """The label of the marginal `m` of `schedule`; float32, of the shape of `m.t`."""
+        raise NotImplementedError
+
+
+class Scaled(TimeLabel):
+    """`scale` t: with 1000, in the range that sinusoidal embeddings were made for, whatever the schedule.
+
+    Args:
+        scale: the label at t = 1.
+    """
+
+    def __init__(self, scale: float = 1000.0):
+        check_number("Scaled", "scale", scale, 1e-6)
+        self.scale = scale
+
+    def __call__(self, schedule: NoiseSchedule, m: Marginal):
+        """scale t."""
+        return self.scale * m.t
+
+
+class Index(TimeLabel):
+    """The index i = T t - 1 of a discrete process, as DDPM's network sees it."""
+
+    def __call__(self, schedule: NoiseSchedule, m: Marginal):
+        """T t - 1."""
+        if schedule.num_steps is None:
+            raise ValueError(f"Index: {schedule!r} is continuous and has no index; use Scaled or LogSNR")
+        return schedule.num_steps * m.t - 1.0
+
+
+class LogSNR(TimeLabel):
+    """`scale` log_snr: a network labelled so can be sampled under another schedule.
+
+    Args:
+        scale: the factor. -1/8 makes it EDM's c_noise = ln(sigma / alpha) / 4 (Karras et al. 2022,
+            arXiv:2206.00364, table 1).
+    """
+
+    def __init__(self, scale: float = -0.125):
+        self.scale = scale
+
+    def __call__(self, schedule: NoiseSchedule, m: Marginal):
+        """scale log_snr."""
+        return self.scale * m.log_snr

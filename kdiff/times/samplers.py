@@ -1,0 +1,449 @@
+"""TimeSampler: random times for a training batch.
+
+There are two questions. How evenly is [0, 1] covered? `Uniform`, `Stratified`, `Systematic`, `LowDiscrepancy` and
+`Antithetic` all give uniform times, and differ in how a batch is spread. How often is each noise level trained?
+`LogitNormal`, `LogNormalSigma`, ... bend uniform numbers u into another density, t = quantile(u), and take as `points`
+any of the first five:
+
+    times.LogitNormal(0.0, 1.0, points="stratified")
+"""
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from kdiff import random
+from kdiff.base import Value, check_integer, check_number
+from kdiff.schedules import NoiseSchedule
+
+HALF_STEP = 2.0**-24  # half the distance of the numbers that `random.uniform` draws
+
+
+class TimeSampler(Value):
+    """The base of the training times' distributions. A new one defines `__call__`, and `density` if it can."""
+
+    def __call__(self, schedule: NoiseSchedule, batch, key):
+        """Random times.
+
+        Args:
+            schedule: the schedule that they are for.
+            batch: how many; a number or a tensor.
+            key: the stream to draw from (`kdiff.random`), int32, shape `(2,)`.
+
+        Returns:
+            float32 times in [0, 1], with shape `(batch,)`.
+        """
+        raise NotImplementedError
+
+    def density(self, schedule: NoiseSchedule, t):
+        """The probability density p(t) of the times, float32, with the shape of `t`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its density")
+
+    def importance(self, schedule: NoiseSchedule, t) -> Any:
+        """A factor on the loss at `t`, which undoes that some times are drawn more often; None is 1 everywhere."""
+        return None
+
+    def update(self, schedule: NoiseSchedule, t, losses) -> None:
+        """Learns from the losses, shape `(batch,)`, that a training step had at the times `t`; most samplers do not."""
+
+
+class _Even(TimeSampler):
+    """Uniform times, however they are spread over a batch."""
+
+    def density(self, schedule: NoiseSchedule, t):
+        """1."""
+        return ops.ones_like(ops.convert_to_tensor(t, "float32"))
+
+
+class Uniform(_Even):
+    """Independent t, uniform in [0, 1)."""
+
+    def __call__(self, schedule: NoiseSchedule, batch, key):
+        """u."""
+        return random.uniform(key, (batch,))
+
+
+UNIFORM = Uniform()
+
+
+class Discrete(_Even):
+    """Independent t, uniform among the steps of a discrete process: t = (i + 1) / T, i = 0 ... T - 1 (DDPM, alg. 1).
+
+    `density` is that of the continuous times of which these are the roundings, 1.
+
+    Args:
+        num_steps: T. None takes the schedule's own; a continuous schedule has none.
+    """
+
+    def __init__(self, num_steps: int | None = None):
+        if num_steps is not None:
+            check_integer("Discrete", "num_steps", num_steps)
+        self.num_steps = num_steps
+
+    def __call__(self, schedule: NoiseSchedule, batch, key):
+        """(floor(T u) + 1) / T."""
+        num_steps = self.num_steps or schedule.num_steps
+        if num_steps is None:
+            raise ValueError(f"Discrete: {schedule!r} is continuous; give `num_steps`, or use Uniform or Stratified")
+        return (ops.floor(random.uniform(key, (batch,)) * num_steps) + 1.0) / num_steps
+
+
+class Stratified(_Even):
+    """One t in each of `batch` equal parts of [0, 1), at random within it: a batch covers all noise levels evenly.
+
+        t_n = (k_n + u_n) / batch,    k_n = (n + offset) mod batch
+
+    Each t alone is still uniform, and the variance of the loss falls. The random offset keeps the place in the batch
+    and the noise level independent. `Systematic` draws one u for all parts.
+    """
+
+    def __call__(self, schedule: NoiseSchedule, batch, key):
+        """(k + u) / batch."""
+        u = random.uniform(key, (batch + 1,))
+        size = ops.cast(batch, "float32")
+        part = (_count(batch) + ops.floor(u[0] * size)) % size
+        return (part + u[1:]) / size
+
+
+class Systematic(_Even):
+    """Equal spaces from a random start: t_n = (u + n / batch) mod 1, with one u for the whole batch.
+
+    The low-discrepancy sampler of variational diffusion models (Kingma et al. 2021, arXiv:2107.00630, appendix I.1). A
+    whole batch covers [0, 1) as evenly as can be; a part of it, such as one device's, covers a part.
+    """
+
+    def __call__(self, schedule: NoiseSchedule, batch, key):
+        """(u + n / batch) mod 1."""
+        return (random.uniform(key, (1,)) + _count(batch) / ops.cast(batch, "float32")) % 1.0
+
+
+class LowDiscrepancy(_Even):
+    """The golden-ratio sequence from a random start: t_n = (u + n / phi) mod 1, phi = (1 + sqrt(5)) / 2.
+
+    Every run of consecutive examples covers [0, 1) evenly, whether it is the whole batch or the part of it that one
+    device or one accumulation step sees (Kronecker's sequence; phi is the number worst approximated by fractions).
+    """
+
+    RATIO = np.array(round((math.sqrt(5) - 1) / 2 * 2**32), "uint32").astype("int32")  # 2^32 / phi, as it wraps around
+
+    def __call__(self, schedule: NoiseSchedule, batch, key):
+        """(u + n / phi) mod 1; n / phi mod 1 is counted in units of 2^-32, so that no n is too large."""
+        turns = ops.arange(batch, dtype="int32") * ops.convert_to_tensor(self.RATIO)
+        turns = ops.cast(ops.bitwise_and(ops.right_shift(turns, 8), 2**24 - 1), "float32") * 2.0**-24
+        return (random.uniform(key, (1,)) + turns) % 1.0
+
+
+class Antithetic(_Even):
+    """Pairs t and 1 - t, the second half of the batch mirroring the first; of an odd batch one t stays single.
+
+    What a loss has that is odd about t = 1/2 cancels within a pair (DDIM's code trains so; Song et al. 2021,
+    arXiv:2010.02502).
+    """
+
+    def __call__(self, schedule: NoiseSchedule, batch, key):
+        """(u, 1 - u)."""
+        u = random.uniform(key, ((batch + 1) // 2,))
+        return ops.concatenate([u, 1.0 - u])[:batch]
+
+
+def _count(batch):
+    return ops.cast(ops.arange(batch, dtype="int32"), "float32")
+
+
+class _Bent(TimeSampler):
+    """Times t = quantile(u) of uniform u. A new one defines `quantile` and `density`, and passes on `points`."""
+
+    def __init__(self, points=UNIFORM):
+        self.points = TimeSampler.get(points)
+        if not isinstance(self.points, _Even) or isinstance(self.points, Discrete):
+            known = [Uniform(), Stratified(), Systematic(), LowDiscrepancy(), Antithetic()]
+            raise ValueError(f"{type(self).__name__}: `points` must be one of {known}; received: {points!r}")
+
+    def __call__(self, schedule: NoiseSchedule, batch, key):
+        """quantile(u), u from `points`."""
+        return self.quantile(schedule, self.points(schedule, batch, key))
+
+    def quantile(self, schedule: NoiseSchedule, u):
+        """The t that a uniform number u becomes: the inverse of the distribution function, or of its mirror image."""
+        raise NotImplementedError
+
+
+class LogitNormal(_Bent):
+    """logit(t) = log(t / (1 - t)) is normal (Esser et al. 2024, "Stable Diffusion 3", arXiv:2403.03206, eq. 19):
+
+        p(t) = exp(-(logit(t) - mean)^2 / (2 std^2)) / (std sqrt(2 pi) t (1 - t))
+
+    Args:
+        mean: above 0 trains more at noise, below 0 at data.
+        std: above 0.
+        points: how the uniform numbers cover a batch: a `TimeSampler` or its name.
+    """
+
+    def __init__(self, mean: float = 0.0, std: float = 1.0, points=UNIFORM):
+        super().__init__(points)
+        check_number("LogitNormal", "mean", mean, -30.0, 30.0)
+        check_number("LogitNormal", "std", std, 1e-6)
+        self.mean, self.std = mean, std
+
+    def quantile(self, schedule: NoiseSchedule, u):
+        """sigmoid(mean + std z)."""
+        return ops.sigmoid(self.mean + self.std * _normal(u))
+
+    def density(self, schedule: NoiseSchedule, t):
+        """exp(-(logit(t) - mean)^2 / (2 std^2)) / (std sqrt(2 pi) t (1 - t))."""
+        t = _inside(t)
+        return _gaussian(ops.log(t / (1.0 - t)), self.mean, self.std) / (t * (1.0 - t))
+
+
+class Mode(_Bent):
+    """The distribution with heavy tails of Stable Diffusion 3 (arXiv:2403.03206, eq. 20):
+
+        t = f(u) = 1 - u - scale (cos^2(pi u / 2) - 1 + u),    p(t) = 1 / |f'(u)|
+
+    Args:
+        scale: above 0 prefers the middle, 0 is uniform, below 0 prefers the ends; in [-1, 2 / (pi - 2)], where f is
+            monotone.
+        points: how the uniform numbers cover a batch: a `TimeSampler` or its name.
+    """
+
+    def __init__(self, scale: float = 1.29, points=UNIFORM):
+        super().__init__(points)
+        check_number("Mode", "scale", scale, -1.0, 2.0 / (np.pi - 2.0))
+        self.scale = scale
+
+    def quantile(self, schedule: NoiseSchedule, u):
+        """1 - u - scale (cos^2(pi u / 2) - 1 + u)."""
+        u = ops.convert_to_tensor(u, "float32")
+        t = 1.0 - u - self.scale * (ops.cos(np.pi * u / 2) ** 2 - 1.0 + u)
+        return ops.clip(t, 0.0, 1.0)
+
+    def density(self, schedule: NoiseSchedule, t):
+        """1 / |f'(u)|, f'(u) = -1 - scale (1 - pi / 2 sin(pi u)); u is found by bisection."""
+        t = ops.convert_to_tensor(t, "float32")
+        u = ops.full_like(t, 0.5)
+        for i in range(2, 26):  # f falls
+            u = u + ops.sign(self.quantile(schedule, u) - t) * 2.0**-i
+        return 1.0 / ops.maximum(ops.abs(1.0 + self.scale * (1.0 - np.pi / 2 * ops.sin(np.pi * u))), 1e-6)
+
+
+class PowerLaw(_Bent):
+    """p(t) = (exponent + 1) t^exponent.
+
+    It is Beta(exponent + 1, 1): with 0.5 the one that pi-0 trains with (Black et al. 2024, arXiv:2410.24164, which
+    cuts it off a hair before pure noise).
+
+    Args:
+        exponent: above 0 prefers noise, 0 is uniform, below 0 prefers data; above -1.
+        points: how the uniform numbers cover a batch: a `TimeSampler` or its name.
+    """
+
+    def __init__(self, exponent: float = 0.5, points=UNIFORM):
+        super().__init__(points)
+        check_number("PowerLaw", "exponent", exponent, -1.0 + 1e-6)
+        self.exponent = exponent
+
+    def quantile(self, schedule: NoiseSchedule, u):
+        """u^(1 / (exponent + 1))."""
+        return ops.convert_to_tensor(u, "float32") ** (1.0 / (self.exponent + 1.0))
+
+    def density(self, schedule: NoiseSchedule, t):
+        """(exponent + 1) t^exponent."""
+        return (self.exponent + 1.0) * _inside(t) ** self.exponent
+
+
+class LogNormalSigma(_Bent):
+    """ln(sigma / alpha) is normal (Karras et al. 2022, "EDM", arXiv:2206.00364, table 1, with its numbers):
+
+        t = schedule.time(-2 n),  n ~ N(mean, std^2),        p(t) = N(ln(sigma / alpha); mean, std^2) |slope(t)| / 2
+
+    What falls beyond the schedule's ends is trained at the ends, which `density` leaves out. On a discrete schedule the
+    times lie between its steps as well, and the clean end is its first step.
+
+    Args:
+        mean: of ln(sigma / alpha).
+        std: of ln(sigma / alpha).
+        points: how the uniform numbers cover a batch: a `TimeSampler` or its name.
+    """
+
+    def __init__(self, mean: float = -1.2, std: float = 1.2, points=UNIFORM):
+        super().__init__(points)
+        check_number("LogNormalSigma", "mean", mean, -30.0, 30.0)
+        check_number("LogNormalSigma", "std", std, 1e-6)
+        self.mean, self.std = mean, std
+
+    def quantile(self, schedule: NoiseSchedule, u):
+        """time(-2 (mean + std z)), within the schedule's ends."""
+        clean, noisy = log_snr_ends(schedule)
+        log_snr = -2.0 * (self.mean + self.std * _normal(u))
+        return _time(schedule, ops.minimum(ops.maximum(log_snr, noisy), clean))
+
+    def density(self, schedule: NoiseSchedule, t):
+        """N(ln(sigma / alpha); mean, std^2) |slope(t)| / 2."""
+        t = ops.convert_to_tensor(t, "float32")
+        log_ratio = -0.5 * schedule.log_snr(t)
+        density = _gaussian(log_ratio, self.mean, self.std) * 0.5 * ops.abs(schedule.slope(t))
+        return ops.where(t < first_time(schedule), 0.0, density)
+
+
+class LogUniform(_Bent):
+    """sigma / alpha is log-uniform, which is to say that log-SNR is uniform, between the schedule's ends:
+
+        t = schedule.time(l),  l uniform,        p(t) = |slope(t)| / (log_snr(0) - log_snr(1))
+
+    On a discrete schedule the clean end is its first step, t = 1 / T, and times lie between the steps as well.
+
+    Args:
+        points: how the uniform numbers cover a batch: a `TimeSampler` or its name.
+    """
+
+    def quantile(self, schedule: NoiseSchedule, u):
+        """time(l), l from one end to the other."""
+        clean, noisy = log_snr_ends(schedule)
+        return _time(schedule, clean + (noisy - clean) * ops.convert_to_tensor(u, "float32"))
+
+    def density(self, schedule: NoiseSchedule, t):
+        """|slope(t)| / (log_snr(0) - log_snr(1))."""
+        t = ops.convert_to_tensor(t, "float32")
+        clean, noisy = log_snr_ends(schedule)
+        return ops.where(t < first_time(schedule), 0.0, ops.abs(schedule.slope(t)) / (clean - noisy))
+
+
+class LossAware(_Bent, keras.layers.Layer):
+    """Importance sampling of the times whose losses are large (Nichol and Dhariwal 2021, arXiv:2102.09672, sec. 3.3):
+
+        p_i ~ sqrt(E[L_i^2]),  i = 0 ... T - 1,        loss = L_i / (T p_i)
+
+    with E over the last `history` losses of each i, and uniform until every i has as many. It lowers the variance of a
+    loss that differs much between noise levels, such as the variational bound.
+
+    It is a layer, whose weights, `past_losses` and `counts`, a model keeps and saves. On a continuous schedule i is
+    the part [i / T, (i + 1) / T) of time, and t is uniform in it; on a discrete one it is a step, or as many steps
+    for each i.
+
+    Two examples of a batch with the same i are two losses of its history, in the order of the batch; of more than
+    `history`, the last are kept. A loss that is not finite is not.
+
+    Args:
+        num_steps: T. The number of steps of a discrete schedule must be a multiple of it.
+        history: how many losses of each i are kept.
+        uniform: the share of times that is drawn uniformly all the same, in (0, 1].
+        points: how the uniform numbers cover a batch: a `TimeSampler` or its name.
+    """
+
+    def __init__(self, num_steps: int = 1000, history: int = 10, uniform: float = 0.001, points=UNIFORM):
+        keras.layers.Layer.__init__(self, dtype="float32", autocast=False)
+        check_integer("LossAware", "num_steps", num_steps)
+        check_integer("LossAware", "history", history)
+        check_number("LossAware", "uniform", uniform, 1e-9, 1.0)
+        _Bent.__init__(self, points)
+        self.num_steps, self.history, self.uniform = num_steps, history, uniform
+        self.past_losses = self._state("past_losses", (num_steps, history), "float32")
+        self.counts = self._state("counts", (num_steps,), "int32")
+        self.built = True
+
+    def _state(self, name: str, shape: tuple, dtype: str):
+        return self.add_weight(name=name, shape=shape, dtype=dtype, initializer="zeros", trainable=False)
+
+    # Two with the same arguments may have seen different losses, and a copy has seen the same: as of any layer.
+    __eq__, __hash__, __reduce__ = object.__eq__, object.__hash__, keras.layers.Layer.__reduce__
+
+    def probabilities(self):
+        """p_i, float32, shape `(T,)`."""
+        size = ops.sqrt(ops.mean(ops.square(self.past_losses.value), axis=1))
+        total, share = ops.sum(size), 1.0 / self.num_steps
+        known = ops.logical_and(ops.all(self.counts.value >= self.history), total > 0)
+        aware = (1.0 - self.uniform) * size / ops.where(total > 0, total, 1.0) + self.uniform * share
+        return ops.where(known, aware, share)
+
+    def quantile(self, schedule: NoiseSchedule, u):
+        """(i + r) / T, where u is the share r of the way through p_i; on a discrete schedule its next step."""
+        self._check(schedule)
+        u = ops.convert_to_tensor(u, "float32")
+        p = self.probabilities()
+        until = ops.cumsum(p)
+        u = u * until[-1]  # 1 but for rounding
+        i = ops.minimum(ops.searchsorted(until, u, side="right"), self.num_steps - 1)
+        r = ops.clip(1.0 - (ops.take(until, i) - u) / ops.take(p, i), 0.0, 1.0 - 2.0 * HALF_STEP)
+        i = ops.cast(i, "float32")
+        if schedule.num_steps is None:
+            return (i + r) / self.num_steps
+        steps = schedule.num_steps // self.num_steps  # of each i
+        return (i * steps + ops.floor(r * steps) + 1.0) / schedule.num_steps
+
+    def density(self, schedule: NoiseSchedule, t):
+        """T p_i; it changes as the sampler learns."""
+        return self.num_steps * ops.take(self.probabilities(), self._index(schedule, t))
+
+    def importance(self, schedule: NoiseSchedule, t):
+        """1 / (T p_i), shape of `t`: with it the expected loss is that of uniform times."""
+        return 1.0 / self.density(schedule, t)
+
+    def update(self, schedule: NoiseSchedule, t, losses) -> None:
+        """Writes the losses, shape `(batch,)`, before any `importance`, over the oldest of their times."""
+        losses = ops.stop_gradient(ops.convert_to_tensor(losses, "float32"))
+        finite = ops.isfinite(losses)
+        index = ops.where(finite, self._index(schedule, t), self.num_steps)  # an i of their own, cut off below
+        order = ops.argsort(index)
+        index, losses = ops.take(index, order), ops.take(ops.where(finite, losses, 0.0), order)
+        # `place` is the number of earlier losses of the same i in the batch, `left` that of later ones.
+        first, last = (ops.cast(ops.searchsorted(index, index, side=side), "int32") for side in ("left", "right"))
+        place = ops.arange(ops.shape(index)[0], dtype="int32") - first
+        left = last - first - 1 - place
+        counts = ops.concatenate([self.counts.value, ops.zeros((1,), "int32")])
+        slot = (ops.take(counts, index) + place) % self.history
+        cell = index * self.history + slot
+        end = self.num_steps * self.history
+        cell = ops.where(ops.logical_or(index == self.num_steps, left >= self.history), end, cell)
+        table = ops.concatenate([ops.reshape(self.past_losses.value, (-1,)), ops.zeros((1,), "float32")])
+        table = ops.scatter_update(table, cell[:, None], losses)[:-1]
+        counts = ops.segment_sum(ops.ones_like(index), index, self.num_steps + 1)[:-1] + self.counts.value
+        self.past_losses.assign(ops.reshape(table, (self.num_steps, self.history)))
+        self.counts.assign(counts)
+
+    def _index(self, schedule: NoiseSchedule, t):
+        """The i of each t: a discrete step stands at the end of what it rounds."""
+        self._check(schedule)
+        behind = 0.0 if schedule.num_steps is None else 0.5 / schedule.num_steps
+        i = ops.floor((ops.convert_to_tensor(t, "float32") - behind) * self.num_steps)
+        return ops.cast(ops.clip(i, 0, self.num_steps - 1), "int32")
+
+    def _check(self, schedule: NoiseSchedule) -> None:
+        if schedule.num_steps is not None and schedule.num_steps % self.num_steps:
+            raise ValueError(
+                f"LossAware: `num_steps` must divide {schedule.num_steps}, the number of steps of {schedule!r}; "
+                f"received: {self.num_steps}"
+            )
+
+
+def first_time(schedule: NoiseSchedule) -> float:
+    """The clean end of what is trained and sampled: the first step of a discrete schedule, or 0."""
+    return 0.0 if schedule.num_steps is None else 1.0 / schedule.num_steps
+
+
+def log_snr_ends(schedule: NoiseSchedule) -> tuple:
+    """(largest, smallest) log-SNR, at `first_time` and at t = 1; scalar tensors."""
+    ends = schedule.log_snr(ops.convert_to_tensor([first_time(schedule), 1.0], "float32"))
+    return ends[0], ends[1]
+
+
+def _time(schedule: NoiseSchedule, log_snr):
+    return ops.clip(schedule.time(log_snr), 0.0, 1.0)
+
+
+def _normal(u):
+    """Standard normal numbers from uniform ones: sqrt(2) erfinv(2 u - 1), in the middle of each step of u."""
+    u = 2.0 * ops.convert_to_tensor(u, "float32") - 1.0 + HALF_STEP
+    return math.sqrt(2.0) * ops.erfinv(ops.clip(u, HALF_STEP - 1.0, 1.0 - HALF_STEP))
+
+
+def _gaussian(x, mean: float, std: float):
+    """N(x; mean, std^2)."""
+    return ops.exp(-0.5 * ops.square((x - mean) / std)) / (std * math.sqrt(2.0 * math.pi))
+
+
+def _inside(t):
+    """t, kept from 0 and 1, where a density may be infinite."""
+    return ops.clip(ops.convert_to_tensor(t, "float32"), HALF_STEP, 1.0 - HALF_STEP)

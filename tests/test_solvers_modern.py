@@ -1,0 +1,313 @@
+"""UniPC, SA-Solver and the solvers of distilled networks: order, exact moments, limits."""
+
+import itertools
+from functools import partial
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from kdiff import Sampler, analytic, backend, schedules
+from kdiff.schedules import Marginal
+from kdiff.solvers import DDIM, DDPM, Solver
+from kdiff.solvers.consistency import LCM, TCD, Consistency
+from kdiff.solvers.sa import SASolver, Tau, Within
+from kdiff.solvers.unipc import UniPC, moments
+from tests.toys import MIXTURE, SCHEDULES, exact_denoiser, measured_order, numpy, solve
+
+CONTINUOUS = [schedules.Cosine(), schedules.Rectified(), schedules.LinearBeta()]
+DATA = analytic.Gaussian([0.3, -0.5], [[0.5, 0.3], [0.3, 0.4]])
+GRID = np.linspace(-3, 3, 7)
+
+
+@pytest.mark.parametrize("z", [-20.0, -2.01, -1.99, -0.1, -1e-3, 1e-3, 0.5, 1.99, 2.01, 20.0, 60.0])
+def test_moments(z):
+    """Against Gauss and Legendre's quadrature in float64, to float32's rounding."""
+    u, w = np.polynomial.legendre.leggauss(100)
+    u, w, z = (u + 1) / 2, w / 2, np.float64(np.float32(z))
+    exact = [np.sum(w * z * np.exp(-z * (1 - u)) * u**n) for n in range(4)]
+    np.testing.assert_allclose([float(m) for m in moments(np.float32(z), 3)], exact, rtol=1e-6)
+
+
+# Orders
+
+
+@pytest.mark.parametrize("schedule", CONTINUOUS, ids=repr)
+@pytest.mark.parametrize("corrector", [False, True])
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_order_of_unipc(p, corrector, schedule):
+    """UniP-p has order p, UniPC-p order p + 1. Of order 4 an error of 4e-6 is left, where float32 is felt: 0.35."""
+    solver = UniPC(p, corrector=corrector, lower_final=False)
+    assert solver.order == p + corrector
+    orders, _ = measured_order(solver, schedule, steps=(16, 32), warm=4)
+    np.testing.assert_allclose(orders[-1], solver.order, atol=0.35)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        UniPC(1, "bh1"),
+        UniPC(2, "bh1", lower_final=False),
+        UniPC(2, "bh2", predicts="noise", lower_final=False),
+        UniPC(3, "bh1", corrector=False, predicts="noise", lower_final=False),
+        UniPC(2, "bh1", corrector=False, predicts="noise", lower_final=False),
+        UniPC(2),
+        UniPC(3),
+        SASolver(0.0, 1, 0),
+        SASolver(0.0, 3, 1),
+        SASolver(0.0, 2, 2),
+        SASolver(0.0, 1, 3, lower_final=False),
+        SASolver(0.0, 2, 3, lower_final=False),
+        SASolver(0.0, 3, 0, lower_final=False),
+        TCD(0.0),
+    ],
+    ids=repr,
+)
+def test_order_of_the_variants(solver):
+    orders, _ = measured_order(solver, schedules.Cosine(), steps=(16, 32), warm=4)
+    np.testing.assert_allclose(orders[-1], solver.order, atol=0.35)
+
+
+# Mean and covariance without any sampling error
+
+
+def moments_of_samples(solver, schedule, marginals, denoise):
+    """The mean and covariance of the samples of an affine denoiser, exactly.
+
+    The last x is an affine function of the first x and of all noise. Row 0 of the batch has none of either; each other
+    row has one unit of one of them alone, and so finds one row of the matrix of that function.
+    """
+    size, steps = len(DATA.mean), len(marginals) - 1
+    alpha, sigma = float(marginals[0].alpha), float(marginals[0].sigma)
+    rows = 1 + (steps + 1) * size
+    calls = itertools.count(1)
+
+    def noise():
+        first = 1 + next(calls) * size
+        unit = np.zeros((rows, size), "float32")
+        unit[first : first + size] = np.eye(size)
+        return ops.convert_to_tensor(unit)
+
+    x = np.zeros((rows, size)) + alpha * DATA.mean
+    x[1 : 1 + size] += np.linalg.cholesky(alpha**2 * DATA.covariance + sigma**2 * np.eye(size)).T
+    x = ops.convert_to_tensor(x, "float32")
+    state = solver.init(x, steps)
+    for now, then in itertools.pairwise(marginals):
+        x, _, state = solver.step(denoise, schedule, x, now, then, noise, state)
+    x = numpy(x).astype("float64")
+    assert next(calls) - 1 <= steps
+    return x[0], (x[1:] - x[0]).T @ (x[1:] - x[0])
+
+
+@pytest.mark.parametrize("schedule", CONTINUOUS, ids=repr)
+@pytest.mark.parametrize(
+    "solver",
+    [
+        SASolver(1.0, 1, 0, lower_final=False),
+        SASolver(0.5, 2, 0, lower_final=False),
+        SASolver(1.0, 2, 2),
+        SASolver(Within(1.0, 0.3, 0.7), 1, 2),
+        SASolver(0.3, 3, 3),
+    ],
+    ids=repr,
+)
+def test_sa_solver_has_the_right_mean_and_covariance(solver, schedule):
+    """The mean of a Gaussian is exact in any number of steps; the covariance converges at the declared order.
+
+    More may be measured where a term of higher order, or its sign, still matters: the bound is from below.
+    """
+    errors = []
+    for steps in (16, 32):
+        marginals = [schedule.at_log_snr(np.float32(log_snr)) for log_snr in np.linspace(-3, 3, steps + 1)]
+        mean, covariance = moments_of_samples(solver, schedule, marginals, DATA)
+        alpha, sigma = float(marginals[-1].alpha), float(marginals[-1].sigma)
+        np.testing.assert_allclose(mean, alpha * DATA.mean, atol=2e-6)
+        errors.append(np.abs(covariance - alpha**2 * DATA.covariance - sigma**2 * np.eye(2)).max())
+    assert np.log2(errors[0] / errors[1]) > solver.order - 0.25
+    assert errors[1] < 0.06
+
+
+def consistency_function(x, m: Marginal, end=0.0):
+    """Where the probability flow of `DATA` leads from x: to data, or to the noise level sigma / alpha = `end`."""
+    values, axes = np.linalg.eigh(DATA.covariance)
+    axes, values = ops.convert_to_tensor(axes, "float32"), ops.convert_to_tensor(values, "float32")
+    mean = ops.convert_to_tensor(DATA.mean, "float32")
+    kept = ops.sqrt((values + end**2) / (m.alpha**2 * values + m.sigma**2))
+    return mean + ops.matmul(kept * ops.matmul(x - m.alpha * mean, axes), ops.transpose(axes))
+
+
+@pytest.mark.parametrize("schedule", CONTINUOUS, ids=repr)
+@pytest.mark.parametrize("solver", [Consistency(), TCD(1.0), LCM(scaling=1e4)], ids=repr)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_consistency_function_gives_the_data_in_any_number_of_steps(solver, schedule, steps):
+    """Mean and covariance are exact, but for the noise that TCD leaves at t = 0, of size sigma: 5.5e-4 on Cosine."""
+    marginals = [schedule.at(np.float32(t)) for t in np.linspace(0.9, 0.0, steps + 1)]
+    mean, covariance = moments_of_samples(solver, schedule, marginals, consistency_function)
+    np.testing.assert_allclose(mean, DATA.mean, atol=2e-5)
+    sigma = float(marginals[-1].sigma) if isinstance(solver, TCD) else 0.0
+    np.testing.assert_allclose(covariance, DATA.covariance, atol=3e-5 + 2 * sigma)
+
+
+def test_a_consistency_function_that_ends_above_zero():
+    """As in the paper: it leads to x at noise level epsilon, and re-noising takes account of it at every level."""
+    schedule, epsilon = schedules.Cosine(), 0.3
+    solver = Consistency(epsilon)
+    marginals = [schedule.at_log_snr(np.float32(log_snr)) for log_snr in (-5.0, -2.0, 0.0, -2.0 * np.log(epsilon))]
+    mean, covariance = moments_of_samples(solver, schedule, marginals, lambda x, m: consistency_function(x, m, epsilon))
+    alpha = float(marginals[-1].alpha)
+    np.testing.assert_allclose(mean, alpha * DATA.mean, atol=1e-6)
+    np.testing.assert_allclose(covariance, alpha**2 * (DATA.covariance + epsilon**2 * np.eye(2)), atol=1e-5)
+
+
+# Limits
+
+
+def noises(seed=0):
+    """A function that draws the same noise in every run."""
+    generator = np.random.default_rng(seed)
+    return lambda: ops.convert_to_tensor(generator.normal(size=(4, 2)), "float32")
+
+
+START = np.random.default_rng(5).normal(size=(4, 2))
+
+
+@pytest.mark.parametrize("schedule", [schedules.Cosine(), schedules.Rectified()], ids=repr)
+@pytest.mark.parametrize(
+    ("solver", "limit"),
+    [
+        (UniPC(1, corrector=False), DDIM()),
+        (UniPC(1, corrector=False, predicts="noise"), DDIM()),
+        (SASolver(0.0, 1, 0), DDIM()),
+        (SASolver(1.0, 1, 0), DDPM()),
+        (SASolver(0.0, 2, 3), UniPC(2, "bh1")),
+        (SASolver(0.0, 1, 2), UniPC(1, "bh1")),
+        (SASolver(Within(0.7, 0.0, 1.0)), SASolver(0.7)),
+        (SASolver(Within(0.7, 0.999, 1.0), 3, 3), SASolver(0.0, 3, 3)),
+        (TCD(0.0), DDIM()),
+        (TCD(1.0), Consistency()),
+        (TCD(1e-6), TCD(0.0)),
+        (LCM(scaling=1e6), Consistency()),
+        (Consistency(1e-5), Consistency()),
+    ],
+    ids=repr,
+)
+def test_limits(solver, limit, schedule):
+    """To float32's rounding. TCD adds noise of size sqrt(gamma) and, with gamma = 1, keeps what is left at t = 0."""
+    a, b = (solve(s, schedule, GRID, START, noise=noises()) for s in (solver, limit))
+    left = {TCD(1e-6): 5e-3, TCD(1.0): 3 * float(schedule.at(0.0).sigma)}
+    np.testing.assert_allclose(a, b, atol=1e-5 + left.get(solver, 0.0))
+
+
+def test_without_noise_none_is_drawn():
+    """`solve` gives None for the function that draws."""
+    for solver in (UniPC(3), SASolver(0.0, 3, 3), TCD(0.0)):
+        assert not solver.stochastic
+        assert np.all(np.isfinite(solve(solver, schedules.Cosine(), GRID, START)))
+    assert all(s.stochastic for s in (SASolver(0.1), SASolver(Within()), TCD(0.1), LCM(), Consistency()))
+
+
+def test_tau_is_that_of_the_steps_own_time():
+    """A tau that is 1 below t = 0.5 alone changes nothing before the step that begins there."""
+    schedule = schedules.Rectified()
+    times = np.float32([0.9, 0.6, 0.4, 0.2, 0.1])
+    log_snrs = numpy(schedule.log_snr(times))
+    for count in (2, 3, 4, 5):
+        a, b = (
+            solve(SASolver(tau, 2, 2, lower_final=False), schedule, log_snrs[:count], START, noise=noises())
+            for tau in (Within(1.0, 0.0, 0.5), 0.0)
+        )
+        assert np.allclose(a, b, atol=1e-5) == (count < 4)
+
+
+MODERN = [
+    UniPC(1),
+    UniPC(3),
+    UniPC(2, "bh1"),
+    UniPC(3, lower_final=False),
+    SASolver(),
+    SASolver(Within(), 3, 3),
+    SASolver(0.4, 3, 1, lower_final=False),
+    LCM(),
+    TCD(),
+    Consistency(),
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+@pytest.mark.parametrize("solver", MODERN, ids=repr)
+def test_data_that_is_one_point_is_found(solver, schedule):
+    """In 1 to 5 steps to t = 0, where log-SNR is 40 on tables. LCM keeps c_skip x, by its nature: 5e-5 x here."""
+    sigma = numpy(schedule.at(0.0).sigma)
+    for steps in (1, 2, 5):
+        x = numpy(Sampler(solver, steps=steps)(lambda x, m: 0.0 * x + 0.25, schedule, (3, 2)))
+        np.testing.assert_allclose(x, 0.25, atol=10 * sigma + (1e-4 if isinstance(solver, LCM) else 2e-5))
+
+
+@pytest.mark.parametrize("schedule", [schedules.LinearBeta(), schedules.Cosine()], ids=repr)
+@pytest.mark.parametrize("solver", MODERN[:6], ids=repr)
+def test_the_step_to_zero_is_stable(solver, schedule):
+    """Float32 and float64 agree to the last step: the mean of data N(0.3, 0.5^2) is followed in 1, 2, 3 steps.
+
+    The mean of an affine denoiser is kept: with x = alpha 0.3 at the start, x = 0.3 at the end, whatever the order.
+    """
+    for steps in (1, 2, 3):
+        sampler = Sampler(solver, steps=steps)
+        marginals = [schedule.at(np.float32(t)) for t in sampler.times(schedule)]
+        x = marginals[0].alpha * 0.3 * ops.ones((1, 2))
+        state = solver.init(x, steps)
+        for now, then in itertools.pairwise(marginals):
+            zero = ops.zeros((1, 2))
+            x, _, state = solver.step(exact_denoiser(), schedule, x, now, then, lambda zero=zero: zero, state)
+        np.testing.assert_allclose(numpy(x), 0.3, atol=2e-5)
+
+
+def test_runs_are_independent():
+    for solver in (UniPC(3), SASolver(1.0, 3, 3)):
+        sampler = Sampler(solver, steps=5)
+        before = numpy(sampler(MIXTURE, schedules.Cosine(), (3, 2)))
+        Sampler(solver, steps=3)(MIXTURE, schedules.LinearBeta(), (5, 2))
+        np.testing.assert_array_equal(numpy(sampler(MIXTURE, schedules.Cosine(), (3, 2))), before)
+
+
+@pytest.mark.parametrize("solver", [UniPC(3), SASolver(Within(0.5), 3, 3), TCD(), LCM(), Consistency(0.01)], ids=repr)
+def test_compiled_is_as_plain(solver):
+    """A run compiled by the backend, and one that is not."""
+    sampler, schedule = Sampler(solver, steps=4), schedules.Cosine()
+    fast = backend.compiled(partial(sampler.advance, MIXTURE, schedule), keras.Sequential())
+    *_, step = sampler.steps_of(MIXTURE, schedule, (3, 2), compiled=fast)
+    np.testing.assert_allclose(numpy(step.x), numpy(sampler(MIXTURE, schedule, (3, 2))), atol=2e-5)
+
+
+def test_values():
+    """Names, configurations and equality."""
+    for name, made in {"unipc": UniPC(), "sa_solver": SASolver(), "lcm": LCM(), "tcd": TCD()}.items():
+        assert Solver.get(name) == made
+    solver = SASolver(Within(0.5, 0.1, 0.9), 3, 1, lower_final=False)
+    assert Solver.get(keras.saving.serialize_keras_object(solver)) == solver
+    assert solver != SASolver(Within(0.5, 0.1, 0.8), 3, 1, lower_final=False)
+    assert Tau.get("within") == Within()
+    assert repr(solver) == (
+        "SASolver(tau=Within(value=0.5, low=0.1, high=0.9), predictor_order=3, corrector_order=1, lower_final=False)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: UniPC(4), "predictor_order.*4"),
+        (lambda: UniPC(variant="bh3"), "bh1.*bh2.*bh3"),
+        (lambda: UniPC(predicts="v"), "data.*noise.*'v'"),
+        (lambda: SASolver(-1.0), "tau"),
+        (lambda: SASolver("often"), "tau.*often"),
+        (lambda: SASolver(predictor_order=0), "predictor_order.*0"),
+        (lambda: SASolver(corrector_order=4), "corrector_order.*4"),
+        (lambda: Within(low=0.8, high=0.2), "high.*0.2"),
+        (lambda: TCD(1.1), "gamma.*1.1"),
+        (lambda: LCM(sigma_data=0.0), "sigma_data"),
+        (lambda: Consistency(-0.1), "epsilon"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
