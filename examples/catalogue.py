@@ -5,6 +5,7 @@ python examples/catalogue.py
 
 import inspect
 import itertools
+import re
 from pathlib import Path
 
 from kdiff import codecs, guidance, predictions, schedules, solvers, times, weightings
@@ -26,8 +27,8 @@ PAGE = Path(__file__).with_name("catalogue.md")
 def summary(kind: type) -> str:
     """The first sentence of the docstring, without the equation that may follow it."""
     lines = itertools.takewhile(str.strip, inspect.getdoc(kind).splitlines())
-    text = " ".join(line.strip() for line in lines).rstrip(":")
-    return text.replace("|", "\\|")
+    text = " ".join(line.strip() for line in lines)
+    return re.split(r"(?<=\.)\s+(?=[A-Z])", text)[0].rstrip(":,").replace("|", "\\|")
 
 
 def call(kind: type) -> str:

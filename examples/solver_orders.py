@@ -8,7 +8,6 @@ is its order. A stochastic one is compared by the mean and covariance of 20,000 
 """
 
 import argparse
-import inspect
 import time
 from pathlib import Path
 
@@ -24,12 +23,15 @@ DATA = kdiff.analytic.GaussianMixture([[-0.8, 0.2], [0.5, -0.6], [0.4, 0.7]], [0
 SCHEDULE = schedules.Cosine(-8.0, 8.0)
 START = ops.convert_to_numpy(kdiff.random.normal(kdiff.random.key_of(1), (64, 2)))
 EXACT = DATA.flow(START, SCHEDULE, 1.0, 0.0)
+# These go the other way, want a consistency function for a denoiser, or choose the number of evaluations themselves.
+OTHERS = (solvers.DDIMInversion, solvers.Consistency, solvers.LCM, solvers.TCD, solvers.Adaptive)
 EVALUATIONS = (6, 9, 12, 18, 24, 36, 48, 72, 96)
 
 
-def family(solver: type) -> str:
-    """The first line of the module that defines it, up to the colon: the family's name."""
-    return inspect.getdoc(inspect.getmodule(solver)).splitlines()[0].partition(":")[0].rstrip(".")
+def panel_of(solver) -> str:
+    if solver.stochastic:
+        return "Stochastic: mean and covariance"
+    return "One evaluation a step" if solver.evaluations == 1 else "Several evaluations a step"
 
 
 def steps_for(solver, evaluations: int) -> int:
@@ -61,28 +63,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs") / "solver-orders.png")
     options = parser.parse_args()
     known = [solver() for solver in solvers.Solver.names().values() if solver.__module__.startswith("kdiff.")]
-    known = [solver for solver in known if solver.compares]
-    families: dict[str, list] = {}
-    for solver in known:
-        families.setdefault("Stochastic solvers" if solver.stochastic else family(type(solver)), []).append(solver)
-
+    known = [solver for solver in known if not isinstance(solver, OTHERS)]
     begun = time.monotonic()
-    columns = 3
-    rows = -(-len(families) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.6 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for panel, (name, members) in zip(panels, families.items(), strict=False):
-        for solver in members:
+    figure = Figure(figsize=(14, 5), layout="constrained")
+    names = sorted({panel_of(solver) for solver in known})
+    for panel, name in zip(figure.subplots(1, len(names)), names, strict=True):
+        for number, solver in enumerate(one for one in known if panel_of(one) == name):
             error = moment_error if solver.stochastic else flow_error
             counts = [steps_for(solver, n) * solver.evaluations for n in EVALUATIONS]
             errors = [error(solver, n) for n in EVALUATIONS]
-            panel.loglog(counts, errors, marker=".", linewidth=1, label=f"{type(solver).__name__}")
-            print(f"{name:40} {solver!r:40} " + " ".join(f"{e:8.1e}" for e in errors), flush=True)
-        panel.set(title=name, xlabel="network evaluations", ylabel="error")
-        panel.legend(fontsize=7)
-        panel.grid(alpha=0.3, which="both")
-    for panel in panels[len(families) :]:
-        panel.set_axis_off()
+            label = type(solver).__name__ + ("" if solver.stochastic else f", order {solver.order}")
+            panel.loglog(counts, errors, marker="os^"[number // 7], markersize=4, linewidth=1, label=label)
+            print(f"{name:32} {solver!r:32} " + " ".join(f"{e:8.1e}" for e in errors), flush=True)
+        panel.set(
+            title=name, xlabel="network evaluations", ylabel="error", ylim=None if solver.stochastic else (2e-5, 1)
+        )
+        panel.set_xticks([6, 12, 24, 48, 96], [6, 12, 24, 48, 96])
+        panel.minorticks_off()
+        panel.legend(fontsize=8)
+        panel.grid(alpha=0.3)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out, dpi=110)
     print(f"{len(known)} solvers in {time.monotonic() - begun:.0f} s: {options.out.resolve()}")

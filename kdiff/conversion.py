@@ -82,6 +82,8 @@ def transfer(denoise: Callable[[Any, Marginal], Any], trained, sampled) -> Calla
         x_hat = denoiser(x_t, m) under `sampled`.
     """
     trained, sampled = NoiseSchedule.get(trained), NoiseSchedule.get(sampled)
+    if trained == sampled:  # times stay as they are: read back from the log-SNR they would lose a digit
+        return denoise
 
     def transferred(x_t, m: Marginal):
         x_t = ops.convert_to_tensor(x_t, "float32")

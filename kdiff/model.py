@@ -9,6 +9,7 @@ The model is Keras' own in every other respect: `compile`, `fit`, `evaluate`, `s
 gradient accumulation and clipping are untouched.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -161,9 +162,10 @@ class DiffusionModel(Configurable, keras.Model):
             training: whether to use the weights (True), or their averages (False).
 
         Returns:
-            {"output", "target", "weight", "extra", "t"}: the network's output and its target, float32, with the shape
-            of the data; and, with shape `(batch,)`, the loss weight, or None; what the prediction adds to the loss, or
-            None; and the times.
+            {"output", "target", "weight", "importance", "extra", "t"}: the network's output and its target, float32,
+            with the shape of the data; and, with shape `(batch,)`, the loss weight; what makes up for times that are
+            drawn more often than others; what the prediction adds to the loss; and the times. The second, third and
+            fourth of these may be None.
         """
         batch, _ = inputs.unpack((data,))
         conditions = {key: value for key, value in batch.items() if key != "image"}
@@ -177,7 +179,8 @@ class DiffusionModel(Configurable, keras.Model):
         return {
             "output": self.prediction.value(output),
             "target": self.prediction.target(x, noise, m),
-            "weight": self._weight(m),
+            "weight": loss_weight(self.schedule, self.prediction, self.weighting, self.times, m),
+            "importance": self.times.importance(self.schedule, t),
             "extra": self.prediction.extra_loss(output, x, x_t, self.schedule, m),
             "t": t,
         }
@@ -190,20 +193,15 @@ class DiffusionModel(Configurable, keras.Model):
         counter.assign_add(1)  # after its last use: on TensorFlow `value` is not a copy
         return keys[0], keys[1]
 
-    def _weight(self, m: Marginal):
-        """The loss weight at each noise level, and what makes up for times drawn more often than others."""
-        weight = loss_weight(self.schedule, self.prediction, self.weighting, self.times, m)
-        return _product(weight, self.times.importance(self.schedule, m.t))
-
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The compiled loss of the network's output, weighted by noise level and by example."""
         target, output, weight = _problem(y_pred, sample_weight)
         loss = super().compute_loss(x, target, output, weight, training=training)
         if y_pred["extra"] is not None:
-            loss = loss + ops.mean(_product(y_pred["extra"], sample_weight))
+            loss = loss + ops.mean(_product(y_pred["extra"], y_pred["importance"], sample_weight))
         if training:
             errors = ops.mean(ops.square(target - output), axis=tuple(range(1, len(target.shape))))
-            self.times.update(self.schedule, y_pred["t"], errors)
+            self.times.update(self.schedule, y_pred["t"], _product(errors, y_pred["weight"]))
         return loss
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None) -> dict[str, Any]:
@@ -463,17 +461,17 @@ class DiffusionModel(Configurable, keras.Model):
 
 def _problem(y_pred: dict[str, Any], sample_weight):
     """(target, output, weight), the weight with the rank of a loss that has averaged over the last axis."""
-    target, output, weight = y_pred["target"], y_pred["output"], y_pred["weight"]
-    weight = _product(weight, sample_weight)
+    target, output = y_pred["target"], y_pred["output"]
+    weight = _product(y_pred["weight"], y_pred["importance"], sample_weight)
     if weight is not None:
         weight = ops.reshape(weight, (-1, *[1] * (len(target.shape) - 2)))
     return target, output, weight
 
 
-def _product(a, b):
-    """a b in float32; None is 1."""
-    factors = [ops.cast(factor, "float32") for factor in (a, b) if factor is not None]
-    return factors[0] * factors[1] if len(factors) == 2 else next(iter(factors), None)
+def _product(*factors):
+    """The product in float32 of those that are not None; None if all are."""
+    factors = [ops.cast(factor, "float32") for factor in factors if factor is not None]
+    return math.prod(factors[1:], start=factors[0]) if factors else None
 
 
 def _as_sampler(sampler: Sampler | Solver | str | None, steps: int | None) -> Sampler:

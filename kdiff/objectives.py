@@ -25,6 +25,8 @@ from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.times import TimeSampler, log_snr_ends
 from kdiff.weightings import Weighting
 
+POINTS = 400  # the log-SNRs at which weights are compared, drawn and integrated
+
 
 class Recipe(NamedTuple):
     """What decides on the objective."""
@@ -111,7 +113,7 @@ def effective_weight(
 
     if not normalise:
         return weight
-    places = np.linspace(lowest, highest, 4001)
+    places = np.linspace(lowest, highest, POINTS)
     total = np.trapezoid(weight(places), places)
     return lambda log_snr: weight(log_snr) / total
 
@@ -135,7 +137,7 @@ def _range(schedule: NoiseSchedule) -> tuple[float, float]:
 def same_objective(a, b, tolerance: float = 0.02) -> bool:
     """Whether two recipes are the same objective up to a constant factor, over the log-SNRs that both have.
 
-    The effective weights are compared at 200 log-SNRs, in equal spaces between the common ends, of which a hundredth
+    The effective weights are compared at 400 log-SNRs, in equal spaces between the common ends, of which a hundredth
     is left out on each side: there float32 knows little of the times. Left out as well is where neither weight counts:
     below 1e-5 of its largest value as a weight of the noise's error, of the data's, and of one halfway (the flow's).
     Whether the ends themselves are the same, which is part of the objective, is for the caller to see; so is the
@@ -156,7 +158,7 @@ def same_objective(a, b, tolerance: float = 0.02) -> bool:
     if not lowest < highest:
         raise ValueError(f"same_objective: {a.schedule!r} and {b.schedule!r} have no log-SNR in common")
     margin = (highest - lowest) / 100
-    places = np.linspace(lowest + margin, highest - margin, 200)
+    places = np.linspace(lowest + margin, highest - margin, POINTS)
     first, second = (effective_weight(*recipe)(places) for recipe in (a, b))
     counts = _matters(first, places) | _matters(second, places)
     with np.errstate(divide="ignore"):
@@ -170,7 +172,7 @@ def _matters(weight: np.ndarray, log_snr: np.ndarray) -> np.ndarray:
     return np.any([one > 1e-5 * one.max() for one in weights], axis=0)
 
 
-def plot_objective(*recipes, labels=None, normalise: bool = True, path: str | None = None, points: int = 400):
+def plot_objective(*recipes, labels=None, normalise: bool = True, path: str | None = None):
     """Draws the effective weights of recipes, on |noise_hat - noise|^2 and on |x_hat - x|^2, against log-SNR.
 
     Args:
@@ -178,7 +180,6 @@ def plot_objective(*recipes, labels=None, normalise: bool = True, path: str | No
         labels: one a recipe; None names its objects.
         normalise: draw each with an integral of 1.
         path: where to write the figure.
-        points: how many log-SNRs are drawn.
 
     Returns:
         The matplotlib figure. Needs matplotlib (the extra `plot`).
@@ -190,7 +191,7 @@ def plot_objective(*recipes, labels=None, normalise: bool = True, path: str | No
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     noise, data = figure.subplots(1, 2)
     for recipe, label in zip(recipes, labels, strict=True):
-        log_snr = np.linspace(*_range(recipe.schedule), points)
+        log_snr = np.linspace(*_range(recipe.schedule), POINTS)
         weight = effective_weight(*recipe, normalise=normalise)(log_snr)
         noise.plot(log_snr, weight, label=label)
         weight = weight * np.exp(log_snr)

@@ -246,8 +246,9 @@ class LearnedVariance(Prediction):
         """
         output, x, x_t = (ops.convert_to_tensor(v, "float32") for v in (output, x, x_t))
         steps = self._steps(schedule)
-        place = _place(m.t, steps)
-        now, then = m.like(x), schedule.at(ops.maximum(place - 1.0, 0.0) / steps).like(x)
+        place = m.t * steps
+        # Rounding may put the last step, place = 1, a hair higher; it goes to t = 0 all the same.
+        now, then = m.like(x), schedule.at(ops.where(place > 1.001, place - 1.0, 0.0) / steps).like(x)
         kept, fresh = bridge(now, then)
         x_hat = ops.stop_gradient(self.denoise(output, x_t, m))
         log_small = _log_posterior_variance(schedule, place, steps, x)
@@ -269,13 +270,6 @@ class LearnedVariance(Prediction):
         if steps < 2:
             raise ValueError(f"LearnedVariance: the process must have at least 2 steps; {schedule!r} has {steps}")
         return steps
-
-
-def _place(t, steps: int):
-    """T t, a whole number where t is one of the T steps, which rounding would otherwise miss."""
-    place = t * steps
-    whole = ops.round(place)
-    return ops.where(ops.abs(place - whole) < 1e-3, whole, place)
 
 
 def _log_posterior_variance(schedule: NoiseSchedule, place, steps: int, x):

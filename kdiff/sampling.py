@@ -55,7 +55,8 @@ class Sampler(Value):
         grid: a `TimeGrid` or its name.
         steps: the number of steps. None: 50, or every step that the schedule has where the grid is "all".
         guidance: a `Guidance` or its name, or several, of which the first is applied first.
-        to_zero: whether the last step goes to t = 0. Otherwise the run ends at a grid's last time above zero.
+        to_zero: whether the run goes to t = 0. Otherwise its last step is left out, and it ends at the grid's last time
+            above zero.
 
     Raises:
         ValueError: if `steps` is below 1, or below what the solver needs; and, when it runs, if a discrete schedule has
@@ -80,9 +81,11 @@ class Sampler(Value):
         self.to_zero = to_zero
 
     def times(self, schedule: NoiseSchedule) -> np.ndarray:
-        """The times of a run on this schedule: float64, strictly decreasing to 0, with shape `(steps + 1,)`."""
+        """The times of a run on this schedule: float64, strictly decreasing, with shape `(steps + 1,)`."""
         steps = self.steps or self.grid.default_steps(schedule)
-        times = self.grid(schedule, steps) if self.to_zero else self.grid(schedule, steps + 1)[:-1]
+        times = self.grid(schedule, steps)[: None if self.to_zero else -1]
+        if len(times) < 2:
+            raise ValueError("Sampler: a run of one step that does not go to t = 0 has no step; give more `steps`")
         self.solver.check(len(times) - 1)
         return times
 

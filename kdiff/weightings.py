@@ -138,7 +138,8 @@ class Velocity(Weighting):
 
 
 class Uniform(Weighting):
-    """1 / gain^2: the plain squared error of one parametrisation, whatever the network predicts.
+    """1 / gain^2: the plain squared error of one parametrisation, whatever the network predicts (Kingma and Gao 2023,
+    arXiv:2303.00848, table 1, states the plain losses of the noise, the velocity and the flow as weights in this way).
 
     Args:
         prediction: a `Prediction` or its name, as of a variance preserving schedule. Only of `Velocity` and `Score`
@@ -158,8 +159,8 @@ class Uniform(Weighting):
 class SigmaSqrt(Weighting):
     """1 / r^2 on the loss of rectified flow, r = sigma / (alpha + sigma) = sigmoid(-log_snr / 2), so 1 / r^4 on x_hat.
 
-    It is "sigma_sqrt" of the training scripts for Stable Diffusion 3. Those that turn the output into x_hat first apply
-    the same 1 / r^2 to the error of x_hat, which is the plain loss of rectified flow, `Uniform("flow")`.
+    It is "sigma_sqrt" of diffusers' training scripts for Stable Diffusion 3 (2024). Where these turn the output into
+    x_hat first, they apply the same 1 / r^2 to its error: the plain loss of rectified flow, `Uniform("flow")`.
 
     The weight grows as SNR^2, so that it wants a schedule, or times, that keep away from t = 0.
     """

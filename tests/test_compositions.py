@@ -47,12 +47,20 @@ SOLVERS = [solver for solver in all_of(solvers.Solver) if not isinstance(solver,
 every = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 
 
+def fitting(sampler, schedule):
+    """A sampler of discrete times, with as many as the schedule has."""
+    if isinstance(sampler, times.Discrete) and schedule.num_steps is None:
+        return times.Discrete(100)
+    if isinstance(sampler, times.LossAware):
+        return times.LossAware(schedule.num_steps or 100)
+    return sampler
+
+
 @every
 @given(st.sampled_from(SCHEDULES), st.sampled_from(PREDICTIONS), st.sampled_from(WEIGHTINGS), st.sampled_from(TIMES))
 def test_training_problems_are_sound(schedule, prediction, weighting, sampler):
     """Times lie in [0, 1], the target is finite, its weight is not negative, and a perfect network has x_hat = x."""
-    if isinstance(sampler, times.Discrete) and schedule.num_steps is None:
-        sampler = times.Discrete(100)
+    sampler = fitting(sampler, schedule)
     x, noise = (random.normal(random.key_of(seed), (16, 2)) for seed in (1, 2))
     t = sampler(schedule, 16, random.key_of(3))
     assert numpy(t).shape == (16,)
@@ -88,8 +96,7 @@ class Points(keras.layers.Layer):
 @given(st.sampled_from(SCHEDULES), st.sampled_from(PREDICTIONS), st.sampled_from(WEIGHTINGS), st.sampled_from(TIMES))
 def test_a_training_step_changes_the_weights(schedule, prediction, weighting, sampler):
     """One step of the whole model; the loss is finite, and so are the weights that it leaves."""
-    if isinstance(sampler, times.Discrete) and schedule.num_steps is None:
-        sampler = times.Discrete(100)
+    sampler = fitting(sampler, schedule)
     network_ = Points(prediction.factor)
     model = kdiff.DiffusionModel(network_, schedule, prediction, weighting=weighting, times=sampler, codec="identity")
     model.compile(keras.optimizers.Adam(1e-2), run_eagerly=True)
@@ -198,7 +205,10 @@ def test_documentation_names_its_source(base):
 
 @pytest.mark.parametrize("one", [*SCHEDULES, *PREDICTIONS, *WEIGHTINGS[1:], *TIMES, *GRIDS, *SOLVERS], ids=repr)
 def test_repr_is_the_constructor_call(one):
-    names = {**vars(schedules), **vars(predictions), **vars(weightings), **vars(times), **vars(solvers)}
+    names = dict(vars(schedules))  # some names mean other things in other modules: there is more than one Uniform
+    for module in (predictions, weightings, times, solvers):
+        home = {name: kind for name, kind in vars(module).items() if isinstance(kind, type)}
+        names = {**names, **home} if type(one).__module__.startswith(module.__name__) else {**home, **names}
     if "<array" not in repr(one):
         again = eval(repr(one), {"array": np.array, **names})
         assert repr(again) == repr(one)

@@ -38,15 +38,15 @@ def test_the_sampler_undoes_its_inversion(schedule):
     """The error falls with the steps and, faster, with the iterations; to 1e-5, which Rectified's x at t = 0 is off."""
     few, many = (there_and_back(DDIM(), schedule, steps) for steps in (10, 40))
     assert many < few / 2 < 0.05
-    errors = [there_and_back(Careful(iterations), schedule, 10) for iterations in (1, 2, 4, 8)]
+    errors = [there_and_back(Careful(iterations), schedule, 10) for iterations in (1, 2, 8)]
     assert errors[0] == pytest.approx(few, rel=1e-5)
     assert errors[1] < errors[0] / 3
-    assert errors[2] < errors[1] / 9
-    assert errors[3] < 2e-5
+    assert errors[2] < 2e-5
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
-@pytest.mark.parametrize("solver", [DDIM(), Careful()], ids=repr)
+@pytest.mark.parametrize(
+    ("solver", "schedule"), [*((DDIM(), schedule) for schedule in SCHEDULES), (Careful(), SCHEDULES[0])], ids=repr
+)
 def test_the_inversion_follows_the_flow(solver, schedule):
     """Of a Gaussian the noise is known: the flow keeps the standard score. The error falls as 1 / steps."""
     x, errors = DATA.sample(32), []

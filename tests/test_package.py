@@ -40,6 +40,7 @@ BACKENDS = {"tensorflow", "jax", "torch"}
 REQUIREMENTS = {
     "backend": BACKENDS,
     "schedules": {"matplotlib"},
+    "objectives": {"matplotlib"},
     "images": {"PIL", "matplotlib"},
     "data": {"PIL", "keras_cv", "sklearn", "tensorflow", "tensorflow_datasets"},
 }

@@ -314,7 +314,7 @@ def test_learned_bound_is_zero_where_the_network_is_right(schedule):
 def test_learned_variance_on_continuous_schedules(schedule):
     """In float64, from `schedule.posterior`, T = 100: between two steps, and within the last of them."""
     norm = pytest.importorskip("scipy.stats").norm
-    x, noise, m, x_t = problem(schedule, (0.005, 0.02, 0.3456, 0.6, 1.0))
+    x, noise, m, x_t = problem(schedule, (0.005, 0.02, 0.3428, 0.6, 1.0))
     x = np.clip(x, -0.9, 0.9)
     v = np.random.default_rng(2).uniform(-1, 1, x.shape)
     loss = predictions.LearnedVariance("noise", num_steps=100, weight=1.0).extra_loss(
@@ -360,6 +360,14 @@ def test_learned_variance_passes_the_rest_on():
     assert Prediction.get(keras.saving.serialize_keras_object(learned)) == learned
 
 
+def test_the_last_step_may_be_rounded_up():
+    schedule, m, x, x_t, output = learned_problem(20, [0] * 5)
+    above = schedule.at(np.nextafter(numpy(m.t), np.float32(1)))
+    assert np.all(numpy(above.t) * 20 > 1)
+    one, other = (numpy(LEARNED.extra_loss(output, x, x_t, schedule, v)) for v in (m, above))
+    np.testing.assert_allclose(one, other, rtol=1e-4)
+
+
 def test_learned_variance_with_one_time_for_all():
     schedule, _, x, x_t, output = learned_problem(20, [7] * 5)
     single = LEARNED.extra_loss(output, x, x_t, schedule, schedule.at(0.4))
@@ -384,7 +392,7 @@ def test_log_of_the_normal_distribution_function():
     norm = pytest.importorskip("scipy.stats").norm
     z = np.concatenate([np.linspace(-60, 8, 400), [-5.0 * 2**0.5, 0.0]]).astype("float32")
     expected = norm.logcdf(z.astype("float64"))
-    np.testing.assert_allclose(numpy(predictions._log_cdf(ops.convert_to_tensor(z))), expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(numpy(predictions._log_cdf(ops.convert_to_tensor(z))), expected, rtol=3e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,15 @@ def test_slope_of_a_table_is_the_difference_of_its_steps(schedule):
     assert numpy(schedule.slope(0.0)) == pytest.approx(difference[0], rel=1e-3)
 
 
+def test_slope_at_every_step():
+    """At a time whose product with T is rounded up, too: of those there are some."""
+    schedule = schedules.LinearBeta()
+    steps = np.arange(2, 1001)
+    t = (steps / 1000).astype("float32")
+    assert np.any(t * np.float32(1000) > steps)
+    np.testing.assert_allclose(numpy(schedule.slope(t)), 1000 * np.diff(schedule.log_snrs)[1:], rtol=3e-4)
+
+
 class _Plain(NoiseSchedule):
     def log_snr(self, t):
         return 5.0 - 12.0 * t**2
@@ -325,6 +334,10 @@ def test_zero_terminal_snr_of_a_table_is_algorithm_1(inner):
     np.testing.assert_allclose(m.alpha[:-1], expected[:-1], rtol=1e-5)
     np.testing.assert_allclose(m.sigma, np.sqrt(1 - expected**2), rtol=1e-5)
     assert m.log_snr[-1] == -40
+    # Before the end the difference of two alphas is small, and the table is made in float64.
+    steps = inner.num_steps - 1
+    before = (alpha[-2] - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+    assert marginal(schedule, steps / inner.num_steps).alpha == pytest.approx(before, rel=1e-5)
     assert marginal(schedule, 0.0).log_snr == schedules.CLEAN_LOG_SNR
 
 

@@ -15,11 +15,15 @@ from kdiff.solvers.runge_kutta import DPM2, RK4, DPM2Ancestral, Euler, EulerAnce
 from tests.toys import MIXTURE, SCHEDULES, exact_denoiser, measured_order, numpy, solve
 
 CONTINUOUS = [schedules.Cosine(), schedules.Rectified(), schedules.LinearBeta()]
-# What a solver computes is the same on every backend; where each schedule is a program to compile, there are fewer.
+# What a solver computes is the same on every backend: where each case is a program to compile, there are fewer.
 EAGER = keras.backend.backend() == "torch"
-SOME, MANY = (
-    (CONTINUOUS, SCHEDULES) if EAGER else ([schedules.Rectified()], [schedules.CosineBeta(), schedules.Cosine()])
-)
+
+
+def of(cases, *kept):
+    """All cases, or these."""
+    return cases if EAGER else [cases[i] for i in kept]
+
+
 CHURN = {"s_churn": 4.0, "s_min": 0.05, "s_max": 20.0}
 MULTISTEP = [LMS(), DEIS(), DEIS(4, False), IPNDM(), PNDM(), PNDM("plms")]
 DETERMINISTIC = [Euler(), Heun(), DPM2(), RK4(), Adaptive(), Adaptive(order=2), *MULTISTEP]
@@ -88,8 +92,8 @@ def exact_flow_once():
     del MIXTURE.flow
 
 
-@pytest.mark.parametrize("schedule", SOME, ids=repr)
-@pytest.mark.parametrize(("solver", "steps", "warm"), ORDERS, ids=str)
+@pytest.mark.parametrize("schedule", of(CONTINUOUS, 1), ids=repr)
+@pytest.mark.parametrize(("solver", "steps", "warm"), of(ORDERS, 2, 5, 9, 12, 18, 21), ids=str)
 def test_measured_order_is_the_declared_one(solver, steps, warm, schedule):
     """On a mixture; within 0.35, because the next order is not yet nothing."""
     orders, _ = measured_order(Compiled(solver), schedule, steps, warm=warm)
@@ -100,8 +104,8 @@ def test_equal_steps_of_sigma_give_ipndm_its_full_order():
     """There it is Adams and Bashforth's method, as is LMS."""
     log_snrs = -2 * np.log(np.linspace(4.0, 0.5, 12))
     x = np.random.default_rng(0).normal(size=(8, 2))
-    for terms in (1, 2, 3, 4):
-        a, b = (solve(s, schedules.Cosine(), log_snrs, x) for s in (IPNDM(terms), LMS(terms)))
+    for terms in (2, 3, 4) if EAGER else (4,):
+        a, b = (solve(Compiled(s), schedules.Cosine(), log_snrs, x) for s in (IPNDM(terms), LMS(terms)))
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
@@ -154,8 +158,8 @@ def moments(solver, schedule, log_snrs):
     return mean - alpha * GAUSSIAN.mean, covariance - alpha**2 * GAUSSIAN.covariance - sigma**2 * np.eye(2)
 
 
-@pytest.mark.parametrize("schedule", SOME, ids=repr)
-@pytest.mark.parametrize("solver", STOCHASTIC, ids=repr)
+@pytest.mark.parametrize("schedule", of(CONTINUOUS, 1), ids=repr)
+@pytest.mark.parametrize("solver", of(STOCHASTIC, 1, 3, 5, 7), ids=repr)
 def test_mean_and_covariance_converge_with_the_declared_order(schedule, solver):
     """Exactly computed. The error falls at least as steps^-order, unless it is at float32's rounding, 1e-5, already."""
     coarse, fine = (moments(solver, schedule, np.linspace(-3, 3, n + 1)) for n in (16, 64))
@@ -214,19 +218,25 @@ def run(solver, schedule, steps, shape=(3, 2), denoise=None):
     return numpy(x)
 
 
-@pytest.mark.parametrize("schedule", MANY, ids=repr)
+@pytest.mark.parametrize("schedule", of(SCHEDULES, 2), ids=repr)
 @pytest.mark.parametrize(
     ("solver", "other"),
-    [
-        (Euler(), DDIM()),
-        (EulerAncestral(0.0), DDIM()),
-        (EulerAncestral(), DDPM()),
-        (EulerAncestral(0.3), DDIM(0.3)),
-        (DPM2Ancestral(0.0), DPM2()),
-        (LMS(1), DDIM()),
-        (DEIS(1), DDIM()),
-        (IPNDM(1), DDIM()),
-    ],
+    of(
+        [
+            (Euler(), DDIM()),
+            (EulerAncestral(0.0), DDIM()),
+            (EulerAncestral(), DDPM()),
+            (EulerAncestral(0.3), DDIM(0.3)),
+            (DPM2Ancestral(0.0), DPM2()),
+            (LMS(1), DDIM()),
+            (DEIS(1), DDIM()),
+            (IPNDM(1), DDIM()),
+        ],
+        2,
+        3,
+        4,
+        6,
+    ),
     ids=repr,
 )
 def test_limits(solver, other, schedule):
@@ -235,7 +245,7 @@ def test_limits(solver, other, schedule):
     np.testing.assert_allclose(a, b, atol=2e-4)
 
 
-@pytest.mark.parametrize("kind", [Euler, Heun, DPM2, RK4])
+@pytest.mark.parametrize("kind", of([Euler, Heun, DPM2, RK4], 1))
 def test_churn_of_nothing_is_no_churn(kind):
     """s_churn = 0, and s_churn > 0 that is too small to be seen, are the deterministic method."""
     still, hardly, much = (run(Compiled(kind(s_churn=s)), CONTINUOUS[0], 6) for s in (0.0, 1e-9, 2.0))
@@ -251,8 +261,8 @@ def a_point_or_four(x, m):
     return ops.concatenate([0.0 * x[:4] + 0.25, POINTS(x[4:], m)])
 
 
-@pytest.mark.parametrize("schedule", MANY, ids=repr)
-@pytest.mark.parametrize("solver", [*DETERMINISTIC, *STOCHASTIC], ids=repr)
+@pytest.mark.parametrize("schedule", of(SCHEDULES, 2), ids=repr)
+@pytest.mark.parametrize("solver", [*of(DETERMINISTIC, 1, 3, 4, 6, 8, 9, 10), *of(STOCHASTIC, 1, 7)], ids=repr)
 def test_few_steps_to_zero(schedule, solver):
     """Data that is one point is found, because the denoiser says so and the last step arrives there. Else the end is no
     further away from the data than extrapolation goes.
@@ -277,7 +287,7 @@ def test_consecutive_runs_are_independent(solver):
     np.testing.assert_array_equal(run(program, CONTINUOUS[0], 4), first)
 
 
-@pytest.mark.parametrize("solver", [Euler(**CHURN), EulerAncestral(), DPM2Ancestral()], ids=repr)
+@pytest.mark.parametrize("solver", of([Euler(**CHURN), DPM2Ancestral()], 0), ids=repr)
 def test_a_run_of_the_loop_has_the_right_moments(solver):
     """To 5 standard errors of 4,000 samples and what is left of the discretisation with 40 steps."""
     x = numpy(Sampler(solver, steps=40)(GAUSSIAN, CONTINUOUS[0], (4000, 2)))
@@ -302,7 +312,7 @@ class TestAdaptive:
     @pytest.mark.parametrize("order", [2, 3])
     def test_the_error_follows_the_tolerance(self, order):
         errors, tried = [], []
-        for tolerance in (1e-1, 1e-2, 1e-3, 1e-4):
+        for tolerance in (1e-1, 1e-2, 1e-3, 1e-4) if EAGER else (1e-1, 1e-4):
             x, exact, control = self.go(Adaptive(tolerance, tolerance, order))
             errors.append(np.sqrt(np.mean((x - exact) ** 2)))
             tried.append(int(control.tried))
@@ -343,7 +353,7 @@ class TestAdaptive:
         assert np.all(np.isfinite(numpy(z)))
 
 
-@pytest.mark.parametrize("solver", [Heun(**CHURN), LMS(), PNDM(), Adaptive()], ids=repr)
+@pytest.mark.parametrize("solver", [PNDM(), Adaptive()], ids=repr)
 def test_compiled_steps_are_the_same(solver):
     """A whole run, compiled as `DiffusionModel.sample` compiles it, and op by op."""
     schedule, sampler = CONTINUOUS[2], Sampler(solver, steps=4)

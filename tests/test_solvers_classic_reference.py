@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from kdiff import schedules
+from kdiff import backend, schedules
 from kdiff.solvers.multistep import DEIS, IPNDM, LMS, PNDM
 from kdiff.solvers.runge_kutta import DPM2, DPM2Ancestral, Euler, EulerAncestral, Heun
 from tests.toys import MIXTURE, numpy
@@ -318,8 +318,10 @@ def test_pndm(warmup, spacing):
         solver = PNDM(warmup)
         x = ops.convert_to_tensor(first.astype("float32"))
         state = solver.init(x, steps)
+        # Op by op JAX would compile the condition in every step anew.
+        step = backend.fused(lambda x, now, then, state: solver.step(MIXTURE, VP, x, now, then, None, state))
         for now, then in itertools.pairwise(marginals):
-            x, _, state = solver.step(MIXTURE, VP, x, now, then, None, state)
+            x, _, state = step(x, now, then, state)
             yield numpy(x) / float(then.alpha)
 
     compare(ours(), theirs())
@@ -389,7 +391,7 @@ def test_flow_match_heun():
     On the same grid the difference falls as the square of the steps, as do the errors; the step to t = 0 is Euler's.
     """
     differences = []
-    for steps in (20, 40, 80):
+    for steps in (20, 40):
         scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
         scheduler.sigma_max, scheduler.sigma_min = 0.9, 0.1  # its own begin at 1, where alpha is 0
         scheduler.set_timesteps(steps)
@@ -400,5 +402,5 @@ def test_flow_match_heun():
             y = scheduler.step(flow_answer(y.numpy(), scheduler.sigmas[call].numpy()), t, y, return_dict=False)[0]
         *_, z = run(Heun(), sigmas / (1 - sigmas), x / (1 - sigmas[0]), FLOW)
         differences.append(np.sqrt(np.mean((z - y.numpy()) ** 2)))
-    assert differences[-1] < 1e-3
+    assert differences[-1] < 4e-3
     np.testing.assert_allclose(np.log2(differences[-2] / differences[-1]), 2.0, atol=0.3)

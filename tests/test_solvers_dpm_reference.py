@@ -101,7 +101,6 @@ GRIDS = [
     {"timestep_spacing": "trailing"},
     {"use_karras_sigmas": True},
     {"use_exponential_sigmas": True},
-    {"use_lu_lambdas": True},
 ]
 
 

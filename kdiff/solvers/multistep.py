@@ -149,7 +149,7 @@ class DEIS(_Newton):
         """
         closed = math.factorial(n) * (1.0 - ops.exp(-h) * sum(h**k / math.factorial(k) for k in range(n + 1)))
         near = ops.minimum(h, 1.0)
-        series = sum(near**k * math.factorial(n) / math.factorial(n + 1 + k) for k in range(10))
+        series = sum(near**k * (math.factorial(n) / math.factorial(n + 1 + k)) for k in range(10))
         return ops.where(h < 1.0, near ** (n + 1) * ops.exp(-near) * series, closed)
 
 

@@ -15,7 +15,9 @@ times an s of 10^5, does not come in; and z_i = x_hat + s_i d + ... loses no dig
     z_i = x_hat + s_i d + (s_i - s) sum_j a_ij e_j,
     e_i = (x_hat - x_hat_i + (s_i - s) sum_j a_ij e_j) / s_i.
 
-At t = 0 s_i is 0, or as good as 0, and e_i has no meaning: a step to t = 0 does without it.
+At t = 0 s_i is 0, or as good as 0, and e_i has no meaning: a step to t = 0 does without it. For the same reason a stage
+at s_then, as Heun's method and RK4 have it, corrects by (s / s_then - 1) times the change of x_hat, and wants a grid on
+which s falls by no more than a few times in a step, such as EDM's: not few equal steps of t from an s of 10^3.
 """
 
 from typing import NamedTuple, Self

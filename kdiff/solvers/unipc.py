@@ -12,6 +12,7 @@ A predictor knows u_k < 0 alone; a corrector also u_1 = 1, once the denoiser was
 alpha and sigma change places, and z = -h.
 """
 
+from math import factorial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -21,8 +22,10 @@ from kdiff.base import check_choice
 from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.solvers.base import Denoise, Draw, History, Solver, half_step, noise_of
 
-# Where |z| is below this the moments are found from above, elsewhere from below.
-_SMALL = 2.0
+# Where |z| is below this the moments are summed from a series, whose terms these are.
+_SMALL = 1.5
+_TERMS = np.arange(13, dtype="float32")
+_SERIES = [np.float32([factorial(n) / factorial(n + k + 1) for k in range(13)]) for n in range(4)]
 
 
 class Memory(NamedTuple):
@@ -136,19 +139,21 @@ def adams(z, first, places, values, count, single):
     if places:
         m[1] = ops.where(ops.equal(count, 1), single, m[1])
     total = m[0] * first
+    known = [ops.cast(count > k, "float32") for k in range(len(values))]
     for k, value in enumerate(values):
-        w = sum(c * moment for c, moment in zip(_lagrange(places, k, count), m, strict=True))
-        total = total + ops.where(count > k, w, 0.0) * (value - first)
+        w = sum(c * moment for c, moment in zip(_lagrange(places, k, known), m[1:], strict=True))
+        total = total + known[k] * w * (value - first)
     return total
 
 
-def _lagrange(places, k, count):
-    """The coefficients, lowest first, of the polynomial that is 1 at u_k, 0 at 0 and at the first `count` others."""
-    coefficients = [0.0, 1.0 / places[k]]
+def _lagrange(places, k, known):
+    """The coefficients of u, u^2, ... of the polynomial that is 1 at u_k, 0 at 0 and at the others that are known."""
+    coefficients = [1.0 / places[k]]
     for j, other in enumerate(places):
         if j != k:
-            slope = ops.where(count > j, 1.0 / (places[k] - other), 0.0)
-            constant = ops.where(count > j, -other / (places[k] - other), 1.0)
+            # (u - u_j) / (u_k - u_j), or 1.
+            slope = known[j] / (places[k] - other)
+            constant = 1.0 - slope * places[k]
             pairs = zip([*coefficients, 0.0], [0.0, *coefficients], strict=True)
             coefficients = [constant * a + slope * b for a, b in pairs]
     return coefficients
@@ -157,15 +162,17 @@ def _lagrange(places, k, count):
 def moments(z, highest: int) -> list:
     """M_n = z integral_0^1 e^{-z (1 - u)} u^n du, n = 0 ... `highest` (at most 3), to float32's precision at any z.
 
-    By parts M_n = 1 - n / z M_{n-1}. That loses digits where |z| < n; there the same line is read downwards, from an
-    M_n that is known roughly: each step down divides its error by n / |z|.
+    By parts M_n = 1 - n / z M_{n-1}. Near z = 0 that loses all digits; there the series of the exponential is used,
+
+        M_n = z sum_k n! / (n + k + 1)! (-z)^k.
     """
-    down = [z / 13.0]
-    for n in range(12, 0, -1):
-        down.insert(0, z / n * (1.0 - down[0]))
+    found = [-ops.expm1(-z)]
+    if not highest:
+        return found
     small = ops.abs(z) < _SMALL
     safe = ops.where(small, _SMALL, z)
-    found = [-ops.expm1(-z)]
+    powers = ops.power(ops.where(small, -z, _SMALL), _TERMS)
     for n in range(1, highest + 1):
-        found.append(ops.where(small, down[n], 1.0 - n / safe * found[-1]))
+        series = z * ops.sum(ops.convert_to_tensor(_SERIES[n]) * powers)
+        found.append(ops.where(small, series, 1.0 - n / safe * found[-1]))
     return found
