@@ -81,17 +81,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=DATA, default="swiss-roll")
     parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--only", choices=RECIPES, nargs="+", default=list(RECIPES), help="some of the recipes")
     parser.add_argument("--out", type=Path, default=Path("runs") / "recipes.png")
     options = parser.parse_args()
     keras.utils.set_random_seed(0)
     x = DATA[options.data](512 * options.steps // 10, np.random.default_rng(0))
 
-    figure = Figure(figsize=(3 * (len(RECIPES) + 1), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(RECIPES) + 1, sharex=True, sharey=True)
+    figure = Figure(figsize=(3 * (len(options.only) + 1), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(options.only) + 1, sharex=True, sharey=True)
     panels[0].plot(*x[:2000].T, ".", markersize=2, color="black")
     panels[0].set_title("Data")
-    for panel, (name, (objects, sampler)) in zip(panels[1:], RECIPES.items(), strict=True):
+    for panel, name in zip(panels[1:], options.only, strict=True):
         begun = time.monotonic()
+        objects, sampler = RECIPES[name]
         model = DiffusionModel(network(), codec="identity", ema=0.99, **objects)
         model.compile(keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(3e-3, options.steps)))
         history = model.fit(x, batch_size=512, epochs=10, verbose=0)

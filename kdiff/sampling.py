@@ -117,14 +117,14 @@ class Sampler(Value):
             x = schedule.at(times[0]).sigma * noise
         yield from self._run(denoise, schedule, x, times, seed, first, compiled)
 
-    def invert(self, denoise: Denoise, schedule: NoiseSchedule, x, *, compiled: Callable | None = None):
+    def invert(self, denoise: Denoise, schedule: NoiseSchedule, x, *, iterations: int = 1):
         """The noise from which a deterministic solver makes `x`: the run backwards, from t = 0.
 
         Args:
             denoise: x_hat = denoise(x, marginal).
             schedule: the schedule of the run.
             x: data, with shape `(samples, ...)`.
-            compiled: a compiled form of `advance` of the inverse sampler, if there is one.
+            iterations: how often the denoiser is asked in a step; each makes the error several times smaller.
 
         Returns:
             x at the grid's first time.
@@ -132,10 +132,10 @@ class Sampler(Value):
         Raises:
             ValueError: if the solver has no inverse.
         """
-        inverse = Sampler(self.solver.inverse(), self.grid, self.steps, self.guidance, self.to_zero)
+        inverse = Sampler(self.solver.inverse(iterations), self.grid, self.steps, self.guidance, self.to_zero)
         times = self.times(schedule)[::-1]
         x = schedule.at(times[0].astype("float32")).alpha * ops.convert_to_tensor(x, "float32")
-        for step in inverse._run(denoise, schedule, x, times, 0, 0, compiled):
+        for step in inverse._run(denoise, schedule, x, times, 0, 0, None):
             x = step.x
         return x
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kdiff import Sampler, analytic, schedules
-from kdiff.solvers import DDIM, DDPM, Solver
+from kdiff.solvers import DDIM, DDPM
 from kdiff.solvers.ancestral import DDIMInversion
 from kdiff.solvers.consistency import TCD
 from kdiff.solvers.sa import SASolver
@@ -15,21 +15,10 @@ SCHEDULES = [schedules.Cosine(), schedules.Rectified(), schedules.LinearBeta()]
 DATA = analytic.Gaussian([0.3, -0.5], [[0.5, 0.3], [0.3, 0.4]])
 
 
-class Careful(DDIM):
-    """DDIM whose inversion iterates; for this file."""
-
-    def __init__(self, iterations=4):
-        super().__init__()
-        self.iterations = iterations
-
-    def inverse(self) -> Solver:
-        return DDIMInversion(self.iterations)
-
-
-def there_and_back(solver, schedule, steps, data=MIXTURE):
+def there_and_back(solver, schedule, steps, data=MIXTURE, iterations=1):
     """The root mean square error of what the sampler makes of the inverted noise, over 32 samples of the data."""
     x, sampler = data.sample(32), Sampler(solver, steps=steps)
-    noise = sampler.invert(data, schedule, x)
+    noise = sampler.invert(data, schedule, x, iterations=iterations)
     return np.sqrt(np.mean((numpy(sampler(data, schedule, x.shape, x=noise)) - x) ** 2))
 
 
@@ -38,22 +27,20 @@ def test_the_sampler_undoes_its_inversion(schedule):
     """The error falls with the steps and, faster, with the iterations; to 1e-5, which Rectified's x at t = 0 is off."""
     few, many = (there_and_back(DDIM(), schedule, steps) for steps in (10, 40))
     assert many < few / 2 < 0.05
-    errors = [there_and_back(Careful(iterations), schedule, 10) for iterations in (1, 2, 8)]
+    errors = [there_and_back(DDIM(), schedule, 10, iterations=iterations) for iterations in (1, 2, 8)]
     assert errors[0] == pytest.approx(few, rel=1e-5)
     assert errors[1] < errors[0] / 3
     assert errors[2] < 2e-5
 
 
-@pytest.mark.parametrize(
-    ("solver", "schedule"), [*((DDIM(), schedule) for schedule in SCHEDULES), (Careful(), SCHEDULES[0])], ids=repr
-)
-def test_the_inversion_follows_the_flow(solver, schedule):
+@pytest.mark.parametrize(("schedule", "iterations"), [*((schedule, 1) for schedule in SCHEDULES), (SCHEDULES[0], 4)])
+def test_the_inversion_follows_the_flow(schedule, iterations):
     """Of a Gaussian the noise is known: the flow keeps the standard score. The error falls as 1 / steps."""
     x, errors = DATA.sample(32), []
     for steps in (10, 40):
-        sampler = Sampler(solver, steps=steps)
+        sampler = Sampler(DDIM(), steps=steps)
         exact = DATA.flow(x, schedule, 0.0, float(sampler.times(schedule)[0]))
-        errors.append(np.sqrt(np.mean((numpy(sampler.invert(DATA, schedule, x)) - exact) ** 2)))
+        errors.append(np.sqrt(np.mean((numpy(sampler.invert(DATA, schedule, x, iterations=iterations)) - exact) ** 2)))
     # Two doublings of the steps: two orders. Some terms of the second order are left, hence 0.35.
     np.testing.assert_allclose(np.log2(errors[0] / errors[1]) / 2, 1.0, atol=0.35)
     assert errors[1] < 0.1

@@ -61,6 +61,8 @@ class _Table(NoiseSchedule):
 class BetaTable(_Table):
     """A discrete process given by its betas: alpha_bar_i = prod_{j <= i} (1 - beta_j) = alpha^2, variance preserving.
 
+    Ho et al. 2020, section 2.
+
     Args:
         betas: the variance of each step of the forward process, each in (0, 1), with shape `(T,)`.
 
@@ -83,6 +85,8 @@ class BetaTable(_Table):
 
 class AlphaBarTable(_Table):
     """A discrete process given by its alpha-bars, alpha_bar_i = alpha^2 after step i, variance preserving.
+
+    Ho et al. 2020, section 2.
 
     Args:
         alpha_bars: strictly decreasing numbers in (0, 1), with shape `(T,)`.

@@ -74,9 +74,9 @@ class DDIM(Solver):
             x = x + self.eta * then.sigma * ops.sqrt(fresh) * noise()
         return x, x_hat, state
 
-    def inverse(self) -> Solver:
-        """`DDIMInversion()`, if eta is 0."""
-        return super().inverse() if self.stochastic else DDIMInversion()
+    def inverse(self, iterations: int = 1) -> Solver:
+        """`DDIMInversion(iterations)`, if eta is 0."""
+        return super().inverse() if self.stochastic else DDIMInversion(iterations)
 
 
 class DDIMInversion(Solver):
@@ -107,6 +107,6 @@ class DDIMInversion(Solver):
             x_then = x + (then.alpha - now.alpha) * x_hat + (then.sigma - now.sigma) * noise_hat
         return x_then, x_hat, state
 
-    def inverse(self) -> Solver:
+    def inverse(self, iterations: int = 1) -> Solver:
         """`DDIM()`."""
         return DDIM()

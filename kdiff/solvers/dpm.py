@@ -138,6 +138,11 @@ class _Multistep(Solver):
         check_choice(type(self).__name__, "variant", variant, VARIANTS)
         self.order, self.variant, self.lower_final = order, variant, lower_final
 
+    @property
+    def least_steps(self) -> int:
+        """As many as the order."""
+        return self.order
+
     def init(self, x, steps: int) -> History:
         """An empty history, of as many values as the order needs."""
         return History.empty(x, self._length(), steps)
@@ -171,14 +176,14 @@ class _Multistep(Solver):
 
 
 class DPMSolver(OfNoise, _Multistep):
-    """DPM-Solver, multistep: of the noise (Lu et al. 2022, arXiv:2206.00927, eq. 3.4; the multistep form is that of
-    arXiv:2211.01095, section 4, for the noise, as in the authors' code).
+    """DPM-Solver, multistep: of the noise (Lu et al. 2022, arXiv:2206.00927; this form is in the authors' code).
 
     With p through noise_hat of this and the last steps,
 
         x_then = (alpha_then / alpha_now) x + sigma_then sum_k m_k(-h) p_k.
 
-    A history must grow, so the first step is of order 1 and the second of order 2.
+    A history must grow, so the first step is of order 1 and the second of order 2: unless the first is short, it leaves
+    an error of order 2, and so does the last with `lower_final`.
 
     Args:
         order: 1 is DDIM; 2 or 3.
@@ -198,7 +203,8 @@ class DPMSolverPP(OfData, _Multistep):
 
         x_then = (sigma_then / sigma_now) x + alpha_then sum_k m_k(h) p_k.
 
-    A history must grow, so the first step is of order 1 and the second of order 2.
+    A history must grow, so the first step is of order 1 and the second of order 2: unless the first is short, it leaves
+    an error of order 2, and so does the last with `lower_final`.
 
     Args:
         order: 1 is DDIM; 2 or 3.

@@ -9,7 +9,7 @@ There are two ways to put noise into a run, each with a strength eta, where 0 is
 
                     s_up = eta s_then sqrt(1 - s_then^2 / s_now^2),    s_down^2 = s_then^2 - s_up^2.
 
-With eta = 1 and x_hat constant over a step both are DDPM's posterior.
+With eta = 1 and x_hat constant over a step both, of the data, are DDPM's posterior.
 
 Sources: Lu et al. 2022, "DPM-Solver++", arXiv:2211.01095, the section on diffusion SDEs; and, for the ancestral and the
 singlestep solver and for 3M, K. Crowson's k-diffusion (https://github.com/crowsonkb/k-diffusion, sampling.py), which
@@ -90,6 +90,7 @@ class DPMSolverPP3MSDE(OfData, _MultistepSDE):
     """
 
     order = 2
+    least_steps = 3
     _curvature = 0.5
 
     def __init__(self, eta: float = 1.0):

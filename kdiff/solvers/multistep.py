@@ -39,6 +39,11 @@ class _Multistep(Solver):
     terms = 1
     lower_final = False
 
+    @property
+    def least_steps(self) -> int:
+        """As many as there are terms."""
+        return self.terms
+
     def init(self, x, steps: int) -> History:
         """An empty history."""
         return History.empty(x, self.terms - 1, steps)
@@ -89,7 +94,7 @@ class _Newton(_Multistep):
 
 
 class LMS(_Newton):
-    """The linear multistep method of Adams and Bashforth for unequal steps in s = sigma / alpha; k-diffusion's
+    """The linear multistep method of Adams and Bashforth (1883) for unequal steps in s = sigma / alpha; k-diffusion's
     `sample_lms`:
 
         z_then = z + sum_i c_i d_i,    c_i = integral of prod_(j != i) (s - s_j) / (s_i - s_j) ds, from s to s_then.
@@ -117,8 +122,8 @@ class LMS(_Newton):
 
 
 class DEIS(_Newton):
-    """Diffusion exponential integrator sampler (Zhang and Chen 2022, arXiv:2204.13902, eq. 15), with the polynomial in
-    log s, as diffusers' `logrho`:
+    """Diffusion exponential integrator sampler (Zhang and Chen 2022, arXiv:2204.13902), with the polynomial in log s,
+    as diffusers' `logrho`:
 
         z_then = z + sum_i c_i d_i,    c_i = integral of prod_(j != i) log(s / s_j) / log(s_i / s_j) ds.
 
@@ -154,7 +159,7 @@ class DEIS(_Newton):
 
 
 class IPNDM(_Multistep):
-    """Improved pseudo numerical method (Zhang and Chen 2022, arXiv:2204.13902, section 3.3): Adams and Bashforth's
+    """Improved pseudo numerical method (Zhang and Chen 2022, arXiv:2204.13902, iPNDM): Adams and Bashforth's
     weights b_i for equal steps, whatever the steps are, and lower orders at the start instead of a warm-up:
 
         z_then = z + (s_then - s) sum_i b_i d_i.
@@ -184,7 +189,7 @@ class PNDM(IPNDM):
     """Pseudo numerical methods for diffusion models (Liu et al. 2022, arXiv:2202.09778, algorithm 2): `IPNDM` of four
     terms after a warm-up.
 
-    Its order is 2, as the authors find (section 3.4), because the steps of s are not equal.
+    Its order is 2, as the authors find, because the steps of s are not equal.
 
     Args:
         warmup: "prk" makes the first three steps by the classical method of Runge and Kutta, with the middle of a step

@@ -1,7 +1,7 @@
 """Runge-Kutta methods, which do not look back: Euler, Heun, DPM2, RK4, and noise that may be added on the way.
 
 In z = x / alpha and s = sigma / alpha the probability flow of every schedule is (Karras et al. 2022, "EDM",
-arXiv:2206.00364, eq. 4)
+arXiv:2206.00364, algorithm 1)
 
     dz / ds = d,    d = (z - x_hat) / s = noise_hat,
 
