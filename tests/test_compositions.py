@@ -155,11 +155,8 @@ def test_samples_are_sound(schedule, solver, grid, prediction, to_zero):
             return plain(x_t, m), ops.full_like(x_t, 0.5)
 
     sampler = Sampler(solver, grid, steps, to_zero=to_zero)
-    try:
-        sampler.times(schedule)
-    except ValueError as error:  # Laplace's ends are closer to 0 and 1 than float32 can tell apart
-        assert isinstance(schedule, schedules.Laplace), error
-        reject()
+    if isinstance(schedule, schedules.Laplace) and not isinstance(grid, (times.Trailing, times.Times)):
+        reject()  # its ends are closer to 0 and 1 than float32 can tell apart: some grids say so by an error
     x = numpy(sampler(denoise, schedule, (16, 2)))
     assert np.all(np.isfinite(x))
     # Stochastic solvers, and PNDM's warm-up, need more steps than these to be near; their own tests have them.

@@ -49,8 +49,8 @@ def test_the_inversion_follows_the_flow(schedule, iterations):
 def test_it_is_undone_on_every_grid():
     """ "leading" and a run that ends above t = 0 too."""
     schedule, x = schedules.LinearBeta(), MIXTURE.sample(8)
-    for sampler in (Sampler(Careful(8), "leading", 10), Sampler(Careful(8), "linspace", 10, to_zero=False)):
-        noise = sampler.invert(MIXTURE, schedule, x)
+    for sampler in (Sampler("ddim", "leading", 10), Sampler("ddim", "linspace", 10, to_zero=False)):
+        noise = sampler.invert(MIXTURE, schedule, x, iterations=8)
         end = float(schedule.at(np.float32(sampler.times(schedule)[-1])).alpha)
         np.testing.assert_allclose(numpy(sampler(MIXTURE, schedule, x.shape, x=noise)), end * x, atol=1e-4)
 

@@ -71,7 +71,7 @@ def run(solver, schedule, steps, data=MIXTURE):
     def noise():
         return ops.convert_to_tensor(generator.standard_normal((3, 2)), "float32")
 
-    marginals = [schedule.at(t) for t in Sampler(solver, steps=steps).times(schedule)]
+    marginals = [schedule.at(t) for t in Sampler(steps=steps).times(schedule)]
     x = marginals[0].sigma * noise()
     state = solver.init(x, steps)
     for now, then in itertools.pairwise(marginals):

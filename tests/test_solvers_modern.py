@@ -234,7 +234,7 @@ MODERN = [
 def test_data_that_is_one_point_is_found(solver, schedule):
     """In 1 to 5 steps to t = 0, where log-SNR is 40 on tables. LCM keeps c_skip x, by its nature: 5e-5 x here."""
     sigma = numpy(schedule.at(0.0).sigma)
-    for steps in (1, 2, 5):
+    for steps in (step for step in (1, 2, 5) if step >= solver.least_steps):
         x = numpy(Sampler(solver, steps=steps)(lambda x, m: 0.0 * x + 0.25, schedule, (3, 2)))
         np.testing.assert_allclose(x, 0.25, atol=10 * sigma + (1e-4 if isinstance(solver, LCM) else 2e-5))
 
@@ -247,8 +247,7 @@ def test_the_step_to_zero_is_stable(solver, schedule):
     The mean of an affine denoiser is kept: with x = alpha 0.3 at the start, x = 0.3 at the end, whatever the order.
     """
     for steps in (1, 2, 3):
-        sampler = Sampler(solver, steps=steps)
-        marginals = [schedule.at(np.float32(t)) for t in sampler.times(schedule)]
+        marginals = [schedule.at(np.float32(t)) for t in Sampler(steps=steps).times(schedule)]
         x = marginals[0].alpha * 0.3 * ops.ones((1, 2))
         state = solver.init(x, steps)
         for now, then in itertools.pairwise(marginals):

@@ -14,7 +14,7 @@ class Shifted(NoiseSchedule):
     """A schedule whose log-SNR is moved by a constant, log_snr = schedule.log_snr + shift; the normalisation stays.
 
     Averaging s x s pixels divides the variance of noise by s^2, and hardly that of an image; so a larger image, at the
-    same log-SNR, is less destroyed, and is given a negative shift.
+    same log-SNR, is less destroyed, and is given a negative shift (Hoogeboom et al. 2023, section 3.1).
 
     Args:
         schedule: a `NoiseSchedule` or its name.
