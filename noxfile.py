@@ -24,11 +24,15 @@ def install(session: nox.Session, *requirements: str) -> None:
     session.install("-c", "constraints.txt", *requirements)
 
 
-def pytest(session: nox.Session, backend: str, *files: str) -> None:
+def pytest(session: nox.Session, backend: str, *files: str, marked: str | None = None) -> None:
     """Run the tests on the installed package: unlike `python -m pytest`, `pytest` puts no checkout before it."""
     # A selection after `--` may leave nothing to run here, which pytest reports as exit code 5.
     success = (0, 5) if session.posargs else (0,)
-    session.run("pytest", *files, *session.posargs, env={"KERAS_BACKEND": backend}, success_codes=success)
+    # Small programs leave cores idle, so each core has a process of its own.
+    split = () if files else ("-n", "auto", "--dist", "worksteal")
+    chosen = ("-m", marked) if marked else ()
+    arguments = (*files, *split, *chosen, *session.posargs)
+    session.run("pytest", *arguments, env={"KERAS_BACKEND": backend}, success_codes=success)
 
 
 @nox.session
@@ -53,4 +57,4 @@ def together(session: nox.Session) -> None:
     install(session, ".[all]")
     pytest(session, "tensorflow", "tests/test_backends_agree.py")
     for backend in BACKENDS:
-        pytest(session, backend, "-m", "data or reference")
+        pytest(session, backend, marked="data or reference")

@@ -2,8 +2,8 @@
 
     KERAS_BACKEND=jax python examples/quickstart.py          # or tensorflow, or torch
 
-On two cores this takes about three minutes with TensorFlow and JAX. It leaves pictures and the saved model in a folder
-that it names at the end.
+On two cores this takes two to four minutes. It leaves pictures and the saved model in a folder that it names at the
+end.
 """
 
 import argparse

@@ -16,16 +16,19 @@ import numpy as np
 from keras import layers
 from matplotlib.figure import Figure
 
-from kdiff import DiffusionModel, Sampler, blocks, predictions, schedules, solvers, times, weightings
+from kdiff import DiffusionModel, Sampler, blocks, guidance, predictions, schedules, solvers, times, weightings
 
+# At t = 1 there is hardly any signal, and x_hat = (x_t - sigma noise_hat) / alpha multiplies errors of noise_hat by up
+# to thousands: those who predict noise clip x_hat to the range of the data.
+CLIP = guidance.Clip(2.0)
 RECIPES = {
     "DDPM": (
         {"schedule": schedules.LinearBeta(1000), "prediction": "noise", "times": "discrete", "time_label": "index"},
-        Sampler(solvers.DDPM("large"), "all"),
+        Sampler(solvers.DDPM("large"), "all", guidance=CLIP),
     ),
     "Improved DDPM, DDIM": (
         {"schedule": schedules.CosineBeta(1000), "prediction": "noise", "times": times.LossAware(1000)},
-        Sampler("ddim", "trailing", 50),
+        Sampler("ddim", "trailing", 50, guidance=CLIP),
     ),
     "Simple diffusion": (
         {"schedule": schedules.Shifted(schedules.Cosine(), 0.0), "prediction": "velocity", "times": "stratified"},
@@ -47,7 +50,7 @@ RECIPES = {
     ),
     "Stable Diffusion": (
         {"schedule": schedules.ScaledLinearBeta(), "prediction": "noise", "times": "discrete", "time_label": "index"},
-        Sampler("dpm_solver_pp", times.Leading(1), 25),
+        Sampler("dpm_solver_pp", times.Leading(1), 25, guidance=CLIP),
     ),
 }
 
@@ -80,7 +83,7 @@ def network(width: int = 128) -> keras.Model:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=DATA, default="swiss-roll")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--only", choices=RECIPES, nargs="+", default=list(RECIPES), help="some of the recipes")
     parser.add_argument("--out", type=Path, default=Path("runs") / "recipes.png")
     options = parser.parse_args()

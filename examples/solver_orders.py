@@ -4,7 +4,7 @@
 
 The data is a mixture of Gaussians in the plane, whose best denoiser has a formula and takes the network's place. A
 deterministic solver is compared with the exact probability flow from the same noise: its line falls with a slope that
-is its order. A stochastic one is compared by the mean and covariance of 20,000 samples.
+is its order. A stochastic one is compared by the mean and covariance of 20,000 samples, whose own noise is about 0.01.
 """
 
 import argparse

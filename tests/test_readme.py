@@ -38,6 +38,6 @@ def test_objects_of_ones_own():
     model = kdiff.DiffusionModel(network, schedule="quadratic", ema=None)
     model.build((None, 4, 4, 1))
     network.head.kernel.assign(np.random.default_rng(0).standard_normal(network.head.kernel.shape))
-    euler = model.sample(2, sampler="euler", steps=5)
+    euler = model.sample(2, sampler="plain_euler", steps=5)
     # Song et al. 2021, eq. 14: DDIM is Euler's method in sigma / alpha.
     np.testing.assert_allclose(euler, model.sample(2, sampler="ddim", steps=5), atol=1e-3)
