@@ -2,7 +2,7 @@
 
     KERAS_BACKEND=jax python examples/quickstart.py          # or tensorflow, or torch
 
-On two cores this takes two to four minutes. It leaves pictures and the saved model in a folder that it names at the
+On two cores this takes two or three minutes. It leaves pictures and the saved model in a folder that it names at the
 end.
 """
 
