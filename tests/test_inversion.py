@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kdiff import Sampler, analytic, schedules
-from kdiff.solvers import DDIM, DDPM
+from kdiff.solvers import DDIM, DDPM, EulerAncestral
 from kdiff.solvers.ancestral import DDIMInversion
 from kdiff.solvers.consistency import TCD
 from kdiff.solvers.sa import SASolver
@@ -49,7 +49,9 @@ def test_the_inversion_follows_the_flow(schedule, iterations):
 def test_it_is_undone_on_every_grid():
     """ "leading" and a run that ends above t = 0 too."""
     schedule, x = schedules.LinearBeta(), MIXTURE.sample(8)
-    for sampler in (Sampler("ddim", "leading", 10), Sampler("ddim", "linspace", 10, to_zero=False)):
+    # Euler without churn, and EulerAncestral without noise, are DDIM, and have its inversion.
+    samplers = [Sampler("ddim", "leading", 10), Sampler("euler", "leading", 10), Sampler(EulerAncestral(0.0), steps=10)]
+    for sampler in (*samplers, Sampler("ddim", "linspace", 10, to_zero=False)):
         noise = sampler.invert(MIXTURE, schedule, x, iterations=8)
         end = float(schedule.at(np.float32(sampler.times(schedule)[-1])).alpha)
         np.testing.assert_allclose(numpy(sampler(MIXTURE, schedule, x.shape, x=noise)), end * x, atol=1e-4)

@@ -10,6 +10,14 @@ from kdiff.schedules.base import NoiseSchedule
 from kdiff.schedules.tables import _Table
 
 
+def token_mu(owner: str, tokens: int, base_tokens: int, max_tokens: int, base_mu: float, max_mu: float) -> float:
+    """Flux's mu, linear in the tokens (see `Shifted.for_tokens`)."""
+    check_number(owner, "tokens", tokens, 1)
+    check_number(owner, "base_tokens", base_tokens, 1)
+    check_number(owner, "max_tokens", max_tokens, base_tokens + 1)
+    return base_mu + (max_mu - base_mu) * (tokens - base_tokens) / (max_tokens - base_tokens)
+
+
 class Shifted(NoiseSchedule):
     """A schedule whose log-SNR is moved by a constant, log_snr = schedule.log_snr + shift; the normalisation stays.
 
@@ -75,11 +83,7 @@ class Shifted(NoiseSchedule):
             base_mu: log(sigma / alpha) is raised by so much at `base_tokens`.
             max_mu: and by so much at `max_tokens`.
         """
-        check_number("Shifted", "tokens", tokens, 1)
-        check_number("Shifted", "base_tokens", base_tokens, 1)
-        check_number("Shifted", "max_tokens", max_tokens, base_tokens + 1)
-        mu = base_mu + (max_mu - base_mu) * (tokens - base_tokens) / (max_tokens - base_tokens)
-        return cls(schedule, -2.0 * mu)
+        return cls(schedule, -2.0 * token_mu("Shifted", tokens, base_tokens, max_tokens, base_mu, max_mu))
 
     def log_snr(self, t):
         """schedule.log_snr + shift."""

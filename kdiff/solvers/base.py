@@ -90,15 +90,6 @@ def noise_of(x, x_hat, m: Marginal):
     return (x - m.alpha * x_hat) / m.sigma
 
 
-def flow(x, noise_hat, now: Marginal, then: Marginal):
-    """DDIM's step with this noise, where a = alpha_then / alpha_now: a x + (sigma_then - a sigma_now) noise_hat.
-
-    The bracket is written sigma_then (1 - e^h), h = l_then - l_now, which does not cancel.
-    """
-    h = half_step(now, then)
-    return then.alpha / now.alpha * x - then.sigma * ops.expm1(h) * noise_hat
-
-
 def flow_to(x, x_hat, now: Marginal, then: Marginal):
     """DDIM's step with this data: (sigma_then / sigma_now) x - alpha_then (e^-h - 1) x_hat, h = l_then - l_now."""
     h = half_step(now, then)

@@ -126,9 +126,9 @@ class Euler(_RungeKutta):
         """0."""
         return 0.0
 
-    def inverse(self) -> Solver:
-        """`DDIMInversion()`, if there is no churn."""
-        return super().inverse() if self.stochastic else DDIMInversion()
+    def inverse(self, iterations: int = 1) -> Solver:
+        """`DDIMInversion(iterations)`, if there is no churn."""
+        return super().inverse() if self.stochastic else DDIMInversion(iterations)
 
 
 class Heun(_RungeKutta):

@@ -20,6 +20,7 @@ from keras import ops
 
 from kdiff.base import Value, check_integer, check_number
 from kdiff.schedules import NoiseSchedule
+from kdiff.schedules.wrappers import token_mu
 from kdiff.times.samplers import first_time, log_snr_ends
 
 
@@ -272,10 +273,7 @@ class FlowShift(_Warped):
             base_mu: the logarithm of the shift at `base_tokens`.
             max_mu: and at `max_tokens`.
         """
-        check_number("FlowShift", "tokens", tokens, 1)
-        check_number("FlowShift", "base_tokens", base_tokens, 1)
-        check_number("FlowShift", "max_tokens", max_tokens, base_tokens + 1)
-        return cls(math.exp(base_mu + (max_mu - base_mu) * (tokens - base_tokens) / (max_tokens - base_tokens)))
+        return cls(math.exp(token_mu("FlowShift", tokens, base_tokens, max_tokens, base_mu, max_mu)))
 
     def warp(self, u: np.ndarray) -> np.ndarray:
         """shift u / (1 + (shift - 1) u)."""
