@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--data", choices=DATA, default="swiss-roll")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--only", choices=RECIPES, nargs="+", default=list(RECIPES), help="some of the recipes")
-    parser.add_argument("--out", type=Path, default=Path("runs") / "recipes.png")
+    parser.add_argument("--out", type=Path, default=Path("runs") / "recipes.png", help="a file, .png or .pdf")
     options = parser.parse_args()
     keras.utils.set_random_seed(0)
     x = DATA[options.data](512 * options.steps // 10, np.random.default_rng(0))
