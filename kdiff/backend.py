@@ -158,6 +158,29 @@ def checked_dataset(dataset: Any, check: Callable[[Any], None]) -> Any:
 # --- layers
 
 
+def recomputed(layer: keras.layers.Layer, tensors: dict[str, Any], **options: Any) -> Any:
+    """`layer(**tensors, **options)`, of which only the inputs are kept for the gradient: the rest is computed again.
+
+    `keras.RematScope` does not do it: on TensorFlow it takes no keyword arguments, on JAX only arrays, and with dropout
+    the second pass would draw other numbers. Here each pass starts from the same values of the layer's variables.
+    """
+    weights, changing = layer.trainable_variables, layer.non_trainable_variables
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    values = [ops.convert_to_tensor(variable.value) for variable in weights]
+    values += [ops.copy(variable.value) for variable in changing]  # PyTorch changes them in place
+
+    def pure(*arguments):
+        inputs = dict(zip(given, arguments, strict=False))
+        with keras.StatelessScope(list(zip(weights + changing, arguments[len(given) :], strict=True))) as scope:
+            y = layer(**inputs, **options)
+            return (y, *[scope.get_current_value(variable) for variable in changing])
+
+    y, *states = keras.remat(pure)(*given.values(), *values)
+    for variable, state in zip(changing, states, strict=True):
+        variable.assign(state)
+    return y
+
+
 def concrete(x: Any) -> np.ndarray | None:
     """The numbers in `x` if they are at hand; None while a graph is traced or where fetching would stall a device."""
     if isinstance(x, keras.KerasTensor) or (ops.is_tensor(x) and _out_of_reach(x)):

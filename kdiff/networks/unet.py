@@ -8,19 +8,11 @@ from keras import ops
 
 from kdiff.base import Value, check_integer
 from kdiff.blocks.attention import SelfAttention
-from kdiff.blocks.base import (
-    Chain,
-    ConfigurableLayer,
-    apply_layer,
-    build_layer,
-    copy_layer,
-    derive_seed,
-    get_layer,
-    kernel_initializer,
-)
+from kdiff.blocks.base import apply_layer, build_layer, copy_layer, get_layer, kernel_initializer
 from kdiff.blocks.convolution import ConvBlock, ResidualBlock
 from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding
 from kdiff.blocks.transformer import TransformerBlock
+from kdiff.networks.base import Network, check_size
 
 
 class Level(Value):
@@ -61,7 +53,7 @@ class Level(Value):
         return [copy_layer(self.block, width=self.width), *map(copy_layer, [*mixers, *after])]
 
 
-class UNet(ConfigurableLayer, keras.Model):
+class UNet(Network):
     """A U-Net of levels of template layers, steered by time and by conditions.
 
         network({"image": (batch, height, width, channels), "time": (batch,), **conditions})
@@ -86,6 +78,7 @@ class UNet(ConfigurableLayer, keras.Model):
         normalization: of the last convolution's input.
         activation: of the last convolution's input.
         out_channels: of the output; None for those of the image.
+        remat: whether the inside of each block is computed again for the gradient, to save memory.
         seed: from which each copied layer that has a `seed` gets one of its own.
         kwargs: `name` and `dtype`. The precision is that of every layer made from a template; `embedding` and
             `conditions` keep theirs.
@@ -104,23 +97,18 @@ class UNet(ConfigurableLayer, keras.Model):
         normalization: Any = "group_norm",
         activation: Any = "silu",
         out_channels: int | None = None,
+        remat: bool = False,
         seed: int = 0,
         **kwargs,
     ):
-        super().__init__(autocast=False, **kwargs)
         if not levels or not all(isinstance(level, Level) for level in levels):
             raise ValueError(f"UNet: `levels` must be one `Level` or more; received: {levels!r}")
-        if out_channels is not None:
-            check_integer("UNet", "out_channels", out_channels)
-        check_integer("UNet", "seed", seed, 0)
+        embedding = embedding or MLPEmbedding(SinusoidalEmbedding(max(2, levels[0].width)))
+        super().__init__(embedding, conditions, out_channels, remat, seed, **kwargs)
         self.levels = list(levels)
         self.middle = middle or Level(levels[-1].width, 2, levels[-1].block, levels[-1].mixer)
-        self.embedding = embedding or MLPEmbedding(SinusoidalEmbedding(max(2, levels[0].width)))
-        self.conditions = dict(conditions or {})
-        self.normalization = copy_layer(normalization, name="normalization", dtype=self.dtype_policy)
+        self.normalization = self._copy(normalization, "normalization")
         self.activation = activation
-        self.out_channels = out_channels
-        self.seed = seed
         self._activate = keras.activations.get(activation)
         self.stem = keras.layers.Conv2D(
             levels[0].width,
@@ -133,116 +121,34 @@ class UNet(ConfigurableLayer, keras.Model):
         self.down = [self._chain(unit, f"down_{i}") for i, unit in enumerate(_way_down(self.levels))]
         self.bridge = self._chain(_between(self.middle), "bridge")
         self.up = [self._chain(unit, f"up_{i}") for i, unit in enumerate(_way_up(self.levels))]
-        self._seed_copies()
 
-    def _chain(self, layers, name):
-        chain = Chain(layers, name=name)
-        for layer in chain._flatten_layers():
-            layer.dtype_policy = self.dtype_policy
-        return chain
-
-    def _seed_copies(self):
-        """Gives each copy its own random numbers: with those of the template, all would drop the same units."""
-        copies = [layer for chain in (*self.down, self.bridge, *self.up) for layer in chain._flatten_layers()]
-        for index, layer in enumerate(layer for layer in copies if hasattr(layer, "seed")):
-            layer.seed = derive_seed(self.seed, index)
-
-    def build(self, input_shape):
-        """Builds every layer, from the shapes of the inputs by name."""
-        shapes = self._checked({name: tuple(shape) for name, shape in input_shape.items()})
-        embed, context = self._build_embeddings(shapes)
-        x = build_layer(self.stem, shapes["image"])
+    def _build_body(self, x_shape, embed_shape, context_shape):
+        x = build_layer(self.stem, x_shape)
         skips = [x]
         for unit in self.down:
-            x = build_layer(unit, x, embed, context)
+            x = build_layer(unit, x, embed_shape, context_shape)
             skips.append(x)
-        x = build_layer(self.bridge, x, embed, context)
+        x = build_layer(self.bridge, x, embed_shape, context_shape)
         for unit in self.up:
-            x = build_layer(unit, (*x[:-1], x[-1] + skips.pop()[-1]), embed, context)
-        self._build_head(x, self.out_channels or shapes["image"][-1])
+            x = build_layer(unit, (*x[:-1], x[-1] + skips.pop()[-1]), embed_shape, context_shape)
+        build_layer(self.normalization, x)
+        self.head = self._head(keras.layers.Conv2D, x_shape[-1], 3, padding="same")
+        self.head.build(x)
 
-    def _build_embeddings(self, shapes):
-        embed = build_layer(self.embedding, shapes["time"])
-        encoded = {name: build_layer(layer, shapes[name], embed) for name, layer in self.conditions.items()}
-        for name, shape in encoded.items():
-            if len(shape) not in (2, 3) or (len(shape) == 2 and shape[-1] != embed[-1]):
-                raise ValueError(
-                    f"UNet: the layer of condition {name!r} must give (batch, {embed[-1]}), the width of the time "
-                    f"embedding, or (batch, tokens, dim); it gives: {shape}"
-                )
-        return embed, _joined([shape for shape in encoded.values() if len(shape) == 3])
-
-    def _build_head(self, x_shape, channels):
-        build_layer(self.normalization, x_shape)
-        self.head = keras.layers.Conv2D(
-            channels, 3, padding="same", kernel_initializer="zeros", dtype="float32", name="head"
-        )
-        self.head.build(x_shape)
-
-    def call(self, inputs, training=None):
-        """The dictionary of inputs (see the class) to (batch, height, width, out_channels), float32."""
-        self._checked({name: tuple(value.shape) for name, value in inputs.items()})
-        embed, context = self._embed(inputs, training)
-        x = self.stem(ops.cast(inputs["image"], self.compute_dtype))
+    def _body(self, x, embed, context, training):
+        x = self.stem(x)
         skips = [x]
         for unit in self.down:
-            x = unit(x, embed=embed, context=context, training=training)
+            x = self._run(unit, x, embed, context, training)
             skips.append(x)
-        x = self.bridge(x, embed=embed, context=context, training=training)
+        x = self._run(self.bridge, x, embed, context, training)
         for unit in self.up:
-            x = ops.concatenate([x, skips.pop()], axis=-1)
-            x = unit(x, embed=embed, context=context, training=training)
-        x = self._activate(apply_layer(self.normalization, x, training=training))
-        return ops.cast(self.head(x), "float32")
-
-    def _embed(self, inputs, training):
-        """The sum of the vectors of time and conditions, and the conditions' tokens one after the other, or None."""
-        embed = time = apply_layer(self.embedding, inputs["time"], training=training)
-        context = []
-        for name, layer in self.conditions.items():
-            encoded = apply_layer(layer, inputs[name], time, training=training)
-            if len(encoded.shape) == 2:
-                embed = embed + ops.cast(encoded, embed.dtype)
-            else:
-                context.append(encoded)
-        return embed, ops.concatenate(context, axis=1) if context else None
-
-    def compute_output_spec(self, inputs, training=None):
-        """The image's shape with `out_channels`, in float32."""
-        *shape, channels = inputs["image"].shape
-        return keras.KerasTensor((*shape, self.out_channels or channels), "float32")
-
-    def _checked(self, shapes):
-        for name in ("image", "time", *self.conditions):
-            if name not in shapes:
-                raise ValueError(f"{self.name}: the input {name!r} is missing; received: {sorted(shapes)}")
-        for name, shape in shapes.items():
-            if name not in ("image", "time", *self.conditions):
-                raise ValueError(
-                    f"{self.name}: the input {name!r} is unknown; `conditions` has: {list(self.conditions)}"
-                )
-            if None not in (shape[0], shapes["image"][0]) and shape[0] != shapes["image"][0]:
-                raise ValueError(
-                    f"{self.name}: the input {name!r} must have the batch size of the image, "
-                    f"{shapes['image'][0]}; received the shape: {shape}"
-                )
-        self._check_image(shapes["image"])
-        return shapes
+            x = self._run(unit, ops.concatenate([x, skips.pop()], axis=-1), embed, context, training)
+        return self.head(self._activate(apply_layer(self.normalization, x, training=training)))
 
     def _check_image(self, shape):
-        if len(shape) != 4 or shape[-1] is None:
-            raise ValueError(
-                f"{self.name}: the image must have the shape (batch, height, width, channels); received: {shape}"
-            )
-        factor = 2 ** (len(self.levels) - 1)
-        for name, size in zip(("height", "width"), shape[1:3], strict=True):
-            if size is not None and (size == 0 or size % factor):
-                below, above = size // factor * factor, (size // factor + 1) * factor
-                fit = f"{below} or {above}" if below else f"{above}"
-                raise ValueError(
-                    f"{self.name}: {len(self.levels)} levels need a {name} that {factor} divides; received: {size}. "
-                    f"The nearest that fit: {fit}"
-                )
+        super()._check_image(shape)
+        check_size(self, shape, 2 ** (len(self.levels) - 1), f"{len(self.levels)} levels need")
 
     @classmethod
     def basic(cls, width: int = 64, levels: int = 3, depth: int = 2, **options) -> Self:
@@ -364,16 +270,6 @@ def _way_up(levels):
     for i, level in reversed(list(enumerate(levels))):
         yield from (level.unit() for _ in range(level.depth))
         yield level.unit(*([levels[i - 1].upsample] if i else []))
-
-
-def _joined(shapes):
-    """The shape of sequences one after the other; None for none."""
-    if not shapes:
-        return None
-    if len({shape[-1] for shape in shapes}) > 1:
-        raise ValueError(f"UNet: conditions that give tokens must give them one width; they give: {shapes}")
-    tokens = [shape[1] for shape in shapes]
-    return (shapes[0][0], None if None in tokens else sum(tokens), shapes[0][-1])
 
 
 def _index(argument, index, length):
