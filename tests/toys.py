@@ -45,7 +45,9 @@ def tiny_network(shape=(8, 8, 1), classes=None, dropout=0.0):
     x = layers.Conv2D(8, 3, padding="same")(image)
     x = ops.silu(x + embedding[:, None, None, :])
     x = layers.Dropout(dropout, seed=1)(x)
-    return draw_weights(keras.Model(inputs, layers.Conv2D(shape[-1], 3, padding="same")(x)))
+    # float32, as the last layer of kdiff's networks: PyTorch's float16 convolution to one channel has no gradient on
+    # some CPUs ("slow_conv2d: grad_weight must be contiguous").
+    return draw_weights(keras.Model(inputs, layers.Conv2D(shape[-1], 3, padding="same", dtype="float32")(x)))
 
 
 def draw_weights(layer, seed=0, scale=0.2):
