@@ -227,19 +227,21 @@ def group_norm(x: Any, groups: int, gamma: Any, beta: Any, epsilon: float) -> An
     return ops.cast(ops.reshape(y * scale + shift, ops.shape(x)), x.dtype)
 
 
-def attention(q: Any, k: Any, v: Any) -> Any:
+def attention(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
     """`softmax(q k^T / sqrt(width)) v` in each head, for q, k and v of the shape (batch, tokens, heads, width).
 
-    The softmax is float32. PyTorch has a kernel that never holds the whole table of weights.
+    Where a `mask`, (batch, query tokens, key tokens), is False, the weight is 0. The softmax is float32. PyTorch has a
+    kernel that never holds the whole table of weights.
     """
+    mask = None if mask is None else mask[:, None]
     if BACKEND == "torch":
         import torch
 
         q, k, v = (torch.transpose(x, 1, 2) for x in (q, k, v))
-        return torch.transpose(torch.nn.functional.scaled_dot_product_attention(q, k, v), 1, 2)
-    logits = ops.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k)
-    weights = ops.cast(ops.softmax(ops.cast(logits, "float32"), axis=-1), v.dtype)
-    return ops.einsum("bhqk,bkhd->bqhd", weights, v)
+        return torch.transpose(torch.nn.functional.scaled_dot_product_attention(q, k, v, mask), 1, 2)
+    logits = ops.cast(ops.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k), "float32")
+    logits = logits if mask is None else ops.where(mask, logits, -1e30)
+    return ops.einsum("bhqk,bkhd->bqhd", ops.cast(ops.softmax(logits, axis=-1), v.dtype), v)
 
 
 def upsample_nearest(x: Any) -> Any:

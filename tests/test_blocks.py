@@ -101,7 +101,11 @@ def arrays(shape, others):
 
 @pytest.mark.parametrize("name", CASES)
 def test_block(name, tmp_path):
-    block, shape, out_shape, others = CASES[name]
+    check_block(*CASES[name], tmp_path)
+
+
+def check_block(block, shape, out_shape, others, tmp_path):
+    """What holds for every block."""
     model, inputs = model_of(block.clone(), shape, others), arrays(shape, others)
     assert tuple(model.output_shape[1:]) == out_shape[1:]
     perturb(model)
@@ -343,7 +347,7 @@ def test_cost_of_a_bad_argument_is_a_clear_error():
         (lambda: blocks.ConvBlock()(np.ones((1, 3, 2), "float32")), "batch, height, width, channels"),
         (lambda: blocks.SelfAttention()(np.ones((1, 3), "float32")), "map.*or tokens"),
         (lambda: blocks.MultiHeadAttention(3)(np.ones((1, 2, 8), "float32")), "`heads` must divide the 8 channels"),
-        (lambda: blocks.MultiHeadAttention()(np.ones((1, 2, 2, 8), "float32")), "batch, tokens, channels"),
+        (lambda: blocks.MultiHeadAttention()(np.ones((1, 8), "float32")), "batch, tokens, channels"),
         (lambda: blocks.CrossAttention()(np.ones((1, 2, 8), "float32")), "`context` is needed"),
         (lambda: blocks.AdaptiveNorm()(np.ones((1, 2, 8), "float32")), "`embed` is needed"),
         (lambda: blocks.Block.get("residul_block"), "Did you mean 'residual_block'"),

@@ -258,7 +258,7 @@ def test_errors_of_arguments():
         (lambda: UNet.attention(at=(3,)), r"`at` must be within -3 \.\.\. 2; received: 3"),
         (lambda: Level(0), "Level: `width`"),
         (lambda: Level(8, 0), "Level: `depth`"),
-        (lambda: Level(8, block="layer_norm"), "must have an argument `width`"),
+        (lambda: UNet([Level(8, block="layer_norm")]), "must have an argument `width`"),
         (lambda: UNet.basic(out_channels=0), "`out_channels`"),
     ]
     for function, message in cases:

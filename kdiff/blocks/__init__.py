@@ -11,8 +11,11 @@ from kdiff.blocks.embeddings import (
     SinusoidalEmbedding,
 )
 from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm, LayerNorm, RMSNorm
+from kdiff.blocks.patches import Patchify, Unpatchify
+from kdiff.blocks.patterns import Global, Linear, Neighborhood, Pattern, Window
+from kdiff.blocks.positions import RelativePositions, Rotary, SinCos2D
 from kdiff.blocks.resampling import Downsample, Upsample
-from kdiff.blocks.transformer import FeedForward, TransformerBlock
+from kdiff.blocks.transformer import FeedForward, SpatialTransformer, TransformerBlock
 
 __all__ = [
     "AdaptiveNorm",
@@ -23,16 +26,27 @@ __all__ = [
     "Downsample",
     "FeedForward",
     "FourierEmbedding",
+    "Global",
     "GroupNorm",
     "LabelEmbedding",
     "LayerNorm",
     "LearnedEmbedding",
+    "Linear",
     "MLPEmbedding",
     "MultiHeadAttention",
+    "Neighborhood",
+    "Patchify",
+    "Pattern",
     "RMSNorm",
+    "RelativePositions",
     "ResidualBlock",
+    "Rotary",
     "SelfAttention",
+    "SinCos2D",
     "SinusoidalEmbedding",
+    "SpatialTransformer",
     "TransformerBlock",
+    "Unpatchify",
     "Upsample",
+    "Window",
 ]

@@ -1,11 +1,11 @@
-"""Attention between positions: on tokens, on maps, and from either to a context."""
+"""Attention between positions: on tokens, on maps, and from either to a context; and the residual branch around it."""
 
+import math
 from typing import Any
 
 import keras
 from keras import ops
 
-from kdiff import backend
 from kdiff.base import check_integer, check_number
 from kdiff.blocks.base import (
     Block,
@@ -13,26 +13,36 @@ from kdiff.blocks.base import (
     build_layer,
     check_given,
     copy_layer,
+    derive_seed,
     dropout_layer,
     kernel_initializer,
+    over_positions,
 )
+from kdiff.blocks.patterns import Global, Pattern
+from kdiff.blocks.positions import RelativePositions
 
 
 class MultiHeadAttention(Block):
-    """Attention of tokens to tokens: `softmax(q k^T / sqrt(head_width)) v` in each head, then a dense layer.
+    """Attention of positions to positions: `softmax(q k^T / sqrt(head_width)) v` in each head, then a dense layer.
 
-    Vaswani et al., "Attention Is All You Need" (2017), equation 1 and section 3.2.2. Queries come from `x`; keys and
-    values from `context` where it is given, else from `x`.
+    Vaswani et al., "Attention Is All You Need" (2017), equation 1 and section 3.2.2. On a map (batch, height, width,
+    channels) or tokens (batch, tokens, channels). Queries come from `x`; keys and values from `context`, (batch,
+    tokens, dim), where it is given, else from `x`.
 
     Args:
         heads: the number of heads.
         head_width: the channels of a head. Of the two, one that is None follows from the other and the channels of
             `x`; with neither there is one head.
-        bias: whether the projections to queries, keys and values have one.
+        bias: whether the projections to queries, keys and values have one. The output layer always has.
         zero: whether the output layer is zero at first.
+        pattern: a `Pattern` or its name: which positions of `x` attend to which. All attend to all of a context.
+        qk_norm: a template of the normalisations of each head's queries and keys, such as "rms_norm", or None (Henry
+            et al., "Query-Key Normalization for Transformers", 2020; Dehghani et al., 2023, section 2.1).
+        rotary: `RelativePositions` or their name, applied after that to queries and keys, or None. A context has none.
 
     Raises:
-        ValueError: if the number given does not divide the channels of `x`.
+        ValueError: if the number given does not divide the channels of `x`, or the pattern or the positions do not suit
+            the shape of `x`.
     """
 
     def __init__(
@@ -41,6 +51,9 @@ class MultiHeadAttention(Block):
         head_width: int | None = None,
         bias: bool = True,
         zero: bool = False,
+        pattern: Any = "global",
+        qk_norm: Any = None,
+        rotary: Any = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -49,22 +62,30 @@ class MultiHeadAttention(Block):
         self.head_width = head_width
         self.bias = bias
         self.zero = zero
+        self.pattern = Pattern.get(pattern)
+        self.qk_norm = None if qk_norm is None else copy_layer(qk_norm, name="qk_norm", dtype=self.dtype_policy)
+        self.rotary = None if rotary is None else RelativePositions.get(rotary)
 
     def build(self, x_shape, context_shape=None):
-        """Builds the four projections."""
-        if len(x_shape) != 3:
-            raise ValueError(
-                f"MultiHeadAttention: `x` must have the shape (batch, tokens, channels); received: {tuple(x_shape)}"
-            )
-        width = x_shape[-1]
-        self._split = _split(self, width)
-        inner = self._split[0] * self._split[1]
+        """Builds the four projections and the normalisations."""
+        check_positions(self, x_shape)
+        self._split = split_heads(self, x_shape[-1])
+        inner = math.prod(self._split)
         source = x_shape if context_shape is None else context_shape
+        if context_shape is None:
+            self._check_positions(x_shape[1:-1])
         self.query = self._dense("query", x_shape, inner, use_bias=self.bias)
         self.key = self._dense("key", source, inner, use_bias=self.bias)
         self.value = self._dense("value", source, inner, use_bias=self.bias)
+        self.query_norm = self._norm("query_norm", x_shape)
+        self.key_norm = self._norm("key_norm", source)
         initializer = kernel_initializer(self.zero)
-        self.output_layer = self._dense("output", (*x_shape[:-1], inner), width, kernel_initializer=initializer)
+        self.output_layer = self._dense("output", (*x_shape[:-1], inner), x_shape[-1], kernel_initializer=initializer)
+
+    def _check_positions(self, sizes):
+        self.pattern.check(sizes)
+        if self.rotary is not None:
+            self.rotary.check(len(sizes), self._split[1])
 
     def _dense(self, name, shape, width, **options):
         options = {"kernel_initializer": kernel_initializer(), **options}
@@ -72,18 +93,36 @@ class MultiHeadAttention(Block):
         layer.build(shape)
         return layer
 
+    def _norm(self, name, shape):
+        if self.qk_norm is None:
+            return None
+        layer = copy_layer(self.qk_norm, name=name)
+        build_layer(layer, (*shape[:-1], *self._split))
+        return layer
+
     def call(self, x, embed=None, context=None, training=None):
-        """(batch, tokens, channels), with `context` (batch, other tokens, dim) or None, to the shape of `x`."""
+        """A map or tokens, with `context` (batch, other tokens, dim) or None, to the shape of `x`."""
         source = x if context is None else context
-        q, k, v = (self._in_heads(y) for y in (self.query(x), self.key(source), self.value(source)))
-        y = backend.attention(q, k, v)
-        return self.output_layer(ops.reshape(y, (*ops.shape(y)[:2], self._split[0] * self._split[1])))
+        q = self._in_heads(self.query(x), self.query_norm)
+        k = self._in_heads(self.key(source), self.key_norm)
+        v = self._in_heads(self.value(source))
+        if context is None and self.rotary is not None:
+            q, k = self.rotary(q), self.rotary(k)
+        y = (self.pattern if context is None else Global())(q, k, v)
+        return self.output_layer(ops.reshape(y, (*ops.shape(x)[:-1], math.prod(self._split))))
 
-    def _in_heads(self, x):
-        return ops.reshape(x, (*ops.shape(x)[:2], *self._split))
+    def _in_heads(self, x, norm=None):
+        x = ops.reshape(x, (*ops.shape(x)[:-1], *self._split))
+        return x if norm is None else norm(x)
+
+    def multiply_adds(self, x_shape, embed_shape=None, context_shape=None):
+        """Those of `q k` and of the weighted sum of `v`."""
+        sizes, (heads, width) = x_shape[1:-1], split_heads(self, x_shape[-1])
+        keys = self.pattern.keys(sizes, width) if context_shape is None else context_shape[1]
+        return 2 * math.prod(x_shape[:-1]) * keys * heads * width
 
 
-def _split(layer: MultiHeadAttention, width: int) -> tuple[int, int]:
+def split_heads(layer: Block, width: int) -> tuple[int, int]:
     """The number of heads and the width of each, of which one may follow from the other."""
     if layer.heads and layer.head_width:
         return layer.heads, layer.head_width
@@ -104,33 +143,84 @@ def check_heads(layer: Block, heads: Any, head_width: Any) -> None:
             check_integer(type(layer).__name__, name, value)
 
 
-class _Branch(Block):
-    """A pre-normalised residual branch: `x + dropout(branch(norm(x, embed)))`, on maps and on tokens."""
+def check_positions(layer: Block, shape: Any) -> None:
+    """Raises a ValueError unless `shape` is that of a map or of tokens."""
+    if len(shape) not in (3, 4):
+        raise ValueError(
+            f"{type(layer).__name__}: `x` must be a map (batch, height, width, channels) or tokens "
+            f"(batch, tokens, channels); received the shape: {tuple(shape)}"
+        )
 
-    def _init(self, normalization, dropout, zero, seed):
+
+class _Branch(Block):
+    """A pre-normalised residual: `(x + drop_path(gate * dropout(branch(norm(x, embed))))) / rescale`.
+
+    A subclass names its own arguments and passes the others, `**options`, to this constructor; in `_build_branch` it
+    builds its layers, whose last is zero at first if `self.starts_at_zero`; `_branch` calls them. With `gated`, as in
+    AdaLN-Zero (Peebles & Xie, "Scalable Diffusion Models with Transformers", 2022, section 3.2),
+    `gate = Dense(silu(embed))` and is zero at first in place of the branch's last layer: were both, neither would
+    learn.
+    """
+
+    def __init__(
+        self,
+        normalization: Any = "layer_norm",
+        dropout: float = 0.0,
+        zero: bool = True,
+        gated: bool = False,
+        drop_path: float = 0.0,
+        rescale: float = 1.0,
+        seed: int = 0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
         check_number(type(self).__name__, "dropout", dropout, 0, 1)
+        check_number(type(self).__name__, "drop_path", drop_path, 0, 1)
+        check_number(type(self).__name__, "rescale", rescale, 1e-6)
         self.normalization = copy_layer(normalization, name="normalization", dtype=self.dtype_policy)
         self.dropout = dropout
         self.zero = zero
+        self.gated = gated
+        self.drop_path = drop_path
+        self.rescale = rescale
         self.seed = seed
 
-    def _build(self, x_shape, embed_shape):
-        if len(x_shape) not in (3, 4):
-            raise ValueError(
-                f"{type(self).__name__}: `x` must be a map (batch, height, width, channels) or tokens "
-                f"(batch, tokens, channels); received the shape: {tuple(x_shape)}"
-            )
+    @classmethod
+    def _argument_defaults(cls):
+        """The subclass's own arguments, then those that it passes on."""
+        own, shared = super()._argument_defaults(), super(_Branch, _Branch)._argument_defaults()
+        return own | {name: default for name, default in shared.items() if name not in own}
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether the last layer of the branch is zero at first."""
+        return self.zero and not self.gated
+
+    def build(self, x_shape, embed_shape=None, context_shape=None):
+        """Builds the normalisation, the branch and, if there is one, the gate."""
+        self._build_branch(x_shape, context_shape)
         build_layer(self.normalization, x_shape, embed_shape)
         self.drop = dropout_layer(self)
+        self.gate = self._build_gate(x_shape[-1], embed_shape) if self.gated else None
+        of_examples = {"noise_shape": (None, *[1] * (len(x_shape) - 1)), "seed": derive_seed(self.seed, 1)}
+        self.drop_example = keras.layers.Dropout(self.drop_path, dtype=self.dtype_policy, **of_examples)
+
+    def _build_gate(self, width, embed_shape):
+        check_given(self, "embed", embed_shape, "one vector an example, for the gate")
+        initializer = kernel_initializer(self.zero)
+        layer = keras.layers.Dense(width, name="gate", kernel_initializer=initializer, dtype=self.dtype_policy)
+        layer.build(embed_shape)
+        return layer
 
     def call(self, x, embed=None, context=None, training=None):
         """A map or tokens to the same; see the class for `embed` and `context`."""
         y = apply_layer(self.normalization, x, embed, training=training)
-        return x + self.drop(self._branch(y, context), training=training)
-
-    def _attend(self, x, context=None):
-        tokens = ops.reshape(x, (ops.shape(x)[0], -1, x.shape[-1]))
-        return ops.reshape(self.attention(tokens, context=context), ops.shape(x))
+        y = self.drop(self._branch(y, context), training=training)
+        if self.gate is not None:
+            check_given(self, "embed", embed, "one vector an example, for the gate")
+            y = over_positions(self.gate(ops.silu(embed)), x) * y
+        y = x + self.drop_example(y, training=training)
+        return y if self.rescale == 1 else y / self.rescale
 
 
 class SelfAttention(_Branch):
@@ -140,11 +230,18 @@ class SelfAttention(_Branch):
     channels) or tokens (batch, tokens, channels).
 
     Args:
-        heads, head_width: as in `MultiHeadAttention`.
+        heads, head_width, bias, pattern, qk_norm, rotary: as in `MultiHeadAttention`.
         normalization: a normalising layer or its name. An `AdaptiveNorm` uses `embed`.
         dropout: the rate of dropout on the residual.
-        zero: whether the output layer is zero at first, so that the block starts as the identity.
-        seed: of the dropout.
+        zero: whether the output layer, or the gate, is zero at first, so that the block starts as the identity.
+        gated: whether the residual is multiplied by a gate that `embed` gives.
+        drop_path: the probability that an example's residual is dropped whole in training; those kept are divided by
+            1 - drop_path (Huang et al., "Deep Networks with Stochastic Depth", 2016).
+        rescale: divides the sum.
+        seed: of the dropouts.
+
+    Raises:
+        ValueError: if `gated` and no `embed` is given; of `MultiHeadAttention`.
     """
 
     def __init__(
@@ -152,25 +249,30 @@ class SelfAttention(_Branch):
         heads: int | None = None,
         head_width: int | None = None,
         normalization: Any = "group_norm",
-        dropout: float = 0.0,
-        zero: bool = True,
-        seed: int = 0,
-        **kwargs,
+        *,
+        bias: bool = True,
+        pattern: Any = "global",
+        qk_norm: Any = None,
+        rotary: Any = None,
+        **options,
     ):
-        super().__init__(**kwargs)
+        super().__init__(normalization, **options)
         check_heads(self, heads, head_width)
-        self._init(normalization, dropout, zero, seed)
         self.heads = heads
         self.head_width = head_width
+        self.bias = bias
+        self.pattern = Pattern.get(pattern)
+        self.qk_norm = None if qk_norm is None else copy_layer(qk_norm, name="qk_norm", dtype=self.dtype_policy)
+        self.rotary = None if rotary is None else RelativePositions.get(rotary)
 
-    def build(self, x_shape, embed_shape=None):
-        """Builds the normalisation and the attention."""
-        self._build(x_shape, embed_shape)
-        self.attention = MultiHeadAttention(self.heads, self.head_width, zero=self.zero, dtype=self.dtype_policy)
-        self.attention.build((x_shape[0], None, x_shape[-1]))
+    def _build_branch(self, x_shape, context_shape):
+        check_positions(self, x_shape)
+        options = {name: getattr(self, name) for name in ("pattern", "qk_norm", "rotary")}
+        self.attention = _attention(self, **options)
+        self.attention.build(x_shape)
 
     def _branch(self, x, context):
-        return self._attend(x)
+        return self.attention(x)
 
 
 class CrossAttention(_Branch):
@@ -180,14 +282,11 @@ class CrossAttention(_Branch):
     `x`, a map or tokens; keys and values from `context`, (batch, tokens, dim).
 
     Args:
-        heads, head_width: as in `MultiHeadAttention`.
-        normalization: a normalising layer or its name. An `AdaptiveNorm` uses `embed`.
-        dropout: the rate of dropout on the residual.
-        zero: whether the output layer is zero at first, so that the block starts as the identity.
-        seed: of the dropout.
+        heads, head_width, bias, qk_norm: as in `MultiHeadAttention`.
+        normalization, dropout, zero, gated, drop_path, rescale, seed: as in `SelfAttention`.
 
     Raises:
-        ValueError: if `context` is not given.
+        ValueError: if `context` is not given, or `gated` and no `embed`.
     """
 
     def __init__(
@@ -195,24 +294,30 @@ class CrossAttention(_Branch):
         heads: int | None = None,
         head_width: int | None = None,
         normalization: Any = "layer_norm",
-        dropout: float = 0.0,
-        zero: bool = True,
-        seed: int = 0,
-        **kwargs,
+        *,
+        bias: bool = True,
+        qk_norm: Any = None,
+        **options,
     ):
-        super().__init__(**kwargs)
+        super().__init__(normalization, **options)
         check_heads(self, heads, head_width)
-        self._init(normalization, dropout, zero, seed)
         self.heads = heads
         self.head_width = head_width
+        self.bias = bias
+        self.qk_norm = None if qk_norm is None else copy_layer(qk_norm, name="qk_norm", dtype=self.dtype_policy)
 
-    def build(self, x_shape, embed_shape=None, context_shape=None):
-        """Builds the normalisation and the attention."""
+    def _build_branch(self, x_shape, context_shape):
         check_given(self, "context", context_shape, "tokens of the shape (batch, tokens, dim)")
-        self._build(x_shape, embed_shape)
-        self.attention = MultiHeadAttention(self.heads, self.head_width, zero=self.zero, dtype=self.dtype_policy)
-        self.attention.build((x_shape[0], None, x_shape[-1]), context_shape)
+        check_positions(self, x_shape)
+        self.attention = _attention(self, qk_norm=self.qk_norm)
+        self.attention.build(x_shape, context_shape)
 
     def _branch(self, x, context):
         check_given(self, "context", context, "tokens of the shape (batch, tokens, dim)")
-        return self._attend(x, context)
+        return self.attention(x, context=context)
+
+
+def _attention(branch, **options):
+    """The attention of a residual."""
+    zero, policy = branch.starts_at_zero, branch.dtype_policy
+    return MultiHeadAttention(branch.heads, branch.head_width, branch.bias, zero, dtype=policy, **options)

@@ -51,6 +51,10 @@ class Block(ConfigurableLayer, keras.layers.Layer):
         """The shape of `x`, with `self.width` channels where that is given."""
         return (*x_shape[:-1], getattr(self, "width", None) or x_shape[-1])
 
+    def multiply_adds(self, x_shape: Shape, embed_shape: Shape | None = None, context_shape=None) -> int:
+        """The multiply-additions of a call, without those of the layers inside: what `kdiff.networks.flops` adds."""
+        return 0
+
 
 class Chain(Block):
     """Layers applied in order, each with the same `embed` and `context`: a `Sequential` for blocks.

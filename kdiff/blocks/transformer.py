@@ -1,56 +1,87 @@
-"""The transformer's encoder block, on tokens and on maps."""
+"""The transformer's encoder block, on tokens and on maps, and a stack of them inside a U-Net."""
 
 from typing import Any
 
 import keras
+from keras import ops
 
-from kdiff.base import check_integer
-from kdiff.blocks.attention import CrossAttention, SelfAttention, _Branch, check_heads
-from kdiff.blocks.base import Block, build_layer, derive_seed, kernel_initializer
-from kdiff.blocks.normalization import AdaptiveNorm
+from kdiff.base import check_integer, check_number
+from kdiff.blocks.attention import CrossAttention, SelfAttention, _Branch, check_heads, check_positions, split_heads
+from kdiff.blocks.base import (
+    Block,
+    apply_layer,
+    build_layer,
+    copy_layer,
+    derive_seed,
+    get_layer,
+    kernel_initializer,
+)
+from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm
+from kdiff.blocks.patterns import Pattern
+from kdiff.blocks.positions import RelativePositions
 
 
 class FeedForward(_Branch):
     """Two dense layers at each position, as a residual: `x + W2 activation(W1 norm(x) + b1) + b2`.
 
-    Vaswani et al. (2017), equation 2. On a map (batch, height, width, channels) or tokens (batch, tokens, channels).
+    Vaswani et al. (2017), equation 2. With `glu` the first layer has two halves and the hidden vector is
+    `value * activation(gate)`, that is, GEGLU with "gelu" and SwiGLU with "silu" (Shazeer, "GLU Variants Improve
+    Transformer", 2020, equations 5 and 6). On a map (batch, height, width, channels), tokens (batch, tokens, channels) or vectors.
 
     Args:
-        ratio: the hidden width as a multiple of the channels.
-        activation: a Keras activation.
+        ratio: the hidden width as a multiple of the channels, rounded down.
+        activation: a Keras activation, of which "gelu" is exact, or "gelu_tanh", its approximation.
         normalization: a normalising layer or its name. An `AdaptiveNorm` uses `embed`.
-        dropout: the rate of dropout on the residual.
-        zero: whether the last layer is zero at first, so that the block starts as the identity.
-        seed: of the dropout.
+        glu: whether half of the first layer gates the other. The value comes first.
+        dropout, zero, gated, drop_path, rescale, seed: as in `SelfAttention`; `zero` is of the last layer.
+
+    Raises:
+        ValueError: if `gated` and no `embed` is given.
     """
 
     def __init__(
         self,
-        ratio: int = 4,
+        ratio: float = 4,
         activation: Any = "gelu",
         normalization: Any = "layer_norm",
-        dropout: float = 0.0,
-        zero: bool = True,
-        seed: int = 0,
-        **kwargs,
+        *,
+        glu: bool = False,
+        **options,
     ):
-        super().__init__(**kwargs)
-        check_integer("FeedForward", "ratio", ratio)
-        self._init(normalization, dropout, zero, seed)
+        super().__init__(normalization, **options)
+        check_ratio(self, ratio)
         self.ratio = ratio
         self.activation = activation
+        self.glu = glu
+        self._activate = get_activation(activation)
 
-    def build(self, x_shape, embed_shape=None):
-        """Builds the normalisation and the two dense layers."""
-        self._build(x_shape, embed_shape)
-        width, policy = x_shape[-1], self.dtype_policy
-        first, last = kernel_initializer(), kernel_initializer(self.zero)
-        self.hidden = keras.layers.Dense(self.ratio * width, self.activation, kernel_initializer=first, dtype=policy)
+    def _build_branch(self, x_shape, context_shape):
+        width, hidden = x_shape[-1], max(1, int(self.ratio * x_shape[-1]))
+        first, last = kernel_initializer(), kernel_initializer(self.starts_at_zero)
+        policy = self.dtype_policy
+        self.hidden = keras.layers.Dense((1 + self.glu) * hidden, kernel_initializer=first, dtype=policy)
         self.output_layer = keras.layers.Dense(width, kernel_initializer=last, dtype=policy)
-        build_layer(self.output_layer, build_layer(self.hidden, x_shape))
+        self.hidden.build(x_shape)
+        self.output_layer.build((*x_shape[:-1], hidden))
 
     def _branch(self, x, context):
-        return self.output_layer(self.hidden(x))
+        *values, gate = ops.split(self.hidden(x), 1 + self.glu, axis=-1)
+        hidden = self._activate(gate)
+        return self.output_layer(values[0] * hidden if values else hidden)
+
+
+def get_activation(identifier: Any):
+    """A Keras activation, or the approximation of `gelu` by tanh, "gelu_tanh" (Hendrycks & Gimpel, 2016, section 2)."""
+    return _gelu_tanh if identifier == "gelu_tanh" else keras.activations.get(identifier)
+
+
+def _gelu_tanh(x):
+    return keras.activations.gelu(x, approximate=True)
+
+
+def check_ratio(layer: Block, ratio: Any) -> None:
+    """Raises a ValueError unless `ratio` is a number above zero."""
+    check_number(type(layer).__name__, "ratio", ratio, 1e-6)
 
 
 class TransformerBlock(Block):
@@ -60,61 +91,85 @@ class TransformerBlock(Block):
     Architecture", 2020, table 1). On tokens (batch, tokens, channels), or a map (batch, height, width, channels),
     whose positions are the tokens.
 
+    DiT's block (Peebles & Xie, 2022, section 3.2) is `adaptive` and `gated`, with
+    `normalization=LayerNorm(1e-6, affine=False)` and "gelu_tanh"; that of Stable Diffusion (Rombach et al., 2022,
+    appendix E.2.1) has `bias=False` and `glu=True`, and a context.
+
     Args:
-        heads, head_width: as in `MultiHeadAttention`.
-        ratio: the hidden width of the feed-forward layer as a multiple of the channels.
-        activation: of the feed-forward layer.
+        heads, head_width, bias, pattern, qk_norm, rotary: as in `MultiHeadAttention`.
+        ratio, activation, glu: as in `FeedForward`.
         normalization: a normalising layer or its name.
-        adaptive: whether `embed` scales and shifts each normalisation; otherwise it is ignored.
+        adaptive: whether `embed` scales and shifts each normalisation.
+        gated, drop_path, rescale: as in `SelfAttention`, of each residual.
         dropout: the rate of dropout on each residual.
-        zero: whether the last layer of each residual is zero at first, so that the block starts as the identity.
+        zero: whether the last layer, or the gate, of each residual is zero at first, so that the block starts as the
+            identity.
         seed: of the dropouts.
 
     Raises:
-        ValueError: if `adaptive` and no `embed` is given, or one built with a context is called without.
+        ValueError: if `adaptive` or `gated` and no `embed` is given, or one built with a context is called without.
     """
 
     def __init__(
         self,
         heads: int | None = None,
         head_width: int | None = None,
-        ratio: int = 4,
+        ratio: float = 4,
         activation: Any = "gelu",
         normalization: Any = "layer_norm",
         adaptive: bool = False,
+        gated: bool = False,
+        pattern: Any = "global",
+        qk_norm: Any = None,
+        rotary: Any = None,
+        bias: bool = True,
+        glu: bool = False,
         dropout: float = 0.0,
+        drop_path: float = 0.0,
+        rescale: float = 1.0,
         zero: bool = True,
         seed: int = 0,
         **kwargs,
     ):
         super().__init__(**kwargs)
         check_heads(self, heads, head_width)
-        check_integer("TransformerBlock", "ratio", ratio)
+        check_ratio(self, ratio)
         self.heads = heads
         self.head_width = head_width
         self.ratio = ratio
         self.activation = activation
         self.normalization = normalization
         self.adaptive = adaptive
+        self.gated = gated
+        self.pattern = Pattern.get(pattern)
+        self.qk_norm = qk_norm
+        self.rotary = None if rotary is None else RelativePositions.get(rotary)
+        self.bias = bias
+        self.glu = glu
         self.dropout = dropout
+        self.drop_path = drop_path
+        self.rescale = rescale
         self.zero = zero
         self.seed = seed
 
     def build(self, x_shape, embed_shape=None, context_shape=None):
         """Builds the two or three residuals."""
-        heads = {"heads": self.heads, "head_width": self.head_width}
-        self.self_attention = SelfAttention(**heads, **self._shared(0))
-        self.cross_attention = CrossAttention(**heads, **self._shared(1)) if context_shape is not None else None
-        self.feed_forward = FeedForward(self.ratio, self.activation, **self._shared(2))
+        attention = self._arguments("heads", "head_width", "bias", "qk_norm")
+        own = self._arguments("pattern", "rotary")
+        self.self_attention = SelfAttention(**attention, **own, **self._shared(0))
+        self.cross_attention = None if context_shape is None else CrossAttention(**attention, **self._shared(1))
+        self.feed_forward = FeedForward(**self._arguments("ratio", "activation", "glu"), **self._shared(2))
         for branch in self._branches():
             build_layer(branch, x_shape, embed_shape, context_shape)
+
+    def _arguments(self, *names):
+        return {name: getattr(self, name) for name in names}
 
     def _shared(self, index):
         norm = self.normalization
         return {
+            **self._arguments("dropout", "zero", "gated", "drop_path", "rescale"),
             "normalization": AdaptiveNorm(norm, dtype=self.dtype_policy) if self.adaptive else norm,
-            "dropout": self.dropout,
-            "zero": self.zero,
             "seed": derive_seed(self.seed, index),
             "dtype": self.dtype_policy,
         }
@@ -128,3 +183,76 @@ class TransformerBlock(Block):
         for branch in self._branches():
             x = branch(x, embed=embed, context=context, training=training)
         return x
+
+
+class SpatialTransformer(Block):
+    """Transformer blocks between two dense layers, as a residual: `x + W2 blocks(W1 norm(x) + b1) + b2`.
+
+    Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (2022), appendix E.2.1. On a map
+    (batch, height, width, channels), whose dense layers are 1x1 convolutions, or tokens (batch, tokens, channels).
+
+    Args:
+        depth: the number of blocks.
+        heads, head_width: of the blocks, whose width is their product; one that is None follows as in
+            `MultiHeadAttention`.
+        block: a template of the blocks; None for Stable Diffusion's, `TransformerBlock(bias=False, glu=True)`.
+        normalization: a normalising layer or its name; None for `GroupNorm(epsilon=1e-6)`.
+        zero: whether the last dense layer is zero at first, so that this starts as the identity.
+        seed: from which each block gets one of its own.
+
+    Raises:
+        ValueError: of the blocks.
+    """
+
+    def __init__(
+        self,
+        depth: int = 1,
+        heads: int | None = None,
+        head_width: int | None = None,
+        block: Any = None,
+        normalization: Any = None,
+        zero: bool = True,
+        seed: int = 0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        check_integer("SpatialTransformer", "depth", depth)
+        check_heads(self, heads, head_width)
+        self.depth = depth
+        self.heads = heads
+        self.head_width = head_width
+        self.block = TransformerBlock(bias=False, glu=True, zero=False) if block is None else get_layer(block)
+        normalization = GroupNorm(epsilon=1e-6) if normalization is None else normalization
+        self.normalization = copy_layer(normalization, name="normalization", dtype=self.dtype_policy)
+        self.zero = zero
+        self.seed = seed
+
+    def build(self, x_shape, embed_shape=None, context_shape=None):
+        """Builds the normalisation, the dense layers and the blocks."""
+        check_positions(self, x_shape)
+        split = split_heads(self, x_shape[-1])
+        inner_shape = (*x_shape[:-1], split[0] * split[1])
+        build_layer(self.normalization, x_shape, embed_shape)
+        self.projection_in = self._dense(x_shape, inner_shape[-1])
+        self.blocks = [self._copy(i, *split) for i in range(self.depth)]
+        for block in self.blocks:
+            build_layer(block, inner_shape, embed_shape, context_shape)
+        self.projection_out = self._dense(inner_shape, x_shape[-1], self.zero)
+
+    def _dense(self, shape, width, zero=False):
+        layer = keras.layers.Dense(width, kernel_initializer=kernel_initializer(zero), dtype=self.dtype_policy)
+        layer.build(shape)
+        return layer
+
+    def _copy(self, index, heads, head_width):
+        """A copy of the template, with those of these arguments that it has."""
+        wanted = {"heads": heads, "head_width": head_width, "seed": derive_seed(self.seed, index)}
+        changes = {name: value for name, value in wanted.items() if name in self.block.get_config()}
+        return copy_layer(self.block, dtype=self.dtype_policy, **changes)
+
+    def call(self, x, embed=None, context=None, training=None):
+        """A map or tokens to the same; the blocks use `embed` and `context` as they do."""
+        y = self.projection_in(apply_layer(self.normalization, x, embed, training=training))
+        for block in self.blocks:
+            y = apply_layer(block, y, embed, context, training)
+        return x + self.projection_out(y)

@@ -1,6 +1,23 @@
 """Keras models composed of blocks: `network({"image": ..., "time": ..., **conditions})` gives an image."""
 
 from kdiff.networks.base import Network
+from kdiff.networks.counting import flops, parameters, summary
+from kdiff.networks.dit import DiT, adaptive_block
+from kdiff.networks.hybrid import Hybrid
+from kdiff.networks.mlp import MLP
 from kdiff.networks.unet import Level, UNet
+from kdiff.networks.uvit import UViT
 
-__all__ = ["Level", "Network", "UNet"]
+__all__ = [
+    "MLP",
+    "DiT",
+    "Hybrid",
+    "Level",
+    "Network",
+    "UNet",
+    "UViT",
+    "adaptive_block",
+    "flops",
+    "parameters",
+    "summary",
+]

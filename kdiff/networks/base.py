@@ -35,7 +35,7 @@ class Network(ConfigurableLayer, keras.Model):
             `conditions` keep theirs.
     """
 
-    rank = 4  # of the image
+    ranks = (4,)  # that the image may have
 
     def __init__(
         self,
@@ -67,9 +67,10 @@ class Network(ConfigurableLayer, keras.Model):
 
     def _check_image(self, shape):
         """Raises a ValueError for an image of another rank or size than the network takes."""
-        if len(shape) != self.rank or shape[-1] is None:
-            axes = {2: "channels", 3: "length, channels", 4: "height, width, channels"}[self.rank]
-            raise ValueError(f"{self.name}: the image must have the shape (batch, {axes}); received: {shape}")
+        if len(shape) not in self.ranks or shape[-1] is None:
+            axes = {2: "channels", 3: "length, channels", 4: "height, width, channels"}
+            known = " or ".join(f"(batch, {axes[rank]})" for rank in reversed(self.ranks))
+            raise ValueError(f"{self.name}: the image must have the shape {known}; received: {shape}")
 
     def _chain(self, layers, name: str) -> Chain:
         """A chain of layers, at the network's precision, each with random numbers of its own.

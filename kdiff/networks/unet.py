@@ -21,7 +21,7 @@ class Level(Value):
     Args:
         width: the channels at this level.
         depth: the number of blocks on the way down; on the way up there is one more.
-        block: a block with an argument `width`, which the network sets.
+        block: a block; where it has an argument `width`, the network sets it, and a UNet needs that.
         mixer: a layer that follows each block, such as `SelfAttention()`; None for none.
         downsample: the layer that leads from here to the next, coarser level, at half the size.
         upsample: the layer that leads back from there, at twice the size.
@@ -44,13 +44,17 @@ class Level(Value):
         self.mixer = None if mixer is None else get_layer(mixer)
         self.downsample = get_layer(downsample)
         self.upsample = get_layer(upsample)
-        if "width" not in self.block.get_config():
-            raise ValueError(f"Level: `block` must have an argument `width`, its channels; received: {self.block!r}")
 
     def unit(self, *after: keras.layers.Layer) -> list[keras.layers.Layer]:
         """Copies of the block, at this level's width, of the mixer, if there is one, and of the layers `after`."""
         mixers = [] if self.mixer is None else [self.mixer]
-        return [copy_layer(self.block, width=self.width), *map(copy_layer, [*mixers, *after])]
+        width = {"width": self.width} if self.widens else {}
+        return [copy_layer(self.block, **width), *map(copy_layer, [*mixers, *after])]
+
+    @property
+    def widens(self) -> bool:
+        """Whether the block has an argument `width`; otherwise it keeps the channels of its input."""
+        return "width" in self.block.get_config()
 
 
 class UNet(Network):
@@ -103,6 +107,9 @@ class UNet(Network):
     ):
         if not levels or not all(isinstance(level, Level) for level in levels):
             raise ValueError(f"UNet: `levels` must be one `Level` or more; received: {levels!r}")
+        for level in (*levels, *([middle] if middle else [])):
+            if not level.widens:
+                raise ValueError(f"UNet: a level's `block` must have an argument `width`; received: {level.block!r}")
         embedding = embedding or MLPEmbedding(SinusoidalEmbedding(max(2, levels[0].width)))
         super().__init__(embedding, conditions, out_channels, remat, seed, **kwargs)
         self.levels = list(levels)

@@ -1,0 +1,126 @@
+"""Images as maps of patches, and back."""
+
+import keras
+from keras import ops
+
+from kdiff.base import check_integer
+from kdiff.blocks.base import Block, kernel_initializer
+
+
+class Patchify(Block):
+    """Each patch of size x size pixels as one vector: `y = W patch + b`, a convolution whose stride is its size.
+
+    Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021), equation 1, without positions. A patch is read row by
+    row, the channels of a pixel together, so the kernel of the equal convolution, (size, size, channels, width), is `W`
+    reshaped. A sequence (batch, length, channels) has patches of `size` elements.
+
+    Args:
+        size: of a patch, which must divide height and width.
+        width: the channels of the output.
+
+    Raises:
+        ValueError: if `size` does not divide the height or width.
+    """
+
+    def __init__(self, size: int, width: int, **kwargs):
+        super().__init__(**kwargs)
+        check_integer("Patchify", "size", size)
+        check_integer("Patchify", "width", width)
+        self.size = size
+        self.width = width
+
+    def build(self, x_shape):
+        """Builds the dense layer."""
+        _check(self, x_shape)
+        self.projection = _dense(self, self.width)
+        self.projection.build((None, self.size ** (len(x_shape) - 2) * x_shape[-1]))
+
+    def call(self, x, embed=None, context=None, training=None):
+        """(batch, height, width, channels) to (batch, height / size, width / size, self.width)."""
+        _check(self, x.shape)
+        return self.projection(_apart(x, self.size))
+
+    def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
+        """(batch, height / size, width / size, self.width)."""
+        batch, *sizes, _ = x_shape
+        return (batch, *(length and length // self.size for length in sizes), self.width)
+
+
+class Unpatchify(Block):
+    """Each vector of a map as a patch of size x size pixels: the inverse of `Patchify`, with weights of its own.
+
+    Peebles & Xie, "Scalable Diffusion Models with Transformers" (2022), section 3.2: the linear decoder. The dense
+    layer gives the pixels of a patch row by row, the channels of a pixel together.
+
+    Args:
+        size: of a patch.
+        channels: of the image.
+        zero: whether the dense layer is zero at first.
+    """
+
+    def __init__(self, size: int, channels: int, zero: bool = False, **kwargs):
+        super().__init__(**kwargs)
+        check_integer("Unpatchify", "size", size)
+        check_integer("Unpatchify", "channels", channels)
+        self.size = size
+        self.channels = channels
+        self.zero = zero
+
+    def build(self, x_shape):
+        """Builds the dense layer."""
+        _check_rank(self, x_shape)
+        self.projection = _dense(self, self.size ** (len(x_shape) - 2) * self.channels, self.zero)
+        self.projection.build(x_shape)
+
+    def call(self, x, embed=None, context=None, training=None):
+        """(batch, height, width, dim) to (batch, height * size, width * size, self.channels)."""
+        return _together(self.projection(x), self.size, self.channels)
+
+    def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
+        """(batch, height * size, width * size, self.channels)."""
+        batch, *sizes, _ = x_shape
+        return (batch, *(length and length * self.size for length in sizes), self.channels)
+
+
+def _apart(x, size):
+    """(batch, height, width, channels) to (batch, height / size, width / size, size size channels); also in 1-D."""
+    batch, *sizes = ops.shape(x)[:-1]
+    patches = [length // size for length in sizes]
+    split = [part for count in patches for part in (count, size)]
+    x = ops.transpose(ops.reshape(x, (batch, *split, x.shape[-1])), _order(len(sizes)))
+    return ops.reshape(x, (batch, *patches, size ** len(sizes) * x.shape[-1]))
+
+
+def _together(x, size, channels):
+    """The inverse of `_apart`."""
+    batch, *patches = ops.shape(x)[:-1]
+    dims = len(patches)
+    x = ops.reshape(x, (batch, *patches, *[size] * dims, channels))
+    order = [0, *(axis for i in range(dims) for axis in (1 + i, 1 + dims + i)), 1 + 2 * dims]
+    return ops.reshape(ops.transpose(x, order), (batch, *(count * size for count in patches), channels))
+
+
+def _order(dims):
+    """The axes of (batch, count, size, count, size, channels), the counts first."""
+    return [0, *range(1, 2 * dims, 2), *range(2, 2 * dims + 1, 2), 2 * dims + 1]
+
+
+def _dense(block, width, zero=False):
+    return keras.layers.Dense(width, kernel_initializer=kernel_initializer(zero), dtype=block.dtype_policy)
+
+
+def _check_rank(block, shape):
+    if len(shape) not in (3, 4) or shape[-1] is None:
+        raise ValueError(
+            f"{type(block).__name__}: `x` must be a map (batch, height, width, channels) or tokens "
+            f"(batch, tokens, channels), with known channels; received the shape: {tuple(shape)}"
+        )
+
+
+def _check(block, shape):
+    _check_rank(block, shape)
+    if any(length is not None and length % block.size for length in shape[1:-1]):
+        raise ValueError(
+            f"{type(block).__name__}: `size`, {block.size}, must divide {tuple(shape[1:-1])}, the size of `x`; "
+            f"received the shape: {tuple(shape)}"
+        )

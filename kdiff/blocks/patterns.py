@@ -1,0 +1,215 @@
+"""Who attends to whom: functions of queries, keys and values in heads.
+
+    y = pattern(q, k, v)
+
+of q, k, v and y with the shape (batch, height, width, heads, head_width), a map, or (batch, tokens, heads, head_width),
+where q and k come from the same positions. With `A` the positions that position i sees,
+
+    y_i = sum over j in A(i) of softmax_j(q_i k_j / sqrt(head_width)) v_j
+
+`Linear` alone has other weights. A pattern of your own is `__call__`, and `check` and `keys` where they differ.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import ops
+
+from kdiff import backend
+from kdiff.base import Value, check_integer
+
+Sizes = tuple[int | None, ...]
+
+
+class Pattern(Value):
+    """Who attends to whom: `pattern(q, k, v) -> y` (see the module's first lines)."""
+
+    def __call__(self, q: Any, k: Any, v: Any) -> Any:
+        """A map or tokens in heads, of the shape of `q`."""
+        raise NotImplementedError
+
+    def check(self, sizes: Sizes) -> None:
+        """Raises a ValueError if (height, width) or (tokens,) are not possible; a size of None is not known yet."""
+
+    def keys(self, sizes: Sizes, head_width: int) -> int:
+        """The products of a query with keys, by which the cost of a call is counted."""
+        return int(np.prod(sizes))
+
+
+class Global(Pattern):
+    """Every position attends to every position; the keys may also be those of a context, (batch, tokens, ...).
+
+    Vaswani et al., "Attention Is All You Need" (2017), equation 1.
+    """
+
+    def __call__(self, q, k, v):
+        """A map or tokens in heads, of the shape of `q`."""
+        return ops.reshape(backend.attention(*map(_flat, (q, k, v))), ops.shape(q))
+
+
+class Linear(Pattern):
+    """Every position attends to every position, at a cost linear in their number: `y = softmax(q) (softmax(k)^T v)`.
+
+    The first softmax is over the channels of a head, the second over the positions. Shen et al., "Efficient Attention:
+    Attention with Linear Complexities" (2021), section 3.
+    """
+
+    def __call__(self, q, k, v):
+        """A map or tokens in heads, of the shape of `q`; computed in float32."""
+        shape, dtype = ops.shape(q), q.dtype
+        q, k, v = (ops.cast(_flat(x), "float32") for x in (q, k, v))
+        summary = ops.einsum("bnhd,bnhe->bhde", ops.softmax(k, axis=1), v)
+        y = ops.einsum("bnhd,bhde->bnhe", ops.softmax(q, axis=-1), summary)
+        return ops.cast(ops.reshape(y, shape), dtype)
+
+    def keys(self, sizes, head_width):
+        """As many as a head has channels."""
+        return head_width
+
+
+class _Axis(NamedTuple):
+    """An axis of a map in tiles: indices of queries (tiles, n) and keys (tiles, m), and who sees whom (tiles, n, m)."""
+
+    queries: np.ndarray
+    keys: np.ndarray
+    seen: np.ndarray
+
+
+class _Local(Pattern):
+    """A pattern on maps that is a product of two axes: a rectangle of queries sees some of one rectangle of keys.
+
+    A tile is one dense attention with a mask, so nothing is gathered for each query alone.
+    """
+
+    def _axis(self, length: int) -> _Axis:
+        raise NotImplementedError
+
+    def __call__(self, q, k, v):
+        """A map in heads, of the shape of `q`."""
+        sizes = q.shape[1:-2]
+        self.check(sizes)
+        if None in sizes:
+            raise ValueError(f"{type(self).__name__}: height and width must be known; received: {tuple(sizes)}")
+        rows, columns = map(self._axis, sizes)
+        k, v = (_tiled(x, rows.keys, columns.keys) for x in (k, v))
+        y = backend.attention(_tiled(q, rows.queries, columns.queries), k, v, _mask(rows, columns, ops.shape(q)[0]))
+        return _untiled(y, rows.queries, columns.queries)
+
+    def check(self, sizes):
+        """Raises a ValueError unless these are a height and a width that `size` suits."""
+        if len(sizes) != 2:
+            raise ValueError(
+                f"{type(self).__name__}: only a map (batch, height, width, channels) has neighbours in two directions; "
+                f"received positions of the shape: {tuple(sizes)}"
+            )
+
+    def keys(self, sizes, head_width):
+        """The square of `size`."""
+        return self.size**2
+
+
+class Window(_Local):
+    """Attention within windows of size x size, whose grid is moved down and right by `shift`, cyclically.
+
+    Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows" (2021), section 3.2: blocks
+    with shifts 0 and size / 2 take turns. A window that the move wraps around the border is masked into the parts that
+    were neighbours on the map.
+
+    Args:
+        size: of a window, which must divide height and width.
+        shift: of the grid, from 0 to size - 1.
+    """
+
+    def __init__(self, size: int = 8, shift: int = 0):
+        check_integer("Window", "size", size)
+        check_integer("Window", "shift", shift, 0)
+        if shift >= size:
+            raise ValueError(f"Window: `shift` must be less than the size, {size}; received: {shift}")
+        self.size = size
+        self.shift = shift
+
+    def check(self, sizes):
+        """Raises a ValueError unless `size` divides height and width."""
+        super().check(sizes)
+        if any(length is not None and length % self.size for length in sizes):
+            raise ValueError(f"Window: `size`, {self.size}, must divide height and width; received: {tuple(sizes)}")
+
+    def _axis(self, length):
+        at = ((np.arange(length) + self.shift) % length).reshape(-1, self.size)
+        wrapped = at < self.shift
+        return _Axis(at, at, wrapped[:, :, None] == wrapped[:, None, :])
+
+
+class Neighborhood(_Local):
+    """Each position attends to the size x size positions around it; near a border the square is moved inside.
+
+    Hassani et al., "Neighborhood Attention Transformer" (2023), section 3.1.
+
+    Args:
+        size: of the square, an odd number, at most the height and the width.
+    """
+
+    def __init__(self, size: int = 7):
+        check_integer("Neighborhood", "size", size)
+        if size % 2 == 0:
+            raise ValueError(f"Neighborhood: `size` must be odd; received: {size}")
+        self.size = size
+
+    def check(self, sizes):
+        """Raises a ValueError unless `size` is at most the height and the width."""
+        super().check(sizes)
+        if any(length is not None and length < self.size for length in sizes):
+            raise ValueError(
+                f"Neighborhood: `size`, {self.size}, must be at most the height and width; received: {tuple(sizes)}"
+            )
+
+    def _axis(self, length):
+        tile = min(_TILE, length)
+        queries = np.minimum(np.arange(-(-length // tile) * tile), length - 1).reshape(-1, tile)
+        first = np.clip(queries - self.size // 2, 0, length - self.size)  # of the keys that each query sees
+        span = min(tile + self.size - 1, length)
+        keys = np.minimum(first[:, :1], length - span) + np.arange(span)
+        offset = keys[:, None, :] - first[:, :, None]
+        return _Axis(queries, keys, (offset >= 0) & (offset < self.size))
+
+
+# Of a tile of `Neighborhood`, along an axis: a query is multiplied by (_TILE + size - 1)^2 keys, of which size^2 count.
+_TILE = 8
+
+
+def _flat(x):
+    """The positions of a map in one axis, row after row."""
+    return ops.reshape(x, (ops.shape(x)[0], -1, *x.shape[-2:]))
+
+
+def _tiled(x, rows, columns):
+    """(batch, height, width, heads, head_width) to (batch tiles, positions in a tile, heads, head_width)."""
+    x = _take(_take(x, rows.ravel(), 1), columns.ravel(), 2)
+    (m, p), (n, q), heads = rows.shape, columns.shape, x.shape[-2:]
+    x = ops.transpose(ops.reshape(x, (-1, m, p, n, q, *heads)), (0, 1, 3, 2, 4, 5, 6))
+    return ops.reshape(x, (-1, p * q, *heads))
+
+
+def _untiled(y, rows, columns):
+    """The inverse of `_tiled`, for indices in which each position occurs."""
+    (m, p), (n, q), heads = rows.shape, columns.shape, y.shape[-2:]
+    y = ops.transpose(ops.reshape(y, (-1, m, n, p, q, *heads)), (0, 1, 3, 2, 4, 5, 6))
+    places = (np.unique(axis.ravel(), return_index=True)[1] for axis in (rows, columns))
+    return _take(_take(ops.reshape(y, (-1, m * p, n * q, *heads)), next(places), 1), next(places), 2)
+
+
+def _take(x, indices, axis):
+    """`ops.take`, without a copy where all are taken in order."""
+    if np.array_equal(indices, np.arange(x.shape[axis])):
+        return x
+    return ops.take(x, indices.astype("int32"), axis=axis)
+
+
+def _mask(rows, columns, batch):
+    """Who sees whom, (batch tiles, queries, keys); None where all see all."""
+    seen = rows.seen[:, None, :, None, :, None] & columns.seen[None, :, None, :, None, :]
+    if seen.all():
+        return None
+    tiles, queries, keys = (a * b for a, b in zip(rows.seen.shape, columns.seen.shape, strict=True))
+    seen = ops.convert_to_tensor(seen.reshape(1, tiles, queries, keys))
+    return ops.reshape(ops.broadcast_to(seen, (batch, tiles, queries, keys)), (-1, queries, keys))

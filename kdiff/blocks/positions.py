@@ -1,0 +1,142 @@
+"""Where a position is: waves added to a map, or rotations of queries and keys. `LearnedEmbedding()` learns them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from kdiff.base import Value, check_number
+from kdiff.blocks.base import Block, check_map
+
+
+class SinCos2D(Block):
+    """Waves of column and row, added: `x + [sin(f u), cos(f u), sin(f v), cos(f v)]`, u the column and v the row.
+
+    Each part has a quarter of the channels, with `f_i = max_period^(-i / quarter)`, i = 0 ... quarter - 1. That is the
+    order of He et al., "Masked Autoencoders Are Scalable Vision Learners" (2022), and of Peebles & Xie, "Scalable
+    Diffusion Models with Transformers" (2022), in which columns come first. With a `base_size` the map spans
+    0 ... base_size in either direction, whatever its size: `u = column * base_size / width / interpolation_scale`.
+
+    Args:
+        max_period: the period, over 2 pi, of the slowest wave.
+        base_size: the size of the maps of which the waves are those; None for maps whose positions count by one.
+        interpolation_scale: divides the positions.
+
+    Raises:
+        ValueError: if the channels are not a multiple of 4.
+    """
+
+    def __init__(
+        self,
+        max_period: float = 10000.0,
+        base_size: float | None = None,
+        interpolation_scale: float = 1.0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        check_number("SinCos2D", "max_period", max_period, 1)
+        for name, value in {"base_size": base_size, "interpolation_scale": interpolation_scale}.items():
+            if value is not None:
+                check_number("SinCos2D", name, value, 1e-6)
+        self.max_period = max_period
+        self.base_size = base_size
+        self.interpolation_scale = interpolation_scale
+
+    def build(self, x_shape):
+        """Checks the channels."""
+        check_map(self, x_shape)
+        if x_shape[-1] % 4:
+            raise ValueError(f"SinCos2D: the channels of `x` must be a multiple of 4; received: {x_shape[-1]}")
+
+    def call(self, x, embed=None, context=None, training=None):
+        """(batch, height, width, channels) to the same."""
+        _, height, width, channels = ops.shape(x)
+        columns = ops.pad(self._waves(width, channels // 2), [[0, 0], [0, channels // 2]])
+        rows = ops.pad(self._waves(height, channels // 2), [[0, 0], [channels // 2, 0]])
+        return x + ops.cast(columns[None] + rows[:, None], x.dtype)
+
+    def _waves(self, length, channels):
+        """[sin, cos] of the positions along one axis, (length, channels)."""
+        frequencies = float(self.max_period) ** (-np.arange(channels // 2) / (channels // 2)) / self.interpolation_scale
+        at = ops.arange(length, dtype="float32")
+        at = at if self.base_size is None else at * (self.base_size / ops.cast(length, "float32"))
+        angles = at[:, None] * ops.convert_to_tensor(frequencies, "float32")
+        return ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1)
+
+
+class RelativePositions(Value):
+    """What is done to queries and to keys so that their product depends on where they are: `positions(x) -> x`."""
+
+    def __call__(self, x: Any) -> Any:
+        """(batch, height, width, heads, head_width) or (batch, tokens, heads, head_width) to the same."""
+        raise NotImplementedError
+
+    def check(self, axes: int, head_width: int) -> None:
+        """Raises a ValueError if heads of this width, on maps (2 axes) or tokens (1 axis), are not possible."""
+
+
+class Rotary(RelativePositions):
+    """Pairs of channels rotated by the position, so that q k depends on the difference of two positions alone.
+
+        (a, b) -> (a cos(f u) - b sin(f u), a sin(f u) + b cos(f u))
+
+    Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), section 3.2; on maps, axis by
+    axis, Heo et al., "Rotary Position Embedding for Vision Transformer" (2024), section 3, and Crowson et al.,
+    "Scalable High-Resolution Pixel-Space Image Synthesis with Hourglass Diffusion Transformers" (2024).
+    Of the channels of a head, with n frequencies,
+
+    - on maps the first 2n turn with the row, u = 0 ... height - 1, and the next 2n with the column;
+    - on tokens the first 2n turn with the index;
+    - of each 2n, channel i and channel n + i are the pair (a, b) of frequency f_i;
+    - what is left does not turn.
+
+    Args:
+        max_period: the period, over 2 pi, of the slowest pair: `f_i = max_period^(-i / n)`, with n so large that all
+            channels turn. RoFormer has 10000 for tokens, Heo et al. have 100 for maps.
+        frequencies: the angles by which neighbours differ, in place of those.
+
+    Raises:
+        ValueError: if the channels of a head are no multiple of 4 (maps) or 2 (tokens), or too few for `frequencies`.
+    """
+
+    def __init__(self, max_period: float = 100.0, frequencies: Sequence[float] | None = None):
+        check_number("Rotary", "max_period", max_period, 1)
+        self.max_period = max_period
+        self.frequencies = None if frequencies is None else [float(f) for f in frequencies]
+
+    def check(self, axes, head_width):
+        """Raises a ValueError if the pairs do not fit into a head."""
+        if self.frequencies is None and head_width % (2 * axes):
+            raise ValueError(f"Rotary: the channels of a head must be a multiple of {2 * axes}; received: {head_width}")
+        if self.frequencies is not None and 2 * axes * len(self.frequencies) > head_width:
+            raise ValueError(
+                f"Rotary: {len(self.frequencies)} `frequencies` turn {2 * axes * len(self.frequencies)} channels of a "
+                f"head; received heads of {head_width}"
+            )
+
+    def __call__(self, x):
+        """A map or tokens in heads, to the same; computed in float32."""
+        axes, width = len(x.shape) - 3, x.shape[-1]
+        self.check(axes, width)
+        frequencies = self._frequencies(width // (2 * axes))
+        n = frequencies.shape[0]
+        *pairs, rest = ops.split(ops.cast(x, "float32"), [2 * n * (axis + 1) for axis in range(axes)], axis=-1)
+        turned = [_rotate(part, self._angles(x, axis, frequencies)) for axis, part in enumerate(pairs)]
+        return ops.cast(ops.concatenate([*turned, rest], axis=-1), x.dtype)
+
+    def _frequencies(self, n):
+        waves = float(self.max_period) ** (-np.arange(n) / n) if self.frequencies is None else self.frequencies
+        return ops.convert_to_tensor(waves, "float32")
+
+    def _angles(self, x, axis, frequencies):
+        """Those along one axis, shaped to broadcast over the axes that follow it and the heads."""
+        at = ops.arange(ops.shape(x)[1 + axis], dtype="float32")
+        following = len(x.shape) - 3 - axis
+        return ops.reshape(at, (-1, *[1] * following, 1)) * frequencies
+
+
+def _rotate(x, angles):
+    a, b = ops.split(x, 2, axis=-1)
+    cos, sin = ops.cos(angles), ops.sin(angles)
+    return ops.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)

@@ -1,0 +1,192 @@
+"""How large a network is: parameters and multiply-additions, level by level, without allocating or running it.
+
+    networks.flops(DiT.xl(2), (32, 32, 4))          # 118.6e9
+    networks.summary(UNet.attention(), (32, 32, 3))
+
+As in the tables of the literature, one multiplication with its addition counts as one, and only those of matrix
+products, convolutions and attention count; per image.
+"""
+
+import contextlib
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from kdiff.blocks.base import Block
+from kdiff.networks.base import Network
+
+Shape = tuple[int, ...]
+
+
+class Row(NamedTuple):
+    """A part of a network.
+
+    Attributes:
+        name: of the layer.
+        shape: of its output, without the batch.
+        parameters: the numbers in its weights.
+        flops: its multiply-additions.
+    """
+
+    name: str
+    shape: Shape
+    parameters: int
+    flops: int
+
+
+def flops(network: keras.Model, shape: Shape, **conditions: Shape) -> int:
+    """The multiply-additions of one call of a network on one image.
+
+    Args:
+        network: a `Network`, built or not, of which nothing is allocated; or another built Keras model that meets the
+            contract of networks.
+        shape: of the image, without the batch: (height, width, channels).
+        conditions: the shape of each condition, without the batch; of those not given it is (), as of labels.
+
+    Raises:
+        ValueError: if the network takes no such image or condition.
+    """
+    return sum(row.flops for row in rows(network, shape, **conditions))
+
+
+def parameters(network: keras.Model, shape: Shape, **conditions: Shape) -> int:
+    """The numbers in the weights of a network, trained or not. Arguments as of `flops`."""
+    return sum(row.parameters for row in rows(network, shape, **conditions))
+
+
+def summary(
+    network: keras.Model, shape: Shape, *, print_fn: Callable[[str], None] = print, **conditions: Shape
+) -> None:
+    """Prints the shape, the parameters and the multiply-additions of each part. Arguments as of `flops`."""
+    parts = rows(network, shape, **conditions)
+    total = Row("total", (), sum(row.parameters for row in parts), sum(row.flops for row in parts))
+    print_fn(f"{network.name}: image {shape}\n{'part':24} {'output':>18} {'parameters':>14} {'multiply-adds':>16}")
+    for row in (*parts, total):
+        size = " x ".join(map(str, row.shape))
+        print_fn(f"{row.name:24} {size:>18} {row.parameters:>14,} {row.flops:>16,}")
+
+
+def rows(network: keras.Model, shape: Shape, **conditions: Shape) -> list[Row]:
+    """The parts of a network, in the order of their calls. Arguments as of `flops`."""
+    if isinstance(network, Network):
+        conditions = {**dict.fromkeys(network.conditions, ()), **conditions}
+        network = network.clone()
+    elif not network.built:
+        raise ValueError(f"flops: a network that is not a kdiff `Network` must be built; {network.name!r} is not")
+    shapes = {"image": (1, *shape), "time": (1,), **{name: (1, *size) for name, size in conditions.items()}}
+    with keras.StatelessScope(initialize_variables=False):
+        if not network.built:
+            network.build(shapes)
+        recorder = _Recorder(network)
+        with recorder:
+            keras.Operation.compute_output_spec(network, {k: keras.KerasTensor(v) for k, v in shapes.items()})
+    return recorder.rows()
+
+
+class _Recorder:
+    """While it is entered, calls of the network's layers are noted, and those that multiply by a kernel skipped."""
+
+    def __init__(self, network):
+        self.network = network
+        self.parts = list(network._flatten_layers(include_self=False, recursive=False))
+        self.names = {id(part): part.name for part in self.parts}
+        if isinstance(network, Network):
+            self.names |= {id(layer): name for name, layer in network.conditions.items()}
+            self.names[id(network.embedding)] = "time"
+        self.counts = {}
+        self.shapes = {}
+        self.patches = contextlib.ExitStack()
+
+    def __enter__(self):
+        for part in self.parts:
+            for layer in part._flatten_layers():
+                self.patches.enter_context(
+                    _replaced_call(layer, functools.partial(self._called, part, layer, layer.call))
+                )
+        return self
+
+    def __exit__(self, *error):
+        self.patches.close()
+
+    def _called(self, part, layer, call, x, *arguments, **options):
+        shape = tuple(x.shape) if hasattr(x, "shape") else None
+        if type(layer) in COUNTS:
+            y = _without_weights(layer, call, x)
+            count = COUNTS[type(layer)](layer, shape, tuple(y.shape))
+        else:
+            y = call(x, *arguments, **options)
+            count = _own_count(layer, shape, arguments, options)
+        self.counts[id(part)] = self.counts.get(id(part), 0) + count
+        if layer is part and hasattr(y, "shape"):
+            self.shapes[id(part)] = tuple(y.shape)[1:]
+        return y
+
+    def rows(self) -> list[Row]:
+        parts = {id(part): _parameters(part) for part in self.parts}
+        called = [Row(self.names[i], shape, parts[i], self.counts[i]) for i, shape in self.shapes.items()]
+        others = _parameters(self.network) - sum(row.parameters for row in called)
+        return [*called, Row("other weights", (), others, 0)] if others else called
+
+
+def _without_weights(layer, call, x):
+    """A tensor of the shape of the layer's output; made by a call only where Keras does not tell the shape."""
+    shape = layer.compute_output_shape(tuple(x.shape))
+    return call(x) if None in shape else ops.zeros(shape, layer.compute_dtype)
+
+
+def _parameters(layer) -> int:
+    return sum(math.prod(weight.shape) for weight in layer.weights)
+
+
+@contextlib.contextmanager
+def _replaced_call(layer, call) -> Iterator[None]:
+    layer.call = call
+    try:
+        yield
+    finally:
+        del layer.call
+
+
+def _own_count(layer, shape: Shape | None, arguments: tuple, options: dict[str, Any]) -> int:
+    """What a layer multiplies itself, apart from the layers inside it."""
+    if isinstance(layer, keras.layers.MultiHeadAttention):
+        keys = (arguments[0] if arguments else options["value"]).shape[1:-1]
+        return math.prod(shape[:-1]) * math.prod(keys) * layer.num_heads * (layer.key_dim + layer.value_dim)
+    if isinstance(layer, Block):
+        given = {name: options[name] for name in ("embed", "context") if options.get(name) is not None}
+        return layer.multiply_adds(shape, **{f"{name}_shape": tuple(value.shape) for name, value in given.items()})
+    if any(len(weight.shape) > 1 for weight in layer._trainable_variables):
+        warnings.warn(f"flops: what {type(layer).__name__} multiplies is not known and not counted", stacklevel=2)
+    return 0
+
+
+def _by_output(layer, x: Shape, y: Shape) -> int:
+    """Each position of the output is a sum over the kernel."""
+    return math.prod(y[:-1]) * math.prod(layer.kernel.shape)
+
+
+def _by_input(layer, x: Shape, y: Shape) -> int:
+    """Each position of the input is multiplied by the whole kernel."""
+    return math.prod(x[:-1]) * math.prod(layer.kernel.shape)
+
+
+def _einsum(layer, x: Shape, y: Shape) -> int:
+    """Each letter of the equation is a loop."""
+    first, kernel = layer.equation.split("->")[0].replace("...", "").split(",")
+    sizes = dict(zip(first, x[-len(first) :], strict=True)) | dict(zip(kernel, layer.kernel.shape, strict=True))
+    return math.prod(x[: -len(first)]) * math.prod(sizes.values())
+
+
+# The multiply-additions of Keras' layers, from the shapes of input and output.
+COUNTS = {
+    keras.layers.Dense: _by_output,
+    keras.layers.EinsumDense: _einsum,
+    **dict.fromkeys([keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D], _by_output),
+    **dict.fromkeys([keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D], _by_output),
+    **dict.fromkeys([keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose], _by_input),
+}

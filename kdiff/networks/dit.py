@@ -1,0 +1,150 @@
+"""The diffusion transformer: patches of the image as tokens, through blocks that time and class steer."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import keras
+
+from kdiff.base import check_integer
+from kdiff.blocks.base import apply_layer, build_layer, copy_layer, get_layer
+from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbedding
+from kdiff.blocks.normalization import AdaptiveNorm, LayerNorm
+from kdiff.blocks.patches import Patchify, Unpatchify
+from kdiff.blocks.transformer import TransformerBlock
+from kdiff.networks.base import Network, check_size
+
+
+class DiT(Network):
+    """A transformer on patches of the image, with adaptive normalisation: "DiT".
+
+        network({"image": (batch, height, width, channels), "time": (batch,), **conditions})
+            -> (batch, height, width, out_channels), float32
+
+    Peebles & Xie, "Scalable Diffusion Models with Transformers" (2022), section 3.2: `depth` adaLN-Zero blocks, of
+    which each is the identity at first. The patches keep their places on a map, so a block may look near itself only
+    (`TransformerBlock(pattern=Window(8))`). A sequence (batch, length, channels) is patched along its length.
+
+    Args:
+        width: the channels of a token.
+        depth: the number of blocks.
+        patch: the height and width of a patch, which must divide those of the image.
+        block: a template of the blocks, or several, which take turns; None for the paper's, with heads of 64 channels.
+        positions: a layer that adds positions to the tokens; None for none, as where the attention has rotary ones.
+        embedding: the layer that makes `embed`, (batch, dim), of the time; None for an MLPEmbedding of `width`
+            channels of a SinusoidalEmbedding of 256.
+        conditions: a layer for each condition, by its name in the input, such as `{"label": LabelEmbedding(1000)}`.
+            What it makes is added to `embed` if it has the shape (batch, dim), and is a part of `context` if it has
+            (batch, tokens, dim).
+        normalization: before the last layer; `embed` scales and shifts it.
+        out_channels: of the output; None for those of the image, twice those for a learned variance.
+        remat: whether the inside of each block is computed again for the gradient, to save memory.
+        seed: from which each copied layer that has a `seed` gets one of its own.
+        kwargs: `name` and `dtype`.
+
+    Raises:
+        ValueError: if `patch` does not divide the image's sizes; if a condition is missing, unknown or of another
+            batch size.
+    """
+
+    ranks = (3, 4)
+
+    def __init__(
+        self,
+        width: int = 384,
+        depth: int = 12,
+        patch: int = 2,
+        block: Any = None,
+        positions: Any = "sin_cos_2d",
+        embedding: keras.layers.Layer | None = None,
+        conditions: Mapping[str, keras.layers.Layer] | None = None,
+        normalization: Any = None,
+        out_channels: int | None = None,
+        remat: bool = False,
+        seed: int = 0,
+        **kwargs,
+    ):
+        for name, value in {"width": width, "depth": depth, "patch": patch}.items():
+            check_integer("DiT", name, value)
+        embedding = embedding or MLPEmbedding(SinusoidalEmbedding(256), width)
+        super().__init__(embedding, conditions, out_channels, remat, seed, **kwargs)
+        self.width = width
+        self.depth = depth
+        self.patch = patch
+        self.block = adaptive_block(head_width=64) if block is None else _templates(block)
+        self.positions = None if positions is None else self._copy(positions, "positions")
+        self.normalization = self._copy(normalization or LayerNorm(1e-6, affine=False), "normalization")
+        self.patchify = Patchify(patch, width, dtype=self.dtype_policy, name="patchify")
+        self.blocks = [self._chain([copy_layer(layer)], f"block_{i}") for i, layer in enumerate(self._turns())]
+        self.last = AdaptiveNorm(self.normalization, dtype=self.dtype_policy, name="last")
+
+    def _turns(self):
+        templates = self.block if isinstance(self.block, list) else [self.block]
+        return [templates[i % len(templates)] for i in range(self.depth)]
+
+    def _build_body(self, x_shape, embed_shape, context_shape):
+        x = build_layer(self.patchify, x_shape)
+        if self.positions is not None:
+            x = build_layer(self.positions, x)
+        for block in self.blocks:
+            x = build_layer(block, x, embed_shape, context_shape)
+        build_layer(self.last, x, embed_shape)
+        self.head = Unpatchify(self.patch, self.out_channels or x_shape[-1], zero=True, dtype="float32", name="head")
+        build_layer(self.head, x)
+
+    def _body(self, x, embed, context, training):
+        x = self.patchify(x)
+        if self.positions is not None:
+            x = apply_layer(self.positions, x, training=training)
+        for block in self.blocks:
+            x = self._run(block, x, embed, context, training)
+        return self.head(self.last(x, embed=embed))
+
+    def _check_image(self, shape):
+        super()._check_image(shape)
+        check_size(self, shape, self.patch, f"patches of {self.patch} need")
+
+    @classmethod
+    def s(cls, patch: int = 2, **options) -> Self:
+        """DiT-S: 12 blocks of 384 channels and 6 heads; 33.0 M parameters with patches of 2. Options as of `sized`."""
+        return cls.sized(384, 12, 6, patch, **options)
+
+    @classmethod
+    def b(cls, patch: int = 2, **options) -> Self:
+        """DiT-B: 12 blocks of 768 channels and 12 heads; 130.5 M parameters. Options as of `sized`."""
+        return cls.sized(768, 12, 12, patch, **options)
+
+    @classmethod
+    def l(cls, patch: int = 2, **options) -> Self:  # noqa: E743
+        """DiT-L: 24 blocks of 1024 channels and 16 heads; 458.1 M parameters. Options as of `sized`."""
+        return cls.sized(1024, 24, 16, patch, **options)
+
+    @classmethod
+    def xl(cls, patch: int = 2, **options) -> Self:
+        """DiT-XL: 28 blocks of 1152 channels and 16 heads; 675.1 M parameters. Options as of `sized`."""
+        return cls.sized(1152, 28, 16, patch, **options)
+
+    @classmethod
+    def sized(cls, width: int, depth: int, heads: int, patch: int = 2, **options) -> Self:
+        """The paper's network for ImageNet's latents (its table 1), of any size.
+
+        Args:
+            width: the channels of a token.
+            depth: the number of blocks.
+            heads: of the attention.
+            patch: the size of a patch.
+            options: the other arguments of `DiT`. As published: `conditions` has the label, one of 1000 classes,
+                dropped with probability 0.1, and `out_channels` is 8, for latents of 4 channels and a learned variance.
+        """
+        published = {"conditions": {"label": LabelEmbedding(1000, dropout=0.1)}, "out_channels": 8}
+        return cls(width, depth, patch, adaptive_block(heads), **{**published, **options})
+
+
+def adaptive_block(heads: int | None = None, head_width: int | None = None, **options) -> TransformerBlock:
+    """DiT's adaLN-Zero block: `TransformerBlock` with scale, shift and gate from `embed`. `options` are its own."""
+    defaults = {"normalization": LayerNorm(1e-6, affine=False), "activation": "gelu_tanh"}
+    return TransformerBlock(heads, head_width, **{**defaults, "adaptive": True, "gated": True, **options})
+
+
+def _templates(block: Any) -> Any:
+    """One template or a list of them."""
+    return [get_layer(one) for one in block] if isinstance(block, (list, tuple)) else get_layer(block)

@@ -1,0 +1,154 @@
+"""U-ViT: a transformer for which time, conditions and patches are all tokens, with the long skips of a U-Net."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import keras
+from keras import ops
+
+from kdiff.base import check_integer
+from kdiff.blocks.base import apply_layer, build_layer, copy_layer, get_layer, kernel_initializer
+from kdiff.blocks.embeddings import SinusoidalEmbedding
+from kdiff.blocks.patches import Patchify, Unpatchify
+from kdiff.blocks.transformer import TransformerBlock
+from kdiff.networks.base import Network, check_size
+
+
+class UViT(Network):
+    """A transformer on patches, time and conditions as tokens of one sequence: "U-ViT".
+
+        network({"image": (batch, height, width, channels), "time": (batch,), **conditions})
+            -> (batch, height, width, out_channels), float32
+
+    Bao et al., "All are Worth Words: A ViT Backbone for Diffusion Models" (2022), section 3: the output of each block
+    of the first half is concatenated to the input of its mirror in the second, and a 3x3 convolution ends it. The size
+    of the image is that of the first call.
+
+    Args:
+        width: the channels of a token.
+        depth: the number of blocks, an odd number: as many before the one in the middle as after it.
+        patch: the height and width of a patch, which must divide those of the image.
+        block: a template of the blocks; None for the paper's, with heads of 64 channels.
+        positions: a layer that adds positions to the sequence.
+        embedding: the layer that makes a vector, (batch, width), of the time; None for a SinusoidalEmbedding.
+        conditions: a layer for each condition, by its name in the input. What it makes, (batch, width) or
+            (batch, tokens, width), are further tokens.
+        normalization: before the last layers.
+        out_channels: of the output; None for those of the image.
+        remat: whether the inside of each block is computed again for the gradient, to save memory.
+        seed: from which each copied layer that has a `seed` gets one of its own.
+        kwargs: `name` and `dtype`.
+
+    Raises:
+        ValueError: if `depth` is even; if `patch` does not divide the image's sizes; if a condition is missing, unknown
+            or not `width` wide.
+    """
+
+    def __init__(
+        self,
+        width: int = 512,
+        depth: int = 13,
+        patch: int = 2,
+        block: Any = None,
+        positions: Any = "learned_embedding",
+        embedding: keras.layers.Layer | None = None,
+        conditions: Mapping[str, keras.layers.Layer] | None = None,
+        normalization: Any = "layer_norm",
+        out_channels: int | None = None,
+        remat: bool = False,
+        seed: int = 0,
+        **kwargs,
+    ):
+        for name, value in {"width": width, "depth": depth, "patch": patch}.items():
+            check_integer("UViT", name, value)
+        if depth % 2 == 0:
+            raise ValueError(f"UViT: `depth` must be odd, as many blocks before as after the middle; received: {depth}")
+        super().__init__(embedding or SinusoidalEmbedding(width), conditions, out_channels, remat, seed, **kwargs)
+        self.width = width
+        self.depth = depth
+        self.patch = patch
+        self.block = TransformerBlock(head_width=64, bias=False, zero=False) if block is None else get_layer(block)
+        self.positions = self._copy(positions, "positions")
+        self.normalization = self._copy(normalization, "normalization")
+        self.patchify = Patchify(patch, width, dtype=self.dtype_policy, name="patchify")
+        self.blocks = [self._chain(self._unit(i), f"block_{i}") for i in range(depth)]
+
+    def _unit(self, index):
+        """A block; in the second half with the layer that makes one of the two inputs."""
+        merge = keras.layers.Dense(self.width, kernel_initializer=kernel_initializer(), name="merge")
+        return [*([merge] if index > self.depth // 2 else []), copy_layer(self.block)]
+
+    def _build_embeddings(self, shapes):
+        """No vector steers the blocks; `context` is the shape of all tokens but the patches."""
+        encoded = {"time": build_layer(self.embedding, shapes["time"])}
+        for name, layer in self.conditions.items():
+            encoded[name] = build_layer(layer, shapes[name], encoded["time"])
+        for name, shape in encoded.items():
+            if len(shape) not in (2, 3) or shape[-1] != self.width:
+                raise ValueError(
+                    f"UViT: the layer of {name!r} must give (batch, {self.width}) or (batch, tokens, {self.width}), "
+                    f"the width of the network; it gives: {shape}"
+                )
+        return None, self._joined([shape if len(shape) == 3 else (shape[0], 1, shape[1]) for shape in encoded.values()])
+
+    def _embed(self, inputs, training):
+        time = apply_layer(self.embedding, inputs["time"], training=training)
+        tokens = [time, *(apply_layer(y, inputs[name], time, training=training) for name, y in self.conditions.items())]
+        tokens = [ops.cast(token, self.compute_dtype) for token in tokens]
+        return None, ops.concatenate([y if len(y.shape) == 3 else ops.expand_dims(y, 1) for y in tokens], axis=1)
+
+    def _build_body(self, x_shape, embed_shape, context_shape):
+        batch, height, width, _ = self._map = build_layer(self.patchify, x_shape)
+        if None in (height, width, context_shape[1]):
+            raise ValueError(f"UViT: the size of the image and the number of tokens must be known; received: {x_shape}")
+        x = build_layer(self.positions, (batch, context_shape[1] + height * width, self.width))
+        for i, block in enumerate(self.blocks):
+            build_layer(block, x if i <= self.depth // 2 else (*x[:-1], 2 * x[-1]))
+        build_layer(self.normalization, x)
+        channels = self.out_channels or x_shape[-1]
+        self.unpatchify = Unpatchify(self.patch, channels, dtype=self.dtype_policy, name="unpatchify")
+        self.head = self._head(keras.layers.Conv2D, channels, 3, padding="same")
+        build_layer(self.head, build_layer(self.unpatchify, self._map))
+
+    def _body(self, x, embed, context, training):
+        patches = self.patchify(x)
+        x = ops.concatenate([context, ops.reshape(patches, (ops.shape(x)[0], -1, self.width))], axis=1)
+        x = apply_layer(self.positions, x, training=training)
+        skips = []
+        for i, block in enumerate(self.blocks):
+            if i > self.depth // 2:
+                x = ops.concatenate([x, skips.pop()], axis=-1)
+            x = self._run(block, x, None, None, training)
+            if i < self.depth // 2:
+                skips.append(x)
+        x = apply_layer(self.normalization, x, training=training)[:, context.shape[1] :]
+        return self.head(self.unpatchify(ops.reshape(x, ops.shape(patches))))
+
+    def _check_image(self, shape):
+        super()._check_image(shape)
+        check_size(self, shape, self.patch, f"patches of {self.patch} need")
+
+    @classmethod
+    def s(cls, patch: int = 2, **options) -> Self:
+        """U-ViT-S: 13 blocks of 512 channels and 8 heads; 44 M parameters. `options` are arguments of `UViT`."""
+        return cls.sized(512, 13, 8, patch, **options)
+
+    @classmethod
+    def m(cls, patch: int = 4, **options) -> Self:
+        """U-ViT-M: 17 blocks of 768 channels and 12 heads; 131 M parameters. `options` are arguments of `UViT`."""
+        return cls.sized(768, 17, 12, patch, **options)
+
+    @classmethod
+    def l(cls, patch: int = 2, **options) -> Self:  # noqa: E743
+        """U-ViT-L: 21 blocks of 1024 channels and 16 heads; 287 M parameters. `options` are arguments of `UViT`."""
+        return cls.sized(1024, 21, 16, patch, **options)
+
+    @classmethod
+    def h(cls, patch: int = 2, **options) -> Self:
+        """U-ViT-H: 29 blocks of 1152 channels and 16 heads; 501 M parameters. `options` are arguments of `UViT`."""
+        return cls.sized(1152, 29, 16, patch, **options)
+
+    @classmethod
+    def sized(cls, width: int, depth: int, heads: int, patch: int = 2, **options) -> Self:
+        """The paper's network of any size: its table 1, of which `depth` counts the block in the middle too."""
+        return cls(width, depth, patch, TransformerBlock(heads, bias=False, zero=False), **options)
