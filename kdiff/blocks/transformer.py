@@ -26,7 +26,8 @@ class FeedForward(_Branch):
 
     Vaswani et al. (2017), equation 2. With `glu` the first layer has two halves and the hidden vector is
     `value * activation(gate)`, that is, GEGLU with "gelu" and SwiGLU with "silu" (Shazeer, "GLU Variants Improve
-    Transformer", 2020, equations 5 and 6). On a map (batch, height, width, channels), tokens (batch, tokens, channels) or vectors.
+    Transformer", 2020, equations 5 and 6). On a map (batch, height, width, channels), tokens (batch, tokens, channels)
+    or vectors (batch, channels).
 
     Args:
         ratio: the hidden width as a multiple of the channels, rounded down.
