@@ -29,8 +29,8 @@ def architectures(classes: int):
 
     return {
         "U-Net": lambda: UNet.attention(16, 3, 1, conditions=label()),
-        "DiT": lambda: DiT(96, 6, 2, conditions=label()),
-        "U-ViT": lambda: UViT(96, 7, 2, conditions=label(96)),
+        "DiT": lambda: DiT(128, 4, 2, conditions=label()),
+        "U-ViT": lambda: UViT(128, 5, 2, conditions=label(128)),
         "hybrid": lambda: Hybrid.composed(
             (24, 48, 96), (1, 2, 2), pattern=Neighborhood(3), head_width=24, conditions=label()
         ),
@@ -71,7 +71,10 @@ def print_sizes() -> None:
     for name, make, shape, conditions, millions, billions in SIZES:
         network = make()
         own = parameters(network, shape, **conditions), flops(network, shape, **conditions)
-        told = f"{millions or '':>8}" + (" M" if millions else "  "), f"{billions or '':>8}" + (" G" if billions else "")
+        told = (
+            f"{millions or '':>8}" + (" M" if millions else "  "),
+            f"{billions or '':>8}" + (" G" if billions else ""),
+        )
         print(f"{name:22} {own[0]:13,} {told[0]} {own[1]:16,} {told[1]}", flush=True)
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -179,6 +179,23 @@ def recomputed(layer: keras.layers.Layer, tensors: dict[str, Any], **options: An
     for variable, state in zip(changing, states, strict=True):
         variable.assign(state)
     return y
+
+
+@contextlib.contextmanager
+def unallocated() -> Iterator[None]:
+    """Variables that are made inside have shapes, and never values.
+
+    Keras holds back the values of those made in a `StatelessScope`, but remembers the variables, to give them values at
+    the end of the next scope. It has no public way to forget them.
+    """
+    from keras.src.backend.common import global_state
+
+    waiting = list(global_state.get_global_attribute("uninitialized_variables", []))
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        global_state.set_global_attribute("uninitialized_variables", waiting)
 
 
 def concrete(x: Any) -> np.ndarray | None:

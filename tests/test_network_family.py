@@ -160,6 +160,12 @@ def test_remat_changes_nothing_but_memory(name):
     np.testing.assert_allclose(trained(name, True), trained(name, False), rtol=1e-5)
 
 
+@pytest.mark.parametrize(("width", "heads"), [(96, 1), (384, 6), (1152, 18), (200, 2)])
+def test_any_width_has_heads(width, heads):
+    assert DiT(width, 1).block.heads == UViT(width, 1).block.heads == heads
+    assert networks.parameters(DiT(width, 1), (8, 8, 2)) > 18 * width**2
+
+
 def test_trains_in_a_diffusion_model():
     network = NETWORKS["dit"][0]()
     model = DiffusionModel(network, schedule="cosine", prediction="velocity")

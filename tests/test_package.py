@@ -34,6 +34,7 @@ PATHS = (
     (*FOUNDATIONS, *MATHEMATICS, "codecs", "inputs", "averages", "model", "images", "data", "callbacks", "evaluation"),
     (*FOUNDATIONS, "blocks", "networks"),
     (*FOUNDATIONS, "images", "data"),
+    (*FOUNDATIONS, "blocks", "networks", *MATHEMATICS, "codecs", "inputs", "averages", "model", "interop"),
 )
 BACKENDS = {"tensorflow", "jax", "torch"}
 # Beyond Keras and NumPy, which are all that the core requires. tf.data feeds every backend, so `data` has TensorFlow.
@@ -42,6 +43,7 @@ REQUIREMENTS = {
     "schedules": {"matplotlib"},
     "objectives": {"matplotlib"},
     "images": {"PIL", "matplotlib"},
+    "interop": {"safetensors", "torch"},
     "data": {"PIL", "keras_cv", "sklearn", "tensorflow", "tensorflow_datasets"},
 }
 

@@ -24,6 +24,11 @@ def test_twenty_lines(tmp_path, monkeypatch):
     assert list((tmp_path / "runs/digits").glob("*.png"))
 
 
+def test_networks():
+    (block,) = (block for block in BLOCKS if "DiT.xl" in block)
+    exec(block, {})
+
+
 def test_objects_of_ones_own():
     """They are defined, have names, and work with the rest."""
     import keras
@@ -32,7 +37,8 @@ def test_objects_of_ones_own():
     import kdiff
 
     names = {"keras": keras, "kdiff": kdiff}
-    for block in BLOCKS[2:]:
+    own = BLOCKS[[block.startswith("class Quadratic") for block in BLOCKS].index(True) :]
+    for block in own:
         exec(block, names)
     network = names["network"]
     model = kdiff.DiffusionModel(network, schedule="quadratic", ema=None)

@@ -2,7 +2,7 @@
 
 from kdiff.blocks.attention import CrossAttention, MultiHeadAttention, SelfAttention
 from kdiff.blocks.base import Block, Chain
-from kdiff.blocks.convolution import ConvBlock, ResidualBlock
+from kdiff.blocks.convolution import ConvBlock, ConvNeXtBlock, ResidualBlock, SimpleBlock
 from kdiff.blocks.embeddings import (
     FourierEmbedding,
     LabelEmbedding,
@@ -10,11 +10,21 @@ from kdiff.blocks.embeddings import (
     MLPEmbedding,
     SinusoidalEmbedding,
 )
+from kdiff.blocks.magnitude import (
+    MagnitudePreservingBlock,
+    MPConv,
+    MPDense,
+    MPFourierEmbedding,
+    UnitMagnitude,
+    mp_concatenate,
+    mp_silu,
+    mp_sum,
+)
 from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm, LayerNorm, RMSNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.patterns import Global, Linear, Neighborhood, Pattern, Window
 from kdiff.blocks.positions import RelativePositions, Rotary, SinCos2D
-from kdiff.blocks.resampling import Downsample, Upsample
+from kdiff.blocks.resampling import Downsample, FIRDownsample, FIRUpsample, Upsample
 from kdiff.blocks.transformer import FeedForward, SpatialTransformer, TransformerBlock
 
 __all__ = [
@@ -22,8 +32,11 @@ __all__ = [
     "Block",
     "Chain",
     "ConvBlock",
+    "ConvNeXtBlock",
     "CrossAttention",
     "Downsample",
+    "FIRDownsample",
+    "FIRUpsample",
     "FeedForward",
     "FourierEmbedding",
     "Global",
@@ -33,6 +46,10 @@ __all__ = [
     "LearnedEmbedding",
     "Linear",
     "MLPEmbedding",
+    "MPConv",
+    "MPDense",
+    "MPFourierEmbedding",
+    "MagnitudePreservingBlock",
     "MultiHeadAttention",
     "Neighborhood",
     "Patchify",
@@ -42,11 +59,16 @@ __all__ = [
     "ResidualBlock",
     "Rotary",
     "SelfAttention",
+    "SimpleBlock",
     "SinCos2D",
     "SinusoidalEmbedding",
     "SpatialTransformer",
     "TransformerBlock",
+    "UnitMagnitude",
     "Unpatchify",
     "Upsample",
     "Window",
+    "mp_concatenate",
+    "mp_silu",
+    "mp_sum",
 ]

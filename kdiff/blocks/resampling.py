@@ -1,6 +1,9 @@
 """Half and twice the size of a map, (batch, height, width, channels)."""
 
+from collections.abc import Sequence
+
 import keras
+from keras import ops
 
 from kdiff import backend
 from kdiff.base import check_choice, check_integer
@@ -14,46 +17,52 @@ class Downsample(Block):
         mode: "convolution", 3x3 with stride 2 (Ho et al., 2020), or the "average" or "max" of each 2x2 square.
         width: the channels of the output; None keeps those of the input. After "average" and "max" a 1x1 convolution
             makes them, where they differ.
+        padding: of the 3x3 convolution: "same" for one row of zeros below and one column on the right (Ho et al.,
+            2020), "symmetric" for one on each side (ADM, Stable Diffusion). Of no effect on the other modes.
 
     Raises:
         ValueError: if height or width is odd.
     """
 
-    def __init__(self, mode: str = "convolution", width: int | None = None, **kwargs):
+    def __init__(self, mode: str = "convolution", width: int | None = None, padding: str = "same", **kwargs):
         super().__init__(**kwargs)
         check_choice("Downsample", "mode", mode, ("convolution", "average", "max"))
+        check_choice("Downsample", "padding", padding, ("same", "symmetric"))
         if width is not None:
             check_integer("Downsample", "width", width)
         self.mode = mode
         self.width = width
+        self.padding = padding
 
     def build(self, x_shape):
         """Builds the convolution, if there is one."""
         check_map(self, x_shape)
         if self.mode == "convolution":
-            self.convolution = _convolution(self, x_shape, 3, strides=2)
+            padding = "same" if self.padding == "same" else "valid"
+            self.convolution = _convolution(self, x_shape, 3, strides=2, padding=padding)
         else:
             self.convolution = _convolution(self, x_shape, 1) if _widens(self, x_shape) else None
 
     def call(self, x, embed=None, context=None, training=None):
         """(batch, height, width, channels) to (batch, height / 2, width / 2, self.width)."""
-        if any(size is not None and size % 2 for size in x.shape[1:3]):
-            raise ValueError(f"Downsample: height and width must be even; received the shape: {tuple(x.shape)}")
+        _check_even(self, x.shape)
         if self.mode != "convolution":
             x = {"average": backend.average_pool, "max": backend.max_pool}[self.mode](x)
+        elif self.padding == "symmetric":
+            x = _padded(x, 1, 0)  # of an even size, stride 2 never reaches the zeros at the other side
         return x if self.convolution is None else self.convolution(x)
 
     def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
         """(batch, height / 2, width / 2, self.width)."""
-        batch, height, width, channels = x_shape
-        return (batch, height and height // 2, width and width // 2, self.width or channels)
+        return _half(x_shape, self.width)
 
 
 class Upsample(Block):
     """Twice the height and twice the width.
 
     Args:
-        mode: "nearest" or "bilinear" interpolation, or a "transposed" convolution, 4x4 with stride 2.
+        mode: "nearest" or "bilinear" interpolation, "aligned" for a bilinear one in which the corner pixels keep their
+            values (PyTorch's `align_corners`), or a "transposed" convolution, 4x4 with stride 2.
         width: the channels of the output; None keeps those of the input.
         convolution: whether a 3x3 convolution follows the interpolation (Odena et al., "Deconvolution and Checkerboard
             Artifacts", 2016). Without it a 1x1 convolution makes another width, where one is asked for. Of no effect on
@@ -62,7 +71,7 @@ class Upsample(Block):
 
     def __init__(self, mode: str = "nearest", width: int | None = None, convolution: bool = True, **kwargs):
         super().__init__(**kwargs)
-        check_choice("Upsample", "mode", mode, ("nearest", "bilinear", "transposed"))
+        check_choice("Upsample", "mode", mode, ("nearest", "bilinear", "transposed", "aligned"))
         if width is not None:
             check_integer("Upsample", "width", width)
         self.mode = mode
@@ -81,14 +90,146 @@ class Upsample(Block):
 
     def call(self, x, embed=None, context=None, training=None):
         """(batch, height, width, channels) to (batch, 2 height, 2 width, self.width)."""
-        if self.mode != "transposed":
-            x = {"nearest": backend.upsample_nearest, "bilinear": backend.upsample_bilinear}[self.mode](x)
+        x = INTERPOLATIONS[self.mode](x) if self.mode in INTERPOLATIONS else x
         return x if self.last is None else self.last(x)
 
     def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
         """(batch, 2 height, 2 width, self.width)."""
-        batch, height, width, channels = x_shape
-        return (batch, height and 2 * height, width and 2 * width, self.width or channels)
+        return _twice(x_shape, self.width)
+
+
+def upsample_aligned(x):
+    """Maps (batch, height, width, channels) at twice the size, bilinear, the corner pixels unchanged.
+
+    Pixel i of 2n is read at `i (n - 1) / (2n - 1)`, where pixel j of n has the weight `max(0, 1 - distance)`.
+    """
+    rows, columns = (_hats(size) for size in ops.shape(x)[1:3])
+    y = ops.einsum("ai,nijc->najc", rows, ops.cast(x, "float32"))
+    return ops.cast(ops.einsum("bj,najc->nabc", columns, y), x.dtype)
+
+
+def _hats(size):
+    """The weights of the pixels, (2 size, size)."""
+    place, pixel = (ops.cast(ops.arange(count), "float32") for count in (2 * size, size))
+    place = place * ops.cast((size - 1) / (2 * size - 1), "float32")
+    return ops.relu(1 - ops.abs(place[:, None] - pixel))
+
+
+INTERPOLATIONS = {
+    "nearest": backend.upsample_nearest,
+    "bilinear": backend.upsample_bilinear,
+    "aligned": upsample_aligned,
+}
+
+
+class _FIR(Block):
+    """A fixed filter, the outer product of `taps` with themselves divided by their sum, on each channel alone."""
+
+    def __init__(self, taps: Sequence[float] = (1, 3, 3, 1), **kwargs):
+        super().__init__(**kwargs)
+        if len(taps) < 2 or not sum(taps):
+            raise ValueError(
+                f"{type(self).__name__}: `taps` must be two numbers or more that do not add up to 0; received: {taps!r}"
+            )
+        self.taps = tuple(taps)
+
+    def _filtered(self, x, before, after, strides=1, gain=1.0):
+        taps = [gain * tap / sum(self.taps) for tap in self.taps[::-1]]
+        x = _padded(x, before, after)
+        x = sum(taps[k] * x[:, k : k + 1 - len(taps) or None : strides] for k in range(len(taps)))
+        return sum(taps[k] * x[:, :, k : k + 1 - len(taps) or None : strides] for k in range(len(taps)))
+
+
+class FIRDownsample(_FIR):
+    """Half the height and half the width, each channel low-pass filtered before.
+
+    Zhang, "Making Convolutional Networks Shift-Invariant Again" (2019), section 3.2; Karras et al., "Analyzing and
+    Improving the Image Quality of StyleGAN" (2020), appendix B; in diffusion models Song et al. (NCSN++, 2021),
+    appendix H.
+
+    Args:
+        taps: of the filter along height and along width, divided by their sum. (1, 1) gives averages of 2x2 squares.
+        width: the channels of the output of the convolution; None keeps those of the input.
+        convolution: whether a 3x3 convolution takes every second pixel of what is filtered; without it there are no
+            weights.
+
+    Raises:
+        ValueError: if height or width is odd, or `width` is given without `convolution`.
+    """
+
+    def __init__(
+        self,
+        taps: Sequence[float] = (1, 3, 3, 1),
+        width: int | None = None,
+        convolution: bool = False,
+        **kwargs,
+    ):
+        super().__init__(taps, **kwargs)
+        if width is not None:
+            check_integer("FIRDownsample", "width", width)
+        if width is not None and not convolution:
+            raise ValueError(f"FIRDownsample: `width` needs `convolution=True`; received: {width}")
+        self.width = width
+        self.convolution = convolution
+
+    def build(self, x_shape):
+        """Builds the convolution, if there is one."""
+        check_map(self, x_shape)
+        self.last = _convolution(self, x_shape, 3, strides=2, padding="valid") if self.convolution else None
+
+    def call(self, x, embed=None, context=None, training=None):
+        """(batch, height, width, channels) to (batch, height / 2, width / 2, self.width)."""
+        _check_even(self, x.shape)
+        extra = len(self.taps) - 2
+        if self.last is None:
+            return self._filtered(x, (extra + 1) // 2, extra // 2, strides=2)
+        return self.last(self._filtered(x, (extra + 3) // 2, (extra + 2) // 2))
+
+    def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
+        """(batch, height / 2, width / 2, self.width)."""
+        return _half(x_shape, self.width)
+
+
+class FIRUpsample(_FIR):
+    """Twice the height and twice the width: zeros between the pixels, then each channel low-pass filtered.
+
+    The transpose, times four, of `FIRDownsample`, whose references hold here too. It has no weights.
+
+    Args:
+        taps: of the filter along height and along width, divided by their sum. (1, 1) gives 2x2 squares of one value.
+    """
+
+    def call(self, x, embed=None, context=None, training=None):
+        """(batch, height, width, channels) to (batch, 2 height, 2 width, channels)."""
+        batch, height, width, channels = ops.shape(x)
+        y = ops.pad(x[:, :, None, :, None], [[0, 0], [0, 0], [0, 1], [0, 0], [0, 1], [0, 0]])
+        y = ops.reshape(y, (batch, 2 * height, 2 * width, channels))
+        extra = len(self.taps) - 2
+        return self._filtered(y, (extra + 1) // 2 + 1, extra // 2, gain=2.0)
+
+    def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
+        """(batch, 2 height, 2 width, channels)."""
+        return _twice(x_shape)
+
+
+def _half(shape, channels=None):
+    batch, height, width, own = shape
+    return (batch, height and height // 2, width and width // 2, channels or own)
+
+
+def _twice(shape, channels=None):
+    batch, height, width, own = shape
+    return (batch, height and 2 * height, width and 2 * width, channels or own)
+
+
+def _check_even(block, shape):
+    if any(size is not None and size % 2 for size in shape[1:3]):
+        raise ValueError(f"{type(block).__name__}: height and width must be even; received the shape: {tuple(shape)}")
+
+
+def _padded(x, before, after):
+    """Zeros around the map."""
+    return ops.pad(x, [[0, 0], [before, after], [before, after], [0, 0]])
 
 
 def _widens(block, x_shape):
@@ -96,7 +237,7 @@ def _widens(block, x_shape):
 
 
 def _convolution(block, x_shape, kernel_size, layer=keras.layers.Conv2D, **options):
-    options = {"kernel_initializer": kernel_initializer(), "dtype": block.dtype_policy, **options}
-    made = layer(block.width or x_shape[-1], kernel_size, padding="same", **options)
+    options = {"kernel_initializer": kernel_initializer(), "dtype": block.dtype_policy, "padding": "same", **options}
+    made = layer(block.width or x_shape[-1], kernel_size, **options)
     made.build(x_shape)
     return made

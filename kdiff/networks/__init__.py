@@ -5,6 +5,8 @@ from kdiff.networks.counting import flops, parameters, summary
 from kdiff.networks.dit import DiT, adaptive_block
 from kdiff.networks.hybrid import Hybrid
 from kdiff.networks.mlp import MLP
+from kdiff.networks.ncsnpp import InputResidual, InputSkip, NCSNpp, OutputSkip
+from kdiff.networks.simple_unet import SimpleUNet
 from kdiff.networks.unet import Level, UNet
 from kdiff.networks.uvit import UViT
 
@@ -12,8 +14,13 @@ __all__ = [
     "MLP",
     "DiT",
     "Hybrid",
+    "InputResidual",
+    "InputSkip",
     "Level",
+    "NCSNpp",
     "Network",
+    "OutputSkip",
+    "SimpleUNet",
     "UNet",
     "UViT",
     "adaptive_block",

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from kdiff import backend
 from kdiff.blocks.base import Block
 from kdiff.networks.base import Network
 
@@ -55,8 +56,9 @@ def flops(network: keras.Model, shape: Shape, **conditions: Shape) -> int:
 
 
 def parameters(network: keras.Model, shape: Shape, **conditions: Shape) -> int:
-    """The numbers in the weights of a network, trained or not. Arguments as of `flops`."""
-    return sum(row.parameters for row in rows(network, shape, **conditions))
+    """The numbers in the weights of a network, trained or not. Arguments as of `flops`; sizes may be None here."""
+    with backend.unallocated():
+        return _parameters(_built(network, _shapes(network, shape, conditions)))
 
 
 def summary(
@@ -73,19 +75,30 @@ def summary(
 
 def rows(network: keras.Model, shape: Shape, **conditions: Shape) -> list[Row]:
     """The parts of a network, in the order of their calls. Arguments as of `flops`."""
-    if isinstance(network, Network):
-        conditions = {**dict.fromkeys(network.conditions, ()), **conditions}
-        network = network.clone()
-    elif not network.built:
-        raise ValueError(f"flops: a network that is not a kdiff `Network` must be built; {network.name!r} is not")
-    shapes = {"image": (1, *shape), "time": (1,), **{name: (1, *size) for name, size in conditions.items()}}
-    with keras.StatelessScope(initialize_variables=False):
-        if not network.built:
-            network.build(shapes)
+    shapes = _shapes(network, shape, conditions)
+    with backend.unallocated():
+        network = _built(network, shapes)
         recorder = _Recorder(network)
         with recorder:
             keras.Operation.compute_output_spec(network, {k: keras.KerasTensor(v) for k, v in shapes.items()})
     return recorder.rows()
+
+
+def _shapes(network, shape, conditions):
+    """The shapes of the inputs by name, for a batch of one."""
+    others = dict.fromkeys(network.conditions, ()) if isinstance(network, Network) else {}
+    sizes = {"image": shape, "time": (), **others, **conditions}
+    return {name: (1, *size) for name, size in sizes.items()}
+
+
+def _built(network, shapes):
+    """A copy without values of a `Network`; another network itself."""
+    if isinstance(network, Network):
+        network = network.clone()
+        network.build(shapes)
+    elif not network.built:
+        raise ValueError(f"flops: a network that is not a kdiff `Network` must be built; {network.name!r} is not")
+    return network
 
 
 class _Recorder:

@@ -28,7 +28,8 @@ class DiT(Network):
         width: the channels of a token.
         depth: the number of blocks.
         patch: the height and width of a patch, which must divide those of the image.
-        block: a template of the blocks, or several, which take turns; None for the paper's, with heads of 64 channels.
+        block: a template of the blocks, or several, which take turns; None for the paper's, with as many
+            heads of 64 channels or more as there can be.
         positions: a layer that adds positions to the tokens; None for none, as where the attention has rotary ones.
         embedding: the layer that makes `embed`, (batch, dim), of the time; None for an MLPEmbedding of `width`
             channels of a SinusoidalEmbedding of 256.
@@ -70,7 +71,7 @@ class DiT(Network):
         self.width = width
         self.depth = depth
         self.patch = patch
-        self.block = adaptive_block(head_width=64) if block is None else _templates(block)
+        self.block = adaptive_block(usual_heads(width)) if block is None else _templates(block)
         self.positions = None if positions is None else self._copy(positions, "positions")
         self.normalization = self._copy(normalization or LayerNorm(1e-6, affine=False), "normalization")
         self.patchify = Patchify(patch, width, dtype=self.dtype_policy, name="patchify")
@@ -143,6 +144,11 @@ def adaptive_block(heads: int | None = None, head_width: int | None = None, **op
     """DiT's adaLN-Zero block: `TransformerBlock` with scale, shift and gate from `embed`. `options` are its own."""
     defaults = {"normalization": LayerNorm(1e-6, affine=False), "activation": "gelu_tanh"}
     return TransformerBlock(heads, head_width, **{**defaults, "adaptive": True, "gated": True, **options})
+
+
+def usual_heads(width: int) -> int:
+    """As many heads as there can be, equally wide and of 64 channels or more."""
+    return max(heads for heads in range(1, max(1, width // 64) + 1) if width % heads == 0)
 
 
 def _templates(block: Any) -> Any:

@@ -25,6 +25,7 @@ class Level(Value):
         mixer: a layer that follows each block, such as `SelfAttention()`; None for none.
         downsample: the layer that leads from here to the next, coarser level, at half the size.
         upsample: the layer that leads back from there, at twice the size.
+        up_mixers: the number of mixers on the way up, after the last of the blocks; None for one after each.
     """
 
     def __init__(
@@ -35,21 +36,31 @@ class Level(Value):
         mixer: Any = None,
         downsample: Any = "downsample",
         upsample: Any = "upsample",
+        up_mixers: int | None = None,
     ):
         check_integer("Level", "width", width)
         check_integer("Level", "depth", depth)
+        if up_mixers is not None:
+            check_integer("Level", "up_mixers", up_mixers, 0)
         self.width = width
         self.depth = depth
         self.block = get_layer(block)
         self.mixer = None if mixer is None else get_layer(mixer)
         self.downsample = get_layer(downsample)
         self.upsample = get_layer(upsample)
+        self.up_mixers = up_mixers
 
-    def unit(self, *after: keras.layers.Layer) -> list[keras.layers.Layer]:
+    def unit(self, *after: keras.layers.Layer, mixed: bool = True) -> list[keras.layers.Layer]:
         """Copies of the block, at this level's width, of the mixer, if there is one, and of the layers `after`."""
-        mixers = [] if self.mixer is None else [self.mixer]
+        mixers = [self.mixer] if mixed and self.mixer is not None else []
         width = {"width": self.width} if self.widens else {}
         return [copy_layer(self.block, **width), *map(copy_layer, [*mixers, *after])]
+
+    def units_up(self, *after: keras.layers.Layer) -> list[list[keras.layers.Layer]]:
+        """The units of the way up, one more than `depth`, the last with the layers `after`."""
+        plain = self.depth + 1 - (self.depth + 1 if self.up_mixers is None else self.up_mixers)
+        units = [self.unit(mixed=i >= plain) for i in range(self.depth)]
+        return [*units, self.unit(*after, mixed=self.depth >= plain)]
 
     @property
     def widens(self) -> bool:
@@ -75,7 +86,7 @@ class UNet(Network):
         middle: a Level of which `depth` blocks, with a mixer between each two, stand between the way down and the way
             up; None for two blocks of the coarsest level, and its mixer.
         embedding: the layer that makes `embed`, (batch, dim), of the time; None for an MLPEmbedding of a
-            SinusoidalEmbedding as wide as the first level.
+            SinusoidalEmbedding as wide as the first convolution.
         conditions: a layer for each condition, by its name in the input, such as `{"label": LabelEmbedding(10)}`. What
             it makes is added to `embed` if it has the shape (batch, dim), and is a part of `context` if it has
             (batch, tokens, dim).
@@ -84,6 +95,7 @@ class UNet(Network):
         out_channels: of the output; None for those of the image.
         remat: whether the inside of each block is computed again for the gradient, to save memory.
         seed: from which each copied layer that has a `seed` gets one of its own.
+        stem_width: the channels of the first convolution; None for those of the first level.
         kwargs: `name` and `dtype`. The precision is that of every layer made from a template; `embedding` and
             `conditions` keep theirs.
 
@@ -103,6 +115,7 @@ class UNet(Network):
         out_channels: int | None = None,
         remat: bool = False,
         seed: int = 0,
+        stem_width: int | None = None,
         **kwargs,
     ):
         if not levels or not all(isinstance(level, Level) for level in levels):
@@ -110,24 +123,26 @@ class UNet(Network):
         for level in (*levels, *([middle] if middle else [])):
             if not level.widens:
                 raise ValueError(f"UNet: a level's `block` must have an argument `width`; received: {level.block!r}")
-        embedding = embedding or MLPEmbedding(SinusoidalEmbedding(max(2, levels[0].width)))
+        embedding = embedding or MLPEmbedding(SinusoidalEmbedding(max(2, stem_width or levels[0].width)))
         super().__init__(embedding, conditions, out_channels, remat, seed, **kwargs)
         self.levels = list(levels)
         self.middle = middle or Level(levels[-1].width, 2, levels[-1].block, levels[-1].mixer)
         self.normalization = self._copy(normalization, "normalization")
         self.activation = activation
         self._activate = keras.activations.get(activation)
-        self.stem = keras.layers.Conv2D(
-            levels[0].width,
-            3,
-            padding="same",
-            kernel_initializer=kernel_initializer(),
-            dtype=self.dtype_policy,
-            name="stem",
-        )
+        if stem_width is not None:
+            check_integer("UNet", "stem_width", stem_width)
+        self.stem_width = stem_width
+        options = {"kernel_initializer": kernel_initializer(), "dtype": self.dtype_policy, "name": "stem"}
+        self.stem = keras.layers.Conv2D(stem_width or levels[0].width, 3, padding="same", **options)
         self.down = [self._chain(unit, f"down_{i}") for i, unit in enumerate(_way_down(self.levels))]
         self.bridge = self._chain(_between(self.middle), "bridge")
-        self.up = [self._chain(unit, f"up_{i}") for i, unit in enumerate(_way_up(self.levels))]
+        self.up = [self._chain(unit, f"up_{i}") for i, unit in enumerate(self._way_up())]
+
+    def _way_up(self):
+        """Lists of layers, the input of each joined by one output of the way down."""
+        for i, level in reversed(list(enumerate(self.levels))):
+            yield from level.units_up(*([self.levels[i - 1].upsample] if i else []))
 
     def _build_body(self, x_shape, embed_shape, context_shape):
         x = build_layer(self.stem, x_shape)
@@ -224,10 +239,11 @@ class UNet(Network):
         width: int = 64,
         levels: int = 3,
         depth: int = 2,
-        multipliers: Sequence[int] | None = None,
+        multipliers: Sequence[float] | None = None,
         at: Sequence[int] = (-1,),
         downsample: Any = "downsample",
         upsample: Any = "upsample",
+        up_mixers: int | None = None,
         **kwargs,
     ) -> Self:
         """A U-Net of one kind of block and of mixer.
@@ -242,6 +258,7 @@ class UNet(Network):
             at: the levels with mixers, 0 being the finest and -1 the coarsest.
             downsample: a layer that halves the size, or its name.
             upsample: a layer that doubles it, or its name.
+            up_mixers: the number of mixers on the way up of each such level; None for one after each block.
             kwargs: the other arguments of `UNet`.
         """
         check_integer("UNet", "width", width)
@@ -251,7 +268,7 @@ class UNet(Network):
             raise ValueError(f"UNet: `multipliers` must be {levels} numbers, one a level; received: {multipliers!r}")
         mixed = {_index("at", i, levels) for i in at}
         made = [
-            Level(width * multiplier, depth, block, mixer if i in mixed else None, downsample, upsample)
+            Level(int(width * multiplier), depth, block, mixer if i in mixed else None, downsample, upsample, up_mixers)
             for i, multiplier in enumerate(multipliers)
         ]
         kwargs = {"middle": Level(made[-1].width, 2, block, mixer), **kwargs}
@@ -270,13 +287,6 @@ def _between(level):
     """`depth` blocks with a mixer between each two."""
     units = [layer for _ in range(level.depth) for layer in level.unit()]
     return units if level.mixer is None or level.depth == 1 else units[:-1]
-
-
-def _way_up(levels):
-    """Lists of layers, the input of each joined by one output of the way down: one more a level than blocks there."""
-    for i, level in reversed(list(enumerate(levels))):
-        yield from (level.unit() for _ in range(level.depth))
-        yield level.unit(*([levels[i - 1].upsample] if i else []))
 
 
 def _index(argument, index, length):

@@ -12,6 +12,7 @@ from kdiff.blocks.embeddings import SinusoidalEmbedding
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.transformer import TransformerBlock
 from kdiff.networks.base import Network, check_size
+from kdiff.networks.dit import usual_heads
 
 
 class UViT(Network):
@@ -28,7 +29,8 @@ class UViT(Network):
         width: the channels of a token.
         depth: the number of blocks, an odd number: as many before the one in the middle as after it.
         patch: the height and width of a patch, which must divide those of the image.
-        block: a template of the blocks; None for the paper's, with heads of 64 channels.
+        block: a template of the blocks; None for the paper's, with as many heads of 64 channels or
+            more as there can be.
         positions: a layer that adds positions to the sequence.
         embedding: the layer that makes a vector, (batch, width), of the time; None for a SinusoidalEmbedding.
         conditions: a layer for each condition, by its name in the input. What it makes, (batch, width) or
@@ -67,7 +69,7 @@ class UViT(Network):
         self.width = width
         self.depth = depth
         self.patch = patch
-        self.block = TransformerBlock(head_width=64, bias=False, zero=False) if block is None else get_layer(block)
+        self.block = _block(usual_heads(width)) if block is None else get_layer(block)
         self.positions = self._copy(positions, "positions")
         self.normalization = self._copy(normalization, "normalization")
         self.patchify = Patchify(patch, width, dtype=self.dtype_policy, name="patchify")
@@ -151,4 +153,8 @@ class UViT(Network):
     @classmethod
     def sized(cls, width: int, depth: int, heads: int, patch: int = 2, **options) -> Self:
         """The paper's network of any size: its table 1, of which `depth` counts the block in the middle too."""
-        return cls(width, depth, patch, TransformerBlock(heads, bias=False, zero=False), **options)
+        return cls(width, depth, patch, _block(heads), **options)
+
+
+def _block(heads):
+    return TransformerBlock(heads, bias=False, zero=False)

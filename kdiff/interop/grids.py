@@ -1,0 +1,121 @@
+"""Times and steps as diffusers takes them, where kdiff's own differ."""
+
+import numpy as np
+from keras import ops
+
+from kdiff.guidance import Guidance
+from kdiff.schedules import Marginal, NoiseSchedule, bridge
+from kdiff.solvers import DDIM, Denoise, Draw
+from kdiff.solvers.base import noise_of
+from kdiff.times import FlowShift, TimeGrid
+
+
+class LinspaceUnrounded(TimeGrid):
+    """`steps` equal spaces from T - 1 to 0, between the steps of the process where they fall there: Euler's, Heun's."""
+
+    def indices(self, num_steps: int, steps: int) -> np.ndarray:
+        """linspace(T - 1, 0, steps)."""
+        return np.linspace(num_steps - 1, 0, steps)
+
+
+class WithoutLast(TimeGrid):
+    """A grid of one step more, without the last of its times: DPM-Solver's and UniPC's in diffusers.
+
+    Args:
+        grid: a `TimeGrid` or its name.
+    """
+
+    def __init__(self, grid="linspace"):
+        self.grid = TimeGrid.get(grid)
+
+    def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
+        """The first `steps` times of a run of `steps` + 1."""
+        return self.grid.above_zero(schedule, steps + 1)[:-1]
+
+
+class WithFirst(TimeGrid):
+    """A grid, and after it the first step of the process: for runs that end there, with `Sampler(to_zero=False)`.
+
+    Stable Diffusion's end there (diffusers: `set_alpha_to_one` is false, or `final_sigmas_type` is "sigma_min").
+
+    Args:
+        grid: a `TimeGrid` or its name.
+    """
+
+    def __init__(self, grid="leading"):
+        self.grid = TimeGrid.get(grid)
+
+    def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
+        """The times of the grid, and 1 / T if it does not end there."""
+        times, first = self.grid.above_zero(schedule, steps), 1.0 / schedule.num_steps
+        return np.append(times, first) if times[-1] > first * 1.001 else times
+
+
+class Within(TimeGrid):
+    """A grid of noise levels between the first and the last of another grid, as diffusers' Euler has Karras' sigmas.
+
+    Args:
+        noise: the grid of noise, such as `Karras()`: its `sigma_min` and `sigma_max` are set.
+        ends: the grid from which they are.
+    """
+
+    def __init__(self, noise="karras", ends="linspace"):
+        self.noise, self.ends = TimeGrid.get(noise), TimeGrid.get(ends)
+
+    def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
+        """The noise levels."""
+        times = self.ends.above_zero(schedule, steps)[[0, -1]].astype("float32")
+        high, low = np.exp(-0.5 * ops.convert_to_numpy(schedule.log_snr(times)).astype("float64"))
+        return self.noise.clone(sigma_min=float(low), sigma_max=float(high)).above_zero(schedule, steps)
+
+
+class FlowMatching(TimeGrid):
+    """Rectified flow's times as diffusers takes them: `steps` equal spaces u, from 1 to the first step's, then shifted:
+
+        t = w(u),   w(u) = shift u / (1 + (shift - 1) u),   u = 1 ... w(1 / T).
+
+    Args:
+        shift: above 1 there are more steps near the noise.
+        num_steps: T.
+    """
+
+    def __init__(self, shift: float = 1.0, num_steps: int = 1000):
+        self.shift, self.num_steps = shift, num_steps
+        self._warp = FlowShift(shift).warp
+
+    def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
+        """w(1 ... w(1 / T))."""
+        return self._warp(np.linspace(1.0, self._warp(np.float64(1.0 / self.num_steps)), steps))
+
+
+class DDIMKeptNoise(DDIM):
+    """DDIM in which `guidance` changes the data alone, and the noise stays as the network said:
+
+        x_then = alpha_then guided(x_hat) + sqrt(sigma_then^2 - s^2) noise_hat + s noise,
+        noise_hat = (x_now - alpha_now x_hat) / sigma_now.
+
+    diffusers' clipping with DDIM. As a guidance of the sampler, both estimates would follow.
+
+    Args:
+        guidance: a `Guidance` that changes x_hat alone, or its name.
+        eta: as of `DDIM`.
+    """
+
+    def __init__(self, guidance="clip", eta: float = 0.0):
+        super().__init__(eta)
+        self.guidance = Guidance.get(guidance)
+
+    def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
+        """One implicit step; arguments and results as in `Solver.step`."""
+        estimate = denoise(x, now)
+        x_hat = self.guidance.change(estimate)
+        _, fresh = bridge(now, then)
+        kept = then.sigma * ops.sqrt(1.0 - self.eta**2 * fresh)
+        x = then.alpha * x_hat + kept * noise_of(x, estimate, now)
+        if self.stochastic:
+            x = x + self.eta * then.sigma * ops.sqrt(fresh) * noise()
+        return x, x_hat, state
+
+    def inverse(self, iterations: int = 1):
+        """There is none: what was clipped is lost."""
+        raise ValueError(f"{self!r} has no inverse: it clips. DDIM(eta=0.0) has one.")

@@ -1,0 +1,232 @@
+"""The weights that the papers' own code wrote: DiT's, and those of improved diffusion and guided diffusion.
+
+    network = dit("DiT-XL-2-256x256.pt")
+    network = guided("64x64_diffusion.safetensors", image_size=64, multipliers=(1, 2, 3, 4), new_order=True)
+
+Such a file says nothing of the network but the shapes of its weights, and what they do not show has to be said: how
+many heads there are, and the size of the images.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdiff.blocks.attention import MultiHeadAttention, SelfAttention
+from kdiff.blocks.convolution import ResidualBlock
+from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbedding
+from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm
+from kdiff.blocks.patches import Patchify, Unpatchify
+from kdiff.blocks.resampling import Downsample, Upsample
+from kdiff.blocks.transformer import FeedForward, TransformerBlock
+from kdiff.interop.files import State, read_state
+from kdiff.interop.transformers import patch_layout
+from kdiff.interop.weights import Part, Rows, Slot, assign, slots
+from kdiff.networks.dit import DiT, adaptive_block
+from kdiff.networks.unet import Level, UNet
+
+Source = str | Path | Mapping[str, Any]
+
+
+def read(source: Source) -> tuple[State, str]:
+    """The arrays, from a file or a mapping of arrays by name, and what to call them in an error.
+
+    Args:
+        source: a `.safetensors`, `.npz`, or `.pt` file, of which the last needs PyTorch and is read for its tensors
+            alone; or a mapping of arrays.
+    """
+    if isinstance(source, Mapping):
+        return {name: np.asarray(array) for name, array in source.items()}, "the state dict"
+    return read_state(source), str(source)
+
+
+def _shape(state: State, name: str, source: str) -> tuple[int, ...]:
+    if name not in state:
+        raise ValueError(
+            f"{source}: `{name}` is missing, which tells of what size the network is; it has: {list(state)[:5]}"
+        )
+    return state[name].shape
+
+
+def _count(state: State, prefix: str) -> int:
+    """How many modules there are of a list."""
+    numbers = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in state)
+    return 1 + max((int(found[1]) for found in numbers if found), default=-1)
+
+
+# --- DiT
+
+DIT_NAMES = {
+    MLPEmbedding: {"mlp.0": "hidden", "mlp.2": "output_layer"},
+    TransformerBlock: {
+        "adaLN_modulation.1": [
+            Part("self_attention.normalization.projection", rows=Rows((1, 0), 6)),
+            Part("self_attention.gate", rows=Rows((2,), 6)),
+            Part("feed_forward.normalization.projection", rows=Rows((4, 3), 6)),
+            Part("feed_forward.gate", rows=Rows((5,), 6)),
+        ],
+        "attn": "self_attention.attention",
+        "mlp": "feed_forward",
+    },
+    MultiHeadAttention: {
+        "qkv": [Part(name, rows=Rows((i,), 3)) for i, name in enumerate(("query", "key", "value"))],
+        "proj": "output_layer",
+    },
+    FeedForward: {"fc1": "hidden", "fc2": "output_layer"},
+    AdaptiveNorm: {"adaLN_modulation.1": Part("projection", rows=Rows((1, 0), 2))},
+    Patchify: {"proj": Part("projection", patch_layout)},
+    Unpatchify: {"linear": "projection"},
+}
+
+
+def dit(source: Source, heads: int = 16, image_size: int | None = None, strict: bool = True) -> DiT:
+    """A DiT of the paper (Peebles & Xie 2022) with its weights: the condition "label" is a class, or 1000 for none.
+
+    Args:
+        source: the weights, as of `read`.
+        heads: 16 in DiT-L and DiT-XL, 12 in DiT-B, 6 in DiT-S.
+        image_size: of the latents, an eighth of the picture's; None for the size for which positions are stored.
+        strict: whether weights that do not match are an error; otherwise a warning.
+    """
+    state, name = read(source)
+    width, channels, patch, _ = _shape(state, "x_embedder.proj.weight", name)
+    outputs = _shape(state, "final_layer.linear.weight", name)[0] // patch**2
+    classes = _shape(state, "y_embedder.embedding_table.weight", name)[0] - 1
+    network = DiT(
+        width,
+        _count(state, "blocks"),
+        patch,
+        adaptive_block(heads),
+        embedding=MLPEmbedding(SinusoidalEmbedding(256), width),
+        conditions={"label": LabelEmbedding(classes, dropout=0.1)},
+        out_channels=outputs,
+    )
+    positions = state.pop("pos_embed", None)  # a constant, which the network computes
+    if image_size is None and positions is not None:
+        image_size = patch * round(positions.shape[-2] ** 0.5)
+    network.build({"image": (None, image_size, image_size, channels), "time": (None,), "label": (None,)})
+    assign(dit_slots(network), state, name, strict)
+    return network
+
+
+def dit_slots(network: DiT) -> Iterator[Slot]:
+    """The names of the weights of a DiT in the paper's code."""
+    layers = {
+        "x_embedder": network.patchify,
+        "t_embedder": network.embedding,
+        "y_embedder.embedding_table": network.conditions["label"],
+        **{f"blocks.{i}": chain.layers[0] for i, chain in enumerate(network.blocks)},
+    }
+    for name, layer in layers.items():
+        yield from slots(layer, name, DIT_NAMES)
+    for layer in (network.last, network.head):
+        yield from slots(layer, "final_layer", DIT_NAMES)
+
+
+# --- improved and guided diffusion
+
+
+def _heads(new_order: bool):
+    """Which rows of the one layer for queries, keys and values are whose: all queries first, or head by head."""
+
+    def rows(chunk):
+        return lambda layer: Rows((chunk,), 3, 1 if new_order else layer._split[0])
+
+    return [Part(name, rows=rows(i)) for i, name in enumerate(("query", "key", "value"))]
+
+
+def _unet_names(new_order: bool) -> dict[type, dict[str, Any]]:
+    return {
+        MLPEmbedding: {"0": "hidden", "2": "output_layer"},
+        ResidualBlock: {
+            "in_layers.0": "normalization",
+            "in_layers.2": "first",
+            "emb_layers.1": ["projection", "second_normalization.projection"],
+            "out_layers.0": "second_normalization",
+            "out_layers.3": "second",
+            "skip_connection": "shortcut",
+        },
+        AdaptiveNorm: {"": "normalization"},
+        SelfAttention: {"norm": "normalization", "": "attention"},
+        MultiHeadAttention: {"qkv": _heads(new_order), "proj_out": "output_layer"},
+        Downsample: {"op": "convolution"},
+        Upsample: {"conv": "last"},
+    }
+
+
+def guided(
+    source: Source,
+    image_size: int,
+    multipliers: Sequence[int],
+    attention_at: Sequence[int] = (32, 16, 8),
+    heads: int | None = None,
+    head_width: int | None = 64,
+    scale_shift: bool = True,
+    new_order: bool = False,
+    strict: bool = True,
+) -> UNet:
+    """A U-Net of improved diffusion (Nichol & Dhariwal 2021) or guided diffusion (Dhariwal & Nichol 2021).
+
+    Args:
+        source: the weights, as of `read`.
+        image_size: of the images.
+        multipliers: the channels of each level as multiples of the first convolution's: `channel_mult` there.
+        attention_at: the sizes of maps with attention: `attention_resolutions` there.
+        heads: `num_heads`, if `head_width` is None.
+        head_width: `num_head_channels`; None where the number of heads is given.
+        scale_shift: `use_scale_shift_norm`.
+        new_order: `use_new_attention_order`: in that layer all queries come first, not head by head.
+        strict: whether weights that do not match are an error; otherwise a warning.
+    """
+    state, name = read(source)
+    width, channels = _shape(state, "input_blocks.0.0.weight", name)[:2]
+    resampled = any(re.match(r"input_blocks\.\d+\.0\.in_layers", key) for key in _resamplers(state, len(multipliers)))
+    norm = GroupNorm(32)
+    mixer = SelfAttention(None if head_width else heads or 1, head_width, norm, zero=False)
+    block = ResidualBlock(None, scale_shift, normalization=norm)
+    down = block.clone(resample=Downsample("average")) if resampled else Downsample(padding="symmetric")
+    up = block.clone(resample=Upsample(convolution=False)) if resampled else Upsample()
+    depth = (_count(state, "input_blocks") - len(multipliers)) // len(multipliers)
+    levels = [
+        Level(width * multiplier, depth, block, mixer if image_size // 2**i in attention_at else None, down, up)
+        for i, multiplier in enumerate(multipliers)
+    ]
+    classes = state["label_emb.weight"].shape[0] if "label_emb.weight" in state else None
+    network = UNet(
+        levels,
+        Level(levels[-1].width, 2, block, mixer),
+        MLPEmbedding(SinusoidalEmbedding(width), _shape(state, "time_embed.0.weight", name)[0]),
+        {} if classes is None else {"label": LabelEmbedding(classes)},
+        normalization=norm,
+        out_channels=_shape(state, "out.2.weight", name)[0],
+    )
+    labels = {} if classes is None else {"label": (None,)}
+    network.build({"image": (None, image_size, image_size, channels), "time": (None,), **labels})
+    assign(guided_slots(network, new_order), state, name, strict)
+    return network
+
+
+def _resamplers(state: State, levels: int) -> list[str]:
+    """The names of the weights of the blocks that end a level on the way down."""
+    depth = (_count(state, "input_blocks") - levels) // levels
+    ends = tuple(f"input_blocks.{(depth + 1) * i}." for i in range(1, levels))
+    return [name for name in state if name.startswith(ends)]
+
+
+def guided_slots(network: UNet, new_order: bool = False) -> Iterator[Slot]:
+    """The names of the weights of a U-Net in the code of improved and of guided diffusion."""
+    names = _unet_names(new_order)
+    for name, layer in _named_layers(network):
+        yield from slots(layer, name, names)
+
+
+def _named_layers(network):
+    yield from {"time_embed": network.embedding, "label_emb": network.conditions.get("label")}.items()
+    yield "input_blocks.0.0", network.stem
+    for way, chains, first in (("input_blocks", network.down, 1), ("output_blocks", network.up, 0)):
+        for i, chain in enumerate(chains):
+            yield from ((f"{way}.{first + i}.{j}", layer) for j, layer in enumerate(chain.layers))
+    yield from ((f"middle_block.{i}", layer) for i, layer in enumerate(network.bridge.layers))
+    yield from {"out.0": network.normalization, "out.2": network.head}.items()

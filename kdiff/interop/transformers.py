@@ -1,0 +1,106 @@
+"""diffusers' transformers: DiT's configuration as ours, and the names of its weights.
+
+    DiTTransformer2DModel    DiT on latents, with classes
+
+In older files the class is `Transformer2DModel`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbedding
+from kdiff.blocks.normalization import AdaptiveNorm
+from kdiff.blocks.patches import Patchify, Unpatchify
+from kdiff.blocks.transformer import TransformerBlock
+from kdiff.interop import unets
+from kdiff.interop.configs import Described, Key, complete, only
+from kdiff.interop.unets import image_shape
+from kdiff.interop.weights import Layout, Part, Rows, Slot, slots
+from kdiff.networks.dit import DiT, adaptive_block
+
+DIT = {
+    "num_attention_heads": Key(16),
+    "attention_head_dim": Key(72),
+    "in_channels": Key(4),
+    "out_channels": Key(None),
+    "num_layers": Key(28),
+    "dropout": Key(0.0),
+    "norm_num_groups": Key(32),
+    "attention_bias": Key(True),
+    "sample_size": Key(32),
+    "patch_size": Key(2),
+    "activation_fn": Key("gelu-approximate", ("gelu-approximate", "gelu")),
+    "num_embeds_ada_norm": Key(1000),
+    "upcast_attention": Key(False),
+    "norm_type": only("ada_norm_zero"),
+    "norm_elementwise_affine": only(False),
+    # The paper's is 1e-6, and the network has that; diffusers has 1e-5 in one of a block's two normalisations.
+    "norm_eps": only(1e-5, 1e-6),
+}
+# Keys of the class that had been DiT's, `Transformer2DModel`, where they say nothing of it.
+OLD_KEYS = ("cross_attention_dim", "num_vector_embeds", "only_cross_attention", "use_linear_projection")
+ACTIVATIONS = {"gelu-approximate": "gelu_tanh", "gelu": "gelu"}
+
+
+def dit(config: dict[str, Any], source: Any) -> Described:
+    """The network that a `DiTTransformer2DModel` is: the condition "label" is a class, or their number for none."""
+    config = complete(config, DIT, source, OLD_KEYS)
+    heads, width = config["num_attention_heads"], config["num_attention_heads"] * config["attention_head_dim"]
+    options = {"bias": config["attention_bias"], "dropout": config["dropout"]}
+    network = DiT(
+        width,
+        config["num_layers"],
+        config["patch_size"],
+        adaptive_block(heads, activation=ACTIVATIONS[config["activation_fn"]], **options),
+        embedding=MLPEmbedding(SinusoidalEmbedding(256, shift=1), width),
+        conditions={"label": LabelEmbedding(config["num_embeds_ada_norm"], dropout=0.1)},
+        out_channels=config["out_channels"] or config["in_channels"],
+    )
+    return Described(network, {"image": image_shape(config), "label": (None,)})
+
+
+# --- names of weights
+
+
+def patch_layout(layer: Patchify | Unpatchify) -> Layout:
+    """The kernel of the convolution whose stride is its size, (width, channels, size, size)."""
+
+    def theirs(kernel):
+        return kernel.reshape(layer.size, layer.size, -1, kernel.shape[-1]).transpose(3, 2, 0, 1)
+
+    return Layout(lambda array: array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0]), theirs)
+
+
+NAMES = {
+    **{layer: unets.NAMES[layer] for layer in unets.NAMES if layer is not AdaptiveNorm},
+    MLPEmbedding: {"linear_1": "hidden", "linear_2": "output_layer"},
+    # One dense layer makes shift, scale and gate of the attention, and of the feed-forward layer, in this order.
+    TransformerBlock: {
+        "norm1.linear": [
+            Part("self_attention.normalization.projection", rows=Rows((1, 0), 6)),
+            Part("self_attention.gate", rows=Rows((2,), 6)),
+            Part("feed_forward.normalization.projection", rows=Rows((4, 3), 6)),
+            Part("feed_forward.gate", rows=Rows((5,), 6)),
+        ],
+        "attn1": "self_attention.attention",
+        "ff": "feed_forward",
+    },
+    AdaptiveNorm: {"": Part("projection", rows=Rows((1, 0), 2))},
+    Patchify: {"": Part("projection", patch_layout)},
+    Unpatchify: {"": "projection"},
+}
+
+
+def dit_slots(network: DiT) -> Iterator[Slot]:
+    """The names of the weights of a DiT. Each block holds a copy of the embeddings of time and class."""
+    for name, layer in _named_layers(network):
+        yield from slots(layer, name, NAMES)
+
+
+def _named_layers(network):
+    yield "pos_embed.proj", network.patchify
+    for i, chain in enumerate(network.blocks):
+        yield f"transformer_blocks.{i}", chain.layers[0]
+        yield f"transformer_blocks.{i}.norm1.emb.timestep_embedder", network.embedding
+        yield f"transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table", network.conditions["label"]
+    yield from {"proj_out_1": network.last, "proj_out_2": network.head}.items()

@@ -1,0 +1,463 @@
+"""diffusers' U-Nets: their configuration as ours, and the names of their weights.
+
+    UNet2DModel             DDPM's U-Net, with or without attention and classes; NCSN++
+    UNet2DConditionModel    Stable Diffusion's, with attention to a context, and Stable Diffusion XL's
+
+Each level must have the same kind of block on its way down and on its way up.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from kdiff.blocks.attention import MultiHeadAttention, SelfAttention
+from kdiff.blocks.base import apply_layer, build_layer
+from kdiff.blocks.convolution import ResidualBlock
+from kdiff.blocks.embeddings import FourierEmbedding, LabelEmbedding, MLPEmbedding, SinusoidalEmbedding
+from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm
+from kdiff.blocks.resampling import Downsample, FIRDownsample, FIRUpsample, Upsample
+from kdiff.blocks.transformer import FeedForward, SpatialTransformer, TransformerBlock
+from kdiff.interop.configs import Described, Key, complete, each, kind, only
+from kdiff.interop.weights import Slot, slots
+from kdiff.networks.ncsnpp import InputSkip, NCSNpp, OutputSkip
+from kdiff.networks.unet import Level, UNet
+
+UNET_2D = {
+    "sample_size": Key(None),
+    "in_channels": Key(3),
+    "out_channels": Key(3),
+    "center_input_sample": only(False),
+    "time_embedding_type": Key("positional", ("positional", "fourier")),
+    "time_embedding_dim": Key(None),
+    "freq_shift": Key(0),
+    "flip_sin_to_cos": Key(True),
+    "down_block_types": Key(("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")),
+    "mid_block_type": only("UNetMidBlock2D"),
+    "up_block_types": Key(("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")),
+    "block_out_channels": Key((224, 448, 672, 896)),
+    "layers_per_block": Key(2),
+    "mid_block_scale_factor": Key(1),
+    "downsample_padding": Key(1, (0, 1)),
+    "downsample_type": Key("conv", ("conv", "resnet")),
+    "upsample_type": Key("conv", ("conv", "resnet")),
+    "dropout": Key(0.0),
+    "act_fn": only("silu", "swish"),
+    "attention_head_dim": Key(8),
+    "norm_num_groups": Key(32),
+    "attn_norm_num_groups": Key(None),
+    "norm_eps": Key(1e-5),
+    "resnet_time_scale_shift": Key("default", ("default", "scale_shift")),
+    "add_attention": Key(True),
+    "class_embed_type": Key(None, (None, "timestep", "identity")),
+    "num_class_embeds": Key(None),
+    "num_train_timesteps": Key(None),
+}
+
+UNET_2D_CONDITION = {
+    **{name: key for name, key in UNET_2D.items() if name not in ("downsample_type", "upsample_type")},
+    "in_channels": Key(4),
+    "out_channels": Key(4),
+    "time_embedding_type": only("positional"),
+    "down_block_types": Key(("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")),
+    "mid_block_type": Key("UNetMidBlock2DCrossAttn", ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")),
+    "up_block_types": Key(("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")),
+    "block_out_channels": Key((320, 640, 1280, 1280)),
+    "only_cross_attention": only(False),
+    "cross_attention_dim": Key(1280),
+    "transformer_layers_per_block": Key(1),
+    "reverse_transformer_layers_per_block": only(None),
+    "encoder_hid_dim": only(None),
+    "encoder_hid_dim_type": only(None),
+    "num_attention_heads": Key(None),
+    "dual_cross_attention": only(False),
+    "use_linear_projection": Key(False),
+    "class_embed_type": Key(None, (None, "timestep", "identity")),
+    "addition_embed_type": Key(None, (None, "text_time")),
+    "addition_time_embed_dim": Key(None),
+    "upcast_attention": Key(False),
+    "resnet_skip_time_act": only(False),
+    "resnet_out_scale_factor": only(1.0),
+    "time_embedding_act_fn": only(None),
+    "timestep_post_act": only(None),
+    "time_cond_proj_dim": only(None),
+    "conv_in_kernel": only(3),
+    "conv_out_kernel": only(3),
+    "projection_class_embeddings_input_dim": Key(None),
+    "attention_type": only("default"),
+    "class_embeddings_concat": only(False),
+    "mid_block_only_cross_attention": only(None, False),
+    "cross_attention_norm": only(None),
+    "addition_embed_type_num_heads": Key(64),
+}
+# Keys that only one of the two has, as it is in the other.
+SHARED = {"downsample_type": "conv", "upsample_type": "conv"}
+
+
+class Kind(NamedTuple):
+    """What a type of block says: the mixer after each residual block, and how the size changes.
+
+    Attributes:
+        mixer: a key of the mixers, or None.
+        resample: "conv", "resnet"; None for as the configuration says.
+    """
+
+    mixer: str | None = None
+    resample: str | None = "conv"
+
+
+DOWN = {
+    "DownBlock2D": Kind(),
+    "AttnDownBlock2D": Kind("self", None),
+    "ResnetDownsampleBlock2D": Kind(None, "resnet"),
+    "CrossAttnDownBlock2D": Kind("cross"),
+}
+UP = {
+    "UpBlock2D": Kind(),
+    "AttnUpBlock2D": Kind("self", None),
+    "ResnetUpsampleBlock2D": Kind(None, "resnet"),
+    "CrossAttnUpBlock2D": Kind("cross"),
+}
+SKIP_DOWN = {"SkipDownBlock2D": Kind(), "AttnSkipDownBlock2D": Kind("self")}
+SKIP_UP = {"SkipUpBlock2D": Kind(), "AttnSkipUpBlock2D": Kind("self")}
+
+
+def unet_2d(config: dict[str, Any], source: Any) -> Described:
+    """The network that a `UNet2DModel` is."""
+    config = complete(config, UNET_2D, source)
+    if set(config["down_block_types"]) & set(SKIP_DOWN):
+        return _ncsnpp(config, source)
+    if config["time_embedding_type"] != "positional":
+        raise ValueError(f"{source}: `time_embedding_type` 'fourier' needs blocks of {list(SKIP_DOWN)}")
+    mixers = {None: lambda i, width: None, "self": lambda i, width: _self_attention(config, width)}
+    network = UNet(_levels(config, mixers, source), _middle(config), _time(config), _classes(config), **_ends(config))
+    return Described(network, _shapes(config))
+
+
+def unet_2d_condition(config: dict[str, Any], source: Any) -> Described:
+    """The network that a `UNet2DConditionModel` is: the condition "context" is the tokens of the text, as they come."""
+    config = {**SHARED, **complete(config, UNET_2D_CONDITION, source)}
+    count = len(config["block_out_channels"])
+    heads = each(config["num_attention_heads"] or config["attention_head_dim"], count, source, "attention_head_dim")
+    depths = each(config["transformer_layers_per_block"], count, source, "transformer_layers_per_block")
+    if len(set(each(config["cross_attention_dim"], count, source, "cross_attention_dim"))) > 1:
+        received = config["cross_attention_dim"]
+        raise ValueError(f"{source}: `cross_attention_dim` must be one number; received: {received}")
+
+    def cross(i, width):
+        return _spatial(config, depths[i], heads[i], width)
+
+    def attention(i, width):
+        return _self_attention({**config, "attention_head_dim": heads[i]}, width)
+
+    levels = _levels(config, {None: lambda i, width: None, "self": attention, "cross": cross}, source)
+    width = config["block_out_channels"][-1]
+    crossed = config["mid_block_type"] == "UNetMidBlock2DCrossAttn"
+    middle = Level(width, 2, _block(config), cross(-1, width)) if crossed else Level(width, 1, _block(config))
+    conditions = {"context": keras.layers.Identity(), **_classes(config)}
+    if config["addition_embed_type"] is None:
+        return Described(UNet(levels, middle, _time(config), conditions, **_ends(config)), _shapes(config))
+    waves = _waves(config, config["addition_time_embed_dim"])
+    conditions |= {"text_embeds": keras.layers.Identity(), "time_ids": waves}
+    added = MLPEmbedding(keras.layers.Identity(), _time_width(config))
+    arguments = {"levels": levels, "middle": middle, "embedding": _time(config), "conditions": conditions}
+    return Described(TextTimeUNet(added, **arguments, **_ends(config)), _shapes(config))
+
+
+def _ncsnpp(config, source) -> Described:
+    """NCSN++. Its `time` is the logarithm of what diffusers calls so, sigma."""
+    widths = list(config["block_out_channels"])
+    if config["time_embedding_type"] != "fourier" or any(width % 64 for width in widths):
+        raise ValueError(
+            f"{source}: with blocks of {list(SKIP_DOWN)}, `time_embedding_type` must be 'fourier' and 64 must divide "
+            f"`block_out_channels`; received: {config['time_embedding_type']!r} and {widths}"
+        )
+    own, rescale = GroupNorm(epsilon=config["norm_eps"]), {"rescale": math.sqrt(2)}
+    block = _block(config, **rescale).clone(normalization=own)
+    mixers = [one.mixer for one in _kinds(config, len(widths), source, SKIP_DOWN, SKIP_UP)[0]]
+    attention = [
+        _self_attention(config, width, GroupNorm(32, config["norm_eps"]), **rescale) if mixer else None
+        for mixer, width in zip(mixers, widths, strict=True)
+    ]
+    down = block.clone(resample=FIRDownsample(), project=True)
+    up = block.clone(resample=FIRUpsample(), project=True)
+    depth = config["layers_per_block"]
+    network = NCSNpp(
+        [Level(width, depth, block, attention[i], down, up, up_mixers=1) for i, width in enumerate(widths)],
+        _middle(config),
+        MLPEmbedding(FourierEmbedding(2 * widths[0], 16.0, sine_first=True), _time_width(config)),
+        _classes(config),
+        **_ends(config),
+        progressive_input=InputSkip(),
+        progressive_output=OutputSkip(normalization=own),
+        divide=True,
+    )
+    return Described(network, _shapes(config))
+
+
+class TextTimeUNet(UNet):
+    """Stable Diffusion XL's U-Net: a vector of the text and some numbers (sizes, crops) are embedded together.
+
+    Podell et al., "SDXL" (2023), sections 2.2 and 2.4: `embed` is that of a UNet plus
+    `added([text_embeds, waves of each of time_ids])`.
+
+    Args:
+        added: the layer that makes a vector of both.
+        options: the arguments of `UNet`, by name; `conditions` has "text_embeds", whose layer gives (batch, dim), and
+            "time_ids", whose layer gives (batch, numbers, dim).
+    """
+
+    together = ("text_embeds", "time_ids")
+
+    def __init__(self, added: keras.layers.Layer, **options):
+        super().__init__(**options)
+        self.added = added
+
+    @classmethod
+    def _argument_defaults(cls):
+        return {**super()._argument_defaults(), **UNet._argument_defaults()}
+
+    def _build_embeddings(self, shapes):
+        vector, numbers = (build_layer(self.conditions[name], shapes[name]) for name in self.together)
+        build_layer(self.added, (vector[0], vector[-1] + numbers[-2] * numbers[-1]))
+        return self._of_the_others(super()._build_embeddings, shapes)
+
+    def _embed(self, inputs, training):
+        vector, numbers = (apply_layer(self.conditions[name], inputs[name]) for name in self.together)
+        numbers = ops.reshape(numbers, (ops.shape(numbers)[0], numbers.shape[1] * numbers.shape[2]))
+        both = ops.concatenate([ops.cast(vector, numbers.dtype), numbers], axis=-1)
+        embed, context = self._of_the_others(super()._embed, inputs, training)
+        return embed + ops.cast(self.added(both), embed.dtype), context
+
+    def _of_the_others(self, method, *arguments):
+        """What a method of `UNet` gives with the other conditions alone."""
+        conditions = self.conditions
+        object.__setattr__(self, "conditions", {k: v for k, v in conditions.items() if k not in self.together})
+        try:
+            return method(*arguments)
+        finally:
+            object.__setattr__(self, "conditions", conditions)
+
+
+def _levels(config, mixers, source) -> list[Level]:
+    widths = list(config["block_out_channels"])
+    down, up = _kinds(config, len(widths), source)
+    depths = each(config["layers_per_block"], len(widths), source, "layers_per_block")
+    levels = []
+    for i, width in enumerate(widths):
+        coarser = up[min(i + 1, len(up) - 1)]  # whose block it is that ends in this level's upsampling
+        downsample = _resampler("down", down[i].resample or config["downsample_type"], config)
+        upsample = _resampler("up", coarser.resample or config["upsample_type"], config)
+        levels.append(Level(width, depths[i], _block(config), mixers[down[i].mixer](i, width), downsample, upsample))
+    return levels
+
+
+def _ends(config) -> dict[str, Any]:
+    return {"normalization": _norm(config), "out_channels": config["out_channels"]}
+
+
+def _kinds(config, count, source, down_kinds=DOWN, up_kinds=UP):
+    """(down, up): the kinds of the levels, both from the finest."""
+    down = [kind(down_kinds, one, source, "down_block_types") for one in config["down_block_types"]]
+    up = [kind(up_kinds, one, source, "up_block_types") for one in config["up_block_types"]][::-1]
+    if not len(down) == len(up) == count:
+        raise ValueError(
+            f"{source}: `block_out_channels`, `down_block_types` and `up_block_types` must have one length; received: "
+            f"{count}, {len(down)} and {len(up)}"
+        )
+    if [one.mixer for one in down] != [one.mixer for one in up]:
+        raise ValueError(
+            f"{source}: `up_block_types` must mirror `down_block_types`, with attention at the same levels; received: "
+            f"{config['down_block_types']} and {config['up_block_types']}"
+        )
+    return down, up
+
+
+def _norm(config) -> GroupNorm:
+    return GroupNorm(config["norm_num_groups"], config["norm_eps"])
+
+
+def _block(config, **options) -> ResidualBlock:
+    shift = config["resnet_time_scale_shift"] == "scale_shift"
+    return ResidualBlock(None, shift, config["dropout"], normalization=_norm(config), **options)
+
+
+def _self_attention(config, width, norm=None, **options) -> SelfAttention:
+    head_width = config["attention_head_dim"] or width
+    return SelfAttention(max(1, width // head_width), head_width, norm or _norm(config), zero=False, **options)
+
+
+def _spatial(config, depth, heads, width) -> SpatialTransformer:
+    return SpatialTransformer(depth, heads, width // heads, normalization=GroupNorm(config["norm_num_groups"], 1e-6))
+
+
+def _resampler(direction, how, config) -> keras.layers.Layer:
+    return RESAMPLERS[direction, how](config)
+
+
+RESAMPLERS = {
+    ("down", "conv"): lambda config: Downsample(padding=PADDINGS[config["downsample_padding"]]),
+    ("down", "resnet"): lambda config: _block(config, resample=Downsample("average")),
+    ("up", "conv"): lambda config: Upsample(),
+    ("up", "resnet"): lambda config: _block(config, resample=Upsample(convolution=False)),
+}
+PADDINGS = {0: "same", 1: "symmetric"}
+
+
+def _middle(config) -> Level:
+    """Two blocks, with attention between them, whose normalisation may have groups of its own, or be left out."""
+    width, rescale = config["block_out_channels"][-1], config["mid_block_scale_factor"]
+    options = {} if rescale == 1 else {"rescale": rescale}
+    if not config["add_attention"]:
+        return Level(width, 2, _block(config, **options))
+    groups = config["attn_norm_num_groups"]
+    if groups is None and config["resnet_time_scale_shift"] == "default":
+        groups = config["norm_num_groups"]
+    norm = keras.layers.Identity() if groups is None else GroupNorm(groups, config["norm_eps"])
+    return Level(width, 2, _block(config, **options), _self_attention(config, width, norm, **options))
+
+
+def _waves(config, width) -> SinusoidalEmbedding:
+    return SinusoidalEmbedding(width, sine_first=not config["flip_sin_to_cos"], shift=config["freq_shift"])
+
+
+def _time(config) -> MLPEmbedding:
+    return MLPEmbedding(_waves(config, config["block_out_channels"][0]), _time_width(config))
+
+
+def _time_width(config) -> int:
+    return config["time_embedding_dim"] or 4 * config["block_out_channels"][0]
+
+
+def _classes(config) -> dict[str, keras.layers.Layer]:
+    if config["class_embed_type"] is None and config["num_class_embeds"] is None:
+        return {}
+    kinds = {
+        None: lambda: LabelEmbedding(config["num_class_embeds"]),
+        "timestep": lambda: _time(config),
+        "identity": keras.layers.Identity,
+    }
+    return {"label": kinds[config["class_embed_type"]]()}
+
+
+def _shapes(config) -> dict[str, tuple]:
+    """Of the inputs. Texts have 77 tokens, as CLIP's, but a call may bring any number."""
+    shapes = {"image": image_shape(config)}
+    if config.get("cross_attention_dim"):
+        shapes["context"] = (None, None, each(config["cross_attention_dim"], 1, "", "cross_attention_dim")[0])
+    if config["class_embed_type"] or config["num_class_embeds"] is not None:
+        shapes["label"] = (None, _time_width(config)) if config["class_embed_type"] == "identity" else (None,)
+    if config.get("addition_embed_type"):
+        numbers = 6  # two sizes, a corner, each of height and width
+        vector = config["projection_class_embeddings_input_dim"] - numbers * config["addition_time_embed_dim"]
+        shapes |= {"text_embeds": (None, vector), "time_ids": (None, numbers)}
+    return shapes
+
+
+def image_shape(config: dict[str, Any]) -> tuple:
+    """(batch, height, width, channels), with None for what is not said."""
+    size = config["sample_size"]
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return (None, height, width, config["in_channels"])
+
+
+# --- names of weights
+
+NAMES = {
+    MLPEmbedding: {"linear_1": "hidden", "linear_2": "output_layer"},
+    ResidualBlock: {
+        "norm1": "normalization",
+        "conv1": "first",
+        "time_emb_proj": ["projection", "second_normalization.projection"],
+        "norm2": "second_normalization",
+        "conv2": "second",
+        "conv_shortcut": "shortcut",
+    },
+    AdaptiveNorm: {"": "normalization"},
+    SelfAttention: {"group_norm": "normalization", "": "attention"},
+    SpatialTransformer: {
+        "norm": "normalization",
+        "proj_in": "projection_in",
+        "transformer_blocks.*": "blocks",
+        "proj_out": "projection_out",
+    },
+    TransformerBlock: {
+        "norm1": "self_attention.normalization",
+        "attn1": "self_attention.attention",
+        "norm2": "cross_attention.normalization",
+        "attn2": "cross_attention.attention",
+        "norm3": "feed_forward.normalization",
+        "ff": "feed_forward",
+    },
+    FeedForward: {"net.0.proj": "hidden", "net.2": "output_layer"},
+    MultiHeadAttention: {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "output_layer"},
+    Downsample: {"conv": "convolution"},
+    Upsample: {"conv": "last"},
+}
+# Older files have the attention of DDPM under these.
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def unet_slots(network: UNet) -> Iterator[Slot]:
+    """The names of the weights of a U-Net."""
+    for name, layer in _named_layers(network):
+        yield from slots(layer, name, NAMES)
+
+
+def _named_layers(network: UNet) -> Iterator[tuple[str, keras.layers.Layer]]:
+    yield from {"conv_in": network.stem, "time_embedding": network.embedding}.items()
+    yield from (("class_embedding", layer) for name, layer in network.conditions.items() if name == "label")
+    yield "add_embedding", getattr(network, "added", None)
+    if isinstance(network.embedding.embedding, FourierEmbedding):
+        yield "time_proj", network.embedding.embedding
+    down, up = iter(network.down), iter(network.up)
+    last = len(network.levels) - 1
+    skips = isinstance(network, NCSNpp)
+    for i, level in enumerate(network.levels):
+        for j in range(level.depth):
+            yield from _unit(f"down_blocks.{i}", j, j, next(down).layers, "")
+        if i < last:
+            yield f"down_blocks.{i}.{'resnet_down' if skips else 'downsamplers.0'}", next(down).layers[0]
+    yield from _bridge(network)
+    for i, level in reversed(list(enumerate(network.levels))):
+        plain = 0 if level.up_mixers is None else level.depth + 1 - level.up_mixers
+        for j in range(level.depth + 1):
+            yield from _unit(f"up_blocks.{last - i}", j, j - plain, next(up).layers, "upsamplers.0")
+    yield from _skips(network, last) if skips else ()
+    yield from {"conv_norm_out": network.normalization, "conv_out": network.head}.items()
+
+
+def _unit(name, index, mixer, layers, after):
+    """The layers of a unit: a block; a mixer, if there is one; what changes the size, at the end of a level."""
+    kinds = {SelfAttention: f"attentions.{mixer}", SpatialTransformer: f"attentions.{mixer}"}
+    for layer in layers[1:]:
+        yield f"{name}.{kinds.get(type(layer), after)}", layer
+    yield f"{name}.resnets.{index}", layers[0]
+
+
+def _skips(network: NCSNpp, last: int):
+    """What leads the image down and the output up."""
+    for i, (inner, outer, grow) in enumerate(zip(network.inputs_down, network.outputs_up, network.grow, strict=True)):
+        up = f"up_blocks.{last - 1 - i}"
+        yield f"down_blocks.{i}.skip_conv", inner.convolution
+        yield from {f"{up}.skip_norm": outer.normalization, f"{up}.skip_conv": outer.convolution}.items()
+        yield f"{up}.resnet_up", grow.layers[0]
+
+
+def _bridge(network):
+    step = 1 if network.middle.mixer is None else 2
+    for i, layer in enumerate(network.bridge.layers):
+        yield f"mid_block.{'resnets' if i % step == 0 else 'attentions'}.{i // step}", layer
+
+
+def renamed(state: dict[str, Any]) -> dict[str, Any]:
+    """The state dict with the names of today."""
+    return {".".join(_renamed(name.split("."))): array for name, array in state.items()}
+
+
+def _renamed(words: list[str]) -> list[str]:
+    if "attentions" in words and len(words) > 1:
+        words = [*words[:-2], OLD_NAMES.get(words[-2], words[-2]), words[-1]]
+    return words

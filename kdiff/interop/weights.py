@@ -1,0 +1,233 @@
+"""Weights by foreign names: a table says what each of our layers is called elsewhere, and one walk does the rest.
+
+A `Slot` pairs one array of a state dict, or some of its rows, with one variable. `assign` reads all slots, `export`
+writes them. PyTorch keeps kernels with the outputs first, (out, in, height, width) and (out, in); Keras last.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Self
+
+import keras
+import numpy as np
+
+from kdiff.blocks.embeddings import FourierEmbedding, LabelEmbedding, LearnedEmbedding
+from kdiff.blocks.normalization import GroupNorm, LayerNorm, RMSNorm
+from kdiff.interop.files import State
+
+
+class Rows(NamedTuple):
+    """Rows of an array whose first axis is `groups` times `of` chunks: in each group the `chunks`, in that order."""
+
+    chunks: tuple[int, ...]
+    of: int
+    groups: int = 1
+
+    def take(self, array: np.ndarray) -> np.ndarray:
+        """The rows."""
+        parts = array.reshape(self.groups, self.of, -1, *array.shape[1:])[:, list(self.chunks)]
+        return parts.reshape(-1, *array.shape[1:])
+
+    def put(self, rows: np.ndarray, array: np.ndarray | None) -> np.ndarray:
+        """`array`, or a new one, with these rows."""
+        width = len(rows) // (self.groups * len(self.chunks))
+        shape = (self.groups, self.of, width, *rows.shape[1:])
+        whole = np.zeros(shape, rows.dtype) if array is None else array.reshape(shape)
+        whole[:, list(self.chunks)] = rows.reshape(self.groups, len(self.chunks), width, *rows.shape[1:])
+        return whole.reshape(-1, *rows.shape[1:])
+
+
+class Slot(NamedTuple):
+    """Where a variable's numbers stand in a state dict.
+
+    Attributes:
+        name: of the array.
+        variable: the Keras variable.
+        layout: how it is laid out there, a `Layout` or a key of `LAYOUTS`.
+        rows: which of its rows are meant; None for all.
+    """
+
+    name: str
+    variable: Any
+    layout: Any = "same"
+    rows: Rows | None = None
+
+
+class Layout(NamedTuple):
+    """A way to our layout and the way back."""
+
+    ours: Any
+    theirs: Any
+
+
+def _matrix(array: np.ndarray) -> np.ndarray:
+    """A dense kernel, or a convolution of size 1 that does the same."""
+    return array.reshape(array.shape[:2]).T if array.ndim > 1 and set(array.shape[2:]) <= {1} else array
+
+
+LAYOUTS = {
+    "same": Layout(lambda array: array, lambda array: array),
+    "dense": Layout(_matrix, lambda array: array.T),
+    "pixel": Layout(_matrix, lambda array: array.T[:, :, None, None]),
+    "line": Layout(_matrix, lambda array: array.T[:, :, None]),
+    "convolution": Layout(lambda array: _moved(array, (2, 3, 1, 0)), lambda array: array.transpose(3, 2, 0, 1)),
+}
+
+# The variables of a layer that holds some itself: their names there, here, and the layout.
+LEAVES = {
+    keras.layers.Dense: (("weight", "kernel", "dense"), ("bias", "bias", "same")),
+    keras.layers.Conv2D: (("weight", "kernel", "convolution"), ("bias", "bias", "same")),
+    GroupNorm: (("weight", "gamma", "same"), ("bias", "beta", "same")),
+    LayerNorm: (("weight", "gamma", "same"), ("bias", "beta", "same")),
+    RMSNorm: (("weight", "gamma", "same"),),
+    LabelEmbedding: (("weight", "table", "same"),),
+    LearnedEmbedding: (("weight", "table", "same"),),
+    FourierEmbedding: (("weight", "frequencies", "same"),),
+}
+
+
+def _moved(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    return array.transpose(axes) if array.ndim == len(axes) else array
+
+
+class Part(NamedTuple):
+    """A layer inside another, by what it is called there.
+
+    Attributes:
+        path: of attributes, from the outer layer; where it leads nowhere, the part is left out.
+        layout: of its kernel, in place of the layer's own.
+        rows: the rows of the foreign arrays that are its; None for all.
+
+    Both may be functions of the outer layer.
+    """
+
+    path: str
+    layout: Any = None
+    rows: Any = None
+
+    def of(self, layer: Any) -> Self:
+        """With those of one layer in place of functions."""
+        return Part(self.path, *(value(layer) if callable(value) else value for value in self[1:]))
+
+
+Names = Mapping[type, Mapping[str, Any]]
+
+
+def slots(layer: Any, name: str, names: Names, part: Part | None = None) -> Iterator[Slot]:
+    """The slots of a layer and of all inside it.
+
+    Args:
+        layer: a built layer; None has no slots.
+        name: what the layer is called.
+        names: for each class of layer, what its parts are called: a path, a `Part`, or a list of them. In the name of
+            a list of layers, "*" is the number of each.
+        part: what the layer is to the one around it.
+    """
+    kind = next((kind for kind in type(layer).__mro__ if kind in names or kind in LEAVES), None)
+    if kind in names:
+        for inner, choices in names[kind].items():
+            for one in choices if isinstance(choices, list) else [choices]:
+                one = one if isinstance(one, Part) else Part(one)
+                for found, called in _numbered(_follow(layer, one.path), _join(name, inner)):
+                    yield from slots(found, called, names, one.of(layer))
+    elif kind is not None:
+        yield from _leaf(layer, name, LEAVES[kind], part or Part(""))
+
+
+def _numbered(layer: Any, name: str) -> Iterator[tuple[Any, str]]:
+    if "*" in name:
+        yield from ((one, name.replace("*", str(i))) for i, one in enumerate(layer))
+    else:
+        yield layer, name
+
+
+def _leaf(layer, name, entries, part):
+    for theirs, ours, layout in entries:
+        variable = getattr(layer, ours, None)
+        if variable is not None:
+            changed = part.layout if part.layout and theirs == "weight" else layout
+            yield Slot(_join(name, theirs), variable, changed, part.rows)
+
+
+def _join(*names: str) -> str:
+    return ".".join(filter(None, names))
+
+
+def _follow(layer: Any, path: str) -> Any:
+    for attribute in filter(None, path.split(".")):
+        layer = getattr(layer, attribute, None)
+    return layer
+
+
+def assign(wanted: Iterable[Slot], state: State, source: Any, strict: bool = True) -> None:
+    """Gives every variable its numbers.
+
+    Args:
+        wanted: the slots. A variable with several, which hold copies, must find the same numbers in each.
+        state: the arrays by name.
+        source: the file or folder, for the error.
+        strict: whether whatever does not match is an error; otherwise it is a warning, and the rest is assigned.
+
+    Raises:
+        ValueError: with the list of all that is missing, is not expected, has another shape, or differs from its copy.
+    """
+    wanted = list(wanted)
+    found: dict[int, tuple[Slot, np.ndarray]] = {}
+    wrong = [f"missing: {slot.name}" for slot in wanted if slot.name not in state]
+    wrong += [f"not expected: {name} {state[name].shape}" for name in sorted(set(state) - {s.name for s in wanted})]
+    for slot in (slot for slot in wanted if slot.name in state):
+        wrong += _take(slot, state[slot.name], found)
+    _report(wrong, source, strict)
+    for slot, array in found.values():
+        slot.variable.assign(array)
+
+
+def _take(slot: Slot, array: np.ndarray, found: dict) -> list[str]:
+    """Adds to `found` what the slot reads; returns what is wrong with it."""
+    ours = _read(slot, array)
+    if ours is None or ours.shape != tuple(slot.variable.shape):
+        return [f"shape: {slot.name} is {array.shape}, which does not make {tuple(slot.variable.shape)}"]
+    if not np.all(np.isfinite(ours)):
+        return [f"not finite: {slot.name}"]
+    first, before = found.setdefault(id(slot.variable), (slot, ours))
+    return [] if np.array_equal(before, ours) else [f"differs: {slot.name} from {first.name}, whose copy it should be"]
+
+
+def _read(slot: Slot, array: np.ndarray) -> np.ndarray | None:
+    if slot.rows is not None:
+        if array.ndim == 0 or array.shape[0] % (slot.rows.groups * slot.rows.of):
+            return None
+        array = slot.rows.take(array)
+    try:
+        return _layout(slot).ours(array)
+    except ValueError:  # of another number of axes
+        return None
+
+
+def _layout(slot: Slot) -> Layout:
+    return LAYOUTS[slot.layout] if isinstance(slot.layout, str) else slot.layout
+
+
+def _report(wrong: list[str], source: Any, strict: bool) -> None:
+    if not wrong:
+        return
+    message = f"{source}: {len(wrong)} arrays do not match the network:\n  " + "\n  ".join(wrong)
+    if strict:
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=4)
+
+
+def export(wanted: Iterable[Slot], values: Mapping[int, Any] | None = None) -> State:
+    """The arrays of all slots by name, float32.
+
+    Args:
+        wanted: the slots.
+        values: variables to take in place of others, by the `id` of those.
+    """
+    state: State = {}
+    for slot in wanted:
+        variable = (values or {}).get(id(slot.variable), slot.variable)
+        array = np.asarray(keras.ops.convert_to_numpy(variable), "float32")
+        array = _layout(slot).theirs(array)
+        state[slot.name] = array if slot.rows is None else slot.rows.put(array, state.get(slot.name))
+    return state

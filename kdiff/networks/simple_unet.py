@@ -1,0 +1,97 @@
+"""A small U-Net to read from top to bottom: no templates, no options, each layer made and called in plain sight."""
+
+from collections.abc import Mapping, Sequence
+
+import keras
+from keras import ops
+
+from kdiff.base import check_integer
+from kdiff.blocks.base import build_layer
+from kdiff.blocks.convolution import SimpleBlock
+from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding
+from kdiff.blocks.resampling import Downsample, Upsample
+from kdiff.networks.base import Network, check_size
+
+
+class SimpleUNet(Network):
+    """The U-Net of the textbook, which knows the time: down to a small map, back up, and skips straight across.
+
+        network({"image": (batch, height, width, channels), "time": (batch,), **conditions})
+            -> (batch, height, width, out_channels), float32
+
+        image - block 64 ------------------------- skip ------------------------- block 64 - output
+                   half - block 128 -------------- skip ------------- block 128 - twice
+                            half - block 256 ----- skip ---- block 256 - twice
+                                     half - block 512 (bottleneck) - twice
+
+    Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image Segmentation" (2015), figure 1. Going down,
+    the map is halved by 2x2 maxima; going up, it is doubled by bilinear interpolation and joined to the map that left
+    the same level on the way down: there is the detail that the small map has lost.
+
+    Args:
+        widths: the channels of each level, from the finest, which 8 divides. Height and width of the image must be
+            multiples of `2 ** len(widths)`.
+        bottleneck: the channels between the way down and the way up.
+        embed_width: of the vector that tells every block the time.
+        conditions: a layer for each condition, by its name in the input, such as `{"label": LabelEmbedding(10)}`.
+        out_channels: of the output; None for those of the image.
+        remat: whether the inside of each block is computed again for the gradient, to save memory.
+        kwargs: `name` and `dtype`.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int] = (64, 128, 256),
+        bottleneck: int = 512,
+        embed_width: int = 256,
+        conditions: Mapping[str, keras.layers.Layer] | None = None,
+        out_channels: int | None = None,
+        remat: bool = False,
+        **kwargs,
+    ):
+        for width in (*widths, bottleneck):
+            check_integer("SimpleUNet", "a width", width, 8)
+        check_integer("SimpleUNet", "embed_width", embed_width, 2)
+        embedding = MLPEmbedding(SinusoidalEmbedding(embed_width), embed_width)
+        super().__init__(embedding, conditions, out_channels, remat, **kwargs)
+        self.widths = list(widths)
+        self.bottleneck = bottleneck
+        self.embed_width = embed_width
+        self.down = [self._block(width) for width in widths]
+        self.middle = self._block(bottleneck)
+        self.up = [self._block(width) for width in widths]
+        self.smaller = Downsample("max", dtype=self.dtype_policy)
+        self.larger = Upsample("aligned", convolution=False, dtype=self.dtype_policy)
+
+    def _block(self, width):
+        return SimpleBlock(width, dtype=self.dtype_policy)
+
+    def _body(self, x, embed, context, training):
+        skips = []
+        for block in self.down:
+            x = self._run(block, x, embed, context, training)
+            skips.append(x)
+            x = self.smaller(x)
+        x = self._run(self.middle, x, embed, context, training)
+        for block, skip in zip(self.up[::-1], skips[::-1], strict=True):
+            x = ops.concatenate([self.larger(x), skip], axis=-1)
+            x = self._run(block, x, embed, context, training)
+        return self.head(x)
+
+    def _build_body(self, x_shape, embed_shape, context_shape):
+        """The same way, with shapes: here the blocks learn how many channels they are given."""
+        x, skips = x_shape, []
+        for block in self.down:
+            x = build_layer(block, x, embed_shape)
+            skips.append(x)
+            x = build_layer(self.smaller, x)
+        x = build_layer(self.middle, x, embed_shape)
+        for block, skip in zip(self.up[::-1], skips[::-1], strict=True):
+            x = build_layer(self.larger, x)
+            x = build_layer(block, (*skip[:-1], x[-1] + skip[-1]), embed_shape)
+        self.head = self._head(keras.layers.Conv2D, x_shape[-1], 1)
+        self.head.build(x)
+
+    def _check_image(self, shape):
+        super()._check_image(shape)
+        check_size(self, shape, 2 ** len(self.widths), f"{len(self.widths)} halvings need")

@@ -1,0 +1,291 @@
+"""Foreign files that are damaged, of another kind or say what cannot be done: an error that names the file."""
+
+import json
+import pickle
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from kdiff import DiffusionModel, Sampler, guidance, predictions, schedules, solvers, times
+from kdiff.blocks import GroupNorm, LabelEmbedding, LayerNorm, ResidualBlock, SelfAttention
+from kdiff.interop import diffusers, files, grids, original, saving, schedulers, weights
+from kdiff.networks.unet import Level, UNet
+
+pytest.importorskip("safetensors", reason="the extra `interop` is not installed")
+
+INPUT = {"image": np.ones((2, 8, 8, 3), "float32"), "time": np.array([3.0, 977.0], "float32")}
+
+
+def unet(**options):
+    """A U-Net that diffusers has too, with no weight zero."""
+    keras.utils.set_random_seed(0)
+    norm = GroupNorm(4)
+    block = ResidualBlock(None, False, normalization=norm)
+    mixer = SelfAttention(None, 4, norm)
+    levels = [Level(8, 1, block), Level(16, 1, block, mixer)]
+    network = UNet(levels, Level(16, 2, block, mixer), normalization=norm, **options)
+    shapes = {"image": (None, 8, 8, 3), "time": (None,)}
+    network.build(shapes | {name: (None,) for name in network.conditions})
+    generator = np.random.default_rng(0)
+    for weight in network.weights:
+        weight.assign(ops.convert_to_numpy(weight) + 0.05 * generator.normal(size=weight.shape))
+    return network
+
+
+@pytest.fixture
+def folder(tmp_path):
+    diffusers.save(unet(), tmp_path)
+    return tmp_path
+
+
+def output(network, **conditions):
+    return ops.convert_to_numpy(network({**INPUT, **conditions}))
+
+
+def rewrite(folder, change):
+    """The weights changed by `change(state)`."""
+    file = folder / "diffusion_pytorch_model.safetensors"
+    state = files.read_state(file)
+    change(state)
+    files.write_safetensors(file, state)
+
+
+def configure(folder, file="config.json", **changes):
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**config, **changes}))
+
+
+def test_save_and_load(folder):
+    np.testing.assert_allclose(output(diffusers.load(folder)), output(unet()), atol=1e-5)
+
+
+def test_save_and_load_classes(tmp_path):
+    network = unet(conditions={"label": LabelEmbedding(5)})
+    diffusers.save(network, tmp_path)
+    label = np.array([0, 4])
+    np.testing.assert_allclose(output(diffusers.load(tmp_path), label=label), output(network, label=label), atol=1e-5)
+
+
+def test_missing_weight(folder):
+    rewrite(folder, lambda state: state.pop("mid_block.resnets.0.conv1.weight"))
+    with pytest.raises(ValueError, match=r"1 arrays do not match.*\n.*missing: mid_block\.resnets\.0\.conv1\.weight"):
+        diffusers.load(folder)
+
+
+def test_all_that_does_not_match_is_listed(folder):
+    def change(state):
+        state["more"] = np.ones(3, "float32")
+        state["conv_in.bias"] = np.ones(5, "float32")
+        state["conv_in.weight"] = np.ones((8, 3), "float32")
+        state["conv_out.bias"][0] = np.nan
+        del state["conv_out.weight"]
+
+    rewrite(folder, change)
+    with pytest.raises(ValueError, match="5 arrays") as raised:
+        diffusers.load(folder)
+    for words in ("missing: conv_out.weight", "not expected: more (3,)", "shape: conv_in.bias is (5,)", "not finite"):
+        assert words in str(raised.value)
+    with pytest.warns(UserWarning, match="5 arrays"):
+        network = diffusers.load(folder, strict=False)
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(network.normalization.gamma), ops.convert_to_numpy(unet().normalization.gamma)
+    )
+
+
+@pytest.mark.parametrize("length", [0, 5, 200, 10_000])
+def test_truncated_safetensors(folder, length):
+    file = folder / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors: not a whole safetensors file"):
+        diffusers.load(folder)
+
+
+def test_corrupt_safetensors(folder):
+    file = folder / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(b"\xff" * 64 + file.read_bytes()[64:])
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors"):
+        diffusers.load(folder)
+
+
+def test_no_weights(folder):
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no weights; expected one of .*found: \['config.json'\]"):
+        diffusers.load(folder)
+
+
+def test_no_config(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json: no such file"):
+        diffusers.load(tmp_path)
+
+
+def test_config_that_is_not_json(folder):
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: not a JSON file"):
+        diffusers.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"_class_name": "UNet3DModel"}, "`_class_name` must be one of .*UNet2DModel.*received: 'UNet3DModel'"),
+        ({"down_block_types": ["DownBlock2D", "KDownBlock2D"]}, "`down_block_types` must be one of .*'KDownBlock2D'"),
+        ({"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "must mirror"),
+        ({"block_out_channels": [8, 16, 32]}, "must have one length"),
+        ({"act_fn": "gelu"}, "`act_fn` must be one of .*received: 'gelu'"),
+        ({"center_input_sample": True}, "`center_input_sample` must be one of .*received: True"),
+        ({"new_idea": 3}, "the key `new_idea` is unknown to kdiff; received: 3"),
+    ],
+)
+def test_config_that_cannot_be_loaded(folder, changes, words):
+    configure(folder, **changes)
+    with pytest.raises(ValueError, match=rf"config\.json.*{words}"):
+        diffusers.load(folder)
+
+
+def test_keys_that_change_nothing_are_read_over(folder):
+    configure(folder, new_idea=None, another=False, _name_or_path="x")
+    diffusers.load(folder)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "weights.pt"])
+def test_pickle_is_not_run(folder, name):
+    """Neither by PyTorch, which refuses it, nor where there is no PyTorch."""
+    mark = folder / "executed"
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    (folder / name).write_bytes(pickle.dumps({"conv_in.weight": Bomb(mark)}))
+    with pytest.raises((ValueError, ModuleNotFoundError), match=name):
+        diffusers.load(folder) if name.endswith("bin") else original.dit(folder / name)
+    assert not mark.exists()
+
+
+def test_arrays_of_objects_are_not_unpickled(tmp_path):
+    mark = tmp_path / "executed"
+    np.savez(tmp_path / "weights.npz", bomb=np.array([Bomb(mark)], dtype=object))
+    with pytest.raises(ValueError, match=r"weights\.npz: not a whole \.npz file of numbers"):
+        original.guided(tmp_path / "weights.npz", 8, (1, 2))
+    assert not mark.exists()
+
+
+def test_shard_outside_of_its_folder(folder):
+    (folder / "diffusion_pytorch_model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+    index = {"weight_map": {"conv_in.bias": "../elsewhere.safetensors"}}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="a shard must lie beside its index"):
+        diffusers.load(folder)
+
+
+def test_shard_that_is_missing(folder):
+    file = folder / "diffusion_pytorch_model.safetensors"
+    index = {"weight_map": dict.fromkeys(files.read_state(file), "one.safetensors")}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    file.unlink()
+    with pytest.raises(ValueError, match=r"one\.safetensors: no such file"):
+        diffusers.load(folder)
+
+
+def test_original_without_its_first_layer():
+    with pytest.raises(ValueError, match=r"`x_embedder\.proj\.weight` is missing"):
+        original.dit({"y": np.ones(3)})
+
+
+# --- saving
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        (lambda: UNet([Level(8, 1)]), "no weights to save"),
+        (lambda: keras.Sequential([keras.layers.Dense(2)]), "build it"),
+        (lambda: built(UNet.residual(8, levels=2)), "one `groups` for all blocks"),
+        (lambda: built(UNet([Level(8, 1, ResidualBlock(normalization=LayerNorm()))])), "'LayerNorm' would be"),
+        (lambda: unet(conditions={"size": LabelEmbedding(3)}), "no such conditions: \\['size'\\]"),
+        (lambda: unet(activation="relu"), "activation: 'relu' would be 'silu'"),
+    ],
+)
+def test_network_that_diffusers_has_not(network, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        diffusers.save(network(), tmp_path)
+
+
+def built(network):
+    network.build({"image": (None, 8, 8, 3), "time": (None,)})
+    return network
+
+
+SAMPLERS = [
+    Sampler(grids.DDIMKeptNoise(guidance.Clip(2.0)), "leading"),
+    Sampler("ddim", grids.WithFirst(times.Leading(1)), to_zero=False),
+    Sampler(solvers.DDPM("large"), times.Trailing(), guidance=guidance.Clip()),
+    Sampler("dpm_solver_pp", grids.WithoutLast(times.Leading(3))),
+    Sampler("euler", grids.Within(times.Karras(), grids.LinspaceUnrounded())),
+    Sampler("heun", "trailing"),
+]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+@pytest.mark.parametrize("schedule", ["linear_beta", "scaled_linear_beta", "cosine_beta"])
+def test_scheduler_there_and_back(sampler, schedule):
+    process = schedulers.Process(schedules.NoiseSchedule.get(schedule), predictions.Velocity(), times.Index(), sampler)
+    again = schedulers.process(saving.scheduler_config(process), "")
+    assert (again.schedule, again.prediction) == (process.schedule, process.prediction)
+    assert again.sampler.clone(steps=None) == sampler
+
+
+def test_whole_model_there_and_back(tmp_path):
+    model = DiffusionModel(unet(), "linear_beta", "noise", time_label="index", ema=None)
+    model.build((None, 8, 8, 3))
+    diffusers.save(model, tmp_path)
+    again = diffusers.load(tmp_path)
+    sampler = Sampler("ddim", "trailing", 4)
+    np.testing.assert_allclose(again.sample(2, sampler=sampler), model.sample(2, sampler=sampler), atol=1e-4)
+    assert again.sampler == Sampler("ddim", "trailing")
+    assert len(list(again.sample_steps(1, steps=2))) == 2
+
+
+def test_averages_are_what_is_saved(tmp_path):
+    model = DiffusionModel(unet(), "linear_beta", "noise", time_label="index", ema=0.9)
+    model.build((None, 8, 8, 3))
+    for weight in model.network.weights:
+        weight.assign(weight + 1.0)
+    diffusers.save(model, tmp_path)
+    diffusers.save(model, tmp_path / "trained", averages=False)
+    averaged, trained = diffusers.load(tmp_path).network, diffusers.load(tmp_path / "trained").network
+    for a, b, c in zip(averaged.weights, trained.weights, unet().weights, strict=True):
+        np.testing.assert_allclose(ops.convert_to_numpy(a), ops.convert_to_numpy(c), atol=1e-6)
+        np.testing.assert_allclose(ops.convert_to_numpy(b), ops.convert_to_numpy(c) + 1.0, atol=1e-5)
+
+
+def test_model_that_no_scheduler_describes(tmp_path):
+    model = DiffusionModel(unet(), "cosine", "noise", ema=None)
+    model.build((None, 8, 8, 3))
+    with pytest.raises(ValueError, match="diffusers has no scheduler that is Cosine"):
+        diffusers.save(model, tmp_path)
+
+
+def test_loaded_model_is_saved_by_keras(tmp_path):
+    model = DiffusionModel(unet(), "linear_beta", "noise", time_label="index", ema=None)
+    model.build((None, 8, 8, 3))
+    diffusers.save(model, tmp_path)
+    first = diffusers.load(tmp_path)
+    first.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(again.sample(1, steps=2), first.sample(1, steps=2), atol=1e-5)
+
+
+def test_rows():
+    array = np.arange(24.0).reshape(12, 2)
+    for rows in (weights.Rows((1, 0), 6), weights.Rows((2,), 3, 2)):
+        part = rows.take(array)
+        whole = rows.put(part, None)
+        np.testing.assert_array_equal(rows.take(whole), part)
+    np.testing.assert_array_equal(weights.Rows((1,), 3, 2).take(array)[:, 0], [4, 6, 16, 18])
