@@ -8,7 +8,7 @@ import itertools
 import re
 from pathlib import Path
 
-from kdiff import codecs, guidance, predictions, schedules, solvers, times, weightings
+from kdiff import blocks, codecs, guidance, networks, predictions, schedules, solvers, times, weightings
 
 FAMILIES = {
     "Schedules": schedules.NoiseSchedule,
@@ -20,6 +20,10 @@ FAMILIES = {
     "Solvers": solvers.Solver,
     "Guidance": guidance.Guidance,
     "Codecs": codecs.Codec,
+    "Networks": networks.Network,
+    "Blocks": blocks.Block,
+    "Attention: who attends to whom": blocks.Pattern,
+    "Attention: relative positions": blocks.RelativePositions,
 }
 PAGE = Path(__file__).with_name("catalogue.md")
 

@@ -31,6 +31,8 @@ class Configurable:
     wherever the defining module was imported.
     """
 
+    named = True  # whether `get` finds the class by its name
+
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         module = cls.__module__.split(".")
@@ -88,7 +90,7 @@ class Configurable:
     @classmethod
     def names(cls) -> dict[str, type[Self]]:
         """The public subclasses, by the name that `get` knows them by."""
-        return {_snake_case(c.__name__): c for c in _subclasses(cls) if not c.__name__.startswith("_")}
+        return {_snake_case(c.__name__): c for c in _subclasses(cls) if c.named and not c.__name__.startswith("_")}
 
     def explain(self) -> None:
         """Prints what this object is: its constructor call, its equation, source, arguments and their limits."""

@@ -1,4 +1,4 @@
-"""Times and steps as diffusers takes them, where kdiff's own differ."""
+"""Times and steps as diffusers takes them, where kdiff's own differ; they have no names to `get` them by."""
 
 import numpy as np
 from keras import ops
@@ -13,6 +13,8 @@ from kdiff.times import FlowShift, TimeGrid
 class LinspaceUnrounded(TimeGrid):
     """`steps` equal spaces from T - 1 to 0, between the steps of the process where they fall there: Euler's, Heun's."""
 
+    named = False
+
     def indices(self, num_steps: int, steps: int) -> np.ndarray:
         """linspace(T - 1, 0, steps)."""
         return np.linspace(num_steps - 1, 0, steps)
@@ -24,6 +26,8 @@ class WithoutLast(TimeGrid):
     Args:
         grid: a `TimeGrid` or its name.
     """
+
+    named = False
 
     def __init__(self, grid="linspace"):
         self.grid = TimeGrid.get(grid)
@@ -42,6 +46,8 @@ class WithFirst(TimeGrid):
         grid: a `TimeGrid` or its name.
     """
 
+    named = False
+
     def __init__(self, grid="leading"):
         self.grid = TimeGrid.get(grid)
 
@@ -58,6 +64,8 @@ class Within(TimeGrid):
         noise: the grid of noise, such as `Karras()`: its `sigma_min` and `sigma_max` are set.
         ends: the grid from which they are.
     """
+
+    named = False
 
     def __init__(self, noise="karras", ends="linspace"):
         self.noise, self.ends = TimeGrid.get(noise), TimeGrid.get(ends)
@@ -78,6 +86,8 @@ class FlowMatching(TimeGrid):
         shift: above 1 there are more steps near the noise.
         num_steps: T.
     """
+
+    named = False
 
     def __init__(self, shift: float = 1.0, num_steps: int = 1000):
         self.shift, self.num_steps = shift, num_steps
@@ -100,6 +110,8 @@ class DDIMKeptNoise(DDIM):
         guidance: a `Guidance` that changes x_hat alone, or its name.
         eta: as of `DDIM`.
     """
+
+    named = False
 
     def __init__(self, guidance="clip", eta: float = 0.0):
         super().__init__(eta)

@@ -209,6 +209,8 @@ class TextTimeUNet(UNet):
             "time_ids", whose layer gives (batch, numbers, dim).
     """
 
+    named = False
+
     together = ("text_embeds", "time_ids")
 
     def __init__(self, added: keras.layers.Layer, **options):
