@@ -43,7 +43,7 @@ SIZES = [
     ("DDPM, 256x256", published.ddpm_256, (256, 256, 3), {}, 113.7, None),
     ("ADM, ImageNet-64", published.adm, (64, 64, 3), {}, 295.9, None),
     ("DDPM++, CIFAR-10", published.ddpmpp_cifar10, (32, 32, 3), {}, 55.7, None),
-    ("NCSN++, CIFAR-10", published.ncsnpp_cifar10, (32, 32, 3), {}, 56.5, None),
+    ("NCSN++, CIFAR-10", published.ncsnpp_cifar10, (32, 32, 3), {}, None, None),
     ("Stable Diffusion 1", published.stable_diffusion_1, (64, 64, 4), {"context": (77, 768)}, 859.5, None),
     ("Stable Diffusion 2", published.stable_diffusion_2, (64, 64, 4), {"context": (77, 1024)}, 865.9, None),
     (

@@ -1,5 +1,6 @@
 """Keras models composed of blocks: `network({"image": ..., "time": ..., **conditions})` gives an image."""
 
+from kdiff.networks import published
 from kdiff.networks.base import Network
 from kdiff.networks.counting import flops, parameters, summary
 from kdiff.networks.dit import DiT, adaptive_block
@@ -26,5 +27,6 @@ __all__ = [
     "adaptive_block",
     "flops",
     "parameters",
+    "published",
     "summary",
 ]
