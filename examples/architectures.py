@@ -104,7 +104,7 @@ def main() -> None:
         return print_sizes()
 
     size = 16 if options.dataset == "digits" else 28
-    batches = data.images(options.dataset, size, 64, labels=True, data_dir=options.data_dir, repeat=None)
+    batches = data.images(options.dataset, size, 32, labels=True, data_dir=options.data_dir, repeat=None)
     labels = np.tile(np.arange(COLUMNS), 4)
     for name, make in architectures(len(batches.class_names)).items():
         keras.utils.set_random_seed(0)

@@ -45,6 +45,7 @@ class DiffusionModel(Configurable, keras.Model):
         weighting: a `Weighting` or its name; None is the simple loss, in which every output counts the same.
         time_label: a `TimeLabel` or its name: what the network sees as time.
         codec: a `Codec` or its name: "pixels" for images, uint8 or in [-1, 1]; "identity" for any other numbers.
+        sampler: a `Sampler`, a `Solver`, or the name of one: by which `sample` samples where nothing else is asked for.
         ema: the decay of the averaged weights, in [0, 1); None keeps no averages. In update n it is
             min(ema, (1 + n) / (10 + n)), so that the first weights are soon forgotten. Validation and sampling use
             the averages.
@@ -69,6 +70,7 @@ class DiffusionModel(Configurable, keras.Model):
         weighting=None,
         time_label="scaled",
         codec="pixels",
+        sampler="ddim",
         ema: float | None = 0.999,
         seed: int = 0,
         name: str | None = None,
@@ -88,6 +90,7 @@ class DiffusionModel(Configurable, keras.Model):
         self.weighting = None if weighting is None else Weighting.get(weighting)
         self.time_label = TimeLabel.get(time_label)
         self.codec = Codec.get(codec)
+        self.sampler = _as_sampler(sampler)
         self.ema = ema
         self.seed = seed
         self.shapes: dict[str, tuple] | None = None
@@ -330,7 +333,7 @@ class DiffusionModel(Configurable, keras.Model):
 
         Args:
             num_samples: how many.
-            sampler: a `Sampler`, a `Solver`, or the name of one; None is `Sampler()`, 50 steps of DDIM.
+            sampler: a `Sampler`, a `Solver`, or the name of one; None is the model's own.
             steps: the number of steps; None: the sampler's own.
             schedule: a schedule, or its name, to sample under; None: the one of training. The network is asked at
                 the same log-SNR, so that any continuous schedule will do within the noise levels that it has seen.
@@ -349,7 +352,7 @@ class DiffusionModel(Configurable, keras.Model):
         """
         check_integer("sample", "num_samples", num_samples)
         check_integer("sample", "batch_size", batch_size)
-        sampler = _as_sampler(sampler, steps)
+        sampler = self._sampler(sampler, steps)
         schedule = self.schedule if schedule is None else NoiseSchedule.get(schedule)
         conditions = self._rows_of(conditions, num_samples)
         batches = range(0, num_samples, batch_size)
@@ -382,9 +385,14 @@ class DiffusionModel(Configurable, keras.Model):
         check_integer("sample_steps", "num_samples", num_samples)
         conditions = self._rows_of(conditions, num_samples)
         schedule = self.schedule if schedule is None else NoiseSchedule.get(schedule)
-        for step in self._steps(_as_sampler(sampler, steps), schedule, num_samples, seed, 0, averages, conditions):
+        sampler = self._sampler(sampler, steps)
+        for step in self._steps(sampler, schedule, num_samples, seed, 0, averages, conditions):
             x, x_hat = (ops.convert_to_numpy(self.codec.decode(value)) for value in (step.x, step.x_hat))
             yield step._replace(x=x, x_hat=x_hat)
+
+    def _sampler(self, sampler: Sampler | Solver | str | None, steps: int | None) -> Sampler:
+        sampler = self.sampler if sampler is None else _as_sampler(sampler)
+        return sampler if steps is None else sampler.clone(steps=steps)
 
     def _steps(self, sampler: Sampler, schedule, rows: int, seed: int, first: int, averages: bool, conditions):
         backend.synchronise(self)
@@ -474,9 +482,5 @@ def _product(*factors):
     return math.prod(factors[1:], start=factors[0]) if factors else None
 
 
-def _as_sampler(sampler: Sampler | Solver | str | None, steps: int | None) -> Sampler:
-    if sampler is None:
-        sampler = Sampler()
-    elif not isinstance(sampler, Sampler):
-        sampler = Sampler(sampler)
-    return sampler if steps is None else sampler.clone(steps=steps)
+def _as_sampler(sampler: Sampler | Solver | str) -> Sampler:
+    return sampler if isinstance(sampler, Sampler) else Sampler(sampler)

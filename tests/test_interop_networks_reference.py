@@ -188,8 +188,13 @@ def test_ncsnpp(request, attention, tmp_path):
     difference = np.abs(given - theirs(model, x, sigma)).max()
     print(f"DIFFERENCE {request.node.name} {difference:.1e}")
     assert difference < TOLERANCE
-    with pytest.raises(ValueError, match="this is a NCSNpp"):
-        interop.save(network, tmp_path)
+    interop.save(network, tmp_path / "again")
+    again = diffusers.UNet2DModel.from_pretrained(tmp_path / "again").eval()
+    np.testing.assert_allclose(theirs(again, x, sigma), theirs(model, x, sigma), atol=TOLERANCE)
+    other = network.clone(divide=False)
+    other.build({"image": (None, SIZE, SIZE, 3), "time": (None,)})
+    with pytest.raises(ValueError, match="divide: False would be True"):
+        interop.save(other, tmp_path)
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from keras import ops
 
+from kdiff import DiffusionModel
 from kdiff.interop import diffusers as interop
 from kdiff.interop import schedulers
 from kdiff.interop.files import read_json, write_json
-from kdiff.interop.pipelines import Pipeline
 from tests.test_interop_networks_reference import DDPM, SIZE, SMALL, SMALL_DIT, normal, one_thread, perturbed  # noqa: F401
 
 pytestmark = [
@@ -134,7 +134,7 @@ def test_scheduler(request, name, unets, tmp_path, monkeypatch):
     scheduler = getattr(diffusers, kind)(**config)
     scheduler.save_pretrained(tmp_path)
     process = schedulers.process(read_json(tmp_path / "scheduler_config.json"), tmp_path)
-    model = Pipeline(ours, **process._asdict(), ema=None)
+    model = DiffusionModel(ours, **process._asdict(), ema=None)
     model.build((None, SIZE, SIZE, 3))
     x, noises = normal(2, SIZE, SIZE, 3), [normal(2, SIZE, SIZE, 3, seed=10 + i) for i in range(2 * STEPS)]
     draws_of(monkeypatch, noises)

@@ -260,6 +260,19 @@ def test_mixed_precision(policy, full_precision, tmp_path):
     np.testing.assert_allclose(keras.saving.load_model(tmp_path / "model.keras").sample(4, steps=3), samples, atol=1e-5)
 
 
+def test_sampler_of_its_own(tmp_path):
+    model = compiled_model(tiny_network(), sampler=kdiff.Sampler("heun", steps=3))
+    fit(model, images(32))
+    samples = model.sample(2)
+    np.testing.assert_array_equal(samples, model.sample(2, sampler="heun", steps=3))
+    np.testing.assert_array_equal(list(model.sample_steps(2))[-1].x, samples)
+    assert np.abs(samples - model.sample(2, steps=4)).max() > 1e-3
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.sampler == model.sampler
+    np.testing.assert_allclose(loaded.sample(2), samples, atol=1e-5)
+
+
 def test_vectors_of_any_size():
     """Not only images: two coordinates, not bounded."""
     x, t = keras.Input((2,), name="image"), keras.Input((), name="time")

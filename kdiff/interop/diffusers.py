@@ -19,10 +19,8 @@ import keras
 from kdiff.interop import saving, schedulers, transformers, unets
 from kdiff.interop.configs import Described, kind
 from kdiff.interop.files import read_folder, read_json, write_json, write_safetensors
-from kdiff.interop.pipelines import Pipeline
 from kdiff.interop.weights import Slot, assign, export
 from kdiff.model import DiffusionModel
-from kdiff.sampling import Sampler
 
 
 class Model(NamedTuple):
@@ -79,7 +77,7 @@ def _load_network(folder: Path, strict: bool) -> Described:
     return described
 
 
-def _load_pipeline(folder: Path, strict: bool, options: dict[str, Any]) -> Pipeline:
+def _load_pipeline(folder: Path, strict: bool, options: dict[str, Any]) -> DiffusionModel:
     index = read_json(folder / "model_index.json")
     parts = [name for name in NETWORKS if name in index]
     if len(parts) != 1:
@@ -90,7 +88,7 @@ def _load_pipeline(folder: Path, strict: bool, options: dict[str, Any]) -> Pipel
     process = schedulers.process(read_json(source), source, learned)
     codec = "identity" if any(name in index for name in AUTOENCODERS) else "pixels"
     times = "stratified" if process.schedule.num_steps is None else "discrete"
-    model = Pipeline(network, **{**process._asdict(), "codec": codec, "times": times, "ema": None, **options})
+    model = DiffusionModel(network, **{**process._asdict(), "codec": codec, "times": times, "ema": None, **options})
     model.build(shapes)
     return model
 
@@ -111,8 +109,7 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
     if not isinstance(model, DiffusionModel):
         _save_network(model, folder, {})
         return
-    sampler = getattr(model, "sampler", None) or Sampler()
-    process = schedulers.Process(model.schedule, model.prediction, model.time_label, sampler)
+    process = schedulers.Process(model.schedule, model.prediction, model.time_label, model.sampler)
     scheduler = saving.scheduler_config(process)
     averaged = zip(model.averages.of(model.network), model.averages.values, strict=True) if model.averages else ()
     values = {id(weight): average for weight, average in averaged} if averages else {}

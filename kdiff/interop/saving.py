@@ -37,7 +37,9 @@ def network_config(network: keras.Model) -> Config:
         raise ValueError(f"{network.name}: has no weights to save; build it, or call it once")
     if isinstance(network, DiT):
         return _dit(network)
-    if isinstance(network, UNet) and not isinstance(network, NCSNpp):
+    if isinstance(network, NCSNpp):
+        return _ncsnpp(network)
+    if isinstance(network, UNet):
         return _unet(network)
     raise ValueError(
         f"{network.name}: only a UNet and a DiT can be saved for diffusers; this is a {type(network).__name__}"
@@ -66,6 +68,30 @@ def _unet(network: UNet) -> Config:
         **_middle(network, conditioned),
     }
     return {**config, **(_conditioned(network) if conditioned else {"attention_head_dim": _head_width(network)})}
+
+
+def _ncsnpp(network: NCSNpp) -> Config:
+    attention = ["" if level.mixer is None else "Attn" for level in network.levels]
+    norm = _attribute(network, network.normalization, "epsilon")
+    return {
+        "_class_name": "UNet2DModel",
+        "sample_size": _size(network),
+        "in_channels": network.stem.kernel.shape[2],
+        "out_channels": network.head.kernel.shape[3],
+        "time_embedding_type": "fourier",
+        "time_embedding_dim": _attribute(network, network.embedding, "output_layer").units,
+        "down_block_types": [f"{kind}SkipDownBlock2D" for kind in attention],
+        "up_block_types": [f"{kind}SkipUpBlock2D" for kind in attention[::-1]],
+        "block_out_channels": [level.width for level in network.levels],
+        "layers_per_block": _one(network, "depth", [level.depth for level in network.levels]),
+        "norm_num_groups": network.normalization.groups_used,
+        "norm_eps": norm,
+        "resnet_time_scale_shift": "scale_shift" if network.levels[0].block.scale_shift else "default",
+        "dropout": network.levels[0].block.dropout,
+        "attention_head_dim": _head_width(network),
+        **_labels(network),
+        **_middle(network, False),
+    }
 
 
 def _blocks(network: UNet) -> Config:
@@ -231,6 +257,7 @@ FREE_OF = {
     "MLPEmbedding": set(),
     "DiT": {"out_channels"},
     "UNet": {"out_channels", "levels"},
+    "NCSNpp": {"out_channels", "levels"},
     "TextTimeUNet": {"out_channels", "levels"},
 }
 
