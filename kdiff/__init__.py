@@ -11,6 +11,7 @@ from kdiff import (
     predictions,
     random,
     schedules,
+    shapes,
     solvers,
     times,
     weightings,

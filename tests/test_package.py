@@ -31,9 +31,21 @@ MATHEMATICS = (
     "analytic",
 )
 PATHS = (
-    (*FOUNDATIONS, *MATHEMATICS, "codecs", "inputs", "averages", "model", "images", "data", "callbacks", "evaluation"),
+    (
+        *FOUNDATIONS,
+        *MATHEMATICS,
+        "codecs",
+        "inputs",
+        "averages",
+        "model",
+        "images",
+        "shapes",
+        "data",
+        "callbacks",
+        "evaluation",
+    ),
     (*FOUNDATIONS, "blocks", "networks"),
-    (*FOUNDATIONS, "images", "data"),
+    (*FOUNDATIONS, "images", "shapes", "data"),
     (*FOUNDATIONS, "blocks", "networks", *MATHEMATICS, "codecs", "inputs", "averages", "model", "interop"),
 )
 BACKENDS = {"tensorflow", "jax", "torch"}

@@ -1,0 +1,254 @@
+"""Captioned pictures without a download: coloured shapes, drawn from a sentence and read back from the picture.
+
+    scene = Scene.parse("a small red circle above a large blue square on a white background")
+    scene.draw(32)                     # uint8, (32, 32, 3)
+    read(scene.draw(32)) == scene      # True
+
+    images, captions = dataset(10000, 32)                     # for training
+    images, captions = dataset(500, 32, held_out=True)        # pairs of things never seen together in training
+
+A scene has one thing, or two in a relation. Each colour, shape and size occurs in training in every place; one in eight
+of the pairs of (colour, shape) and (colour, shape) does not.
+"""
+
+import itertools
+import re
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 80, 220),
+    "yellow": (240, 210, 40),
+    "purple": (150, 60, 190),
+    "orange": (245, 140, 30),
+}
+BACKGROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255), "gray": (128, 128, 128)}
+SIZES = {"small": 0.13, "large": 0.21}  # half the side, as a part of the picture's
+RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}  # x, y of the first
+EDGE = 4  # samples a pixel, each way
+
+
+def _circle(x, y):
+    return x**2 + y**2 <= 1
+
+
+def _square(x, y):
+    return np.maximum(abs(x), abs(y)) <= 1
+
+
+def _triangle(x, y):
+    return (abs(y) <= 1) & (2 * abs(x) <= 1 + y)
+
+
+SHAPES = {"circle": _circle, "square": _square, "triangle": _triangle}
+
+
+class Thing(NamedTuple):
+    """A shape with a size and a colour."""
+
+    size: str
+    colour: str
+    shape: str
+
+
+class Scene(NamedTuple):
+    """One thing, or two in a relation, on a background.
+
+    Attributes:
+        first: the thing of which the relation tells.
+        relation: "above", "below", "left of" or "right of"; None for one thing.
+        second: the other thing, or None.
+        background: "black", "white" or "gray".
+    """
+
+    first: Thing
+    relation: str | None = None
+    second: Thing | None = None
+    background: str = "black"
+
+    @property
+    def caption(self) -> str:
+        """The scene in words; `parse` reads them."""
+        things = [f"a {' '.join(thing)}" for thing in (self.first, self.second) if thing]
+        return f" {self.relation} ".join(things) + f" on a {self.background} background"
+
+    @classmethod
+    def parse(cls, caption: str) -> "Scene":
+        """The scene that a caption describes. Without a background it is black.
+
+        Raises:
+            ValueError: if the caption has other words, or another order.
+        """
+        match = re.fullmatch(_GRAMMAR, caption.strip().lower())
+        if not match:
+            raise ValueError(
+                f"shapes: a caption is such as 'a small red circle above a large blue square on a white background', "
+                f"of {list(SIZES)}, {list(COLOURS)}, {list(SHAPES)}, {list(RELATIONS)}, {list(BACKGROUNDS)}; received: "
+                f"{caption!r}"
+            )
+        words = match.groups()
+        second = Thing(*words[4:7]) if words[3] else None
+        return cls(Thing(*words[:3]), words[3], second, words[7] or "black")
+
+    @property
+    def held_out(self) -> bool:
+        """Whether training never shows these two together, in any order, size, relation or background."""
+        if self.second is None:
+            return False
+        pair = sorted([self.first[1:], self.second[1:]])
+        return zlib.crc32(repr(pair).encode()) % 8 == 0
+
+    def draw(self, size: int, generator: np.random.Generator | None = None) -> np.ndarray:
+        """The picture, uint8 with shape `(size, size, 3)`; its things moved a little if there is a generator."""
+        x, y = _grid(size)
+        picture = np.tile(np.array(BACKGROUNDS[self.background], "float64"), (*x.shape, 1))
+        for thing, (centre_x, centre_y) in self._placed(generator):
+            half = SIZES[thing.size]
+            picture[SHAPES[thing.shape]((x - centre_x) / half, (y - centre_y) / half)] = COLOURS[thing.colour]
+        return np.round(_pixels(picture)).astype("uint8")
+
+    def _placed(self, generator):
+        """The things and their centres, which keep clear of the edge and of each other."""
+        jitter = np.zeros((2, 2)) if generator is None else generator.uniform(-0.04, 0.04, (2, 2))
+        if self.second is None:
+            return [(self.first, 0.5 + 3 * jitter[0])]
+        step = 0.25 * np.array(RELATIONS[self.relation])
+        return [(self.first, 0.5 + step + jitter[0]), (self.second, 0.5 - step + jitter[1])]
+
+
+def _words(table):
+    return f"({'|'.join(table)})"
+
+
+_THING = f"an? {_words(SIZES)} {_words(COLOURS)} {_words(SHAPES)}"
+_GRAMMAR = f"{_THING}(?: {_words(RELATIONS)} {_THING})?(?: on a {_words(BACKGROUNDS)} background)?"
+
+
+def dataset(count: int, image_size: int = 32, held_out: bool = False, seed: int = 0) -> tuple[np.ndarray, list[str]]:
+    """Pictures and their captions, the same for the same arguments.
+
+    Args:
+        count: the number of pictures.
+        image_size: their side.
+        held_out: whether all of them show a pair of things that training never does; otherwise none does.
+        seed: of the choice.
+
+    Returns:
+        uint8 images `(count, image_size, image_size, 3)`, and the captions.
+    """
+    generator = np.random.default_rng([seed, held_out])
+    scenes = list(itertools.islice((s for s in _random_scenes(generator) if s.held_out == held_out), count))
+    images = np.stack([scene.draw(image_size, generator) for scene in scenes])
+    return images, [scene.caption for scene in scenes]
+
+
+def _random_scenes(generator):
+    def choice(table):
+        return list(table)[generator.integers(len(table))]
+
+    def thing():
+        return Thing(choice(SIZES), choice(COLOURS), choice(SHAPES))
+
+    while True:
+        first, second = thing(), thing() if generator.random() < 0.8 else None
+        if second is None or second.colour != first.colour:
+            yield Scene(first, choice(RELATIONS) if second else None, second, choice(BACKGROUNDS))
+
+
+def read(image: np.ndarray) -> Scene | None:
+    """The scene that a picture shows, or None where it shows none: for measuring how well captions are followed.
+
+    The background is the colour of most of the border. A thing is where there are enough pixels near one of the
+    colours, and has the shape and size whose drawing is most like it. A pixel on an edge, between colour and
+    background, counts as the part of it that is colour.
+
+    Args:
+        image: `(size, size, 3)`, uint8, or floats in [-1, 1].
+    """
+    image = np.asarray(image)
+    image = image.astype("float64") if image.dtype == np.uint8 else (image.astype("float64") + 1) * 127.5
+    border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+    background = min(BACKGROUNDS, key=lambda name: np.median(_distance(border, BACKGROUNDS[name])))
+    near = {colour: _distance(image, COLOURS[colour]) < NEAR for colour in COLOURS}
+    colours = [colour for colour in COLOURS if near[colour].mean() > ENOUGH]
+    if not 1 <= len(colours) <= 2:
+        return None
+    centres = np.array([np.argwhere(near[colour]).mean(0) for colour in colours])
+    positions = np.stack(np.mgrid[: len(image), : len(image)], -1)
+    nearest = np.argmin([np.linalg.norm(positions - centre, axis=-1) for centre in centres], axis=0)
+    things = [
+        _thing(_coverage(image, COLOURS[colour], BACKGROUNDS[background]) * (nearest == i), colour)
+        for i, colour in enumerate(colours)
+    ]
+    return _related(things, centres, background)
+
+
+NEAR = 45.0  # the distance in RGB within which a pixel has a colour: half that of the two most alike
+ENOUGH = 0.008  # of the picture: a quarter of the smallest thing
+
+
+def _distance(image, colour):
+    return np.linalg.norm(image - np.array(colour), axis=-1)
+
+
+def _coverage(image, colour, background):
+    """How much of each pixel is colour, if the rest is background; nothing where it is neither nor a mixture."""
+    line = np.array(colour, "float64") - background
+    part = np.clip((image - background) @ line / (line @ line), 0, 1)
+    return np.where((_distance(image, background + part[..., None] * line) < NEAR) & (part > 0.1), part, 0)
+
+
+def _thing(coverage, colour):
+    """The thing whose drawing, with the same centre of mass, is most like these pixels."""
+    size = len(coverage)
+    x, y = _grid(size)
+    mass = coverage / coverage.sum()
+    pixel_x, pixel_y = (_pixels(axis[..., None])[..., 0] for axis in (x, y))
+    centre = np.array([(mass * pixel_x).sum(), (mass * pixel_y).sum()])
+
+    def difference(kind):
+        shape, half = kind[0], SIZES[kind[1]]
+        drawn = SHAPES[shape]((x - centre[0]) / half, (y - centre[1]) / half + CENTRES[shape])
+        return ((_pixels(drawn[..., None].astype("float64"))[..., 0] - coverage) ** 2).sum()
+
+    shape, size = min(itertools.product(SHAPES, SIZES), key=difference)
+    return Thing(size, colour, shape)
+
+
+CENTRES = {"circle": 0.0, "square": 0.0, "triangle": 1 / 3}  # how far below its middle the centre of mass is
+
+
+def _grid(size):
+    """x and y of each sample, from 0 to 1."""
+    y, x = (np.mgrid[: size * EDGE, : size * EDGE] + 0.5) / (size * EDGE)
+    return x, y
+
+
+def _pixels(samples):
+    """The means over the samples of each pixel."""
+    size = len(samples) // EDGE
+    return samples.reshape(size, EDGE, size, EDGE, -1).mean((1, 3))
+
+
+def _related(things, centres, background):
+    if len(things) == 1:
+        return Scene(things[0], background=background)
+    dy, dx = centres[0] - centres[1]
+    name = ("left of" if dx < 0 else "right of") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
+    return Scene(things[0], name, things[1], background)
+
+
+def same(scene: Scene | None, wanted: Scene) -> bool:
+    """Whether two scenes are the same, whichever of their things is named first."""
+    return scene is not None and _canonical(scene) == _canonical(wanted)
+
+
+def _canonical(scene: Scene) -> Scene:
+    opposite = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
+    if scene.second is None or scene.first <= scene.second:
+        return scene
+    return Scene(scene.second, opposite[scene.relation], scene.first, scene.background)
