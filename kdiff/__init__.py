@@ -6,6 +6,7 @@ from kdiff import (
     codecs,
     conversion,
     guidance,
+    interop,
     networks,
     objectives,
     predictions,

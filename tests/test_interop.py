@@ -1,7 +1,10 @@
 """Foreign files that are damaged, of another kind or say what cannot be done: an error that names the file."""
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -289,3 +292,17 @@ def test_rows():
         whole = rows.put(part, None)
         np.testing.assert_array_equal(rows.take(whole), part)
     np.testing.assert_array_equal(weights.Rows((1,), 3, 2).take(array)[:, 0], [4, 6, 16, 18])
+
+
+def test_importing_kdiff_is_enough_to_load_what_was_loaded_from_diffusers(tmp_path):
+    """A new process knows the grids and solvers that only interop has, though it imports kdiff alone."""
+    sampler = Sampler(grids.DDIMKeptNoise(), grids.LinspaceUnrounded(), 4)
+    (tmp_path / "sampler.json").write_text(json.dumps(keras.saving.serialize_keras_object(sampler)))
+    code = (
+        "import json, keras, kdiff, pathlib, sys;"
+        "print(keras.saving.deserialize_keras_object(json.loads(pathlib.Path(sys.argv[1]).read_text())))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "sampler.json")]
+    environment = {**os.environ, "KERAS_BACKEND": keras.backend.backend()}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == repr(sampler), done.stderr[-2000:]
