@@ -17,7 +17,7 @@ def label():
 
 def score(**options):
     """A small NCSN++ for score matching."""
-    options = {"levels": 2, "progressive_input": InputSkip(), "progressive_output": OutputSkip(), **options}
+    options = {"levels": 2, "depth": 1, "progressive_input": InputSkip(), "progressive_output": OutputSkip(), **options}
     return published.ncsnpp_256(8, divide=True, **options)
 
 
@@ -122,7 +122,7 @@ def trained(name, remat):
     return losses, network.get_weights()
 
 
-@pytest.mark.parametrize("name", ["ncsnpp_skips", "ncsnpp_residual", "simple", "symmetric", "magnitude"])
+@pytest.mark.parametrize("name", ["ncsnpp_skips", "simple"])  # those whose body is their own
 def test_remat_trains_the_same(name):
     (losses, weights), (others, other_weights) = trained(name, False), trained(name, True)
     np.testing.assert_allclose(others, losses, rtol=1e-4)
