@@ -31,3 +31,10 @@ def test_recipes(tmp_path):
     output = run("recipes.py", "--steps", "20", "--only", "Rectified flow", "--out", str(tmp_path / "recipes.png"))
     assert "Rectified flow" in output
     assert (tmp_path / "recipes.png").stat().st_size > 10_000
+
+
+@pytest.mark.data
+def test_the_table_of_architectures():
+    lines = run("architectures.py", "--sizes").splitlines()
+    assert any(line.split()[:4] == ["DDPM,", "CIFAR-10", "35,746,307", "35.7"] for line in lines)
+    assert len(lines) > 15
