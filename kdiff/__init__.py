@@ -9,6 +9,7 @@ from kdiff import (
     interop,
     networks,
     objectives,
+    operators,
     predictions,
     random,
     schedules,

@@ -19,6 +19,7 @@ from keras import ops
 
 from kdiff import random
 from kdiff.base import Value, check_integer
+from kdiff.guidance import Denoiser
 from kdiff.schedules import Marginal, NoiseSchedule
 
 
@@ -85,6 +86,23 @@ class GaussianMixture(Value):
         """
         flat, alpha, sigma = _flat(x_t, m)
         return ops.reshape(self._denoise(ops, flat, alpha, sigma), ops.shape(x_t))
+
+    def conditional(self, label) -> Denoiser:
+        """The denoiser under the condition "label": the number of the component that data comes from; -1 for any.
+
+        Args:
+            label: whole numbers, `(batch,)`.
+        """
+
+        def function(x_t, m, label):
+            flat, alpha, sigma = _flat(x_t, m)
+            logs, y, c = self._parts(ops, flat, alpha, sigma)
+            label = label[:, None]
+            logs = ops.where((label < 0) | (label == ops.arange(len(self.means), dtype="int32")), logs, -1e30)
+            means = self._posterior_means(ops, y, c, alpha)
+            return ops.reshape(ops.sum(_softmax(ops, logs)[..., None] * means, axis=1), ops.shape(x_t))
+
+        return Denoiser(function, {"label": ops.convert_to_tensor(label, "int32")}, {"label": np.int32(-1)})
 
     def score(self, x_t, m: Marginal):
         """The gradient of log p(x_t), with the shape of `x_t`."""

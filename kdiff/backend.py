@@ -30,8 +30,8 @@ def after_step(model: keras.Model, result: Any, update: Callable[[], None]) -> A
     return logs, tuple([scope.get_current_value(variable) for variable in group] for group in groups)
 
 
-def compiled(function: Callable, model: keras.Model) -> Callable:
-    """A fast form of `function(*arguments)`, which uses weights of `model` and changes nothing.
+def compiled(function: Callable, *models: keras.Model) -> Callable:
+    """A fast form of `function(*arguments)`, which uses weights of these models and changes nothing.
 
     JAX compiles it with XLA, with the weights as arguments, so that training on does not leave old ones in it.
     TensorFlow makes a graph. PyTorch runs it as it stands, without gradients: on a CPU its compiler gains nothing.
@@ -40,12 +40,15 @@ def compiled(function: Callable, model: keras.Model) -> Callable:
     if BACKEND == "jax":
         import jax
 
+        def variables():
+            return list({id(v): v for model in models for v in model.variables}.values())
+
         @jax.jit
         def pure(values, *arguments):
-            with keras.StatelessScope(list(zip(model.variables, values, strict=True))):
+            with keras.StatelessScope(list(zip(variables(), values, strict=True))):
                 return function(*arguments)
 
-        return lambda *arguments: pure([v.value for v in model.variables], *arguments)
+        return lambda *arguments: pure([v.value for v in variables()], *arguments)
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
@@ -64,6 +67,32 @@ def without_gradients(function: Callable) -> Callable:
             return function(*arguments)
 
     return plain
+
+
+def pullback(function: Callable, x: Any) -> tuple[Any, Callable, Any]:
+    """(y, pull, rest) of `(y, rest) = function(x)`, where `pull(v)`, to be called once, is (dy / dx)^T v.
+
+    No gradient flows through the three themselves.
+    """
+    if BACKEND == "jax":
+        import jax
+
+        y, pull, rest = jax.vjp(function, x, has_aux=True)
+        return y, lambda v: pull(v)[0], rest
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y, rest = function(x)
+        return y, lambda v: tape.gradient(y, x, v), rest
+    import torch
+
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y, rest = function(x)
+    detached = None if rest is None else rest.detach()
+    return y.detach(), lambda v: torch.autograd.grad(y, x, v)[0], detached
 
 
 def fused(function: Callable) -> Callable:

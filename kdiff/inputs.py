@@ -61,8 +61,20 @@ def condition_checks(network: keras.layers.Layer) -> dict[str, Callable[[np.ndar
     return {name: layer.check for name, layer in pairs if hasattr(layer, "check")}
 
 
+def condition_nulls(network: keras.layers.Layer) -> dict[str, np.ndarray]:
+    """The row that stands for no condition, by the name of each condition whose layer has one."""
+    layers = getattr(network, "conditions", None)
+    pairs = layers.items() if hasattr(layers, "items") else ()
+    nulls = {name: getattr(layer, "null", None) for name, layer in pairs}
+    return {name: null for name, null in nulls.items() if null is not None}
+
+
 def condition_rows(
-    conditions: dict[str, Any], shapes: dict[str, tuple], network: keras.layers.Layer, num_samples: int
+    conditions: dict[str, Any],
+    shapes: dict[str, tuple],
+    network: keras.layers.Layer,
+    num_samples: int,
+    partial: bool = False,
 ) -> dict[str, np.ndarray]:
     """Each condition with one row a sample; one value for all samples is repeated.
 
@@ -71,16 +83,19 @@ def condition_rows(
         shapes: the shape of one row of each condition that there must be.
         network: what the conditions are for.
         num_samples: the number of rows.
+        partial: whether some may be missing.
 
     Raises:
         ValueError: if a condition is missing, unknown, of another shape, or holds what its layer does not take.
     """
-    if missing := set(shapes) - set(conditions):
+    if (missing := set(shapes) - set(conditions)) and not partial:
         raise ValueError(f"sample: the model needs the conditions {sorted(shapes)}; missing: {sorted(missing)}")
     if extra := set(conditions) - set(shapes):
         raise ValueError(f"sample: the model takes the conditions {sorted(shapes)}; received: {sorted(extra)}")
     rows = {}
     for name, shape in shapes.items():
+        if name not in conditions:
+            continue
         value = np.asarray(conditions[name])
         if value.ndim == len(shape):
             value = np.broadcast_to(value, (num_samples, *value.shape))

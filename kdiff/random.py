@@ -124,3 +124,28 @@ def _draw(key, shape, first, transform):
     words = threefry((key[0], key[1]), (rows, places))
     pair = transform(*(ops.cast(_shift_right(word, 8), "float32") * 2.0**-24 for word in words))
     return ops.reshape(ops.concatenate(pair, axis=-1)[:, :size], (samples, *shape[1:]))
+
+
+def slerp(a, b, fractions):
+    """Points on the arc from noise `a` to noise `b`, which keep the length that noise has (Shoemake 1985):
+
+        (sin((1 - f) angle) a + sin(f angle) b) / sin(angle),    cos(angle) = <a, b> / (|a| |b|)
+
+    Where the two are parallel it is the straight line.
+
+    Args:
+        a: of any shape.
+        b: of the same shape.
+        fractions: f, with shape `(count,)`; 0 is `a` and 1 is `b`.
+
+    Returns:
+        A float32 array with shape `(count, ...)`.
+    """
+    a, b, f = (np.asarray(ops.convert_to_numpy(value), "float64") for value in (a, b, fractions))
+    if a.shape != b.shape:
+        raise ValueError(f"slerp: `a` and `b` must have one shape; received: {a.shape} and {b.shape}")
+    cosine = np.clip(np.sum(a * b) / np.maximum(np.linalg.norm(a) * np.linalg.norm(b), 1e-30), -1.0, 1.0)
+    f, angle = f.reshape(-1, *[1] * a.ndim), np.arccos(cosine)
+    if np.sin(angle) < 1e-6:
+        return ((1 - f) * a + f * b).astype("float32")
+    return ((np.sin((1 - f) * angle) * a + np.sin(f * angle) * b) / np.sin(angle)).astype("float32")

@@ -22,8 +22,9 @@ import numpy as np
 from keras import ops
 
 from kdiff import backend, random
-from kdiff.base import Value, check_integer
+from kdiff.base import Value, check_integer, check_number
 from kdiff.guidance import Guidance
+from kdiff.guidance.base import Place, Run
 from kdiff.schedules import NoiseSchedule
 from kdiff.solvers import Denoise, Solver
 from kdiff.times import TimeGrid
@@ -45,6 +46,20 @@ class Step(NamedTuple):
     t: float
     x: Any
     x_hat: Any
+
+
+class State(NamedTuple):
+    """What a run carries from step to step: a nest of tensors.
+
+    Attributes:
+        solver: the solver's state.
+        rows: of each guidance, its arrays for the samples of this batch.
+        memories: of each guidance, what it remembers.
+    """
+
+    solver: Any
+    rows: tuple
+    memories: tuple
 
 
 class Sampler(Value):
@@ -80,14 +95,39 @@ class Sampler(Value):
         self.guidance = tuple(Guidance.get(one) for one in guidance)
         self.to_zero = to_zero
 
-    def times(self, schedule: NoiseSchedule) -> np.ndarray:
-        """The times of a run on this schedule: float64, strictly decreasing, with shape `(steps + 1,)`."""
+    def times(self, schedule: NoiseSchedule, strength: float = 1.0) -> np.ndarray:
+        """The times of a run on this schedule: float64, with shape `(steps + 1,)`.
+
+        They fall; those of a grid with jumps (`times.Jumps`) also rise. With a `strength` below 1 the run begins there,
+        in place of the nearest time of the grid, and leaves out all before; with 0 it has no step.
+        """
+        check_number("Sampler", "strength", strength, 0.0, 1.0)
         steps = self.steps or self.grid.default_steps(schedule)
         times = self.grid(schedule, steps)[: None if self.to_zero else -1]
         if len(times) < 2:
             raise ValueError("Sampler: a run of one step that does not go to t = 0 has no step; give more `steps`")
-        self.solver.check(len(times) - 1)
+        if strength < times[0]:
+            times = _from(schedule.nearest(strength), times)
+        if strength > 0:
+            self.solver.check(len(times) - 1)
         return times
+
+    @property
+    def models(self) -> tuple:
+        """The Keras models that the guidance asks."""
+        return tuple(model for one in self.guidance for model in one.models)
+
+    def replaced(self, **changes: Any) -> "Sampler":
+        """A sampler with the same objects, except for `changes`."""
+        return Sampler(**{**{name: getattr(self, name) for name in self._argument_defaults()}, **changes})
+
+    def key(self) -> tuple:
+        """What a compiled step depends on: all but grid, steps and the arrays of the guidance."""
+        return (self.solver, *((one.key(), one.active) for one in self.guidance))
+
+    def rows(self, run: Run) -> tuple:
+        """The arrays of each guidance, with one row a sample, checked."""
+        return tuple(one.rows(run) if one.active else {} for one in self.guidance)
 
     def steps_of(
         self,
@@ -96,26 +136,38 @@ class Sampler(Value):
         shape: tuple[int, ...],
         *,
         x: Any = None,
+        times: np.ndarray | None = None,
         seed: int = 0,
         first: int = 0,
+        rows: tuple | None = None,
         compiled: Callable | None = None,
     ) -> Iterator[Step]:
         """Runs, and yields every step.
 
         Args:
-            denoise: x_hat = denoise(x, marginal); the fields of the marginal have shape `()`.
+            denoise: x_hat = denoise(x, marginal), or a `Denoiser`; the fields of the marginal have shape `()`.
             schedule: the schedule to sample under.
             shape: the shape of the batch, `(samples, ...)`.
-            x: the noisy batch to start from, at the grid's first time; None for sigma noise.
+            x: the noisy batch to start from, at the first time; None for sigma noise.
+            times: the times, as of `times`; None for all of the grid.
             seed: names the noise; the same on every backend.
             first: the number of the first sample, so that batches of one run continue one another.
+            rows: as of `rows`, for these samples; None to take them from the guidance as it is.
             compiled: a compiled form of `advance` for this `denoise`, if there is one.
         """
-        times = self.times(schedule)
+        times = self.times(schedule) if times is None else times
+        rows = self.rows(Run(shape)) if rows is None else rows
         if x is None:
-            noise = random.normal(random.fold(random.key_of(seed), 0, random.INITIAL), shape, first)
-            x = schedule.at(times[0]).sigma * noise
-        yield from self._run(denoise, schedule, x, times, seed, first, compiled)
+            x = schedule.at(times[0]).sigma * initial_noise(shape, seed, first)
+        yield from self._run(denoise, schedule, x, times, seed, first, rows, compiled)
+
+    def inverse(self, iterations: int = 1) -> "Sampler":
+        """The sampler that goes from data to noise, where its `times` are read backwards.
+
+        Raises:
+            ValueError: if the solver has no inverse.
+        """
+        return self.replaced(solver=self.solver.inverse(iterations))
 
     def invert(self, denoise: Denoise, schedule: NoiseSchedule, x, *, iterations: int = 1):
         """The noise from which a deterministic solver makes `x`: the run backwards, from t = 0.
@@ -132,23 +184,28 @@ class Sampler(Value):
         Raises:
             ValueError: if the solver has no inverse.
         """
-        inverse = Sampler(self.solver.inverse(iterations), self.grid, self.steps, self.guidance, self.to_zero)
-        times = self.times(schedule)[::-1]
+        inverse, times = self.inverse(iterations), self.times(schedule)[::-1]
         x = schedule.at(times[0].astype("float32")).alpha * ops.convert_to_tensor(x, "float32")
-        for step in inverse._run(denoise, schedule, x, times, 0, 0, None):
+        for step in inverse.steps_of(denoise, schedule, tuple(x.shape), x=x, times=times):
             x = step.x
         return x
 
-    def _run(self, denoise, schedule, x, times, seed, first, compiled) -> Iterator[Step]:
+    def _run(self, denoise, schedule, x, times, seed, first, rows, compiled) -> Iterator[Step]:
         times, key = times.astype("float32"), random.key_of(seed)
-        x = ops.convert_to_tensor(x, "float32")
-        state = self.solver.init(x, len(times) - 1)
+        x = x_hat = ops.convert_to_tensor(x, "float32")
+        memories = tuple(one.start(x) if one.active else () for one in self.guidance)
+        state = State(self.solver.init(x, _steps_from(times, 0)), rows, memories)
         advance = compiled or backend.without_gradients(partial(self.advance, denoise, schedule))
+        backwards = times[-1] > times[0]
         for index, (now, then) in enumerate(pairwise(times)):
-            x, x_hat, state = advance(x, now, then, key, np.int32(index), np.int32(first), state)
+            if then > now and not backwards:
+                x = _noisier(schedule, x, now, then, key, index, first)
+                state = state._replace(solver=self.solver.init(x, _steps_from(times, index + 1)))
+            else:
+                x, x_hat, state = advance(x, now, then, key, np.int32(index), np.int32(first), state)
             yield Step(index + 1, len(times) - 1, float(then), x, x_hat)
 
-    def advance(self, denoise: Denoise, schedule: NoiseSchedule, x, now, then, key, index, first, state):
+    def advance(self, denoise: Denoise, schedule: NoiseSchedule, x, now, then, key, index, first, state: State):
         """One step of the loop, noise included: a pure function of its arguments, fit to be compiled.
 
         Args:
@@ -160,22 +217,54 @@ class Sampler(Value):
             key: the run's key.
             index: the number of the step.
             first: the number of the first sample.
-            state: the solver's state.
+            state: what the last step returned.
 
         Returns:
-            `(x, x_hat, state)`, as of `Solver.step`.
+            `(x, x_hat, state)`, x_hat as of `Solver.step`.
         """
-        for guidance in self.guidance:
-            denoise = guidance(denoise)
+        place = Place(index, schedule.at(now), schedule.at(then), schedule)
+        parts = zip(self.guidance, state.rows, state.memories, strict=True)
+        guidance = [one.bound(rows, memory, place) for one, rows, memory in parts]
+        for one, bound in zip(self.guidance, guidance, strict=True):
+            denoise = bound(denoise) if one.active else denoise
         streams = itertools.count(random.STEPS)
 
         def noise():
             return random.normal(random.fold(key, index, next(streams)), ops.shape(x), first)
 
-        return self.solver.step(denoise, schedule, x, schedule.at(now), schedule.at(then), noise, state)
+        x, x_hat, solver = self.solver.step(denoise, schedule, x, place.now, place.then, noise, state.solver)
+        return x, x_hat, State(solver, state.rows, tuple(one.memory for one in guidance))
 
     def __call__(self, denoise: Denoise, schedule: NoiseSchedule, shape: tuple[int, ...], *, x=None, seed: int = 0):
         """Runs, and returns the last x. Arguments as of `steps_of`."""
         for step in self.steps_of(denoise, schedule, shape, x=x, seed=seed):
             x = step.x
         return x
+
+
+def initial_noise(shape: tuple[int, ...], seed: int = 0, first: int = 0):
+    """The noise that a run begins with: standard normal, the same on every backend."""
+    return random.normal(random.fold(random.key_of(seed), 0, random.INITIAL), shape, first)
+
+
+def _from(start: float, times: np.ndarray) -> np.ndarray:
+    """The times from the one nearest to `start` on, which it takes the place of; the last of them stays."""
+    if start == 0:
+        return times[-1:]
+    return np.append(start, times[1 + np.argmin(np.abs(times[:-1] - start)) :])
+
+
+def _steps_from(times: np.ndarray, index: int) -> int:
+    """How many steps there are from here in one direction."""
+    signs = np.sign(np.diff(times[index:], append=times[-1]))
+    return int(np.argmax(signs != signs[0]))
+
+
+def _noisier(schedule: NoiseSchedule, x, now, then, key, index: int, first: int):
+    """A draw from q(x_then | x_now) = N(r x_now, sigma_then^2 - r^2 sigma_now^2), r = alpha_then / alpha_now."""
+    now, then = schedule.at(now), schedule.at(then)
+    ratio = then.alpha / now.alpha
+    noise = random.normal(random.fold(key, np.int32(index), random.STEPS), ops.shape(x), np.int32(first))
+    # sigma_then^2 - r^2 sigma_now^2, without cancellation.
+    deviation = then.sigma * ops.sqrt(-ops.expm1(then.log_snr - now.log_snr))
+    return ratio * x + deviation * noise

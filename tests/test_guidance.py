@@ -1,22 +1,74 @@
-"""Guidance: denoisers made from denoisers."""
+"""Guidance: denoisers made from denoisers, against the exact scores of a mixture of Gaussians."""
+
+import itertools
 
 import numpy as np
 import pytest
 from keras import ops
 
-from kdiff import Sampler, guidance, schedules
+from kdiff import Sampler, analytic, guidance, schedules
+from kdiff.guidance import AdaptiveProjected, CFGPlusPlus, CFGZeroStar, ClassifierFree
+from kdiff.guidance.base import Place
+from kdiff.solvers.base import half_step
 from tests.toys import SCHEDULES, numpy
+
+MEANS, STDS, WEIGHTS = np.array([[-0.8, 0.2], [0.5, -0.6], [0.4, 0.7]]), np.array([0.5, 0.3, 0.4]), [0.3, 0.3, 0.4]
+MIXTURE = analytic.GaussianMixture(MEANS, STDS**2, WEIGHTS)
+LABELS = np.array([0, 1, 2, 2])
+POINTS = np.random.default_rng(0).normal(size=(4, 2)).astype("float32")
+COSINE = schedules.Cosine()
 
 
 def wide(x, m):
     return 3.0 * x
 
 
+def exact_score(x, alpha, sigma, label=None):
+    """The gradient of log p(x_t), or of log p(x_t | label), in float64, by the formulas alone."""
+    variances = alpha**2 * STDS**2 + sigma**2
+    distances = x[:, None] - alpha * MEANS
+    logs = np.log(WEIGHTS) - np.log(variances) - 0.5 * (distances**2).sum(-1) / variances
+    if label is not None:
+        logs = np.where(np.arange(3) == label[:, None], 0.0, -np.inf)
+    r = np.exp(logs - logs.max(1, keepdims=True))
+    r /= r.sum(1, keepdims=True)
+    return -np.sum(r[..., None] * distances / variances[:, None], axis=1)
+
+
+def exact_guided(x, alpha, sigma, scale, label=LABELS):
+    """x_hat of the guided score (1 - w) score + w score_label."""
+    w = np.reshape(scale, (-1, 1))
+    score = (1 - w) * exact_score(x, alpha, sigma) + w * exact_score(x, alpha, sigma, label)
+    return (x + sigma**2 * score) / alpha
+
+
+def at(schedule, t):
+    m = schedule.at(np.float32(t))
+    return m, float(m.alpha), float(m.sigma)
+
+
+def answers(m, x=POINTS):
+    """x_c and x_u."""
+    denoise = MIXTURE.conditional(LABELS)
+    given = numpy(denoise(ops.convert_to_tensor(x), m))
+    return given, numpy(MIXTURE(ops.convert_to_tensor(x), m))
+
+
+def ask(one, m, x=POINTS, then=None, index=0, memory=()):
+    """What a guidance answers in a run."""
+    place = Place(ops.convert_to_tensor(np.int32(index)), m, then or m, COSINE)
+    one = one.bound({name: getattr(one, name) for name in one.arrays}, memory, place)
+    return numpy(one(MIXTURE.conditional(LABELS))(ops.convert_to_tensor(x), m)), one
+
+
+# Thresholding
+
+
 @pytest.mark.parametrize("solver", ["ddpm", "ddim"])
 def test_clip_bounds_every_estimate(solver):
-    run = list(Sampler(solver, steps=4, guidance="clip").steps_of(wide, schedules.Cosine(), (4, 4)))
+    run = list(Sampler(solver, steps=4, guidance="clip").steps_of(wide, COSINE, (4, 4)))
     assert all(np.abs(numpy(step.x_hat)).max() <= 1 for step in run)
-    free = list(Sampler(solver, steps=4).steps_of(wide, schedules.Cosine(), (4, 4)))
+    free = list(Sampler(solver, steps=4).steps_of(wide, COSINE, (4, 4)))
     assert np.abs(numpy(free[0].x_hat)).max() > 1
 
 
@@ -31,10 +83,19 @@ def test_dynamic_threshold_is_its_formula():
 
 
 def test_a_learned_variance_passes_through():
-    guided = guidance.Clip(0.5)(lambda x, m: (x, "variance"))
+    guided = guidance.Clip(0.5)(lambda x, m: (x, 7.0 * x))
     x_hat, share = guided(ops.ones((2, 2)), None)
     np.testing.assert_array_equal(numpy(x_hat), 0.5)
-    assert share == "variance"
+    np.testing.assert_array_equal(numpy(share), 7.0)
+
+
+def test_the_learned_variance_is_that_under_the_conditions():
+    def function(x, m, label):
+        return x, ops.cast(label, "float32")[:, None] + 0.0 * x
+
+    denoise = guidance.Denoiser(function, {"label": ops.convert_to_tensor(LABELS, "int32")}, {"label": np.int32(9)})
+    _, share = ClassifierFree(2.0)(denoise)(ops.convert_to_tensor(POINTS), COSINE.at(np.float32(0.5)))
+    np.testing.assert_array_equal(numpy(share)[:, 0], LABELS)
 
 
 def test_guidance_is_applied_in_order():
@@ -47,6 +108,193 @@ def test_guidance_is_applied_in_order():
     assert np.abs(numpy(step.x_hat)).max() <= 1
 
 
+def test_thresholding_before_classifier_free_changes_both_answers():
+    m, alpha, sigma = at(COSINE, 0.7)
+    given, none = (np.clip(value, -0.3, 0.3) for value in answers(m))
+    guided = ClassifierFree(3.0)(guidance.Clip(0.3)(MIXTURE.conditional(LABELS)))
+    np.testing.assert_allclose(numpy(guided(POINTS, m)), none + 3 * (given - none), atol=1e-5)
+
+
+# Classifier-free guidance
+
+
+@pytest.mark.parametrize("schedule", [*SCHEDULES[-2:], schedules.VarianceExploding()], ids=repr)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0, np.array([0.5, 1.0, 2.0, 7.5])], ids=str)
+def test_classifier_free_is_the_guided_score(schedule, scale):
+    for t in (0.1, 0.4, 0.8):
+        m, alpha, sigma = at(schedule, t)
+        x = POINTS * np.float32(np.hypot(alpha, sigma))
+        wanted = exact_guided(x.astype("float64"), alpha, sigma, scale)
+        np.testing.assert_allclose(ask(ClassifierFree(scale), m, x)[0], wanted, atol=3e-5, rtol=1e-4)
+
+
+def test_both_answers_come_from_one_batch():
+    sizes = []
+
+    def function(x, m, label):
+        sizes.append((tuple(x.shape), tuple(label.shape), tuple(m.t.shape)))
+        return x
+
+    denoise = guidance.Denoiser(function, {"label": ops.convert_to_tensor(LABELS, "int32")}, {"label": np.int32(-1)})
+    ClassifierFree(2.0)(denoise)(ops.convert_to_tensor(POINTS), COSINE.at(np.float32(0.5)))
+    ClassifierFree(2.0)(denoise)(ops.convert_to_tensor(POINTS), COSINE.at(np.full(4, 0.5, "float32")))
+    assert sizes == [((8, 2), (8,), ()), ((8, 2), (8,), (8,))]
+
+
+def test_guided_samples_follow_the_exact_guided_flow():
+    """dz / ds = (z - x_hat) / s in z = x / alpha, s = sigma / alpha, of the exact guided score, by RK4 in float64."""
+    times = Sampler("dpm_solver_pp", "uniform_log_snr", steps=400).times(COSINE)
+    x = np.random.default_rng(1).normal(size=(4, 2))
+    start, end = (at(COSINE, t)[1:] for t in (times[0], times[-2]))
+    z, logs = x / start[0], np.linspace(np.log(start[1] / start[0]), np.log(end[1] / end[0]), 4001)
+
+    def slope(z, u):
+        return z - exact_guided(z, 1.0, np.exp(u), 2.5)
+
+    for u, after in itertools.pairwise(logs):
+        h = after - u
+        a = slope(z, u)
+        b = slope(z + h / 2 * a, u + h / 2)
+        c = slope(z + h / 2 * b, u + h / 2)
+        z = z + h / 6 * (a + 2 * b + 2 * c + slope(z + h * c, after))
+    sampler = Sampler("dpm_solver_pp", "uniform_log_snr", steps=400, guidance=ClassifierFree(2.5))
+    received = numpy(sampler(MIXTURE.conditional(LABELS), COSINE, (4, 2), x=x * start[1] / start[1]))
+    np.testing.assert_allclose(received, exact_guided(z, 1.0, end[1] / end[0], 2.5), atol=2e-3)
+
+
+def test_outside_of_its_interval_it_is_off():
+    for t in (0.2, 0.5, 0.8):
+        m, alpha, sigma = at(COSINE, t)
+        for lowest, highest in ((0.0, 0.9), (1.1, float("inf")), (0.5, 2.0)):
+            given, none = answers(m)
+            wanted = none + 4 * (given - none) if lowest <= sigma / alpha <= highest else given
+            received, _ = ask(ClassifierFree(4.0, lowest=lowest, highest=highest), m)
+            np.testing.assert_allclose(received, wanted, atol=2e-6)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("rescale", [0.3, 1.0])
+def test_rescaling_is_that_of_diffusers(rescale):
+    """Of a network that predicts v; here v is that of the exact answers."""
+    import torch
+    from diffusers.guiders.guider_utils import rescale_noise_cfg
+
+    m, alpha, sigma = at(COSINE, 0.6)
+    x = np.random.default_rng(2).normal(size=(4, 2)).astype("float32")
+    given, none = ((alpha * x - value) / sigma for value in answers(m, x))
+    v = rescale_noise_cfg(*(torch.tensor(value) for value in (none + 5 * (given - none), given)), rescale).numpy()
+    received, _ = ask(ClassifierFree(5.0, rescale=rescale), m, x)
+    np.testing.assert_allclose(received, alpha * x - sigma * v, atol=2e-5)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(
+    "options", [{"parallel": 1.0}, {}, {"radius": 0.3}, {"momentum": 0.0, "parallel": 0.4}], ids=str
+)
+def test_adaptive_projection_is_that_of_diffusers(options):
+    """Over three questions, with the momentum between them."""
+    import torch
+    from diffusers.guiders import adaptive_projected_guidance as apg
+
+    one = AdaptiveProjected(6.0, **options)
+    buffer = apg.MomentumBuffer(one.momentum) if one.momentum else None
+    memory = one.start(ops.convert_to_tensor(POINTS))
+    for index, t in enumerate((0.8, 0.5, 0.3)):
+        m, *_ = at(COSINE, t)
+        given, none = answers(m)
+        parts = [torch.tensor(value) for value in (given, none)]
+        radius = one.radius if np.isfinite(one.radius) else 0.0
+        # Its "original formulation" is the paper's, with the paper's scale less one.
+        wanted = apg.normalized_guidance(*parts, 5.0, buffer, one.parallel, radius, True, norm_dim=-1)
+        received, bound = ask(one, m, index=index, memory=memory)
+        memory = bound.memory
+        np.testing.assert_allclose(received, wanted.numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("t", [(0.9, 0.7), (0.4, 0.2), (0.1, 0.0)])
+def test_cfg_plus_plus_takes_the_noise_without_the_condition(t):
+    """DDIM's step from its estimate is the paper's step."""
+    (now, alpha, sigma), (then, alpha_then, sigma_then) = (at(COSINE, time) for time in t)
+    given, none = answers(now)
+    noise = (POINTS - alpha * none) / sigma
+    wanted = alpha_then * (none + 0.6 * (given - none)) + sigma_then * noise
+    sampler = Sampler("ddim", guidance=CFGPlusPlus(0.6))
+    step, *_ = sampler.steps_of(MIXTURE.conditional(LABELS), COSINE, (4, 2), x=POINTS, times=np.array(t))
+    np.testing.assert_allclose(numpy(step.x), wanted, atol=1e-5)
+    assert float(half_step(now, then)) > 0
+
+
+def test_cfg_zero_star_is_its_formula():
+    schedule = schedules.Rectified()
+    m, alpha, sigma = at(schedule, 0.6)
+    given, none = ((POINTS - value) / sigma for value in answers(m))  # v = noise - x = (x_t - x) / t
+    s = (given * none).sum(-1, keepdims=True) / (none * none).sum(-1, keepdims=True)
+    received, _ = ask(CFGZeroStar(4.0, zero_steps=0), m)
+    np.testing.assert_allclose(received, POINTS - sigma * (s * none + 4 * (given - s * none)), atol=2e-5)
+    run = list(
+        Sampler("euler", steps=5, guidance=CFGZeroStar(4.0, zero_steps=2)).steps_of(
+            MIXTURE.conditional(LABELS), schedule, (4, 2)
+        )
+    )
+    np.testing.assert_allclose(numpy(run[0].x), numpy(run[1].x), atol=1e-6)  # the velocity is 0
+    assert np.abs(numpy(run[2].x) - numpy(run[1].x)).max() > 0.01
+
+
+def test_what_stands_in_for_none():
+    m, *_ = at(COSINE, 0.5)
+    negative = np.array([1, 2, 0, 0], "int32")
+    given, _ = answers(m)
+    other = numpy(MIXTURE.conditional(negative)(POINTS, m))
+    one = ClassifierFree(3.0, negative={"label": ops.convert_to_tensor(negative)})
+    np.testing.assert_allclose(ask(one, m)[0], other + 3 * (given - other), atol=1e-5)
+
+
+def test_some_conditions_alone_are_left_out():
+    def function(x, m, a, b):
+        return x + ops.reshape(100.0 * a + b, (-1, 1))
+
+    rows = {"a": ops.ones(4), "b": ops.ones(4)}
+    denoise = guidance.Denoiser(function, rows, {"a": np.float32(0), "b": np.float32(0)})
+    x = np.zeros((4, 2), "float32")
+    for drop, wanted in ((None, 2 * 101), (("a",), 1 + 200), (["b"], 100 + 2)):
+        received = numpy(ClassifierFree(2.0, drop=drop)(denoise)(x, COSINE.at(np.float32(0.5))))
+        np.testing.assert_allclose(received, wanted)
+
+
+def test_two_classifier_free_guidances_compose():
+    """Two scales for two conditions, as in InstructPix2Pix: four answers, each pair in one batch."""
+
+    def function(x, m, a, b):
+        return x + ops.reshape(100.0 * a + b, (-1, 1))
+
+    denoise = guidance.Denoiser(
+        function, {"a": ops.ones(1), "b": ops.ones(1)}, {"a": np.float32(0), "b": np.float32(0)}
+    )
+    guided = ClassifierFree(2.0, drop=("a",))(ClassifierFree(5.0, drop=("b",))(denoise))
+    received = numpy(guided(np.zeros((1, 2), "float32"), COSINE.at(np.float32(0.5))))
+    np.testing.assert_allclose(received, 200 + 5)
+
+
+@pytest.mark.parametrize("one", [ClassifierFree(), AdaptiveProjected(), CFGPlusPlus(), CFGZeroStar()], ids=repr)
+@pytest.mark.parametrize("solver", ["ddpm", "heun", "dpm_solver_pp", "uni_pc"])
+def test_it_runs_with_any_solver(one, solver):
+    sampler = Sampler(solver, steps=6, guidance=one)
+    x = numpy(sampler(MIXTURE.conditional(LABELS), COSINE, (4, 2)))
+    assert np.isfinite(x).all()
+    free = numpy(Sampler(solver, steps=6)(MIXTURE.conditional(LABELS), COSINE, (4, 2)))
+    assert np.abs(x - free).max() > 1e-3
+
+
+def test_off_is_off():
+    free = numpy(Sampler("ddim", steps=5)(MIXTURE.conditional(LABELS), COSINE, (4, 2)))
+    for one in (ClassifierFree(1.0), AdaptiveProjected(np.ones(4))):
+        assert not one.active
+        received = Sampler("ddim", steps=5, guidance=one)(MIXTURE.conditional(LABELS), COSINE, (4, 2))
+        np.testing.assert_array_equal(numpy(received), free)
+    assert CFGPlusPlus(1.0).active
+    assert ClassifierFree([1.0, 2.0]).active
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -54,6 +302,26 @@ def test_guidance_is_applied_in_order():
         (lambda: guidance.DynamicThreshold(1.5), "quantile"),
         (lambda: guidance.DynamicThreshold(highest=0.5), "highest"),
         (lambda: Sampler(guidance="clap"), "Did you mean 'clip'"),
+        (lambda: ClassifierFree("strong"), "scale.*strong"),
+        (lambda: ClassifierFree(float("nan")), "scale"),
+        (lambda: ClassifierFree(lowest=2.0, highest=1.0), "highest"),
+        (lambda: ClassifierFree(rescale=2.0), "rescale"),
+        (lambda: ClassifierFree(prediction="learned_variance"), "one output"),
+        (lambda: AdaptiveProjected(momentum=2.0), "momentum"),
+        (lambda: CFGZeroStar(zero_steps=-1), "zero_steps"),
+        (
+            lambda: Sampler(steps=3, guidance=ClassifierFree([1.0, 2.0]))(MIXTURE.conditional(LABELS), COSINE, (4, 2)),
+            r"scale.*\(4,\) for one a sample",
+        ),
+        (lambda: Sampler(steps=3, guidance=ClassifierFree())(MIXTURE, COSINE, (4, 2)), "dropout"),
+        (
+            lambda: Sampler(steps=3, guidance=ClassifierFree(drop=["text"]))(
+                MIXTURE.conditional(LABELS), COSINE, (4, 2)
+            ),
+            r"\['text'\] cannot be left out",
+        ),
+        (lambda: Sampler(steps=3, guidance=ClassifierFree(negative={"label": 1}))(MIXTURE, COSINE, (4, 2)), "negative"),
+        (lambda: CFGPlusPlus()(MIXTURE.conditional(LABELS))(POINTS, COSINE.at(np.float32(0.5))), "Sampler"),
     ],
 )
 def test_bad_arguments(make, message):

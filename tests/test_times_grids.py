@@ -11,7 +11,7 @@ from tests.toys import SCHEDULES, exact_denoiser, numpy
 
 DISCRETE, CONTINUOUS = schedules.LinearBeta(), schedules.Cosine()
 EXPLODING = schedules.VarianceExploding(1e-4, 80.0)
-NAMES = sorted(set(TimeGrid.names()) - {"times"})
+NAMES = sorted(set(TimeGrid.names()) - {"times", "jumps"})
 BY_SIGMA = [times.Karras(), times.Exponential(), times.Polyexponential(1.5), times.UniformLogSNR()]
 
 

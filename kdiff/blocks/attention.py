@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from kdiff import switches
 from kdiff.base import check_integer, check_number
 from kdiff.blocks.base import (
     Block,
@@ -108,7 +109,10 @@ class MultiHeadAttention(Block):
         v = self._in_heads(self.value(source))
         if context is None and self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
-        y = (self.pattern if context is None else Global())(q, k, v)
+        if context is None and switches.is_identity(self.path):
+            y = v
+        else:
+            y = (self.pattern if context is None else Global())(q, k, v)
         return self.output_layer(ops.reshape(y, (*ops.shape(x)[:-1], math.prod(self._split))))
 
     def _in_heads(self, x, norm=None):

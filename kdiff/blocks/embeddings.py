@@ -255,6 +255,11 @@ class LabelEmbedding(Block):
             x = ops.where(dropped, self.num_classes, ops.cast(x, "int32"))
         return _rows(self, x, self.table.shape[0])
 
+    @property
+    def null(self):
+        """The null class, `num_classes`; None if there is none."""
+        return np.int32(self.num_classes) if self.dropout > 0 else None
+
     def check(self, labels) -> None:
         """Raises a ValueError for an array of labels that holds one that the table does not have."""
         known = self.num_classes + (self.dropout > 0)

@@ -122,6 +122,12 @@ class NoiseSchedule(Value, keras.layers.Layer):
         log_snr = ops.convert_to_tensor(log_snr, "float32")
         return Marginal(self.time(log_snr), *self.scales(log_snr), log_snr)
 
+    def nearest(self, t: float) -> float:
+        """The time nearest to `t` that the process has: of T steps, i / T, and not 0 unless `t` is."""
+        if self.num_steps is None or t == 0:
+            return t
+        return max(1, round(t * self.num_steps)) / self.num_steps
+
     def call(self, x, noise, t):
         """The forward process, x_t = alpha x + sigma noise (DDPM eq. 4).
 

@@ -1,7 +1,7 @@
 """Times: which t a network is trained at, which it is sampled at, and how it is told.
 
 TimeSampler   (schedule, batch, key) -> t        random times for a training batch, float32, shape `(batch,)`
-TimeGrid      (schedule, steps) -> t             the times of a sampling run, float64, decreasing, from noise to 0
+TimeGrid      (schedule, steps) -> t             the times of a sampling run, float64, from noise to 0, decreasing (but `Jumps`)
 TimeLabel     (schedule, marginal) -> label      what the network sees as time
 """
 
@@ -20,6 +20,7 @@ from kdiff.times.grids import (
     Trailing,
     UniformLogSNR,
 )
+from kdiff.times.jumps import Jumps
 from kdiff.times.labels import Index, LogSNR, Scaled, TimeLabel
 from kdiff.times.samplers import (
     Antithetic,

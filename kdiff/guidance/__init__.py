@@ -1,0 +1,24 @@
+"""Guidance: what changes a denoiser's estimates, by other questions, by gradients, or by what is known of the result."""
+
+from kdiff.guidance.base import Asked, Clip, Denoiser, DynamicThreshold, Guidance
+from kdiff.guidance.classifier_free import AdaptiveProjected, CFGPlusPlus, CFGZeroStar, ClassifierFree
+from kdiff.guidance.inverse import DPS, Inpaint, PiGDM
+from kdiff.guidance.models import Autoguidance, ClassifierGuidance, PerturbedAttention
+
+__all__ = [
+    "DPS",
+    "AdaptiveProjected",
+    "Asked",
+    "Autoguidance",
+    "CFGPlusPlus",
+    "CFGZeroStar",
+    "ClassifierFree",
+    "ClassifierGuidance",
+    "Clip",
+    "Denoiser",
+    "DynamicThreshold",
+    "Guidance",
+    "Inpaint",
+    "PerturbedAttention",
+    "PiGDM",
+]

@@ -1,0 +1,282 @@
+"""Classifier-free guidance and its descendants: away from what the network says without the condition.
+
+All ask for two answers in one batch, x_c under the conditions and x_u without them (or under negative ones), and go
+from the second past the first. With scale w (1 is off, as in Imagen and diffusers; Ho and Salimans' w is one less),
+
+    ClassifierFree       x_hat = x_u + w (x_c - x_u)
+    AdaptiveProjected    x_hat = x_c + (w - 1) d,        d = x_c - x_u with momentum, at most so long, turned off x_c
+    CFGPlusPlus          x_hat = x_u + w(h) (x_c - x_u), w(h) = w / (1 - e^-h), h the step in log(alpha / sigma)
+    CFGZeroStar          v     = s v_u + w (v_c - s v_u),  s = <v_c, v_u> / |v_u|^2
+
+On Gaussian data the answers are linear in the scores, (alpha x_hat - x) / sigma^2, so the first is the mixture of scores
+(1 - w) score_u + w score_c that the paper has.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from kdiff.base import check_integer, check_number
+from kdiff.guidance.base import Asked, Guidance, Run, over
+from kdiff.predictions import Prediction
+from kdiff.schedules import Marginal
+from kdiff.solvers.base import half_step, noise_of
+
+
+class _TwoAnswers(Guidance):
+    """What they share. A subclass writes `combine`.
+
+    In an interval of noise levels alone, where it helps most, after Kynkäänniemi et al. 2024, "Applying guidance in a
+    limited interval", arXiv:2404.07724, eq. 4.
+    """
+
+    arrays = ("scale", "negative")
+
+    def __init__(
+        self,
+        scale: Any = 3.0,
+        negative: Mapping[str, Any] | None = None,
+        drop: Sequence[str] | None = None,
+        lowest: float = 0.0,
+        highest: float = float("inf"),
+    ):
+        name = type(self).__name__
+        check_scale(name, scale)
+        check_number(name, "lowest", lowest, 0.0)
+        check_number(name, "highest", highest, lowest)
+        if negative is not None and not isinstance(negative, Mapping):
+            raise TypeError(
+                f'{name}: `negative` must be conditions by name, such as {{"text": "blurry"}}; received: {negative!r}'
+            )
+        self.scale, self.negative, self.lowest, self.highest = scale, negative, lowest, highest
+        self.drop = None if drop is None else tuple(drop)
+
+    @property
+    def active(self) -> bool:
+        """Whether any scale differs from 1."""
+        return bool(np.any(np.asarray(self.scale) != 1.0))
+
+    def rows(self, run: Run):
+        """The scale, and the negative conditions, of each sample."""
+        rows = {"scale": run.rows(self, "scale", self.scale, ())}
+        if self.negative is None:
+            return rows
+        if run.conditions is None:
+            raise ValueError(f"{type(self).__name__}: `negative` needs a model that has conditions")
+        return {**rows, "negative": run.conditions(self.negative)}
+
+    def guide(self, denoise: Asked, x, m: Marginal):
+        """x_c, combined with x_u inside of the interval."""
+        given, none = denoise.each(x, m, denoise.conditions, denoise.without(self.drop, self.negative))
+        place = over(m.sigma / m.alpha, x)
+        inside = ops.logical_and(place >= self.lowest, place <= self.highest)
+        return ops.where(inside, self.combine(given, none, over(self.scale, x), x, m.like(x)), given)
+
+    def combine(self, given, none, scale, x, m: Marginal):
+        """The guided x_hat; `scale` and the fields of `m` broadcast against `x`."""
+        raise NotImplementedError
+
+
+class ClassifierFree(_TwoAnswers):
+    """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598, eq. 6):
+
+        x_hat = x_u + scale (x_c - x_u),
+
+    and, with `rescale` r, the output y of a network with this `prediction` brought near to the standard deviation that
+    it has under the conditions (Lin et al. 2023, arXiv:2305.08891, eqs. 15 and 16):
+
+        y <- (r std(y_c) / std(y) + 1 - r) y.
+
+    Args:
+        scale: 1 is off; one number, or one a sample.
+        negative: conditions that take the place of none, by name: `{"text": "blurry"}`.
+        drop: the names of the conditions to leave out; None for all that have a value for none.
+        lowest: guidance acts where sigma / alpha is at least this ...
+        highest: ... and at most this. The paper's choice for ImageNet-512 is 0.28 to 2.9.
+        rescale: in [0, 1]; 0 is off, and the paper's choice is 0.7.
+        prediction: a `Prediction` or its name: whose output is rescaled.
+
+    Raises:
+        ValueError: if a number is out of range; in a run, if no condition can be left out.
+    """
+
+    def __init__(
+        self,
+        scale: Any = 3.0,
+        negative: Mapping[str, Any] | None = None,
+        drop: Sequence[str] | None = None,
+        lowest: float = 0.0,
+        highest: float = float("inf"),
+        rescale: float = 0.0,
+        prediction="velocity",
+    ):
+        super().__init__(scale, negative, drop, lowest, highest)
+        check_number("ClassifierFree", "rescale", rescale, 0.0, 1.0)
+        self.rescale, self.prediction = rescale, _plain("ClassifierFree", prediction)
+
+    def combine(self, given, none, scale, x, m: Marginal):
+        """x_c + (scale - 1) (x_c - x_u), rescaled."""
+        x_hat = given + (scale - 1.0) * (given - none)
+        if self.rescale == 0:
+            return x_hat
+        y, y_given = (_output(self.prediction, x, answer, m) for answer in (x_hat, given))
+        factor = self.rescale * _std(y_given) / _std(y) + 1.0 - self.rescale
+        return self.prediction.denoise(factor * y, x, m)
+
+
+class AdaptiveProjected(_TwoAnswers):
+    """Adaptive projected guidance, APG (Sadat et al. 2024, arXiv:2410.02416, algorithm 1): high scales without
+    oversaturation.
+
+        d <- x_c - x_u + momentum d,    d <- d min(1, radius / |d|),
+        x_hat = x_c + (scale - 1) (d_orthogonal + parallel d_parallel),
+
+    in parts parallel and orthogonal to x_c.
+
+    Args:
+        scale, negative, drop, lowest, highest: as of `ClassifierFree`.
+        parallel: the weight of the part parallel to x_c, which saturates; the paper's eta. 1 keeps it.
+        radius: the largest |d|; inf for no limit.
+        momentum: of d from one question to the next; negative as a rule. 0 is none.
+    """
+
+    def __init__(
+        self,
+        scale: Any = 3.0,
+        negative: Mapping[str, Any] | None = None,
+        drop: Sequence[str] | None = None,
+        lowest: float = 0.0,
+        highest: float = float("inf"),
+        parallel: float = 0.0,
+        radius: float = float("inf"),
+        momentum: float = -0.5,
+    ):
+        super().__init__(scale, negative, drop, lowest, highest)
+        check_number("AdaptiveProjected", "parallel", parallel, 0.0)
+        check_number("AdaptiveProjected", "radius", radius, 0.0)
+        check_number("AdaptiveProjected", "momentum", momentum, -1.0, 1.0)
+        self.parallel, self.radius, self.momentum = parallel, radius, momentum
+        self.remembers = momentum != 0
+
+    def start(self, x):
+        """d = 0."""
+        return ops.zeros_like(x) if self.remembers else ()
+
+    def combine(self, given, none, scale, x, m: Marginal):
+        """x_c + (scale - 1) (d_orthogonal + parallel d_parallel)."""
+        d = given - none
+        if self.remembers and self.place is not None:
+            self.memory = d = d + self.momentum * self.memory
+        d = d * ops.minimum(1.0, self.radius / ops.maximum(ops.sqrt(_dot(d, d)), 1e-12))
+        along = _dot(d, given) / ops.maximum(_dot(given, given), 1e-12) * given
+        return given + (scale - 1.0) * (d - along + self.parallel * along)
+
+
+class CFGPlusPlus(_TwoAnswers):
+    """CFG++ (Chung et al. 2024, arXiv:2406.08070, algorithm 2): the guided data, but the noise of x_u.
+
+        x_then = alpha_then (x_u + scale (x_c - x_u)) + sigma_then noise_u
+
+    is DDIM's step with the estimate x_u + scale / (1 - e^-h) (x_c - x_u), where h is the step in log(alpha / sigma): so
+    it is classifier-free guidance whose scale grows as the steps get shorter. In this form it suits any solver; with
+    DDIM it is the paper's.
+
+    Args:
+        scale: the paper's lambda, in [0, 1] as a rule; one number, or one a sample.
+        negative, drop, lowest, highest: as of `ClassifierFree`.
+    """
+
+    def __init__(
+        self,
+        scale: Any = 0.6,
+        negative: Mapping[str, Any] | None = None,
+        drop: Sequence[str] | None = None,
+        lowest: float = 0.0,
+        highest: float = float("inf"),
+    ):
+        super().__init__(scale, negative, drop, lowest, highest)
+
+    @property
+    def active(self) -> bool:
+        """True: a scale of 1 is not off."""
+        return True
+
+    def combine(self, given, none, scale, x, m: Marginal):
+        """x_u + scale / (1 - e^-h) (x_c - x_u)."""
+        place = self._placed()
+        return none - scale / ops.expm1(-half_step(place.now, place.then)) * (given - none)
+
+
+class CFGZeroStar(_TwoAnswers):
+    """CFG-Zero* (Fan et al. 2025, arXiv:2503.18886, algorithm 1), for flow matching:
+
+        v = s v_u + scale (v_c - s v_u),    s = <v_c, v_u> / |v_u|^2    for each example,
+
+    and v = 0 in the first steps, in which an underfitted network's velocity is worse than none.
+
+    Args:
+        scale, negative, drop, lowest, highest: as of `ClassifierFree`.
+        zero_steps: the number of first steps with v = 0.
+        prediction: a `Prediction` or its name: whose output is v.
+    """
+
+    def __init__(
+        self,
+        scale: Any = 3.0,
+        negative: Mapping[str, Any] | None = None,
+        drop: Sequence[str] | None = None,
+        lowest: float = 0.0,
+        highest: float = float("inf"),
+        zero_steps: int = 1,
+        prediction="flow",
+    ):
+        super().__init__(scale, negative, drop, lowest, highest)
+        check_integer("CFGZeroStar", "zero_steps", zero_steps, 0)
+        self.zero_steps, self.prediction = zero_steps, _plain("CFGZeroStar", prediction)
+
+    @property
+    def active(self) -> bool:
+        """Whether a scale differs from 1, or v is 0 at first."""
+        return self.zero_steps > 0 or super().active
+
+    def combine(self, given, none, scale, x, m: Marginal):
+        """x_hat of v."""
+        v, v_none = (_output(self.prediction, x, answer, m) for answer in (given, none))
+        v_none = _dot(v, v_none) / ops.maximum(_dot(v_none, v_none), 1e-12) * v_none
+        v = v_none + scale * (v - v_none)
+        if self.zero_steps:
+            v = ops.where(self._placed().index < self.zero_steps, 0.0, v)
+        return self.prediction.denoise(v, x, m)
+
+
+def check_scale(owner: str, scale: Any) -> None:
+    """Raises a ValueError unless `scale` is a finite number, or one a sample."""
+    try:
+        numbers = np.asarray(scale, "float64")
+    except (TypeError, ValueError):
+        numbers = np.full(1, np.nan)
+    if numbers.ndim > 1 or not np.isfinite(numbers).all():
+        raise ValueError(f"{owner}: `scale` must be a number, or one a sample; received: {scale!r}")
+
+
+def _plain(owner: str, prediction) -> Prediction:
+    prediction = Prediction.get(prediction)
+    if prediction.factor != 1:
+        raise ValueError(f"{owner}: `prediction` must have one output a channel; received: {prediction!r}")
+    return prediction
+
+
+def _output(prediction: Prediction, x, x_hat, m: Marginal):
+    """What a network of this prediction says if it means x_hat."""
+    return prediction.target(x_hat, noise_of(x, x_hat, m), m)
+
+
+def _dot(a, b):
+    """<a, b> for each example, of a shape that broadcasts."""
+    return ops.sum(a * b, axis=tuple(range(1, len(a.shape))), keepdims=True)
+
+
+def _std(x):
+    return ops.std(x, axis=tuple(range(1, len(x.shape))), keepdims=True)

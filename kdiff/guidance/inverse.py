@@ -1,0 +1,180 @@
+"""Guidance by what is known of the result: a part of the image, or a measurement y = A x + noise.
+
+Inpainting needs no gradient: the estimate is replaced where the image is known. The others add the gradient of
+log p(y | x_t), for which x_hat, the mean of p(x | x_t), stands in, with some covariance:
+
+    E[x | x_t, y] = x_hat + (sigma^2 / alpha) grad log p(y | x_t).
+
+With PiGDM's covariance, r^2 I, it is exact if data is N(mean, s^2 I).
+"""
+
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from kdiff.base import check_integer, check_number
+from kdiff.guidance.base import Asked, Guidance, Run, over
+from kdiff.guidance.classifier_free import check_scale
+from kdiff.operators import Operator
+from kdiff.schedules import Marginal, bridge
+
+
+class Inpaint(Guidance):
+    """New pixels where `mask` is 1, those of `image` where it is 0:
+
+        x_hat <- mask x_hat + (1 - mask) image.
+
+    So what is known follows q(x_then | x_now, image) with any solver. The network sees a border between what it drew
+    and what it was given; going back and forth over it heals the border (RePaint, Lugmayr et al. 2022,
+    arXiv:2201.09865, algorithm 1), by a grid with jumps:
+
+        Sampler("ddpm", times.Jumps("trailing", length=10, repeats=10), steps=250, guidance=Inpaint(image, mask))
+
+    Args:
+        image: one for all samples, or one a sample; as the model takes it, uint8 or in [-1, 1].
+        mask: binary, (height, width), with or without a last axis of 1 or of the channels; for all, or one a sample.
+
+    Raises:
+        ValueError: if the mask is not binary; in a run, if the image or the mask has another size.
+    """
+
+    arrays = ("image", "mask")
+
+    def __init__(self, image: Any, mask: Any):
+        self.image, self.mask = np.asarray(image), np.asarray(mask)
+        if not np.isin(self.mask, (0, 1)).all():
+            raise ValueError(
+                "Inpaint: `mask` must be binary: 1, or True, where the image is to be painted, and 0 where it is kept; "
+                f"received values from {self.mask.min()} to {self.mask.max()}"
+            )
+
+    def rows(self, run: Run):
+        """Image and mask of each sample."""
+        return {"image": run.examples(self, "image", self.image), "mask": self._mask_rows(run)}
+
+    def _mask_rows(self, run: Run):
+        count, *size, channels = run.shape
+        for mask in (self.mask, self.mask[..., None]):
+            for shape in ((*size, channels), (*size, 1)):
+                if mask.shape in (shape, (count, *shape)):
+                    return run.rows(self, "mask", mask, shape)
+        raise ValueError(
+            f"Inpaint: `mask` must have the shape {tuple(size)}, with or without {count} rows before it and 1 or "
+            f"{channels} channels after it; received: {self.mask.shape}"
+        )
+
+    def change(self, x_hat):
+        """mask x_hat + (1 - mask) image."""
+        return ops.where(ops.cast(self.mask, "float32") > 0, x_hat, ops.cast(self.image, "float32"))
+
+
+class _Measured(Guidance):
+    """Guidance by y = A x + noise."""
+
+    arrays = ("measurement", "scale")
+
+    def __init__(self, operator: Any, measurement: Any, scale: Any):
+        check_scale(type(self).__name__, scale)
+        self.operator = Operator.get(operator)
+        self.measurement, self.scale = np.asarray(measurement, "float32"), scale
+
+    def rows(self, run: Run):
+        """Measurement and scale of each sample."""
+        shape = self.operator.output_shape(run.shape[1:])
+        rows = {"measurement": run.rows(self, "measurement", self.measurement, shape)}
+        return {**rows, "scale": run.rows(self, "scale", self.scale, ())}
+
+    def guide(self, denoise: Asked, x, m: Marginal):
+        """x_hat, and so much of the gradient."""
+        x_hat, pull = denoise.linearised(x, m)
+        rest = ops.cast(self.measurement, "float32") - self.operator.forward(x_hat)
+        shape = tuple(x.shape[1:])
+        return x_hat + over(self.scale, x) * self._step(m.like(x)) * pull(
+            self.operator.adjoint(self._weighted(rest, shape, m), shape)
+        )
+
+    def _weighted(self, rest, shape, m: Marginal):
+        """What A^T and the derivative of x_hat are applied to."""
+        raise NotImplementedError
+
+    def _step(self, m: Marginal):
+        """The factor on the result."""
+        raise NotImplementedError
+
+
+class DPS(_Measured):
+    """Diffusion posterior sampling (Chung et al. 2022, arXiv:2209.14687, algorithm 1, with the step size of section
+    4 as in the authors' code): after a step of DDPM,
+
+        x_then <- x_then - scale grad |y - A x_hat(x_t)|,
+
+    which is that step with the estimate x_hat - scale / (alpha_then (1 - SNR_now / SNR_then)) grad |y - A x_hat|. With
+    other solvers it is the same change of the estimate. It wants many steps: the paper takes 1,000.
+
+    Args:
+        operator: an `Operator` or its name.
+        measurement: y, for all samples or one a sample.
+        scale: the step size; 0.3 to 1 in the paper.
+
+    Raises:
+        ValueError: in a run, if the operator does not fit the samples, or the measurement not the operator.
+    """
+
+    def __init__(self, operator: Any, measurement: Any, scale: Any = 1.0):
+        super().__init__(operator, measurement, scale)
+
+    def _weighted(self, rest, shape, m: Marginal):
+        """-grad |y - A x_hat| by A x_hat."""
+        norm = ops.sqrt(ops.sum(rest**2, axis=tuple(range(1, len(rest.shape))), keepdims=True))
+        return rest / ops.maximum(norm, 1e-8)
+
+    def _step(self, m: Marginal):
+        place = self._placed()
+        return 1.0 / (place.then.alpha * bridge(place.now, place.then)[1])
+
+
+class PiGDM(_Measured):
+    """Pseudoinverse-guided diffusion (Song et al. 2023, "Pseudoinverse-Guided Diffusion Models for Inverse Problems",
+    eqs. 7 and 8): with p(x | x_t) = N(x_hat, r^2 I),
+
+        grad log p(y | x_t) = (d x_hat / d x_t)^T A^T (r^2 A A^T + std^2 I)^-1 (y - A x_hat),
+        r^2 = data_std^2 sigma^2 / (alpha^2 data_std^2 + sigma^2).
+
+    Few steps are enough. The inverse comes from conjugate gradients.
+
+    Args:
+        operator: an `Operator` or its name.
+        measurement: y, for all samples or one a sample.
+        std: the standard deviation of the noise in y.
+        data_std: that of the data; 1 is the paper's. Images in [-1, 1] have about 0.5.
+        scale: of the gradient; 1 is Bayes' rule.
+        iterations: of the conjugate gradients; 1 is enough where A A^T is a multiple of the identity.
+
+    Raises:
+        ValueError: as of `DPS`.
+    """
+
+    def __init__(
+        self,
+        operator: Any,
+        measurement: Any,
+        std: float = 0.01,
+        data_std: float = 1.0,
+        scale: Any = 1.0,
+        iterations: int = 10,
+    ):
+        super().__init__(operator, measurement, scale)
+        check_number("PiGDM", "std", std, 1e-6)
+        check_number("PiGDM", "data_std", data_std, 1e-6)
+        check_integer("PiGDM", "iterations", iterations)
+        self.std, self.data_std, self.iterations = std, data_std, iterations
+
+    def _weighted(self, rest, shape, m: Marginal):
+        """(r^2 A A^T + std^2 I)^-1 (y - A x_hat)."""
+        m = m.like(rest)
+        variance = self.data_std**2 * m.sigma**2 / (m.alpha**2 * self.data_std**2 + m.sigma**2)
+        return self.operator.solve(rest, shape, variance, self.std**2, self.iterations)
+
+    def _step(self, m: Marginal):
+        return m.sigma**2 / m.alpha

@@ -1,0 +1,209 @@
+"""Linear operators: what is measured of an image where the image itself is sought.
+
+    y = A x + noise
+
+An operator is `forward`, A x. The rest follows from it: the adjoint A^T is its derivative, and what posterior sampling
+needs, (a A A^T + b I)^-1 v, comes from the method of conjugate gradients.
+
+    operator = operators.Downsample(4)
+    model.sample(8, guidance=guidance.PiGDM(operator, small))        # small: (8, height / 4, width / 4, channels)
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from kdiff import backend
+from kdiff.base import Value, check_integer, check_number
+
+Shape = tuple[int, ...]
+
+
+class Operator(Value):
+    """The base of all linear operators. A new one defines `forward`, and `check` if it does not suit every shape."""
+
+    def forward(self, x):
+        """A x, (batch, ...), of a batch of examples (batch, ...), float32. It must be linear."""
+        raise NotImplementedError
+
+    def __call__(self, x):
+        """A x, of tensors or arrays."""
+        x = ops.convert_to_tensor(x, "float32")
+        self.check(tuple(x.shape[1:]))
+        return self.forward(x)
+
+    def check(self, shape: Shape) -> None:
+        """Raises a ValueError if examples of this shape do not fit."""
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """The shape of A x for examples of this shape.
+
+        Raises:
+            ValueError: if they do not fit.
+        """
+        self.check(shape)
+        return tuple(self.forward(ops.zeros((1, *shape))).shape[1:])
+
+    def adjoint(self, y, shape: Shape):
+        """A^T y, for examples of this shape: <A x, y> = <x, A^T y>."""
+        y = ops.convert_to_tensor(y, "float32")
+        zeros = ops.zeros((ops.shape(y)[0], *shape))
+        return backend.pullback(lambda x: (self.forward(x), None), zeros)[1](y)
+
+    def solve(self, v, shape: Shape, a, b, iterations: int = 10):
+        """(a A A^T + b I)^-1 v, by conjugate gradients (Hestenes and Stiefel 1952).
+
+        Args:
+            v: of the shape of A x.
+            shape: of an example.
+            a, b: numbers, or tensors that broadcast against `v`.
+            iterations: exact if A A^T has no more different eigenvalues: 1 for `Mask`, `Downsample` and `Grey`.
+        """
+
+        def apply(p):
+            return a * self.forward(self.adjoint(p, shape)) + b * p
+
+        v = ops.convert_to_tensor(v, "float32")
+        axes = tuple(range(1, len(v.shape)))
+
+        def dot(p, q):
+            return ops.sum(p * q, axis=axes, keepdims=True)
+
+        solution, rest, direction = ops.zeros_like(v), v, v
+        squared = smallest = dot(v, v)
+        for _ in range(iterations):
+            product = apply(direction)
+            # Once nothing is left the step is 0, not 0 / 0.
+            left = squared > 1e-12 * smallest
+            step = ops.where(left, squared / ops.where(left, dot(direction, product), 1.0), 0.0)
+            solution, rest = solution + step * direction, rest - step * product
+            before, squared = squared, dot(rest, rest)
+            direction = rest + ops.where(left, squared / ops.where(left, before, 1.0), 0.0) * direction
+        return solution
+
+
+class Mask(Operator):
+    """What is known of an image of which a part is missing: y = (1 - mask) x.
+
+    Args:
+        mask: 1 where it is missing, 0 where it is known, as of `guidance.Inpaint`: an example's shape, or, of an image,
+            (height, width).
+    """
+
+    def __init__(self, mask: Any):
+        self.mask = np.asarray(mask, "float32")
+        if not np.isin(self.mask, (0.0, 1.0)).all():
+            raise ValueError("Mask: `mask` must be binary: 1 where the image is missing, 0 where it is known")
+
+    def check(self, shape: Shape) -> None:
+        """The mask must fit."""
+        if self.mask.shape not in (shape, shape[:-1], (*shape[:-1], 1)):
+            raise ValueError(f"Mask: `mask` has the shape {self.mask.shape}, which does not fit examples of {shape}")
+
+    def forward(self, x):
+        """(1 - mask) x."""
+        mask = self.mask if self.mask.ndim == len(x.shape) - 1 else self.mask[..., None]
+        return x * ops.convert_to_tensor(1.0 - mask)
+
+
+class Downsample(Operator):
+    """The mean of each square of `factor` x `factor` pixels: y, (batch, height / factor, width / factor, channels).
+
+    Args:
+        factor: must divide height and width.
+    """
+
+    def __init__(self, factor: int = 2):
+        check_integer("Downsample", "factor", factor)
+        self.factor = factor
+
+    def check(self, shape: Shape) -> None:
+        """The factor must divide height and width."""
+        _check_image("Downsample", shape)
+        if shape[0] % self.factor or shape[1] % self.factor:
+            raise ValueError(f"Downsample: {self.factor} must divide height and width; received images of {shape}")
+
+    def forward(self, x):
+        """The means."""
+        batch, height, width, channels = x.shape[0], *x.shape[1:]
+        f = self.factor
+        batch = -1 if batch is None else batch
+        return ops.mean(ops.reshape(x, (batch, height // f, f, width // f, f, channels)), axis=(2, 4))
+
+
+class Grey(Operator):
+    """The mean of the channels: y, (batch, height, width, 1)."""
+
+    def forward(self, x):
+        """The mean."""
+        return ops.mean(x, axis=-1, keepdims=True)
+
+
+class Blur(Operator):
+    """Convolution of each channel with one kernel; beyond its edge the image is mirrored.
+
+    Args:
+        kernel: numbers of odd height and width, `(height, width)`, smaller than twice the image.
+    """
+
+    def __init__(self, kernel: Any):
+        self.kernel = np.asarray(kernel, "float32")
+        if self.kernel.ndim != 2 or not (np.array(self.kernel.shape) % 2).all():
+            raise ValueError(f"Blur: `kernel` must have odd height and width; received: {self.kernel.shape}")
+
+    @classmethod
+    def gaussian(cls, std: float = 1.0, radius: int | None = None) -> "Blur":
+        """A Gaussian kernel of this standard deviation in pixels, whose sum is 1.
+
+        Args:
+            std: above 0.
+            radius: the kernel has 2 radius + 1 pixels a side; None for three standard deviations.
+        """
+        check_number("Blur", "std", std, 1e-3)
+        radius = int(np.ceil(3 * std)) if radius is None else radius
+        check_integer("Blur", "radius", radius, 0)
+        weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / std) ** 2)
+        return cls(np.outer(weights, weights) / weights.sum() ** 2)
+
+    def check(self, shape: Shape) -> None:
+        """The kernel's radius must be smaller than the image."""
+        _check_image("Blur", shape)
+        if any(size // 2 >= side for size, side in zip(self.kernel.shape, shape, strict=False)):
+            raise ValueError(f"Blur: a kernel of {self.kernel.shape} is too large for images of {shape}")
+
+    def forward(self, x):
+        """The convolution."""
+        for axis, size in enumerate(self.kernel.shape, start=1):
+            mirrored = np.pad(np.arange(x.shape[axis]), size // 2, mode="reflect").astype("int32")
+            x = ops.take(x, mirrored, axis=axis)
+        kernel = np.tile(self.kernel[::-1, ::-1, None, None], (1, 1, x.shape[-1], 1))
+        return ops.depthwise_conv(x, ops.convert_to_tensor(kernel), padding="valid", data_format="channels_last")
+
+
+class Composed(Operator):
+    """One operator after the other: y = ... A_2 A_1 x.
+
+    Args:
+        operators: the first is applied first: `Composed([Blur.gaussian(1.0), Downsample(2)])`.
+    """
+
+    def __init__(self, operators: Sequence[Operator]):
+        self.operators = [Operator.get(one) for one in operators]
+
+    def check(self, shape: Shape) -> None:
+        """Each must fit what the one before it gives."""
+        for one in self.operators:
+            shape = one.output_shape(shape)
+
+    def forward(self, x):
+        """The last one's output."""
+        for one in self.operators:
+            x = one.forward(x)
+        return x
+
+
+def _check_image(owner: str, shape: Shape) -> None:
+    if len(shape) != 3:
+        raise ValueError(f"{owner}: examples must be images, (height, width, channels); received: {shape}")
