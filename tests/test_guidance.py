@@ -109,7 +109,7 @@ def test_guidance_is_applied_in_order():
 
 
 def test_thresholding_before_classifier_free_changes_both_answers():
-    m, alpha, sigma = at(COSINE, 0.7)
+    m, *_ = at(COSINE, 0.7)
     given, none = (np.clip(value, -0.3, 0.3) for value in answers(m))
     guided = ClassifierFree(3.0)(guidance.Clip(0.3)(MIXTURE.conditional(LABELS)))
     np.testing.assert_allclose(numpy(guided(POINTS, m)), none + 3 * (given - none), atol=1e-5)
@@ -226,7 +226,7 @@ def test_cfg_plus_plus_takes_the_noise_without_the_condition(t):
 
 def test_cfg_zero_star_is_its_formula():
     schedule = schedules.Rectified()
-    m, alpha, sigma = at(schedule, 0.6)
+    m, _, sigma = at(schedule, 0.6)
     given, none = ((POINTS - value) / sigma for value in answers(m))  # v = noise - x = (x_t - x) / t
     s = (given * none).sum(-1, keepdims=True) / (none * none).sum(-1, keepdims=True)
     received, _ = ask(CFGZeroStar(4.0, zero_steps=0), m)

@@ -1,5 +1,7 @@
 """Inpainting, restoring, image to image: against the exact posterior of Gaussian data."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -221,12 +223,9 @@ def test_noise_between_noises():
     np.testing.assert_allclose(path[[0, -1]], [a, b], atol=1e-6)
     norms = np.linalg.norm(path.reshape(5, -1), axis=1)
     assert norms.min() > 0.98 * min(np.linalg.norm(a), np.linalg.norm(b))
-    angles = [
-        np.arccos(np.sum(p * q) / np.linalg.norm(p) / np.linalg.norm(q)) for p, q in zip(path, path[1:], strict=False)
-    ]
-    np.testing.assert_allclose(
-        angles, np.mean(angles), rtol=0.1
-    )  # equal on the arc; `a` and `b` differ a little in length
+    angles = [np.arccos(np.sum(p * q) / np.linalg.norm(p) / np.linalg.norm(q)) for p, q in itertools.pairwise(path)]
+    # Equal on the arc, but for `a` and `b` of different length.
+    np.testing.assert_allclose(angles, np.mean(angles), rtol=0.1)
     np.testing.assert_allclose(kdiff.random.slerp(a, a, [0.3])[0], a, atol=1e-6)
     with pytest.raises(ValueError, match="one shape"):
         kdiff.random.slerp(a, b[0], [0.5])

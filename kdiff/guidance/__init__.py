@@ -1,4 +1,4 @@
-"""Guidance: what changes a denoiser's estimates, by other questions, by gradients, or by what is known of the result."""
+"""Guidance: denoisers made from denoisers, by other questions, by gradients, or by what is known of the result."""
 
 from kdiff.guidance.base import Asked, Clip, Denoiser, DynamicThreshold, Guidance
 from kdiff.guidance.classifier_free import AdaptiveProjected, CFGPlusPlus, CFGZeroStar, ClassifierFree

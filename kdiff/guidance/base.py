@@ -13,7 +13,6 @@ In a run, a guidance is `bound` before each step: to the arrays that it has for 
 what it remembers of the steps before (`memory`), and to the step's `Place`.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -196,7 +195,7 @@ class Guidance(Value):
             def answer(x, m):
                 x = ops.convert_to_tensor(x, "float32")
                 asked = Asked(denoise.function, denoise.conditions, denoise.nulls)
-                x_hat = self.guide(asked, x, m)
+                x_hat = self._repeated(x.shape[0]).guide(asked, x, m)
                 return x_hat if asked.variance is None else (x_hat, asked.variance)
 
             return answer
@@ -237,11 +236,23 @@ class Guidance(Value):
 
     def bound(self, rows: Mapping[str, Any], memory: Any, place: Place) -> Self:
         """A copy for one step."""
-        one = copy.copy(self)
-        for name in self.arrays:
-            setattr(one, name, rows.get(name))
-        one.memory, one.place = memory, place
+        arrays = {name: rows.get(name) for name in self.arrays}
+        return self._copied({**arrays, "memory": memory, "place": place})
+
+    def _copied(self, attributes: Mapping[str, Any]) -> Self:
+        """A copy with the same objects, models and all, but for these attributes."""
+        one = object.__new__(type(self))
+        one.__dict__.update({**self.__dict__, **attributes})
         return one
+
+    def _repeated(self, batch: int) -> Self:
+        """Itself, or, where another guidance asks about several batches in one, a copy with its arrays as often."""
+        arrays = {name: getattr(self, name) for name in self.arrays}
+        rows = max((value.shape[0] for value in tree.flatten(arrays) if len(getattr(value, "shape", ()))), default=batch)
+        if self.place is None or rows == batch:
+            return self
+        times = batch // rows
+        return self._copied(tree.map_structure(lambda rows: ops.concatenate([rows] * times), arrays))
 
     def key(self) -> tuple:
         """What a compiled step depends on: all arguments but the arrays."""

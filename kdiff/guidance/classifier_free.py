@@ -8,8 +8,8 @@ from the second past the first. With scale w (1 is off, as in Imagen and diffuse
     CFGPlusPlus          x_hat = x_u + w(h) (x_c - x_u), w(h) = w / (1 - e^-h), h the step in log(alpha / sigma)
     CFGZeroStar          v     = s v_u + w (v_c - s v_u),  s = <v_c, v_u> / |v_u|^2
 
-On Gaussian data the answers are linear in the scores, (alpha x_hat - x) / sigma^2, so the first is the mixture of scores
-(1 - w) score_u + w score_c that the paper has.
+An answer is linear in its score, (alpha x_hat - x) / sigma^2, so the first is the mixture of scores that the paper has,
+(1 - w) score_u + w score_c.
 """
 
 from collections.abc import Mapping, Sequence
