@@ -8,7 +8,19 @@ import itertools
 import re
 from pathlib import Path
 
-from kdiff import blocks, codecs, guidance, networks, predictions, schedules, solvers, times, weightings
+from kdiff import (
+    blocks,
+    codecs,
+    guidance,
+    networks,
+    operators,
+    predictions,
+    schedules,
+    solvers,
+    text,
+    times,
+    weightings,
+)
 
 FAMILIES = {
     "Schedules": schedules.NoiseSchedule,
@@ -19,7 +31,9 @@ FAMILIES = {
     "Time labels": times.TimeLabel,
     "Solvers": solvers.Solver,
     "Guidance": guidance.Guidance,
+    "Operators": operators.Operator,
     "Codecs": codecs.Codec,
+    "Tokenizers": text.Tokenizer,
     "Networks": networks.Network,
     "Blocks": blocks.Block,
     "Attention: who attends to whom": blocks.Pattern,

@@ -15,6 +15,7 @@ from kdiff import (
     schedules,
     shapes,
     solvers,
+    text,
     times,
     weightings,
 )

@@ -184,6 +184,24 @@ def checked_dataset(dataset: Any, check: Callable[[Any], None]) -> Any:
     return dataset.map(checked)
 
 
+def loader_batch(batch: Any) -> Any:
+    """A batch of a PyTorch `DataLoader`, with tensors in place of NumPy arrays: Keras takes no others there."""
+    import torch
+
+    def tensor(value):
+        return torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" else value
+
+    return tree.map_structure(tensor, batch)
+
+
+def on_host(function: Callable[[np.ndarray], np.ndarray], tensor: Any, shape: tuple, dtype: Any) -> Any:
+    """`function(tensor)`, on NumPy arrays, as a step of a `tf.data.Dataset`; its shape and type must be given."""
+    import tensorflow as tf
+
+    result = tf.numpy_function(function, [tensor], tf.as_dtype(dtype), stateful=False)
+    return tf.ensure_shape(result, shape)
+
+
 # --- layers
 
 

@@ -31,7 +31,7 @@ class Configurable:
     wherever the defining module was imported.
     """
 
-    named = True  # whether `get` finds the class by its name
+    named = True  # whether `get` finds the class by its name; subclasses are found unless they say otherwise too
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -90,7 +90,11 @@ class Configurable:
     @classmethod
     def names(cls) -> dict[str, type[Self]]:
         """The public subclasses, by the name that `get` knows them by."""
-        return {_snake_case(c.__name__): c for c in _subclasses(cls) if c.named and not c.__name__.startswith("_")}
+        return {
+            _snake_case(c.__name__): c
+            for c in _subclasses(cls)
+            if vars(c).get("named", True) and not c.__name__.startswith("_")
+        }
 
     def explain(self) -> None:
         """Prints what this object is: its constructor call, its equation, source, arguments and their limits."""
@@ -144,6 +148,8 @@ def _same(a: Any, b: Any) -> bool:
 def _short(value: Any) -> str:
     if isinstance(value, np.ndarray) and value.size > 6:
         return f"<array of shape {value.shape}>"
+    if isinstance(value, str) and len(value) > 100:
+        return f"<text of {len(value)} characters>"
     return repr(value)
 
 

@@ -2,13 +2,14 @@
 
 Examples come alone, as a pair with labels, or in a dictionary with named conditions; as arrays, `tf.data.Dataset`,
 `keras.utils.PyDataset`, PyTorch `DataLoader` or generator. All become one dictionary, {"image": ..., "label": ...}.
-Every batch is looked at on its way to the model, so that one bad batch is an error and not a ruined network.
+Text becomes what the network's layer for it takes. Every batch is looked at on its way to the model, so that one bad
+batch is an error and not a ruined network.
 """
 
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import GeneratorType
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from keras import ops
 
 from kdiff import backend
+from kdiff.text import is_text
 
 # Images that went through floating-point resizing may pass 1 by a rounding error.
 TOLERANCE = 1e-3
@@ -54,18 +56,15 @@ def condition_names(network: keras.layers.Layer) -> tuple[str, ...] | None:
     return None if names is None else tuple(names)
 
 
-def condition_checks(network: keras.layers.Layer) -> dict[str, Callable[[np.ndarray], None]]:
-    """Functions, by a condition's name, that raise a ValueError for values that its layer does not take."""
+def condition_layers(network: keras.layers.Layer) -> dict[str, Any]:
+    """The layers of the conditions by name, if the network has them in a dictionary `conditions`."""
     layers = getattr(network, "conditions", None)
-    pairs = layers.items() if hasattr(layers, "items") else ()
-    return {name: layer.check for name, layer in pairs if hasattr(layer, "check")}
+    return dict(layers) if isinstance(layers, Mapping) else {}
 
 
 def condition_nulls(network: keras.layers.Layer) -> dict[str, np.ndarray]:
     """The row that stands for no condition, by the name of each condition whose layer has one."""
-    layers = getattr(network, "conditions", None)
-    pairs = layers.items() if hasattr(layers, "items") else ()
-    nulls = {name: getattr(layer, "null", None) for name, layer in pairs}
+    nulls = {name: getattr(layer, "null", None) for name, layer in condition_layers(network).items()}
     return {name: null for name, null in nulls.items() if null is not None}
 
 
@@ -76,7 +75,7 @@ def condition_rows(
     num_samples: int,
     partial: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Each condition with one row a sample; one value for all samples is repeated.
+    """Each condition as numbers, one row a sample; one value for all is repeated, and None is no condition.
 
     Args:
         conditions: the values by name.
@@ -86,26 +85,140 @@ def condition_rows(
         partial: whether some may be missing.
 
     Raises:
-        ValueError: if a condition is missing, unknown, of another shape, or holds what its layer does not take.
+        ValueError: if a condition is missing, unknown, of another shape, or holds what its layer does not take; if it
+            is None, and nothing stands for no condition.
     """
     if (missing := set(shapes) - set(conditions)) and not partial:
         raise ValueError(f"sample: the model needs the conditions {sorted(shapes)}; missing: {sorted(missing)}")
     if extra := set(conditions) - set(shapes):
         raise ValueError(f"sample: the model takes the conditions {sorted(shapes)}; received: {sorted(extra)}")
+    preparation, nulls = Preparation(network), condition_nulls(network)
     rows = {}
     for name, shape in shapes.items():
         if name not in conditions:
             continue
-        value = np.asarray(conditions[name])
+        value = _known(name, conditions[name], nulls, preparation)
         if value.ndim == len(shape):
             value = np.broadcast_to(value, (num_samples, *value.shape))
         if not _fits(value.shape, (num_samples, *shape)):
             wanted = _words((num_samples, *shape))
             raise ValueError(f"sample: `{name}` must have {num_samples} rows, ({wanted}); received: {value.shape}")
-        if check := condition_checks(network).get(name):
-            check(value)
+        check_values(name, value, preparation.layers.get(name))
         rows[name] = value.astype("int32") if value.dtype.kind in "iu" else value.astype("float32")
     return rows
+
+
+def _known(name: str, value: Any, nulls: dict[str, np.ndarray], preparation: "Preparation") -> np.ndarray:
+    """A condition of `sample` as an array: None is the null, and one string is one row, not a batch of one."""
+    if value is None and name not in nulls:
+        raise ValueError(
+            f"sample: `{name}` cannot be None, for nothing stands for no condition: give its layer a `dropout` above "
+            f"0, such as LabelEmbedding(10, dropout=0.1). Those that can: {sorted(nulls)}"
+        )
+    if value is None:
+        return np.asarray(nulls[name])
+    if is_text(value) and np.ndim(value) == 0:
+        return np.asarray(preparation.value(name, np.atleast_1d(value)))[0]
+    return np.asarray(preparation.value(name, value))
+
+
+def check_values(name: str, values: Any, layer: Any) -> None:
+    """Raises a ValueError for rows of a condition that are not finite, or that its layer does not take.
+
+    Rows of NaN are absent where the layer's null is NaN.
+    """
+    if not _is_integer(values) and not np.all(np.isfinite(_range(values))):
+        null = getattr(layer, "null", None)
+        values = _numpy(values)
+        present = values[~np.isnan(values.reshape(len(values), -1)).all(axis=1)]
+        if null is None or not np.isnan(null).all() or not np.isfinite(present).all():
+            raise ValueError(f"`{name}` must be finite; received a batch that holds NaN or infinity")
+    if hasattr(layer, "check"):
+        layer.check(_numpy(values))
+
+
+class Preparation:
+    """Makes numbers of the text in data, by the method `prepare` of the layer that is to take it.
+
+    Args:
+        network: whose layers these are. What it has no such layer for is left as it is.
+
+    Attributes:
+        layers: the layers of the conditions by name.
+    """
+
+    def __init__(self, network: keras.layers.Layer):
+        self.layers = condition_layers(network)
+
+    def __call__(self, data: Any) -> Any:
+        """A batch without text."""
+        return self.mapped(data, self.value)
+
+    def value(self, name: str, value: Any) -> Any:
+        """The values of one condition as an array, if they are text.
+
+        Raises:
+            ValueError: if its layer takes no text.
+        """
+        if not is_text(value):
+            return value
+        layer = self.layers.get(name)
+        if not hasattr(layer, "prepare"):
+            return np.asarray(value) if isinstance(value, (list, tuple)) else value
+        value = layer.prepare(value)
+        if is_text(value):
+            raise ValueError(
+                f"`{name}` is text, and its layer, {type(layer).__name__}, takes numbers; text is for a layer such as "
+                "TextEncoder"
+            )
+        return value
+
+    @staticmethod
+    def mapped(data: Any, function: Callable[[str, Any], Any]) -> Any:
+        """`function(name, value)` of each part of a batch, and of labels in second place, by the name "label"."""
+        if isinstance(data, dict):
+            return {name: function(name, value) for name, value in data.items()}
+        if not isinstance(data, (tuple, list)) or not data:
+            return data
+        x, *rest = data
+        label = [function("label", y) for y in rest[:1]]
+        return (Preparation.mapped(x, function), *label, *rest[1:])
+
+
+def prepared(x: Any, y: Any, network: keras.layers.Layer) -> tuple[Any, Any]:
+    """The data and the labels with numbers in place of text, on their way."""
+    prepare = Preparation(network)
+    if _is_array(x) or isinstance(x, dict):
+        return prepare((x, y)) if y is not None else (prepare(x), None)
+    if backend.is_tf_dataset(x):
+        return _prepared_dataset(x, prepare), y
+    if isinstance(x, keras.utils.PyDataset):
+        return _MappedPyDataset(x, prepare), y
+    if isinstance(x, GeneratorType):
+        return (prepare(batch) for batch in x), y
+    if backend.is_data_loader(x):
+        return _mapped_loader(x, prepare), y
+    return x, y
+
+
+def _prepared_dataset(dataset: Any, prepare: Preparation) -> Any:
+    """A tf.data.Dataset without strings: static shapes and types are those of a null, or of the first batch."""
+    texts = []
+    prepare.mapped(dataset.element_spec, lambda name, spec: is_text(spec) and texts.append(name))
+    nulls = {name: getattr(prepare.layers[name], "null", None) for name in texts if name in prepare.layers}
+    rows = {name: np.asarray(null) for name, null in nulls.items() if null is not None}
+    if rows.keys() != nulls.keys() and (first := next(iter(dataset.take(1)), None)) is not None:
+        prepare.mapped(first, lambda name, value: name in nulls and rows.update({name: prepare.value(name, value)[0]}))
+
+    def value(name, tensor):
+        if name not in rows or not is_text(tensor):
+            return tensor
+        shape = (tensor.shape[0], *rows[name].shape)
+        return backend.on_host(lambda array: prepare.value(name, array), tensor, shape, rows[name].dtype)
+
+    return (
+        dataset.map(lambda *batch: prepare.mapped(batch if len(batch) > 1 else batch[0], value)) if texts else dataset
+    )
 
 
 class BatchCheck:
@@ -122,7 +235,7 @@ class BatchCheck:
 
     def __init__(self, shape: tuple, limit: float | None, network: keras.layers.Layer):
         self.shape, self.limit = shape, limit
-        self.conditions, self.checks = condition_names(network), condition_checks(network)
+        self.conditions, self.layers = condition_names(network), condition_layers(network)
         self.error: ValueError | None = None
 
     def __call__(self, data: Any) -> Any:
@@ -189,10 +302,7 @@ class BatchCheck:
         """A condition must belong to the same examples, and be finite."""
         if not len(condition.shape) or len(condition) != batch:
             raise ValueError(f"`{name}` must have {batch} rows, as `image` has; received the shape {condition.shape}")
-        if not _is_integer(condition) and not np.all(np.isfinite(_range(condition))):
-            raise ValueError(f"`{name}` must be finite; received a batch that holds NaN or infinity")
-        if name in self.checks:
-            self.checks[name](condition if isinstance(condition, np.ndarray) else ops.convert_to_numpy(condition))
+        check_values(name, condition, self.layers.get(name))
 
 
 def _fits(shape: tuple, wanted: tuple) -> bool:
@@ -213,8 +323,12 @@ def _is_integer(array: Any) -> bool:
 def _range(array: Any) -> tuple[float, float]:
     if str(array.dtype) in ("object", "string") or str(array.dtype).startswith(("<U", "|S", "<S")):
         return 0.0, 0.0
-    array = array if isinstance(array, np.ndarray) else ops.convert_to_numpy(array)
+    array = _numpy(array)
     return float(array.min()), float(array.max())
+
+
+def _numpy(array: Any) -> np.ndarray:
+    return array if isinstance(array, np.ndarray) else ops.convert_to_numpy(array)
 
 
 def look(x: Any, y: Any = None) -> tuple[dict[str, tuple], Any]:
@@ -283,36 +397,52 @@ def checked(x: Any, y: Any, sample_weight: Any, check: BatchCheck) -> Any:
     if backend.is_tf_dataset(x):
         return backend.checked_dataset(x, check).map(lambda *batch: packed(batch if len(batch) > 1 else batch[0]))
     if isinstance(x, keras.utils.PyDataset):
-        return _CheckedPyDataset(x, check)
+        return _MappedPyDataset(x, _Checked(check))
     if backend.is_data_loader(x):
-        loader = copy.copy(x)
-        loader.collate_fn = _CheckedCollation(x.collate_fn, check)
-        return loader
+        return _mapped_loader(x, _Checked(check))
     return (packed(check(batch)) for batch in x)
 
 
-class _CheckedCollation:
-    """A PyTorch collation that checks; a class, so that worker processes can receive it."""
+class _Checked:
+    """`packed(check(batch))`; this and the next are classes, so that worker processes can receive them."""
 
-    def __init__(self, collate, check: BatchCheck):
-        self.collate, self.check = collate, check
+    def __init__(self, check: BatchCheck):
+        self.check = check
+
+    def __call__(self, batch):
+        return packed(self.check(batch))
+
+
+class _MappedCollation:
+    """A PyTorch collation, and a function of its batches."""
+
+    def __init__(self, collate, function: Callable):
+        self.collate, self.function = collate, function
 
     def __call__(self, samples):
         batch = self.collate(samples)
-        return packed(self.check(tuple(batch) if isinstance(batch, list) else batch))
+        return backend.loader_batch(self.function(tuple(batch) if isinstance(batch, list) else batch))
 
 
-class _CheckedPyDataset(keras.utils.PyDataset):
-    def __init__(self, dataset: keras.utils.PyDataset, check: BatchCheck):
+def _mapped_loader(loader: Any, function: Callable) -> Any:
+    loader = copy.copy(loader)
+    loader.collate_fn = _MappedCollation(loader.collate_fn, function)
+    return loader
+
+
+class _MappedPyDataset(keras.utils.PyDataset):
+    """A PyDataset, and a function of its batches."""
+
+    def __init__(self, dataset: keras.utils.PyDataset, function: Callable):
         super().__init__(dataset.workers, dataset.use_multiprocessing, dataset.max_queue_size)
-        self.dataset, self.check = dataset, check
+        self.dataset, self.function = dataset, function
 
     @property
     def num_batches(self):
         return self.dataset.num_batches
 
     def __getitem__(self, index):
-        return packed(self.check(self.dataset[index]))
+        return self.function(self.dataset[index])
 
     def on_epoch_begin(self):
         self.dataset.on_epoch_begin()

@@ -94,6 +94,8 @@ class Sampler(Value):
         guidance = guidance if isinstance(guidance, (list, tuple)) else (guidance,)
         self.guidance = tuple(Guidance.get(one) for one in guidance)
         self.to_zero = to_zero
+        if self.solver.loops and any(one.remembers for one in self.guidance):
+            raise ValueError(f"Sampler: {self.solver!r} goes with no guidance that remembers; received: {guidance!r}")
 
     def times(self, schedule: NoiseSchedule, strength: float = 1.0) -> np.ndarray:
         """The times of a run on this schedule: float64, with shape `(steps + 1,)`.

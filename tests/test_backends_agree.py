@@ -38,7 +38,7 @@ def main(phase: str, folder: Path) -> None:
     x = np.load(folder / "x.npy")
     keras.utils.set_random_seed(3)
     network = kdiff.networks.UNet.attention(
-        width=8, levels=1, depth=1, heads=2, conditions={"label": kdiff.blocks.LabelEmbedding(3)}
+        width=8, levels=1, depth=1, heads=2, conditions={"label": kdiff.blocks.LabelEmbedding(3, dropout=0.3)}
     )
     model = kdiff.DiffusionModel(network, "linear_beta", "velocity", times="discrete", weighting="min_snr", seed=11)
     model.compile(keras.optimizers.Adam(1e-3), metrics=["mae"])
@@ -50,6 +50,8 @@ def main(phase: str, folder: Path) -> None:
     model.reset_averages()
     history = model.fit(x, LABELS, epochs=3, batch_size=8, shuffle=False, validation_data=(x, LABELS)).history
     model.save(folder / f"{name}.keras")
+    measured = kdiff.guidance.PiGDM("downsample", np.zeros((4, 4, 2)), 0.1, iterations=1)
+    rules = [kdiff.guidance.ClassifierFree(2.0), measured]
     np.savez(
         folder / f"{name}.npz",
         initial=initial,
@@ -59,6 +61,9 @@ def main(phase: str, folder: Path) -> None:
         times=kdiff.times.Stratified()(model.schedule, 16, random.key_of(1)),
         ddim=model.sample(3, sampler="ddim", steps=5, label=[0, 1, 2]),
         ddpm=model.sample(3, sampler="ddpm", steps=5, label=[0, 1, 2]),
+        guided=model.sample(3, sampler="ddpm", steps=5, guidance=rules, label=[0, 1, 2]),
+        redrawn=model.sample(3, sampler="ddim", steps=5, image=x[:3], strength=0.6, label=[0, 1, 2]),
+        inverted=model.invert(x[:3], sampler="ddim", steps=5, iterations=2, label=[0, 1, 2]),
         evaluation=model.evaluate(x, LABELS),
         **{metric: np.array(values) for metric, values in history.items()},
     )
@@ -120,7 +125,7 @@ def test_the_same_losses(results, a, b):
 
 
 @pytest.mark.parametrize(("a", "b"), PAIRS)
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "guided", "redrawn", "inverted"])
 def test_the_same_samples(results, a, b, sampler):
     import numpy as np
 

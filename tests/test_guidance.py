@@ -321,6 +321,7 @@ def test_off_is_off():
             r"\['text'\] cannot be left out",
         ),
         (lambda: Sampler(steps=3, guidance=ClassifierFree(negative={"label": 1}))(MIXTURE, COSINE, (4, 2)), "negative"),
+        (lambda: Sampler("adaptive", guidance=AdaptiveProjected()), "remembers"),
         (lambda: CFGPlusPlus()(MIXTURE.conditional(LABELS))(POINTS, COSINE.at(np.float32(0.5))), "Sampler"),
     ],
 )

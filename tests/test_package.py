@@ -56,6 +56,7 @@ REQUIREMENTS = {
     "schedules": {"matplotlib"},
     "objectives": {"matplotlib"},
     "images": {"PIL", "matplotlib"},
+    "text": {"tokenizers", "keras_hub"},
     "interop": {"safetensors", "torch"},
     "data": {"PIL", "keras_cv", "sklearn", "tensorflow", "tensorflow_datasets"},
 }

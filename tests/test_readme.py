@@ -24,6 +24,25 @@ def test_twenty_lines(tmp_path, monkeypatch):
     assert list((tmp_path / "runs/digits").glob("*.png"))
 
 
+def test_conditions_and_editing():
+    import keras
+    import numpy as np
+
+    import kdiff
+
+    generator = np.random.default_rng(0)
+    images = generator.uniform(-1, 1, (32, 16, 16, 3)).astype("float32")
+    names = {"keras": keras, "kdiff": kdiff, "np": np, "images": images, "captions": ["a hat"] * 32}
+    names["labels"] = generator.integers(0, 10, 32)
+    (conditions,) = (block for block in BLOCKS if "TextEncoder" in block)
+    (editing,) = (block for block in BLOCKS if "Inpaint(photo, mask)" in block)
+    exec(conditions.replace("model.sample(4, ", "model.sample(4, steps=2, "), names)
+    editing = editing.replace("steps=50", "steps=3").replace("length=10, repeats=5", "length=1, repeats=2")
+    editing = editing.replace(", **hat)", ", steps=2, **hat)").replace("sampler=repaint, steps=2", "sampler=repaint")
+    exec(editing, names)
+    assert names["noise"].shape == (2, 16, 16, 3)
+
+
 def test_networks():
     (block,) = (block for block in BLOCKS if "DiT.xl" in block)
     exec(block, {})

@@ -2,6 +2,7 @@
 
 from kdiff.blocks.attention import CrossAttention, MultiHeadAttention, SelfAttention
 from kdiff.blocks.base import Block, Chain
+from kdiff.blocks.conditions import Condition, OptionalCondition
 from kdiff.blocks.convolution import ConvBlock, ConvNeXtBlock, ResidualBlock, SimpleBlock
 from kdiff.blocks.embeddings import (
     FourierEmbedding,
@@ -25,16 +26,19 @@ from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.patterns import Global, Linear, Neighborhood, Pattern, Window
 from kdiff.blocks.positions import RelativePositions, Rotary, SinCos2D
 from kdiff.blocks.resampling import Downsample, FIRDownsample, FIRUpsample, Upsample
+from kdiff.blocks.text import EncodedText, TextEncoder
 from kdiff.blocks.transformer import FeedForward, SpatialTransformer, TransformerBlock
 
 __all__ = [
     "AdaptiveNorm",
     "Block",
     "Chain",
+    "Condition",
     "ConvBlock",
     "ConvNeXtBlock",
     "CrossAttention",
     "Downsample",
+    "EncodedText",
     "FIRDownsample",
     "FIRUpsample",
     "FeedForward",
@@ -52,6 +56,7 @@ __all__ = [
     "MagnitudePreservingBlock",
     "MultiHeadAttention",
     "Neighborhood",
+    "OptionalCondition",
     "Patchify",
     "Pattern",
     "RMSNorm",
@@ -63,6 +68,7 @@ __all__ = [
     "SinCos2D",
     "SinusoidalEmbedding",
     "SpatialTransformer",
+    "TextEncoder",
     "TransformerBlock",
     "UnitMagnitude",
     "Unpatchify",

@@ -12,6 +12,7 @@ from keras import ops
 from kdiff import backend
 from kdiff.base import check_integer, check_number
 from kdiff.blocks.base import Block, build_layer, check_given, copy_layer, kernel_initializer
+from kdiff.blocks.conditions import Condition
 from kdiff.blocks.initializers import Normal
 
 
@@ -116,7 +117,7 @@ class FourierEmbedding(Block):
 
 
 def _waves(x, frequencies, sine_first: bool):
-    angles = ops.expand_dims(ops.cast(x, "float32"), -1) * frequencies
+    angles = ops.expand_dims(ops.cast(x, "float32"), -1) * ops.convert_to_tensor(frequencies)
     pair = [ops.cos(angles), ops.sin(angles)]
     return ops.concatenate(pair[::-1] if sine_first else pair, axis=-1)
 
@@ -211,7 +212,7 @@ class LearnedEmbedding(Block):
         return tuple(x_shape) if self.size is None else (*x_shape, _width(self, embed_shape))
 
 
-class LabelEmbedding(Block):
+class LabelEmbedding(Condition):
     """A vector for each class, and one for no class: `table[label]`.
 
     In training a label is dropped, that is, replaced by the null class `num_classes`, with probability `dropout`: a
@@ -227,16 +228,12 @@ class LabelEmbedding(Block):
     """
 
     def __init__(self, num_classes: int, width: int | None = None, dropout: float = 0.0, seed: int = 0, **kwargs):
-        super().__init__(autocast=False, **kwargs)
+        super().__init__(dropout, seed, **kwargs)
         check_integer("LabelEmbedding", "num_classes", num_classes)
         if width is not None:
             check_integer("LabelEmbedding", "width", width)
-        check_number("LabelEmbedding", "dropout", dropout, 0, 1)
         self.num_classes = num_classes
         self.width = width
-        self.dropout = dropout
-        self.seed = seed
-        self._generator = keras.random.SeedGenerator(seed)
 
     def build(self, x_shape, embed_shape=None):
         """Makes the table, (num_classes, width), with one more row for the null class."""
@@ -246,13 +243,10 @@ class LabelEmbedding(Block):
             name="table",
         )
 
-    def call(self, x, embed=None, context=None, training=None):
+    def encode(self, x, embed, training):
         """Labels (batch,) to (batch, width)."""
         if len(x.shape) != 1:
             raise ValueError(f"LabelEmbedding: labels must have the shape (batch,); received: {tuple(x.shape)}")
-        if training and self.dropout > 0:
-            dropped = keras.random.uniform(ops.shape(x), seed=self._generator) < self.dropout
-            x = ops.where(dropped, self.num_classes, ops.cast(x, "int32"))
         return _rows(self, x, self.table.shape[0])
 
     @property

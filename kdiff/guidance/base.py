@@ -248,10 +248,10 @@ class Guidance(Value):
     def _repeated(self, batch: int) -> Self:
         """Itself, or, where another guidance asks about several batches in one, a copy with its arrays as often."""
         arrays = {name: getattr(self, name) for name in self.arrays}
-        rows = max((value.shape[0] for value in tree.flatten(arrays) if len(getattr(value, "shape", ()))), default=batch)
-        if self.place is None or rows == batch:
+        sizes = [value.shape[0] for value in tree.flatten(arrays) if len(getattr(value, "shape", ()))]
+        if self.place is None or not sizes or max(sizes) == batch:
             return self
-        times = batch // rows
+        times = batch // max(sizes)
         return self._copied(tree.map_structure(lambda rows: ops.concatenate([rows] * times), arrays))
 
     def key(self) -> tuple:

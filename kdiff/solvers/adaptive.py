@@ -70,6 +70,8 @@ class Adaptive(Solver):
         ValueError: if a number is out of range, or both tolerances are 0.
     """
 
+    loops = True
+
     def __init__(
         self,
         rtol: float = 0.05,

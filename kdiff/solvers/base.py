@@ -37,6 +37,7 @@ class Solver(Value):
         stochastic: whether `step` draws noise.
         evaluations: how often a step calls the denoiser.
         least_steps: the fewest steps of a run: a multistep solver that looks at p steps needs p.
+        loops: whether `step` asks the denoiser in a loop of its own, so that a guidance can remember nothing.
         learned: whether the denoiser must give a pair, x_hat and the learned variance (`predictions.LearnedVariance`).
     """
 
@@ -44,6 +45,7 @@ class Solver(Value):
     stochastic: bool = False
     evaluations: int = 1
     least_steps: int = 1
+    loops: bool = False
     learned: bool = False
 
     def init(self, x, steps: int) -> Any:

@@ -1,7 +1,7 @@
 """Times: which t a network is trained at, which it is sampled at, and how it is told.
 
 TimeSampler   (schedule, batch, key) -> t        random times for a training batch, float32, shape `(batch,)`
-TimeGrid      (schedule, steps) -> t             the times of a sampling run, float64, from noise to 0, decreasing (but `Jumps`)
+TimeGrid      (schedule, steps) -> t             the times of a sampling run, float64, decreasing (but for `Jumps`) to 0
 TimeLabel     (schedule, marginal) -> label      what the network sees as time
 """
 

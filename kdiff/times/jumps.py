@@ -10,10 +10,13 @@ from kdiff.times.grids import TimeGrid
 class Jumps(TimeGrid):
     """Another grid, of which every `length` steps are made `repeats` times.
 
-    After `length` steps noise is added, x_now = r x_then + sqrt(sigma_now^2 - r^2 sigma_then^2) noise with r = alpha_now
-    / alpha_then, which asks nothing of the network, and the steps are made again. So what is drawn comes into harmony
-    with what is given (RePaint, Lugmayr et al. 2022, arXiv:2201.09865, section 4.2), or errors are forgotten. The
-    pieces are counted from the clean end; what is left over at the noisy one is made once.
+    After `length` steps noise is added, which asks nothing of the network, and the steps are made again:
+
+        x_now = r x_then + sqrt(sigma_now^2 - r^2 sigma_then^2) noise,    r = alpha_now / alpha_then.
+
+    So what is drawn comes into harmony with what is given (RePaint, Lugmayr et al. 2022, arXiv:2201.09865, section
+    4.2), or errors are forgotten. The pieces are counted from the clean end; what is left over at the noisy one is made
+    once.
 
     Args:
         grid: a `TimeGrid` or its name; its steps are those that a run counts.

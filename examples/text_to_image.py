@@ -1,0 +1,135 @@
+"""Text to image, from nothing: a network and a text encoder learn from captioned pictures that are drawn here.
+
+    KERAS_BACKEND=jax python examples/text_to_image.py "a small red circle above a large blue square"
+
+The captions tell of one or two coloured shapes; one in eight of the pairs of coloured shapes is never shown in
+training. Those are the test: a program reads the pictures that the model draws for them, and the share that is right in
+every colour, shape, size and relation is printed. Training takes --minutes, the rest one or two more. The saved model
+draws other prompts at once: --model FOLDER/model.keras.
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+
+import kdiff
+from kdiff import data, images, shapes
+from kdiff.blocks import TextEncoder
+
+SAMPLER = kdiff.Sampler("dpm_solver_pp", "uniform_log_snr", steps=20, guidance=kdiff.guidance.ClassifierFree(2.0))
+PROMPTS = (
+    "a large yellow triangle below a small green circle on a gray background",
+    "a small red circle above a large blue square on a white background",
+    "a large purple square left of a large orange circle",
+    "a small blue triangle",
+)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompts", nargs="*", default=PROMPTS)
+    parser.add_argument("--minutes", type=float, default=18, help="of training")
+    parser.add_argument("--image-size", type=int, default=16, help="a multiple of 4")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--test", type=int, default=200, help="how many held-out prompts are drawn and read")
+    parser.add_argument("--model", type=Path, help="a model that this program has saved, not to train one")
+    parser.add_argument("--out", type=Path, default=Path("runs") / f"text-to-image-{keras.backend.backend()}")
+    return parser.parse_args()
+
+
+class Clock(keras.callbacks.Callback):
+    """Lets the learning rate fall with the time that is left, and ends training when there is none."""
+
+    def __init__(self, seconds: float, rate: float):
+        super().__init__()
+        self.seconds, self.rate = seconds, rate
+
+    def on_train_begin(self, logs=None):
+        self.start = time.monotonic()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        spent = min(1.0, (time.monotonic() - self.start) / self.seconds)
+        warm = min(1.0, (epoch + 1) / 4)
+        self.model.optimizer.learning_rate = warm * self.rate * (0.01 + 0.5 * (1 + math.cos(math.pi * spent)))
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.stop_training = time.monotonic() - self.start > self.seconds
+
+
+def train(options: argparse.Namespace) -> kdiff.DiffusionModel:
+    """A U-Net that attends to the words. Flat pictures say little in their noise, so it predicts the data."""
+    _, captions = shapes.dataset(1000, options.image_size)
+    tokenizer = kdiff.text.BytePair.learn(captions, vocabulary_size=512, length=16)
+    dataset = data.images(
+        "shapes", options.image_size, options.batch_size, text=True, text_encoder=tokenizer, repeat=None
+    )
+    network = kdiff.networks.UNet.transformer(
+        options.width,
+        levels=3,
+        depth=1,
+        multipliers=(1, 3, 6),
+        at=(1, 2),
+        ratio=2,
+        conditions={"text": TextEncoder(tokenizer, width=96, depth=2, dropout=0.1)},
+    )
+    model = kdiff.DiffusionModel(network, prediction="data", sampler=SAMPLER, ema=0.995)
+    model.compile(keras.optimizers.AdamW(2e-3, weight_decay=0.01, clipnorm=1.0))
+    watch = kdiff.SampleCallback(
+        options.out / "training", every=20, num_samples=4, conditions={"text": list(PROMPTS)}, columns=4
+    )
+    clock = Clock(60 * options.minutes, 2e-3)
+    model.fit(dataset, epochs=10**6, steps_per_epoch=50, callbacks=[clock, watch], verbose=2)
+    model.save(options.out / "model.keras")
+    return model
+
+
+def measure(model: kdiff.DiffusionModel, count: int, folder: Path) -> None:
+    """What share of the held-out prompts is drawn as they say."""
+    size = model.shapes["image"][1]
+    _, captions = shapes.dataset(count, size, held_out=True, seed=1)
+    pictures = model.sample(count, text=captions)
+    images.save_png(folder / "held-out.png", pictures[:24], 6, captions=captions[:24])
+    pairs = [
+        (shapes.read(image), shapes.Scene.parse(caption)) for image, caption in zip(pictures, captions, strict=True)
+    ]
+
+    def share(right):
+        return np.mean([seen is not None and right(seen, wanted) for seen, wanted in pairs])
+
+    def all_of(*fields):
+        return lambda seen, wanted: things(seen, fields) == things(wanted, fields)
+
+    def things(scene, fields):
+        return sorted([getattr(thing, field) for field in fields] for thing in (scene.first, scene.second) if thing)
+
+    print(f"Of {count} pairs never seen in training, the share of pictures in which a program reads ...")
+    print(f"  the right colours             {share(all_of('colour')):.1%}")
+    print(f"  the right coloured shapes     {share(all_of('colour', 'shape')):.1%}")
+    print(f"  ... and the right relation    {share(lambda seen, wanted: shapes.same(alike(seen), alike(wanted))):.1%}")
+    print(f"  ... and sizes, and background {share(shapes.same):.1%}")
+
+
+def alike(scene: shapes.Scene) -> shapes.Scene:
+    """The scene, of things of one size on one background."""
+    first, second = (thing and thing._replace(size="small") for thing in (scene.first, scene.second))
+    return scene._replace(first=first, second=second, background="black")
+
+
+def main() -> None:
+    options = arguments()
+    model = keras.saving.load_model(options.model) if options.model else train(options)
+    measure(model, options.test, options.out)
+
+    prompts = list(options.prompts)
+    pictures = model.sample(4 * len(prompts), text=np.repeat(prompts, 4), seed=1)
+    images.save_png(options.out / "prompts.png", pictures, 4, captions=list(np.repeat(prompts, 4)))
+    print(f"In {options.out.resolve()}: prompts.png, held-out.png" + ("" if options.model else ", model.keras"))
+
+
+if __name__ == "__main__":
+    main()

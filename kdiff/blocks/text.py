@@ -1,0 +1,168 @@
+"""Text as a condition: an encoder that is learned with the network, or embeddings of one that has learned already."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from kdiff.base import Configurable, check_integer
+from kdiff.blocks.base import Chain, apply_layer, build_layer, copy_layer, derive_seed, get_layer, kernel_initializer
+from kdiff.blocks.conditions import Condition, OptionalCondition
+from kdiff.blocks.embeddings import LearnedEmbedding
+from kdiff.blocks.normalization import LayerNorm
+from kdiff.blocks.transformer import TransformerBlock
+from kdiff.text import Tokenizer, is_text
+
+
+class TextEncoder(Condition):
+    """A text as tokens, learned with the network: `norm(blocks(table[token] + position))`, (batch, length, width).
+
+    The transformer of Nichol et al., "GLIDE" (2021), section 4, small. `fit` and `sample` take strings, or the whole
+    numbers of the tokenizer. As in CLIP and Stable Diffusion, no mask hides padding: it is a token like any other, and
+    a text of padding alone, "", stands for no text.
+
+    Args:
+        tokenizer: a `Tokenizer` or its name. Those of a model that is trained must not change.
+        width: of a token.
+        depth: the number of blocks.
+        heads: of the attention.
+        block: a template of the blocks, or its name; None for `TransformerBlock(heads)`.
+        pooled: whether the mean of the tokens, through a dense layer, makes one vector as wide as `embed` (without one,
+            `width`), for networks that attend to no context.
+        dropout, seed: as in `Condition`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any = "bytes",
+        width: int = 128,
+        depth: int = 2,
+        heads: int = 4,
+        block: Any = None,
+        pooled: bool = False,
+        dropout: float = 0.1,
+        seed: int = 0,
+        **kwargs,
+    ):
+        super().__init__(dropout, seed, **kwargs)
+        check_integer("TextEncoder", "width", width)
+        check_integer("TextEncoder", "depth", depth, 0)
+        self.tokenizer = Tokenizer.get(tokenizer)
+        self.width = width
+        self.depth = depth
+        self.heads = heads
+        self.block = None if block is None else get_layer(block)
+        self.pooled = pooled
+        policy = {"dtype": self.dtype_policy}
+        self.table = LearnedEmbedding(self.tokenizer.vocabulary_size, width, name="table", **policy)
+        self.positions = LearnedEmbedding(name="positions", **policy)
+        template = TransformerBlock(heads) if block is None else self.block
+        self.blocks = Chain([copy_layer(template, **policy) for _ in range(depth)], name="blocks", **policy)
+        for index, layer in enumerate(self.blocks._flatten_layers()):
+            if hasattr(layer, "seed"):
+                layer.seed = derive_seed(seed, index)
+        self.norm = LayerNorm(name="norm", **policy)
+
+    def build(self, x_shape, embed_shape=None):
+        """Builds the table, the positions, the blocks and, if `pooled`, the dense layer."""
+        self._check_shape(x_shape)
+        shape = (x_shape[0], self.tokenizer.length, self.width)
+        build_layer(self.table, (x_shape[0], self.tokenizer.length))
+        for layer in (self.positions, self.blocks, self.norm):
+            build_layer(layer, shape)
+        if self.pooled:
+            width = self.width if embed_shape is None else embed_shape[-1]
+            options = {"kernel_initializer": kernel_initializer(), "dtype": self.dtype_policy, "name": "pool"}
+            self.pool = keras.layers.Dense(width, **options)
+            self.pool.build((x_shape[0], self.width))
+
+    def _check_shape(self, shape):
+        if len(shape) != 2 or shape[1] not in (None, self.tokenizer.length):
+            raise ValueError(
+                f"TextEncoder: tokens must have the shape (batch, {self.tokenizer.length}), as the tokenizer gives "
+                f"them; received: {tuple(shape)}"
+            )
+
+    @property
+    def null(self):
+        """The tokens of the empty text; None where `dropout` is 0, for then nothing is learned of it."""
+        return self.tokenizer("")[0] if self.dropout > 0 else None
+
+    def prepare(self, values: Any) -> np.ndarray:
+        """Strings to tokens, (count, length); tokens are left as they are."""
+        return self.tokenizer(values) if is_text(values) else np.asarray(values)
+
+    def check(self, values) -> None:
+        """Raises a ValueError for an array that is not of tokens."""
+        self._check_shape(values.shape)
+        size = self.tokenizer.vocabulary_size
+        if values.dtype.kind not in "iu" or (values.size and not (values.min() >= 0 and values.max() < size)):
+            raise ValueError(
+                f"Tokens must be whole numbers in 0..{size - 1}; received {values.dtype}, "
+                f"{values.min()} to {values.max()}"
+            )
+
+    def encode(self, x, embed, training):
+        """Tokens (batch, length) to (batch, length, width), or (batch, dim) if `pooled`."""
+        self._check_shape(x.shape)
+        x = self.positions(self.table(x))
+        x = self.norm(apply_layer(self.blocks, x, training=training))
+        return self.pool(ops.mean(x, axis=1)) if self.pooled else x
+
+    def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
+        """(batch, length, width), or (batch, dim) if `pooled`."""
+        if self.pooled:
+            return (x_shape[0], self.width if embed_shape is None else embed_shape[-1])
+        return (x_shape[0], self.tokenizer.length, self.width)
+
+
+class EncodedText(OptionalCondition):
+    """The embeddings of text by an encoder that is trained already, such as CLIP's, and is not trained further.
+
+        EncodedText(HubText("clip_vit_base_patch32"), layer=keras.layers.Dense(256))
+
+    The input is embeddings: `encoder(captions)`, made once before training, is the fast way. `fit` and `sample` also
+    take strings, which are given to the encoder as they come.
+
+    Args:
+        encoder: a function from a list of strings to float32 embeddings, one row a string, such as
+            `kdiff.text.HubText`; None for embeddings alone. It is no part of the weights. One that has a configuration
+            is saved with the model; any other must be given to a loaded model again:
+            `model.network.conditions["text"].encoder = encoder`.
+        layer, absent, dropout, seed: as in `OptionalCondition`; `encoder([""])[0]` is one choice of `absent`.
+    """
+
+    def __init__(
+        self,
+        encoder: Callable | None = None,
+        layer: Any = None,
+        absent: Any = None,
+        dropout: float = 0.1,
+        seed: int = 0,
+        **kwargs,
+    ):
+        super().__init__(layer, absent, dropout, seed, **kwargs)
+        if isinstance(encoder, keras.layers.Layer) or not (encoder is None or callable(encoder)):
+            raise TypeError(
+                "EncodedText: `encoder` must be a function from a list of strings to an array, such as "
+                f"`kdiff.text.HubText`; received: {encoder!r}"
+            )
+        self.encoder = encoder
+
+    def get_config(self):
+        """The arguments; of the encoder only one that has a configuration."""
+        encoder = self.encoder if isinstance(self.encoder, Configurable) else None
+        return {**super().get_config(), "encoder": keras.saving.serialize_keras_object(encoder)}
+
+    def prepare(self, values: Any) -> np.ndarray:
+        """Strings to embeddings; embeddings are left as they are."""
+        if not is_text(values):
+            return np.asarray(values)
+        if self.encoder is None:
+            raise ValueError(
+                "EncodedText: strings need an `encoder`, which this layer does not have; give embeddings, or set it: "
+                "`layer.encoder = ...`"
+            )
+        return np.asarray(self.encoder(list(np.atleast_1d(np.asarray(values, dtype=object)))), "float32")
