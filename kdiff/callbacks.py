@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from kdiff import images
 from kdiff.base import check_choice, check_integer
 from kdiff.sampling import Sampler
 from kdiff.solvers import Solver
+from kdiff.text import is_text, strings
 
 DIGITS = {"epoch": 4, "step": 8}  # in file names, so that they sort
 
@@ -33,15 +34,19 @@ class SampleCallback(keras.callbacks.Callback):
         sampler: a `Sampler`, a `Solver` or its name; `None` for the model's own choice.
         steps: sampling steps; `None` for the sampler's own choice.
         seed: names the noise.
-        conditions: what the samples are conditioned on: a dict of arrays with `num_samples` rows, or of one value for
-            all of them.
+        conditions: what the samples are conditioned on: a dict of arrays or strings with `num_samples` rows, or of one
+            value for all of them; `None` is no condition.
         columns: images in a row; `None` makes the grid about square.
+        captions: the text under each image. `None` shows the conditions that are strings or whole numbers, joined by
+            commas, if there are any, and `True` demands that there are; `False` shows none; or as many strings.
+        class_names: what the captions show in place of the whole numbers 0, 1, ...
         trajectory_gif: whether to write `trajectory.gif`, from noise to images, when training ends.
         training_gif: whether to write `training.gif`, from the first grid in `folder` to the last, when training ends.
         tensorboard: a folder of TensorBoard logs in which the grids appear too (this needs TensorFlow), or `None`.
 
     Raises:
-        ValueError: for an argument out of its range, an unknown sampler, or conditions with another number of rows.
+        ValueError: for an argument out of its range, an unknown sampler, or conditions or captions with another number
+            of rows.
         ImportError: if Pillow is missing, or TensorFlow where `tensorboard` asks for it.
     """
 
@@ -57,6 +62,8 @@ class SampleCallback(keras.callbacks.Callback):
         seed: int = 0,
         conditions: Mapping[str, Any] | None = None,
         columns: int | None = None,
+        captions: bool | Sequence[str] | None = None,
+        class_names: Sequence[str] | None = None,
         trajectory_gif: bool = False,
         training_gif: bool = False,
         tensorboard: str | os.PathLike | None = None,
@@ -78,6 +85,8 @@ class SampleCallback(keras.callbacks.Callback):
         self.seed = seed
         self.conditions = _check_conditions(conditions, num_samples)
         self.columns = columns
+        self.class_names = _check_names(class_names)
+        self.captions = _check_captions(captions, self.conditions, self.class_names, num_samples)
         self.trajectory_gif = trajectory_gif
         self.training_gif = training_gif
         self.tensorboard = tensorboard
@@ -127,14 +136,15 @@ class SampleCallback(keras.callbacks.Callback):
     def _draw(self, number: int) -> None:
         samples = self.model.sample(self.num_samples, **self._options())
         path = self.folder / f"samples-{self.unit}-{number:0{DIGITS[self.unit]}d}.png"
-        images.save_png(path, samples, self.columns)
+        images.save_png(path, samples, self.columns, self.captions)
         self._last = path
         if self._writer is not None:
             _log_image(self._writer, path, number)
 
     def _write_trajectory(self) -> None:
         steps = self.model.sample_steps(self.num_samples, **self._options())
-        images.save_gif(self.folder / "trajectory.gif", (images.to_uint8(step.x) for step in steps), self.columns)
+        frames = (images.to_uint8(step.x) for step in steps)
+        images.save_gif(self.folder / "trajectory.gif", frames, self.columns, captions=self.captions)
 
     def _write_training(self) -> None:
         if self._last is None:
@@ -154,15 +164,54 @@ def _check_sampler(sampler: Sampler | Solver | str | None) -> Sampler | Solver |
     return sampler if sampler is None or isinstance(sampler, Sampler) else Solver.get(sampler)
 
 
-def _check_conditions(conditions: Mapping[str, Any] | None, num_samples: int) -> dict[str, np.ndarray]:
-    conditions = {name: np.asarray(value) for name, value in (conditions or {}).items()}
+def _check_conditions(conditions: Mapping[str, Any] | None, num_samples: int) -> dict[str, np.ndarray | None]:
+    """Arrays, and None as it is: no condition."""
+    conditions = {name: None if value is None else np.asarray(value) for name, value in (conditions or {}).items()}
     for name, value in conditions.items():
-        if value.ndim and len(value) != num_samples:
+        if np.ndim(value) and len(value) != num_samples:
             raise ValueError(
                 f"SampleCallback: the condition {name!r} must be one value, or one row for each of {num_samples} "
                 f"samples; received the shape {value.shape}"
             )
     return conditions
+
+
+def _check_names(class_names: Sequence[str] | None) -> list[str] | None:
+    if isinstance(class_names, str):
+        raise ValueError(f"SampleCallback: `class_names` must be a list of strings; received: {class_names!r}")
+    return None if class_names is None else [str(name) for name in class_names]
+
+
+def _check_captions(
+    captions: bool | Sequence[str] | None,
+    conditions: Mapping[str, np.ndarray | None],
+    class_names: list[str] | None,
+    num_samples: int,
+) -> list[str] | None:
+    """What stands under each image, or `None` for nothing."""
+    if captions is False:
+        return None
+    if captions is not None and captions is not True:
+        return images.check_captions("SampleCallback", captions, num_samples)
+    words = [_words(value, class_names, num_samples) for value in conditions.values()]
+    words = [column for column in words if column is not None]
+    if captions and not words:
+        raise ValueError("SampleCallback: `captions=True` needs a condition of strings or of whole numbers")
+    return [", ".join(row) for row in zip(*words, strict=True)] or None
+
+
+def _words(value: np.ndarray | None, class_names: list[str] | None, num_samples: int) -> list[str] | None:
+    """A condition in words, one a sample; `None` if there are none for it."""
+    if value is None or value.ndim > 1:
+        return None
+    if is_text(value):
+        words = strings(value)
+    elif value.dtype.kind in "iu":
+        names = dict(enumerate(class_names or []))
+        words = [names.get(number, str(number)) for number in value.reshape(-1).tolist()]
+    else:
+        return None
+    return words if value.ndim else words * num_samples
 
 
 def _tensorboard_writer(folder: str | os.PathLike):

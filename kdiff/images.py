@@ -4,9 +4,10 @@ A batch of images has the shape `(count, height, width, channels)`, with 1, 3 or
 (those outside are clipped: a noisy sample has them) or uint8. A picture is a uint8 array `(height, width, channels)`.
 """
 
+import functools
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import numpy as np
 from kdiff.base import check_integer, check_number
 
 READABLE = 64  # tiny images are enlarged to about this many pixels
+CAPTIONED = 128  # and to this many above a caption
+FRAME = 200  # the grey of the line around an image with a caption, which may be white as the page is
 
 
 def to_uint8(images: Any) -> np.ndarray:
@@ -32,35 +35,57 @@ def to_uint8(images: Any) -> np.ndarray:
     return np.round((np.clip(images.astype("float32"), -1, 1) + 1) * 127.5).astype("uint8")
 
 
-def grid(images: Any, columns: int | None = None, *, padding: int = 2, scale: int | None = None) -> np.ndarray:
+def grid(
+    images: Any,
+    columns: int | None = None,
+    *,
+    padding: int | None = None,
+    scale: int | None = None,
+    captions: Sequence[str] | None = None,
+) -> np.ndarray:
     """One picture of all images, row by row, on white.
 
     Args:
         images: a batch `(count, height, width, channels)`, as said above.
         columns: how many images a row has; `None` makes the grid about square.
-        padding: white pixels between images and around them.
+        padding: white pixels between images and around them; `None` is 2, or 8 with captions.
         scale: how many times each pixel is repeated in either direction; `None` enlarges tiny images until they can
-            be seen.
+            be seen, and a caption can be read.
+        captions: the text under each image, wrapped at its width.
 
     Returns:
         The picture, uint8 with shape `(height, width, channels)`.
 
     Raises:
-        ValueError: for another rank or number of channels, no images, or NaN.
+        ValueError: for another rank or number of channels, no images, NaN, or another number of captions.
+        ImportError: if Pillow is missing, which writes captions.
     """
     images = _check_batch(to_uint8(images))
-    count, height, width, channels = images.shape
+    count, height, width, _ = images.shape
     columns = math.ceil(math.sqrt(count)) if columns is None else columns
-    scale = max(1, READABLE // max(height, width)) if scale is None else scale
+    readable = READABLE if captions is None else CAPTIONED
+    scale = max(1, readable // max(height, width)) if scale is None else scale
+    padding = (2 if captions is None else 8) if padding is None else padding
     for name, value, minimum in (("columns", columns, 1), ("padding", padding, 0), ("scale", scale, 1)):
         check_integer("grid", name, value, minimum)
-    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    rows = math.ceil(count / columns)
-    cells = np.full((rows * columns, scale * height + padding, scale * width + padding, channels), 255, "uint8")
-    cells[:count, padding:, padding:] = images
-    cells = cells.reshape(rows, columns, *cells.shape[1:]).transpose(0, 2, 1, 3, 4)
-    picture = cells.reshape(rows * cells.shape[1], -1, channels)
-    return np.pad(picture, ((0, padding), (0, padding), (0, 0)), constant_values=255)
+    cells = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    if captions is not None:
+        cells = [_with_caption(*pair) for pair in zip(cells, check_captions("grid", captions, count), strict=True)]
+    return _table(cells, columns, padding, height * scale if captions is not None else None)
+
+
+def _table(cells: Sequence[np.ndarray], columns: int, padding: int, framed: int | None) -> np.ndarray:
+    """Cells of one width in rows, with padding around each, on white; the first `framed` pixels of each in a frame."""
+    _, width, channels = cells[0].shape
+    heights = [max(map(len, cells[i : i + columns])) for i in range(0, len(cells), columns)]
+    tops = padding + np.cumsum([0, *(height + padding for height in heights)])
+    table = np.full((tops[-1], padding + columns * (width + padding), channels), 255, "uint8")
+    for index, cell in enumerate(cells):
+        top, left = tops[index // columns], padding + index % columns * (width + padding)
+        if framed and padding:
+            table[top - 1 : top + framed + 1, left - 1 : left + width + 1] = FRAME | _opaque(channels)
+        table[top : top + len(cell), left : left + width] = cell
+    return table
 
 
 def _check_batch(images: np.ndarray) -> np.ndarray:
@@ -72,24 +97,90 @@ def _check_batch(images: np.ndarray) -> np.ndarray:
     return images
 
 
-def save_png(path: str | os.PathLike, images: Any, columns: int | None = None) -> Path:
+def check_captions(owner: str, captions: Any, count: int) -> list[str]:
+    """Captions as a list of strings, one an image.
+
+    Raises:
+        ValueError: if there is another number of them.
+    """
+    array = np.asarray(captions, dtype=object)
+    if array.shape != (count,):
+        raise ValueError(f"{owner}: `captions` must be one string for each of {count} images; received: {captions!r}")
+    return [caption.decode(errors="replace") if isinstance(caption, bytes) else str(caption) for caption in array]
+
+
+def _with_caption(image: np.ndarray, caption: str) -> np.ndarray:
+    _, width, channels = image.shape
+    return np.concatenate([image, np.repeat(_caption(caption, width), channels, axis=-1) | _opaque(channels)])
+
+
+def _opaque(channels: int) -> np.ndarray:
+    """What a colour must have at least: a fourth channel is 255."""
+    return np.array([0, 0, 0, 255][:channels], "uint8")
+
+
+@functools.lru_cache(1024)  # the frames of an animation have the same
+def _caption(text: str, width: int) -> np.ndarray:
+    """The end of the frame, and words in black on white, in centred lines, with shape `(height, width, 1)`."""
+    pillow()
+    from PIL import Image, ImageDraw, ImageFont
+
+    size = min(max(width // 16, 12), 24)
+    font = ImageFont.load_default(size)
+    lines = _lines(text, lambda line: font.getlength(line) <= width - 4)
+    height = round(1.2 * size)
+    picture = Image.new("L", (width, len(lines) * height + size // 2), 255)
+    draw = ImageDraw.Draw(picture)
+    draw.line((0, 0, width, 0), FRAME)
+    for number, line in enumerate(lines):
+        draw.text((width / 2, (number + 0.5) * height + size / 4), line, fill=0, font=font, anchor="mm")
+    return np.asarray(picture)[..., None]
+
+
+def _lines(text: str, fits: Callable[[str], bool]) -> list[str]:
+    """The words of a text in lines that fit. Of a word that is longer than a line, the beginning."""
+    lines = []
+    for word in text.encode("utf-8", "replace").decode().split():
+        if lines and fits(f"{lines[-1]} {word}"):
+            lines[-1] += f" {word}"
+        else:
+            lines.append(_shortened(word, fits))
+    return lines
+
+
+def _shortened(word: str, fits: Callable[[str], bool]) -> str:
+    if fits(word):
+        return word
+    return next((f"{word[:end]}…" for end in range(len(word) - 1, 0, -1) if fits(f"{word[:end]}…")), "…")
+
+
+def save_png(
+    path: str | os.PathLike, images: Any, columns: int | None = None, captions: Sequence[str] | None = None
+) -> Path:
     """Writes a batch of images as a grid, or a picture as it is, and returns the path. Makes folders as needed.
 
     Args:
         path: the file to write.
         images: a batch `(count, height, width, channels)`, or a picture such as `grid` returns.
         columns: the images in a row of the grid; `None` makes it about square.
+        captions: the text under each image of a batch.
 
     Raises:
         ImportError: if Pillow is missing.
-        ValueError: as of `grid`.
+        ValueError: as of `grid`, or for captions of a picture.
     """
-    _pillow_image(_picture(images, columns)).save(_with_folder(path))
+    _pillow_image(_picture(images, columns, captions)).save(_with_folder(path))
     return Path(path)
 
 
 def save_gif(
-    path: str | os.PathLike, frames: Iterable, columns: int | None = None, *, fps: float = 12, hold: float = 2
+    path: str | os.PathLike,
+    frames: Iterable,
+    columns: int | None = None,
+    *,
+    fps: float = 12,
+    hold: float = 2,
+    captions: Sequence[str] | None = None,
 ) -> Path:
     """Writes an animation that repeats for ever, and returns the path. Makes folders as needed.
 
@@ -99,14 +190,15 @@ def save_gif(
         columns: the images in a row of a grid; `None` makes it about square.
         fps: frames a second, up to 50.
         hold: seconds that the last frame stays.
+        captions: the text under each image of a batch, the same in all frames.
 
     Raises:
         ImportError: if Pillow is missing.
-        ValueError: if there are no frames, and as of `grid`.
+        ValueError: if there are no frames, as of `grid`, and for captions of pictures.
     """
     check_number("save_gif", "fps", fps, 0.01, 50)
     check_number("save_gif", "hold", hold, 0)
-    frames = [_on_white(_pillow_image(_picture(frame, columns))) for frame in frames]
+    frames = [_on_white(_pillow_image(_picture(frame, columns, captions))) for frame in frames]
     if not frames:
         raise ValueError("save_gif: `frames` is empty")
     durations = [round(1000 / fps)] * (len(frames) - 1) + [round(1000 * max(hold, 1 / fps))]
@@ -164,9 +256,12 @@ def _losses(history: Any) -> Mapping[str, Any]:
     return losses
 
 
-def _picture(images: Any, columns: int | None) -> np.ndarray:
-    is_picture = isinstance(images, np.ndarray) and images.ndim == 3 and images.dtype == np.uint8
-    return images if is_picture else grid(images, columns)
+def _picture(images: Any, columns: int | None, captions: Sequence[str] | None = None) -> np.ndarray:
+    if not (isinstance(images, np.ndarray) and images.ndim == 3 and images.dtype == np.uint8):
+        return grid(images, columns, captions=captions)
+    if captions is not None:
+        raise ValueError("images: `captions` belong to a batch of images; a picture is written as it is")
+    return images
 
 
 def _pillow_image(picture: np.ndarray):

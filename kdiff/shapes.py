@@ -11,12 +11,17 @@ A scene has one thing, or two in a relation. Each colour, shape and size occurs 
 of the pairs of (colour, shape) and (colour, shape) does not.
 """
 
+import collections
+import functools
 import itertools
+import math
 import re
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from kdiff.base import check_integer
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -99,25 +104,23 @@ class Scene(NamedTuple):
         """Whether training never shows these two together, in any order, size, relation or background."""
         if self.second is None:
             return False
-        pair = sorted([self.first[1:], self.second[1:]])
-        return zlib.crc32(repr(pair).encode()) % 8 == 0
+        return _never_together(self.first[1:], self.second[1:])
 
     def draw(self, size: int, generator: np.random.Generator | None = None) -> np.ndarray:
         """The picture, uint8 with shape `(size, size, 3)`; its things moved a little if there is a generator."""
-        x, y = _grid(size)
-        picture = np.tile(np.array(BACKGROUNDS[self.background], "float64"), (*x.shape, 1))
-        for thing, (centre_x, centre_y) in self._placed(generator):
-            half = SIZES[thing.size]
-            picture[SHAPES[thing.shape]((x - centre_x) / half, (y - centre_y) / half)] = COLOURS[thing.colour]
-        return np.round(_pixels(picture)).astype("uint8")
+        return _draw([self], np.zeros((1, 2, 2)) if generator is None else _moves(generator, 1), size)[0]
 
-    def _placed(self, generator):
+    def _placed(self, moves):
         """The things and their centres, which keep clear of the edge and of each other."""
-        jitter = np.zeros((2, 2)) if generator is None else generator.uniform(-0.04, 0.04, (2, 2))
         if self.second is None:
-            return [(self.first, 0.5 + 3 * jitter[0])]
+            return [(self.first, 0.5 + 3 * moves[0])]
         step = 0.25 * np.array(RELATIONS[self.relation])
-        return [(self.first, 0.5 + step + jitter[0]), (self.second, 0.5 - step + jitter[1])]
+        return [(self.first, 0.5 + step + moves[0]), (self.second, 0.5 - step + moves[1])]
+
+
+@functools.cache
+def _never_together(first, second):
+    return zlib.crc32(repr(sorted([first, second])).encode()) % 8 == 0
 
 
 def _words(table):
@@ -128,7 +131,9 @@ _THING = f"an? {_words(SIZES)} {_words(COLOURS)} {_words(SHAPES)}"
 _GRAMMAR = f"{_THING}(?: {_words(RELATIONS)} {_THING})?(?: on a {_words(BACKGROUNDS)} background)?"
 
 
-def dataset(count: int, image_size: int = 32, held_out: bool = False, seed: int = 0) -> tuple[np.ndarray, list[str]]:
+def dataset(
+    count: int, image_size: int = 32, held_out: bool = False, seed: int = 0, rows: Any = None
+) -> tuple[np.ndarray, list[str]]:
     """Pictures and their captions, the same for the same arguments.
 
     Args:
@@ -136,27 +141,81 @@ def dataset(count: int, image_size: int = 32, held_out: bool = False, seed: int 
         image_size: their side.
         held_out: whether all of them show a pair of things that training never does; otherwise none does.
         seed: of the choice.
+        rows: which of the `count` are drawn and returned; `None` for all.
 
     Returns:
         uint8 images `(count, image_size, image_size, 3)`, and the captions.
+
+    Raises:
+        ValueError: if `count` or `image_size` is no whole number above 0.
     """
+    check_integer("dataset", "count", count)
+    check_integer("dataset", "image_size", image_size)
     generator = np.random.default_rng([seed, held_out])
     scenes = list(itertools.islice((s for s in _random_scenes(generator) if s.held_out == held_out), count))
-    images = np.stack([scene.draw(image_size, generator) for scene in scenes])
-    return images, [scene.caption for scene in scenes]
+    moves = _moves(generator, count)
+    rows = np.arange(count) if rows is None else np.asarray(rows, int)
+    scenes = [scenes[row] for row in rows]
+    return _draw(scenes, moves[rows], image_size), [scene.caption for scene in scenes]
+
+
+def _moves(generator, count):
+    """By how much things are moved: x and y of each of two things in `count` scenes."""
+    return generator.uniform(-0.04, 0.04, (count, 2, 2))
+
+
+def _draw(scenes, moves, size):
+    """The pictures of scenes. A pixel is the mean of its samples; some are a thing's, and the others the background's.
+
+    Things do not overlap, so each adds its own to the sums, which are whole numbers, in a box around it; all of one
+    kind and one place in the sentence at once.
+    """
+    chunk = max(1, SAMPLES // (size * EDGE) ** 2)
+    if len(scenes) > chunk:
+        starts = range(0, len(scenes), chunk)
+        return np.concatenate([_draw(scenes[i : i + chunk], moves[i : i + chunk], size) for i in starts])
+    grounds = np.array([BACKGROUNDS[scene.background] for scene in scenes], "int64").reshape(-1, 3)
+    sums = np.tile(EDGE**2 * grounds[:, None, None], (1, size, size, 1))
+    kinds = collections.defaultdict(list)
+    for index, scene in enumerate(scenes):
+        for place, (thing, centre) in enumerate(scene._placed(moves[index])):
+            kinds[thing.shape, thing.size, place].append((index, COLOURS[thing.colour], centre))
+    for (shape, half, _), things in kinds.items():
+        picture, colour, centre = (np.array(column) for column in zip(*things, strict=True))
+        row, column, covered = _covered(shape, SIZES[half], centre, size)
+        sums[picture[:, None, None], row[:, :, None], column[:, None]] += (
+            covered[..., None] * (colour - grounds[picture])[:, None, None]
+        )
+    return np.round(sums / EDGE**2).astype("uint8")
+
+
+SAMPLES = 2**19  # that are drawn at once
+
+
+def _covered(shape, half, centres, size):
+    """Where shapes are: rows and columns of a box around each, `(count, side)`, and its samples in each pixel."""
+    side = min(size, math.ceil(2 * half * size) + 1)
+    corner = np.clip(np.floor((centres - half) * size).astype(int), 0, size - side)
+    samples = EDGE * corner[..., None] + np.arange(EDGE * side)
+    x, y = (((samples + 0.5) / (size * EDGE) - centres[..., None]) / half).swapaxes(0, 1)
+    inside = SHAPES[shape](x[:, None], y[:, :, None]).reshape(-1, side, EDGE, side, EDGE)
+    column, row = (corner[..., None] + np.arange(side)).swapaxes(0, 1)
+    return row, column, inside.sum((2, 4))
 
 
 def _random_scenes(generator):
-    def choice(table):
-        return list(table)[generator.integers(len(table))]
+    sizes, colours, kinds, relations, backgrounds = map(list, (SIZES, COLOURS, SHAPES, RELATIONS, BACKGROUNDS))
+
+    def choice(names):
+        return names[generator.integers(len(names))]
 
     def thing():
-        return Thing(choice(SIZES), choice(COLOURS), choice(SHAPES))
+        return Thing(choice(sizes), choice(colours), choice(kinds))
 
     while True:
         first, second = thing(), thing() if generator.random() < 0.8 else None
         if second is None or second.colour != first.colour:
-            yield Scene(first, choice(RELATIONS) if second else None, second, choice(BACKGROUNDS))
+            yield Scene(first, choice(relations) if second else None, second, choice(backgrounds))
 
 
 def read(image: np.ndarray) -> Scene | None:

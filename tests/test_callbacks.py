@@ -98,6 +98,53 @@ def test_sampler_steps_and_conditions_reach_the_model(model, tmp_path):
     assert model.calls[1][4]["label"] == 1
 
 
+@pytest.mark.parametrize(
+    ("conditions", "options", "captions"),
+    [
+        ({}, {}, None),
+        ({"label": [1, 0]}, {}, ["1", "0"]),
+        ({"label": np.array(1)}, {}, ["1", "1"]),
+        ({"label": [1, 2]}, {"class_names": ["cat", "dog"]}, ["dog", "2"]),
+        ({"label": [1, -1]}, {"class_names": ("cat", "dog")}, ["dog", "-1"]),
+        ({"text": ["a red circle", "größer"]}, {}, ["a red circle", "größer"]),
+        ({"text": "a red circle"}, {"class_names": ["cat"]}, ["a red circle"] * 2),
+        ({"text": np.array([b"a", "größer".encode()], object)}, {}, ["a", "größer"]),
+        ({"text": ["a", "b"], "label": 0}, {"class_names": ["cat"]}, ["a, cat", "b, cat"]),
+        ({"embedding": np.zeros((2, 3)), "weight": [0.5, 1.5], "on": [True, False], "text": None}, {}, None),
+        ({"embedding": np.zeros((2, 3)), "tokens": np.zeros((2, 3), int), "label": [3, 4]}, {}, ["3", "4"]),
+        ({"label": [1, 0]}, {"captions": True}, ["1", "0"]),
+        ({"label": [1, 0]}, {"captions": False}, None),
+        ({"label": [1, 0]}, {"captions": ["one", "none"]}, ["one", "none"]),
+        ({}, {"captions": ("one", "none")}, ["one", "none"]),
+    ],
+)
+def test_captions_are_made_of_the_conditions(model, tmp_path, conditions, options, captions):
+    callback = SampleCallback(tmp_path, 1, 2, conditions=conditions, **options)
+    assert callback.captions == captions
+    fit(model, callback, epochs=1)
+    expected = images.grid(model.sample(2), captions=captions)
+    np.testing.assert_array_equal(images.read_picture(tmp_path / "samples-epoch-0001.png"), expected)
+
+
+def test_strings_and_no_condition_reach_the_model(model, tmp_path):
+    conditions = {"text": ["a", "longer"], "other": "one", "label": None}
+    fit(model, SampleCallback(tmp_path, 1, 2, conditions=conditions), epochs=1)
+    got = model.calls[0][-1]
+    assert got["text"].tolist() == ["a", "longer"]
+    assert got["other"] == "one"
+    assert got["label"] is None
+
+
+def test_animations_have_the_captions(model, tmp_path):
+    from PIL import Image
+
+    fit(model, SampleCallback(tmp_path, 1, 2, conditions={"label": [3, 4]}, trajectory_gif=True, training_gif=True))
+    height, width, _ = images.grid(np.zeros((2, 4, 4, 1)), captions=["3", "4"]).shape
+    for name in ("trajectory.gif", "training.gif"):
+        with Image.open(tmp_path / name) as animation:
+            assert animation.size == (width, height)
+
+
 def test_animations(model, tmp_path):
     from PIL import Image
 
@@ -160,6 +207,12 @@ def test_failures_warn_and_training_goes_on(model, tmp_path):
         {"seed": -1},
         {"columns": 0},
         {"conditions": {"label": [1, 2, 3]}},
+        {"conditions": {"text": ["a", "b", "c"]}},
+        {"captions": True},
+        {"captions": True, "conditions": {"embedding": np.zeros((16, 3))}},
+        {"captions": ["a", "b"]},
+        {"captions": "a" * 16},
+        {"class_names": "cat"},
     ],
 )
 def test_bad_arguments_are_errors_at_once(tmp_path, options):

@@ -8,8 +8,9 @@ import pytest
 
 tf = pytest.importorskip("tensorflow", reason="the extra `data` is not installed")
 
-from kdiff import data  # noqa: E402
-from kdiff.data import sources  # noqa: E402
+from kdiff import data, shapes  # noqa: E402
+from kdiff.data import encoding, sources  # noqa: E402
+from kdiff.text import Bytes  # noqa: E402
 
 pytestmark = pytest.mark.data
 
@@ -54,6 +55,57 @@ def test_digits_grow_smoothly(size):
     assert images.shape[1:3] == (size if isinstance(size, tuple) else (size, size))
     assert images.max() <= 1
     assert len(np.unique(images)) > 100  # more shades than the 17 of the originals
+
+
+# Shapes
+
+
+@pytest.fixture
+def few_shapes(monkeypatch):
+    monkeypatch.setattr(sources, "SHAPES", {"train": 200, "test": 50})
+
+
+def captions(dataset):
+    return [text.decode() for batch in dataset.as_numpy_iterator() for text in batch["text"]]
+
+
+def test_there_are_enough_shapes():
+    assert sources.SHAPES == {"train": 20_000, "test": 2_000}
+
+
+@pytest.mark.parametrize(("size", "side"), [(None, 32), (12, 12), ((16, 16), 16)])
+def test_shapes_are_drawn_at_their_size(few_shapes, size, side):
+    drawn, told = shapes.dataset(200, side)
+    dataset = unshuffled("shapes", size, text=True)
+    np.testing.assert_allclose(values(dataset), drawn / 127.5 - 1, atol=1e-6)
+    assert captions(dataset) == told
+    assert dataset.class_names is None
+    np.testing.assert_array_equal(values(unshuffled("shapes", size)), values(dataset))
+
+
+def test_the_test_shapes_are_those_held_out_of_training(few_shapes):
+    for split, count in (("train", 200), ("test", 50)):
+        told = captions(unshuffled("shapes", 8, split=split, text=True))
+        assert len(told) == count
+        assert {shapes.Scene.parse(caption).held_out for caption in told} == {split == "test"}
+
+
+def test_only_the_shapes_asked_for_are_drawn(few_shapes, monkeypatch):
+    parts = [captions(unshuffled("shapes", 8, split=split, text=True)) for split in ("train[:10%]", "train[20:]")]
+    assert sorted(parts[0] + parts[1]) == sorted(shapes.dataset(200, 8)[1])
+    drawn, draw = [], shapes._draw
+    monkeypatch.setattr(shapes, "_draw", lambda scenes, *args: drawn.extend(scenes) or draw(scenes, *args))
+    images = values(unshuffled("shapes", 8, split="train[:10%]"))
+    assert len(drawn) == len(images) == 20
+
+
+def test_bad_shapes(few_shapes):
+    with pytest.raises(ValueError, match="captions, and no `labels`"):
+        data.images("shapes", labels=True)
+    with pytest.raises(ValueError, match="square"):
+        data.images("shapes", (8, 16))
+    with pytest.raises(ValueError, match="`split` must be one of"):
+        data.images("shapes", split="val")
 
 
 # Arrays
@@ -131,6 +183,114 @@ def test_bad_labels_of_arrays(colours, labels):
         data.images(colours, batch_size=2, labels=labels)
 
 
+# Text
+
+
+NAMES = [f"picture {index}, «größer»" for index in range(10)]
+
+
+class Count:
+    """An encoder that gives the length of a text and its first letters, and counts what it was asked."""
+
+    def __init__(self, dtype="int32"):
+        self.calls, self.dtype = [], dtype
+
+    def __call__(self, texts):
+        assert all(isinstance(text, str) for text in texts)
+        self.calls.append(list(texts))
+        return np.array([[len(text), *text.encode()[:9]] for text in texts], self.dtype)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, lambda text: np.array(text, object)])
+def test_text_stays_with_its_images(kind):
+    images = np.zeros((10, 4, 4, 1), "uint8") + np.arange(10, dtype="uint8")[:, None, None, None]
+    dataset = data.images(images, batch_size=5, text=kind(NAMES), labels=np.arange(10), split="all[:5]")
+    assert dataset.element_spec["text"] == tf.TensorSpec((5,), tf.string)
+    (batch,) = dataset.as_numpy_iterator()
+    assert [text.decode() for text in batch["text"]] == [NAMES[label] for label in batch["label"]]
+    np.testing.assert_array_equal(np.round((batch["image"][:, 0, 0, 0] + 1) * 127.5), batch["label"])
+
+
+@pytest.mark.parametrize(("given", "gives"), [("int64", "int32"), ("uint8", "int32"), ("float64", "float32")])
+@pytest.mark.parametrize("size", [None, 4])
+def test_text_is_encoded(colours, given, gives, size):
+    dataset = data.images(colours, size, 5, text=NAMES, text_encoder=Count(given), shuffle=False)
+    assert dataset.element_spec["text"] == tf.TensorSpec((5, 10), gives)
+    assert dataset.cardinality() == 2
+    encoded = np.concatenate([batch["text"] for batch in dataset.as_numpy_iterator()])
+    np.testing.assert_array_equal(encoded, Count()(NAMES))
+    np.testing.assert_array_equal(values(dataset), values(data.images(colours, size, 5, shuffle=False)))
+
+
+def test_a_tokenizer_encodes(few_shapes):
+    tokenizer = Bytes(96)
+    (batch,) = unshuffled("shapes", 8, batch_size=200, text=True, text_encoder=tokenizer).as_numpy_iterator()
+    np.testing.assert_array_equal(batch["text"], tokenizer(shapes.dataset(200, 8)[1]))
+
+
+@pytest.mark.parametrize("cache", [True, "file"])
+def test_each_text_is_encoded_once_whatever_the_epochs(colours, tmp_path, monkeypatch, cache):
+    monkeypatch.setattr(encoding, "TEXTS", 4)
+    encoder = Count()
+    options = {"cache": tmp_path / "cache" if cache == "file" else cache, "repeat": 2, "augment": lambda image: image}
+    dataset = data.images(colours, batch_size=5, text=NAMES, text_encoder=encoder, **options)
+    for _ in range(3):
+        assert len(list(dataset)) == 4
+    assert encoder.calls == [NAMES[:1], NAMES[:4], NAMES[4:8], NAMES[8:]]  # the first tells the shape
+
+
+def test_without_a_cache_text_is_encoded_every_epoch(colours):
+    encoder = Count()
+    dataset = data.images(colours, batch_size=5, text=NAMES, text_encoder=encoder, cache=False)
+    assert [len(list(dataset)) for _ in range(3)] == [2] * 3
+    assert encoder.calls[1:] == [NAMES] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (True, "no captions of its own"),
+        (NAMES[:9], "one string for each of 10 images"),
+        ("ten letters", "one string for each of 10 images; received: 'ten letters'"),
+        (3, "one string for each of 10 images; received: 3"),
+        (None, "one string for each of 10 images; received: None"),
+        (np.array(NAMES).reshape(5, 2), r"\(5, 2\)"),
+        (list(range(10)), "must be strings.*received: 0"),
+        ([*NAMES[:9], None], "must be strings.*received: None"),
+    ],
+)
+def test_bad_text_of_arrays(colours, text, message):
+    with pytest.raises(ValueError, match=message):
+        data.images(colours, batch_size=2, text=text)
+
+
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        lambda texts: np.zeros((len(texts) + 1, 2)),
+        lambda texts: np.array(3.0),
+        lambda texts: np.array(texts),
+        lambda texts: np.ones((len(texts), 2), bool),
+    ],
+)
+def test_bad_encoders(colours, encoder):
+    with pytest.raises(ValueError, match="one row for each of 1 texts"):
+        data.images(colours, batch_size=2, text=NAMES, text_encoder=encoder)
+
+
+def test_encoders_that_change_their_mind(colours):
+    dataset = data.images(colours, batch_size=2, text=NAMES, text_encoder=lambda texts: np.zeros((len(texts),) * 2))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="must fill up to one length"):
+        list(dataset)
+
+
+def test_an_encoder_is_a_function_of_text(colours):
+    with pytest.raises(ValueError, match="`text_encoder` must be a function"):
+        data.images(colours, batch_size=2, text=NAMES, text_encoder="clip")
+    with pytest.raises(ValueError, match="`text_encoder` needs text"):
+        data.images(colours, batch_size=2, text_encoder=Count())
+
+
 # Splits
 
 
@@ -201,6 +361,9 @@ def test_caching_changes_nothing(colours, tmp_path, cache):
         {"augment": "flip"},
         {"augment": [None, 3]},
         {"labels": "yes"},
+        {"text": True},
+        {"text": ["seven"]},
+        {"text_encoder": len},
     ],
 )
 def test_bad_arguments_are_named(options):
@@ -323,6 +486,40 @@ def test_splits_of_folders(folder):
         unshuffled(folder, split="test")
 
 
+@pytest.fixture
+def captioned(folder):
+    for path in folder.rglob("[0-9].png"):
+        text = f" {path.parent.name} №{path.stem}\n"
+        path.with_suffix(".txt").write_text(text, "utf-8-sig" if path.stem == "0" else "utf-8")
+    return folder
+
+
+def test_captions_lie_beside_their_images(captioned):
+    (captioned / "cat" / "broken.png").write_text("no picture")  # and so no caption is missed
+    with pytest.warns(UserWarning, match="1 of 7 files"):
+        dataset = unshuffled(captioned, labels=True, text=True)
+    told = ["cat №1", "cat №3", "cat №5", "dog №0", "dog №2", "dog №4"]
+    assert captions(dataset) == told
+    assert captions(unshuffled(captioned, 4, split="dog[1:]", text=True)) == ["dog №0", "dog №2"]
+    (batch,) = unshuffled(captioned / "cat", text=True, text_encoder=Count()).as_numpy_iterator()
+    np.testing.assert_array_equal(batch["text"], Count()(told[:3]))
+
+
+def test_missing_captions_are_named(captioned):
+    (captioned / "cat" / "3.txt").unlink()
+    with pytest.raises(ValueError, match=r"of 6 such files.* 1 are missing: cat.3\.txt$"):
+        unshuffled(captioned, text=True)
+    for path in captioned.rglob("*/*.txt"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r" 6 are missing: cat.1\.txt, .*\.\.\.$"):
+        unshuffled(captioned, text=True)
+    (captioned / "cat" / "1.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"1\.txt is not UTF-8"):
+        sources._read_caption(captioned / "cat" / "1.txt")
+    with pytest.raises(ValueError, match="text"):
+        unshuffled(captioned, text=["a"] * 6)
+
+
 def test_broken_files_are_named_and_skipped(folder):
     (folder / "cat" / "text.png").write_text("no picture")
     (folder / "dog" / "cut.png").write_bytes((folder / "dog" / "0.png").read_bytes()[:-60])
@@ -405,6 +602,24 @@ def tfds_folder(tmp_path_factory):
         split_datasets={"train": rows[:4], "test": rows[4:]},
         disable_shuffling=True,
     )
+    kinds = (
+        tfds.features.Text(),
+        tfds.features.Sequence(tfds.features.Text()),
+        tfds.features.Sequence({"text": tfds.features.Text(), "id": np.int64}),
+    )
+    rows = "grün", ["grün", "blue"], [{"text": "grün", "id": 1}, {"text": "blue", "id": 2}]
+    none = "", [], []
+    for name, kind, *texts in zip(("text", "caption", "captions"), kinds, rows, none, strict=True):
+        tfds.dataset_builders.store_as_tfds_dataset(
+            name=f"with_{name}",
+            version="1.0.0",
+            data_dir=folder,
+            features=tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(5, 5, 1)), name: kind}),
+            split_datasets={
+                "train": [(index, {"image": images[index], name: text}) for index, text in enumerate(texts)]
+            },
+            disable_shuffling=True,
+        )
     features = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(5, 5, 1), dtype=np.uint16)})
     deep = [(0, {"image": images[0].astype("uint16")})]
     tfds.dataset_builders.store_as_tfds_dataset(
@@ -423,11 +638,23 @@ def test_tfds(tfds_folder):
     assert values(test).shape == (1, 10, 10, 1)
 
 
+@pytest.mark.parametrize("feature", ["text", "caption", "captions"])
+def test_captions_of_tfds(tfds_folder, feature):
+    folder, images = tfds_folder
+    dataset = unshuffled(f"with_{feature}", data_dir=folder, text=True)
+    assert captions(dataset) == ["grün", ""]
+    np.testing.assert_allclose(values(dataset), images[:2] / 127.5 - 1, atol=1e-6)
+    encoded = unshuffled(f"with_{feature}", data_dir=folder, text=True, text_encoder=Bytes(6))
+    (batch,) = encoded.as_numpy_iterator()
+    np.testing.assert_array_equal(batch["text"], Bytes(6)(["grün", ""]))
+    assert isinstance(next(iter(unshuffled(f"with_{feature}", data_dir=folder))), tf.Tensor)
+
+
 def test_bad_tfds(tfds_folder):
     folder, _ = tfds_folder
     with pytest.raises(ValueError, match=r"split.*'test', 'train'"):
         data.images("tiny_pets", data_dir=folder, split="val")
-    with pytest.raises(ValueError, match=r"'no_such_set'.*\['digits'\].*data_dir"):
+    with pytest.raises(ValueError, match=r"'no_such_set'.*\['digits', 'shapes'\].*data_dir"):
         data.images("no_such_set", data_dir=folder)
     with pytest.raises(ValueError, match="download=True"):
         data.images("mnist", data_dir=folder)
@@ -435,6 +662,10 @@ def test_bad_tfds(tfds_folder):
         data.images("tiny_pets", data_dir=folder, labels=np.arange(4))
     with pytest.raises(ValueError, match="no feature 'label'"):
         data.images("deep", data_dir=folder, labels=True)
+    with pytest.raises(ValueError, match=r"no text in a feature of .*\['image', 'label'\]"):
+        data.images("tiny_pets", data_dir=folder, text=True)
+    with pytest.raises(ValueError, match="text"):
+        data.images("with_text", data_dir=folder, text=["a", "b"])
     with pytest.raises(ValueError, match="uint16"):
         data.images("deep", data_dir=folder)
 
@@ -459,7 +690,7 @@ def test_missing_tensorflow_names_the_extra():
 
 def test_embedded_sets_are_listed():
     assert data.EMBEDDED == sources.EMBEDDED
-    assert "digits" in data.EMBEDDED
+    assert {"digits", "shapes"} <= set(data.EMBEDDED)
 
 
 # Training

@@ -32,6 +32,97 @@ def test_grid_enlarges_tiny_images_and_is_about_square(channels):
     assert picture.shape == (192, 192, channels)
 
 
+LONG = "a small red circle above a large blue square on a white background"
+
+
+def captioned(batch, *captions, **options):
+    pytest.importorskip("PIL")
+    return images.grid(batch, captions=captions, **options)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_captions_stand_below_their_images(channels):
+    batch = np.random.default_rng(0).uniform(-1, 1, (3, 16, 16, channels))
+    picture = captioned(batch, "7", LONG, "", columns=2)
+    assert picture.dtype == np.uint8
+    enlarged = images.to_uint8(batch).repeat(8, 1).repeat(8, 2)  # to 128 pixels
+    np.testing.assert_array_equal(picture[8:136, 8:136], enlarged[0])
+    np.testing.assert_array_equal(picture[8:136, 144:272], enlarged[1])
+    np.testing.assert_array_equal(picture[-8 - 6 - 128 : -8 - 6, 8:136], enlarged[2])  # 6 below an empty caption
+    first, second = picture[138 : -8 - 6 - 128 - 2, 8:136], picture[138 : -8 - 6 - 128 - 2, 144:272]
+    for text in (first, second):
+        assert text[..., :3].min() < 64
+        assert (text[..., 3:] == 255).all()  # opaque
+    assert (first[20:] == 255).all()  # one line
+    rows = (second[..., 0] < 128).any(1)
+    assert np.count_nonzero(rows[1:] & ~rows[:-1]) >= 4  # lines, as high as the row needs
+    other = captioned(batch, "8", LONG, "", columns=2)
+    assert other.shape == picture.shape
+    assert set(np.argwhere(other != picture)[:, 0]) <= set(range(137, 155))
+
+
+def test_captions_begin_and_end_within_their_images():
+    black = np.zeros((4, 32, 32, 1))
+    picture = captioned(black, *[LONG] * 4, columns=4)
+    for column in range(4):
+        left = 8 + column * 136
+        ink = np.flatnonzero((picture[138:, left - 8 : left + 136] < 128).any((0, 2)))
+        assert ink.min() >= 8
+        assert ink.max() < 136
+        assert abs(ink.min() + ink.max() - 143) <= 4  # in the middle
+
+
+@pytest.mark.parametrize(
+    "caption",
+    ["", " ", "größer", "日本語 🙂", "x\x00y\n\n\tz", "\ud800", "pneumonoultramicroscopic" * 9, np.str_("a"), 7],
+)
+def test_captions_of_any_kind(caption):
+    assert captioned(np.zeros((1, 8, 8, 3)), caption).shape[1] == 144
+    assert captioned(np.zeros((1, 8, 8, 3)), caption, scale=1, padding=0).shape[1] == 8
+
+
+def test_captions_may_be_bytes():
+    pictures = [captioned(np.zeros((1, 8, 8, 3)), caption) for caption in ("größer", "größer".encode(), b"\xff")]
+    np.testing.assert_array_equal(*pictures[:2])
+
+
+def test_words_are_wrapped_and_long_ones_cut():
+    def lines(text):
+        return images._lines(text, lambda line: len(line) <= 10)
+
+    assert lines("a small  red circle\nabove") == ["a small", "red circle", "above"]
+    assert lines("a fluorescent lamp") == ["a", "fluoresce…", "lamp"]
+    assert lines(" ") == []
+    assert images._lines("word", lambda line: False) == ["…"]
+
+
+@pytest.mark.parametrize("captions", [["a"], ["a", "b", "c"], "ab", 3, np.zeros((2, 1)), []])
+def test_another_number_of_captions_is_an_error(tmp_path, captions):
+    batch = np.zeros((2, 8, 8, 1))
+    for write in (
+        lambda: images.grid(batch, captions=captions),
+        lambda: images.save_png(tmp_path / "a.png", batch, captions=captions),
+        lambda: images.save_gif(tmp_path / "a.gif", [batch], captions=captions),
+    ):
+        with pytest.raises(ValueError, match="one string for each of 2 images"):
+            write()
+    assert not list(tmp_path.iterdir())
+
+
+def test_captions_in_files(tmp_path):
+    pil = pytest.importorskip("PIL.Image")
+    batch = np.random.default_rng(0).uniform(-1, 1, (3, 8, 8, 3))
+    expected = captioned(batch, "a", "b", "c", columns=3)
+    path = images.save_png(tmp_path / "a.png", batch, 3, captions=["a", "b", "c"])
+    np.testing.assert_array_equal(images.read_picture(path), expected)
+    path = images.save_gif(tmp_path / "a.gif", [batch, -batch], 3, captions=["a", "b", "c"])
+    with pil.open(path) as animation:
+        assert (animation.n_frames, animation.size) == (2, expected.shape[1::-1])
+    for write, picture in ((images.save_png, expected), (images.save_gif, [expected])):
+        with pytest.raises(ValueError, match="belong to a batch"):
+            write(tmp_path / "b.png", picture, captions=["a", "b", "c"])
+
+
 @pytest.mark.parametrize("shape", [(8, 8, 3), (0, 8, 8, 3), (2, 8, 8, 2), (2, 3, 8, 8)])
 def test_grid_refuses_other_shapes(shape):
     with pytest.raises(ValueError, match="count, height, width, channels"):
@@ -107,3 +198,9 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, module
     given = {"loss": [1.0]} if write is images.loss_plot else np.zeros((1, 8, 8, 1))
     with pytest.raises(ImportError, match=r"kdiff\[plot\]"):
         write(tmp_path / "a.png", given)
+
+
+def test_captions_need_pillow(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "PIL", None)
+    with pytest.raises(ImportError, match=r"kdiff\[plot\]"):
+        images.grid(np.zeros((1, 8, 8, 1)), captions=["never seen before"])

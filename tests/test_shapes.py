@@ -1,5 +1,7 @@
 """The captioned pictures: drawn, described, held out, and read back."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -20,6 +22,43 @@ def test_a_caption_is_read_and_written():
 def test_other_captions_are_errors(caption):
     with pytest.raises(ValueError, match="a caption is such as"):
         Scene.parse(caption)
+
+
+def plainly_drawn(scene, size, generator=None):
+    """Each sample of the picture gets a colour, in turn."""
+    samples = size * shapes.EDGE
+    y, x = (np.mgrid[:samples, :samples] + 0.5) / samples
+    picture = np.tile(np.array(shapes.BACKGROUNDS[scene.background], "float64"), (samples, samples, 1))
+    moves = np.zeros((2, 2)) if generator is None else generator.uniform(-0.04, 0.04, (2, 2))
+    places = [(scene.first, 0.5 + 3 * moves[0])]
+    if scene.second:
+        step = 0.25 * np.array(shapes.RELATIONS[scene.relation])
+        places = [(scene.first, 0.5 + step + moves[0]), (scene.second, 0.5 - step + moves[1])]
+    for thing, centre in places:
+        half = shapes.SIZES[thing.size]
+        inside = shapes.SHAPES[thing.shape]((x - centre[0]) / half, (y - centre[1]) / half)
+        picture[inside] = shapes.COLOURS[thing.colour]
+    return np.round(picture.reshape(size, shapes.EDGE, size, shapes.EDGE, 3).mean((1, 3))).astype("uint8")
+
+
+@pytest.mark.parametrize("size", [1, 8, 16, 33])
+def test_a_picture_is_the_mean_of_its_samples(size):
+    _, captions = shapes.dataset(60, 8)
+    for seed, scene in enumerate(map(Scene.parse, captions)):
+        np.testing.assert_array_equal(scene.draw(size), plainly_drawn(scene, size), scene.caption)
+        expected = plainly_drawn(scene, size, np.random.default_rng(seed))
+        np.testing.assert_array_equal(scene.draw(size, np.random.default_rng(seed)), expected, scene.caption)
+
+
+def test_many_are_drawn_as_one(monkeypatch):
+    images, captions = shapes.dataset(50, 16)
+    generator = np.random.default_rng([0, False])
+    monkeypatch.setattr(shapes, "SAMPLES", 7 * 64**2)  # seven at once
+    np.testing.assert_array_equal(shapes.dataset(50, 16)[0], images)
+    for _ in itertools.islice((s for s in shapes._random_scenes(generator) if not s.held_out), 50):
+        pass
+    alone = [plainly_drawn(Scene.parse(caption), 16, generator) for caption in captions]
+    np.testing.assert_array_equal(alone, images)
 
 
 @pytest.mark.parametrize("size", [16, 24, 33])
@@ -73,3 +112,19 @@ def test_the_same_again_for_the_same_seed():
     np.testing.assert_array_equal(images, again)
     assert captions == captions_again
     assert captions != shapes.dataset(5, 16, seed=4)[1]
+
+
+def test_some_rows_are_those_of_the_whole():
+    images, captions = shapes.dataset(20, 16, held_out=True)
+    some, their_captions = shapes.dataset(20, 16, held_out=True, rows=[3, 19, 3])
+    np.testing.assert_array_equal(some, images[[3, 19, 3]])
+    assert their_captions == [captions[row] for row in (3, 19, 3)]
+    none, no_captions = shapes.dataset(20, 16, rows=[])
+    assert none.shape == (0, 16, 16, 3)
+    assert no_captions == []
+
+
+@pytest.mark.parametrize("options", [{"count": 0}, {"count": 2.5}, {"count": 1, "image_size": 0}])
+def test_bad_numbers(options):
+    with pytest.raises(ValueError, match=list(options)[-1]):
+        shapes.dataset(**options)

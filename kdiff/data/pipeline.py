@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
 from kdiff.base import check_choice, check_integer
-from kdiff.data import augmentation, sources
+from kdiff.data import augmentation, encoding, sources
 from kdiff.data._tensorflow import tf
 
 UNCACHED_SHUFFLE = 10_000  # images that the shuffle holds where no cache in memory holds them all
@@ -21,6 +22,8 @@ def images(
     *,
     split: str = "train",
     labels: Any = False,
+    text: Any = False,
+    text_encoder: Callable[[list[str]], np.ndarray] | None = None,
     channels: int | None = None,
     data_dir: str | os.PathLike | None = None,
     download: bool = False,
@@ -33,31 +36,42 @@ def images(
 ) -> tf.data.Dataset:
     """A pipeline of image batches: resized, cached, shuffled each epoch, augmented, batched, prefetched.
 
-    It yields float32 images in [-1, 1] with shape `(batch, height, width, channels)`, or with `labels` the dicts
-    `{"image": images, "label": labels}`. Its attribute `class_names` lists the names of the classes, or is `None`.
+    It yields float32 images in [-1, 1] with shape `(batch, height, width, channels)`, or with `labels` or `text` dicts
+    such as `{"image": images, "label": labels, "text": text}`. Its attribute `class_names` lists the names of the
+    classes, or is `None`.
 
     Args:
         source: one of
-            - the name of an embedded set: "digits", 1,797 handwritten digits of 8x8 pixels, needing no network;
+            - the name of an embedded set, needing no network: "digits", 1,797 handwritten digits of 8x8 pixels, or
+              "shapes", 22,000 captioned pictures of coloured shapes, drawn at `image_size` (32);
             - a folder of images, as a path; files that cannot be read are named in a warning and skipped;
             - the name of a TensorFlow Dataset such as "cifar10";
             - an array `(count, height, width, channels)`, uint8 in 0..255 or floats in [-1, 1].
         image_size: the side, or `(height, width)`, that images get: cropped about the centre to that shape, then
             resized smoothly. `None` keeps their size.
         batch_size: the number of images in a batch.
-        split: for digits "train" (1,500), "test" (297) or "all"; for a TensorFlow Dataset what it has; for an array
+        split: for digits "train" (1,500), "test" (297) or "all"; for shapes "train" (20,000) or "test" (2,000, each
+            of a pair of things that "train" never shows together); for a TensorFlow Dataset what it has; for an array
             "train" or "all", which are the same; for a folder the same, or the name of a folder in it ("test").
-            "train[:90%]" and "train[90%:]" divide any of them; arrays, folders and digits are divided at random,
+            "train[:90%]" and "train[90%:]" divide any of them; all but TensorFlow Datasets are divided at random,
             always in the same way.
         labels: `True` for the labels that the source has (in a folder of images, one folder a class); for an array
             of images an array of as many rows.
+        text: `True` for the captions that the source has: those of the shapes; in a folder, photo.txt is the caption of
+            photo.jpg; in a TensorFlow Dataset, the first string of the feature "text", "caption" or "captions". For an
+            array of images, as many strings.
+        text_encoder: what is made of the text: a function from a list of strings to int32 or float32 of the shape
+            `(count, ...)`, such as a tokenizer of `kdiff.text` or a text encoder that is not trained. It is called for
+            a few hundred texts at a time, and its results are cached with the images, so that each text is paid for
+            once. `None` leaves the strings, tf.string of the shape `(batch,)`.
         channels: 1, 3 or 4; colours become grey, and transparent pixels white. `None` keeps the source's own, which
             is 3 for a folder.
         data_dir: where TensorFlow Datasets lie; `None` is their default, ~/tensorflow_datasets.
         download: whether a TensorFlow Dataset that is not there may be downloaded.
         augment: Keras or keras-cv layers, functions of a TensorFlow tensor, or a list of them. Each gets one float32
             image `(height, width, channels)` in [0, 255], the range that Keras' layers expect, anew in every epoch.
-        cache: `True` keeps the resized images in memory, a path in files of that name, `False` reads them every epoch.
+        cache: `True` keeps the resized images and encoded texts in memory; a path keeps them in files of that name,
+            which are read if they are there, whatever the other arguments; `False` reads and encodes every epoch.
         shuffle: whether each epoch comes in a new order.
         repeat: passes over the images in one epoch; `None` is endless, for `fit(steps_per_epoch=...)`.
         drop_remainder: whether to leave out a last batch smaller than the others.
@@ -65,21 +79,26 @@ def images(
 
     Raises:
         ValueError: for an unknown source or split, an empty source, fewer images than a batch, images of different
-            sizes without `image_size`, and an array of the wrong rank, type or range, or with NaN.
+            sizes without `image_size`, an array of the wrong rank, type or range, or with NaN, labels or text that the
+            source does not have, and a text encoder without text or that gives something else.
         ImportError: if the source needs a package that is missing; the message names the extra to install.
     """
     size = _check_arguments(image_size, batch_size, channels, repeat, seed)
     augment = augmentation.steps(augment)
-    found = sources.find(source, labels, split, data_dir, download)
+    _check_encoder(text_encoder, text)
+    found = sources.find(source, size, labels, text, split, data_dir, download)
     channels = channels or found.channels
     _check_source(found, size, channels, split)
-    _check_count(int(found.dataset.cardinality()), batch_size if drop_remainder else 1)
+    count = int(found.dataset.cardinality())
+    _check_count(count, batch_size if drop_remainder else 1)
 
     dataset = found.dataset.map(_conform(size, channels), tf.data.AUTOTUNE)
-    if cache and not (cache is True and found.in_memory and size is None):
+    if text_encoder is not None:
+        dataset = encoding.encoded(dataset, text_encoder)
+    ready = found.in_memory and size in (None, found.shape[:2]) and text_encoder is None
+    if cache and not (cache is True and ready):
         dataset = dataset.cache(_cache_file(cache))
     if shuffle:
-        count = found.dataset.cardinality()
         dataset = dataset.shuffle(count if cache is True else min(count, UNCACHED_SHUFFLE), seed)
     dataset = dataset.repeat(repeat)
     if augment:
@@ -105,6 +124,15 @@ def _check_arguments(image_size, batch_size, channels, repeat, seed) -> tuple[in
     for side in size:
         check_integer("images", "image_size", side)
     return size
+
+
+def _check_encoder(text_encoder: Callable | None, text: Any) -> None:
+    if text_encoder is None:
+        return
+    if text is False:
+        raise ValueError("images: a `text_encoder` needs text: pass `text=True`, or for an array of images the strings")
+    if not callable(text_encoder):
+        raise ValueError(f"images: `text_encoder` must be a function of a list of strings; received: {text_encoder!r}")
 
 
 def _check_source(found: sources.Source, size: tuple[int, int] | None, channels: int | None, split: str) -> None:
@@ -188,4 +216,4 @@ def _augment(steps: list[Callable]) -> Callable[[dict], dict]:
 def _scale(batch: dict) -> dict | tf.Tensor:
     """From 0..255 to [-1, 1]."""
     images = tf.clip_by_value(tf.cast(batch["image"], tf.float32), 0, 255) / 127.5 - 1
-    return {**batch, "image": images} if "label" in batch else images
+    return {**batch, "image": images} if len(batch) > 1 else images

@@ -10,16 +10,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdiff import shapes
 from kdiff.data._tensorflow import tf
 from kdiff.images import pillow
+from kdiff.text import strings
 
 
 class Source(NamedTuple):
-    """Images, and labels if they were asked for.
+    """Images, and labels and captions if they were asked for.
 
     Attributes:
         dataset: yields dicts with "image", `(height, width, channels)`, uint8 or float32 in [-1, 1], and perhaps
-            "label"; its cardinality is known.
+            "label" and "text", one string; its cardinality is known.
         class_names: the names that integer labels stand for, if known.
         channels: how many channels the images get unless the caller says otherwise; `None` for as many as they have.
         in_memory: whether the images are held in memory, so that caching them as they are would gain nothing.
@@ -36,34 +38,43 @@ class Source(NamedTuple):
         return tuple(self.dataset.element_spec["image"].shape)
 
 
-def find(source: Any, labels: Any, split: str, data_dir: str | os.PathLike | None, download: bool) -> Source:
-    """The `Source` that the arguments of `images` name."""
-    if isinstance(source, str) and source in EMBEDDED:
-        return EMBEDDED[source](_asked(labels), split)
-    if isinstance(source, os.PathLike) or (isinstance(source, str) and Path(source).expanduser().is_dir()):
-        return from_folder(Path(source).expanduser(), _asked(labels), split)
-    if isinstance(source, str):
-        return from_tfds(source, _asked(labels), split, data_dir, download)
-    return from_array(source, labels, split)
-
-
-def _asked(labels: Any) -> bool:
-    if not isinstance(labels, bool):
-        raise ValueError(f"images: an array of `labels` goes with an array of images; else True or False: {labels!r}")
-    return labels
+def find(
+    source: Any,
+    size: tuple[int, int] | None,
+    labels: Any,
+    text: Any,
+    split: str,
+    data_dir: str | os.PathLike | None,
+    download: bool,
+) -> Source:
+    """The `Source` that the arguments of `images` name. Its images need not be of that size yet."""
+    if not isinstance(source, (str, os.PathLike)):
+        return from_array(source, labels, text, split)
+    for name, value in (("labels", labels), ("text", text)):
+        if not isinstance(value, bool):
+            raise ValueError(f"images: `{name}` of your own go with an array of images; else True or False: {value!r}")
+    if source in EMBEDDED:
+        return EMBEDDED[source](size, labels, text, split)
+    if isinstance(source, os.PathLike) or Path(source).expanduser().is_dir():
+        return from_folder(Path(source).expanduser(), labels, text, split)
+    return from_tfds(source, labels, text, split, data_dir, download)
 
 
 # Arrays
 
 
-def from_array(images: Any, labels: Any, split: str) -> Source:
-    """Images of an array, checked, with `labels` an array of as many rows, or False for none."""
+def from_array(images: Any, labels: Any, text: Any, split: str) -> Source:
+    """Images of an array, checked, with `labels` an array of as many rows and `text` as many strings, or False."""
     images = check_images(images)
     arrays = {"image": images}
     if labels is True:
         raise ValueError("images: an array has no labels of its own; pass them as `labels=array`")
     if labels is not False:
         arrays["label"] = check_labels(labels, len(images))
+    if text is True:
+        raise ValueError("images: an array has no captions of its own; pass them as `text=[...]`")
+    if text is not False:
+        arrays["text"] = check_text(text, len(images))
     rows = split_rows(split, {"train": np.arange(len(images)), "all": np.arange(len(images))})
     return _in_memory({name: array[rows] for name, array in arrays.items()})
 
@@ -116,6 +127,21 @@ def check_labels(labels: Any, count: int) -> np.ndarray:
     return labels.astype("float32" if labels.dtype.kind == "f" else "int32")
 
 
+def check_text(text: Any, count: int) -> np.ndarray:
+    """`text` as UTF-8 bytes, one string an image."""
+    if isinstance(text, (str, bytes)) or np.ndim(text) != 1 or len(text) != count:
+        received = repr(text) if np.ndim(text) == 0 else f"an array of the shape {np.shape(text)}"
+        raise ValueError(f"images: `text` must have one string for each of {count} images; received: {received}")
+    try:
+        return _utf8(strings(text))
+    except TypeError as error:
+        raise ValueError(f"images: `text` must be strings: {error}") from None
+
+
+def _utf8(text: Iterable[str]) -> np.ndarray:
+    return np.array([caption.encode() for caption in text], dtype=object)
+
+
 # Splits
 
 
@@ -147,12 +173,14 @@ def _position(text: str | None, count: int) -> int | None:
 # Embedded sets
 
 
-def digits(labels: bool, split: str) -> Source:
+def digits(size: tuple[int, int] | None, labels: bool, text: bool, split: str) -> Source:
     """The 1,797 handwritten 8x8 digits that ship with scikit-learn: 1,500 in "train", the last 297 in "test"."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError('The digits come with scikit-learn: pip install "kdiff[data]"') from error
+    if text:
+        raise ValueError("images: the digits have labels, and no `text`")
     bunch = load_digits()
     arrays = {"image": np.round(bunch.images[..., None] * (255 / 16)).astype("uint8")}  # 17 shades of grey
     if labels:
@@ -162,14 +190,36 @@ def digits(labels: bool, split: str) -> Source:
     return _in_memory({name: array[rows] for name, array in arrays.items()}, [str(digit) for digit in range(10)])
 
 
-EMBEDDED: dict[str, Callable[[bool, str], Source]] = {"digits": digits}
+SHAPES = {"train": 20_000, "test": 2_000}
+
+
+def coloured_shapes(size: tuple[int, int] | None, labels: bool, text: bool, split: str) -> Source:
+    """The pictures of `kdiff.shapes`, drawn at `size`: 20,000 in "train", and in "test" 2,000 of pairs held out."""
+    height, width = size or (32, 32)
+    if height != width:
+        raise ValueError(f"images: the shapes are square; `image_size` must be one number, not {size}")
+    if labels:
+        raise ValueError("images: the shapes have captions, and no `labels`; pass `text=True`")
+    rows = split_rows(split, {name: np.arange(count) for name, count in SHAPES.items()})
+    name = split.partition("[")[0]
+    images, captions = shapes.dataset(SHAPES[name], height, held_out=name == "test", rows=rows)
+    return _in_memory({"image": images, **({"text": _utf8(captions)} if text else {})})
+
+
+EMBEDDED: dict[str, Callable[[tuple[int, int] | None, bool, bool, str], Source]] = {
+    "digits": digits,
+    "shapes": coloured_shapes,
+}
 
 
 # Folders
 
 
-def from_folder(folder: Path, labels: bool, split: str) -> Source:
-    """The images in a folder and below it. With `labels`, each folder directly in it is a class."""
+def from_folder(folder: Path, labels: bool, text: bool, split: str) -> Source:
+    """The images in a folder and below it. With `labels`, each folder directly in it is a class.
+
+    With `text`, the caption of photo.jpg is in photo.txt.
+    """
     folder, split = _split_folder(folder, split)
     paths = _image_files(folder)
     class_names = _class_names(folder, paths) if labels else None
@@ -178,6 +228,8 @@ def from_folder(folder: Path, labels: bool, split: str) -> Source:
     elements = {"image": [str(paths[row]) for row in rows]}
     if labels:
         elements["label"] = np.array([class_names.index(_class_name(folder, paths[row])) for row in rows], "int32")
+    if text:
+        elements["text"] = _captions(folder, [paths[row] for row in rows])
     size = sizes[0] if len(set(sizes)) == 1 else (None, None)
     dataset = tf.data.Dataset.from_tensor_slices(elements)
     return Source(dataset.map(_read_image((*size, 4)), tf.data.AUTOTUNE), class_names, channels=3)
@@ -213,6 +265,26 @@ def _class_names(folder: Path, paths: list[Path]) -> list[str]:
 
 def _class_name(folder: Path, path: Path) -> str:
     return path.relative_to(folder).parts[0]
+
+
+def _captions(folder: Path, paths: list[Path]) -> np.ndarray:
+    """The text beside each image, in the file of the same name with the suffix .txt."""
+    files = [path.with_suffix(".txt") for path in paths]
+    missing = [str(file.relative_to(folder)) for file in files if not file.is_file()]
+    if missing:
+        more = ", ..." if len(missing) > 5 else ""
+        raise ValueError(
+            f"images: `text=True` takes the caption of photo.jpg from photo.txt; of {len(files)} such files in "
+            f"{folder}, {len(missing)} are missing: {', '.join(missing[:5])}{more}"
+        )
+    return _utf8(_read_caption(file) for file in files)
+
+
+def _read_caption(file: Path) -> str:
+    try:
+        return file.read_text("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"images: {file} is not UTF-8: {error}") from None
 
 
 def _without_broken(folder: Path, paths: list[Path]) -> tuple[list[Path], list[tuple[int, int]]]:
@@ -260,15 +332,18 @@ def _read_image(shape: tuple[int | None, ...]) -> Callable[[dict], dict]:
 # TensorFlow Datasets
 
 
-def from_tfds(name: str, labels: bool, split: str, data_dir: str | os.PathLike | None, download: bool) -> Source:
-    """A TensorFlow Dataset with a feature "image" and, with `labels`, a feature "label"."""
+def from_tfds(
+    name: str, labels: bool, text: bool, split: str, data_dir: str | os.PathLike | None, download: bool
+) -> Source:
+    """A TensorFlow Dataset with a feature "image", with `labels` one "label", and with `text` one of `CAPTIONS`."""
     builder = _tfds_builder(name, data_dir)
     _prepare(builder, name, download)
     features = builder.info.features
     _check_features(name, features, ["image", "label"] if labels else ["image"])
     dataset = _read_split(builder, split)
     names = getattr(features["label"], "names", None) if labels else None
-    return Source(dataset.map(_select(labels), tf.data.AUTOTUNE), names)
+    caption = _caption_feature(name, dataset.element_spec) if text else None
+    return Source(dataset.map(_select(labels, caption), tf.data.AUTOTUNE), names)
 
 
 def _tfds_builder(name: str, data_dir: str | os.PathLike | None) -> Any:
@@ -318,9 +393,32 @@ def _read_split(builder: Any, split: str) -> tf.data.Dataset:
         ) from error
 
 
-def _select(labels: bool) -> Callable[[dict], dict]:
+CAPTIONS = ("text", "caption", "captions")  # features that hold one string, or some
+
+
+def _caption_feature(name: str, features: dict) -> str:
+    for feature in CAPTIONS:
+        if feature in features and getattr(_string(features[feature]), "dtype", None) == tf.string:
+            return feature
+    raise ValueError(f"images: {name!r} has no text in a feature of {list(CAPTIONS)}; it has {sorted(features)}")
+
+
+def _string(caption: Any) -> Any:
+    """The string of a caption that has other parts too, as those of COCO have."""
+    return caption.get("text") if isinstance(caption, dict) else caption
+
+
+def _first(caption: Any) -> tf.Tensor:
+    """The first of several captions, "" if there is none."""
+    caption = _string(caption)
+    return caption if caption.shape.rank == 0 else tf.concat([tf.reshape(caption, [-1]), [""]], 0)[0]
+
+
+def _select(labels: bool, caption: str | None) -> Callable[[dict], dict]:
     def select(element: dict) -> dict:
-        image = {"image": element["image"]}
-        return {**image, "label": tf.cast(element["label"], tf.int32)} if labels else image
+        selected = {"image": element["image"]}
+        if labels:
+            selected["label"] = tf.cast(element["label"], tf.int32)
+        return {**selected, "text": _first(element[caption])} if caption else selected
 
     return select
