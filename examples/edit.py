@@ -17,8 +17,8 @@ from kdiff import data, guidance, images, operators, times
 
 STRENGTHS = [0.3, 0.5, 0.7, 0.9]
 COLUMNS = 6
-DDIM = kdiff.Sampler("ddim", "trailing", steps=30)  # which has an inverse
-ANCESTRAL = kdiff.Sampler("ddpm", times.Jumps("trailing", length=5, repeats=4), steps=30)
+DDIM = kdiff.Sampler("ddim", "trailing")  # which has an inverse
+ANCESTRAL = kdiff.Sampler("ddpm", times.Jumps("trailing", length=5, repeats=4))
 
 
 def arguments() -> argparse.Namespace:
@@ -27,48 +27,58 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", default="fashion_mnist", help="whose test images are edited")
     parser.add_argument("--data-dir", help="where TensorFlow Datasets are")
     parser.add_argument("--download", action="store_true", help="download the TensorFlow Dataset if it is not there")
+    parser.add_argument("--steps", type=int, default=30, help="of each run; three times as many for DPS")
     parser.add_argument("--out", type=Path, default=Path("runs") / f"edit-{keras.backend.backend()}")
     return parser.parse_args()
 
 
-def inpainting(model, image, label) -> list[tuple]:
+def inpainting(model, image, label, steps) -> list[tuple]:
     """The lower half painted anew, four times, going back and forth over its border (RePaint)."""
     mask = np.zeros(image.shape[:2])
     mask[image.shape[0] // 2 :] = 1
     hole = np.where(mask[..., None] > 0, 0.0, image)
-    painted = model.sample(4, sampler=ANCESTRAL, guidance=guidance.Inpaint(image, mask), label=label)
+    painted = model.sample(4, sampler=ANCESTRAL, steps=steps, guidance=guidance.Inpaint(image, mask), label=label)
     return [("image", image), ("lower half cut", hole), *(("painted", one) for one in painted)]
 
 
-def redrawing(model, image, label, other, name) -> list[tuple]:
+def redrawing(model, image, label, other, name, steps) -> list[tuple]:
     """The image as another class: noise is added up to a strength, and removed for the other label (SDEdit)."""
-    rows = [model.sample(1, sampler=DDIM, image=image, strength=s, guidance=3.0, label=other)[0] for s in STRENGTHS]
+    rows = [
+        model.sample(1, sampler=DDIM, steps=steps, image=image, strength=s, guidance=3.0, label=other)[0]
+        for s in STRENGTHS
+    ]
     again = model.sample(
-        1, sampler=DDIM, x=model.invert(image[None], sampler=DDIM, iterations=3, label=label), label=label
+        1,
+        sampler=DDIM,
+        steps=steps,
+        x=model.invert(image[None], sampler=DDIM, steps=steps, iterations=3, label=label),
+        label=label,
     )
     captions = [f"as {name}, {strength:g}" for strength in STRENGTHS]
     return [("image", image), ("inverted and made again", again[0]), *zip(captions, rows, strict=True)]
 
 
-def blending(model, first, second, label) -> list[tuple]:
+def blending(model, first, second, label, steps) -> list[tuple]:
     """From one image to another of its class, through the noise that each is made from."""
-    noise = model.invert(np.stack([first, second]), sampler=DDIM, iterations=3, label=label)
+    noise = model.invert(np.stack([first, second]), sampler=DDIM, steps=steps, iterations=3, label=label)
     fractions = np.linspace(0, 1, COLUMNS)
-    path = model.sample(COLUMNS, sampler=DDIM, x=kdiff.random.slerp(*noise, fractions), label=label)
+    path = model.sample(COLUMNS, sampler=DDIM, steps=steps, x=kdiff.random.slerp(*noise, fractions), label=label)
     return [(f"{fraction:.0%} of the way", one) for fraction, one in zip(fractions, path, strict=True)]
 
 
-def sharpening(model, image, label) -> list[tuple]:
+def sharpening(model, image, label, steps) -> list[tuple]:
     """Super-resolution and deblurring: images that agree with what was measured."""
     rows = [("image", image)]
     for name, operator in (("4 times smaller", operators.Downsample(4)), ("blurred", operators.Blur.gaussian(2.0))):
         y = keras.ops.convert_to_numpy(operator(image[None]))[0]
-        restored = model.sample(1, sampler=DDIM, guidance=guidance.PiGDM(operator, y, std=0.03), label=label)[0]
+        restored = model.sample(
+            1, sampler=DDIM, steps=steps, guidance=guidance.PiGDM(operator, y, std=0.03), label=label
+        )[0]
         size = image.shape[0] // y.shape[0]
         rows += [(name, y.repeat(size, 0).repeat(size, 1)), ("restored", restored)]
     y = keras.ops.convert_to_numpy(operators.Downsample(4)(image[None]))[0]
     rule = guidance.DPS(operators.Downsample(4), y, 0.5)
-    restored = model.sample(1, sampler="ddpm", steps=100, guidance=rule, label=label)[0]
+    restored = model.sample(1, sampler="ddpm", steps=3 * steps, guidance=rule, label=label)[0]
     return [*rows, ("by DPS", restored)]
 
 
@@ -85,10 +95,10 @@ def main() -> None:
     other = (label + 1) % len(names)
 
     rows = [
-        *inpainting(model, image, label),
-        *redrawing(model, image, label, other, names[other]),
-        *blending(model, image, second, label),
-        *sharpening(model, image, label),
+        *inpainting(model, image, label, options.steps),
+        *redrawing(model, image, label, other, names[other], options.steps),
+        *blending(model, image, second, label, options.steps),
+        *sharpening(model, image, label, options.steps),
     ]
     captions, pictures = zip(*rows, strict=True)
     path = images.save_png(options.out / "edits.png", np.stack(pictures), COLUMNS, captions=captions)

@@ -42,3 +42,29 @@ def test_the_architectures():
 
     for name, make in architectures(10).items():
         assert 5e5 < parameters(make(), (28, 28, 1)) < 2e6, name
+
+
+only_torch = pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="minutes of compilation; what they use is tested on each backend"
+)
+
+
+@pytest.mark.data
+@only_torch
+def test_a_model_is_trained_measured_and_edits(tmp_path):
+    small = ("--dataset", "digits", "--image-size", "16")
+    out = ("--out", str(tmp_path))
+    output = run("class_conditional.py", *small, "--steps", "10", "--width", "8", "--samples", "10", *out)
+    assert "of the real test images" in output
+    assert len([line for line in output.splitlines() if line.endswith("0%")]) == 10
+    run("edit.py", str(tmp_path / "model.keras"), "--dataset", "digits", "--steps", "5", *out)
+    for name in ("classes-by-scale.png", "loss.png", "edits.png"):
+        assert (tmp_path / name).stat().st_size > 5_000
+
+
+@pytest.mark.data
+@only_torch
+def test_text_to_image(tmp_path):
+    first = ("--minutes", "0.01", "--batch-size", "8", "--width", "8", "--test", "6", "--out", str(tmp_path))
+    assert "the right colours" in run("text_to_image.py", "a small blue triangle", *first)
+    assert "prompts.png" in run("text_to_image.py", "--model", str(tmp_path / "model.keras"), *first)
