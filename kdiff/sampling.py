@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
 from kdiff import backend, random
 from kdiff.base import Value, check_integer, check_number
@@ -158,7 +158,8 @@ class Sampler(Value):
             compiled: a compiled form of `advance` for this `denoise`, if there is one.
         """
         times = self.times(schedule) if times is None else times
-        rows = self.rows(Run(shape)) if rows is None else rows
+        if rows is None:
+            rows = tree.map_structure(lambda value: ops.convert_to_tensor(np.array(value)), self.rows(Run(shape)))
         if x is None:
             x = schedule.at(times[0]).sigma * initial_noise(shape, seed, first)
         yield from self._run(denoise, schedule, x, times, seed, first, rows, compiled)

@@ -273,6 +273,10 @@ def test_there_and_back(model):
         errors.append(np.abs(model.sample(3, x=noise, **options) - image).max())
     assert errors[1] < min(0.01, errors[0])
     np.testing.assert_allclose(model.invert(image, batch_size=2, iterations=4, **options), noise, atol=1e-4)
+    path = list(model.invert_steps(image, iterations=4, **options))
+    assert [step.index for step in path] == list(range(1, 21))
+    assert path[-1].t == 1.0
+    np.testing.assert_allclose(path[-1].x, np.clip(noise, -1, 1), atol=1e-4)  # as pictures, which decoding clips
 
 
 @pytest.mark.parametrize(

@@ -124,9 +124,7 @@ class Sampling:
     ) -> Iterator[Step]:
         """The same as `sample`, in one batch, step by step: yields a `Step` whose x and x_hat are decoded arrays."""
         task = self._task(num_samples, sampler, guidance, steps, schedule, image, strength, x, conditions)
-        for step in self._run(task, np.arange(num_samples), seed, averages)[1]:
-            x, x_hat = (ops.convert_to_numpy(self.codec.decode(value)) for value in (step.x, step.x_hat))
-            yield step._replace(x=x, x_hat=x_hat)
+        yield from self._decoded(self._run(task, np.arange(num_samples), seed, averages)[1])
 
     def invert(
         self,
@@ -158,17 +156,42 @@ class Sampling:
         Raises:
             ValueError: if the solver has no inverse; and as of `sample`.
         """
+        check_integer("invert", "batch_size", batch_size)
+        task = self._inversion(image, sampler, guidance, steps, iterations, conditions)
+        count, noise = len(task.x), []
+        for first in range(0, count, batch_size):
+            rows = np.minimum(np.arange(first, first + min(batch_size, count)), count - 1)
+            *_, step = self._run(task, rows, 0, averages)[1]
+            noise.append(ops.convert_to_numpy(step.x))
+        return np.concatenate(noise)[:count]
+
+    def invert_steps(
+        self,
+        image: Any,
+        *,
+        sampler: Sampler | Solver | str | None = None,
+        guidance: Any = None,
+        steps: int | None = None,
+        iterations: int = 1,
+        averages: bool = True,
+        **conditions,
+    ) -> Iterator[Step]:
+        """The same as `invert`, in one batch, step by step: yields a `Step` whose x and x_hat are decoded arrays."""
+        task = self._inversion(image, sampler, guidance, steps, iterations, conditions)
+        yield from self._decoded(self._run(task, np.arange(len(task.x)), 0, averages)[1])
+
+    def _inversion(self, image, sampler, guidance, steps, iterations, conditions) -> "_Task":
+        """The task whose run goes from these examples to noise."""
         image = np.asarray(image)
         task = self._task(len(image), sampler, guidance, steps, None, image, 1.0, None, conditions)
         times = task.times[::-1]
-        data = self.schedule.at(times[0]).alpha * ops.convert_to_tensor(task.data)
-        task = task._replace(sampler=task.sampler.inverse(iterations), times=times, x=ops.convert_to_numpy(data))
-        noise = []
-        for first in range(0, len(image), batch_size):
-            rows = np.minimum(np.arange(first, first + min(batch_size, len(image))), len(image) - 1)
-            *_, step = self._run(task, rows, 0, averages)[1]
-            noise.append(ops.convert_to_numpy(step.x))
-        return np.concatenate(noise)[: len(image)]
+        x = self.schedule.at(times[0]).alpha * ops.convert_to_tensor(task.data)
+        return task._replace(sampler=task.sampler.inverse(iterations), times=times, x=ops.convert_to_numpy(x))
+
+    def _decoded(self, run: Iterator[Step]) -> Iterator[Step]:
+        for step in run:
+            x, x_hat = (ops.convert_to_numpy(self.codec.decode(value)) for value in (step.x, step.x_hat))
+            yield step._replace(x=x, x_hat=x_hat)
 
     def _task(self, count, sampler, guidance, steps, schedule, image, strength, x, conditions) -> "_Task":
         """What `sample` is asked for, checked, with one row a sample."""
@@ -189,7 +212,7 @@ class Sampling:
 
     def _sampler(self, sampler: Sampler | Solver | str | None, steps: int | None, guidance: Any) -> Sampler:
         sampler = self.sampler if sampler is None else as_sampler(sampler)
-        if isinstance(guidance, (int, float)) and not isinstance(guidance, bool):
+        if isinstance(guidance, (int, float, np.number)) and not isinstance(guidance, bool):
             guidance = ClassifierFree(guidance)
         changes = {"steps": steps, "guidance": guidance}
         return sampler.replaced(**{name: value for name, value in changes.items() if value is not None})
