@@ -66,3 +66,7 @@ def test_objects_of_ones_own():
     euler = model.sample(2, sampler="plain_euler", steps=5)
     # Song et al. 2021, eq. 14: DDIM is Euler's method in sigma / alpha.
     np.testing.assert_allclose(euler, model.sample(2, sampler="ddim", steps=5), atol=1e-3)
+    data = kdiff.analytic.GaussianMixture([[-1.0, 0.0], [1.0, 0.0]], 0.01)
+    sampler = kdiff.Sampler("dpm_solver_pp", "uniform_log_snr", steps=20, guidance="restraint")
+    x = keras.ops.convert_to_numpy(sampler(data.conditional(np.ones(8, "int32")), kdiff.schedules.Cosine(), (8, 2)))
+    assert (x[:, 0] > 0.5).all()
