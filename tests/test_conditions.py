@@ -67,7 +67,7 @@ def test_condition(name, tmp_path):
     lower = model_of(layer.clone(dtype="mixed_bfloat16"), x)
     assert keras.backend.standardize_dtype(lower.output.dtype) == "bfloat16"
     lower.set_weights(model.get_weights())
-    # Each rounding to bfloat16 errs by up to 2^-9; some ten of them follow one another, and weights of 0.2 enlarge them.
+    # Each rounding to bfloat16 errs by up to 2^-9; some ten follow one another, and weights of 0.2 enlarge them.
     error = run(lower, inputs).astype("float32") - expected
     assert np.sqrt(np.mean(error**2)) < 0.04 * np.sqrt(np.mean(expected**2))
 
