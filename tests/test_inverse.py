@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from keras import ops
 
 import kdiff
 from kdiff import Sampler, analytic, operators, schedules, times
@@ -55,7 +56,7 @@ def bound(one, shape, now, then, schedule):
 @pytest.mark.parametrize("operator", OPERATORS, ids=repr)
 def test_pigdm_is_exact_on_isotropic_data(operator, schedule):
     y = measured(operator)
-    one = PiGDM(operator, y, NOISE, STD, iterations=30)
+    one = PiGDM(operator, y, NOISE, STD, iterations=30, highest=np.inf)
     for t in (0.2, 0.5, 0.8):
         m = schedule.at(np.float32(t))
         alpha, sigma = float(m.alpha), float(m.sigma)
@@ -63,6 +64,21 @@ def test_pigdm_is_exact_on_isotropic_data(operator, schedule):
         exact, _ = posterior(operator, y, x_t, alpha, sigma)
         received = numpy(bound(one, x_t.shape, m, m, schedule)(DATA)(x_t, m))
         np.testing.assert_allclose(received, exact, atol=2e-4)
+
+
+def test_pigdm_leaves_pure_noise_alone():
+    """At the end of the cosine schedule an error of the derivative is multiplied by sigma^2 / alpha = 2,000."""
+    operator, y = OPERATORS[0], measured(OPERATORS[0])
+    x_t = np.random.default_rng(1).normal(size=(3, *SHAPE)).astype("float32")
+
+    def erring(x, m):
+        return DATA(x, m) + 0.1 * ops.convert_to_tensor(x)
+
+    for t, guided in ((1.0, False), (0.7, True)):
+        m = COSINE.at(np.float32(t))
+        received = numpy(bound(PiGDM(operator, y, NOISE, STD), x_t.shape, m, m, COSINE)(erring)(x_t, m))
+        assert np.allclose(received, numpy(erring(x_t, m)), atol=1e-6) != guided
+        assert np.abs(received).max() < 10
 
 
 def test_pigdm_samples_the_posterior():

@@ -141,7 +141,9 @@ class PiGDM(_Measured):
         grad log p(y | x_t) = (d x_hat / d x_t)^T A^T (r^2 A A^T + std^2 I)^-1 (y - A x_hat),
         r^2 = data_std^2 sigma^2 / (alpha^2 data_std^2 + sigma^2).
 
-    Few steps are enough. The inverse comes from conjugate gradients.
+    The estimate changes by sigma^2 / alpha times that, which multiplies the error of a trained network's derivative as
+    well. Where there is next to nothing but noise the result would be noise too, so the rule begins at sigma / alpha =
+    `highest`; before that y can hardly matter. Few steps are enough. The inverse comes from conjugate gradients.
 
     Args:
         operator: an `Operator` or its name.
@@ -150,6 +152,7 @@ class PiGDM(_Measured):
         data_std: that of the data; 1 is the paper's. Images in [-1, 1] have about 0.5.
         scale: of the gradient; 1 is Bayes' rule.
         iterations: of the conjugate gradients; 1 is enough where A A^T is a multiple of the identity.
+        highest: the largest sigma / alpha at which it guides; infinity with an exact denoiser.
 
     Raises:
         ValueError: as of `DPS`.
@@ -163,12 +166,14 @@ class PiGDM(_Measured):
         data_std: float = 1.0,
         scale: Any = 1.0,
         iterations: int = 10,
+        highest: float = 20.0,
     ):
         super().__init__(operator, measurement, scale)
+        check_number("PiGDM", "highest", highest, 0.0)
         check_number("PiGDM", "std", std, 1e-6)
         check_number("PiGDM", "data_std", data_std, 1e-6)
         check_integer("PiGDM", "iterations", iterations)
-        self.std, self.data_std, self.iterations = std, data_std, iterations
+        self.std, self.data_std, self.iterations, self.highest = std, data_std, iterations, highest
 
     def _weighted(self, rest, shape, m: Marginal):
         """(r^2 A A^T + std^2 I)^-1 (y - A x_hat)."""
@@ -177,4 +182,4 @@ class PiGDM(_Measured):
         return self.operator.solve(rest, shape, variance, self.std**2, self.iterations)
 
     def _step(self, m: Marginal):
-        return m.sigma**2 / m.alpha
+        return ops.where(m.sigma <= self.highest * m.alpha, m.sigma**2 / m.alpha, 0.0)
