@@ -4,7 +4,7 @@
 
 It trains a class-conditional U-Net, and a small classifier on the real images. It leaves a grid with a row for each
 class and a column for each guidance scale, and prints which share of the samples the classifier assigns to the class
-that was asked for. On two cores this takes about a quarter of an hour.
+that was asked for. On two cores this takes about half an hour.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data-dir", help="where TensorFlow Datasets are")
     parser.add_argument("--download", action="store_true", help="download the TensorFlow Dataset if it is not there")
     parser.add_argument("--image-size", type=int, default=28, help="a multiple of 4")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--samples", type=int, default=100, help="for each scale, to measure the share")

@@ -295,17 +295,56 @@ def attention(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
     """`softmax(q k^T / sqrt(width)) v` in each head, for q, k and v of the shape (batch, tokens, heads, width).
 
     Where a `mask`, (batch, query tokens, key tokens), is False, the weight is 0. The softmax is float32. PyTorch has a
-    kernel that never holds the whole table of weights.
+    kernel that never holds the whole table of weights; JAX has one on accelerators, and goes block by block on a CPU.
     """
-    mask = None if mask is None else mask[:, None]
     if BACKEND == "torch":
         import torch
 
+        mask = None if mask is None else mask[:, None]
         q, k, v = (torch.transpose(x, 1, 2) for x in (q, k, v))
         return torch.transpose(torch.nn.functional.scaled_dot_product_attention(q, k, v, mask), 1, 2)
+    if BACKEND == "jax" and mask is None:
+        return _attention_by_blocks(q, k, v) if _on_cpu() else ops.dot_product_attention(q, k, v)
     logits = ops.cast(ops.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k), "float32")
-    logits = logits if mask is None else ops.where(mask, logits, -1e30)
+    logits = logits if mask is None else ops.where(mask[:, None], logits, -1e30)
     return ops.einsum("bhqk,bkhd->bqhd", ops.cast(ops.softmax(logits, axis=-1), v.dtype), v)
+
+
+def _on_cpu() -> bool:
+    import jax
+
+    return jax.default_backend() == "cpu"
+
+
+def _attention_by_blocks(q: Any, k: Any, v: Any) -> Any:
+    """Attention on JAX: of some heads at a time, or of some of the queries of one head, so that the table of weights
+    stays in the cache. It is not kept for the gradient, but computed again. Positions come last, not channels: heads
+    are narrow, and XLA multiplies matrices with short rows slowly.
+    """
+    import jax
+
+    (batch, tokens, heads, width), keys = q.shape, k.shape[1]
+    in_table = 2**19  # numbers: 2 MiB
+    blocks = _divisor(batch * heads, in_table // (tokens * keys))
+    queries = _divisor(tokens, in_table // keys) if blocks == 1 else tokens
+    q, k, v = (ops.reshape(ops.transpose(x, (0, 2, 3, 1)), (-1, blocks, width, x.shape[1])) for x in (q, k, v))
+    q = ops.transpose(ops.reshape(q * width**-0.5, (*q.shape[:-1], -1, queries)), (0, 3, 1, 2, 4))
+
+    @jax.checkpoint
+    def of_queries(q, k, v):
+        logits = ops.cast(ops.einsum("bdk,bdq->bkq", k, q), "float32")
+        weights = ops.exp(logits - jax.lax.stop_gradient(ops.max(logits, axis=1, keepdims=True)))
+        y = ops.einsum("bdk,bkq->bdq", v, ops.cast(weights, v.dtype))
+        return y / ops.cast(ops.sum(weights, axis=1, keepdims=True), y.dtype)
+
+    y = jax.lax.map(lambda block: jax.lax.map(lambda some: of_queries(some, *block[1:]), block[0]), (q, k, v))
+    y = ops.reshape(ops.transpose(y, (0, 2, 3, 1, 4)), (batch, heads, width, tokens))
+    return ops.transpose(y, (0, 3, 1, 2))
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` that is at most `most`, or 1."""
+    return max(d for d in range(1, number + 1) if number % d == 0 and d <= max(1, most))
 
 
 def upsample_nearest(x: Any) -> Any:
