@@ -259,12 +259,30 @@ def test_layer_and_rms_norm_are_the_formulas():
     np.testing.assert_allclose(ops.convert_to_numpy(blocks.RMSNorm()(x)), y, atol=2e-5)
 
 
-def test_attention_is_the_formula():
-    q, k, v = _random(2, 5, 3, 4), _random(2, 6, 3, 4) + 0.3, _random(2, 6, 3, 4) - 0.5
+# On JAX: in one piece; two heads at a time; half the queries of a head at a time.
+@pytest.mark.parametrize(("tokens", "keys"), [(5, 6), (512, 512), (1024, 1024)])
+def test_attention_and_its_gradient_are_the_formula(tokens, keys):
+    q, k, v = _random(2, tokens, 3, 4), _random(2, keys, 3, 4) + 0.3, _random(2, keys, 3, 4) - 0.5
     weights = np.exp(np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(4))
-    expected = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)
-    y = backend.attention(*map(ops.convert_to_tensor, (q, k, v)))
-    np.testing.assert_allclose(ops.convert_to_numpy(y), expected, atol=1e-5)
+    weights /= weights.sum(-1, keepdims=True)
+    direction = _random(2, tokens, 3, 4)
+    by_weight = np.einsum("bqhd,bkhd->bhqk", direction, v)
+    by_logit = weights * (by_weight - (weights * by_weight).sum(-1, keepdims=True)) / np.sqrt(4)
+    expected = (
+        np.einsum("bhqk,bkhd->bqhd", by_logit, k),
+        np.einsum("bhqk,bqhd->bkhd", by_logit, q),
+        np.einsum("bhqk,bqhd->bkhd", weights, direction),
+    )
+    given, direction = [ops.convert_to_tensor(x.astype("float32")) for x in (q, k, v)], direction.astype("float32")
+    for i in range(3):
+
+        def attention(x, i=i):
+            return backend.attention(*given[:i], x, *given[i + 1 :]), None
+
+        y, pull, _ = backend.pullback(attention, given[i])
+        gradient = ops.convert_to_numpy(pull(ops.convert_to_tensor(direction)))
+        np.testing.assert_allclose(gradient, expected[i], atol=1e-5 + 1e-5 * np.abs(expected[i]).max())
+    np.testing.assert_allclose(ops.convert_to_numpy(y), np.einsum("bhqk,bkhd->bqhd", weights, v), atol=1e-5)
 
 
 def test_resampling_is_the_formula():
