@@ -394,6 +394,9 @@ def same_image(count=8):
 
 def random_layers():
     layers = keras.layers
+    generator = tf.random.Generator.from_seed(
+        1
+    )  # tf.random.uniform starts over in each epoch once a global seed is set.
     flip, shift = (
         (lambda: layers.RandomFlip("horizontal", seed=1)),
         (lambda: layers.RandomTranslation(0.3, 0.3, seed=1)),
@@ -404,7 +407,7 @@ def random_layers():
         "list": lambda: [flip(), shift()],
         "sequential": lambda: keras.Sequential([flip(), shift()]),
         "pipeline": lambda: layers.Pipeline([flip(), shift()]),
-        "function": lambda: lambda image: image * tf.random.uniform(()),
+        "function": lambda: lambda image: image * generator.uniform(()),
     }
 
 

@@ -69,7 +69,9 @@ def images(
         data_dir: where TensorFlow Datasets lie; `None` is their default, ~/tensorflow_datasets.
         download: whether a TensorFlow Dataset that is not there may be downloaded.
         augment: Keras or keras-cv layers, functions of a TensorFlow tensor, or a list of them. Each gets one float32
-            image `(height, width, channels)` in [0, 255], the range that Keras' layers expect, anew in every epoch.
+            image `(height, width, channels)` in [0, 255], the range that Keras' layers expect, anew in every epoch. A
+            function draws from a `tf.random.Generator`: what `tf.random.uniform` gives, tf.data repeats in every epoch
+            once `keras.utils.set_random_seed` was called.
         cache: `True` keeps the resized images and encoded texts in memory; a path keeps them in files of that name,
             which are read if they are there, whatever the other arguments; `False` reads and encodes every epoch.
         shuffle: whether each epoch comes in a new order.
