@@ -1,0 +1,219 @@
+"""kdiff and diffusers, the same networks with the same weights, in training and in sampling: who is faster?
+
+    python examples/benchmarks/speed.py                       # both networks, both cores and one: about an hour
+    python examples/benchmarks/speed.py --toy                 # does it run? a few minutes, and no figures to believe
+    python examples/benchmarks/speed.py --networks dit-xl --precision bfloat16 --batch 64      # where there is a GPU
+
+It needs `kdiff[all]`. Every contestant is a process: diffusers on PyTorch, as it stands and with `torch.compile`, and
+kdiff on each backend. They take turns, round after round, and a figure is the median of the rounds; so whatever else
+the machine does meets all alike. It leaves table.md, results.json and speed.png.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PEERS = ("diffusers", "diffusers compiled")
+BACKENDS = ("tensorflow", "jax", "torch")
+JOBS = {
+    "training step": {"job": "train"},
+    "training step by hand": {"job": "by_hand"},
+    "network": {"job": "evaluate"},
+    "DDIM, 20 steps": {"job": "sample", "solver": "ddim", "guided": False},
+    "DDIM, guided": {"job": "sample", "solver": "ddim", "guided": True},
+    "DPM-Solver++, 20 steps": {"job": "sample", "solver": "dpm_solver_pp", "guided": False},
+    "DPM-Solver++, guided": {"job": "sample", "solver": "dpm_solver_pp", "guided": True},
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=["unet", "dit"])
+    parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS)
+    parser.add_argument("--peers", nargs="+", default=PEERS, choices=PEERS)
+    parser.add_argument("--cores", nargs="+", type=int, default=sorted({1, os.cpu_count()}, reverse=True))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4, help="of one turn")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--toy", action="store_true", help="tiny networks, one round")
+    parser.add_argument("--out", type=Path, default=Path("runs") / "speed")
+    options = parser.parse_args()
+    if options.toy:
+        options.networks, options.cores = ["tiny-unet", "tiny-dit"], [1]
+        options.rounds, options.seconds, options.batch = 1, 0.1, 2
+    return options
+
+
+class Contestant:
+    """A process of `contestants.py`; `ask` waits for its reply."""
+
+    def __init__(self, name: str, cores: int, network: str, folder: Path, options: argparse.Namespace, *flags: str):
+        kind, *rest = name.split()
+        self.name = name
+        backend = {"KERAS_BACKEND": rest[0]} if kind == "kdiff" else {}
+        environment = {**os.environ, **backend, "OMP_NUM_THREADS": str(cores), "TF_CPP_MIN_LOG_LEVEL": "3"}
+        command = [sys.executable, str(HERE / "contestants.py"), kind, "--network", network, "--folder", str(folder)]
+        command += ["--batch", str(options.batch), "--precision", options.precision, *flags]
+        command += ["--compiled"] if "compiled" in rest else []
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL if os.environ.get("QUIET", "1") == "1" else None,
+            text=True,
+            bufsize=1,
+            preexec_fn=lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores]),
+        )
+
+    def reply(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended with code {self.process.wait()}; QUIET=0 shows what it said")
+        return json.loads(line)
+
+    def ask(self, **job) -> dict:
+        print(json.dumps(job), file=self.process.stdin)
+        return self.reply()
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def race(contestants: list[Contestant], job: dict, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds a time, by name, in each round. The first turn of each, in which it compiles, does not count."""
+    counts = {}
+    for contestant in contestants:
+        contestant.ask(**job)
+        seconds = contestant.ask(**job)["seconds"]
+        counts[contestant.name] = max(1, round(options.seconds / seconds))
+    found = {contestant.name: [] for contestant in contestants}
+    for turn in range(options.rounds):
+        for contestant in contestants[turn % len(contestants) :] + contestants[: turn % len(contestants)]:
+            found[contestant.name].append(contestant.ask(**job, count=counts[contestant.name])["seconds"])
+    return found
+
+
+def starts(names: list[str], *rest) -> dict[str, dict]:
+    """What the start of each costs, and its memory: a process each, one after the other."""
+    found = {}
+    for name in names:
+        contestant = Contestant(name, *rest, "--cold")
+        found[name] = contestant.reply()
+        contestant.end()
+    return found
+
+
+def imports() -> dict[str, float]:
+    """Seconds that an import takes, the least of three, by backend: that of Keras, and what kdiff adds to it."""
+    found = {}
+    program = "import time; a = time.perf_counter(); import keras; b = time.perf_counter(); import kdiff; "
+    program += "print(b - a, time.perf_counter() - b)"
+    for backend in BACKENDS:
+        environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        runs = [
+            subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+            for _ in range(3)
+        ]
+        times = [[float(word) for word in run.stdout.split()] for run in runs]
+        found[backend] = {name: min(time[i] for time in times) for i, name in enumerate(("keras", "kdiff"))}
+    return found
+
+
+def measure(network: str, cores: int, options: argparse.Namespace) -> dict:
+    """All that is known of one network on so many cores: seconds by job and name, starts, and the machine's limit."""
+    names = [*options.peers, *(f"kdiff {backend}" for backend in options.backends)]
+    with tempfile.TemporaryDirectory() as folder:
+        rest = (cores, network, Path(folder), options)
+        Contestant("write", *rest).process.wait()
+        contestants = [Contestant(name, *rest) for name in names]
+        for contestant in contestants:
+            contestant.reply()
+        own = [contestant for contestant in contestants if contestant.name.startswith("kdiff")]
+        found = {"rate": contestants[0].ask(job="multiply", count=20)["rate"], **own[0].ask(job="flops")}
+        found["seconds"] = {}
+        for label, job in JOBS.items():
+            print(f"{network}, {cores} cores: {label} ...", flush=True)
+            found["seconds"][label] = race(own if job["job"] == "by_hand" else contestants, job, options)
+        for contestant in contestants:
+            contestant.end()
+        found["starts"] = starts(names, *rest)
+    return found
+
+
+def median(found: dict, label: str, name: str) -> float:
+    return statistics.median(found["seconds"][label][name])
+
+
+def best_peer(found: dict, label: str) -> float:
+    return min(median(found, label, name) for name in PEERS if name in found["seconds"][label])
+
+
+def table(found: dict, title: str, batch: int) -> str:
+    """Seconds, and in brackets how many times as fast as the faster of the peers."""
+    races = [label for label, job in JOBS.items() if job["job"] != "by_hand"]
+    names = list(found["seconds"][races[0]])
+    columns = [*races, "of the peak", "fit / by hand", "20 steps / 20 networks", "first step", "memory"]
+    lines = [f"### {title}", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name in names:
+        cells = []
+        for label in races:
+            seconds = median(found, label, name)
+            ratio = "" if name in PEERS else f" ({best_peer(found, label) / seconds:.2f}x)"
+            cells.append(f"{1e3 * seconds:.0f} ms{ratio}")
+        step, network = median(found, "training step", name), median(found, "network", name)
+        cells.append(f"{3 * batch * found['flops'] / step / found['rate']:.0%}")
+        by_hand = found["seconds"]["training step by hand"].get(name)
+        cells.append(f"{step / statistics.median(by_hand):.3f}" if by_hand else "")
+        cells.append(f"{median(found, 'DDIM, 20 steps', name) / (20 * network):.3f}")
+        start = found["starts"][name]
+        cells += [f"{start['first step']:.1f} s", f"{start['peak GiB']:.2f} GiB"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(results: dict, path: Path) -> None:
+    """How many times as fast as the faster peer, a panel for each network and number of cores."""
+    import matplotlib.pyplot as plt
+
+    races = [label for label, job in JOBS.items() if job["job"] != "by_hand"]
+    figure, axes = plt.subplots(len(results), 1, figsize=(10, 2.6 * len(results)), squeeze=False, layout="constrained")
+    for axis, (title, found) in zip(axes[:, 0], results.items(), strict=True):
+        own = [name for name in found["seconds"][races[0]] if name not in PEERS]
+        for i, name in enumerate(own):
+            ratios = [best_peer(found, label) / median(found, label, name) for label in races]
+            axis.bar([x + 0.8 * i / len(own) for x in range(len(races))], ratios, 0.8 / len(own), label=name)
+        axis.axhline(1, color="black", linewidth=1)
+        axis.set(title=title, ylabel="times as fast")
+        axis.set_xticks([x + 0.4 - 0.4 / len(own) for x in range(len(races))], races)
+    axes[0, 0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    options = arguments()
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = {}
+    for network, cores in itertools.product(options.networks, options.cores):
+        title = f"{network}, batches of {options.batch}, {options.precision}, {cores} cores"
+        results[title] = measure(network, cores, options)
+    page = [table(found, title, options.batch) for title, found in results.items()]
+    added = imports()
+    page += [f"`import kdiff` adds to `import keras`: {json.dumps(added)} seconds"]
+    (options.out / "table.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
+    (options.out / "results.json").write_text(json.dumps({"races": results, "imports": added}, indent=1))
+    plot(results, options.out / "speed.png")
+    print("\n\n".join(page))
+
+
+if __name__ == "__main__":
+    main()
