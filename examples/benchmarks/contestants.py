@@ -215,7 +215,7 @@ class Kdiff:
 
         import kdiff
 
-        guidance = kdiff.guidance.ClassifierFree(SCALE, negative={"label": NO_CLASS}) if guided else None
+        guidance = kdiff.guidance.ClassifierFree(SCALE, negative={"label": NO_CLASS}) if guided else ()
         sampler = kdiff.Sampler(solver, "leading", STEPS, guidance=guidance)
         self.model.sample(self.batch, sampler=sampler, batch_size=self.batch, label=np.arange(self.batch) % CLASSES)
 
@@ -363,13 +363,19 @@ def arguments() -> argparse.Namespace:
 
 
 def write(options: argparse.Namespace) -> None:
-    """The weights that all start from."""
+    """The weights that all start from. diffusers' DiT embeds time and label anew in each block; here, all alike."""
     import diffusers
     import torch
 
     torch.manual_seed(0)
     kind, network, channels = NETWORKS[options.network]
-    getattr(diffusers, kind)(**network, in_channels=channels, out_channels=channels).save_pretrained(options.folder)
+    model = getattr(diffusers, kind)(**network, in_channels=channels, out_channels=channels)
+    if kind == "DiTTransformer2DModel":
+        first, *others = (block.norm1.emb.state_dict() for block in model.transformer_blocks)
+        for block in others:
+            for name, array in block.items():
+                array.copy_(first[name])
+    model.save_pretrained(options.folder)
 
 
 def main() -> None:

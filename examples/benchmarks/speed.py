@@ -1,7 +1,7 @@
 """kdiff and diffusers, the same networks with the same weights, in training and in sampling: who is faster?
 
     python examples/benchmarks/speed.py                       # both networks, both cores and one: about an hour
-    python examples/benchmarks/speed.py --toy                 # does it run? a few minutes, and no figures to believe
+    python examples/benchmarks/speed.py --toy                 # does it run? no figures to believe
     python examples/benchmarks/speed.py --networks dit-xl --precision bfloat16 --batch 64      # where there is a GPU
 
 It needs `kdiff[all]`. Every contestant is a process: diffusers on PyTorch, as it stands and with `torch.compile`, and
@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.toy:
         options.networks, options.cores = ["tiny-unet", "tiny-dit"], [1]
-        options.rounds, options.seconds, options.batch = 1, 0.1, 2
+        options.rounds, options.seconds, options.batch, options.peers = 1, 0.1, 2, PEERS[:1]
     return options
 
 

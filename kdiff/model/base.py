@@ -254,6 +254,7 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
             validation_data, _ = self._checked(*keras.utils.unpack_x_y_sample_weight(validation_data), check)
         if not isinstance(x, (dict, keras.utils.PyDataset)):
             options.setdefault("shuffle", False)  # Keras cannot shuffle the others, and would warn
+        self._build_optimizer()
         with check.reported():
             return super().fit(x, None, *args, validation_data=validation_data, **options)
 
@@ -269,11 +270,18 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
 
     def train_on_batch(self, x, y=None, sample_weight=None, **options):
         """Keras' `train_on_batch`; the batch as of `fit`."""
-        return super().train_on_batch(self._checked(x, y, sample_weight)[0], **options)
+        x, _ = self._checked(x, y, sample_weight)
+        self._build_optimizer()
+        return super().train_on_batch(x, **options)
 
     def test_on_batch(self, x, y=None, sample_weight=None, **options):
         """Keras' `test_on_batch`; the batch as of `fit`."""
         return super().test_on_batch(self._checked(x, y, sample_weight)[0], **options)
+
+    def _build_optimizer(self) -> None:
+        """Makes its variables ahead of the first step. TensorFlow would trace a step that makes them twice."""
+        if self.compiled and not self.optimizer.built:
+            self.optimizer.build(self.trainable_variables)
 
     def _checked(self, x, y=None, sample_weight=None, check: inputs.BatchCheck | None = None):
         """(x, check): the data, prepared and checked on its way; the model is built for it if it was not."""
