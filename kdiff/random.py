@@ -87,7 +87,7 @@ def fold(key, number, stream: int = 0):
         An int32 tensor of shape `(*number.shape, 2)`.
     """
     number = ops.cast(number, "int32")
-    return ops.stack(threefry((key[0], key[1]), (number, ops.full_like(number, stream))), axis=-1)
+    return ops.stack(threefry((key[0], key[1]), (number, ops.zeros_like(number) + stream)), axis=-1)
 
 
 def uniform(key, shape, first=0):

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from kdiff import switches
+from kdiff import backend, switches
 from kdiff.base import check_integer, check_number
 from kdiff.blocks.base import (
     Block,
@@ -19,6 +19,7 @@ from kdiff.blocks.base import (
     kernel_initializer,
     over_positions,
 )
+from kdiff.blocks.layers import Dense
 from kdiff.blocks.patterns import Global, Pattern
 from kdiff.blocks.positions import RelativePositions
 
@@ -90,7 +91,7 @@ class MultiHeadAttention(Block):
 
     def _dense(self, name, shape, width, **options):
         options = {"kernel_initializer": kernel_initializer(), **options}
-        layer = keras.layers.Dense(width, name=name, dtype=self.dtype_policy, **options)
+        layer = Dense(width, name=name, dtype=self.dtype_policy, **options)
         layer.build(shape)
         return layer
 
@@ -212,7 +213,7 @@ class _Branch(Block):
     def _build_gate(self, width, embed_shape):
         check_given(self, "embed", embed_shape, "one vector an example, for the gate")
         initializer = kernel_initializer(self.zero)
-        layer = keras.layers.Dense(width, name="gate", kernel_initializer=initializer, dtype=self.dtype_policy)
+        layer = Dense(width, name="gate", kernel_initializer=initializer, dtype=self.dtype_policy)
         layer.build(embed_shape)
         return layer
 
@@ -220,10 +221,12 @@ class _Branch(Block):
         """A map or tokens to the same; see the class for `embed` and `context`."""
         y = apply_layer(self.normalization, x, embed, training=training)
         y = self.drop(self._branch(y, context), training=training)
-        if self.gate is not None:
+        y = self.drop_example(y, training=training)
+        if self.gate is None:
+            y = x + y
+        else:
             check_given(self, "embed", embed, "one vector an example, for the gate")
-            y = over_positions(self.gate(ops.silu(embed)), x) * y
-        y = x + self.drop_example(y, training=training)
+            y = backend.scaled(y, over_positions(self.gate(ops.silu(embed)), x), x)
         return y if self.rescale == 1 else y / self.rescale
 
 

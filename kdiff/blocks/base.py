@@ -23,6 +23,7 @@ from keras import ops
 
 from kdiff.base import Configurable
 from kdiff.blocks.initializers import GlorotUniform
+from kdiff.blocks.layers import Dense
 
 Shape = tuple[int | None, ...]
 
@@ -163,7 +164,7 @@ def projection_of(block: Block, embed_shape: Shape | None, width: int) -> keras.
     """A dense layer from the embedding to `width` channels; None if there is no embedding."""
     if embed_shape is None:
         return None
-    layer = keras.layers.Dense(width, kernel_initializer=kernel_initializer(), dtype=block.dtype_policy)
+    layer = Dense(width, kernel_initializer=kernel_initializer(), dtype=block.dtype_policy)
     layer.build(embed_shape)
     return layer
 

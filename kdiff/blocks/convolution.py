@@ -21,6 +21,7 @@ from kdiff.blocks.base import (
     projection_of,
 )
 from kdiff.blocks.initializers import Normal
+from kdiff.blocks.layers import Conv2D, Dense
 from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm
 
 
@@ -61,7 +62,7 @@ class ConvBlock(Block):
         self.embedded = embed_shape is not None
         width = self.width or x_shape[-1]
         options = {"kernel_initializer": kernel_initializer(), "dtype": self.dtype_policy}
-        self.convolution = keras.layers.Conv2D(width, self.kernel_size, padding="same", **options)
+        self.convolution = Conv2D(width, self.kernel_size, padding="same", **options)
         build_layer(self.normalization, build_layer(self.convolution, x_shape))
         self.projection = projection_of(self, embed_shape, width)
 
@@ -168,7 +169,7 @@ class ResidualBlock(Block):
         return (*shape[:-1], self.width or x_shape[-1])
 
     def _convolution(self, shape, width, kernel_size=None, zero=False):
-        layer = keras.layers.Conv2D(
+        layer = Conv2D(
             width,
             kernel_size or self.kernel_size,
             padding="same",
@@ -264,7 +265,7 @@ class ConvNeXtBlock(Block):
             self.scale = self.add_weight(shape=(width,), initializer=initializer, name="scale")
 
     def _dense(self, shape, width, zero=False):
-        layer = keras.layers.Dense(width, kernel_initializer=kernel_initializer(zero), dtype=self.dtype_policy)
+        layer = Dense(width, kernel_initializer=kernel_initializer(zero), dtype=self.dtype_policy)
         layer.build(shape)
         return layer
 
@@ -306,9 +307,9 @@ class SimpleBlock(Block):
         width = self.width or x_shape[-1]
         inner_shape = (*x_shape[:-1], width)
         options = {"padding": "same", "kernel_initializer": kernel_initializer(), "dtype": self.dtype_policy}
-        self.first = keras.layers.Conv2D(width, 3, **options)
-        self.second = keras.layers.Conv2D(width, 3, **options)
-        self.shortcut = keras.layers.Conv2D(width, 1, **options)
+        self.first = Conv2D(width, 3, **options)
+        self.second = Conv2D(width, 3, **options)
+        self.shortcut = Conv2D(width, 1, **options)
         self.projection = projection_of(self, embed_shape, width)
         for layer, shape in ((self.first, x_shape), (self.second, inner_shape), (self.shortcut, x_shape)):
             build_layer(layer, shape)

@@ -14,6 +14,7 @@ from kdiff.base import check_integer, check_number
 from kdiff.blocks.base import Block, build_layer, check_given, copy_layer, kernel_initializer
 from kdiff.blocks.conditions import Condition
 from kdiff.blocks.initializers import Normal
+from kdiff.blocks.layers import Dense
 
 
 class SinusoidalEmbedding(Block):
@@ -146,8 +147,8 @@ class MLPEmbedding(Block):
         shape = build_layer(self.embedding, x_shape)
         width = self.width or 4 * shape[-1]
         options = {"dtype": self.dtype_policy}
-        self.hidden = keras.layers.Dense(width, self.activation, kernel_initializer=kernel_initializer(), **options)
-        self.output_layer = keras.layers.Dense(width, kernel_initializer=kernel_initializer(), **options)
+        self.hidden = Dense(width, self.activation, kernel_initializer=kernel_initializer(), **options)
+        self.output_layer = Dense(width, kernel_initializer=kernel_initializer(), **options)
         build_layer(self.output_layer, build_layer(self.hidden, shape))
 
     def call(self, x, embed=None, context=None, training=None):

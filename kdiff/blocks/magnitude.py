@@ -21,6 +21,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from kdiff import backend
 from kdiff.base import Value, check_integer, check_number
 from kdiff.blocks.base import (
     Block,
@@ -113,7 +114,7 @@ class MPDense(_MPKernel):
 
     def call(self, x, embed=None, context=None, training=None):
         """(..., channels) to (..., self.width)."""
-        return ops.matmul(x, self._weights())
+        return backend.dense(x, self._weights())
 
 
 class MPConv(_MPKernel):
@@ -138,7 +139,7 @@ class MPConv(_MPKernel):
 
     def call(self, x, embed=None, context=None, training=None):
         """(batch, height, width, channels) to the same with `self.width` channels."""
-        return ops.conv(x, self._weights(), padding="same", data_format="channels_last")
+        return backend.convolution(x, self._weights(), None, (1, 1), "same", (1, 1))
 
 
 class MPFourierEmbedding(Block):

@@ -16,6 +16,7 @@ from kdiff.blocks.base import (
     kernel_initializer,
     over_positions,
 )
+from kdiff.blocks.layers import Dense
 
 
 class GroupNorm(Block):
@@ -81,12 +82,7 @@ class LayerNorm(Block):
 
     def call(self, x, embed=None, context=None, training=None):
         """(..., channels) to the same."""
-        y = ops.cast(x, "float32")
-        y = y - ops.mean(y, axis=-1, keepdims=True)
-        y = y * ops.rsqrt(ops.mean(ops.square(y), axis=-1, keepdims=True) + self.epsilon)
-        if self.affine:
-            y = ops.cast(self.gamma, "float32") * y + ops.cast(self.beta, "float32")
-        return ops.cast(y, x.dtype)
+        return backend.layer_norm(x, self.gamma, self.beta, self.epsilon)
 
 
 class RMSNorm(Block):
@@ -143,7 +139,7 @@ class AdaptiveNorm(Block):
         """Builds the normalisation and the projection of the embedding to scale and shift."""
         check_given(self, "embed", embed_shape, "one vector an example")
         build_layer(self.normalization, x_shape)
-        self.projection = keras.layers.Dense(
+        self.projection = Dense(
             2 * x_shape[-1], kernel_initializer=kernel_initializer(self.zero), dtype=self.dtype_policy
         )
         self.projection.build(embed_shape)
@@ -152,4 +148,4 @@ class AdaptiveNorm(Block):
         """(batch, ..., channels), with `embed` (batch, dim), to the shape of `x`."""
         check_given(self, "embed", embed, "one vector an example")
         scale, shift = ops.split(over_positions(self.projection(self._activate(embed)), x), 2, axis=-1)
-        return apply_layer(self.normalization, x, training=training) * (1 + scale) + shift
+        return backend.scaled(apply_layer(self.normalization, x, training=training), 1 + scale, shift)

@@ -1,10 +1,10 @@
 """Images as maps of patches, and back."""
 
-import keras
 from keras import ops
 
 from kdiff.base import check_integer
 from kdiff.blocks.base import Block, kernel_initializer
+from kdiff.blocks.layers import Dense
 
 
 class Patchify(Block):
@@ -106,7 +106,7 @@ def _order(dims):
 
 
 def _dense(block, width, zero=False):
-    return keras.layers.Dense(width, kernel_initializer=kernel_initializer(zero), dtype=block.dtype_policy)
+    return Dense(width, kernel_initializer=kernel_initializer(zero), dtype=block.dtype_policy)
 
 
 def _check_rank(block, shape):

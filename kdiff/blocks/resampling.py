@@ -8,6 +8,7 @@ from keras import ops
 from kdiff import backend
 from kdiff.base import check_choice, check_integer
 from kdiff.blocks.base import Block, check_map, kernel_initializer
+from kdiff.blocks.layers import Conv2D
 
 
 class Downsample(Block):
@@ -236,7 +237,7 @@ def _widens(block, x_shape):
     return block.width is not None and block.width != x_shape[-1]
 
 
-def _convolution(block, x_shape, kernel_size, layer=keras.layers.Conv2D, **options):
+def _convolution(block, x_shape, kernel_size, layer=Conv2D, **options):
     options = {"kernel_initializer": kernel_initializer(), "dtype": block.dtype_policy, "padding": "same", **options}
     made = layer(block.width or x_shape[-1], kernel_size, **options)
     made.build(x_shape)

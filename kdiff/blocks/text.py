@@ -11,6 +11,7 @@ from kdiff.base import Configurable, check_integer
 from kdiff.blocks.base import Chain, apply_layer, build_layer, copy_layer, derive_seed, get_layer, kernel_initializer
 from kdiff.blocks.conditions import Condition, OptionalCondition
 from kdiff.blocks.embeddings import LearnedEmbedding
+from kdiff.blocks.layers import Dense
 from kdiff.blocks.normalization import LayerNorm
 from kdiff.blocks.transformer import TransformerBlock
 from kdiff.text import Tokenizer, is_text
@@ -75,7 +76,7 @@ class TextEncoder(Condition):
         if self.pooled:
             width = self.width if embed_shape is None else embed_shape[-1]
             options = {"kernel_initializer": kernel_initializer(), "dtype": self.dtype_policy, "name": "pool"}
-            self.pool = keras.layers.Dense(width, **options)
+            self.pool = Dense(width, **options)
             self.pool.build((x_shape[0], self.width))
 
     def _check_shape(self, shape):

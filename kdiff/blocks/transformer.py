@@ -16,6 +16,7 @@ from kdiff.blocks.base import (
     get_layer,
     kernel_initializer,
 )
+from kdiff.blocks.layers import Dense
 from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm
 from kdiff.blocks.patterns import Pattern
 from kdiff.blocks.positions import RelativePositions
@@ -60,8 +61,8 @@ class FeedForward(_Branch):
         width, hidden = x_shape[-1], max(1, int(self.ratio * x_shape[-1]))
         first, last = kernel_initializer(), kernel_initializer(self.starts_at_zero)
         policy = self.dtype_policy
-        self.hidden = keras.layers.Dense((1 + self.glu) * hidden, kernel_initializer=first, dtype=policy)
-        self.output_layer = keras.layers.Dense(width, kernel_initializer=last, dtype=policy)
+        self.hidden = Dense((1 + self.glu) * hidden, kernel_initializer=first, dtype=policy)
+        self.output_layer = Dense(width, kernel_initializer=last, dtype=policy)
         self.hidden.build(x_shape)
         self.output_layer.build((*x_shape[:-1], hidden))
 
@@ -241,7 +242,7 @@ class SpatialTransformer(Block):
         self.projection_out = self._dense(inner_shape, x_shape[-1], self.zero)
 
     def _dense(self, shape, width, zero=False):
-        layer = keras.layers.Dense(width, kernel_initializer=kernel_initializer(zero), dtype=self.dtype_policy)
+        layer = Dense(width, kernel_initializer=kernel_initializer(zero), dtype=self.dtype_policy)
         layer.build(shape)
         return layer
 

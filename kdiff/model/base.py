@@ -193,7 +193,7 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
     def _next_keys(self, training):
         """The two keys of this step: training goes on from step to step, each evaluation draws the same numbers."""
         stream, counter = (random.TRAINING, self.step) if training else (random.EVALUATION, self.evaluation_step)
-        numbers = 2 * counter.value + np.arange(2, dtype="int32")
+        numbers = 2 * counter.value + ops.arange(2, dtype="int32")
         keys = random.fold(random.key_of(self.seed), numbers, stream)
         counter.assign_add(1)  # after its last use: on TensorFlow `value` is not a copy
         return keys[0], keys[1]

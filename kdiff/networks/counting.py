@@ -19,6 +19,7 @@ from keras import ops
 
 from kdiff import backend
 from kdiff.blocks.base import Block
+from kdiff.blocks.layers import Conv2D, Dense
 from kdiff.networks.base import Network
 
 Shape = tuple[int, ...]
@@ -197,7 +198,7 @@ def _einsum(layer, x: Shape, y: Shape) -> int:
 
 # The multiply-additions of Keras' layers, from the shapes of input and output.
 COUNTS = {
-    keras.layers.Dense: _by_output,
+    **dict.fromkeys([keras.layers.Dense, Dense, Conv2D], _by_output),
     keras.layers.EinsumDense: _einsum,
     **dict.fromkeys([keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D], _by_output),
     **dict.fromkeys([keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D], _by_output),

@@ -10,6 +10,7 @@ from kdiff.base import check_integer
 from kdiff.blocks.base import apply_layer, build_layer, copy_layer, kernel_initializer
 from kdiff.blocks.convolution import ResidualBlock
 from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding
+from kdiff.blocks.layers import Conv2D
 from kdiff.blocks.patterns import Neighborhood, Pattern
 from kdiff.networks.base import Network, check_size
 from kdiff.networks.dit import adaptive_block
@@ -63,7 +64,7 @@ class Hybrid(Network):
         self.activation = activation
         self._activate = keras.activations.get(activation)
         options = {"kernel_initializer": kernel_initializer(), "dtype": self.dtype_policy}
-        self.stem = keras.layers.Conv2D(levels[0].width, 3, padding="same", name="stem", **options)
+        self.stem = Conv2D(levels[0].width, 3, padding="same", name="stem", **options)
         finer = self.levels[:-1]
         self.down = [self._level(level, f"down_{i}") for i, level in enumerate(finer)]
         self.bridge = self._level(self.levels[-1], "bridge")
@@ -102,7 +103,7 @@ class Hybrid(Network):
                 raise ValueError(f"Hybrid: the upsampling gives {x[-1]} channels where the level has {skip[-1]}")
             x = built(units, x)
         build_layer(self.normalization, x)
-        self.head = self._head(keras.layers.Conv2D, x_shape[-1], 3, padding="same")
+        self.head = self._head(Conv2D, x_shape[-1], 3, padding="same")
         self.head.build(x)
 
     def _body(self, x, embed, context, training):

@@ -9,6 +9,7 @@ from keras import ops
 from kdiff.base import check_integer
 from kdiff.blocks.base import apply_layer, build_layer, copy_layer, get_layer, kernel_initializer
 from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding
+from kdiff.blocks.layers import Dense
 from kdiff.blocks.normalization import AdaptiveNorm, LayerNorm
 from kdiff.blocks.transformer import FeedForward
 from kdiff.networks.base import Network
@@ -59,7 +60,7 @@ class MLP(Network):
         self.block = get_layer(block or FeedForward(normalization=AdaptiveNorm(LayerNorm(affine=False))))
         self.normalization = self._copy(normalization, "normalization")
         options = {"kernel_initializer": kernel_initializer(), "dtype": self.dtype_policy}
-        self.stem = keras.layers.Dense(width, name="stem", **options)
+        self.stem = Dense(width, name="stem", **options)
         self.blocks = [self._chain([copy_layer(self.block)], f"block_{i}") for i in range(depth)]
 
     def _build_body(self, x_shape, embed_shape, context_shape):
@@ -68,7 +69,7 @@ class MLP(Network):
         for block in self.blocks:
             x = build_layer(block, x, embed_shape, context_shape)
         build_layer(self.normalization, x)
-        self.head = self._head(keras.layers.Dense, x_shape[-1])
+        self.head = self._head(Dense, x_shape[-1])
         self.head.build((batch, x[-1]))
 
     def _body(self, x, embed, context, training):

@@ -15,6 +15,7 @@ from keras import ops
 from kdiff.base import check_number
 from kdiff.blocks.base import ConfigurableLayer, apply_layer, build_layer, copy_layer, get_layer, kernel_initializer
 from kdiff.blocks.embeddings import FourierEmbedding, MLPEmbedding
+from kdiff.blocks.layers import Conv2D
 from kdiff.blocks.resampling import FIRDownsample
 from kdiff.networks.unet import Level, UNet
 
@@ -33,7 +34,7 @@ class InputSkip(ConfigurableLayer, keras.layers.Layer):
     def build(self, x_shape, image_shape):
         """Builds the downsampling and the 1x1 convolution `W`."""
         options = {"kernel_initializer": kernel_initializer(), "dtype": self.dtype_policy}
-        self.convolution = keras.layers.Conv2D(x_shape[-1], 1, **options)
+        self.convolution = Conv2D(x_shape[-1], 1, **options)
         build_layer(self.convolution, build_layer(self.downsample, image_shape))
 
     def call(self, x, image):
@@ -99,7 +100,7 @@ class OutputSkip(ConfigurableLayer, keras.layers.Layer):
     def build(self, x_shape, channels):
         """Builds the normalisation, the convolution to this many channels and the upsampling."""
         options = {"kernel_initializer": kernel_initializer(zero=True), "dtype": self.dtype_policy}
-        self.convolution = keras.layers.Conv2D(channels, 3, padding="same", **options)
+        self.convolution = Conv2D(channels, 3, padding="same", **options)
         build_layer(self.upsample, build_layer(self.convolution, build_layer(self.normalization, x_shape)))
 
     def call(self, x, image=None):
@@ -183,7 +184,7 @@ class NCSNpp(UNet):
                 self._build_output(i, x, channels)
                 x = built(self.grow[i], x)
         build_layer(self.normalization, x)
-        self.head = self._head(keras.layers.Conv2D, x_shape[-1], 3, padding="same")
+        self.head = self._head(Conv2D, x_shape[-1], 3, padding="same")
         self.head.build(x)
 
     def _build_input(self, layer, x, image):

@@ -9,6 +9,7 @@ from kdiff.base import check_integer
 from kdiff.blocks.base import build_layer
 from kdiff.blocks.convolution import SimpleBlock
 from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding
+from kdiff.blocks.layers import Conv2D
 from kdiff.blocks.resampling import Downsample, Upsample
 from kdiff.networks.base import Network, check_size
 
@@ -89,7 +90,7 @@ class SimpleUNet(Network):
         for block, skip in zip(self.up[::-1], skips[::-1], strict=True):
             x = build_layer(self.larger, x)
             x = build_layer(block, (*skip[:-1], x[-1] + skip[-1]), embed_shape)
-        self.head = self._head(keras.layers.Conv2D, x_shape[-1], 1)
+        self.head = self._head(Conv2D, x_shape[-1], 1)
         self.head.build(x)
 
     def _check_image(self, shape):

@@ -11,6 +11,7 @@ from kdiff.blocks.attention import SelfAttention
 from kdiff.blocks.base import apply_layer, build_layer, copy_layer, get_layer, kernel_initializer
 from kdiff.blocks.convolution import ConvBlock, ResidualBlock
 from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding
+from kdiff.blocks.layers import Conv2D
 from kdiff.blocks.transformer import TransformerBlock
 from kdiff.networks.base import Network, check_size
 
@@ -134,7 +135,7 @@ class UNet(Network):
             check_integer("UNet", "stem_width", stem_width)
         self.stem_width = stem_width
         options = {"kernel_initializer": kernel_initializer(), "dtype": self.dtype_policy, "name": "stem"}
-        self.stem = keras.layers.Conv2D(stem_width or levels[0].width, 3, padding="same", **options)
+        self.stem = Conv2D(stem_width or levels[0].width, 3, padding="same", **options)
         self.down = [self._chain(unit, f"down_{i}") for i, unit in enumerate(_way_down(self.levels))]
         self.bridge = self._chain(_between(self.middle), "bridge")
         self.up = [self._chain(unit, f"up_{i}") for i, unit in enumerate(self._way_up())]
@@ -154,7 +155,7 @@ class UNet(Network):
         for unit in self.up:
             x = build_layer(unit, (*x[:-1], x[-1] + skips.pop()[-1]), embed_shape, context_shape)
         build_layer(self.normalization, x)
-        self.head = self._head(keras.layers.Conv2D, x_shape[-1], 3, padding="same")
+        self.head = self._head(Conv2D, x_shape[-1], 3, padding="same")
         self.head.build(x)
 
     def _body(self, x, embed, context, training):

@@ -9,6 +9,7 @@ from keras import ops
 from kdiff.base import check_integer
 from kdiff.blocks.base import apply_layer, build_layer, copy_layer, get_layer, kernel_initializer
 from kdiff.blocks.embeddings import SinusoidalEmbedding
+from kdiff.blocks.layers import Conv2D, Dense
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.transformer import TransformerBlock
 from kdiff.networks.base import Network, check_size
@@ -77,7 +78,7 @@ class UViT(Network):
 
     def _unit(self, index):
         """A block; in the second half with the layer that makes one of the two inputs."""
-        merge = keras.layers.Dense(self.width, kernel_initializer=kernel_initializer(), name="merge")
+        merge = Dense(self.width, kernel_initializer=kernel_initializer(), name="merge")
         return [*([merge] if index > self.depth // 2 else []), copy_layer(self.block)]
 
     def _build_embeddings(self, shapes):
@@ -109,7 +110,7 @@ class UViT(Network):
         build_layer(self.normalization, x)
         channels = self.out_channels or x_shape[-1]
         self.unpatchify = Unpatchify(self.patch, channels, dtype=self.dtype_policy, name="unpatchify")
-        self.head = self._head(keras.layers.Conv2D, channels, 3, padding="same")
+        self.head = self._head(Conv2D, channels, 3, padding="same")
         build_layer(self.head, build_layer(self.unpatchify, self._map))
 
     def _body(self, x, embed, context, training):

@@ -1,0 +1,36 @@
+"""The only folder that names a backend: what Keras does not offer in one form for TensorFlow, JAX and PyTorch."""
+
+from kdiff.backend.data import (
+    checked_dataset,
+    is_data_loader,
+    is_tf_dataset,
+    leave_accelerator,
+    loader_batch,
+    on_host,
+)
+from kdiff.backend.operations import (
+    attention,
+    average_pool,
+    convolution,
+    dense,
+    group_norm,
+    layer_norm,
+    max_pool,
+    scaled,
+    upsample_bilinear,
+    upsample_nearest,
+)
+from kdiff.backend.running import (
+    BACKEND,
+    after_step,
+    compiled,
+    concrete,
+    fused,
+    move_towards,
+    portable_optimizer,
+    pullback,
+    recomputed,
+    synchronise,
+    unallocated,
+    without_gradients,
+)

@@ -1,0 +1,66 @@
+"""Data of TensorFlow and PyTorch, which feeds every backend."""
+
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from keras import tree
+
+from kdiff.backend.running import BACKEND
+
+
+def leave_accelerator(tf: Any) -> None:
+    """Keeps TensorFlow, where it only prepares batches for JAX or PyTorch, from taking the accelerator's memory."""
+    if BACKEND != "tensorflow":
+        with contextlib.suppress(RuntimeError):  # its devices were started before: the user has chosen
+            tf.config.set_visible_devices([], "GPU")
+
+
+def is_tf_dataset(data: Any) -> bool:
+    """Whether `data` is a `tf.data.Dataset`; TensorFlow is not imported to find out."""
+    tf = sys.modules.get("tensorflow")
+    return tf is not None and hasattr(tf, "data") and isinstance(data, tf.data.Dataset)
+
+
+def is_data_loader(data: Any) -> bool:
+    """Whether `data` is a `torch.utils.data.DataLoader`; PyTorch is not imported to find out."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(data, torch.utils.data.DataLoader)
+
+
+def checked_dataset(dataset: Any, check: Callable[[Any], None]) -> Any:
+    """A `tf.data.Dataset` that calls `check` with each of its elements, as NumPy arrays, before it yields them."""
+    import tensorflow as tf
+
+    def checked(*element):
+        element = element if len(element) > 1 else element[0]
+
+        def run(*arrays):
+            check(tree.pack_sequence_as(element, list(arrays)))
+            return np.int32(0)
+
+        done = tf.numpy_function(run, tree.flatten(element), tf.int32, stateful=True)
+        with tf.control_dependencies([done]):
+            return tree.map_structure(tf.identity, element)
+
+    return dataset.map(checked)
+
+
+def loader_batch(batch: Any) -> Any:
+    """A batch of a PyTorch `DataLoader`, with tensors in place of NumPy arrays: Keras takes no others there."""
+    import torch
+
+    def tensor(value):
+        return torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" else value
+
+    return tree.map_structure(tensor, batch)
+
+
+def on_host(function: Callable[[np.ndarray], np.ndarray], tensor: Any, shape: tuple, dtype: Any) -> Any:
+    """`function(tensor)`, on NumPy arrays, as a step of a `tf.data.Dataset`; its shape and type must be given."""
+    import tensorflow as tf
+
+    result = tf.numpy_function(function, [tensor], tf.as_dtype(dtype), stateful=False)
+    return tf.ensure_shape(result, shape)

@@ -1,0 +1,282 @@
+"""The operations that layers are made of, each in the form that is fastest on a backend.
+
+examples/benchmarks/kernels.py measures the forms; the tests compare each with the formula.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from kdiff.backend.running import BACKEND
+
+
+def dense(x: Any, kernel: Any, bias: Any = None) -> Any:
+    """`x kernel + bias` over the last axis of `x`; the kernel is (channels, width), and the bias may be None.
+
+    On PyTorch's CPU it is a convolution of size 1: the library of its convolutions multiplies a tenth faster than that
+    of its matrix products. On JAX it is a product of two matrices: of arrays with more axes, XLA turns a
+    copy for the gradient of the kernel.
+    """
+    if BACKEND == "torch":
+        return _dense_of_torch(x, ops.convert_to_tensor(kernel), _tensor(bias))
+    flat = ops.reshape(x, (-1, x.shape[-1])) if BACKEND == "jax" and None not in x.shape else x
+    y = ops.matmul(flat, kernel)
+    y = y if bias is None else ops.add(y, bias)
+    return y if flat is x else ops.reshape(y, (*x.shape[:-1], y.shape[-1]))
+
+
+def _dense_of_torch(x, kernel, bias):
+    import torch
+
+    if x.ndim < 3 or x.device.type != "cpu":
+        return torch.nn.functional.linear(x, kernel.T, bias)
+    pixels = x.reshape(len(x), -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    y = torch.nn.functional.conv2d(pixels, kernel.T[:, :, None, None], bias)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+def convolution(
+    x: Any, kernel: Any, bias: Any, strides: tuple[int, int], padding: str, dilation: tuple[int, int]
+) -> Any:
+    """The convolution of maps (batch, height, width, channels) with a kernel (height, width, channels, width).
+
+    `padding` is "same" or "valid", and the bias may be None. On PyTorch the map is looked at as one of channels first;
+    Keras copies it twice.
+    """
+    if BACKEND != "torch":
+        options = {"strides": strides, "padding": padding, "data_format": "channels_last", "dilation_rate": dilation}
+        y = ops.conv(x, kernel, **options)
+        return y if bias is None else ops.add(y, bias)
+    import torch
+
+    x, kernel = x.permute(0, 3, 1, 2), ops.convert_to_tensor(kernel).permute(3, 2, 0, 1)
+    before, after = _zeros_around(x.shape[2:], kernel.shape[2:], strides, padding, dilation)
+    if before != after:
+        x = torch.nn.functional.pad(x, (before[1], after[1], before[0], after[0]))
+        before = (0, 0)
+    y = torch.nn.functional.conv2d(x, kernel, _tensor(bias), strides, before, dilation, x.shape[1] // kernel.shape[1])
+    return y.permute(0, 2, 3, 1)
+
+
+def _tensor(variable: Any, dtype: Any = None) -> Any:
+    """The value of a variable, which may be None."""
+    return None if variable is None else ops.convert_to_tensor(variable, dtype)
+
+
+def _zeros_around(sizes, kernel, strides, padding, dilation) -> tuple[tuple, tuple]:
+    """How many zeros a convolution adds before and after the map, along height and width."""
+    if padding == "valid":
+        return (0, 0), (0, 0)
+    # Of size n and stride s there are ceil(n / s) windows.
+    windows = [-(-size // stride) for size, stride in zip(sizes, strides, strict=True)]
+    extents = [(length - 1) * step + 1 for length, step in zip(kernel, dilation, strict=True)]
+    parts = zip(windows, strides, extents, sizes, strict=True)
+    total = [max(0, (count - 1) * stride + extent - size) for count, stride, extent, size in parts]
+    return tuple(zeros // 2 for zeros in total), tuple(zeros - zeros // 2 for zeros in total)
+
+
+def scaled(x: Any, factor: Any, shift: Any) -> Any:
+    """`x factor + shift`, which broadcast; in one pass on PyTorch."""
+    if BACKEND == "torch":
+        import torch
+
+        return torch.addcmul(shift, x, factor)
+    return x * factor + shift
+
+
+def layer_norm(x: Any, gamma: Any, beta: Any, epsilon: float) -> Any:
+    """`gamma (x - mean) / sqrt(var + epsilon) + beta` over the last axis of `x`; `gamma` and `beta` may be None.
+
+    Statistics are float32, the result has the type of `x`. PyTorch has a kernel for it.
+    """
+    if BACKEND == "torch":
+        import torch
+
+        weights = [_tensor(w, x.dtype) for w in (gamma, beta)]
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], *weights, epsilon)
+    y = ops.cast(x, "float32")
+    y = y - ops.mean(y, axis=-1, keepdims=True)
+    y = y * ops.rsqrt(ops.mean(ops.square(y), axis=-1, keepdims=True) + epsilon)
+    y = y if gamma is None else ops.cast(gamma, "float32") * y
+    return ops.cast(y if beta is None else y + ops.cast(beta, "float32"), x.dtype)
+
+
+def group_norm(x: Any, groups: int, gamma: Any, beta: Any, epsilon: float) -> Any:
+    """`gamma (x - mean) / sqrt(var + epsilon) + beta` over each group of channels of `x`, (batch, ..., channels).
+
+    Statistics are float32, the result has the type of `x`; `gamma` and `beta` may be None. It is one multiplication
+    and one addition, by numbers that depend on example and channel: Keras' own layer broadcasts five-dimensional
+    arrays. PyTorch has a kernel for it, which on a CPU is slow in its gradient or wants channels first.
+    """
+    if BACKEND == "torch":
+        return _group_norm_of_torch(x, groups, gamma, beta, epsilon)
+    batch, channels = ops.shape(x)[0], x.shape[-1]
+    y = ops.reshape(ops.cast(x, "float32"), (batch, -1, channels))
+
+    same = np.kron(np.eye(groups), np.ones([channels // groups] * 2)) * (groups / channels)
+
+    def group_mean(per_channel):
+        """The mean over the group of each channel, as the product with a matrix."""
+        return ops.matmul(per_channel, ops.convert_to_tensor(same, "float32"))[:, None]
+
+    mean = group_mean(ops.mean(y, axis=1))
+    variance = group_mean(ops.mean(ops.square(y - mean), axis=1))
+    scale = ops.rsqrt(variance + epsilon)
+    scale = scale if gamma is None else scale * ops.cast(gamma, "float32")
+    shift = -mean * scale if beta is None else ops.cast(beta, "float32") - mean * scale
+    return ops.cast(ops.reshape(y * scale + shift, ops.shape(x)), x.dtype)
+
+
+def _group_norm_of_torch(x, groups, gamma, beta, epsilon):
+    import torch
+
+    if x.device.type != "cpu":
+        weights = [_tensor(w, x.dtype) for w in (gamma, beta)]
+        # A copy: the kernel for channels-last loses a digit, and crashes where `x` needs no gradient but `gamma` does.
+        y = torch.nn.functional.group_norm(torch.movedim(x, -1, 1).contiguous(), groups, *weights, epsilon)
+        return torch.movedim(y, 1, -1)
+    channels = x.shape[-1]
+    gamma = torch.ones(channels) if gamma is None else ops.cast(gamma, "float32")
+    beta = torch.zeros(channels) if beta is None else ops.cast(beta, "float32")
+    y = _group_norm_function().apply(x.to(torch.float32).reshape(len(x), -1, channels), gamma, beta, groups, epsilon)
+    return y.view(x.shape).to(x.dtype)
+
+
+@functools.cache
+def _group_norm_function():
+    """The group norm of (batch, positions, channels) as a function with a gradient of its own, in few passes."""
+    import torch
+
+    class GroupNorm(torch.autograd.Function):
+        """With s = 1 / sqrt(var + epsilon), z = (x - mean) s, and <> for the mean over a group, the gradient is
+
+            s (gamma dy - <gamma dy> - z <gamma dy z>),
+
+        that is, dy, x and 1, each times a number for each example and channel.
+        """
+
+        @staticmethod
+        def forward(context, x, gamma, beta, groups, epsilon):
+            shape = (len(x), groups, -1)
+            mean = x.mean(1).view(shape).mean(2, keepdim=True)
+            variance = (x - _spread(mean, x)).square_().mean(1).view(shape).mean(2, keepdim=True)
+            inverse = torch.rsqrt(variance + epsilon)
+            context.save_for_backward(x, gamma, mean, inverse)
+            scale = gamma * _spread(inverse, x)
+            return torch.addcmul(beta - _spread(mean, x) * scale, x, scale)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(context, dy):
+            x, gamma, mean, inverse = context.saved_tensors
+            positions, shape = x.shape[1], (len(x), mean.shape[1], -1)
+            of_beta = dy.sum(1)
+            of_gamma = ((dy * x).sum(1) - _spread(mean, x)[:, 0] * of_beta) * _spread(inverse, x)[:, 0]
+            plain, along = ((gamma * one / positions).view(shape).mean(2, keepdim=True) for one in (of_beta, of_gamma))
+            slope = -along * inverse.square()
+            dx = torch.addcmul(_spread(-inverse * plain - slope * mean, x), x, _spread(slope, x))
+            return dx.addcmul_(dy, gamma * _spread(inverse, x)), of_gamma.sum(0), of_beta.sum(0), None, None
+
+    return GroupNorm
+
+
+def _spread(of_groups, x):
+    """(batch, groups, 1) to (batch, 1, channels)."""
+    batch, groups, _ = of_groups.shape
+    return of_groups.expand(batch, groups, x.shape[-1] // groups).reshape(batch, 1, -1)
+
+
+def attention(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
+    """`softmax(q k^T / sqrt(width)) v` in each head, for q, k and v of the shape (batch, tokens, heads, width).
+
+    Where a `mask`, (batch, query tokens, key tokens), is False, the weight is 0. The softmax is float32. PyTorch has a
+    kernel that never holds the whole table of weights; JAX has one on accelerators, and goes block by block on a CPU.
+    """
+    if BACKEND == "torch":
+        return _attention_of_torch(q, k, v, mask)
+    if BACKEND == "jax" and mask is None:
+        return _attention_by_blocks(q, k, v) if _on_cpu() else ops.dot_product_attention(q, k, v)
+    logits = ops.cast(ops.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k), "float32")
+    logits = logits if mask is None else ops.where(mask[:, None], logits, -1e30)
+    return ops.einsum("bhqk,bkhd->bqhd", ops.cast(ops.softmax(logits, axis=-1), v.dtype), v)
+
+
+def _attention_of_torch(q, k, v, mask):
+    """Its kernel, which on a CPU takes longer for heads of 8 channels than of 16: zeros fill them up."""
+    import torch
+
+    width = q.shape[-1]
+    mask, scale = None if mask is None else mask[:, None], width**-0.5
+    if q.device.type == "cpu" and width < 16:
+        q, k, v = (torch.nn.functional.pad(x, (0, 16 - width)) for x in (q, k, v))
+    q, k, v = (torch.transpose(x, 1, 2) for x in (q, k, v))
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    return torch.transpose(y[..., :width], 1, 2)
+
+
+def _on_cpu() -> bool:
+    import jax
+
+    return jax.default_backend() == "cpu"
+
+
+def _attention_by_blocks(q: Any, k: Any, v: Any) -> Any:
+    """Attention on JAX: of some heads at a time, or of some of the queries of one head, so that the table of weights
+    stays in the cache. It is not kept for the gradient, but computed again. Positions come last, not channels: heads
+    are narrow, and XLA multiplies matrices with short rows slowly.
+    """
+    import jax
+
+    (batch, tokens, heads, width), keys = q.shape, k.shape[1]
+    in_table = 2**19  # numbers: 2 MiB
+    blocks = _divisor(batch * heads, in_table // (tokens * keys))
+    queries = _divisor(tokens, in_table // keys) if blocks == 1 else tokens
+    q, k, v = (ops.reshape(ops.transpose(x, (0, 2, 3, 1)), (-1, blocks, width, x.shape[1])) for x in (q, k, v))
+    q = ops.transpose(ops.reshape(q * width**-0.5, (*q.shape[:-1], -1, queries)), (0, 3, 1, 2, 4))
+
+    @jax.checkpoint
+    def of_queries(q, k, v):
+        logits = ops.cast(ops.einsum("bdk,bdq->bkq", k, q), "float32")
+        weights = ops.exp(logits - jax.lax.stop_gradient(ops.max(logits, axis=1, keepdims=True)))
+        y = ops.einsum("bdk,bkq->bdq", v, ops.cast(weights, v.dtype))
+        return y / ops.cast(ops.sum(weights, axis=1, keepdims=True), y.dtype)
+
+    y = jax.lax.map(lambda block: jax.lax.map(lambda some: of_queries(some, *block[1:]), block[0]), (q, k, v))
+    y = ops.reshape(ops.transpose(y, (0, 2, 3, 1, 4)), (batch, heads, width, tokens))
+    return ops.transpose(y, (0, 3, 1, 2))
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` that is at most `most`, or 1."""
+    return max(d for d in range(1, number + 1) if number % d == 0 and d <= max(1, most))
+
+
+def upsample_nearest(x: Any) -> Any:
+    """Each pixel of maps (batch, height, width, channels) as a 2x2 square."""
+    batch, height, width, channels = ops.shape(x)
+    if BACKEND == "jax":
+        x = ops.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+        return ops.reshape(x, (batch, 2 * height, 2 * width, channels))
+    return ops.image.resize(x, (2 * height, 2 * width), "nearest", data_format="channels_last")
+
+
+def upsample_bilinear(x: Any) -> Any:
+    """Maps (batch, height, width, channels) at twice the size, by bilinear interpolation between pixel centres."""
+    height, width = ops.shape(x)[1:3]
+    y = ops.image.resize(x, (2 * height, 2 * width), "bilinear", data_format="channels_last")
+    return ops.cast(y, x.dtype)
+
+
+def average_pool(x: Any) -> Any:
+    """The average of each 2x2 square of maps (batch, height, width, channels) of even size."""
+    if BACKEND == "jax":
+        batch, height, width, channels = x.shape
+        return ops.mean(ops.reshape(x, (batch, height // 2, 2, width // 2, 2, channels)), axis=(2, 4))
+    return ops.average_pool(x, 2, 2, "valid", "channels_last")
+
+
+def max_pool(x: Any) -> Any:
+    """The maximum of each 2x2 square of maps (batch, height, width, channels) of even size."""
+    return ops.max_pool(x, 2, 2, "valid", "channels_last")

@@ -1,0 +1,207 @@
+"""Training steps, compilation, gradients, variables: what surrounds the arithmetic."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+BACKEND = keras.backend.backend()
+
+
+def after_step(model: keras.Model, result: Any, update: Callable[[], None]) -> Any:
+    """Runs `update`, which changes variables of `model`, after Keras' own training step, whose `result` is returned.
+
+    On JAX a step is a pure function from state to state, `(logs, state)`: the update reads and writes that state.
+    """
+    if BACKEND != "jax":
+        with _no_gradients():
+            update()
+        return result
+    logs, state = result
+    groups = [model.trainable_variables, model.non_trainable_variables, model.optimizer.variables]
+    groups.append(model.metrics_variables)
+    pairs = [pair for group, values in zip(groups, state, strict=True) for pair in zip(group, values, strict=True)]
+    with keras.StatelessScope(pairs) as scope:
+        update()
+    return logs, tuple([scope.get_current_value(variable) for variable in group] for group in groups)
+
+
+def compiled(function: Callable, *models: keras.Model) -> Callable:
+    """A fast form of `function(*arguments)`, which uses weights of these models and changes nothing.
+
+    JAX compiles it with XLA, with the weights as arguments, so that training on does not leave old ones in it.
+    TensorFlow makes a graph. PyTorch runs it as it stands, without gradients: on a CPU its compiler gains nothing.
+    Arguments are nests of tensors, arrays and NumPy numbers; only a change of shapes compiles again.
+    """
+    if BACKEND == "jax":
+        import jax
+
+        def variables():
+            return list({id(v): v for model in models for v in model.variables}.values())
+
+        @jax.jit
+        def pure(values, *arguments):
+            with keras.StatelessScope(list(zip(variables(), values, strict=True))):
+                return function(*arguments)
+
+        return lambda *arguments: pure([v.value for v in variables()], *arguments)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        graph = tf.function(function, autograph=False)
+        return lambda *arguments: graph(*tree.map_structure(tf.convert_to_tensor, arguments))
+
+    plain = without_gradients(function)
+    return lambda *arguments: plain(*tree.map_structure(ops.convert_to_tensor, arguments))
+
+
+def without_gradients(function: Callable) -> Callable:
+    """The function without the record for gradients that PyTorch, alone, keeps of all it computes."""
+
+    def plain(*arguments):
+        with _no_gradients():
+            return function(*arguments)
+
+    return plain
+
+
+def pullback(function: Callable, x: Any) -> tuple[Any, Callable, Any]:
+    """(y, pull, rest) of `(y, rest) = function(x)`, where `pull(v)`, to be called once, is (dy / dx)^T v.
+
+    No gradient flows through the three themselves.
+    """
+    if BACKEND == "jax":
+        import jax
+
+        y, pull, rest = jax.vjp(function, x, has_aux=True)
+        return y, lambda v: pull(v)[0], rest
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y, rest = function(x)
+        return y, lambda v: tape.gradient(y, x, v), rest
+    import torch
+
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y, rest = function(x)
+    detached = None if rest is None else rest.detach()
+    return y.detach(), lambda v: torch.autograd.grad(y, x, v)[0], detached
+
+
+def fused(function: Callable) -> Callable:
+    """A function of tensors alone that JAX and TensorFlow compile as a whole, in or out of a larger program.
+
+    Op by op, JAX would compile the many small operations of `function` one at a time for every new shape, and
+    TensorFlow would trace them again wherever it is called.
+    """
+    if BACKEND == "jax":
+        import jax
+
+        return jax.jit(function)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, reduce_retracing=True, autograph=False)
+    return function
+
+
+def synchronise(model: keras.Model) -> None:
+    """Brings the variables of a model that is being trained up to date; JAX keeps them elsewhere during an epoch."""
+    if BACKEND == "jax":
+        model.jax_state_sync()
+
+
+def _no_gradients():
+    if BACKEND == "torch":
+        import torch
+
+        return torch.no_grad()
+    return contextlib.nullcontext()
+
+
+def move_towards(variables: Sequence, targets: Sequence, fraction) -> None:
+    """variable += fraction (target - variable), for all of them; `fraction` is a scalar tensor."""
+    if BACKEND == "torch":
+        import torch
+
+        values = [variable.value for variable in variables]
+        targets = [target.value.to(torch.float32) for target in targets]
+        if fraction.device.type == "cpu":  # elsewhere it would wait for the number
+            torch._foreach_lerp_(values, targets, float(fraction))
+            return
+        steps = torch._foreach_sub(targets, values)
+        torch._foreach_mul_(steps, fraction)
+        torch._foreach_add_(values, steps)
+        return
+    for variable, target in zip(variables, targets, strict=True):
+        variable.assign_add(fraction * (ops.cast(target.value, variable.dtype) - variable.value))
+
+
+def portable_optimizer(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of an optimizer, with the class that every backend knows in place of PyTorch's own."""
+    if ".backend.torch.optimizers." not in (config.get("module") or ""):
+        return config
+    return {**config, "module": "keras.optimizers", "registered_name": None}
+
+
+def recomputed(layer: keras.layers.Layer, tensors: dict[str, Any], **options: Any) -> Any:
+    """`layer(**tensors, **options)`, of which only the inputs are kept for the gradient: the rest is computed again.
+
+    `keras.RematScope` does not do it: on TensorFlow it takes no keyword arguments, on JAX only arrays, and with dropout
+    the second pass would draw other numbers. Here each pass starts from the same values of the layer's variables.
+    """
+    weights, changing = layer.trainable_variables, layer.non_trainable_variables
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    values = [ops.convert_to_tensor(variable.value) for variable in weights]
+    values += [ops.copy(variable.value) for variable in changing]  # PyTorch changes them in place
+
+    def pure(*arguments):
+        inputs = dict(zip(given, arguments, strict=False))
+        with keras.StatelessScope(list(zip(weights + changing, arguments[len(given) :], strict=True))) as scope:
+            y = layer(**inputs, **options)
+            return (y, *[scope.get_current_value(variable) for variable in changing])
+
+    y, *states = keras.remat(pure)(*given.values(), *values)
+    for variable, state in zip(changing, states, strict=True):
+        variable.assign(state)
+    return y
+
+
+@contextlib.contextmanager
+def unallocated() -> Iterator[None]:
+    """Variables that are made inside have shapes, and never values.
+
+    Keras holds back the values of those made in a `StatelessScope`, but remembers the variables, to give them values at
+    the end of the next scope. It has no public way to forget them.
+    """
+    from keras.src.backend.common import global_state
+
+    waiting = list(global_state.get_global_attribute("uninitialized_variables", []))
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        global_state.set_global_attribute("uninitialized_variables", waiting)
+
+
+def concrete(x: Any) -> np.ndarray | None:
+    """The numbers in `x` if they are at hand; None while a graph is traced or where fetching would stall a device."""
+    if isinstance(x, keras.KerasTensor) or (ops.is_tensor(x) and _out_of_reach(x)):
+        return None
+    return ops.convert_to_numpy(x)
+
+
+def _out_of_reach(x: Any) -> bool:
+    if BACKEND == "tensorflow":
+        return not hasattr(x, "numpy") or "GPU" in x.device
+    if BACKEND == "torch":
+        return x.device.type != "cpu"
+    import jax
+
+    return isinstance(x, jax.core.Tracer) or any(device.platform != "cpu" for device in x.devices())
