@@ -167,6 +167,7 @@ class Kdiff:
         self.folder, self.images, self.labels = options.folder, images, labels
         self.network = diffusers.load(options.folder)
         self.model = self.make(self.network)
+        self.model.build({"image": images.shape, "label": labels.shape})
         self.denoise = None
 
     def make(self, network):

@@ -13,6 +13,7 @@ from kdiff.backend.operations import (
     average_pool,
     convolution,
     dense,
+    gelu_tanh,
     group_norm,
     layer_norm,
     max_pool,

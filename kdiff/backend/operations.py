@@ -4,6 +4,7 @@ examples/benchmarks/kernels.py measures the forms; the tests compare each with t
 """
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,39 @@ def dense(x: Any, kernel: Any, bias: Any = None) -> Any:
     """`x kernel + bias` over the last axis of `x`; the kernel is (channels, width), and the bias may be None.
 
     On PyTorch's CPU it is a convolution of size 1: the library of its convolutions multiplies a tenth faster than that
-    of its matrix products. On JAX it is a product of two matrices: of arrays with more axes, XLA turns a
-    copy for the gradient of the kernel.
+    of its matrix products. On JAX it is a product of two matrices with a gradient of its own (see `_product_of_jax`).
     """
     if BACKEND == "torch":
         return _dense_of_torch(x, ops.convert_to_tensor(kernel), _tensor(bias))
-    flat = ops.reshape(x, (-1, x.shape[-1])) if BACKEND == "jax" and None not in x.shape else x
-    y = ops.matmul(flat, kernel)
-    y = y if bias is None else ops.add(y, bias)
-    return y if flat is x else ops.reshape(y, (*x.shape[:-1], y.shape[-1]))
+    if BACKEND == "jax" and None not in x.shape and _on_cpu():
+        y = _product_of_jax()(ops.reshape(x, (-1, x.shape[-1])), ops.convert_to_tensor(kernel))
+        y = ops.reshape(y, (*x.shape[:-1], y.shape[-1]))
+    else:
+        y = ops.matmul(x, kernel)
+    return y if bias is None else ops.add(y, bias)
+
+
+@functools.cache
+def _product_of_jax():
+    """The product of two matrices, whose gradients are products as they lie.
+
+    Of arrays with more axes XLA turns a copy for the gradient of the kernel. A gradient with short rows is computed as
+    one with long rows, and then turned; the barrier keeps XLA from computing it the other way round.
+    """
+    import jax
+
+    @jax.custom_vjp
+    def product(x, kernel):
+        return x @ kernel
+
+    def gradient(values, dy):
+        x, kernel = values
+        rows, columns = kernel.shape
+        slope = x.T @ dy if rows <= columns else jax.lax.optimization_barrier(dy.T @ x).T
+        return dy @ kernel.T, slope
+
+    product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), gradient)
+    return product
 
 
 def _dense_of_torch(x, kernel, bias):
@@ -186,6 +211,36 @@ def _spread(of_groups, x):
     """(batch, groups, 1) to (batch, 1, channels)."""
     batch, groups, _ = of_groups.shape
     return of_groups.expand(batch, groups, x.shape[-1] // groups).reshape(batch, 1, -1)
+
+
+def gelu_tanh(x: Any) -> Any:
+    """`x (1 + tanh(u)) / 2`, `u = sqrt(2 / pi) (x + 0.044715 x^3)`: GELU's approximation by tanh.
+
+    TensorFlow computes it on a CPU as `x sigmoid(2 u)`, compiled as one operation, and forgets what is in between.
+    """
+    if BACKEND == "tensorflow" and not _has_gpu():
+        return _gelu_of_tensorflow()(x)
+    return ops.gelu(x, approximate=True)
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    import tensorflow as tf
+
+    return bool(tf.config.get_visible_devices("GPU"))
+
+
+@functools.cache
+def _gelu_of_tensorflow():
+    import tensorflow as tf
+
+    slope = math.sqrt(8 / math.pi)
+
+    @tf.function(jit_compile=True, autograph=False)
+    def gelu(x):
+        return x * tf.sigmoid(slope * x * (1 + 0.044715 * x * x))
+
+    return gelu
 
 
 def attention(q: Any, k: Any, v: Any, mask: Any = None) -> Any:

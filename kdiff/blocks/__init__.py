@@ -11,6 +11,7 @@ from kdiff.blocks.embeddings import (
     MLPEmbedding,
     SinusoidalEmbedding,
 )
+from kdiff.blocks.layers import Conv2D, Dense
 from kdiff.blocks.magnitude import (
     MagnitudePreservingBlock,
     MPConv,
@@ -34,9 +35,11 @@ __all__ = [
     "Block",
     "Chain",
     "Condition",
+    "Conv2D",
     "ConvBlock",
     "ConvNeXtBlock",
     "CrossAttention",
+    "Dense",
     "Downsample",
     "EncodedText",
     "FIRDownsample",

@@ -5,6 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from kdiff import backend
 from kdiff.base import check_integer, check_number
 from kdiff.blocks.attention import CrossAttention, SelfAttention, _Branch, check_heads, check_positions, split_heads
 from kdiff.blocks.base import (
@@ -74,11 +75,7 @@ class FeedForward(_Branch):
 
 def get_activation(identifier: Any):
     """A Keras activation, or the approximation of `gelu` by tanh, "gelu_tanh" (Hendrycks & Gimpel, 2016, section 2)."""
-    return _gelu_tanh if identifier == "gelu_tanh" else keras.activations.get(identifier)
-
-
-def _gelu_tanh(x):
-    return keras.activations.gelu(x, approximate=True)
+    return backend.gelu_tanh if identifier == "gelu_tanh" else keras.activations.get(identifier)
 
 
 def check_ratio(layer: Block, ratio: Any) -> None:

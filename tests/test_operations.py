@@ -1,0 +1,168 @@
+"""The operations of layers: each backend's form, its gradient and its lower precision, against the formula."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from kdiff import backend, blocks
+from kdiff.backend import BACKEND
+
+
+def drawn(*shape, seed=3):
+    return np.random.default_rng(seed).standard_normal(shape).astype("float32")
+
+
+def value_and_gradients(function, arrays):
+    """f(*arrays), and the gradient of <f, dy> for one dy with respect to each array, as NumPy arrays."""
+    tensors = [ops.convert_to_tensor(array) for array in arrays]
+    gradients = []
+    for i, tensor in enumerate(tensors):
+
+        def of_one(x, i=i):
+            return function(*tensors[:i], x, *tensors[i + 1 :]), None
+
+        y, pull, _ = backend.pullback(of_one, tensor)
+        gradients.append(ops.convert_to_numpy(pull(ops.convert_to_tensor(drawn(*y.shape, seed=9)))))
+    return ops.convert_to_numpy(y), gradients
+
+
+def assert_same(function, reference, *arrays, tolerance=1e-5):
+    (y, gradients), (wanted, slopes) = (value_and_gradients(f, arrays) for f in (function, reference))
+    for found, expected in zip((y, *gradients), (wanted, *slopes), strict=True):
+        np.testing.assert_allclose(found, expected, atol=tolerance * max(1, np.abs(expected).max()))
+
+
+def assert_close_in_bfloat16(function, *arrays):
+    exact = ops.convert_to_numpy(function(*map(ops.convert_to_tensor, arrays)))
+    y = function(*(ops.cast(array, "bfloat16") for array in arrays))
+    assert keras.backend.standardize_dtype(y.dtype) == "bfloat16"
+    error = ops.convert_to_numpy(ops.cast(y, "float32")) - exact
+    assert np.sqrt(np.mean(error**2)) < 0.02 * np.sqrt(np.mean(exact**2))
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (2, 7, 6), (2, 3, 4, 6)])
+@pytest.mark.parametrize("width", [4, 6, 9])
+def test_dense(shape, width):
+    x, kernel, bias = drawn(*shape), drawn(6, width), drawn(width)
+    dy = drawn(*shape[:-1], width, seed=9)
+    y, (dx, slope, of_bias) = value_and_gradients(backend.dense, (x, kernel, bias))
+    flat, flat_dy = x.reshape(-1, 6), dy.reshape(-1, width)
+    np.testing.assert_allclose(y, x @ kernel + bias, atol=1e-5)
+    np.testing.assert_allclose(dx, dy @ kernel.T, atol=1e-5)
+    np.testing.assert_allclose(slope, flat.T @ flat_dy, atol=2e-5)
+    np.testing.assert_allclose(of_bias, flat_dy.sum(0), atol=2e-5)
+    assert_close_in_bfloat16(backend.dense, x, kernel, bias)
+    y = backend.dense(ops.convert_to_tensor(x), ops.convert_to_tensor(kernel))
+    np.testing.assert_allclose(ops.convert_to_numpy(y), x @ kernel, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize(
+    ("size", "kernel", "strides", "dilation"),
+    [
+        ((6, 5), (3, 3), (1, 1), (1, 1)),
+        ((6, 5), (3, 3), (2, 2), (1, 1)),
+        ((5, 7), (4, 2), (2, 1), (1, 1)),
+        ((6, 6), (1, 1), (1, 1), (1, 1)),
+        ((9, 8), (3, 3), (1, 1), (2, 3)),
+    ],
+)
+def test_convolution(size, kernel, strides, dilation, padding):
+    options = {"strides": strides, "padding": padding, "dilation_rate": dilation, "data_format": "channels_last"}
+    assert_same(
+        lambda x, kernel, bias: backend.convolution(x, kernel, bias, strides, padding, dilation),
+        lambda x, kernel, bias: ops.conv(x, kernel, **options) + bias,
+        drawn(2, *size, 3),
+        drawn(*kernel, 3, 4),
+        drawn(4),
+    )
+
+
+def test_convolution_by_hand():
+    x, kernel = drawn(1, 4, 4, 2), drawn(3, 3, 2, 5)
+    padded = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
+    expected = sum(padded[:, i : i + 4, j : j + 4] @ kernel[i, j] for i in range(3) for j in range(3))
+    function = lambda x, kernel: backend.convolution(x, kernel, None, (1, 1), "same", (1, 1))  # noqa: E731
+    y = function(ops.convert_to_tensor(x), ops.convert_to_tensor(kernel))
+    np.testing.assert_allclose(ops.convert_to_numpy(y), expected, atol=1e-5)
+    assert_close_in_bfloat16(function, x, kernel)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 12), (2, 7, 12), (3, 12)])
+def test_the_gradient_of_group_norm(shape):
+    def reference(x, gamma, beta):
+        groups = ops.reshape(x, (shape[0], -1, 4, 3))
+        mean, variance = ops.moments(groups, axes=(1, 3), keepdims=True)
+        return ops.reshape((groups - mean) * ops.rsqrt(variance + 1e-3), shape) * gamma + beta
+
+    x, gamma, beta = 3 * drawn(*shape) + 5, drawn(12), drawn(12) + 1
+    assert_same(lambda *arrays: backend.group_norm(arrays[0], 4, *arrays[1:], 1e-3), reference, x, gamma, beta)
+    assert_close_in_bfloat16(lambda x: backend.group_norm(x, 4, None, None, 1e-3), drawn(*shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 12), (2, 3, 2, 12)])
+def test_layer_norm(shape):
+    def reference(x, gamma, beta):
+        mean, variance = ops.moments(x, axes=-1, keepdims=True)
+        return (x - mean) * ops.rsqrt(variance + 1e-3) * gamma + beta
+
+    x, gamma, beta = drawn(*shape) + 2, drawn(12), drawn(12) + 1
+    assert_same(lambda *arrays: backend.layer_norm(*arrays, 1e-3), reference, x, gamma, beta)
+    assert_close_in_bfloat16(lambda x: backend.layer_norm(x, None, None, 1e-3), drawn(*shape))
+
+
+def test_scaled():
+    x, factor, shift = drawn(2, 3, 4, 5), drawn(2, 1, 1, 5), drawn(2, 1, 1, 5)
+    assert_same(backend.scaled, lambda x, factor, shift: x * factor + shift, x, factor, shift)
+    assert_same(backend.scaled, lambda x, factor, shift: x * factor + shift, x, factor, drawn(2, 3, 4, 5))
+    assert_close_in_bfloat16(backend.scaled, x, factor, shift)
+
+
+def test_gelu_tanh():
+    def reference(x):
+        return x * (1 + ops.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x * x * x))) / 2
+
+    assert_same(backend.gelu_tanh, reference, np.linspace(-6, 6, 101, dtype="float32"))
+    assert_close_in_bfloat16(backend.gelu_tanh, drawn(50))
+
+
+@pytest.mark.parametrize("width", [4, 8, 12, 16])
+def test_narrow_heads(width):
+    """On PyTorch zeros fill them up; all of the queries, keys and values have their gradients."""
+
+    def reference(q, k, v):
+        weights = ops.softmax(ops.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(width), axis=-1)
+        return ops.einsum("bhqk,bkhd->bqhd", weights, v)
+
+    q, k, v = (drawn(2, 6, 3, width, seed=seed) for seed in range(3))
+    assert_same(backend.attention, reference, q, k, v)
+
+
+def test_layers_are_those_of_keras():
+    x = drawn(2, 6, 6, 4)
+    pairs = [
+        (blocks.Dense(5, activation="relu", use_bias=False), keras.layers.Dense(5, activation="relu", use_bias=False)),
+        (blocks.Conv2D(5, 3, 2, "same", activation="silu"), keras.layers.Conv2D(5, 3, 2, "same", activation="silu")),
+        (blocks.Conv2D(4, 3, groups=2, use_bias=False), keras.layers.Conv2D(4, 3, groups=2, use_bias=False)),
+    ]
+    for own, plain in pairs:
+        wanted = ops.convert_to_numpy(plain(x))
+        own.build(x.shape)
+        own.set_weights(plain.get_weights())
+        np.testing.assert_allclose(ops.convert_to_numpy(own(x)), wanted, atol=1e-5)
+        again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(own))
+        assert type(again) is type(own)
+        assert again.get_config() == own.get_config()
+    with pytest.raises(ValueError, match="channels_last"):
+        blocks.Conv2D(4, 3, data_format="channels_first")
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch alone has a group norm whose gradient is written by hand")
+def test_a_second_derivative_of_group_norm_is_an_error():
+    import torch
+
+    x = torch.randn(2, 4, 4, requires_grad=True)
+    (slope,) = torch.autograd.grad(backend.group_norm(x, 2, None, None, 1e-5).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
