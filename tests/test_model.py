@@ -722,3 +722,23 @@ def test_a_changed_prediction_is_not_the_compiled_one():
 def test_a_model_that_was_never_fitted_evaluates():
     model = compiled_model()
     assert np.isfinite(model.evaluate(images(16), verbose=0))
+
+
+NETWORKS = {
+    "functional": tiny_network,
+    "unet": lambda: kdiff.networks.UNet.attention(8, levels=2, depth=1),
+    "dit": lambda: kdiff.networks.DiT(8, depth=1),
+}
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the others learn shapes from symbols")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_training_runs_the_network_once_a_step(name):
+    """Keras calls the model to learn its shapes: on PyTorch for real, unless each part works without numbers."""
+    model = compiled_model(NETWORKS[name]())
+    model.build((None, 8, 8, 1))
+    call, seen = model.network.call, []
+    model.network.call = lambda inputs, **options: seen.append(inputs["image"].device.type) or call(inputs, **options)
+    fit(model, images(32))
+    assert [kind for kind in seen if kind != "meta"] == 2 * ["cpu"]
+    assert "meta" in seen

@@ -16,6 +16,7 @@ from kdiff.blocks.base import (
     copy_layer,
     derive_seed,
     dropout_layer,
+    dropped,
     kernel_initializer,
     over_positions,
 )
@@ -220,8 +221,8 @@ class _Branch(Block):
     def call(self, x, embed=None, context=None, training=None):
         """A map or tokens to the same; see the class for `embed` and `context`."""
         y = apply_layer(self.normalization, x, embed, training=training)
-        y = self.drop(self._branch(y, context), training=training)
-        y = self.drop_example(y, training=training)
+        y = dropped(self.drop, self._branch(y, context), training)
+        y = dropped(self.drop_example, y, training)
         if self.gate is None:
             y = x + y
         else:

@@ -150,6 +150,11 @@ def dropout_layer(block: Block) -> keras.layers.Layer:
     return keras.layers.Dropout(block.dropout, seed=block.seed, dtype=block.dtype_policy)
 
 
+def dropped(layer: keras.layers.Layer, x: Any, training) -> Any:
+    """`x` after a dropout; one of rate 0 is not called, for on PyTorch every call of a layer takes its time."""
+    return layer(x, training=training) if layer.rate > 0 else x
+
+
 def kernel_initializer(zero: bool = False) -> keras.initializers.Initializer:
     """The initialiser of a kernel; zeros for the last layer of a residual branch that is the identity at first."""
     return keras.initializers.Zeros() if zero else GlorotUniform()

@@ -15,6 +15,7 @@ from kdiff.blocks.base import (
     check_map,
     copy_layer,
     dropout_layer,
+    dropped,
     kernel_initializer,
     output_shape,
     over_positions,
@@ -189,7 +190,7 @@ class ResidualBlock(Block):
         if self.projection is not None:
             y = y + over_positions(self.projection(self._activate(embed)), y)
         y = self._activate(apply_layer(self.second_normalization, y, embed, training=training))
-        y = self.second(self.drop(y, training=training))
+        y = self.second(dropped(self.drop, y, training))
         y = (x if self.shortcut is None else self.shortcut(x)) + y
         return y if self.rescale == 1 else y / self.rescale
 

@@ -30,6 +30,7 @@ from kdiff.blocks.base import (
     check_map,
     copy_layer,
     dropout_layer,
+    dropped,
     output_shape,
     over_positions,
 )
@@ -258,7 +259,7 @@ class MagnitudePreservingBlock(Block):
         if self.normalize:
             x = unit_magnitude(self._shortcut(x), -1)
         y = self.first(mp_silu(x))
-        y = self.drop(mp_silu(self._modulated(y, embed)), training=training)
+        y = dropped(self.drop, mp_silu(self._modulated(y, embed)), training)
         x = x if self.normalize else self._shortcut(x)
         y = mp_sum(x, self.second(y), self.balance)
         return y if self.clip is None else ops.clip(y, -self.clip, self.clip)
