@@ -68,3 +68,14 @@ def test_text_to_image(tmp_path):
     first = ("--minutes", "0.01", "--batch-size", "8", "--width", "8", "--test", "6", "--out", str(tmp_path))
     assert "the right colours" in run("text_to_image.py", "a small blue triangle", *first)
     assert "prompts.png" in run("text_to_image.py", "--model", str(tmp_path / "model.keras"), *first)
+
+
+@pytest.mark.data
+@only_torch
+@pytest.mark.parametrize(("script", "page"), [("speed", "table.md"), ("kernels", "kernels.md")])
+def test_the_benchmarks(script, page, tmp_path):
+    pytest.importorskip("diffusers")
+    run(f"benchmarks/{script}.py", "--toy", "--out", str(tmp_path))
+    rows = [line for line in (tmp_path / page).read_text().splitlines() if "kdiff" in line]
+    assert len(rows) > 3
+    assert (tmp_path / f"{'results' if script == 'speed' else script}.json").stat().st_size > 1_000

@@ -411,6 +411,32 @@ def test_conditions_reach_the_network(conditional):
     assert np.abs(one - other).max() > 1e-3
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch compiles nothing here")
+@pytest.mark.parametrize("sampler", ["ddim", "dpm_solver_pp"])
+def test_a_step_is_compiled_once(sampler):
+    """Seeds, conditions, guidance scales and numbers of steps are arguments of the compiled step."""
+    conditions = {"label": kdiff.blocks.LabelEmbedding(10, dropout=0.1)}
+    model = kdiff.DiffusionModel(kdiff.networks.UNet.residual(4, levels=1, depth=1, conditions=conditions))
+    model.build({"image": (None, 4, 4, 1), "label": (None,)})
+    call, traced = model.network.call, []
+    model.network.call = lambda inputs, **options: traced.append(inputs) or call(inputs, **options)
+    first = model.sample(2, sampler=sampler, steps=4, guidance=2.0, label=1)
+    assert len(traced) == 1
+    for changed in (
+        {"seed": 1},
+        {"label": [2, 3]},
+        {"guidance": 3.0},
+        {"guidance": kdiff.guidance.ClassifierFree([2, 4])},
+    ):
+        assert (
+            model.sample(2, **{"sampler": sampler, "steps": 4, "guidance": 2.0, "label": 1, **changed}).shape
+            == first.shape
+        )
+    assert len(traced) == 1
+    model.sample(2, sampler=sampler, steps=7, guidance=2.0, label=1)
+    assert len(traced) <= 2
+
+
 def test_steps_can_be_watched(conditional, capsys):
     steps = list(conditional.sample_steps(3, steps=4, label=1, sampler="ddpm"))
     assert [step.index for step in steps] == [1, 2, 3, 4]

@@ -35,8 +35,7 @@ def operations(toy: bool) -> dict[str, tuple[Callable, list]]:
         found[f"average pool {title}"] = poolings, [images]
     tokens, width = (16, 32) if toy else (256, 384)
     found[f"layer norm {tokens}x{width}"] = layer_norms, [(batch, tokens, width), (width,), (width,)]
-    shapes = [(batch, tokens, width), (width, 4 * width), (4 * width,)]
-    found[f"dense {tokens}x{width} to {4 * width}"] = denses, shapes
+    found[f"dense {tokens}x{width} to {4 * width}"] = denses, [(batch, tokens, width), (width, 4 * width), (4 * width,)]
     found[f"GELU {tokens}x{4 * width}"] = gelus, [(batch, tokens, 4 * width)]
     for heads, width in [(2, 8)] if toy else [(16, 8), (6, 64)]:
         found[f"attention {tokens}, {heads} heads of {width}"] = attentions, [(batch, tokens, heads, width)] * 3
@@ -89,9 +88,10 @@ def convolutions(backend: str, shape: tuple) -> dict[str, Callable]:
 
     import kdiff.blocks
 
-    forms = {"Keras": of_layer(keras.layers.Conv2D(shape[-1], 3, padding="same"), shape)}
-    if hasattr(kdiff.blocks, "Conv2D"):
-        forms["kdiff"] = of_layer(kdiff.blocks.Conv2D(shape[-1], 3, padding="same"), shape)
+    forms = {
+        "Keras": of_layer(keras.layers.Conv2D(shape[-1], 3, padding="same"), shape),
+        "kdiff": of_layer(kdiff.blocks.Conv2D(shape[-1], 3, padding="same"), shape),
+    }
     if backend == "torch":
         from torch.nn.functional import conv2d
 
@@ -155,7 +155,10 @@ def silus(backend: str, shape: tuple) -> dict[str, Callable]:
 def gelus(backend: str, shape: tuple) -> dict[str, Callable]:
     from keras import ops
 
+    import kdiff.backend
+
     return {
+        "kdiff": kdiff.backend.gelu_tanh,
         "Keras, erf": lambda x: ops.gelu(x, approximate=False),
         "Keras, tanh": lambda x: ops.gelu(x, approximate=True),
     }
@@ -188,9 +191,10 @@ def denses(backend: str, shape: tuple) -> dict[str, Callable]:
 
     import kdiff.blocks
 
-    forms = {"Keras": of_layer(keras.layers.Dense(4 * shape[-1]), shape)}
-    if hasattr(kdiff.blocks, "Dense"):
-        forms["kdiff"] = of_layer(kdiff.blocks.Dense(4 * shape[-1]), shape)
+    forms = {
+        "Keras": of_layer(keras.layers.Dense(4 * shape[-1]), shape),
+        "kdiff": of_layer(kdiff.blocks.Dense(4 * shape[-1]), shape),
+    }
     if backend == "torch":
         from torch.nn.functional import linear
 
@@ -258,7 +262,7 @@ def runner(backend: str, form: Callable, arrays: list, gradient: bool) -> Callab
 
         def pulled(*tensors):
             y, pull = jax.vjp(form, *tensors)
-            return pull(y)
+            return y, pull(y)
 
         compiled = jax.jit(pulled if gradient else form)
         tensors = [jax.numpy.asarray(array) for array in arrays]
@@ -274,7 +278,7 @@ def runner(backend: str, form: Callable, arrays: list, gradient: bool) -> Callab
         with tf.GradientTape() as tape:
             tape.watch(tensors)
             y = form(*tensors)
-        return tape.gradient(y, tensors)
+        return y, tape.gradient(y, tensors)
 
     return lambda: graph(*tensors)
 

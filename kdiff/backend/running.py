@@ -190,6 +190,28 @@ def unallocated() -> Iterator[None]:
         global_state.set_global_attribute("uninitialized_variables", waiting)
 
 
+def needs_no_preparation(layer: keras.layers.Layer, tensors: list) -> bool:
+    """Whether `layer.call` does on PyTorch what `layer(...)` does: with built layers and tensors in float32.
+
+    Keras prepares each call of a layer anew, for more than a tenth of a millisecond: of a small network it is most of
+    the time. TensorFlow and JAX do it once, when they compile.
+    """
+    if BACKEND != "torch" or not layer.built or layer.compute_dtype != "float32" or layer.variable_dtype != "float32":
+        return False
+    import torch
+    from keras.src import backend as keras_backend
+
+    known = all(isinstance(x, torch.Tensor) and x.dtype == torch.float32 for x in tensors)
+    watched = layer._forward_hooks or layer._forward_pre_hooks or layer.activity_regularizer is not None
+    changed = getattr(layer, "quantization_mode", None) or getattr(layer, "_remat_mode", None)
+    return known and not watched and not changed and keras_backend.get_autocast_scope() is None
+
+
+def has_numbers(x: Any) -> bool:
+    """False on PyTorch where Keras asks for the shapes of results alone."""
+    return BACKEND != "torch" or x.device.type != "meta"
+
+
 def concrete(x: Any) -> np.ndarray | None:
     """The numbers in `x` if they are at hand; None while a graph is traced or where fetching would stall a device."""
     if isinstance(x, keras.KerasTensor) or (ops.is_tensor(x) and _out_of_reach(x)):

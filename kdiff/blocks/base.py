@@ -23,7 +23,7 @@ from keras import ops
 
 from kdiff.base import Configurable
 from kdiff.blocks.initializers import GlorotUniform
-from kdiff.blocks.layers import Dense
+from kdiff.blocks.layers import Dense, Direct
 
 Shape = tuple[int | None, ...]
 
@@ -40,7 +40,7 @@ class ConfigurableLayer(Configurable):
         return copy_layer(self, **changes)
 
 
-class Block(ConfigurableLayer, keras.layers.Layer):
+class Block(Direct, ConfigurableLayer, keras.layers.Layer):
     """A Keras layer with the call that all blocks share (see the module's first lines).
 
     A subclass writes `__init__(self, ..., **kwargs)`, which keeps every argument as an attribute of the same name and

@@ -5,8 +5,19 @@ import keras
 from kdiff import backend
 
 
+class Direct:
+    """A mixin for layers that PyTorch calls by the hundred: without Keras' preparations, where they change nothing."""
+
+    def __call__(self, x, *args, **kwargs):
+        """As of any Keras layer."""
+        others = [value for value in (*args, *kwargs.values()) if value is not None and not isinstance(value, bool)]
+        if backend.needs_no_preparation(self, [x, *others]):
+            return self.call(x, *args, **kwargs)
+        return super().__call__(x, *args, **kwargs)
+
+
 @keras.saving.register_keras_serializable("kdiff.blocks")
-class Dense(keras.layers.Dense):
+class Dense(Direct, keras.layers.Dense):
     """`activation(x kernel + bias)`: `keras.layers.Dense`, arguments and all."""
 
     def call(self, inputs, training=None):
@@ -16,7 +27,7 @@ class Dense(keras.layers.Dense):
 
 
 @keras.saving.register_keras_serializable("kdiff.blocks")
-class Conv2D(keras.layers.Conv2D):
+class Conv2D(Direct, keras.layers.Conv2D):
     """`activation(kernel * x + bias)` on maps: `keras.layers.Conv2D`, arguments and all, with channels last."""
 
     def __init__(self, filters: int, kernel_size, *args, **kwargs):

@@ -195,7 +195,8 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         stream, counter = (random.TRAINING, self.step) if training else (random.EVALUATION, self.evaluation_step)
         numbers = 2 * counter.value + ops.arange(2, dtype="int32")
         keys = random.fold(random.key_of(self.seed), numbers, stream)
-        counter.assign_add(1)  # after its last use: on TensorFlow `value` is not a copy
+        if backend.has_numbers(counter.value):  # if that fails, Keras asks again with numbers, in the same scope
+            counter.assign_add(1)  # after its last use: on TensorFlow `value` is not a copy
         return keys[0], keys[1]
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
