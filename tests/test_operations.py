@@ -9,6 +9,10 @@ from kdiff import backend, blocks
 from kdiff.backend import BACKEND
 
 
+def numpy(tensor):
+    return ops.convert_to_numpy(ops.stop_gradient(tensor))
+
+
 def drawn(*shape, seed=3):
     return np.random.default_rng(seed).standard_normal(shape).astype("float32")
 
@@ -166,3 +170,25 @@ def test_a_second_derivative_of_group_norm_is_an_error():
     (slope,) = torch.autograd.grad(backend.group_norm(x, 2, None, None, 1e-5).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.sum().backward()
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the others prepare a call once, when they compile")
+def test_direct_calls_are_those_of_keras():
+    """Without Keras' preparations where they change nothing, and with them where a hook or a precision asks for it."""
+    x = ops.convert_to_tensor(drawn(2, 4, 4, 8))
+    block = blocks.ResidualBlock(normalization=blocks.GroupNorm(2))
+    block.build(x.shape)
+    assert backend.needs_no_preparation(block, [x])
+    np.testing.assert_array_equal(numpy(block(x)), numpy(keras.layers.Layer.__call__(block, x)))
+    seen = []
+    handle = block.second.register_forward_hook(lambda *arguments: seen.append(1))
+    block(x)
+    assert seen == [1]
+    handle.remove()
+    with keras.src.backend.AutocastScope("bfloat16"):
+        assert not backend.needs_no_preparation(block, [x])
+    lower = blocks.Dense(3, dtype="mixed_bfloat16")
+    assert "bfloat16" in str(lower(x).dtype)
+    assert blocks.Dense(3)(drawn(2, 8)).shape == (2, 3)  # an array, of a layer that is not built
+    output = blocks.Dense(3)(keras.Input((8,)))
+    assert isinstance(output, keras.KerasTensor)

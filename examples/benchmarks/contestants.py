@@ -242,6 +242,7 @@ class Kdiff:
             from kdiff.interop import diffusers
 
             self.step = hand_written_step(diffusers.load(self.folder), self.images, self.labels, self.batch)
+            self.step()  # JAX compiles again for the second, whose state comes from the first
         for _ in range(count):
             loss = self.step()
         float(loss)

@@ -59,8 +59,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs") / "speed")
     options = parser.parse_args()
     if options.toy:
-        options.networks, options.cores = ["tiny-unet", "tiny-dit"], [1]
-        options.rounds, options.seconds, options.batch, options.peers = 1, 0.1, 2, PEERS[:1]
+        options.networks, options.cores, options.peers = ["tiny-unet"], [1], PEERS[:1]
+        options.jobs = ["training step", "training step by hand", "network", "DDIM, guided"]
+        options.rounds, options.seconds, options.batch = 1, 0.1, 2
     return options
 
 
@@ -109,7 +110,7 @@ def race(contestants: list[Contestant], job: dict, options: argparse.Namespace) 
         seconds = contestant.ask(**job)["seconds"]
         counts[contestant.name] = max(1, round(options.seconds / seconds))
         found[contestant.name] = [seconds] if counts[contestant.name] == 1 else []
-    for turn in range(options.rounds - max(map(len, found.values()))):
+    for turn in range(options.rounds - min(map(len, found.values()))):
         for contestant in contestants[turn % len(contestants) :] + contestants[: turn % len(contestants)]:
             found[contestant.name].append(contestant.ask(**job, count=counts[contestant.name])["seconds"])
     return found
@@ -125,8 +126,8 @@ def starts(names: list[str], *rest) -> dict[str, dict]:
     return found
 
 
-def imports() -> dict[str, float]:
-    """Seconds that an import takes, the least of three, by backend: that of Keras, and what kdiff adds to it."""
+def imports(repeats: int) -> dict[str, dict]:
+    """Seconds that an import takes, the least of some, by backend: that of Keras, and what kdiff adds to it."""
     found = {}
     program = "import time; a = time.perf_counter(); import keras; b = time.perf_counter(); import kdiff; "
     program += "print(b - a, time.perf_counter() - b)"
@@ -134,7 +135,7 @@ def imports() -> dict[str, float]:
         environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
         runs = [
             subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-            for _ in range(3)
+            for _ in range(repeats)
         ]
         times = [[float(word) for word in run.stdout.split()] for run in runs]
         found[backend] = {name: min(time[i] for time in times) for i, name in enumerate(("keras", "kdiff"))}
@@ -227,7 +228,7 @@ def main() -> None:
         title = f"{network}, batches of {options.batch}, {options.precision}, {cores} cores"
         results[title] = measure(network, cores, options)
     page = [table(found, title, options.batch) for title, found in results.items()]
-    added = imports()
+    added = imports(1 if options.toy else 5)
     page += [f"`import kdiff` adds to `import keras`: {json.dumps(added)} seconds"]
     (options.out / "table.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
     (options.out / "results.json").write_text(json.dumps({"races": results, "imports": added}, indent=1))
