@@ -41,6 +41,7 @@ JOBS = {
 }
 
 
+START = "start and memory"
 OWN = ("by_hand", "train_on_arrays", "read")  # what is compared with kdiff's own training step
 
 
@@ -53,14 +54,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4, help="of one turn")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=JOBS)
+    parser.add_argument("--jobs", nargs="+", default=[*JOBS, START], choices=[*JOBS, START])
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--toy", action="store_true", help="tiny networks, one round")
     parser.add_argument("--out", type=Path, default=Path("runs") / "speed")
     options = parser.parse_args()
     if options.toy:
         options.networks, options.cores, options.peers = ["tiny-unet"], [1], PEERS[:1]
-        options.jobs = ["training step", "training step by hand", "network", "DDIM, guided"]
+        options.jobs = ["training step", "training step by hand", "network", "DDIM, guided", START]
         options.rounds, options.seconds, options.batch = 1, 0.1, 2
     return options
 
@@ -154,12 +155,12 @@ def measure(network: str, cores: int, options: argparse.Namespace) -> dict:
         own = [contestant for contestant in contestants if contestant.name.startswith("kdiff")]
         found = {"rate": contestants[0].ask(job="multiply", count=20)["rate"], **own[0].ask(job="flops")}
         found["seconds"] = {}
-        for label in options.jobs:
+        for label in [label for label in JOBS if label in options.jobs]:
             print(f"{network}, {cores} cores: {label} ...", flush=True)
             found["seconds"][label] = race(own if JOBS[label]["job"] in OWN else contestants, JOBS[label], options)
         for contestant in contestants:
             contestant.end()
-        found["starts"] = starts(names, *rest)
+        found["starts"] = starts(names, *rest) if START in options.jobs else dict.fromkeys(names)
     return found
 
 
@@ -198,7 +199,8 @@ def table(found: dict, title: str, batch: int) -> str:
         }
         cells += ["" if math.isnan(ratio) else f"{ratio:.3g}" for ratio in ratios.values()]
         start = found["starts"][name]
-        cells += [f"{start['first step']:.1f} s", f"{start['peak GiB']:.2f} GiB", f"{start['training GiB']:.2f} GiB"]
+        measures = {"first step": "s", "peak GiB": "GiB", "training GiB": "GiB"}
+        cells += [f"{start[measure]:.2f} {unit}" if start else "" for measure, unit in measures.items()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
