@@ -41,6 +41,7 @@ JOBS = {
 }
 
 
+TRAIN = JOBS["training step"]
 START = "start and memory"
 OWN = ("by_hand", "train_on_arrays", "read")  # what is compared with kdiff's own training step
 
@@ -117,6 +118,21 @@ def race(contestants: list[Contestant], job: dict, options: argparse.Namespace) 
     return found
 
 
+def beside_training(contestants: list[Contestant], job: dict, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of a training step as parts of those of `job`, by name; the two take turns."""
+    found = {}
+    for contestant in contestants:
+        seconds = [contestant.ask(**one)["seconds"] for one in (TRAIN, job, TRAIN, job)][2:]
+        counts = [max(1, round(options.seconds / one)) for one in seconds]
+        turns = [
+            [contestant.ask(**one, count=count)["seconds"] for one, count in zip((TRAIN, job), counts, strict=True)]
+            for _ in range(options.rounds)
+        ]
+        steps, others = (statistics.median(times) for times in zip(*turns, strict=True))
+        found[contestant.name] = [steps / others]
+    return found
+
+
 def starts(names: list[str], *rest) -> dict[str, dict]:
     """What the start of each costs, and its memory: a process each, one after the other."""
     found = {}
@@ -154,18 +170,21 @@ def measure(network: str, cores: int, options: argparse.Namespace) -> dict:
             contestant.reply()
         own = [contestant for contestant in contestants if contestant.name.startswith("kdiff")]
         found = {"rate": contestants[0].ask(job="multiply", count=20)["rate"], **own[0].ask(job="flops")}
-        found["seconds"] = {}
+        found |= {"seconds": {}, "ratios": {}}
         for label in [label for label in JOBS if label in options.jobs]:
             print(f"{network}, {cores} cores: {label} ...", flush=True)
-            found["seconds"][label] = race(own if JOBS[label]["job"] in OWN else contestants, JOBS[label], options)
+            if JOBS[label]["job"] in OWN:
+                found["ratios"][label] = beside_training(own, JOBS[label], options)
+            else:
+                found["seconds"][label] = race(contestants, JOBS[label], options)
         for contestant in contestants:
             contestant.end()
         found["starts"] = starts(names, *rest) if START in options.jobs else dict.fromkeys(names)
     return found
 
 
-def median(found: dict, label: str, name: str) -> float:
-    return statistics.median(found["seconds"].get(label, {}).get(name, [float("nan")]))
+def median(found: dict, label: str, name: str, kind: str = "seconds") -> float:
+    return statistics.median(found[kind].get(label, {}).get(name, [float("nan")]))
 
 
 def best_peer(found: dict, label: str) -> float:
@@ -174,7 +193,7 @@ def best_peer(found: dict, label: str) -> float:
 
 def races(found: dict) -> list[str]:
     """The jobs that the peers did too."""
-    return [label for label in found["seconds"] if JOBS[label]["job"] not in OWN]
+    return list(found["seconds"])
 
 
 def table(found: dict, title: str, batch: int) -> str:
@@ -189,12 +208,11 @@ def table(found: dict, title: str, batch: int) -> str:
             seconds = median(found, label, name)
             ratio = "" if name in PEERS else f" ({best_peer(found, label) / seconds:.2f}x)"
             cells.append(f"{1e3 * seconds:.0f} ms{ratio}")
-        step = median(found, "training step", name)
         ratios = {
-            "of the peak": 3 * batch * found["flops"] / step / found["rate"],
-            "fit / by hand": step / median(found, "training step by hand", name),
-            "fit / on arrays": step / median(found, "training step on arrays", name),
-            "step / batch": 100 * step / median(found, "100 batches of the pipeline", name),
+            "of the peak": 3 * batch * found["flops"] / median(found, "training step", name) / found["rate"],
+            "fit / by hand": median(found, "training step by hand", name, "ratios"),
+            "fit / on arrays": median(found, "training step on arrays", name, "ratios"),
+            "step / batch": 100 * median(found, "100 batches of the pipeline", name, "ratios"),
             "20 steps": median(found, "DDIM, 20 steps", name) / (20 * median(found, "network", name)),
         }
         cells += ["" if math.isnan(ratio) else f"{ratio:.3g}" for ratio in ratios.values()]
