@@ -178,17 +178,19 @@ def test_direct_calls_are_those_of_keras():
     x = ops.convert_to_tensor(drawn(2, 4, 4, 8))
     block = blocks.ResidualBlock(normalization=blocks.GroupNorm(2))
     block.build(x.shape)
-    assert backend.needs_no_preparation(block, [x])
-    np.testing.assert_array_equal(numpy(block(x)), numpy(keras.layers.Layer.__call__(block, x)))
+    assert backend.needs_no_preparation(block, (x,), {"training": False})
+    direct, prepared = block(x, training=False), keras.layers.Layer.__call__(block, x, training=False)
+    np.testing.assert_array_equal(numpy(direct), numpy(prepared))
+    assert not backend.needs_no_preparation(block, (x,), {})  # the layers around it may be training
     seen = []
     handle = block.second.register_forward_hook(lambda *arguments: seen.append(1))
-    block(x)
+    block(x, training=False)
     assert seen == [1]
     handle.remove()
     with keras.src.backend.AutocastScope("bfloat16"):
-        assert not backend.needs_no_preparation(block, [x])
+        assert not backend.needs_no_preparation(block, (x,), {"training": False})
     lower = blocks.Dense(3, dtype="mixed_bfloat16")
     assert "bfloat16" in str(lower(x).dtype)
-    assert blocks.Dense(3)(drawn(2, 8)).shape == (2, 3)  # an array, of a layer that is not built
+    assert blocks.Dense(3)(inputs=drawn(2, 8)).shape == (2, 3)  # an array, of a layer that is not built
     output = blocks.Dense(3)(keras.Input((8,)))
     assert isinstance(output, keras.KerasTensor)

@@ -39,8 +39,6 @@ JOBS = {
     "DPM-Solver++, 20 steps": {"job": "sample", "solver": "dpm_solver_pp", "guided": False},
     "DPM-Solver++, guided": {"job": "sample", "solver": "dpm_solver_pp", "guided": True},
 }
-
-
 TRAIN = JOBS["training step"]
 START = "start and memory"
 OWN = ("by_hand", "train_on_arrays", "read")  # what is compared with kdiff's own training step
@@ -191,14 +189,9 @@ def best_peer(found: dict, label: str) -> float:
     return min(median(found, label, name) for name in PEERS if name in found["seconds"][label])
 
 
-def races(found: dict) -> list[str]:
-    """The jobs that the peers did too."""
-    return list(found["seconds"])
-
-
 def table(found: dict, title: str, batch: int) -> str:
     """Seconds, and in brackets how many times as fast as the faster of the peers; then what the figures amount to."""
-    labels = races(found)
+    labels = list(found["seconds"])
     columns = [*labels, "of the peak", "fit / by hand", "fit / on arrays", "step / batch", "20 steps / 20 networks"]
     columns += ["first step", "memory", "of training"]
     lines = [f"### {title}", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
@@ -229,7 +222,7 @@ def plot(results: dict, path: Path) -> None:
 
     figure, axes = plt.subplots(len(results), 1, figsize=(10, 2.6 * len(results)), squeeze=False, layout="constrained")
     for axis, (title, found) in zip(axes[:, 0], results.items(), strict=True):
-        labels, own = races(found), [name for name in found["starts"] if name not in PEERS]
+        labels, own = list(found["seconds"]), [name for name in found["starts"] if name not in PEERS]
         for i, name in enumerate(own):
             ratios = [best_peer(found, label) / median(found, label, name) for label in labels]
             axis.bar([x + 0.8 * i / len(own) for x in range(len(labels))], ratios, 0.8 / len(own), label=name)

@@ -190,7 +190,7 @@ def unallocated() -> Iterator[None]:
         global_state.set_global_attribute("uninitialized_variables", waiting)
 
 
-def needs_no_preparation(layer: keras.layers.Layer, tensors: list) -> bool:
+def needs_no_preparation(layer: keras.layers.Layer, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether `layer.call` does on PyTorch what `layer(...)` does: with built layers and tensors in float32.
 
     Keras prepares each call of a layer anew, for more than a tenth of a millisecond: of a small network it is most of
@@ -201,7 +201,10 @@ def needs_no_preparation(layer: keras.layers.Layer, tensors: list) -> bool:
     import torch
     from keras.src import backend as keras_backend
 
-    known = all(isinstance(x, torch.Tensor) and x.dtype == torch.float32 for x in tensors)
+    if layer._call_has_training_arg and kwargs.get("training") is None:
+        return False  # Keras finds out from the layers around it
+    values = [value for value in (*args, *kwargs.values()) if value is not None and not isinstance(value, bool)]
+    known = all(isinstance(x, torch.Tensor) and x.dtype == torch.float32 for x in values)
     watched = layer._forward_hooks or layer._forward_pre_hooks or layer.activity_regularizer is not None
     changed = getattr(layer, "quantization_mode", None) or getattr(layer, "_remat_mode", None)
     return known and not watched and not changed and keras_backend.get_autocast_scope() is None

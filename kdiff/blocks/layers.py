@@ -8,19 +8,18 @@ from kdiff import backend
 class Direct:
     """A mixin for layers that PyTorch calls by the hundred: without Keras' preparations, where they change nothing."""
 
-    def __call__(self, x, *args, **kwargs):
+    def __call__(self, *args, **kwargs):
         """As of any Keras layer."""
-        others = [value for value in (*args, *kwargs.values()) if value is not None and not isinstance(value, bool)]
-        if backend.needs_no_preparation(self, [x, *others]):
-            return self.call(x, *args, **kwargs)
-        return super().__call__(x, *args, **kwargs)
+        if backend.needs_no_preparation(self, args, kwargs):
+            return self.call(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
 
 @keras.saving.register_keras_serializable("kdiff.blocks")
 class Dense(Direct, keras.layers.Dense):
     """`activation(x kernel + bias)`: `keras.layers.Dense`, arguments and all."""
 
-    def call(self, inputs, training=None):
+    def call(self, inputs):
         """(..., channels) to (..., units)."""
         y = backend.dense(inputs, self.kernel, self.bias)
         return y if self.activation is None else self.activation(y)
