@@ -10,7 +10,8 @@ kdiff on each backend. They take turns, round after round, and a figure is the m
 the machine does meets all alike. It leaves table.md, results.json and speed.png.
 
 All run with glibc's memory in huge pages, kept rather than given back to the system (ENVIRONMENT below). The networks
-take and leave so much in every step that it costs a tenth of the time otherwise, kdiff's more than diffusers'.
+take and leave so much in every step that it costs a tenth of the time otherwise, kdiff's more than diffusers'. JAX with
+more than one core runs with an option of XLA: convolutions with few channels would use a single one.
 """
 
 import argparse
@@ -29,6 +30,7 @@ PEERS = ("diffusers", "diffusers compiled")
 BACKENDS = ("tensorflow", "jax", "torch")
 TUNABLES = {"hugetlb": 1, "trim_threshold": 4 * 10**9, "mmap_threshold": 4 * 10**9}
 ENVIRONMENT = {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items())}
+SEVERAL_CORES = {"jax": {"XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"}}
 JOBS = {
     "training step": {"job": "train"},
     "training step by hand": {"job": "by_hand"},
@@ -73,6 +75,7 @@ class Contestant:
         kind, *rest = name.split()
         self.name = name
         backend = {"KERAS_BACKEND": rest[0]} if kind == "kdiff" else {}
+        backend |= SEVERAL_CORES.get(rest[0], {}) if backend and cores > 1 else {}
         environment = {**os.environ, **ENVIRONMENT, **backend}
         environment |= {"OMP_NUM_THREADS": str(cores), "TF_CPP_MIN_LOG_LEVEL": "3"}
         command = [sys.executable, str(HERE / "contestants.py"), kind, "--network", network, "--folder", str(folder)]
@@ -230,8 +233,9 @@ def plot(results: dict, path: Path) -> None:
             axis.bar([x + 0.8 * i / len(own) for x in range(len(labels))], ratios, 0.8 / len(own), label=name)
         axis.axhline(1, color="black", linewidth=1)
         axis.set(title=title, ylabel="times as fast")
-        axis.set_xticks([x + 0.4 - 0.4 / len(own) for x in range(len(labels))], labels)
-    axes[0, 0].legend()
+        axis.set_xticks([x + 0.4 - 0.4 / len(own) for x in range(len(labels))])
+        axis.set_xticklabels(label.replace(", ", ",\n") for label in labels)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=len(BACKENDS))
     figure.savefig(path, dpi=120)
 
 
