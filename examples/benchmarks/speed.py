@@ -9,9 +9,9 @@ It needs `kdiff[all]`. Every contestant is a process: diffusers on PyTorch, as i
 kdiff on each backend. They take turns, round after round, and a figure is the median of the rounds; so whatever else
 the machine does meets all alike. It leaves table.md, results.json and speed.png.
 
-All run with glibc's memory in huge pages, kept rather than given back to the system (ENVIRONMENT below). The networks
-take and leave so much in every step that it costs a tenth of the time otherwise, kdiff's more than diffusers'. JAX with
-more than one core runs with an option of XLA: convolutions with few channels would use a single one.
+All run with glibc's memory in huge pages, kept rather than given back to the system (ENVIRONMENT below): that saves a
+fifth of DiT's training on JAX and a tenth of its evaluation on PyTorch, diffusers' as well. JAX with more than one core
+runs with an option of XLA (jaxlib 0.10 has it): convolutions with few channels would use a single core.
 """
 
 import argparse
