@@ -9,7 +9,8 @@ It needs `kdiff[all]`. Every contestant is a process: diffusers on PyTorch, as i
 kdiff on each backend. They take turns, round after round, and a figure is the median of the rounds; so whatever else
 the machine does meets all alike. It leaves table.md, results.json and speed.png.
 
-All run with glibc's memory in huge pages, kept rather than given back to the system (ENVIRONMENT below): that saves a
+All allocate their memory in the same way: by tcmalloc with `--allocator libtcmalloc_minimal.so.4` (Debian's package
+libtcmalloc-minimal4 has it), else by glibc in huge pages that it keeps (TUNABLES below). glibc as it stands costs a
 fifth of DiT's training on JAX and a tenth of its evaluation on PyTorch, diffusers' as well. JAX with more than one core
 runs with an option of XLA (jaxlib 0.10 has it): convolutions with few channels would use a single core.
 """
@@ -29,7 +30,6 @@ HERE = Path(__file__).parent
 PEERS = ("diffusers", "diffusers compiled")
 BACKENDS = ("tensorflow", "jax", "torch")
 TUNABLES = {"hugetlb": 1, "trim_threshold": 4 * 10**9, "mmap_threshold": 4 * 10**9}
-ENVIRONMENT = {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items())}
 SEVERAL_CORES = {"jax": {"XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"}}
 JOBS = {
     "training step": {"job": "train"},
@@ -58,14 +58,26 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--jobs", nargs="+", default=[*JOBS, START], choices=[*JOBS, START])
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--allocator", help="a library that all load first, such as libtcmalloc_minimal.so.4")
     parser.add_argument("--toy", action="store_true", help="tiny networks, one round")
     parser.add_argument("--out", type=Path, default=Path("runs") / "speed")
     options = parser.parse_args()
+    if options.allocator:  # where it is not found, the dynamic linker says so and goes on without it
+        run = subprocess.run(["true"], env=memory(options.allocator), capture_output=True, text=True)
+        if run.stderr:
+            parser.error(f"--allocator: {run.stderr.strip()}")
     if options.toy:
         options.networks, options.cores, options.peers = ["tiny-unet"], [1], PEERS[:1]
         options.jobs = ["training step", "training step by hand", "network", "DDIM, guided", START]
         options.rounds, options.seconds, options.batch = 1, 0.1, 2
     return options
+
+
+def memory(allocator: str | None) -> dict[str, str]:
+    """The environment in which a process allocates with that library, or with glibc as TUNABLES says."""
+    if allocator:
+        return {"LD_PRELOAD": allocator}
+    return {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items())}
 
 
 class Contestant:
@@ -76,7 +88,7 @@ class Contestant:
         self.name = name
         backend = {"KERAS_BACKEND": rest[0]} if kind == "kdiff" else {}
         backend |= SEVERAL_CORES.get(rest[0], {}) if backend and cores > 1 else {}
-        environment = {**os.environ, **ENVIRONMENT, **backend}
+        environment = {**os.environ, **memory(options.allocator), **backend}
         environment |= {"OMP_NUM_THREADS": str(cores), "TF_CPP_MIN_LOG_LEVEL": "3"}
         command = [sys.executable, str(HERE / "contestants.py"), kind, "--network", network, "--folder", str(folder)]
         command += ["--batch", str(options.batch), "--precision", options.precision, *flags]
@@ -249,6 +261,7 @@ def main() -> None:
     page = [table(found, title, options.batch) for title, found in results.items()]
     added = imports(1 if options.toy else 5)
     page += [f"`import kdiff` adds to `import keras`: {json.dumps(added)} seconds"]
+    page += [f"Memory is allocated by {options.allocator or 'glibc, as TUNABLES in speed.py says'}."]
     (options.out / "table.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
     (options.out / "results.json").write_text(json.dumps({"races": results, "imports": added}, indent=1))
     plot(results, options.out / "speed.png")
