@@ -131,7 +131,7 @@ class Diffusers:
         with self.torch.inference_mode(), self.precision:
             for _ in range(count):
                 self.averaged(x, t, class_labels=label)
-        self.wait()
+                self.wait()  # as a sampler does, whose next evaluation is of what came out of this one
 
     def sample(self, solver: str, guided: bool) -> None:
         torch = self.torch
@@ -226,8 +226,7 @@ class Kdiff:
             m = self.model.schedule.at(0.5)
             self.denoise = backend.compiled(lambda x, label: self.model.denoise(x, m, label=label), self.model)
         for _ in range(count):
-            y = self.denoise(x, label)
-        ops.convert_to_numpy(y)
+            ops.convert_to_numpy(self.denoise(x, label))  # waits; JAX would begin the next before this one ends
 
     def sample(self, solver: str, guided: bool) -> None:
         import numpy as np
