@@ -1,11 +1,12 @@
 """Where the time goes: the operations that networks are made of, each in several forms, on each backend.
 
-    python examples/benchmarks/kernels.py                     # one core, three backends: about a quarter of an hour
+    python examples/benchmarks/kernels.py                     # one core, three backends: some minutes
     python examples/benchmarks/kernels.py --toy               # does it run? no figures to believe
 
 It needs `kdiff[all]`. "kdiff" is the form that kdiff uses, from `kdiff.backend`; the others are what it was chosen
 from. The forms of an operation take turns, and a figure is the median, in milliseconds: forward, and with the
-gradients of all inputs. A form that a backend does not have is left out. It leaves kernels.md and kernels.json.
+gradients of all inputs. A form that a backend does not have is left out. It leaves kernels.md and kernels.json; those
+in results/ were measured with `LD_PRELOAD=libtcmalloc_minimal.so.4` before the command.
 """
 
 import argparse

@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 PEERS = ("diffusers", "diffusers compiled")
 BACKENDS = ("tensorflow", "jax", "torch")
 TUNABLES = {"hugetlb": 1, "trim_threshold": 4 * 10**9, "mmap_threshold": 4 * 10**9}
-SEVERAL_CORES = {"jax": {"XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"}}
+SEVERAL_CORES = {"kdiff jax": {"XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"}}
 JOBS = {
     "training step": {"job": "train"},
     "training step by hand": {"job": "by_hand"},
@@ -87,7 +87,8 @@ class Contestant:
         kind, *rest = name.split()
         self.name = name
         backend = {"KERAS_BACKEND": rest[0]} if kind == "kdiff" else {}
-        backend |= SEVERAL_CORES.get(rest[0], {}) if backend and cores > 1 else {}
+        if name in SEVERAL_CORES and cores > 1:
+            backend |= SEVERAL_CORES[name]
         environment = {**os.environ, **memory(options.allocator), **backend}
         environment |= {"OMP_NUM_THREADS": str(cores), "TF_CPP_MIN_LOG_LEVEL": "3"}
         command = [sys.executable, str(HERE / "contestants.py"), kind, "--network", network, "--folder", str(folder)]

@@ -136,7 +136,8 @@ def group_norm(x: Any, groups: int, gamma: Any, beta: Any, epsilon: float) -> An
 
     Statistics are float32, the result has the type of `x`; `gamma` and `beta` may be None. It is one multiplication
     and one addition, by numbers that depend on example and channel: Keras' own layer broadcasts five-dimensional
-    arrays. PyTorch has a kernel for it, which on a CPU is slow in its gradient or wants channels first.
+    arrays. PyTorch has a kernel for it, which on a CPU wants channels first: of maps as they lie it is slow in its
+    gradient, and loses digits where the mean is far from 0 (an error of 5e-4 at 10 standard deviations).
     """
     if BACKEND == "torch":
         return _group_norm_of_torch(x, groups, gamma, beta, epsilon)
