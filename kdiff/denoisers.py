@@ -1,0 +1,153 @@
+"""Denoisers: what a sampling run asks, and what it is answered.
+
+    estimate = denoise(x, m)             x at the marginal m -> Estimate(x_hat, share, memory)
+
+A solver asks about a noisy batch, a guidance asks for it under other conditions, a network answers. All of them meet
+here, in two values:
+
+    Given       what is known of the samples: their conditions, and what each guidance holds and remembers of them
+    Estimate    what is answered: the data, how large the variance of a step is, and what is to be remembered
+
+Both are nests of tensors with one row a sample. To ask several questions in one batch is therefore to repeat the rows
+of the one (`Denoiser.each`) and to split those of the other.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
+
+from keras import ops, tree
+
+from kdiff import backend
+from kdiff.schedules import Marginal
+
+__all__ = ["Denoise", "Denoiser", "Estimate", "Given"]
+
+
+class Estimate(NamedTuple):
+    """The answer to a question.
+
+    Attributes:
+        x_hat: the estimate of the data, of the shape of the batch asked about.
+        share: where the variance of a step lies between its bounds (`predictions.LearnedVariance`), of the same shape;
+            None if that is not learned.
+        memory: what each guidance on the way remembers, the innermost first, one row a sample.
+    """
+
+    x_hat: Any
+    share: Any = None
+    memory: tuple = ()
+
+    def guided(self, x_hat, remember: Any = ()) -> Self:
+        """The answer of a guidance that was given this one.
+
+        Args:
+            x_hat: what it makes of `x_hat`.
+            remember: what it is to be told the next time, a nest of tensors with one row a sample.
+        """
+        return Estimate(x_hat, self.share, (*self.memory, remember))
+
+
+class Given(NamedTuple):
+    """What is known of the samples of a batch: nests of tensors with one row a sample.
+
+    Attributes:
+        conditions: those of the network, by name.
+        rows: of each guidance, its arrays, by name, the innermost first.
+        memory: of each guidance, what it remembers.
+    """
+
+    conditions: Mapping[str, Any] = {}
+    rows: tuple = ()
+    memory: tuple = ()
+
+
+Denoise = Callable[[Any, Marginal], Estimate]
+
+
+class Denoiser:
+    """estimate = denoise(x, m), for what is given, which may be changed.
+
+    Args:
+        answer: `answer(x, m, given)` gives the `Estimate`.
+        given: what is known of the samples.
+        nulls: the row that stands for no condition, by the name of each condition that has one.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[Any, Marginal, Given], Estimate],
+        given: Given = Given(),
+        nulls: Mapping[str, Any] | None = None,
+    ):
+        self.answer, self.given, self.nulls = answer, given, dict(nulls or {})
+
+    @classmethod
+    def of(cls, denoise: Any) -> Self:
+        """The denoiser itself, or a plain function `x_hat = denoise(x, m)` as one without conditions."""
+        if isinstance(denoise, Denoiser):
+            return denoise
+        return cls(lambda x, m, given: Estimate(denoise(x, m)))
+
+    @property
+    def conditions(self) -> Mapping[str, Any]:
+        """The conditions that are given."""
+        return self.given.conditions
+
+    def __call__(self, x, m: Marginal) -> Estimate:
+        """The estimate for what is given.
+
+        Args:
+            x: a noisy batch, with shape `(batch, ...)`.
+            m: the marginal that it is at; fields of shape `()` or `(batch,)`.
+        """
+        return self.answer(x, m, self.given)
+
+    def each(self, x, m: Marginal, *conditions: Mapping[str, Any]) -> list[Estimate]:
+        """The estimates under each of these conditions, asked in one batch. The arguments are as of a call."""
+        count = len(conditions)
+
+        def repeated(rows):
+            return ops.concatenate([rows] * count)
+
+        joined = {name: ops.concatenate([some[name] for some in conditions]) for name in conditions[0]}
+        rows, memory = tree.map_structure(repeated, (self.given.rows, self.given.memory))
+        m = Marginal(*(repeated(field) if len(field.shape) else field for field in m))
+        estimate = self.answer(repeated(x), m, Given(joined, rows, memory))
+        share = (None,) * count if estimate.share is None else ops.split(estimate.share, count)
+        memories = [tree.map_structure(lambda rows, i=i: ops.split(rows, count)[i], estimate.memory) for i in range(count)]
+        return [Estimate(*parts) for parts in zip(ops.split(estimate.x_hat, count), share, memories, strict=True)]
+
+    def linearised(self, x, m: Marginal) -> tuple[Estimate, Callable]:
+        """(estimate, pull): `pull(v)`, of the shape of `x`, is (d x_hat / d x)^T v. No gradient flows through it."""
+
+        def parts(x):
+            x_hat, *rest = self(x, m)
+            return x_hat, rest
+
+        x_hat, pull, rest = backend.pullback(parts, x)
+        return Estimate(x_hat, *rest), pull
+
+    def without(self, names: Sequence[str] | None = None, instead: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The conditions without some of them: their null rows in their place.
+
+        Args:
+            names: which; None for all that have a null.
+            instead: other values, one row a sample, for some of them.
+
+        Raises:
+            ValueError: if one of `names` has no null, or nothing has.
+        """
+        names, instead = self.nulls if names is None else names, instead or {}
+        unknown = [name for name in names if name not in self.nulls and name not in instead]
+        if unknown or not (names or instead):
+            raise ValueError(
+                f"Guidance: the conditions {unknown or list(self.conditions)} cannot be left out, for nothing stands "
+                f"for none of them: give their layers a `dropout` above 0, such as LabelEmbedding(10, dropout=0.1). "
+                f"Those that can: {sorted(self.nulls)}"
+            )
+        nulls = {name: _rows_like(self.nulls[name], self.conditions[name]) for name in names if name not in instead}
+        return {**self.conditions, **nulls, **instead}
+
+
+def _rows_like(row, rows):
+    return ops.broadcast_to(ops.cast(ops.convert_to_tensor(row), rows.dtype), ops.shape(rows))
