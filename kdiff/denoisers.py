@@ -76,10 +76,10 @@ class Denoiser:
     def __init__(
         self,
         answer: Callable[[Any, Marginal, Given], Estimate],
-        given: Given = Given(),
+        given: Given | None = None,
         nulls: Mapping[str, Any] | None = None,
     ):
-        self.answer, self.given, self.nulls = answer, given, dict(nulls or {})
+        self.answer, self.given, self.nulls = answer, given or Given(), dict(nulls or {})
 
     @classmethod
     def of(cls, denoise: Any) -> Self:
@@ -114,7 +114,9 @@ class Denoiser:
         m = Marginal(*(repeated(field) if len(field.shape) else field for field in m))
         estimate = self.answer(repeated(x), m, Given(joined, rows, memory))
         share = (None,) * count if estimate.share is None else ops.split(estimate.share, count)
-        memories = [tree.map_structure(lambda rows, i=i: ops.split(rows, count)[i], estimate.memory) for i in range(count)]
+        memories = [
+            tree.map_structure(lambda rows, i=i: ops.split(rows, count)[i], estimate.memory) for i in range(count)
+        ]
         return [Estimate(*parts) for parts in zip(ops.split(estimate.x_hat, count), share, memories, strict=True)]
 
     def linearised(self, x, m: Marginal) -> tuple[Estimate, Callable]:

@@ -17,10 +17,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kdiff import backend, inputs, random
+from kdiff import backend, random
 from kdiff.averages import Averages
 from kdiff.base import Configurable, check_number
 from kdiff.codecs import Codec
+from kdiff.model import feeding
 from kdiff.model.sampling import Sampling, as_sampler
 from kdiff.objectives import loss_weight
 from kdiff.predictions import Prediction
@@ -172,7 +173,7 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
             drawn more often than others; what the prediction adds to the loss; and the times. The second, third and
             fourth of these may be None.
         """
-        batch, _ = inputs.unpack((data,))
+        batch, _ = feeding.unpack((data,))
         conditions = {key: value for key, value in batch.items() if key != "image"}
         x = self.codec.encode(batch["image"])
         time_key, noise_key = self._next_keys(training)
@@ -218,7 +219,7 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
     def train_step(self, *args):
         """Keras' own step, then the averages. `args` are `(data,)`, on JAX `(state, data)`."""
         *state, data = args
-        x, sample_weight = inputs.unpack(data)
+        x, sample_weight = feeding.unpack(data)
         result = super().train_step(*state, (x, None, sample_weight))
         if self.averages is None:
             return result
@@ -227,7 +228,7 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
     def test_step(self, *args):
         """Keras' own step."""
         *state, data = args
-        x, sample_weight = inputs.unpack(data)
+        x, sample_weight = feeding.unpack(data)
         return super().test_step(*state, (x, None, sample_weight))
 
     def reset_averages(self) -> None:
@@ -284,16 +285,16 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         if self.compiled and not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
 
-    def _checked(self, x, y=None, sample_weight=None, check: inputs.BatchCheck | None = None):
+    def _checked(self, x, y=None, sample_weight=None, check: feeding.BatchCheck | None = None):
         """(x, check): the data, prepared and checked on its way; the model is built for it if it was not."""
-        x, y = inputs.prepared(x, y, self.network)
-        shapes, x = inputs.look(x, y)
+        x, y = feeding.prepared(x, y, self.network)
+        shapes, x = feeding.look(x, y)
         if check is None:
-            check = inputs.BatchCheck((self.shapes or shapes)["image"][1:], self.codec.limit, self.network)
+            check = feeding.BatchCheck((self.shapes or shapes)["image"][1:], self.codec.limit, self.network)
         check.names(shapes)
         check.size(shapes["image"])
         self.build(shapes)
-        return inputs.checked(x, y, sample_weight, check), check
+        return feeding.checked(x, y, sample_weight, check), check
 
     # Denoising
 

@@ -11,11 +11,12 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from kdiff import backend, inputs
+from kdiff import backend
 from kdiff.base import check_integer, check_number
 from kdiff.conversion import transfer
 from kdiff.guidance import ClassifierFree, Denoiser
 from kdiff.guidance.base import Run
+from kdiff.model.condition_inputs import condition_nulls, condition_rows
 from kdiff.sampling import Sampler, Step, initial_noise
 from kdiff.schedules import NoiseSchedule
 from kdiff.solvers import Solver
@@ -250,7 +251,7 @@ class Sampling:
                 return self.denoise(x_t, m, averages, sampler.solver.learned, **conditions)
 
             denoise = transfer(denoise, self.schedule, schedule)
-            nulls = inputs.condition_nulls(self.network)
+            nulls = condition_nulls(self.network)
 
             def advance(conditions, *arguments):
                 return sampler.advance(Denoiser(denoise, conditions, nulls), schedule, *arguments)
@@ -268,7 +269,7 @@ class Sampling:
         if not self.built:
             raise ValueError("sample: the model has no weights yet; train it, load it, or call `build`")
         shapes = {name: shape[1:] for name, shape in self.shapes.items() if name != "image"}
-        return inputs.condition_rows(conditions, shapes, self.network, num_samples, partial)
+        return condition_rows(conditions, shapes, self.network, num_samples, partial)
 
 
 def as_sampler(sampler: Sampler | Solver | str) -> Sampler:

@@ -9,15 +9,24 @@ batch is an error and not a ruined network.
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from types import GeneratorType
 from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from kdiff import backend
+from kdiff.model.condition_inputs import (
+    Preparation,
+    check_values,
+    condition_layers,
+    condition_names,
+    fits,
+    is_integer,
+    value_range,
+    words,
+)
 from kdiff.text import is_text
 
 # Images that went through floating-point resizing may pass 1 by a rounding error.
@@ -46,143 +55,6 @@ def packed(data: Any) -> tuple[dict[str, Any]]:
     """The batch in one dictionary, sample weights included: Keras drops those where there is no `y`."""
     inputs, sample_weight = unpack(data)
     return (inputs,) if sample_weight is None else ({**inputs, "sample_weight": sample_weight},)
-
-
-def condition_names(network: keras.layers.Layer) -> tuple[str, ...] | None:
-    """The conditions that the network takes; None if it does not say."""
-    if isinstance(network, keras.Model) and isinstance(getattr(network, "input", None), dict):
-        return tuple(name for name in network.input if name not in ("image", "time"))
-    names = getattr(network, "conditions", None)
-    return None if names is None else tuple(names)
-
-
-def condition_layers(network: keras.layers.Layer) -> dict[str, Any]:
-    """The layers of the conditions by name, if the network has them in a dictionary `conditions`."""
-    layers = getattr(network, "conditions", None)
-    return dict(layers) if isinstance(layers, Mapping) else {}
-
-
-def condition_nulls(network: keras.layers.Layer) -> dict[str, np.ndarray]:
-    """The row that stands for no condition, by the name of each condition whose layer has one."""
-    nulls = {name: getattr(layer, "null", None) for name, layer in condition_layers(network).items()}
-    return {name: null for name, null in nulls.items() if null is not None}
-
-
-def condition_rows(
-    conditions: dict[str, Any],
-    shapes: dict[str, tuple],
-    network: keras.layers.Layer,
-    num_samples: int,
-    partial: bool = False,
-) -> dict[str, np.ndarray]:
-    """Each condition as numbers, one row a sample; one value for all is repeated, and None is no condition.
-
-    Args:
-        conditions: the values by name.
-        shapes: the shape of one row of each condition that there must be.
-        network: what the conditions are for.
-        num_samples: the number of rows.
-        partial: whether some may be missing.
-
-    Raises:
-        ValueError: if a condition is missing, unknown, of another shape, or holds what its layer does not take; if it
-            is None, and nothing stands for no condition.
-    """
-    if (missing := set(shapes) - set(conditions)) and not partial:
-        raise ValueError(f"sample: the model needs the conditions {sorted(shapes)}; missing: {sorted(missing)}")
-    if extra := set(conditions) - set(shapes):
-        raise ValueError(f"sample: the model takes the conditions {sorted(shapes)}; received: {sorted(extra)}")
-    preparation, nulls = Preparation(network), condition_nulls(network)
-    rows = {}
-    for name, shape in shapes.items():
-        if name not in conditions:
-            continue
-        value = _known(name, conditions[name], nulls, preparation)
-        if value.ndim == len(shape):
-            value = np.broadcast_to(value, (num_samples, *value.shape))
-        if not _fits(value.shape, (num_samples, *shape)):
-            wanted = _words((num_samples, *shape))
-            raise ValueError(f"sample: `{name}` must have {num_samples} rows, ({wanted}); received: {value.shape}")
-        check_values(name, value, preparation.layers.get(name))
-        rows[name] = value.astype("int32") if value.dtype.kind in "iu" else value.astype("float32")
-    return rows
-
-
-def _known(name: str, value: Any, nulls: dict[str, np.ndarray], preparation: "Preparation") -> np.ndarray:
-    """A condition of `sample` as an array: None is the null, and one string is one row, not a batch of one."""
-    if value is None and name not in nulls:
-        raise ValueError(
-            f"sample: `{name}` cannot be None, for nothing stands for no condition: give its layer a `dropout` above "
-            f"0, such as LabelEmbedding(10, dropout=0.1). Those that can: {sorted(nulls)}"
-        )
-    if value is None:
-        return np.asarray(nulls[name])
-    if is_text(value) and np.ndim(value) == 0:
-        return np.asarray(preparation.value(name, np.atleast_1d(value)))[0]
-    return np.asarray(preparation.value(name, value))
-
-
-def check_values(name: str, values: Any, layer: Any) -> None:
-    """Raises a ValueError for rows of a condition that are not finite, or that its layer does not take.
-
-    Rows of NaN are absent where the layer's null is NaN.
-    """
-    if not _is_integer(values) and not np.all(np.isfinite(_range(values))):
-        null = getattr(layer, "null", None)
-        values = _numpy(values)
-        present = values[~np.isnan(values.reshape(len(values), -1)).all(axis=1)]
-        if null is None or not np.isnan(null).all() or not np.isfinite(present).all():
-            raise ValueError(f"`{name}` must be finite; received a batch that holds NaN or infinity")
-    if hasattr(layer, "check"):
-        layer.check(_numpy(values))
-
-
-class Preparation:
-    """Makes numbers of the text in data, by the method `prepare` of the layer that is to take it.
-
-    Args:
-        network: whose layers these are. What it has no such layer for is left as it is.
-
-    Attributes:
-        layers: the layers of the conditions by name.
-    """
-
-    def __init__(self, network: keras.layers.Layer):
-        self.layers = condition_layers(network)
-
-    def __call__(self, data: Any) -> Any:
-        """A batch without text."""
-        return self.mapped(data, self.value)
-
-    def value(self, name: str, value: Any) -> Any:
-        """The values of one condition as an array, if they are text.
-
-        Raises:
-            ValueError: if its layer takes no text.
-        """
-        if not is_text(value):
-            return value
-        layer = self.layers.get(name)
-        if not hasattr(layer, "prepare"):
-            return np.asarray(value) if isinstance(value, (list, tuple)) else value
-        value = layer.prepare(value)
-        if is_text(value):
-            raise ValueError(
-                f"`{name}` is text, and its layer, {type(layer).__name__}, takes numbers; text is for a layer such as "
-                "TextEncoder"
-            )
-        return value
-
-    @staticmethod
-    def mapped(data: Any, function: Callable[[str, Any], Any]) -> Any:
-        """`function(name, value)` of each part of a batch, and of labels in second place, by the name "label"."""
-        if isinstance(data, dict):
-            return {name: function(name, value) for name, value in data.items()}
-        if not isinstance(data, (tuple, list)) or not data:
-            return data
-        x, *rest = data
-        label = [function("label", y) for y in rest[:1]]
-        return (Preparation.mapped(x, function), *label, *rest[1:])
 
 
 def prepared(x: Any, y: Any, network: keras.layers.Layer) -> tuple[Any, Any]:
@@ -277,19 +149,19 @@ class BatchCheck:
 
     def size(self, shape: tuple) -> None:
         """The image must have the right shape."""
-        if not _fits(tuple(shape), (None, *self.shape)):
-            raise ValueError(f"`image` must have the shape (batch, {_words(self.shape)}); received: {tuple(shape)}")
+        if not fits(tuple(shape), (None, *self.shape)):
+            raise ValueError(f"`image` must have the shape (batch, {words(self.shape)}); received: {tuple(shape)}")
 
     def image(self, image: Any) -> None:
         """The image must be finite and in range."""
         if "bool" in str(image.dtype):
             raise ValueError("`image` must be uint8, or floating-point numbers; received truth values")
-        low, high = _range(image)
+        low, high = value_range(image)
         if not (np.isfinite(low) and np.isfinite(high)):
             raise ValueError("`image` must be finite; received a batch that holds NaN or infinity")
         if self.limit is None:
             return
-        if _is_integer(image):
+        if is_integer(image):
             if low < 0 or high > 255:
                 raise ValueError(f"`image` of whole numbers must be in 0..255; received {low} to {high}")
         elif max(-low, high) > self.limit + TOLERANCE:
@@ -303,32 +175,6 @@ class BatchCheck:
         if not len(condition.shape) or len(condition) != batch:
             raise ValueError(f"`{name}` must have {batch} rows, as `image` has; received the shape {condition.shape}")
         check_values(name, condition, self.layers.get(name))
-
-
-def _fits(shape: tuple, wanted: tuple) -> bool:
-    """Whether the shapes agree; None is any length."""
-    return len(shape) == len(wanted) and all(
-        None in pair or pair[0] == pair[1] for pair in zip(shape, wanted, strict=True)
-    )
-
-
-def _words(shape: tuple) -> str:
-    return ", ".join("any" if size is None else str(size) for size in shape)
-
-
-def _is_integer(array: Any) -> bool:
-    return any(kind in str(array.dtype) for kind in ("int", "bool"))
-
-
-def _range(array: Any) -> tuple[float, float]:
-    if str(array.dtype) in ("object", "string") or str(array.dtype).startswith(("<U", "|S", "<S")):
-        return 0.0, 0.0
-    array = _numpy(array)
-    return float(array.min()), float(array.max())
-
-
-def _numpy(array: Any) -> np.ndarray:
-    return array if isinstance(array, np.ndarray) else ops.convert_to_numpy(array)
 
 
 def look(x: Any, y: Any = None) -> tuple[dict[str, tuple], Any]:
