@@ -19,7 +19,7 @@ from keras import ops
 
 from kdiff import random
 from kdiff.base import Value, check_integer
-from kdiff.guidance import Denoiser
+from kdiff.denoisers import Denoiser, Estimate, Given
 from kdiff.schedules import Marginal, NoiseSchedule
 
 
@@ -94,15 +94,16 @@ class GaussianMixture(Value):
             label: whole numbers, `(batch,)`.
         """
 
-        def function(x_t, m, label):
+        def answer(given, x_t, m):
             flat, alpha, sigma = _flat(x_t, m)
             logs, y, c = self._parts(ops, flat, alpha, sigma)
-            label = label[:, None]
+            label = given.conditions["label"][:, None]
             logs = ops.where((label < 0) | (label == ops.arange(len(self.means), dtype="int32")), logs, -1e30)
             means = self._posterior_means(ops, y, c, alpha)
-            return ops.reshape(ops.sum(_softmax(ops, logs)[..., None] * means, axis=1), ops.shape(x_t))
+            return Estimate(ops.reshape(ops.sum(_softmax(ops, logs)[..., None] * means, axis=1), ops.shape(x_t)))
 
-        return Denoiser(function, {"label": ops.convert_to_tensor(label, "int32")}, {"label": np.int32(-1)})
+        given = Given({"label": ops.convert_to_tensor(label, "int32")})
+        return Denoiser(answer, given, {"label": np.int32(-1)})
 
     def score(self, x_t, m: Marginal):
         """The gradient of log p(x_t), with the shape of `x_t`."""

@@ -74,8 +74,7 @@ def transfer(denoise: Callable[[Any, Marginal], Any], trained, sampled) -> Calla
     label then sees numbers that it was not trained on; a grid that stays within its range avoids it.
 
     Args:
-        denoise: x_hat = denoise(x_t, m, **conditions) under `trained`; what else it returns, a learned variance, is
-            passed on.
+        denoise: x_hat = denoise(x_t, m, **conditions) under `trained`.
         trained: the `NoiseSchedule` that it was trained under, or its name.
         sampled: the `NoiseSchedule` of the run, or its name.
 
@@ -83,13 +82,14 @@ def transfer(denoise: Callable[[Any, Marginal], Any], trained, sampled) -> Calla
         x_hat = denoiser(x_t, m, **conditions) under `sampled`.
     """
     trained, sampled = NoiseSchedule.get(trained), NoiseSchedule.get(sampled)
-    if trained == sampled:  # times stay as they are: read back from the log-SNR they would lose a digit
-        return denoise
+    return lambda x_t, m, **conditions: denoise(*moved(x_t, m, sampled, trained), **conditions)
 
-    def transferred(x_t, m: Marginal, **conditions):
-        x_t = ops.convert_to_tensor(x_t, "float32")
-        here, there = sampled.at_log_snr(m.log_snr), trained.at_log_snr(m.log_snr)
-        scale = there.like(x_t).alpha / here.like(x_t).alpha
-        return denoise(scale * x_t, there._replace(t=ops.clip(there.t, 0.0, 1.0)), **conditions)
 
-    return transferred
+def moved(x_t, m: Marginal, source: NoiseSchedule, target: NoiseSchedule) -> tuple[Any, Marginal]:
+    """x_t at the marginal m of one schedule, as it is at the same log-SNR under another: (x_t alpha' / alpha, m')."""
+    if source == target:  # times stay as they are: read back from the log-SNR they would lose a digit
+        return x_t, m
+    x_t = ops.convert_to_tensor(x_t, "float32")
+    here, there = source.at_log_snr(m.log_snr), target.at_log_snr(m.log_snr)
+    scale = there.like(x_t).alpha / here.like(x_t).alpha
+    return scale * x_t, there._replace(t=ops.clip(there.t, 0.0, 1.0))

@@ -12,6 +12,7 @@ Both are nests of tensors with one row a sample. To ask several questions in one
 of the one (`Denoiser.each`) and to split those of the other.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -64,46 +65,41 @@ class Given(NamedTuple):
 Denoise = Callable[[Any, Marginal], Estimate]
 
 
-class Denoiser:
-    """estimate = denoise(x, m), for what is given, which may be changed.
+class Denoiser(functools.partial):
+    """estimate = denoise(x, m): x a noisy batch `(batch, ...)`, at the marginal m, of fields `()` or `(batch,)`.
+
+    It is the function `answer` with its first argument filled in, what is given.
 
     Args:
-        answer: `answer(x, m, given)` gives the `Estimate`.
+        answer: `answer(given, x, m)` gives the `Estimate`.
         given: what is known of the samples.
         nulls: the row that stands for no condition, by the name of each condition that has one.
     """
 
-    def __init__(
-        self,
-        answer: Callable[[Any, Marginal, Given], Estimate],
+    def __new__(
+        cls,
+        answer: Callable[[Given, Any, Marginal], Estimate],
         given: Given | None = None,
         nulls: Mapping[str, Any] | None = None,
-    ):
-        self.answer, self.given, self.nulls = answer, given or Given(), dict(nulls or {})
+    ) -> Self:
+        """The denoiser."""
+        given = given or Given()
+        self = super().__new__(cls, answer, given)
+        self.answer, self.given, self.nulls = answer, given, dict(nulls or {})
+        return self
 
     @classmethod
     def of(cls, denoise: Any) -> Self:
         """The denoiser itself, or a plain function `x_hat = denoise(x, m)` as one without conditions."""
-        if isinstance(denoise, Denoiser):
-            return denoise
-        return cls(lambda x, m, given: Estimate(denoise(x, m)))
+        return denoise if isinstance(denoise, Denoiser) else cls(lambda given, x, m: Estimate(denoise(x, m)))
 
     @property
     def conditions(self) -> Mapping[str, Any]:
         """The conditions that are given."""
         return self.given.conditions
 
-    def __call__(self, x, m: Marginal) -> Estimate:
-        """The estimate for what is given.
-
-        Args:
-            x: a noisy batch, with shape `(batch, ...)`.
-            m: the marginal that it is at; fields of shape `()` or `(batch,)`.
-        """
-        return self.answer(x, m, self.given)
-
     def each(self, x, m: Marginal, *conditions: Mapping[str, Any]) -> list[Estimate]:
-        """The estimates under each of these conditions, asked in one batch. The arguments are as of a call."""
+        """The estimates under each of these conditions, asked in one batch."""
         count = len(conditions)
 
         def repeated(rows):
@@ -112,7 +108,7 @@ class Denoiser:
         joined = {name: ops.concatenate([some[name] for some in conditions]) for name in conditions[0]}
         rows, memory = tree.map_structure(repeated, (self.given.rows, self.given.memory))
         m = Marginal(*(repeated(field) if len(field.shape) else field for field in m))
-        estimate = self.answer(repeated(x), m, Given(joined, rows, memory))
+        estimate = self.answer(Given(joined, rows, memory), repeated(x), m)
         share = (None,) * count if estimate.share is None else ops.split(estimate.share, count)
         memories = [
             tree.map_structure(lambda rows, i=i: ops.split(rows, count)[i], estimate.memory) for i in range(count)

@@ -19,14 +19,15 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from keras import ops, tree
+from keras import ops
 
 from kdiff import backend, random
 from kdiff.base import Value, check_integer, check_number
+from kdiff.denoisers import Denoiser, Given
 from kdiff.guidance import Guidance
-from kdiff.guidance.base import Place, Run
+from kdiff.guidance.base import Place, Run, tensors
 from kdiff.schedules import NoiseSchedule
-from kdiff.solvers import Denoise, Solver
+from kdiff.solvers import Solver
 from kdiff.times import TimeGrid
 
 
@@ -53,13 +54,11 @@ class State(NamedTuple):
 
     Attributes:
         solver: the solver's state.
-        rows: of each guidance, its arrays for the samples of this batch.
-        memories: of each guidance, what it remembers.
+        given: what is known of the samples of this batch, and what the guidance remembers.
     """
 
     solver: Any
-    rows: tuple
-    memories: tuple
+    given: Given
 
 
 class Sampler(Value):
@@ -94,8 +93,6 @@ class Sampler(Value):
         guidance = guidance if isinstance(guidance, (list, tuple)) else (guidance,)
         self.guidance = tuple(Guidance.get(one) for one in guidance)
         self.to_zero = to_zero
-        if self.solver.loops and any(one.remembers for one in self.guidance):
-            raise ValueError(f"Sampler: {self.solver!r} goes with no guidance that remembers; received: {guidance!r}")
 
     def times(self, schedule: NoiseSchedule, strength: float = 1.0) -> np.ndarray:
         """The times of a run on this schedule: float64, with shape `(steps + 1,)`.
@@ -123,17 +120,22 @@ class Sampler(Value):
         """A sampler with the same objects, except for `changes`."""
         return Sampler(**{**{name: getattr(self, name) for name in self._argument_defaults()}, **changes})
 
+    @property
+    def active(self) -> tuple[Guidance, ...]:
+        """The guidance that changes anything."""
+        return tuple(one for one in self.guidance if one.active)
+
     def key(self) -> tuple:
         """What a compiled step depends on: all but grid, steps and the arrays of the guidance."""
-        return (self.solver, *((one.key(), one.active) for one in self.guidance))
+        return (self.solver, *(one.key() for one in self.active))
 
     def rows(self, run: Run) -> tuple:
-        """The arrays of each guidance, with one row a sample, checked."""
-        return tuple(one.rows(run) if one.active else {} for one in self.guidance)
+        """The arrays of each active guidance, with one row a sample, checked."""
+        return tuple(one.rows(run) for one in self.active)
 
     def steps_of(
         self,
-        denoise: Denoise,
+        denoise: Any,
         schedule: NoiseSchedule,
         shape: tuple[int, ...],
         *,
@@ -141,8 +143,6 @@ class Sampler(Value):
         times: np.ndarray | None = None,
         seed: int = 0,
         first: int = 0,
-        rows: tuple | None = None,
-        compiled: Callable | None = None,
     ) -> Iterator[Step]:
         """Runs, and yields every step.
 
@@ -154,15 +154,77 @@ class Sampler(Value):
             times: the times, as of `times`; None for all of the grid.
             seed: names the noise; the same on every backend.
             first: the number of the first sample, so that batches of one run continue one another.
-            rows: as of `rows`, for these samples; None to take them from the guidance as it is.
-            compiled: a compiled form of `advance` for this `denoise`, if there is one.
         """
+        denoise = Denoiser.of(denoise)
+        advance = backend.without_gradients(partial(self.advance, denoise.answer, denoise.nulls, schedule))
         times = self.times(schedule) if times is None else times
-        if rows is None:
-            rows = tree.map_structure(lambda value: ops.convert_to_tensor(np.array(value)), self.rows(Run(shape)))
-        if x is None:
-            x = schedule.at(times[0]).sigma * initial_noise(shape, seed, first)
-        yield from self._run(denoise, schedule, x, times, seed, first, rows, compiled)
+        given = denoise.given._replace(rows=tensors(self.rows(Run(shape))))
+        x = schedule.at(times[0]).sigma * initial_noise(shape, seed, first) if x is None else x
+        return self.steps_from(x, times, advance, schedule, given, seed, first)
+
+    def steps_from(
+        self,
+        x,
+        times: np.ndarray,
+        advance: Callable,
+        schedule: NoiseSchedule,
+        given: Given,
+        seed: int = 0,
+        first: int = 0,
+    ) -> Iterator[Step]:
+        """The loop: every step of a run from `x`, the batch at the first of the `times`.
+
+        Args:
+            x: the noisy batch.
+            times: of the run; where they rise, unless all do, noise is added.
+            advance: `x, x_hat, state = advance(x, now, then, key, index, first, state)`, as `Sampler.advance`.
+            schedule: the schedule to sample under.
+            given: what is known of the samples.
+            seed: names the noise.
+            first: the number of the first sample.
+        """
+        times, key = times.astype("float32"), random.key_of(seed)
+        x = x_hat = ops.convert_to_tensor(x, "float32")
+        memory = tuple(one.start(x) for one in self.active)
+        state = State(self.solver.init(x, _steps_from(times, 0)), given._replace(memory=memory))
+        backwards = times[-1] > times[0]
+        for index, (now, then) in enumerate(pairwise(times)):
+            if then > now and not backwards:
+                x = _noisier(schedule, x, now, then, key, index, first)
+                state = state._replace(solver=self.solver.init(x, _steps_from(times, index + 1)))
+            else:
+                x, x_hat, state = advance(x, now, then, key, np.int32(index), np.int32(first), state)
+            yield Step(index + 1, len(times) - 1, float(then), x, x_hat)
+
+    def advance(self, answer: Callable, nulls, schedule: NoiseSchedule, x, now, then, key, index, first, state: State):
+        """One step of the loop, noise included: a pure function of its arguments, fit to be compiled.
+
+        Args:
+            answer: as of a `Denoiser`.
+            nulls: as of a `Denoiser`.
+            schedule: the schedule to sample under.
+            x: the noisy batch at time `now`.
+            now: the time, a scalar.
+            then: the time to go to.
+            key: the run's key.
+            index: the number of the step.
+            first: the number of the first sample.
+            state: what the last step returned.
+
+        Returns:
+            `(x, x_hat, state)`: the batch at `then`, and the estimate of the data that led there.
+        """
+        place = Place(index, schedule.at(now), schedule.at(then), schedule)
+        denoise = Denoiser(answer, state.given, nulls)
+        for one in self.active:
+            denoise = one.over(denoise, place)
+        streams = itertools.count(random.STEPS)
+
+        def noise():
+            return random.normal(random.fold(key, index, next(streams)), ops.shape(x), first)
+
+        x, estimate, solver = self.solver.step(denoise, schedule, x, place.now, place.then, noise, state.solver)
+        return x, estimate.x_hat, State(solver, state.given._replace(memory=estimate.memory))
 
     def inverse(self, iterations: int = 1) -> "Sampler":
         """The sampler that goes from data to noise, where its `times` are read backwards.
@@ -172,7 +234,7 @@ class Sampler(Value):
         """
         return self.replaced(solver=self.solver.inverse(iterations))
 
-    def invert(self, denoise: Denoise, schedule: NoiseSchedule, x, *, iterations: int = 1):
+    def invert(self, denoise: Any, schedule: NoiseSchedule, x, *, iterations: int = 1):
         """The noise from which a deterministic solver makes `x`: the run backwards, from t = 0.
 
         Args:
@@ -193,52 +255,7 @@ class Sampler(Value):
             x = step.x
         return x
 
-    def _run(self, denoise, schedule, x, times, seed, first, rows, compiled) -> Iterator[Step]:
-        times, key = times.astype("float32"), random.key_of(seed)
-        x = x_hat = ops.convert_to_tensor(x, "float32")
-        memories = tuple(one.start(x) if one.active else () for one in self.guidance)
-        state = State(self.solver.init(x, _steps_from(times, 0)), rows, memories)
-        advance = compiled or backend.without_gradients(partial(self.advance, denoise, schedule))
-        backwards = times[-1] > times[0]
-        for index, (now, then) in enumerate(pairwise(times)):
-            if then > now and not backwards:
-                x = _noisier(schedule, x, now, then, key, index, first)
-                state = state._replace(solver=self.solver.init(x, _steps_from(times, index + 1)))
-            else:
-                x, x_hat, state = advance(x, now, then, key, np.int32(index), np.int32(first), state)
-            yield Step(index + 1, len(times) - 1, float(then), x, x_hat)
-
-    def advance(self, denoise: Denoise, schedule: NoiseSchedule, x, now, then, key, index, first, state: State):
-        """One step of the loop, noise included: a pure function of its arguments, fit to be compiled.
-
-        Args:
-            denoise: x_hat = denoise(x, marginal).
-            schedule: the schedule to sample under.
-            x: the noisy batch at time `now`.
-            now: the time, a scalar.
-            then: the time to go to.
-            key: the run's key.
-            index: the number of the step.
-            first: the number of the first sample.
-            state: what the last step returned.
-
-        Returns:
-            `(x, x_hat, state)`, x_hat as of `Solver.step`.
-        """
-        place = Place(index, schedule.at(now), schedule.at(then), schedule)
-        parts = zip(self.guidance, state.rows, state.memories, strict=True)
-        guidance = [one.bound(rows, memory, place) for one, rows, memory in parts]
-        for one, bound in zip(self.guidance, guidance, strict=True):
-            denoise = bound(denoise) if one.active else denoise
-        streams = itertools.count(random.STEPS)
-
-        def noise():
-            return random.normal(random.fold(key, index, next(streams)), ops.shape(x), first)
-
-        x, x_hat, solver = self.solver.step(denoise, schedule, x, place.now, place.then, noise, state.solver)
-        return x, x_hat, State(solver, state.rows, tuple(one.memory for one in guidance))
-
-    def __call__(self, denoise: Denoise, schedule: NoiseSchedule, shape: tuple[int, ...], *, x=None, seed: int = 0):
+    def __call__(self, denoise: Any, schedule: NoiseSchedule, shape: tuple[int, ...], *, x=None, seed: int = 0):
         """Runs, and returns the last x. Arguments as of `steps_of`."""
         for step in self.steps_of(denoise, schedule, shape, x=x, seed=seed):
             x = step.x

@@ -8,6 +8,7 @@ from keras import layers, ops
 
 import kdiff
 from kdiff import analytic, schedules
+from kdiff.denoisers import Denoiser
 
 SCHEDULES = [
     schedules.LinearBeta(),
@@ -78,7 +79,7 @@ def solve(solver, schedule, log_snrs, x, data=MIXTURE, noise=None):
     x = ops.convert_to_tensor(x, "float32")
     state = solver.init(x, len(marginals) - 1)
     for now, then in itertools.pairwise(marginals):
-        x, _, state = solver.step(data, schedule, x, now, then, noise, state)
+        x, _, state = solver.step(Denoiser.of(data), schedule, x, now, then, noise, state)
     return numpy(x)
 
 

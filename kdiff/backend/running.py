@@ -54,16 +54,18 @@ def compiled(function: Callable, *models: keras.Model) -> Callable:
         graph = tf.function(function, autograph=False)
         return lambda *arguments: graph(*tree.map_structure(tf.convert_to_tensor, arguments))
 
-    plain = without_gradients(function)
-    return lambda *arguments: plain(*tree.map_structure(ops.convert_to_tensor, arguments))
+    return without_gradients(function)
 
 
 def without_gradients(function: Callable) -> Callable:
-    """The function without the record for gradients that PyTorch, alone, keeps of all it computes."""
+    """The function of nests of tensors without the record for gradients that PyTorch, alone, keeps of all it computes.
+
+    Arguments may also be arrays and NumPy numbers.
+    """
 
     def plain(*arguments):
         with _no_gradients():
-            return function(*arguments)
+            return function(*tree.map_structure(ops.convert_to_tensor, arguments))
 
     return plain
 
@@ -71,27 +73,34 @@ def without_gradients(function: Callable) -> Callable:
 def pullback(function: Callable, x: Any) -> tuple[Any, Callable, Any]:
     """(y, pull, rest) of `(y, rest) = function(x)`, where `pull(v)`, to be called once, is (dy / dx)^T v.
 
-    No gradient flows through the three themselves.
+    A gradient that is taken around it flows through y and `rest`, and takes what `pull` gives for constant: there are
+    no second derivatives, for which few operations are made.
     """
     if BACKEND == "jax":
         import jax
 
         y, pull, rest = jax.vjp(function, x, has_aux=True)
-        return y, lambda v: pull(v)[0], rest
+        return y, lambda v: jax.lax.stop_gradient(pull(jax.lax.stop_gradient(v))[0]), rest
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
         with tf.GradientTape() as tape:
             tape.watch(x)
             y, rest = function(x)
-        return y, lambda v: tape.gradient(y, x, v), rest
+        return y, lambda v: tf.stop_gradient(tape.gradient(y, x, v)), rest
     import torch
 
+    inside = torch.is_grad_enabled() and x.requires_grad
     with torch.enable_grad():
-        x = x.detach().requires_grad_()
+        x = x if inside else x.detach().requires_grad_()
         y, rest = function(x)
-    detached = None if rest is None else rest.detach()
-    return y.detach(), lambda v: torch.autograd.grad(y, x, v)[0], detached
+
+    def pull(v):
+        return torch.autograd.grad(y, x, v.detach(), retain_graph=inside)[0]
+
+    if inside:
+        return y, pull, rest
+    return y.detach(), pull, tree.map_structure(lambda value: None if value is None else value.detach(), rest)
 
 
 def fused(function: Callable) -> Callable:

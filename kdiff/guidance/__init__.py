@@ -1,6 +1,6 @@
 """Guidance: denoisers made from denoisers, by other questions, by gradients, or by what is known of the result."""
 
-from kdiff.guidance.base import Asked, Clip, Denoiser, DynamicThreshold, Guidance
+from kdiff.guidance.base import Clip, DynamicThreshold, Guidance, Here
 from kdiff.guidance.classifier_free import AdaptiveProjected, CFGPlusPlus, CFGZeroStar, ClassifierFree
 from kdiff.guidance.inverse import DPS, Inpaint, PiGDM
 from kdiff.guidance.models import Autoguidance, ClassifierGuidance, PerturbedAttention
@@ -8,16 +8,15 @@ from kdiff.guidance.models import Autoguidance, ClassifierGuidance, PerturbedAtt
 __all__ = [
     "DPS",
     "AdaptiveProjected",
-    "Asked",
     "Autoguidance",
     "CFGPlusPlus",
     "CFGZeroStar",
     "ClassifierFree",
     "ClassifierGuidance",
     "Clip",
-    "Denoiser",
     "DynamicThreshold",
     "Guidance",
+    "Here",
     "Inpaint",
     "PerturbedAttention",
     "PiGDM",

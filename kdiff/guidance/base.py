@@ -1,126 +1,47 @@
 """Guidance: a denoiser made from a denoiser, so that it works with any solver and any prediction.
 
-    guided = guidance(denoise),    x_hat = guided(x, m)
+    guided = guidance(denoise),    guided(x, m).x_hat = guidance.guide(denoise, x, m, here).x_hat
 
-A `Denoiser` knows its conditions, and can be asked under others. That is all that classifier-free guidance wants:
+A guidance is a function of values. It asks the denoiser that it is given, as often and under whatever conditions it
+wants, and answers with an estimate made from one of the answers. That is all that classifier-free guidance wants:
 
     class Twice(Guidance):
-        def guide(self, denoise, x, m):
+        def guide(self, denoise, x, m, here):
             given, none = denoise.each(x, m, denoise.conditions, denoise.without())       # one batch
-            return none + 2.0 * (given - none)
+            return given.guided(none.x_hat + 2.0 * (given.x_hat - none.x_hat))
 
-In a run, a guidance is `bound` before each step: to the arrays that it has for the samples of this batch (`rows`), to
-what it remembers of the steps before (`memory`), and to the step's `Place`.
+What it has for each sample, its `arrays`, and what it remembered come to it as `here`, one row a sample, and travel as
+conditions do: whoever asks several questions in one batch repeats them without knowing. What it wants to remember it
+gives back with the estimate; in a run it is told so in the next step:
+
+    class Smooth(Guidance):
+        def start(self, x):
+            return 0.0 * x
+
+        def guide(self, denoise, x, m, here):
+            estimate = denoise(x, m)
+            x_hat = 0.5 * (estimate.x_hat + here.memory)
+            return estimate.guided(x_hat, remember=x_hat)
+
+A step may ask several times, as Heun's method does, and a guidance may ask several questions in one batch. All are told
+the same, and what is remembered is of the estimate that the solver's step returns, and of the first of the questions.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops, tree
 
-from kdiff import backend
 from kdiff.base import Value, check_number
+from kdiff.denoisers import Denoiser, Estimate, Given
 from kdiff.schedules import Marginal, NoiseSchedule
-from kdiff.solvers import Denoise
 
-
-class Denoiser:
-    """x_hat = denoise(x, m), under conditions that may be changed.
-
-    Args:
-        function: `function(x, m, **conditions)` gives x_hat, with the shape of `x`, or a pair, x_hat and the learned
-            variance.
-        conditions: tensors with one row an example, by name.
-        nulls: the row that stands for no condition, by the name of each condition that has one.
-    """
-
-    def __init__(self, function: Callable, conditions: Mapping | None = None, nulls: Mapping | None = None):
-        self.function, self.conditions, self.nulls = function, dict(conditions or {}), dict(nulls or {})
-
-    @classmethod
-    def of(cls, denoise: Denoise) -> Self:
-        """The denoiser itself, or a plain function `x_hat = denoise(x, m)` as one without conditions."""
-        return denoise if isinstance(denoise, Denoiser) else cls(denoise)
-
-    def __call__(self, x, m: Marginal):
-        """x_hat under `conditions`, or a pair, x_hat and the learned variance."""
-        return self.function(x, m, **self.conditions)
-
-    def mapped(self, change: Callable[["Denoiser"], Callable]) -> "Denoiser":
-        """A denoiser with the same conditions, of which each question (x, m) is put to `change(denoiser)`."""
-
-        def function(x, m, **conditions):
-            return change(Denoiser(self.function, conditions, self.nulls))(x, m)
-
-        return Denoiser(function, self.conditions, self.nulls)
-
-
-class Asked(Denoiser):
-    """A denoiser as `Guidance.guide` gets it: it answers with x_hat alone, and keeps the learned variance aside.
-
-    Attributes:
-        variance: that of the first answer, under the run's own conditions; None if there is none.
-    """
-
-    variance = None
-
-    def __call__(self, x, m: Marginal):
-        """x_hat under `conditions`."""
-        return self.each(x, m, self.conditions)[0]
-
-    def each(self, x, m: Marginal, *conditions: Mapping) -> list:
-        """x_hat under each of these conditions, asked in one batch."""
-        count = len(conditions)
-        joined = {name: ops.concatenate([one[name] for one in conditions]) for name in conditions[0]}
-        places = Marginal(*(ops.concatenate([v] * count) if len(v.shape) else v for v in m)) if count > 1 else m
-        estimate = self.function(ops.concatenate([x] * count) if count > 1 else x, places, **joined)
-        return ops.split(self._kept(estimate, ops.shape(x)[0]), count)
-
-    def linearised(self, x, m: Marginal):
-        """(x_hat, pull): x_hat, and the function that takes v, with its shape, to (d x_hat / d x)^T v."""
-        x_hat, pull, variance = backend.pullback(lambda x: _pair(self.function(x, m, **self.conditions)), x)
-        self._kept(x_hat if variance is None else (x_hat, variance), ops.shape(x)[0])
-        return x_hat, pull
-
-    def _kept(self, estimate, batch):
-        x_hat, variance = _pair(estimate)
-        if self.variance is None and variance is not None:
-            self.variance = variance[:batch]
-        return x_hat
-
-    def without(self, names: Sequence[str] | None = None, instead: Mapping | None = None) -> dict[str, Any]:
-        """The conditions without some of them: their null rows in their place.
-
-        Args:
-            names: which; None for all that have a null.
-            instead: other values, one row an example, for some of them.
-
-        Raises:
-            ValueError: if one of `names` has no null, or nothing has.
-        """
-        names, instead = self.nulls if names is None else names, instead or {}
-        unknown = [name for name in names if name not in self.nulls and name not in instead]
-        if unknown or not (names or instead):
-            raise ValueError(
-                f"Guidance: the conditions {unknown or list(self.conditions)} cannot be left out, for nothing stands "
-                f"for none of them: give their layers a `dropout` above 0, such as LabelEmbedding(10, dropout=0.1). "
-                f"Those that can: {sorted(self.nulls)}"
-            )
-        nulls = {name: _rows_like(self.nulls[name], self.conditions[name]) for name in names if name not in instead}
-        return {**self.conditions, **nulls, **instead}
-
-
-def _pair(estimate):
-    return estimate if isinstance(estimate, tuple) else (estimate, None)
-
-
-def _rows_like(row, rows):
-    return ops.broadcast_to(ops.cast(ops.convert_to_tensor(row), rows.dtype), ops.shape(rows))
+__all__ = ["Clip", "DynamicThreshold", "Guidance", "Here", "Place", "Run", "check_scale", "over"]
 
 
 class Place(NamedTuple):
-    """The step of a run in which a guidance is asked.
+    """A step of a run.
 
     Attributes:
         index: its number, 0 ... steps - 1, an int32 tensor.
@@ -133,6 +54,30 @@ class Place(NamedTuple):
     now: Marginal
     then: Marginal
     schedule: NoiseSchedule
+
+
+class Here(NamedTuple):
+    """What a guidance is told beside the question.
+
+    Attributes:
+        rows: its `arrays` that are given, by name, one row a sample.
+        memory: what it remembered in the last step, or `start`.
+        place: the step of the run; None outside of a run.
+    """
+
+    rows: Mapping[str, Any]
+    memory: Any
+    place: Place | None
+
+    def step(self, owner: Any) -> Place:
+        """The step of the run.
+
+        Raises:
+            ValueError: outside of a run.
+        """
+        if self.place is None:
+            raise ValueError(f"{type(owner).__name__}: it depends on the step; use it in a `Sampler`")
+        return self.place
 
 
 class Run(NamedTuple):
@@ -176,41 +121,27 @@ class Guidance(Value):
     """The base of all guidance. A new one defines `guide`, or, if it changes x_hat alone, `change`.
 
     Attributes:
-        arrays: the names of the arguments that may differ from sample to sample. They are made tensors by `rows`, and
+        arrays: the names of the arguments that may differ from sample to sample. `rows` makes arrays of them, and
             other numbers in them are no reason to compile again.
-        remembers: whether it has a `memory`.
-        place: the step that it is bound to; None outside of a run.
-        memory: what `guide` left at its last call: a nest of tensors.
     """
 
     arrays: tuple[str, ...] = ()
-    remembers: bool = False
-    place: Place | None = None
-    memory: Any = ()
 
-    def __call__(self, denoise: Denoise) -> Denoiser:
-        """The guided denoiser."""
+    def guide(self, denoise: Denoiser, x, m: Marginal, here: Here) -> Estimate:
+        """The guided estimate: `guided(x_hat)` of an answer of `denoise`.
 
-        def guided(denoise):
-            def answer(x, m):
-                x = ops.convert_to_tensor(x, "float32")
-                asked = Asked(denoise.function, denoise.conditions, denoise.nulls)
-                x_hat = self._repeated(x.shape[0]).guide(asked, x, m)
-                return x_hat if asked.variance is None else (x_hat, asked.variance)
-
-            return answer
-
-        return Denoiser.of(denoise).mapped(guided)
-
-    def guide(self, denoise: Asked, x, m: Marginal):
-        """The guided x_hat, of the shape of `x`."""
-        return self.change(denoise(x, m))
+        Args:
+            denoise: the denoiser to ask, with the conditions of the samples.
+            x: the noisy batch, float32, with shape `(batch, ...)`.
+            m: the marginal that it is at; fields of shape `()` or `(batch,)`.
+            here: what it has for these samples, what it remembers, and where in a run it is.
+        """
+        estimate = denoise(x, m)
+        return estimate.guided(self.change(estimate.x_hat))
 
     def change(self, x_hat):
         """The guided x_hat."""
         raise NotImplementedError
-
-    # In a run
 
     @property
     def active(self) -> bool:
@@ -231,37 +162,44 @@ class Guidance(Value):
         return {}
 
     def start(self, x) -> Any:
-        """The memory before the first step; `x` is the noisy batch."""
+        """What it remembers before the first step, a nest of tensors with a row a sample; `x` is the noisy batch."""
         return ()
-
-    def bound(self, rows: Mapping[str, Any], memory: Any, place: Place) -> Self:
-        """A copy for one step."""
-        arrays = {name: rows.get(name) for name in self.arrays}
-        return self._copied({**arrays, "memory": memory, "place": place})
-
-    def _copied(self, attributes: Mapping[str, Any]) -> Self:
-        """A copy with the same objects, models and all, but for these attributes."""
-        one = object.__new__(type(self))
-        one.__dict__.update({**self.__dict__, **attributes})
-        return one
-
-    def _repeated(self, batch: int) -> Self:
-        """Itself, or, where another guidance asks about several batches in one, a copy with its arrays as often."""
-        arrays = {name: getattr(self, name) for name in self.arrays}
-        sizes = [value.shape[0] for value in tree.flatten(arrays) if len(getattr(value, "shape", ()))]
-        if self.place is None or not sizes or max(sizes) == batch:
-            return self
-        times = batch // max(sizes)
-        return self._copied(tree.map_structure(lambda rows: ops.concatenate([rows] * times), arrays))
 
     def key(self) -> tuple:
         """What a compiled step depends on: all arguments but the arrays."""
         return (type(self), *(_hashable(getattr(self, n)) for n in self._argument_defaults() if n not in self.arrays))
 
-    def _placed(self) -> Place:
-        if self.place is None:
-            raise ValueError(f"{type(self).__name__}: it depends on the step; use it in a `Sampler`")
-        return self.place
+    def __call__(self, denoise: Any) -> Denoiser:
+        """The guided denoiser, outside of a run: each question is a first one."""
+        inner = Denoiser.of(denoise)
+        guided = self.over(inner).answer
+
+        def answer(given, x, m):
+            x = ops.convert_to_tensor(x, "float32")
+            rows = tensors(self.rows(Run(tuple(x.shape))))
+            return guided(Given(given.conditions, (*given.rows, rows), (*given.memory, self.start(x))), x, m)
+
+        return Denoiser(answer, inner.given, inner.nulls)
+
+    def over(self, denoise: Denoiser, place: Place | None = None) -> Denoiser:
+        """The guided denoiser; of the rows and memories that are given it takes the last, and passes on the others."""
+
+        def answer(given, x, m):
+            inner = Denoiser(denoise.answer, Given(given.conditions, given.rows[:-1], given.memory[:-1]), denoise.nulls)
+            estimate = self.guide(inner, x, m, Here(given.rows[-1], given.memory[-1], place))
+            if not isinstance(estimate, Estimate) or len(estimate.memory) != len(given.memory):
+                raise TypeError(
+                    f"{type(self).__name__}: `guide` must return `estimate.guided(x_hat)`, of an `estimate` that "
+                    f"`denoise` gave it; received: {estimate!r}"
+                )
+            return estimate
+
+        return Denoiser(answer, denoise.given, denoise.nulls)
+
+
+def tensors(rows: Any) -> Any:
+    """A nest of arrays as tensors."""
+    return tree.map_structure(lambda value: ops.convert_to_tensor(np.array(value)), rows)
 
 
 def _hashable(value):
@@ -271,6 +209,16 @@ def _hashable(value):
 def over(values, x):
     """Numbers, `()` or `(batch,)`, shaped to broadcast against the batch `x`."""
     return ops.reshape(ops.cast(values, "float32"), (-1, *[1] * (len(x.shape) - 1)))
+
+
+def check_scale(owner: str, scale: Any) -> None:
+    """Raises a ValueError unless `scale` is a finite number, or one a sample."""
+    try:
+        numbers = np.asarray(scale, "float64")
+    except (TypeError, ValueError):
+        numbers = np.full(1, np.nan)
+    if numbers.ndim > 1 or not np.isfinite(numbers).all():
+        raise ValueError(f"{owner}: `scale` must be a number, or one a sample; received: {scale!r}")
 
 
 class Clip(Guidance):

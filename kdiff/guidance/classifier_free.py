@@ -19,7 +19,8 @@ import numpy as np
 from keras import ops
 
 from kdiff.base import check_integer, check_number
-from kdiff.guidance.base import Asked, Guidance, Run, over
+from kdiff.denoisers import Denoiser, Estimate
+from kdiff.guidance.base import Guidance, Here, Run, check_scale, over
 from kdiff.predictions import Prediction
 from kdiff.schedules import Marginal
 from kdiff.solvers.base import half_step, noise_of
@@ -67,15 +68,15 @@ class _TwoAnswers(Guidance):
             raise ValueError(f"{type(self).__name__}: `negative` needs a model that has conditions")
         return {**rows, "negative": run.conditions(self.negative)}
 
-    def guide(self, denoise: Asked, x, m: Marginal):
-        """x_c, combined with x_u inside of the interval."""
-        given, none = denoise.each(x, m, denoise.conditions, denoise.without(self.drop, self.negative))
+    def guide(self, denoise: Denoiser, x, m: Marginal, here: Here) -> Estimate:
+        given, none = denoise.each(x, m, denoise.conditions, denoise.without(self.drop, here.rows.get("negative")))
         place = over(m.sigma / m.alpha, x)
         inside = ops.logical_and(place >= self.lowest, place <= self.highest)
-        return ops.where(inside, self.combine(given, none, over(self.scale, x), x, m.like(x)), given)
+        guided = self.combine(given, none, over(here.rows["scale"], x), x, m.like(x), here)
+        return guided._replace(x_hat=ops.where(inside, guided.x_hat, given.x_hat))
 
-    def combine(self, given, none, scale, x, m: Marginal):
-        """The guided x_hat; `scale` and the fields of `m` broadcast against `x`."""
+    def combine(self, given: Estimate, none: Estimate, scale, x, m: Marginal, here: Here) -> Estimate:
+        """The guided estimate, made from `given`; `scale` and the fields of `m` broadcast against `x`."""
         raise NotImplementedError
 
 
@@ -116,14 +117,13 @@ class ClassifierFree(_TwoAnswers):
         check_number("ClassifierFree", "rescale", rescale, 0.0, 1.0)
         self.rescale, self.prediction = rescale, _plain("ClassifierFree", prediction)
 
-    def combine(self, given, none, scale, x, m: Marginal):
-        """x_c + (scale - 1) (x_c - x_u), rescaled."""
-        x_hat = given + (scale - 1.0) * (given - none)
+    def combine(self, given: Estimate, none: Estimate, scale, x, m: Marginal, here: Here) -> Estimate:
+        x_hat = given.x_hat + (scale - 1.0) * (given.x_hat - none.x_hat)  # exactly x_c where the scale is 1
         if self.rescale == 0:
-            return x_hat
-        y, y_given = (_output(self.prediction, x, answer, m) for answer in (x_hat, given))
+            return given.guided(x_hat)
+        y, y_given = (_output(self.prediction, x, answer, m) for answer in (x_hat, given.x_hat))
         factor = self.rescale * _std(y_given) / _std(y) + 1.0 - self.rescale
-        return self.prediction.denoise(factor * y, x, m)
+        return given.guided(self.prediction.denoise(factor * y, x, m))
 
 
 class AdaptiveProjected(_TwoAnswers):
@@ -158,20 +158,19 @@ class AdaptiveProjected(_TwoAnswers):
         check_number("AdaptiveProjected", "radius", radius, 0.0)
         check_number("AdaptiveProjected", "momentum", momentum, -1.0, 1.0)
         self.parallel, self.radius, self.momentum = parallel, radius, momentum
-        self.remembers = momentum != 0
 
     def start(self, x):
         """d = 0."""
-        return ops.zeros_like(x) if self.remembers else ()
+        return ops.zeros_like(x)
 
-    def combine(self, given, none, scale, x, m: Marginal):
-        """x_c + (scale - 1) (d_orthogonal + parallel d_parallel)."""
-        d = given - none
-        if self.remembers and self.place is not None:
-            self.memory = d = d + self.momentum * self.memory
-        d = d * ops.minimum(1.0, self.radius / ops.maximum(ops.sqrt(_dot(d, d)), 1e-12))
-        along = _dot(d, given) / ops.maximum(_dot(given, given), 1e-12) * given
-        return given + (scale - 1.0) * (d - along + self.parallel * along)
+    def combine(self, given: Estimate, none: Estimate, scale, x, m: Marginal, here: Here) -> Estimate:
+        x_c, d = given.x_hat, given.x_hat - none.x_hat + self.momentum * here.memory
+        remember = d
+        if self.radius < float("inf"):
+            # The root of at least 1e-24: where d is 0, that of 0 would have no derivative.
+            d = d * ops.minimum(1.0, self.radius * ops.rsqrt(ops.maximum(_dot(d, d), 1e-24)))
+        along = _dot(d, x_c) / ops.maximum(_dot(x_c, x_c), 1e-12) * x_c
+        return given.guided(x_c + (scale - 1.0) * (d - along + self.parallel * along), remember)
 
 
 class CFGPlusPlus(_TwoAnswers):
@@ -203,10 +202,10 @@ class CFGPlusPlus(_TwoAnswers):
         """True: a scale of 1 is not off."""
         return True
 
-    def combine(self, given, none, scale, x, m: Marginal):
-        """x_u + scale / (1 - e^-h) (x_c - x_u)."""
-        place = self._placed()
-        return none - scale / ops.expm1(-half_step(place.now, place.then)) * (given - none)
+    def combine(self, given: Estimate, none: Estimate, scale, x, m: Marginal, here: Here) -> Estimate:
+        step = here.step(self)
+        scale = -scale / ops.expm1(-half_step(step.now, step.then))
+        return given.guided(none.x_hat + scale * (given.x_hat - none.x_hat))
 
 
 class CFGZeroStar(_TwoAnswers):
@@ -241,24 +240,13 @@ class CFGZeroStar(_TwoAnswers):
         """Whether a scale differs from 1, or v is 0 at first."""
         return self.zero_steps > 0 or super().active
 
-    def combine(self, given, none, scale, x, m: Marginal):
-        """x_hat of v."""
-        v, v_none = (_output(self.prediction, x, answer, m) for answer in (given, none))
+    def combine(self, given: Estimate, none: Estimate, scale, x, m: Marginal, here: Here) -> Estimate:
+        v, v_none = (_output(self.prediction, x, answer.x_hat, m) for answer in (given, none))
         v_none = _dot(v, v_none) / ops.maximum(_dot(v_none, v_none), 1e-12) * v_none
         v = v_none + scale * (v - v_none)
         if self.zero_steps:
-            v = ops.where(self._placed().index < self.zero_steps, 0.0, v)
-        return self.prediction.denoise(v, x, m)
-
-
-def check_scale(owner: str, scale: Any) -> None:
-    """Raises a ValueError unless `scale` is a finite number, or one a sample."""
-    try:
-        numbers = np.asarray(scale, "float64")
-    except (TypeError, ValueError):
-        numbers = np.full(1, np.nan)
-    if numbers.ndim > 1 or not np.isfinite(numbers).all():
-        raise ValueError(f"{owner}: `scale` must be a number, or one a sample; received: {scale!r}")
+            v = ops.where(here.step(self).index < self.zero_steps, 0.0, v)
+        return given.guided(self.prediction.denoise(v, x, m))
 
 
 def _plain(owner: str, prediction) -> Prediction:

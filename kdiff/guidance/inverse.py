@@ -14,8 +14,8 @@ import numpy as np
 from keras import ops
 
 from kdiff.base import check_integer, check_number
-from kdiff.guidance.base import Asked, Guidance, Run, over
-from kdiff.guidance.classifier_free import check_scale
+from kdiff.denoisers import Denoiser, Estimate
+from kdiff.guidance.base import Guidance, Here, Run, check_scale, over
 from kdiff.operators import Operator
 from kdiff.schedules import Marginal, bridge
 
@@ -64,9 +64,9 @@ class Inpaint(Guidance):
             f"{channels} channels after it; received: {self.mask.shape}"
         )
 
-    def change(self, x_hat):
-        """mask x_hat + (1 - mask) image."""
-        return ops.where(ops.cast(self.mask, "float32") > 0, x_hat, ops.cast(self.image, "float32"))
+    def guide(self, denoise: Denoiser, x, m: Marginal, here: Here) -> Estimate:
+        estimate = denoise(x, m)
+        return estimate.guided(ops.where(here.rows["mask"] > 0, estimate.x_hat, here.rows["image"]))
 
 
 class _Measured(Guidance):
@@ -85,20 +85,18 @@ class _Measured(Guidance):
         rows = {"measurement": run.rows(self, "measurement", self.measurement, shape)}
         return {**rows, "scale": run.rows(self, "scale", self.scale, ())}
 
-    def guide(self, denoise: Asked, x, m: Marginal):
-        """x_hat, and so much of the gradient."""
-        x_hat, pull = denoise.linearised(x, m)
-        rest = ops.cast(self.measurement, "float32") - self.operator.forward(x_hat)
+    def guide(self, denoise: Denoiser, x, m: Marginal, here: Here) -> Estimate:
+        estimate, pull = denoise.linearised(x, m)
+        rest = here.rows["measurement"] - self.operator.forward(estimate.x_hat)
         shape = tuple(x.shape[1:])
-        return x_hat + over(self.scale, x) * self._step(m.like(x)) * pull(
-            self.operator.adjoint(self._weighted(rest, shape, m), shape)
-        )
+        gradient = pull(self.operator.adjoint(self._weighted(rest, shape, m), shape))
+        return estimate.guided(estimate.x_hat + over(here.rows["scale"], x) * self._step(m.like(x), here) * gradient)
 
     def _weighted(self, rest, shape, m: Marginal):
         """What A^T and the derivative of x_hat are applied to."""
         raise NotImplementedError
 
-    def _step(self, m: Marginal):
+    def _step(self, m: Marginal, here: Here):
         """The factor on the result."""
         raise NotImplementedError
 
@@ -129,8 +127,8 @@ class DPS(_Measured):
         norm = ops.sqrt(ops.sum(rest**2, axis=tuple(range(1, len(rest.shape))), keepdims=True))
         return rest / ops.maximum(norm, 1e-8)
 
-    def _step(self, m: Marginal):
-        place = self._placed()
+    def _step(self, m: Marginal, here: Here):
+        place = here.step(self)
         return 1.0 / (place.then.alpha * bridge(place.now, place.then)[1])
 
 
@@ -181,5 +179,5 @@ class PiGDM(_Measured):
         variance = self.data_std**2 * m.sigma**2 / (m.alpha**2 * self.data_std**2 + m.sigma**2)
         return self.operator.solve(rest, shape, variance, self.std**2, self.iterations)
 
-    def _step(self, m: Marginal):
+    def _step(self, m: Marginal, here: Here):
         return ops.where(m.sigma <= self.highest * m.alpha, m.sigma**2 / m.alpha, 0.0)

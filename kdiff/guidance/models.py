@@ -1,5 +1,7 @@
 """Guidance by another network: a weaker one, a classifier, or the same one with its attention spoilt."""
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import keras
@@ -8,8 +10,8 @@ from keras import ops
 
 from kdiff import backend, switches
 from kdiff.conversion import transfer
-from kdiff.guidance.base import Asked, Denoiser, Guidance, Run, over
-from kdiff.guidance.classifier_free import check_scale
+from kdiff.denoisers import Denoiser, Estimate
+from kdiff.guidance.base import Guidance, Here, Run, check_scale, over
 from kdiff.schedules import Marginal
 from kdiff.times import TimeLabel
 
@@ -50,20 +52,19 @@ class Autoguidance(Guidance):
             raise ValueError("Autoguidance: the weak model has no weights yet; train it, load it, or call `build`")
         return {"scale": run.rows(self, "scale", self.scale, ())}
 
-    def guide(self, denoise: Asked, x, m: Marginal):
-        """x_model + (scale - 1) (x_model - x_weak)."""
-        x_hat = denoise(x, m)
-        return x_hat + (over(self.scale, x) - 1.0) * (x_hat - self._weak(denoise)(x, m))
+    def guide(self, denoise: Denoiser, x, m: Marginal, here: Here) -> Estimate:
+        estimate = denoise(x, m)
+        x_weak = self._weak(denoise.conditions, here)(x, m)
+        more = over(here.rows["scale"], x) - 1.0
+        return estimate.guided(estimate.x_hat + more * (estimate.x_hat - x_weak))
 
-    def _weak(self, denoise: Asked) -> Denoiser:
+    def _weak(self, conditions: Mapping[str, Any], here: Here) -> Callable:
+        """x_weak = weak(x, m)."""
         if not self.models:
-            return Denoiser.of(self.weak)
-        taken = {name: value for name, value in denoise.conditions.items() if name in self.weak.shapes}
-
-        def function(x, m, **conditions):
-            return self.weak.denoise(x, m, self.averages, **conditions)
-
-        return Denoiser(transfer(function, self.weak.schedule, self._placed().schedule), taken)
+            return self.weak
+        taken = {name: value for name, value in conditions.items() if name in self.weak.shapes}
+        weak = partial(self.weak.denoise, averages=self.averages, **taken)
+        return transfer(weak, self.weak.schedule, here.step(self).schedule)
 
 
 class ClassifierGuidance(Guidance):
@@ -109,20 +110,19 @@ class ClassifierGuidance(Guidance):
             raise ValueError(f"ClassifierGuidance: `labels` must be whole numbers from 0; received: {self.labels!r}")
         return {**rows, "labels": labels.astype("int32")}
 
-    def guide(self, denoise: Asked, x, m: Marginal):
-        """x_hat + scale (sigma^2 / alpha) grad log p(y | x_t)."""
-        labels = denoise.conditions.get("label") if self.labels is None else self.labels
+    def guide(self, denoise: Denoiser, x, m: Marginal, here: Here) -> Estimate:
+        labels = here.rows.get("labels", denoise.conditions.get("label"))
         if labels is None:
             raise ValueError("ClassifierGuidance: the model has no condition 'label'; give `labels`")
         if self.noisy:
-            x_hat = denoise(x, m)
-            time = ops.broadcast_to(self.time_label(self._placed().schedule, m), ops.shape(x)[:1])
+            estimate = denoise(x, m)
+            time = ops.broadcast_to(self.time_label(here.step(self).schedule, m), ops.shape(x)[:1])
             gradient = self._gradient(lambda x: {"image": x, "time": time}, x, labels)
         else:
-            x_hat, pull = denoise.linearised(x, m)
-            gradient = pull(self._gradient(lambda x: x, x_hat, labels))
-        wide = m.like(x)
-        return x_hat + over(self.scale, x) * wide.sigma**2 / wide.alpha * gradient
+            estimate, pull = denoise.linearised(x, m)
+            gradient = pull(self._gradient(lambda x: x, estimate.x_hat, labels))
+        m = m.like(x)
+        return estimate.guided(estimate.x_hat + over(here.rows["scale"], x) * m.sigma**2 / m.alpha * gradient)
 
     def _gradient(self, inputs, x, labels):
         """The gradient of log p(labels | x) by x."""
@@ -169,9 +169,8 @@ class PerturbedAttention(Guidance):
         """The scale of each sample."""
         return {"scale": run.rows(self, "scale", self.scale, ())}
 
-    def guide(self, denoise: Asked, x, m: Marginal):
-        """x_hat + scale (x_hat - x_perturbed)."""
-        x_hat = denoise(x, m)
+    def guide(self, denoise: Denoiser, x, m: Marginal, here: Here) -> Estimate:
+        estimate = denoise(x, m)
         with switches.identity_attention(self.layers):
-            perturbed = denoise(x, m)
-        return x_hat + over(self.scale, x) * (x_hat - perturbed)
+            perturbed = denoise(x, m).x_hat
+        return estimate.guided(estimate.x_hat + over(here.rows["scale"], x) * (estimate.x_hat - perturbed))

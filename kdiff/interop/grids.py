@@ -120,13 +120,13 @@ class DDIMKeptNoise(DDIM):
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One implicit step; arguments and results as in `Solver.step`."""
         estimate = denoise(x, now)
-        x_hat = self.guidance.change(estimate)
+        x_hat = self.guidance.change(estimate.x_hat)
         _, fresh = bridge(now, then)
         kept = then.sigma * ops.sqrt(1.0 - self.eta**2 * fresh)
-        x = then.alpha * x_hat + kept * noise_of(x, estimate, now)
+        x = then.alpha * x_hat + kept * noise_of(x, estimate.x_hat, now)
         if self.stochastic:
             x = x + self.eta * then.sigma * ops.sqrt(fresh) * noise()
-        return x, x_hat, state
+        return x, estimate._replace(x_hat=x_hat), state
 
     def inverse(self, iterations: int = 1):
         """There is none: what was clipped is lost."""

@@ -10,6 +10,7 @@ gradient accumulation and clipping are untouched.
 """
 
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,6 +22,8 @@ from kdiff import backend, random
 from kdiff.averages import Averages
 from kdiff.base import Configurable, check_number
 from kdiff.codecs import Codec
+from kdiff.conversion import moved
+from kdiff.denoisers import Estimate, Given
 from kdiff.model import feeding
 from kdiff.model.sampling import Sampling, as_sampler
 from kdiff.objectives import loss_weight
@@ -97,7 +100,7 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         self.ema = ema
         self.seed = seed
         self.shapes: dict[str, tuple] | None = None
-        self._step_functions: dict[Any, Any] = {}
+        self._compiled_steps: dict[Any, Any] = {}
 
     # Building
 
@@ -181,7 +184,7 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         noise = random.normal(noise_key, ops.shape(x))
         m = self.schedule.at(t)
         x_t = self.schedule(x, noise, t)
-        output = self._output(x_t, m, conditions, training=bool(training), averages=not training)
+        output = self.output(x_t, m, conditions, training=bool(training), averages=not training)
         return {
             "output": self.prediction.value(output),
             "target": self.prediction.target(x, noise, m),
@@ -298,12 +301,17 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
 
     # Denoising
 
-    def _output(self, x_t, m: Marginal, conditions: dict[str, Any], training: bool, averages: bool):
-        """The network's output, float32, with the averaged weights if there are any and they are asked for."""
+    def _inputs(self, x_t, m: Marginal, conditions: Mapping[str, Any]) -> dict[str, Any]:
+        """What the network is given."""
         label = ops.broadcast_to(self.time_label(self.schedule, m), ops.shape(x_t)[:1])
-        arguments = {"image": self.prediction.input_scale(m.like(x_t)) * x_t, "time": label, **conditions}
-        with self.averages.scope(self.network) if averages and self.averages else nullcontext():
-            output = self.network(arguments, training=training)
+        return {"image": self.prediction.input_scale(m.like(x_t)) * x_t, "time": label, **conditions}
+
+    def _weights(self, averages: bool):
+        """The scope in which the network computes with the averaged weights, if there are and it is asked for."""
+        return self.averages.scope(self.network) if averages and self.averages else nullcontext()
+
+    def _checked_output(self, output, x_t):
+        """The network's output, float32."""
         wanted = self.prediction.factor * x_t.shape[-1]
         if output.shape[-1] != wanted:
             raise ValueError(
@@ -312,22 +320,40 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
             )
         return ops.cast(output, "float32")
 
-    def denoise(self, x_t, m: Marginal, averages: bool = True, learned: bool = False, **conditions):
+    def output(self, x_t, m: Marginal, conditions: Mapping[str, Any], training: bool = False, averages: bool = True):
+        """The network's output, float32, which means what `prediction` says.
+
+        Args:
+            x_t: a noisy batch, with shape `(batch, ...)`.
+            m: the marginal that it is at; fields of shape `()` or `(batch,)`.
+            conditions: by name, one row an example.
+            training: whether dropout and the like are at work.
+            averages: use the averaged weights.
+        """
+        with self._weights(averages):
+            return self._checked_output(self.network(self._inputs(x_t, m, conditions), training=training), x_t)
+
+    def _answer(self, averages: bool, schedule: NoiseSchedule, given: Given, x_t, m: Marginal) -> Estimate:
+        """The answer of a `Denoiser` to a question on `schedule`."""
+        x_t, m = moved(x_t, m, schedule, self.schedule)
+        with self._weights(averages):
+            output = self.network(self._inputs(x_t, m, given.conditions), training=False)
+        output = self._checked_output(output, x_t)
+        return Estimate(self.prediction.denoise(output, x_t, m), self.prediction.share(output))
+
+    def denoise(self, x_t, m: Marginal, averages: bool = True, **conditions):
         """The network's estimate of the data, x_hat.
 
         Args:
             x_t: a noisy batch, with shape `(batch, ...)`.
             m: the marginal that it is at, `schedule.at(t)`; the fields have shape `()` or `(batch,)`.
             averages: use the averaged weights.
-            learned: whether to return the learned variance too, if the prediction is a `LearnedVariance`.
             **conditions: one row an example.
 
         Returns:
-            x_hat, with the shape of `x_t`; or a pair, x_hat and the share (see `LearnedVariance`).
+            x_hat, with the shape of `x_t`.
         """
-        output = self._output(x_t, m, conditions, False, averages)
-        x_hat = self.prediction.denoise(output, x_t, m)
-        return (x_hat, self.prediction.share(output)) if learned else x_hat
+        return self._answer(averages, self.schedule, Given(conditions), x_t, m).x_hat
 
     # Saving
 

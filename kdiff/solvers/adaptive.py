@@ -20,6 +20,7 @@ import numpy as np
 from keras import ops
 
 from kdiff.base import check_choice, check_integer, check_number
+from kdiff.denoisers import Estimate
 from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.solvers.base import Denoise, Draw, Solver, half_step
 
@@ -70,8 +71,6 @@ class Adaptive(Solver):
         ValueError: if a number is out of range, or both tolerances are 0.
     """
 
-    loops = True
-
     def __init__(
         self,
         rtol: float = 0.05,
@@ -98,10 +97,10 @@ class Adaptive(Solver):
         """One step of the grid, in sub-steps; arguments and results as in `Solver.step`."""
         span, start = half_step(now, then), state.tried
 
-        def on_the_way(done, z, x_hat, control):
+        def on_the_way(done, z, x_hat, memory, control):
             return ops.logical_and(done < span, control.tried - start < self.max_substeps)
 
-        def substep(done, z, x_hat, control):
+        def substep(done, z, x_hat, memory, control):
             left = ops.cast(self.max_substeps - (control.tried - start), "float32")
             least = (span - done) / left
             # The last one goes all the way, by its number or because little would be left of the way.
@@ -109,25 +108,26 @@ class Adaptive(Solver):
             last = ops.logical_or(wanted >= 0.999 * (span - done), left < 1.5)
             h = ops.where(last, span - done, wanted)
             m = schedule.at_log_snr(now.log_snr + 2.0 * done)
-            z_low, z_high, first = self._pair(denoise, schedule, z, m, h)
+            z_low, z_high, estimate = self._pair(denoise, schedule, z, m, h)
             error = self._error(z, z_low, z_high, m, h)
             taken = ops.logical_or(error <= 1.0, h <= least)
             control = self._control(control, error, h, taken)
             done = ops.where(taken, ops.where(last, span, done + h), done)
-            return done, ops.where(taken, z_high, z), first, control
+            return done, ops.where(taken, z_high, z), estimate.x_hat, estimate.memory, control
 
-        # Keras sees the fields of a NamedTuple as a nest; the estimate of the data is of the last sub-step.
-        begin = (ops.zeros_like(span), x / now.alpha, ops.zeros_like(x), state)
-        _, z, x_hat, state = ops.while_loop(on_the_way, substep, begin)
-        return then.alpha * z, x_hat, state
+        # The estimate is that of the last sub-step; all of them are told what was remembered before the step.
+        begin = (ops.zeros_like(span), x / now.alpha, ops.zeros_like(x), denoise.given.memory, state)
+        _, z, x_hat, memory, state = ops.while_loop(on_the_way, substep, begin)
+        return then.alpha * z, Estimate(x_hat, memory=memory), state
 
     def _pair(self, denoise, schedule, z, m, h):
-        """z after h by the method of one order less, and by the method; and x_hat."""
-        x_hat = denoise(m.alpha * z, m)
+        """z after h by the method of one order less, and by the method; and the estimate at its beginning."""
+        estimate = denoise(m.alpha * z, m)
+        x_hat = estimate.x_hat
 
         def change(fraction, z_r):
             m_r = schedule.at_log_snr(m.log_snr + 2.0 * fraction * h)
-            return denoise(m_r.alpha * z_r, m_r) - x_hat
+            return denoise(m_r.alpha * z_r, m_r).x_hat - x_hat
 
         def reach(h, slope=0.0):
             linear = (h + ops.expm1(-h)) * slope
@@ -135,10 +135,10 @@ class Adaptive(Solver):
 
         if self.order == 2:
             slope = change(0.5, reach(0.5 * h)) / (0.5 * h)
-            return reach(h), reach(h, slope), x_hat
+            return reach(h), reach(h, slope), estimate
         slope = change(1 / 3, reach(h / 3)) / (h / 3)
         better = change(2 / 3, reach(2 * h / 3, slope)) / (2 * h / 3)
-        return reach(h, slope), reach(h, better), x_hat
+        return reach(h, slope), reach(h, better), estimate
 
     def _error(self, z, z_low, z_high, m, h):
         s = m.sigma / m.alpha * ops.exp(-h)

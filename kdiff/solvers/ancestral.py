@@ -32,10 +32,10 @@ class DDPM(Solver):
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One ancestral step; arguments and results as in `Solver.step`."""
-        x_hat, share = denoise(x, now) if self.learned else (denoise(x, now), None)
+        estimate = denoise(x, now)
         kept, fresh = bridge(now, then)
-        s = self._sigma(now, then, share) * ops.sqrt(fresh)
-        return kept * x + then.alpha * fresh * x_hat + s * noise(), x_hat, state
+        s = self._sigma(now, then, estimate.share) * ops.sqrt(fresh)
+        return kept * x + then.alpha * fresh * estimate.x_hat + s * noise(), estimate, state
 
     def _sigma(self, now: Marginal, then: Marginal, share):
         if self.variance == "small":
@@ -66,13 +66,14 @@ class DDIM(Solver):
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One implicit step; arguments and results as in `Solver.step`."""
-        x_hat = denoise(x, now)
+        estimate = denoise(x, now)
+        x_hat = estimate.x_hat
         _, fresh = bridge(now, then)
         kept = then.sigma * ops.sqrt(1.0 - self.eta**2 * fresh)
         x = then.alpha * x_hat + kept * noise_of(x, x_hat, now)
         if self.stochastic:
             x = x + self.eta * then.sigma * ops.sqrt(fresh) * noise()
-        return x, x_hat, state
+        return x, estimate, state
 
     def inverse(self, iterations: int = 1) -> Solver:
         """`DDIMInversion(iterations)`, if eta is 0."""
@@ -102,10 +103,10 @@ class DDIMInversion(Solver):
         """One step back; arguments and results as in `Solver.step`."""
         x_then = x
         for _ in range(self.iterations):
-            x_hat = denoise(x_then, then)
-            noise_hat = noise_of(x_then, x_hat, then)
-            x_then = x + (then.alpha - now.alpha) * x_hat + (then.sigma - now.sigma) * noise_hat
-        return x_then, x_hat, state
+            estimate = denoise(x_then, then)
+            noise_hat = noise_of(x_then, estimate.x_hat, then)
+            x_then = x + (then.alpha - now.alpha) * estimate.x_hat + (then.sigma - now.sigma) * noise_hat
+        return x_then, estimate, state
 
     def inverse(self, iterations: int = 1) -> Solver:
         """`DDIM()`."""

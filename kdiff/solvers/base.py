@@ -1,10 +1,10 @@
 """What all solvers share: one step from a noisy x_now to a less noisy x_then.
 
-A solver knows a denoiser, `x_hat = denoise(x, m)`, which estimates the data at any marginal m of a schedule. It knows
+A solver knows a denoiser, `estimate = denoise(x, m)`, whose x_hat is the data to be expected at a marginal m. It knows
 neither the network nor what it predicts, neither the grid nor the loop. Its state is a value that the loop carries:
 
     state = solver.init(x, steps)
-    x, x_hat, state = solver.step(denoise, schedule, x, now, then, noise, state)        once a step
+    x, estimate, state = solver.step(denoise, schedule, x, now, then, noise, state)        once a step
 
 With the estimate of the noise that goes with x_hat, noise_hat = (x - alpha x_hat) / sigma, the probability flow of any
 schedule is, in l = log_snr / 2 = log(alpha / sigma) (Lu et al. 2022, arXiv:2211.01095, eqs. 8 and 9; Salimans and Ho
@@ -23,9 +23,9 @@ import numpy as np
 from keras import ops
 
 from kdiff.base import Value, check_integer
+from kdiff.denoisers import Denoise
 from kdiff.schedules import Marginal, NoiseSchedule
 
-Denoise = Callable[[Any, Marginal], Any]
 Draw = Callable[[], Any]
 
 
@@ -37,15 +37,13 @@ class Solver(Value):
         stochastic: whether `step` draws noise.
         evaluations: how often a step calls the denoiser.
         least_steps: the fewest steps of a run: a multistep solver that looks at p steps needs p.
-        loops: whether `step` asks the denoiser in a loop of its own, so that a guidance can remember nothing.
-        learned: whether the denoiser must give a pair, x_hat and the learned variance (`predictions.LearnedVariance`).
+        learned: whether an estimate must have a `share`, as of `predictions.LearnedVariance`.
     """
 
     order: int = 1
     stochastic: bool = False
     evaluations: int = 1
     least_steps: int = 1
-    loops: bool = False
     learned: bool = False
 
     def init(self, x, steps: int) -> Any:
@@ -56,7 +54,7 @@ class Solver(Value):
         """One step.
 
         Args:
-            denoise: x_hat = denoise(x, m).
+            denoise: estimate = denoise(x, m), a `Denoiser`.
             schedule: gives marginals between the two, `schedule.at_log_snr(l)`, to solvers that need them.
             x: the noisy batch, float32, with shape `(batch, ...)`.
             now: the marginal that `x` is at; its fields have shape `()`.
@@ -65,7 +63,7 @@ class Solver(Value):
             state: what `init` or the last step returned.
 
         Returns:
-            `(x, x_hat, state)`: the batch at `then`, the estimate of the data that led there, and the new state.
+            `(x, estimate, state)`: the batch at `then`, the estimate of the data that led there, and the new state.
         """
         raise NotImplementedError
 

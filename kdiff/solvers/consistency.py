@@ -39,11 +39,12 @@ class Consistency(Solver):
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One jump to the data and back to `then`; arguments and results as in `Solver.step`."""
-        x_hat = denoise(x, now)
+        estimate = denoise(x, now)
+        x_hat = estimate.x_hat
         # A difference of squares, so that it is exactly 0 where sigma_then / alpha_then is epsilon.
         least = then.alpha * self.epsilon
         s = ops.sqrt(ops.maximum((then.sigma - least) * (then.sigma + least), 0.0))
-        return renoised(x_hat, then, noise, s), x_hat, state
+        return renoised(x_hat, then, noise, s), estimate, state
 
 
 class LCM(Solver):
@@ -72,8 +73,9 @@ class LCM(Solver):
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One jump to the data and back to `then`; arguments and results as in `Solver.step`."""
         c_skip, c_out = self.scalings(schedule, now)
-        x_hat = c_skip * x + c_out * denoise(x, now)
-        return renoised(x_hat, then, noise), x_hat, state
+        estimate = denoise(x, now)
+        x_hat = c_skip * x + c_out * estimate.x_hat
+        return renoised(x_hat, then, noise), estimate._replace(x_hat=x_hat), state
 
     def scalings(self, schedule: NoiseSchedule, m: Marginal):
         """(c_skip, c_out) at the marginal `m`."""
@@ -107,11 +109,12 @@ class TCD(Solver):
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One step down to s and up to `then`; arguments and results as in `Solver.step`."""
-        x_hat = denoise(x, now)
+        estimate = denoise(x, now)
+        x_hat = estimate.x_hat
         if not self.stochastic:
-            return flow_to(x, x_hat, now, then), x_hat, state
+            return flow_to(x, x_hat, now, then), estimate, state
         s = schedule.at((1.0 - self.gamma) * then.t)
         x_s = flow_to(x, x_hat, now, s)
         # sigma_then sqrt(1 - SNR_then / SNR_s), which does not cancel.
         fresh = then.sigma * ops.sqrt(-ops.expm1(then.log_snr - s.log_snr))
-        return then.alpha / s.alpha * x_s + fresh * noise(), x_hat, state
+        return then.alpha / s.alpha * x_s + fresh * noise(), estimate, state

@@ -149,7 +149,8 @@ class _Multistep(Solver):
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One step; arguments and results as in `Solver.step`."""
-        x_hat = denoise(x, now)
+        estimate = denoise(x, now)
+        x_hat = estimate.x_hat
         value = self.value(x, x_hat, now)
         frozen = self.frozen(x, x_hat, value, now, then)
         places = [(past - now.log_snr) / (then.log_snr - now.log_snr) for past in state.log_snrs]
@@ -157,7 +158,7 @@ class _Multistep(Solver):
         x = frozen.plus(weights, [value, *state.values])
         if self.stochastic:
             x = x + frozen.spread * noise()
-        return x, x_hat, state.add(value, now)
+        return x, estimate, state.add(value, now)
 
     def _length(self) -> int:
         return self.order - 1
@@ -248,18 +249,19 @@ class _Singlestep(Solver):
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One step; arguments and results as in `Solver.step`."""
-        x_hat = first = denoise(x, now)
+        estimate = denoise(x, now)
+        x_hat = first = estimate.x_hat
         values = [self.value(x, first, now)]
         for number, fraction in enumerate(self._at):
             m = between(schedule, now, then, fraction)
             frozen = self.frozen(x, first, values[0], now, m)
             # The first value is found with nothing but v_0, the second by a line.
             x_m = frozen.plus(linear(frozen.h, self._at[0] / fraction) if number else [], values)
-            x_hat = denoise(x_m, m)
+            x_hat = denoise(x_m, m).x_hat
             values.append(self.value(x_m, x_hat, m))
         frozen = self.frozen(x, first, values[0], now, then)
         x = ops.where(then.t > 0, frozen.plus(self._weights(frozen.h), values), frozen.x)
-        return x, ops.where(then.t > 0, x_hat, first), state
+        return x, estimate._replace(x_hat=ops.where(then.t > 0, x_hat, first)), state
 
     def _weights(self, h) -> list:
         if self.order == 1:

@@ -160,16 +160,17 @@ class DPMSolverPP2SAncestral(_Ancestral):
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One step; arguments and results as in `Solver.step`."""
-        x_hat = denoise(x, now)
+        estimate = denoise(x, now)
+        x_hat = estimate.x_hat
         down = Down.of(now, then, self.eta)
         # Half of the way to sigma_down, which with eta = 1 is `then` itself.
         mid = schedule.at_log_snr(now.log_snr + down.h)
         x_mid = flow_to(x, x_hat, now, mid)
-        x_hat = ops.where(then.t > 0, denoise(x_mid, mid), x_hat)
+        x_hat = ops.where(then.t > 0, denoise(x_mid, mid).x_hat, x_hat)
         x = down(x, x_hat)
         if self.stochastic:
             x = x + down.spread * noise()
-        return x, x_hat, state
+        return x, estimate._replace(x_hat=x_hat), state
 
 
 class DPMSolverPPSinglestepSDE(_Ancestral):
@@ -193,15 +194,16 @@ class DPMSolverPPSinglestepSDE(_Ancestral):
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One step; arguments and results as in `Solver.step`."""
-        x_hat = denoise(x, now)
+        estimate = denoise(x, now)
+        x_hat = estimate.x_hat
         mid = between(schedule, now, then, 0.5)
         half, whole = Down.of(now, mid, self.eta), Down.of(now, then, self.eta)
         x_mid = half(x, x_hat)
         first = half.spread * noise() if self.stochastic else 0.0
-        x_hat = ops.where(then.t > 0, denoise(x_mid + first, mid), x_hat)
+        x_hat = ops.where(then.t > 0, denoise(x_mid + first, mid).x_hat, x_hat)
         x = whole(x, x_hat)
         if self.stochastic:
             carried = whole.kept / half.kept
             fresh = ops.sqrt(ops.maximum(whole.spread**2 - (carried * half.spread) ** 2, 0.0))
             x = x + carried * first + fresh * noise()
-        return x, x_hat, state
+        return x, estimate._replace(x_hat=x_hat), state

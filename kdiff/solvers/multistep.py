@@ -51,7 +51,7 @@ class _Multistep(Solver):
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One step; arguments and results as in `Solver.step`."""
         line = Line.at(denoise, x, now)
-        return self._look_back(line, now, then, state), line.x_hat, state.add(line.d, now)
+        return self._look_back(line, now, then, state), line.estimate, state.add(line.d, now)
 
     def coefficients(self, order, now: Marginal, then: Marginal, log_snrs: tuple) -> list:
         """c_1, c_2, ..., scalars, for this order, a tensor, and past values at these log-SNRs."""
@@ -221,7 +221,7 @@ class PNDM(IPNDM):
         # `cond` runs one of the two. Where both would run, a run would cost four times what it need.
         early = ops.logical_and(state.made < self.long, then.t > 0)
         x = ops.cond(early, warm, lambda: self._look_back(line, now, then, state))
-        return x, line.x_hat, state.add(line.d, now)
+        return x, line.estimate, state.add(line.d, now)
 
     def _middle(self, schedule, now, then):
         return schedule.at(0.5 * (now.t + then.t))

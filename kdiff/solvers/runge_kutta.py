@@ -26,6 +26,7 @@ import numpy as np
 from keras import ops
 
 from kdiff.base import check_number
+from kdiff.denoisers import Estimate
 from kdiff.schedules import Marginal, NoiseSchedule, bridge
 from kdiff.solvers.ancestral import DDIM, DDIMInversion
 from kdiff.solvers.base import Denoise, Draw, Solver, between, noise_of
@@ -40,14 +41,19 @@ class Line(NamedTuple):
     """Where a step begins, and its tangent: z = x_hat + s d."""
 
     s: object
-    x_hat: object
+    estimate: Estimate
     d: object
 
     @classmethod
     def at(cls, denoise: Denoise, x, m: Marginal) -> Self:
         """The line through `x` at `m`: one call of the denoiser."""
-        x_hat = denoise(x, m)
-        return cls(ratio(m), x_hat, noise_of(x, x_hat, m))
+        estimate = denoise(x, m)
+        return cls(ratio(m), estimate, noise_of(x, estimate.x_hat, m))
+
+    @property
+    def x_hat(self):
+        """The estimate of the data."""
+        return self.estimate.x_hat
 
     def reach(self, s, bend=0.0):
         """z at s, x_hat + s d + (s - s_now) bend."""
@@ -56,7 +62,7 @@ class Line(NamedTuple):
     def bend(self, denoise: Denoise, m: Marginal, bend=0.0):
         """e_i of the stage at `m`, that is reached with `bend`: one call of the denoiser."""
         s = ratio(m)
-        x_hat = denoise(m.alpha * self.reach(s, bend), m)
+        x_hat = denoise(m.alpha * self.reach(s, bend), m).x_hat
         return (self.x_hat - x_hat + (s - self.s) * bend) / s
 
 
@@ -90,7 +96,7 @@ class _RungeKutta(Solver):
             x, now = self._churn(schedule, x, now, noise, gamma=state)
         line = Line.at(denoise, x, now)
         bend = self.bend(denoise, schedule, line, now, then)
-        return then.alpha * line.reach(ratio(then), bend), line.x_hat, state
+        return then.alpha * line.reach(ratio(then), bend), line.estimate, state
 
     def bend(self, denoise: Denoise, schedule: NoiseSchedule, line: Line, now: Marginal, then: Marginal):
         """By how much the mean slope of the step differs from d: the method's weighted mean of e_i."""
@@ -264,4 +270,4 @@ class DPM2Ancestral(Solver):
         x = then.alpha * line.reach(down, bend)
         if self.stochastic:
             x = x + self.eta * then.sigma * ops.sqrt(bridge(now, then)[1]) * noise()
-        return x, line.x_hat, state
+        return x, line.estimate, state

@@ -87,12 +87,13 @@ class SASolver(Solver):
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """The corrector of the last step, then the predictor of this one; arguments and results as in `Solver.step`."""
-        x_hat = denoise(x, now)
+        estimate = denoise(x, now)
+        x_hat = estimate.x_hat
         if self.corrector_order:
             x = ops.where(state.history.made > 0, self._correct(x_hat, now, state), x)
         order = state.history.order(self.predictor_order, self.lower_final)
         state = Memory(state.history.add(x_hat, now), x, now, noise() if self.stochastic else ())
-        return self._predict(then, state, order), x_hat, state
+        return self._predict(then, state, order), estimate, state
 
     def _predict(self, then: Marginal, last: Memory, order):
         h, (first, *others) = half_step(last.now, then), last.history.values

@@ -102,13 +102,14 @@ class UniPC(Solver):
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """The corrector of the last step, then the predictor of this one; arguments and results as in `Solver.step`."""
-        x_hat = denoise(x, now)
+        estimate = denoise(x, now)
+        x_hat = estimate.x_hat
         value = x_hat if self.predicts == "data" else noise_of(x, x_hat, now)
         if self.corrector:
             x = ops.where(state.history.made > 0, self._correct(value, now, state), x)
         order = state.history.order(self.predictor_order, self.lower_final)
         state = Memory(state.history.add(value, now), x, now, ())
-        return self._predict(then, state, order), x_hat, state
+        return self._predict(then, state, order), estimate, state
 
     def _predict(self, then: Marginal, last: Memory, order):
         h = half_step(last.now, then)
