@@ -91,8 +91,8 @@ def check_invertible(prediction: Prediction, schedule: NoiseSchedule) -> None:
     wrong = ~np.isfinite(determinant) | (np.sign(determinant) != np.sign(determinant[len(t) // 2])) | (determinant == 0)
     if wrong.any():
         raise ValueError(
-            f"{prediction!r} does not fix the data on {schedule!r}: b alpha - a sigma is {determinant[wrong][0]:.3g} at "
-            f"t = {t[wrong][0]:.4g}, and must be finite and of one sign. Use another prediction, such as `Velocity()`"
+            f"{prediction!r} does not fix the data on {schedule!r}: b alpha - a sigma is {determinant[wrong][0]:.3g} "
+            f"at t = {t[wrong][0]:.4g}, and must be finite and of one sign. Choose another, such as `Velocity()`"
         )
 
 

@@ -53,8 +53,8 @@ class Denoising(Objective):
         times = self.density(model)
         if getattr(model.weighting, "per_log_snr", False) and type(times).density is TimeSampler.density:
             raise ValueError(
-                f"DiffusionModel: {model.weighting!r} is a weight per log-SNR, for which `times` must have a `density`; "
-                f"{times!r} has none. Define `density(schedule, t)`, or use {Uniform()!r}"
+                f"DiffusionModel: {model.weighting!r} is a weight per log-SNR, for which `times` must say their "
+                f"`density`; {times!r} has none. Define `density(schedule, t)`, or use {Uniform()!r}"
             )
 
 

@@ -9,8 +9,8 @@ from kdiff.base import check_integer, check_number
 from kdiff.objectives.base import Problem
 from kdiff.objectives.denoising import Denoising
 from kdiff.schedules import NoiseSchedule
-from kdiff.times import TimeSampler, Uniform
-from kdiff.times.samplers import HALF_STEP, check_points
+from kdiff.times import TimeSampler
+from kdiff.times.samplers import HALF_STEP, UNIFORM, check_points
 
 __all__ = ["LossAware"]
 
@@ -37,7 +37,7 @@ class LossAware(Denoising):
         points: how uniform numbers cover a batch: a `TimeSampler` of uniform times or its name.
     """
 
-    def __init__(self, num_steps: int = 1000, history: int = 10, uniform: float = 0.001, points="uniform"):
+    def __init__(self, num_steps: int = 1000, history: int = 10, uniform: float = 0.001, points=UNIFORM):
         super().__init__()
         check_integer("LossAware", "num_steps", num_steps)
         check_integer("LossAware", "history", history)
@@ -68,7 +68,7 @@ class LossAware(Denoising):
         return self.draw
 
     def density(self, model: Any) -> TimeSampler:
-        return Uniform()
+        return UNIFORM
 
     def check(self, model: Any) -> None:
         self._check(model.schedule)
@@ -84,7 +84,7 @@ class LossAware(Denoising):
     def draw(self, schedule: NoiseSchedule, batch, key):
         """Times t of which i has the probability p_i; float32, shape `(batch,)`.
 
-        (i + r) / T, where a uniform number u is the share r of the way through p_i; on a discrete schedule its next step.
+        (i + r) / T, where a uniform u is the share r of the way through p_i; on a discrete schedule its next step.
         """
         self._check(schedule)
         u = ops.convert_to_tensor(self.points(schedule, batch, key), "float32")
