@@ -128,7 +128,7 @@ def clipped(sampler, schedule):
     """The shares of the times that lie beyond the two ends of the schedule, and are put at the ends."""
     if not isinstance(sampler, times.LogNormalSigma):
         return 0.0, 0.0
-    clean, noisy = (-0.5 * float(numpy(end)) for end in times.log_snr_ends(schedule))
+    clean, noisy = (-0.5 * float(numpy(end)) for end in schedule.log_snr_ends())
     normal = stats.norm(sampler.mean, sampler.std)
     return normal.cdf(clean), normal.sf(noisy)
 
@@ -191,7 +191,7 @@ def test_noise_levels_have_the_published_distribution(schedule):
     """Karras et al. 2022, table 1: ln sigma is normal. To the part of it that float32 knows of t near 1."""
     log_sigma = -0.5 * numpy(schedule.log_snr(draw(times.LogNormalSigma(points="systematic"), schedule, batch=4000)))
     expected = np.sort(stats.norm(-1.2, 1.2).ppf((np.arange(4000) + 0.5) / 4000))
-    clean, noisy = (-0.5 * float(numpy(end)) for end in times.log_snr_ends(schedule))
+    clean, noisy = (-0.5 * float(numpy(end)) for end in schedule.log_snr_ends())
     np.testing.assert_allclose(np.sort(log_sigma)[5:-5], np.clip(expected, clean, noisy)[5:-5], atol=0.06)
     log_snr = numpy(schedule.log_snr(draw(times.LogUniform("systematic"), schedule, batch=4000)))
     np.testing.assert_allclose(np.sort(log_snr), np.linspace(-2 * noisy, -2 * clean, 4000), atol=0.06)
@@ -232,6 +232,8 @@ def test_a_sampler_of_ones_own_needs_no_density():
             return 0.5 * random.uniform(key, (batch,))
 
     sampler = _Half()
+    assert times.Uniform().has_density
+    assert not sampler.has_density
     assert draw(sampler).max() < 0.5
     assert sampler.importance(DISCRETE, np.float32([0.1])) is None
     assert sampler.update(DISCRETE, np.float32([0.1]), np.float32([1.0])) is None

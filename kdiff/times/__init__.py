@@ -36,5 +36,4 @@ from kdiff.times.samplers import (
     Systematic,
     TimeSampler,
     Uniform,
-    log_snr_ends,
 )

@@ -21,7 +21,6 @@ from keras import ops
 from kdiff.base import Value, check_integer, check_number
 from kdiff.schedules import NoiseSchedule
 from kdiff.schedules.wrappers import token_mu
-from kdiff.times.samplers import first_time, log_snr_ends
 
 
 class TimeGrid(Value):
@@ -189,7 +188,7 @@ class _Warped(TimeGrid):
 
     def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
         """first + (1 - first) warp(u)."""
-        first = first_time(schedule)
+        first = schedule.first_time
         return first + (1.0 - first) * self.warp(_spaces(steps, closed=first > 0))
 
     def warp(self, u: np.ndarray) -> np.ndarray:
@@ -300,13 +299,13 @@ class _Sigmas(TimeGrid):
     def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
         """time(-2 log s)."""
         low, high = self._ends(schedule)
-        sigmas = self.sigmas(low, high, _spaces(steps, closed=self.sigma_min is not None or first_time(schedule) > 0))
+        sigmas = self.sigmas(low, high, _spaces(steps, closed=self.sigma_min is not None or schedule.first_time > 0))
         log_snr = ops.convert_to_tensor(-2.0 * np.log(sigmas), "float32")
         times = np.clip(ops.convert_to_numpy(schedule.time(log_snr)).astype("float64"), 0.0, 1.0)
         # `time` may miss the ends by its rounding.
         times[0] = 1.0 if self.sigma_max is None else times[0]
         if self.sigma_min is None and steps > 1:
-            times[-1] = max(times[-1], first_time(schedule))
+            times[-1] = max(times[-1], schedule.first_time)
         return times
 
     def sigmas(self, low: float, high: float, u: np.ndarray) -> np.ndarray:
@@ -315,7 +314,7 @@ class _Sigmas(TimeGrid):
 
     def _ends(self, schedule: NoiseSchedule) -> tuple[float, float]:
         """(sigma_min, sigma_max), inside of the schedule's own."""
-        lowest, highest = (math.exp(-0.5 * float(ops.convert_to_numpy(end))) for end in log_snr_ends(schedule))
+        lowest, highest = (math.exp(-0.5 * float(ops.convert_to_numpy(end))) for end in schedule.log_snr_ends())
         low = lowest if self.sigma_min is None else self.sigma_min
         high = highest if self.sigma_max is None else self.sigma_max
         if schedule.num_steps is None and self.sigma_min is not None and low < lowest * 1.0001:

@@ -38,9 +38,14 @@ class TimeSampler(Value):
         """
         raise NotImplementedError
 
+    @property
+    def has_density(self) -> bool:
+        """Whether `density` is defined. Training with a `Weighting` that is `per_log_snr` asks for it."""
+        return type(self).density is not TimeSampler.density
+
     def density(self, schedule: NoiseSchedule, t):
         """The probability density p(t) of the times, float32, with the shape of `t`."""
-        raise NotImplementedError(f"{type(self).__name__} does not say its density")
+        raise NotImplementedError(f"{type(self).__name__} does not say its density: define `density(schedule, t)`")
 
     def importance(self, schedule: NoiseSchedule, t) -> Any:
         """A factor on the loss at `t`, which undoes that some times are drawn more often; None is 1 everywhere."""
@@ -276,7 +281,7 @@ class LogNormalSigma(_Bent):
 
     def quantile(self, schedule: NoiseSchedule, u):
         """time(-2 (mean + std z)), within the schedule's ends."""
-        clean, noisy = log_snr_ends(schedule)
+        clean, noisy = schedule.log_snr_ends()
         log_snr = -2.0 * (self.mean + self.std * _normal(u))
         return _time(schedule, ops.minimum(ops.maximum(log_snr, noisy), clean))
 
@@ -285,7 +290,7 @@ class LogNormalSigma(_Bent):
         t = ops.convert_to_tensor(t, "float32")
         log_ratio = -0.5 * schedule.log_snr(t)
         density = _gaussian(log_ratio, self.mean, self.std) * 0.5 * ops.abs(schedule.slope(t))
-        return ops.where(t < first_time(schedule), 0.0, density)
+        return ops.where(t < schedule.first_time, 0.0, density)
 
 
 class LogUniform(_Bent):
@@ -301,14 +306,14 @@ class LogUniform(_Bent):
 
     def quantile(self, schedule: NoiseSchedule, u):
         """time(l), l from one end to the other."""
-        clean, noisy = log_snr_ends(schedule)
+        clean, noisy = schedule.log_snr_ends()
         return _time(schedule, clean + (noisy - clean) * ops.convert_to_tensor(u, "float32"))
 
     def density(self, schedule: NoiseSchedule, t):
         """|slope(t)| / (log_snr(0) - log_snr(1))."""
         t = ops.convert_to_tensor(t, "float32")
-        clean, noisy = log_snr_ends(schedule)
-        return ops.where(t < first_time(schedule), 0.0, ops.abs(schedule.slope(t)) / (clean - noisy))
+        clean, noisy = schedule.log_snr_ends()
+        return ops.where(t < schedule.first_time, 0.0, ops.abs(schedule.slope(t)) / (clean - noisy))
 
 
 class LossAware(_Bent, keras.layers.Layer):
@@ -416,17 +421,6 @@ class LossAware(_Bent, keras.layers.Layer):
                 f"LossAware: `num_steps` must divide {schedule.num_steps}, the number of steps of {schedule!r}; "
                 f"received: {self.num_steps}"
             )
-
-
-def first_time(schedule: NoiseSchedule) -> float:
-    """The clean end of what is trained and sampled: the first step of a discrete schedule, or 0."""
-    return 0.0 if schedule.num_steps is None else 1.0 / schedule.num_steps
-
-
-def log_snr_ends(schedule: NoiseSchedule) -> tuple:
-    """(largest, smallest) log-SNR, at `first_time` and at t = 1; scalar tensors."""
-    ends = schedule.log_snr(ops.convert_to_tensor([first_time(schedule), 1.0], "float32"))
-    return ends[0], ends[1]
 
 
 def _time(schedule: NoiseSchedule, log_snr):
