@@ -86,7 +86,6 @@ class Data(Prediction):
     """The network predicts the data x: a = 1, b = 0 (Ho et al. 2020, section 3.2)."""
 
     def coefficients(self, m: Marginal):
-        """(1, 0)."""
         return 1.0, 0.0
 
 
@@ -94,7 +93,6 @@ class Noise(Prediction):
     """The network predicts the noise: a = 0, b = 1 (Ho et al. 2020, eq. 14)."""
 
     def coefficients(self, m: Marginal):
-        """(0, 1)."""
         return 0.0, 1.0
 
 
@@ -106,7 +104,6 @@ class Score(Prediction):
     """
 
     def coefficients(self, m: Marginal):
-        """(0, -1 / sigma)."""
         return 0.0, -1.0 / m.sigma
 
 
@@ -117,7 +114,6 @@ class Velocity(Prediction):
     """
 
     def coefficients(self, m: Marginal):
-        """(-sigma, alpha)."""
         return -m.sigma, m.alpha
 
 
@@ -128,7 +124,6 @@ class Flow(Prediction):
     """
 
     def coefficients(self, m: Marginal):
-        """(-1, 1)."""
         return -1.0, 1.0
 
 
@@ -174,7 +169,6 @@ class TrigFlow(Karras):
     """
 
     def coefficients(self, m: Marginal):
-        """(-sin(u) / sigma_data, cos(u))."""
         a, b = super().coefficients(m)
         return -a, -b
 
@@ -210,11 +204,9 @@ class LearnedVariance(Prediction):
             )
 
     def coefficients(self, m: Marginal):
-        """Those of `prediction`."""
         return self.prediction.coefficients(m)
 
     def input_scale(self, m: Marginal):
-        """That of `prediction`."""
         return self.prediction.input_scale(m)
 
     def value(self, output):

@@ -22,6 +22,7 @@ MATHEMATICS = (
     "schedules",
     "predictions",
     "conversion",
+    "denoisers",
     "weightings",
     "times",
     "objectives",

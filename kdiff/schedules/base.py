@@ -165,7 +165,6 @@ class NoiseSchedule(Value, keras.layers.Layer):
         return kept * x_t + then.alpha * fresh * x, then.sigma**2 * fresh
 
     def compute_output_shape(self, x_shape, *_):
-        """The forward process keeps the shape."""
         return x_shape
 
     def plot(self, path: str | None = None, points: int = 400):

@@ -30,7 +30,6 @@ class Jumps(TimeGrid):
         self.grid, self.length, self.repeats = TimeGrid.get(grid), length, repeats
 
     def default_steps(self, schedule: NoiseSchedule) -> int:
-        """The grid's own."""
         return self.grid.default_steps(schedule)
 
     def __call__(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:

@@ -24,7 +24,6 @@ class Scaled(TimeLabel):
         self.scale = scale
 
     def __call__(self, schedule: NoiseSchedule, m: Marginal):
-        """scale t."""
         return self.scale * m.t
 
 
@@ -32,7 +31,6 @@ class Index(TimeLabel):
     """The index i = T t - 1 of a discrete process, as DDPM's network sees it."""
 
     def __call__(self, schedule: NoiseSchedule, m: Marginal):
-        """T t - 1."""
         if schedule.num_steps is None:
             raise ValueError(f"Index: {schedule!r} is continuous and has no index; use Scaled or LogSNR")
         return schedule.num_steps * m.t - 1.0
@@ -50,5 +48,4 @@ class LogSNR(TimeLabel):
         self.scale = scale
 
     def __call__(self, schedule: NoiseSchedule, m: Marginal):
-        """scale log_snr."""
         return self.scale * m.log_snr

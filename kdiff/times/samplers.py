@@ -59,7 +59,6 @@ class _Even(TimeSampler):
     """Uniform times, however they are spread over a batch."""
 
     def density(self, schedule: NoiseSchedule, t):
-        """1."""
         return ops.ones_like(ops.convert_to_tensor(t, "float32"))
 
 
@@ -67,7 +66,6 @@ class Uniform(_Even):
     """Independent t, uniform in [0, 1)."""
 
     def __call__(self, schedule: NoiseSchedule, batch, key):
-        """u."""
         return random.uniform(key, (batch,))
 
 
@@ -89,7 +87,6 @@ class Discrete(_Even):
         self.num_steps = num_steps
 
     def __call__(self, schedule: NoiseSchedule, batch, key):
-        """(floor(T u) + 1) / T."""
         num_steps = self.num_steps or schedule.num_steps
         if num_steps is None:
             raise ValueError(f"Discrete: {schedule!r} is continuous; give `num_steps`, or use Uniform or Stratified")
@@ -106,7 +103,6 @@ class Stratified(_Even):
     """
 
     def __call__(self, schedule: NoiseSchedule, batch, key):
-        """(k + u) / batch."""
         u = random.uniform(key, (batch + 1,))
         size = ops.cast(batch, "float32")
         part = (_count(batch) + ops.floor(u[0] * size)) % size
@@ -121,7 +117,6 @@ class Systematic(_Even):
     """
 
     def __call__(self, schedule: NoiseSchedule, batch, key):
-        """(u + n / batch) mod 1."""
         return (random.uniform(key, (1,)) + _count(batch) / ops.cast(batch, "float32")) % 1.0
 
 
@@ -149,7 +144,6 @@ class Antithetic(_Even):
     """
 
     def __call__(self, schedule: NoiseSchedule, batch, key):
-        """(u, 1 - u)."""
         u = random.uniform(key, ((batch + 1) // 2,))
         return ops.concatenate([u, 1.0 - u])[:batch]
 
@@ -168,7 +162,6 @@ class _Bent(TimeSampler):
             raise ValueError(f"{type(self).__name__}: `points` must be one of {known}; received: {points!r}")
 
     def __call__(self, schedule: NoiseSchedule, batch, key):
-        """quantile(u), u from `points`."""
         return self.quantile(schedule, self.points(schedule, batch, key))
 
     def quantile(self, schedule: NoiseSchedule, u):
@@ -194,11 +187,9 @@ class LogitNormal(_Bent):
         self.mean, self.std = mean, std
 
     def quantile(self, schedule: NoiseSchedule, u):
-        """sigmoid(mean + std z)."""
         return ops.sigmoid(self.mean + self.std * _normal(u))
 
     def density(self, schedule: NoiseSchedule, t):
-        """exp(-(logit(t) - mean)^2 / (2 std^2)) / (std sqrt(2 pi) t (1 - t))."""
         t = _inside(t)
         return _gaussian(ops.log(t / (1.0 - t)), self.mean, self.std) / (t * (1.0 - t))
 
@@ -220,7 +211,6 @@ class Mode(_Bent):
         self.scale = scale
 
     def quantile(self, schedule: NoiseSchedule, u):
-        """1 - u - scale (cos^2(pi u / 2) - 1 + u)."""
         u = ops.convert_to_tensor(u, "float32")
         t = 1.0 - u - self.scale * (ops.cos(np.pi * u / 2) ** 2 - 1.0 + u)
         return ops.clip(t, 0.0, 1.0)
@@ -251,11 +241,9 @@ class PowerLaw(_Bent):
         self.exponent = exponent
 
     def quantile(self, schedule: NoiseSchedule, u):
-        """u^(1 / (exponent + 1))."""
         return ops.convert_to_tensor(u, "float32") ** (1.0 / (self.exponent + 1.0))
 
     def density(self, schedule: NoiseSchedule, t):
-        """(exponent + 1) t^exponent."""
         return (self.exponent + 1.0) * _inside(t) ** self.exponent
 
 
@@ -286,7 +274,6 @@ class LogNormalSigma(_Bent):
         return _time(schedule, ops.minimum(ops.maximum(log_snr, noisy), clean))
 
     def density(self, schedule: NoiseSchedule, t):
-        """N(ln(sigma / alpha); mean, std^2) |slope(t)| / 2."""
         t = ops.convert_to_tensor(t, "float32")
         log_ratio = -0.5 * schedule.log_snr(t)
         density = _gaussian(log_ratio, self.mean, self.std) * 0.5 * ops.abs(schedule.slope(t))
@@ -305,12 +292,10 @@ class LogUniform(_Bent):
     """
 
     def quantile(self, schedule: NoiseSchedule, u):
-        """time(l), l from one end to the other."""
         clean, noisy = schedule.log_snr_ends()
         return _time(schedule, clean + (noisy - clean) * ops.convert_to_tensor(u, "float32"))
 
     def density(self, schedule: NoiseSchedule, t):
-        """|slope(t)| / (log_snr(0) - log_snr(1))."""
         t = ops.convert_to_tensor(t, "float32")
         clean, noisy = schedule.log_snr_ends()
         return ops.where(t < schedule.first_time, 0.0, ops.abs(schedule.slope(t)) / (clean - noisy))
