@@ -31,7 +31,7 @@ import numpy as np
 from keras import ops
 
 from kdiff.base import Value, check_integer, check_number
-from kdiff.schedules import Marginal, NoiseSchedule, bridge
+from kdiff.schedules import Marginal, NoiseSchedule
 
 
 class Prediction(Value):
@@ -59,10 +59,6 @@ class Prediction(Value):
         """The part of the output that says how large the variance of a step is (`LearnedVariance`), or None."""
         return None
 
-    def extra_loss(self, output, x, x_t, schedule: NoiseSchedule, m: Marginal):
-        """What is added to the loss of each example, with shape `(batch,)`, or None."""
-        return None
-
     def target(self, x, noise, m: Marginal):
         """What the network should answer, a x + b noise, with the shape of `x`."""
         x, noise = ops.convert_to_tensor(x, "float32"), ops.convert_to_tensor(noise, "float32")
@@ -80,6 +76,24 @@ class Prediction(Value):
         """|d x_hat / d y| = sigma / |b alpha - a sigma|, with the shape of the fields of `m`."""
         a, b = self.coefficients(m)
         return m.sigma / ops.abs(b * m.alpha - a * m.sigma)
+
+
+def check_invertible(prediction: Prediction, schedule: NoiseSchedule) -> None:
+    """Raises a ValueError if the two equations of this module do not fix x at some time of the schedule.
+
+    b alpha - a sigma must be finite and keep its sign; it is looked at from the schedule's first step, or t = 0, to
+    t = 1, at 1000 times.
+    """
+    t = np.linspace(1.0 / schedule.num_steps if schedule.num_steps else 0.0, 1.0, 1000, dtype="float32")
+    m = schedule.at(t)
+    a, b = prediction.coefficients(m)
+    determinant = ops.convert_to_numpy(b * m.alpha - a * m.sigma) * np.ones_like(t)
+    wrong = ~np.isfinite(determinant) | (np.sign(determinant) != np.sign(determinant[len(t) // 2])) | (determinant == 0)
+    if wrong.any():
+        raise ValueError(
+            f"{prediction!r} does not fix the data on {schedule!r}: b alpha - a sigma is {determinant[wrong][0]:.3g} "
+            f"at t = {t[wrong][0]:.4g}, and must be finite and of one sign. Choose another, such as `Velocity()`"
+        )
 
 
 class Data(Prediction):
@@ -182,7 +196,7 @@ class LearnedVariance(Prediction):
         log variance = share log(beta) + (1 - share) log(beta_tilde),   share = (v + 1) / 2,
         beta = sigma_now^2 (1 - r),   beta_tilde = sigma_then^2 (1 - r),   r = SNR_now / SNR_then.
 
-    `solvers.DDPM("learned")` samples with it. It is trained by `extra_loss`, the bound L_vlb of eq. 16.
+    `solvers.DDPM("learned")` samples with it. `objectives.Denoising` trains it by L_vlb, the bound of eq. 16.
 
     Args:
         prediction: a `Prediction` or its name.
@@ -217,88 +231,8 @@ class LearnedVariance(Prediction):
         """(v + 1) / 2, v the second half of the channels."""
         return (output[..., self._channels(output) :] + 1.0) / 2.0
 
-    def extra_loss(self, output, x, x_t, schedule: NoiseSchedule, m: Marginal):
-        """weight T L, where L, the term of the bound at this time, has its mean held fixed (eq. 16, section 3.2):
-
-            L = KL(q(x_then | x_now, x) || N(mean, variance)),   then = now - 1/T;
-            L = -log p(x | x_now), of data in 256 levels on [-1, 1], if then = 0,
-
-        in nats a dimension. T L, with t uniform, estimates the whole bound. The authors' code counts bits; there the
-        same weight is 1.44 times as much.
-
-        Args:
-            output: the network's output, with shape `(batch, ..., 2 channels)`.
-            x: data, with shape `(batch, ..., channels)`.
-            x_t: noisy data, of the same shape.
-            schedule: the schedule.
-            m: the marginal that x_t is at; fields of shape `(batch,)` or `()`.
-
-        Returns:
-            float32, with shape `(batch,)`.
-        """
-        output, x, x_t = (ops.convert_to_tensor(v, "float32") for v in (output, x, x_t))
-        steps = self._steps(schedule)
-        place = m.t * steps
-        # Rounding may put the last step, place = 1, a hair higher; it goes to t = 0 all the same.
-        now, then = m.like(x), schedule.at(ops.where(place > 1.001, place - 1.0, 0.0) / steps).like(x)
-        kept, fresh = bridge(now, then)
-        x_hat = ops.stop_gradient(self.denoise(output, x_t, m))
-        log_small = _log_posterior_variance(schedule, place, steps, x)
-        log_large = 2.0 * ops.log(now.sigma) + ops.log(fresh)
-        log_variance = log_small + self.share(output) * (log_large - log_small)
-        divergence = _divergence(then.alpha * fresh * (x - x_hat), log_small, log_variance)
-        likelihood = _log_bin(x, kept * x_t + then.alpha * fresh * x_hat, ops.exp(0.5 * log_variance))
-        term = ops.where(then.t > 0, divergence, -likelihood)
-        return self.weight * steps * ops.mean(term, axis=tuple(range(1, len(x.shape))))
-
     def _channels(self, output) -> int:
         channels = output.shape[-1]
         if channels % 2:
             raise ValueError(f"LearnedVariance: the output must have an even number of channels; received: {channels}")
         return channels // 2
-
-    def _steps(self, schedule: NoiseSchedule) -> int:
-        steps = self.num_steps or schedule.num_steps or 1000
-        if steps < 2:
-            raise ValueError(f"LearnedVariance: the process must have at least 2 steps; {schedule!r} has {steps}")
-        return steps
-
-
-def _log_posterior_variance(schedule: NoiseSchedule, place, steps: int, x):
-    """log beta_tilde; in the step to t = 0, where it would be log(0), that of the step before it (section 3.1)."""
-    place = ops.maximum(place, 2.0)
-    now, then = schedule.at(place / steps).like(x), schedule.at((place - 1.0) / steps).like(x)
-    return 2.0 * ops.log(then.sigma) + ops.log(bridge(now, then)[1])
-
-
-def _divergence(error, log_true, log_model):
-    """KL(N(mean + error, true) || N(mean, model)) = (log(model / true) + true / model - 1 + error^2 / model) / 2."""
-    difference = log_model - log_true
-    return 0.5 * (difference + ops.expm1(-difference) + error**2 * ops.exp(-log_model))
-
-
-def _log_bin(x, mean, std):
-    """log of what N(mean, std^2) has within 1/255 of x, the first and last of 256 bins being open (Ho et al. 2020,
-    eq. 13). The mass of a bin is taken on the lower side of the mean, where it is a difference of small numbers.
-    """
-    half, distance = 1.0 / 255.0, ops.abs(x - mean)
-    high, low = _log_cdf((half - distance) / std), _log_cdf(-(half + distance) / std)
-    inside = high + ops.log(-ops.expm1(ops.minimum(low - high, -1e-7)))
-    first, last = _log_cdf((x - mean + half) / std), _log_cdf((mean - x + half) / std)
-    return ops.where(x < -0.999, first, ops.where(x > 0.999, last, inside))
-
-
-def _log_cdf(z):
-    """log of the standard normal distribution function, exact in both tails."""
-    below = _log_erfc(ops.maximum(-z, 0.0) / np.sqrt(2.0)) - np.log(2.0)
-    above = ops.log1p(-0.5 * ops.erfc(ops.maximum(z, 0.0) / np.sqrt(2.0)))
-    return ops.where(z < 0, below, above)
-
-
-def _log_erfc(z):
-    """log(erfc(z)) for z >= 0; above 5 by the asymptotic series, for erfc underflows at 9."""
-    near = ops.log(ops.erfc(ops.minimum(z, 5.0)))
-    z = ops.maximum(z, 5.0)
-    u = 0.5 / z**2
-    far = -(z**2) - ops.log(z * np.sqrt(np.pi)) + ops.log1p(-u + 3.0 * u**2 - 15.0 * u**3)
-    return ops.where(z > 5.0, far, near)

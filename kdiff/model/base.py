@@ -1,16 +1,18 @@
 """DiffusionModel: a schedule, a prediction and a network, trained with `fit` and sampled with `sample`.
 
-    fit       x = codec.encode(image);  t ~ times;  m = schedule.at(t);  noise ~ N(0, I)
-              x_t = alpha x + sigma noise,   y = prediction.target(x, noise, m)
-              loss = w(log_snr) gain(m)^2 |network(x_t, t) - y|^2,  or the plain |network(x_t, t) - y|^2
+    fit       x = codec.encode(image),   problem = objective.problem(x), such as denoising:
+              t ~ times;  m = schedule.at(t);  noise ~ N(0, I);  x_t = alpha x + sigma noise
+              y = prediction.target(x, noise, m),   loss = w(log_snr) gain(m)^2 |network(x_t, t) - y|^2
     sample    x = sigma(1) noise, then solver steps with x_hat = prediction.denoise(network(x_t, t), x_t, m)
 
 The model is Keras' own in every other respect: `compile`, `fit`, `evaluate`, `save`, callbacks, mixed precision,
 gradient accumulation and clipping are untouched.
 """
 
+import inspect
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -25,9 +27,10 @@ from kdiff.codecs import Codec
 from kdiff.conversion import moved
 from kdiff.denoisers import Estimate, Given
 from kdiff.model import feeding
+from kdiff.model.condition_inputs import condition_names
 from kdiff.model.sampling import Sampling, as_sampler
-from kdiff.objectives import loss_weight
-from kdiff.predictions import Prediction
+from kdiff.objectives import Objective, Problem
+from kdiff.predictions import Prediction, check_invertible
 from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.times import TimeLabel, TimeSampler
 from kdiff.weightings import Weighting
@@ -46,6 +49,7 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         weighting: a `Weighting` or its name; None is the simple loss, in which every output counts the same.
         time_label: a `TimeLabel` or its name: what the network sees as time.
         codec: a `Codec` or its name: "pixels" for images, uint8 or in [-1, 1]; "identity" for any other numbers.
+        objective: an `Objective` or its name: what the network learns.
         sampler: a `Sampler`, a `Solver`, or the name of one: by which `sample` samples where nothing else is asked for.
         ema: the decay of the averaged weights, in [0, 1); None keeps no averages. In update n it is
             min(ema, (1 + n) / (10 + n)), so that the first weights are soon forgotten. Validation and sampling use
@@ -71,6 +75,7 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         weighting=None,
         time_label="scaled",
         codec="pixels",
+        objective="denoising",
         sampler="ddim",
         ema: float | None = 0.999,
         seed: int = 0,
@@ -91,6 +96,7 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         self.weighting = None if weighting is None else Weighting.get(weighting)
         self.time_label = TimeLabel.get(time_label)
         self.codec = Codec.get(codec)
+        self.objective = Objective.get(objective)
         self.sampler = as_sampler(sampler)
         if self.sampler.models:
             raise ValueError(
@@ -101,6 +107,18 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         self.seed = seed
         self.shapes: dict[str, tuple] | None = None
         self._compiled_steps: dict[Any, Any] = {}
+        self._check_names(condition_names(network) or ())
+        check_invertible(self.prediction, self.schedule)
+        self.objective.check(self)
+
+    @staticmethod
+    def _check_names(names: Iterable[str]) -> None:
+        """Raises a ValueError for a condition whose name `sample` has for something else."""
+        if taken := set(names) & RESERVED:
+            raise ValueError(
+                f"DiffusionModel: conditions cannot be named {sorted(taken)}, for `fit` and `sample` take other things "
+                f"by these names. All that are taken: {sorted(RESERVED)}"
+            )
 
     # Building
 
@@ -109,12 +127,17 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
 
         Args:
             shapes: the shape of a batch of images, or a dictionary of the shapes of all inputs by name,
-                {"image": (None, 32, 32, 3), "label": (None,)}. The first axis is not used.
+                {"image": (None, 32, 32, 3), "label": (None,)}, with "encoded" in place of "image" for the shape of
+                encoded data. The first axis is not used.
         """
         if self.built:
             return
-        shapes = shapes if isinstance(shapes, dict) else {"image": shapes}
-        self.shapes = {key: (None, *tuple(shape)[1:]) for key, shape in shapes.items()}
+        shapes = dict(shapes) if isinstance(shapes, dict) else {"image": shapes}
+        shapes = {name: (None, *tuple(shape)[1:]) for name, shape in shapes.items()}
+        self._check_names(set(shapes) - {"image", "encoded"})
+        self.codec.freeze()
+        data = (None, *feeding.data_shape(shapes, self.codec))
+        self.shapes = {"image": data, **{n: shape for n, shape in shapes.items() if n not in ("image", "encoded")}}
         self._build_network()
         self.step = self._counter("step")
         self.evaluation_step = self._counter("evaluation_step")
@@ -142,7 +165,10 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
 
     def get_build_config(self) -> dict[str, Any] | None:
         """What `build` was given."""
-        return None if self.shapes is None else {"shapes": self.shapes}
+        if self.shapes is None:
+            return None
+        shapes = dict(self.shapes)
+        return {"shapes": {"encoded": shapes.pop("image"), **shapes}}
 
     def build_from_config(self, config: dict[str, Any]) -> None:
         """Builds a loaded model."""
@@ -163,61 +189,44 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         super().compile(optimizer, loss, **options)
 
-    def call(self, data, training: bool | None = None) -> dict[str, Any]:
-        """Makes a denoising problem of a clean batch, and solves it.
+    def call(self, data, training: bool | None = None) -> Problem:
+        """The problem that the objective makes of a clean batch, and the network's answer.
 
         Args:
-            data: images, or a dictionary {"image": ..., **conditions}.
+            data: images, or a dictionary {"image": ..., **conditions}; "encoded" in place of "image" is data that the
+                codec has encoded already.
             training: whether to use the weights (True), or their averages (False).
-
-        Returns:
-            {"output", "target", "weight", "importance", "extra", "t"}: the network's output and its target, float32,
-            with the shape of the data; and, with shape `(batch,)`, the loss weight; what makes up for times that are
-            drawn more often than others; what the prediction adds to the loss; and the times. The second, third and
-            fourth of these may be None.
         """
         batch, _ = feeding.unpack((data,))
-        conditions = {key: value for key, value in batch.items() if key != "image"}
-        x = self.codec.encode(batch["image"])
-        time_key, noise_key = self._next_keys(training)
-        t = self.times(self.schedule, ops.shape(x)[0], time_key)
-        noise = random.normal(noise_key, ops.shape(x))
-        m = self.schedule.at(t)
-        x_t = self.schedule(x, noise, t)
-        output = self.output(x_t, m, conditions, training=bool(training), averages=not training)
-        return {
-            "output": self.prediction.value(output),
-            "target": self.prediction.target(x, noise, m),
-            "weight": loss_weight(self.schedule, self.prediction, self.weighting, self.times, m),
-            "importance": self.times.importance(self.schedule, t),
-            "extra": self.prediction.extra_loss(output, x, x_t, self.schedule, m),
-            "t": t,
-        }
+        keys = self._keys(training)
+        if "encoded" in batch:
+            x = ops.cast(batch.pop("encoded"), "float32")
+        else:
+            x = self.codec.encode(batch.pop("image"), next(keys))
+        return self.objective.problem(self, x, batch, keys, bool(training))
 
-    def _next_keys(self, training):
-        """The two keys of this step: training goes on from step to step, each evaluation draws the same numbers."""
+    def _keys(self, training) -> Iterator:
+        """The keys of this step: training goes on from step to step, each evaluation draws the same numbers."""
         stream, counter = (random.TRAINING, self.step) if training else (random.EVALUATION, self.evaluation_step)
-        numbers = 2 * counter.value + ops.arange(2, dtype="int32")
-        keys = random.fold(random.key_of(self.seed), numbers, stream)
+        key = random.fold(random.key_of(self.seed), counter.value, stream)
         if backend.has_numbers(counter.value):  # if that fails, Keras asks again with numbers, in the same scope
             counter.assign_add(1)  # after its last use: on TensorFlow `value` is not a copy
-        return keys[0], keys[1]
+        return (random.fold(key, number) for number in itertools.count())
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """The compiled loss of the network's output, weighted by noise level and by example."""
-        target, output, weight = _problem(y_pred, sample_weight)
-        loss = super().compute_loss(x, target, output, weight, training=training)
-        if y_pred["extra"] is not None:
-            loss = loss + ops.mean(_product(y_pred["extra"], y_pred["importance"], sample_weight))
+        """The compiled loss of the network's output, weighted by the objective and by example, and its `extra`."""
+        problem = y_pred
+        loss = super().compute_loss(x, *_compared(problem, sample_weight), training=training)
+        if problem.extra is not None:
+            loss = loss + ops.mean(_product(problem.extra, sample_weight))
         if training:
-            errors = ops.mean(ops.square(target - output), axis=tuple(range(1, len(target.shape))))
-            self.times.update(self.schedule, y_pred["t"], _product(errors, y_pred["weight"]))
+            axes = tuple(range(1, len(problem.target.shape)))
+            self.objective.learn(self, problem, ops.mean(ops.square(problem.target - problem.output), axis=axes))
         return loss
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None) -> dict[str, Any]:
         """The compiled metrics of the network's output against its target."""
-        target, output, weight = _problem(y_pred, sample_weight)
-        return super().compute_metrics(x, target, output, weight)
+        return super().compute_metrics(x, *_compared(y_pred, sample_weight))
 
     def train_step(self, *args):
         """Keras' own step, then the averages. `args` are `(data,)`, on JAX `(state, data)`."""
@@ -290,14 +299,15 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
 
     def _checked(self, x, y=None, sample_weight=None, check: feeding.BatchCheck | None = None):
         """(x, check): the data, prepared and checked on its way; the model is built for it if it was not."""
-        x, y = feeding.prepared(x, y, self.network)
-        shapes, x = feeding.look(x, y)
+        source = feeding.source_of(x, y, sample_weight).prepared(self.network)
+        shapes = source.shapes()
         if check is None:
-            check = feeding.BatchCheck((self.shapes or shapes)["image"][1:], self.codec.limit, self.network)
+            shape = self.shapes["image"][1:] if self.shapes else feeding.data_shape(shapes, self.codec)
+            check = feeding.BatchCheck(self.codec, shape, self.network)
         check.names(shapes)
-        check.size(shapes["image"])
+        check.size(shapes)
         self.build(shapes)
-        return feeding.checked(x, y, sample_weight, check), check
+        return source.checked(check), check
 
     # Denoising
 
@@ -389,13 +399,21 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         return [variable for variable in self.network.variables if id(variable) not in weights]
 
 
-def _problem(y_pred: dict[str, Any], sample_weight):
+# What no condition can be named, for it is an argument of a method that takes conditions, or another input.
+RESERVED = frozenset(
+    name
+    for method in (DiffusionModel.sample, DiffusionModel.invert, DiffusionModel._run, DiffusionModel.denoise)
+    for name, parameter in inspect.signature(method).parameters.items()
+    if parameter.kind is not parameter.VAR_KEYWORD and name != "self"
+) | {"time", "encoded", "sample_weight"}
+
+
+def _compared(problem: Problem, sample_weight):
     """(target, output, weight), the weight with the rank of a loss that has averaged over the last axis."""
-    target, output = y_pred["target"], y_pred["output"]
-    weight = _product(y_pred["weight"], y_pred["importance"], sample_weight)
+    weight = _product(problem.weight, sample_weight)
     if weight is not None:
-        weight = ops.reshape(weight, (-1, *[1] * (len(target.shape) - 2)))
-    return target, output, weight
+        weight = ops.reshape(weight, (-1, *[1] * (len(problem.target.shape) - 2)))
+    return problem.target, problem.output, weight
 
 
 def _product(*factors):

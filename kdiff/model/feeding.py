@@ -1,9 +1,13 @@
-"""What `fit` and `evaluate` are given: unpacked into named tensors, and checked before any work is lost.
+"""Data on its way into `fit` and `evaluate`: text made numbers, every batch checked, all in one dictionary.
 
 Examples come alone, as a pair with labels, or in a dictionary with named conditions; as arrays, `tf.data.Dataset`,
-`keras.utils.PyDataset`, PyTorch `DataLoader` or generator. All become one dictionary, {"image": ..., "label": ...}.
-Text becomes what the network's layer for it takes. Every batch is looked at on its way to the model, so that one bad
-batch is an error and not a ruined network.
+`keras.utils.PyDataset`, PyTorch `DataLoader` or generator. All become one dictionary, {"image": ..., "label": ...}, or
+{"encoded": ..., ...} of examples that the codec has encoded already. Every batch is looked at before the model sees it,
+so that one bad batch is an error and not a ruined network.
+
+    source = source_of(x, y).prepared(network)      one class for each kind of data
+    source.shapes()                                 of the inputs, by name
+    source.checked(check)                           what Keras is given
 """
 
 import contextlib
@@ -11,12 +15,13 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator
 from types import GeneratorType
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
 
 from kdiff import backend
+from kdiff.codecs import Codec
 from kdiff.model.condition_inputs import (
     Preparation,
     check_values,
@@ -29,6 +34,8 @@ from kdiff.model.condition_inputs import (
 )
 from kdiff.text import is_text
 
+__all__ = ["BatchCheck", "Source", "data_shape", "packed", "source_of", "unpack"]
+
 # Images that went through floating-point resizing may pass 1 by a rounding error.
 TOLERANCE = 1e-3
 
@@ -39,90 +46,67 @@ def unpack(data: Any) -> tuple[dict[str, Any], Any]:
     Labels in second place become the condition "label". "sample_weight" may also stand in the dictionary.
 
     Raises:
-        ValueError: if there is no "image", or if labels are given twice.
+        ValueError: if there is no "image" and no "encoded", or both, or if labels are given twice.
     """
     x, label, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     inputs = dict(x) if isinstance(x, dict) else {"image": x}
     sample_weight = inputs.pop("sample_weight", sample_weight)
-    if "image" not in inputs:
-        raise ValueError(f"data: a dictionary must have an 'image'; received the keys {sorted(inputs)}")
+    if ("image" in inputs) == ("encoded" in inputs):
+        raise ValueError(
+            "data: a dictionary must have an 'image', or 'encoded' data in its place, and not both; received the keys "
+            f"{sorted(inputs)}"
+        )
     if label is not None and "label" in inputs:
         raise ValueError("data: labels are given twice, as `y` and as 'label' in the dictionary")
     return inputs if label is None else {**inputs, "label": label}, sample_weight
 
 
-def packed(data: Any) -> tuple[dict[str, Any]]:
+def packed(data: Any) -> dict[str, Any]:
     """The batch in one dictionary, sample weights included: Keras drops those where there is no `y`."""
     inputs, sample_weight = unpack(data)
-    return (inputs,) if sample_weight is None else ({**inputs, "sample_weight": sample_weight},)
+    return inputs if sample_weight is None else {**inputs, "sample_weight": sample_weight}
 
 
-def prepared(x: Any, y: Any, network: keras.layers.Layer) -> tuple[Any, Any]:
-    """The data and the labels with numbers in place of text, on their way."""
-    prepare = Preparation(network)
-    if _is_array(x) or isinstance(x, dict):
-        return prepare((x, y)) if y is not None else (prepare(x), None)
-    if backend.is_tf_dataset(x):
-        return _prepared_dataset(x, prepare), y
-    if isinstance(x, keras.utils.PyDataset):
-        return _MappedPyDataset(x, prepare), y
-    if isinstance(x, GeneratorType):
-        return (prepare(batch) for batch in x), y
-    if backend.is_data_loader(x):
-        return _mapped_loader(x, prepare), y
-    return x, y
+def data_shape(shapes: dict[str, tuple], codec: Codec) -> tuple:
+    """The shape of one example of encoded data, from the shapes of the inputs.
 
-
-def _prepared_dataset(dataset: Any, prepare: Preparation) -> Any:
-    """A tf.data.Dataset without strings: static shapes and types are those of a null, or of the first batch."""
-    texts = []
-    prepare.mapped(dataset.element_spec, lambda name, spec: is_text(spec) and texts.append(name))
-    nulls = {name: getattr(prepare.layers[name], "null", None) for name in texts if name in prepare.layers}
-    rows = {name: np.asarray(null) for name, null in nulls.items() if null is not None}
-    if rows.keys() != nulls.keys() and (first := next(iter(dataset.take(1)), None)) is not None:
-        prepare.mapped(first, lambda name, value: name in nulls and rows.update({name: prepare.value(name, value)[0]}))
-
-    def value(name, tensor):
-        if name not in rows or not is_text(tensor):
-            return tensor
-        shape = (tensor.shape[0], *rows[name].shape)
-        return backend.on_host(lambda array: prepare.value(name, array), tensor, shape, rows[name].dtype)
-
-    return (
-        dataset.map(lambda *batch: prepare.mapped(batch if len(batch) > 1 else batch[0], value)) if texts else dataset
-    )
+    Raises:
+        ValueError: if the codec does not take such an image.
+    """
+    return tuple(shapes["encoded"][1:]) if "encoded" in shapes else tuple(codec.data_shape(tuple(shapes["image"][1:])))
 
 
 class BatchCheck:
     """Looks at a batch and raises a ValueError that names what is wrong with it.
 
     Args:
-        shape: the shape of one example, with None for an axis of any length.
-        limit: the largest magnitude of floating-point examples; None if any will do.
+        codec: what encodes the images.
+        shape: the shape of one encoded example, with None for an axis of any length.
         network: whose conditions the batch must hold.
 
     Attributes:
         error: what was raised last: tf.data hides it in an error of its own.
     """
 
-    def __init__(self, shape: tuple, limit: float | None, network: keras.layers.Layer):
-        self.shape, self.limit = shape, limit
+    def __init__(self, codec: Codec, shape: tuple, network: keras.layers.Layer):
+        self.codec, self.shape = codec, tuple(shape)
         self.conditions, self.layers = condition_names(network), condition_layers(network)
         self.error: ValueError | None = None
 
-    def __call__(self, data: Any) -> Any:
-        """Checks a batch and returns it."""
+    def __call__(self, data: Any) -> dict[str, Any]:
+        """Checks a batch and returns it in one dictionary."""
         try:
             inputs, _ = unpack(data)
             self.names(inputs)
-            self.size(inputs["image"].shape)
-            self.image(inputs["image"])
+            self.size({name: tuple(value.shape) for name, value in inputs.items()})
+            examples = inputs.get("image", inputs.get("encoded"))
+            self.numbers("image" if "image" in inputs else "encoded", examples)
             for name, condition in inputs.items():
-                self.condition(name, condition, len(inputs["image"]))
+                self.condition(name, condition, len(examples))
         except ValueError as error:
             self.error = error
             raise
-        return data
+        return packed(data)
 
     @contextlib.contextmanager
     def reported(self) -> Iterator[None]:
@@ -138,7 +122,7 @@ class BatchCheck:
         """The conditions must be those that the network takes."""
         if self.conditions is None:
             return
-        given = set(inputs) - {"image"}
+        given = set(inputs) - {"image", "encoded"}
         if missing := set(self.conditions) - given:
             raise ValueError(
                 f"data: the network takes the conditions {sorted(self.conditions)}; missing: {sorted(missing)}. "
@@ -147,27 +131,36 @@ class BatchCheck:
         if extra := given - set(self.conditions):
             raise ValueError(f"data: the network takes no {sorted(extra)}; it takes {sorted(self.conditions)}")
 
-    def size(self, shape: tuple) -> None:
-        """The image must have the right shape."""
-        if not fits(tuple(shape), (None, *self.shape)):
-            raise ValueError(f"`image` must have the shape (batch, {words(self.shape)}); received: {tuple(shape)}")
-
-    def image(self, image: Any) -> None:
-        """The image must be finite and in range."""
-        if "bool" in str(image.dtype):
-            raise ValueError("`image` must be uint8, or floating-point numbers; received truth values")
-        low, high = value_range(image)
-        if not (np.isfinite(low) and np.isfinite(high)):
-            raise ValueError("`image` must be finite; received a batch that holds NaN or infinity")
-        if self.limit is None:
+    def size(self, shapes: dict[str, tuple]) -> None:
+        """The image, or encoded data, must have the right shape."""
+        name = "image" if "image" in shapes else "encoded"
+        if len(shapes[name]) and fits(data_shape(shapes, self.codec), self.shape):
             return
-        if is_integer(image):
+        encoded = (
+            " when it is encoded" if name == "image" and type(self.codec).data_shape is not Codec.data_shape else ""
+        )
+        raise ValueError(
+            f"`{name}` must have the shape (batch, {words(self.shape)}){encoded}; received: {tuple(shapes[name])}"
+        )
+
+    def numbers(self, name: str, examples: Any) -> None:
+        """The image, or encoded data, must be finite and in range."""
+        if "bool" in str(examples.dtype) or (name == "encoded" and is_integer(examples)):
+            kinds = "uint8, or floating-point numbers" if name == "image" else "floating-point numbers"
+            raise ValueError(f"`{name}` must be {kinds}; received {examples.dtype}")
+        low, high = value_range(examples)
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise ValueError(f"`{name}` must be finite; received a batch that holds NaN or infinity")
+        limit = self.codec.limit
+        if limit is None or name == "encoded":
+            return
+        if is_integer(examples):
             if low < 0 or high > 255:
                 raise ValueError(f"`image` of whole numbers must be in 0..255; received {low} to {high}")
-        elif max(-low, high) > self.limit + TOLERANCE:
+        elif max(-low, high) > limit + TOLERANCE:
             raise ValueError(
-                f"`image` of floating-point numbers must be in [{-self.limit}, {self.limit}]; "
-                f"received {low} to {high}. Scale it, x / 127.5 - 1 for 0..255, or give it as uint8."
+                f"`image` of floating-point numbers must be in [{-limit}, {limit}]; received {low} to {high}. "
+                "Scale it, x / 127.5 - 1 for 0..255, or give it as uint8."
             )
 
     def condition(self, name: str, condition: Any, batch: int) -> None:
@@ -177,41 +170,111 @@ class BatchCheck:
         check_values(name, condition, self.layers.get(name))
 
 
-def look(x: Any, y: Any = None) -> tuple[dict[str, tuple], Any]:
-    """The shapes of a batch's inputs, {"image": (None, 32, 32, 3), ...}, and the data, none of it lost by the look.
+def source_of(x: Any, y: Any = None, sample_weight: Any = None) -> "Source":
+    """The source of the batches in `x`; `y` and `sample_weight` go with arrays alone.
 
     Raises:
-        ValueError: if there is nothing in it.
-        TypeError: if it is of no type that Keras trains on.
+        TypeError: if `x` is of no type that Keras trains on.
+        ValueError: if `y` or `sample_weight` is given beside anything but arrays.
     """
+    if isinstance(x, dict) or all(hasattr(x, name) for name in ("shape", "dtype", "__getitem__")):
+        return _Arrays((x, y, sample_weight))
+    if y is not None or sample_weight is not None:
+        raise ValueError(f"`y` and `sample_weight` must be part of the batches of a {type(x).__name__}")
     if backend.is_tf_dataset(x):
-        count = int(x.cardinality())  # below 0 if it is endless (-1) or not known (-2)
-        if count == 0 or (count == -2 and next(iter(x.take(1)), None) is None):
-            raise ValueError("`x` is empty: the tf.data.Dataset has no batch")
-        return _shapes(x.element_spec), x
+        return _Dataset(x)
     if isinstance(x, keras.utils.PyDataset):
-        if x.num_batches == 0:
-            raise ValueError("`x` is empty: the PyDataset has no batch")
-        return _shapes(x[0]), x
+        return _PyDataset(x)
     if isinstance(x, GeneratorType):
-        first = next(x, None)
-        if first is None:
-            raise ValueError("`x` is empty: the generator yields no batch")
-        return _shapes(first), _chained(first, x)
-    if _is_array(x) or isinstance(x, dict):
-        inputs, _ = unpack((x,) if y is None else (x, y))
-        if len(inputs["image"]) == 0:
-            raise ValueError("`x` is empty: it has no example")
-        return _shapes(inputs), x
+        return _Generator(x)
     if backend.is_data_loader(x):
-        first = next(iter(copy.copy(x)), None)  # a copy: workers that persist would keep the loader's own collation
-        if first is None:
-            raise ValueError("`x` is empty: the DataLoader has no batch")
-        return _shapes(first), x
+        return _Loader(x)
     raise TypeError(
         "`x` must be an array, a dictionary of arrays, a tf.data.Dataset, a PyDataset, a PyTorch DataLoader or a "
         f"generator of batches; received: {type(x).__name__}"
     )
+
+
+class Source:
+    """Batches of one kind. A subclass defines `mapped` and `first`."""
+
+    def __init__(self, data: Any):
+        self.data = data
+
+    def mapped(self, function: Callable[[Any], Any]) -> Self:
+        """The same batches after `function`, of arrays on the host."""
+        raise NotImplementedError
+
+    def first(self) -> Any:
+        """One batch, of which none is lost; None if there is none."""
+        raise NotImplementedError
+
+    def prepared(self, network: keras.layers.Layer) -> Self:
+        """The same with numbers in place of text."""
+        return self.mapped(Preparation(network))
+
+    def shapes(self) -> dict[str, tuple]:
+        """The shapes of the inputs, {"image": (None, 32, 32, 3), ...}.
+
+        Raises:
+            ValueError: if there is nothing in it, or something has no rank.
+        """
+        batch = self.first()
+        if batch is None:
+            raise ValueError(f"`x` is empty: {self._empty}")
+        inputs, _ = unpack(tuple(batch) if isinstance(batch, list) else batch)
+        for name, array in inputs.items():
+            shape = array.shape
+            if shape is None or getattr(shape, "rank", 0) is None or len(shape) == 0:
+                raise ValueError(f"`{name}` must be a batch of known rank; received the shape {shape}")
+        return {name: (None, *tuple(array.shape)[1:]) for name, array in inputs.items()}
+
+    def checked(self, check: BatchCheck) -> Any:
+        """The data for Keras, with `check` called on every batch; labels and weights are put beside the images."""
+        return self.mapped(_Packed(check)).data
+
+
+class _Packed:
+    """A check whose batches have the form that Keras asks of generators; a class, so that worker processes get it."""
+
+    def __init__(self, check: BatchCheck):
+        self.check = check
+
+    def __call__(self, batch):
+        return (self.check(batch),)
+
+
+class _Arrays(Source):
+    """Arrays, `(x, y, sample_weight)`, which are checked as a whole."""
+
+    _empty = "it has no example"
+
+    def mapped(self, function):
+        x, y, sample_weight = self.data
+        batch = function((x, y, sample_weight))
+        return _Arrays((*batch, None, None)[:3])
+
+    def first(self):
+        inputs, _ = unpack(self.data)
+        return self.data if len(next(iter(inputs.values()))) else None
+
+    def checked(self, check):
+        return check(self.data)
+
+
+class _Generator(Source):
+    """A generator of batches."""
+
+    _empty = "the generator yields no batch"
+
+    def mapped(self, function):
+        return _Generator(function(batch) for batch in self.data)
+
+    def first(self):
+        first = next(self.data, None)
+        if first is not None:
+            self.data = _chained(first, self.data)
+        return first
 
 
 def _chained(first: Any, rest: Iterator) -> Iterator:
@@ -219,66 +282,19 @@ def _chained(first: Any, rest: Iterator) -> Iterator:
     yield from itertools.chain([first], rest)
 
 
-def _is_array(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype") and hasattr(x, "__getitem__")
+class _PyDataset(Source):
+    """A `keras.utils.PyDataset`."""
 
+    _empty = "the PyDataset has no batch"
 
-def _shapes(data: Any) -> dict[str, tuple]:
-    inputs, _ = unpack(tuple(data) if isinstance(data, list) else data)
-    for name, array in inputs.items():
-        if array.shape is None or len(array.shape) == 0 or (hasattr(array.shape, "rank") and array.shape.rank is None):
-            raise ValueError(f"`{name}` must be a batch of known rank; received the shape {array.shape}")
-    return {name: (None, *tuple(array.shape)[1:]) for name, array in inputs.items()}
+    def mapped(self, function):
+        return _PyDataset(_MappedPyDataset(self.data, function))
 
-
-def checked(x: Any, y: Any, sample_weight: Any, check: BatchCheck) -> Any:
-    """The same data, with `check` called on every batch; arrays are checked as a whole.
-
-    Labels and weights are put beside the images, in the dictionary: Keras calls the model on x alone.
-    """
-    if _is_array(x) or isinstance(x, dict):
-        return packed(check((x, y, sample_weight)))[0]
-    if y is not None or sample_weight is not None:
-        raise ValueError(f"`y` and `sample_weight` must be part of the batches of a {type(x).__name__}")
-    if backend.is_tf_dataset(x):
-        return backend.checked_dataset(x, check).map(lambda *batch: packed(batch if len(batch) > 1 else batch[0]))
-    if isinstance(x, keras.utils.PyDataset):
-        return _MappedPyDataset(x, _Checked(check))
-    if backend.is_data_loader(x):
-        return _mapped_loader(x, _Checked(check))
-    return (packed(check(batch)) for batch in x)
-
-
-class _Checked:
-    """`packed(check(batch))`; this and the next are classes, so that worker processes can receive them."""
-
-    def __init__(self, check: BatchCheck):
-        self.check = check
-
-    def __call__(self, batch):
-        return packed(self.check(batch))
-
-
-class _MappedCollation:
-    """A PyTorch collation, and a function of its batches."""
-
-    def __init__(self, collate, function: Callable):
-        self.collate, self.function = collate, function
-
-    def __call__(self, samples):
-        batch = self.collate(samples)
-        return backend.loader_batch(self.function(tuple(batch) if isinstance(batch, list) else batch))
-
-
-def _mapped_loader(loader: Any, function: Callable) -> Any:
-    loader = copy.copy(loader)
-    loader.collate_fn = _MappedCollation(loader.collate_fn, function)
-    return loader
+    def first(self):
+        return None if self.data.num_batches == 0 else self.data[0]
 
 
 class _MappedPyDataset(keras.utils.PyDataset):
-    """A PyDataset, and a function of its batches."""
-
     def __init__(self, dataset: keras.utils.PyDataset, function: Callable):
         super().__init__(dataset.workers, dataset.use_multiprocessing, dataset.max_queue_size)
         self.dataset, self.function = dataset, function
@@ -295,3 +311,61 @@ class _MappedPyDataset(keras.utils.PyDataset):
 
     def on_epoch_end(self):
         self.dataset.on_epoch_end()
+
+
+class _Loader(Source):
+    """A PyTorch `DataLoader`."""
+
+    _empty = "the DataLoader has no batch"
+
+    def mapped(self, function):
+        loader = copy.copy(self.data)
+        loader.collate_fn = _MappedCollation(loader.collate_fn, function)
+        return _Loader(loader)
+
+    def first(self):
+        return next(iter(copy.copy(self.data)), None)  # workers that persist would keep the loader's own collation
+
+
+class _MappedCollation:
+    def __init__(self, collate, function: Callable):
+        self.collate, self.function = collate, function
+
+    def __call__(self, samples):
+        batch = self.collate(samples)
+        return backend.loader_batch(self.function(tuple(batch) if isinstance(batch, list) else batch))
+
+
+class _Dataset(Source):
+    """A `tf.data.Dataset`, which is mapped by graphs, and whose shapes are known without a batch."""
+
+    _empty = "the tf.data.Dataset has no batch"
+
+    def first(self):
+        count = int(self.data.cardinality())  # below 0 if it is endless (-1) or not known (-2)
+        if count == 0 or (count == -2 and next(iter(self.data.take(1)), None) is None):
+            return None
+        return self.data.element_spec
+
+    def prepared(self, network):
+        """Static shapes and types of what was text are those of a null, or of the first batch."""
+        prepare, texts = Preparation(network), []
+        prepare.mapped(self.data.element_spec, lambda name, spec: is_text(spec) and texts.append(name))
+        if not texts:
+            return self
+        nulls = {name: getattr(prepare.layers[name], "null", None) for name in texts if name in prepare.layers}
+        rows = {name: np.asarray(null) for name, null in nulls.items() if null is not None}
+        if rows.keys() != nulls.keys() and (first := next(iter(self.data.take(1)), None)) is not None:
+            prepare.mapped(first, lambda name, v: name in nulls and rows.update({name: prepare.value(name, v)[0]}))
+
+        def value(name, tensor):
+            if name not in rows or not is_text(tensor):
+                return tensor
+            shape = (tensor.shape[0], *rows[name].shape)
+            return backend.on_host(lambda array: prepare.value(name, array), tensor, shape, rows[name].dtype)
+
+        return _Dataset(self.data.map(lambda *batch: prepare.mapped(batch if len(batch) > 1 else batch[0], value)))
+
+    def checked(self, check):
+        checked = backend.checked_dataset(self.data, check)
+        return checked.map(lambda *batch: (packed(batch if len(batch) > 1 else batch[0]),))

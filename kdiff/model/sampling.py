@@ -140,7 +140,7 @@ class Sampling:
         options = {"sampler": sampler, "guidance": guidance, "steps": steps, "schedule": schedule}
         start = {"image": image, "strength": strength, "x": x}
         run = self._run(num_samples, **options, **start, seed=seed, averages=averages, **conditions)
-        return run.ends(self.codec.decode, batch_size, verbose)
+        return run.ends(self._decode, batch_size, verbose)
 
     def sample_steps(self, num_samples: int, **options) -> Iterator[Step]:
         """The same as `sample`, in one batch, step by step: yields a `Step` whose x and x_hat are decoded arrays.
@@ -149,7 +149,7 @@ class Sampling:
             num_samples: how many.
             **options: as of `sample`, conditions included, but for `batch_size` and `verbose`.
         """
-        return self._run(num_samples, **options).decoded(self.codec.decode)
+        return self._run(num_samples, **options).decoded(self._decode)
 
     def invert(self, image: Any, *, iterations: int = 1, batch_size: int = 64, **options) -> np.ndarray:
         """The noise from which a deterministic sampler makes these examples: `sample(n, x=noise)` gives them again.
@@ -171,7 +171,7 @@ class Sampling:
 
     def invert_steps(self, image: Any, *, iterations: int = 1, **options) -> Iterator[Step]:
         """The same as `invert`, in one batch, step by step: yields a `Step` whose x and x_hat are decoded arrays."""
-        return self._inversion(image, iterations, options).decoded(self.codec.decode)
+        return self._inversion(image, iterations, options).decoded(self._decode)
 
     def _inversion(self, image, iterations, options) -> _Run:
         """The run from these examples to noise."""
@@ -208,7 +208,7 @@ class Sampling:
         schedule = self.schedule if schedule is None else NoiseSchedule.get(schedule)
         conditions = self._rows_of(conditions, num_samples)
         shape = (num_samples, *self._sample_shape())
-        told = Run(shape, self.codec.encode, lambda few: self._rows_of(few, num_samples, some=True))
+        told = Run(shape, self._encode, lambda few: self._rows_of(few, num_samples, some=True))
         data = None if image is None else told.examples(self, "image", image)
         x = None if x is None else told.rows(self, "x", x, shape[1:])
         given, times = Given(conditions, sampler.rows(told)), sampler.times(schedule, strength)
@@ -237,6 +237,21 @@ class Sampling:
             advance = partial(sampler.advance, answer, condition_nulls(self.network), schedule)
             self._compiled_steps[key] = backend.compiled(advance, *models)
         return self._compiled_steps[key]
+
+    def _encode(self, examples):
+        """Examples, such as images, as data."""
+        return self._by_codec(self.codec.encode, examples)
+
+    def _decode(self, x):
+        """Data as examples."""
+        return self._by_codec(self.codec.decode, x)
+
+    def _by_codec(self, function: Callable, x):
+        """The function of a batch, so many examples at once as the codec wants."""
+        backend.synchronise(self)
+        size = self.codec.batch_size or len(x)
+        parts = [backend.without_gradients(function)(x[i : i + size]) for i in range(0, len(x), size)]
+        return parts[0] if len(parts) == 1 else ops.concatenate(parts)
 
     def _sample_shape(self) -> tuple[int, ...]:
         shape = self.shapes["image"][1:]

@@ -28,7 +28,6 @@ from kdiff.times.samplers import (
     LogitNormal,
     LogNormalSigma,
     LogUniform,
-    LossAware,
     LowDiscrepancy,
     Mode,
     PowerLaw,

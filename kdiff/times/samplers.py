@@ -9,9 +9,7 @@ any of the first five:
 """
 
 import math
-from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -46,13 +44,6 @@ class TimeSampler(Value):
     def density(self, schedule: NoiseSchedule, t):
         """The probability density p(t) of the times, float32, with the shape of `t`."""
         raise NotImplementedError(f"{type(self).__name__} does not say its density: define `density(schedule, t)`")
-
-    def importance(self, schedule: NoiseSchedule, t) -> Any:
-        """A factor on the loss at `t`, which undoes that some times are drawn more often; None is 1 everywhere."""
-        return None
-
-    def update(self, schedule: NoiseSchedule, t, losses) -> None:
-        """Learns from the losses, shape `(batch,)`, that a training step had at the times `t`; most samplers do not."""
 
 
 class _Even(TimeSampler):
@@ -156,10 +147,7 @@ class _Bent(TimeSampler):
     """Times t = quantile(u) of uniform u. A new one defines `quantile` and `density`, and passes on `points`."""
 
     def __init__(self, points=UNIFORM):
-        self.points = TimeSampler.get(points)
-        if not isinstance(self.points, _Even) or isinstance(self.points, Discrete):
-            known = [Uniform(), Stratified(), Systematic(), LowDiscrepancy(), Antithetic()]
-            raise ValueError(f"{type(self).__name__}: `points` must be one of {known}; received: {points!r}")
+        self.points = check_points(type(self).__name__, points)
 
     def __call__(self, schedule: NoiseSchedule, batch, key):
         return self.quantile(schedule, self.points(schedule, batch, key))
@@ -301,113 +289,6 @@ class LogUniform(_Bent):
         return ops.where(t < schedule.first_time, 0.0, ops.abs(schedule.slope(t)) / (clean - noisy))
 
 
-class LossAware(_Bent, keras.layers.Layer):
-    """Importance sampling of the times whose losses are large (Nichol and Dhariwal 2021, arXiv:2102.09672, sec. 3.3):
-
-        p_i ~ sqrt(E[L_i^2]),  i = 0 ... T - 1,        loss = L_i / (T p_i)
-
-    with E over the last `history` losses of each i, and uniform until every i has as many. It lowers the variance of a
-    loss that differs much between noise levels, such as the variational bound.
-
-    It is a layer, whose weights, `past_losses` and `counts`, a model keeps and saves. On a continuous schedule i is
-    the part [i / T, (i + 1) / T) of time, and t is uniform in it; on a discrete one it is a step, or as many steps
-    for each i.
-
-    Two examples of a batch with the same i are two losses of its history, in the order of the batch; of more than
-    `history`, the last are kept. A loss that is not finite is not.
-
-    Args:
-        num_steps: T. The number of steps of a discrete schedule must be a multiple of it.
-        history: how many losses of each i are kept.
-        uniform: the share of times that is drawn uniformly all the same, in (0, 1].
-        points: how the uniform numbers cover a batch: a `TimeSampler` or its name.
-    """
-
-    def __init__(self, num_steps: int = 1000, history: int = 10, uniform: float = 0.001, points=UNIFORM):
-        keras.layers.Layer.__init__(self, dtype="float32", autocast=False)
-        check_integer("LossAware", "num_steps", num_steps)
-        check_integer("LossAware", "history", history)
-        check_number("LossAware", "uniform", uniform, 1e-9, 1.0)
-        _Bent.__init__(self, points)
-        self.num_steps, self.history, self.uniform = num_steps, history, uniform
-        self.past_losses = self._state("past_losses", (num_steps, history), "float32")
-        self.counts = self._state("counts", (num_steps,), "int32")
-        self.built = True
-
-    def _state(self, name: str, shape: tuple, dtype: str):
-        return self.add_weight(name=name, shape=shape, dtype=dtype, initializer="zeros", trainable=False)
-
-    # Two with the same arguments may have seen different losses, and a copy has seen the same: as of any layer.
-    __eq__, __hash__, __reduce__ = object.__eq__, object.__hash__, keras.layers.Layer.__reduce__
-
-    def probabilities(self):
-        """p_i, float32, shape `(T,)`."""
-        size = ops.sqrt(ops.mean(ops.square(self.past_losses.value), axis=1))
-        total, share = ops.sum(size), 1.0 / self.num_steps
-        known = ops.logical_and(ops.all(self.counts.value >= self.history), total > 0)
-        aware = (1.0 - self.uniform) * size / ops.where(total > 0, total, 1.0) + self.uniform * share
-        return ops.where(known, aware, share)
-
-    def quantile(self, schedule: NoiseSchedule, u):
-        """(i + r) / T, where u is the share r of the way through p_i; on a discrete schedule its next step."""
-        self._check(schedule)
-        u = ops.convert_to_tensor(u, "float32")
-        p = self.probabilities()
-        until = ops.cumsum(p)
-        u = u * until[-1]  # 1 but for rounding
-        i = ops.minimum(ops.searchsorted(until, u, side="right"), self.num_steps - 1)
-        r = ops.clip(1.0 - (ops.take(until, i) - u) / ops.take(p, i), 0.0, 1.0 - 2.0 * HALF_STEP)
-        i = ops.cast(i, "float32")
-        if schedule.num_steps is None:
-            return (i + r) / self.num_steps
-        steps = schedule.num_steps // self.num_steps  # of each i
-        return (i * steps + ops.floor(r * steps) + 1.0) / schedule.num_steps
-
-    def density(self, schedule: NoiseSchedule, t):
-        """T p_i; it changes as the sampler learns."""
-        return self.num_steps * ops.take(self.probabilities(), self._index(schedule, t))
-
-    def importance(self, schedule: NoiseSchedule, t):
-        """1 / (T p_i), shape of `t`: with it the expected loss is that of uniform times."""
-        return 1.0 / self.density(schedule, t)
-
-    def update(self, schedule: NoiseSchedule, t, losses) -> None:
-        """Writes the losses, shape `(batch,)`, before any `importance`, over the oldest of their times."""
-        losses = ops.stop_gradient(ops.convert_to_tensor(losses, "float32"))
-        finite = ops.isfinite(losses)
-        index = ops.where(finite, self._index(schedule, t), self.num_steps)  # an i of their own, cut off below
-        order = ops.argsort(index)
-        index, losses = ops.take(index, order), ops.take(ops.where(finite, losses, 0.0), order)
-        # `place` is the number of earlier losses of the same i in the batch, `left` that of later ones.
-        first, last = (ops.cast(ops.searchsorted(index, index, side=side), "int32") for side in ("left", "right"))
-        place = ops.arange(ops.shape(index)[0], dtype="int32") - first
-        left = last - first - 1 - place
-        counts = ops.concatenate([self.counts.value, ops.zeros((1,), "int32")])
-        slot = (ops.take(counts, index) + place) % self.history
-        cell = index * self.history + slot
-        end = self.num_steps * self.history
-        cell = ops.where(ops.logical_or(index == self.num_steps, left >= self.history), end, cell)
-        table = ops.concatenate([ops.reshape(self.past_losses.value, (-1,)), ops.zeros((1,), "float32")])
-        table = ops.scatter_update(table, cell[:, None], losses)[:-1]
-        counts = ops.segment_sum(ops.ones_like(index), index, self.num_steps + 1)[:-1] + self.counts.value
-        self.past_losses.assign(ops.reshape(table, (self.num_steps, self.history)))
-        self.counts.assign(counts)
-
-    def _index(self, schedule: NoiseSchedule, t):
-        """The i of each t: a discrete step stands at the end of what it rounds."""
-        self._check(schedule)
-        behind = 0.0 if schedule.num_steps is None else 0.5 / schedule.num_steps
-        i = ops.floor((ops.convert_to_tensor(t, "float32") - behind) * self.num_steps)
-        return ops.cast(ops.clip(i, 0, self.num_steps - 1), "int32")
-
-    def _check(self, schedule: NoiseSchedule) -> None:
-        if schedule.num_steps is not None and schedule.num_steps % self.num_steps:
-            raise ValueError(
-                f"LossAware: `num_steps` must divide {schedule.num_steps}, the number of steps of {schedule!r}; "
-                f"received: {self.num_steps}"
-            )
-
-
 def _time(schedule: NoiseSchedule, log_snr):
     return ops.clip(schedule.time(log_snr), 0.0, 1.0)
 
@@ -426,3 +307,12 @@ def _gaussian(x, mean: float, std: float):
 def _inside(t):
     """t, kept from 0 and 1, where a density may be infinite."""
     return ops.clip(ops.convert_to_tensor(t, "float32"), HALF_STEP, 1.0 - HALF_STEP)
+
+
+def check_points(owner: str, points) -> TimeSampler:
+    """The sampler of uniform times that is named; a ValueError for one of other times."""
+    sampler = TimeSampler.get(points)
+    if not isinstance(sampler, _Even) or isinstance(sampler, Discrete):
+        known = [Uniform(), Stratified(), Systematic(), LowDiscrepancy(), Antithetic()]
+        raise ValueError(f"{owner}: `points` must be one of {known}; received: {points!r}")
+    return sampler

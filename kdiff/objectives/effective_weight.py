@@ -1,4 +1,4 @@
-"""Objectives: what a schedule, a prediction, a weighting and the times of training amount to together.
+"""What a schedule, a prediction, a weighting and the times of training amount to together.
 
 Whatever a network predicts, and however its noise levels are drawn and weighted, it is trained with
 
@@ -24,6 +24,8 @@ from kdiff.predictions import Prediction
 from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.times import TimeSampler
 from kdiff.weightings import Weighting
+
+__all__ = ["POINTS", "Recipe", "effective_weight", "loss_weight", "plot_objective", "same_objective"]
 
 POINTS = 400  # the log-SNRs at which weights are compared, drawn and integrated
 
@@ -61,9 +63,6 @@ def loss_weight(
 
         weighting(log_snr) gain^2,   or   weighting(log_snr) gain^2 / p(log_snr)   if the weighting is `per_log_snr`.
 
-    Here p(log_snr) is the density that a batch has with the sampler's own `importance`, which is another factor on the
-    loss and is not part of this one.
-
     Args:
         schedule: the schedule.
         prediction: what the network predicts.
@@ -81,10 +80,8 @@ def loss_weight(
 
 
 def _density(schedule: NoiseSchedule, times: TimeSampler, t):
-    """p(log_snr) = p(t) / |d log_snr / dt|, times what `importance` makes of it; above zero."""
-    density, importance = times.density(schedule, t), times.importance(schedule, t)
-    density = density if importance is None else density * importance
-    return ops.maximum(density / ops.abs(schedule.slope(t)), 1e-30)
+    """p(log_snr) = p(t) / |d log_snr / dt|, above zero."""
+    return ops.maximum(times.density(schedule, t) / ops.abs(schedule.slope(t)), 1e-30)
 
 
 def effective_weight(

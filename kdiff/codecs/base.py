@@ -1,0 +1,105 @@
+"""Codecs: between what people hold and what diffuses.
+
+A codec encodes a batch of examples into the space where noise is added, and decodes samples back:
+
+    x = codec.encode(examples, key)      examples, (batch, ...) -> float32 data, (batch, *data_shape(...))
+    examples = codec.decode(x)
+
+It may change shape and rank. It is a Keras layer, and may have weights, which are not trained by the model, not
+averaged, and saved with it unless `saved` is False. It computes at its own precision.
+"""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from kdiff.base import Value
+
+__all__ = ["Codec", "Identity", "Pixels", "to_unit"]
+
+Shape = tuple[int | None, ...]
+
+
+class Codec(Value, keras.layers.Layer):
+    """The base of all codecs. A new one defines `encode`, `decode` and, if it changes the shape, `data_shape`.
+
+    Attributes:
+        limit: the largest magnitude that floating-point examples may have; None if any will do.
+        batch_size: how many examples are decoded at once; None for as many as are sampled at once.
+        saved: whether its weights are saved with the model. A model that was saved without them has none when it is
+            loaded: `model.codec = codec` gives it one, and until then it says so where it needs it.
+    """
+
+    limit: float | None = None
+    batch_size: int | None = None
+    saved: bool = True
+
+    def __init__(self, dtype: Any = "float32"):
+        super().__init__(dtype=dtype, autocast=False)
+
+    def encode(self, examples, key: Any = None):
+        """Examples to data.
+
+        Args:
+            examples: with shape `(batch, ...)`.
+            key: of random numbers (`kdiff.random`), for a codec that draws; None for its most likely answer.
+
+        Returns:
+            float32 data.
+        """
+        raise NotImplementedError
+
+    def decode(self, x):
+        """Data to examples."""
+        raise NotImplementedError
+
+    def data_shape(self, shape: Shape) -> Shape:
+        """The shape of an encoded example, for an example of this shape; None is an axis of any length.
+
+        Raises:
+            ValueError: if there can be no such example.
+        """
+        return shape
+
+    def freeze(self) -> None:
+        """Makes its weights, if they are not there, constants of the model."""
+        if not self.built:
+            self.build(None)
+        self.trainable = False
+
+    # One with weights is equal to itself alone, and saved as Keras saves layers.
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (not getattr(self, "weights", ()) and super().__eq__(other))
+
+    __hash__ = Value.__hash__
+
+
+class Pixels(Codec):
+    """Images as they are, in [-1, 1]; uint8 images become x / 127.5 - 1. Decoding clips to [-1, 1]."""
+
+    limit = 1.0
+
+    def encode(self, examples, key: Any = None):
+        return to_unit(examples)
+
+    def decode(self, x):
+        return ops.clip(x, -1.0, 1.0)
+
+
+class Identity(Codec):
+    """Vectors, latents or any other numbers, of any size, unchanged."""
+
+    def encode(self, examples, key: Any = None):
+        return ops.cast(examples, "float32")
+
+    def decode(self, x):
+        return x
+
+
+def to_unit(images):
+    """Images in [-1, 1], float32: x / 127.5 - 1 of whole numbers, x of floating-point ones."""
+    if "int" in str(images.dtype):
+        return ops.cast(images, "float32") / 127.5 - 1.0
+    return ops.cast(images, "float32")

@@ -1,0 +1,26 @@
+"""Objectives: what a network learns. Each makes of a clean batch the problem that a training step solves."""
+
+from kdiff.objectives.base import Objective, Problem
+from kdiff.objectives.denoising import Denoising
+from kdiff.objectives.effective_weight import (
+    POINTS,
+    Recipe,
+    effective_weight,
+    loss_weight,
+    plot_objective,
+    same_objective,
+)
+from kdiff.objectives.loss_aware import LossAware
+
+__all__ = [
+    "POINTS",
+    "Denoising",
+    "LossAware",
+    "Objective",
+    "Problem",
+    "Recipe",
+    "effective_weight",
+    "loss_weight",
+    "plot_objective",
+    "same_objective",
+]

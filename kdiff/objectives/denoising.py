@@ -1,0 +1,108 @@
+"""Denoising: noise is added to data, and the network learns to tell what `prediction` asks for.
+
+    t ~ times,   noise ~ N(0, I),   x_t = alpha x + sigma noise
+    loss = w(log_snr) gain^2 |network(x_t, t) - (a x + b noise)|^2,   or without the factors, the simple loss
+
+(Ho et al. 2020, arXiv:2006.11239, eqs. 4 and 14; `predictions` has a, b and gain, `weightings` w.)
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from keras import ops
+
+from kdiff import random
+from kdiff.gaussian import kl_divergence, log_bin
+from kdiff.objectives.base import Objective, Problem
+from kdiff.objectives.effective_weight import loss_weight
+from kdiff.predictions import LearnedVariance
+from kdiff.schedules import Marginal, NoiseSchedule, bridge
+from kdiff.times import TimeSampler, Uniform
+
+__all__ = ["Denoising", "variance_bound"]
+
+
+class Denoising(Objective):
+    """The network's output is compared with its target (see the module); a learned variance adds `variance_bound`."""
+
+    def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
+        schedule, prediction = model.schedule, model.prediction
+        t = self.times(model)(schedule, ops.shape(x)[0], next(keys))
+        noise, m = random.normal(next(keys), ops.shape(x)), schedule.at(t)
+        x_t = schedule(x, noise, t)
+        output = model.output(x_t, m, conditions, training, averages=not training)
+        learned = prediction.share(output) is not None
+        return Problem(
+            prediction.value(output),
+            prediction.target(x, noise, m),
+            loss_weight(schedule, prediction, model.weighting, self.density(model), m),
+            variance_bound(prediction, output, x, x_t, schedule, m) if learned else None,
+            notes=t,
+        )
+
+    def times(self, model: Any) -> Any:
+        """`t = times(schedule, batch, key)`: where the times of training come from."""
+        return model.times
+
+    def density(self, model: Any) -> TimeSampler:
+        """The times whose density a weight per log-SNR is divided by."""
+        return model.times
+
+    def check(self, model: Any) -> None:
+        """Raises a ValueError if the weighting needs the density of the times, and they do not say it."""
+        times = self.density(model)
+        if getattr(model.weighting, "per_log_snr", False) and not times.has_density:
+            raise ValueError(
+                f"DiffusionModel: {model.weighting!r} is a weight per log-SNR, for which `times` must say their "
+                f"`density`; {times!r} has none. Define `density(schedule, t)`, or use {Uniform()!r}"
+            )
+
+
+def variance_bound(prediction: LearnedVariance, output, x, x_t, schedule: NoiseSchedule, m: Marginal):
+    """weight T L, where L, the term of the bound at this time, has its mean held fixed (eq. 16, section 3.2):
+
+        L = KL(q(x_then | x_now, x) || N(mean, variance)),   then = now - 1/T;
+        L = -log p(x | x_now), of data in 256 levels on [-1, 1], if then = 0,
+
+    in nats a dimension. T L, with t uniform, estimates the whole bound. The authors' code counts bits; there the
+    same weight is 1.44 times as much.
+
+    Args:
+        prediction: with T, `num_steps`, and the weight.
+        output: the network's output, with shape `(batch, ..., 2 channels)`.
+        x: data, with shape `(batch, ..., channels)`.
+        x_t: noisy data, of the same shape.
+        schedule: the schedule.
+        m: the marginal that x_t is at; fields of shape `(batch,)` or `()`.
+
+    Returns:
+        float32, with shape `(batch,)`.
+    """
+    output, x, x_t = (ops.convert_to_tensor(v, "float32") for v in (output, x, x_t))
+    steps = _steps(prediction, schedule)
+    place = m.t * steps
+    # Rounding may put the last step, place = 1, a hair higher; it goes to t = 0 all the same.
+    now, then = m.like(x), schedule.at(ops.where(place > 1.001, place - 1.0, 0.0) / steps).like(x)
+    kept, fresh = bridge(now, then)
+    x_hat = ops.stop_gradient(prediction.denoise(output, x_t, m))
+    log_small = _log_posterior_variance(schedule, place, steps, x)
+    log_large = 2.0 * ops.log(now.sigma) + ops.log(fresh)
+    log_variance = log_small + prediction.share(output) * (log_large - log_small)
+    divergence = kl_divergence(then.alpha * fresh * (x - x_hat), log_small, log_variance)
+    likelihood = log_bin(x, kept * x_t + then.alpha * fresh * x_hat, ops.exp(0.5 * log_variance))
+    term = ops.where(then.t > 0, divergence, -likelihood)
+    return prediction.weight * steps * ops.mean(term, axis=tuple(range(1, len(x.shape))))
+
+
+def _steps(prediction: LearnedVariance, schedule: NoiseSchedule) -> int:
+    steps = prediction.num_steps or schedule.num_steps or 1000
+    if steps < 2:
+        raise ValueError(f"LearnedVariance: the process must have at least 2 steps; {schedule!r} has {steps}")
+    return steps
+
+
+def _log_posterior_variance(schedule: NoiseSchedule, place, steps: int, x):
+    """log beta_tilde; in the step to t = 0, where it would be log(0), that of the step before it (section 3.1)."""
+    place = ops.maximum(place, 2.0)
+    now, then = schedule.at(place / steps).like(x), schedule.at((place - 1.0) / steps).like(x)
+    return 2.0 * ops.log(then.sigma) + ops.log(bridge(now, then)[1])
