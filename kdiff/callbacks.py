@@ -15,6 +15,8 @@ from kdiff.sampling import Sampler
 from kdiff.solvers import Solver
 from kdiff.text import is_text, strings
 
+__all__ = ["DIGITS", "SampleCallback"]
+
 DIGITS = {"epoch": 4, "step": 8}  # in file names, so that they sort
 
 

@@ -33,6 +33,19 @@ from keras import ops
 from kdiff.base import Value, check_integer, check_number
 from kdiff.schedules import Marginal, NoiseSchedule
 
+__all__ = [
+    "Data",
+    "Flow",
+    "Karras",
+    "LearnedVariance",
+    "Noise",
+    "Prediction",
+    "Score",
+    "TrigFlow",
+    "Velocity",
+    "check_invertible",
+]
+
 
 class Prediction(Value):
     """The base of all parametrisations. A new one defines `coefficients` alone.

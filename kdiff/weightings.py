@@ -32,6 +32,22 @@ from kdiff.base import Value, check_number
 from kdiff.predictions import Prediction
 from kdiff.schedules import Marginal
 
+__all__ = [
+    "EDM",
+    "P2",
+    "CosMap",
+    "Likelihood",
+    "MinSNR",
+    "SigmaSqrt",
+    "Sigmoid",
+    "SoftMinSNR",
+    "TruncatedSNR",
+    "Uniform",
+    "Variational",
+    "Velocity",
+    "Weighting",
+]
+
 
 class Weighting(Value):
     """The base of all loss weights. A new one defines `__call__` alone.

@@ -15,6 +15,24 @@ from kdiff.data._tensorflow import tf
 from kdiff.pictures import pillow
 from kdiff.text import strings
 
+__all__ = [
+    "CAPTIONS",
+    "EMBEDDED",
+    "SHAPES",
+    "Source",
+    "check_images",
+    "check_labels",
+    "check_text",
+    "coloured_shapes",
+    "decode",
+    "digits",
+    "find",
+    "from_array",
+    "from_folder",
+    "from_tfds",
+    "split_rows",
+]
+
 
 class Source(NamedTuple):
     """Images, and labels and captions if they were asked for.

@@ -35,6 +35,8 @@ from keras import ops
 
 from kdiff.base import Value
 
+__all__ = ["CLEAN_LOG_SNR", "Marginal", "NoiseSchedule", "bridge"]
+
 # At t = 0 a table has no noise at all. Its log-SNR is written as 40, sigma = 2e-9, so that no infinity arises.
 CLEAN_LOG_SNR = 40.0
 

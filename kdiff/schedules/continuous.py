@@ -10,6 +10,18 @@ from keras import ops
 from kdiff.base import check_number
 from kdiff.schedules.base import NoiseSchedule
 
+__all__ = [
+    "Cosine",
+    "CosineAlphaBar",
+    "Laplace",
+    "LinearVP",
+    "Rectified",
+    "SigmoidAlphaBar",
+    "SubVP",
+    "Trigonometric",
+    "VarianceExploding",
+]
+
 
 def _tensor(value):
     return ops.convert_to_tensor(value, "float32")

@@ -9,6 +9,8 @@ from kdiff.base import check_number
 from kdiff.schedules.base import NoiseSchedule
 from kdiff.schedules.tables import _Table
 
+__all__ = ["Shifted", "ZeroTerminalSNR", "token_mu"]
+
 
 def token_mu(owner: str, tokens: int, base_tokens: int, max_tokens: int, base_mu: float, max_mu: float) -> float:
     """Flux's mu, linear in the tokens (see `Shifted.for_tokens`)."""

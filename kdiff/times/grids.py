@@ -22,6 +22,23 @@ from kdiff.base import Value, check_integer, check_number
 from kdiff.schedules import NoiseSchedule
 from kdiff.schedules.wrappers import token_mu
 
+__all__ = [
+    "All",
+    "BetaQuantile",
+    "Exponential",
+    "FlowShift",
+    "Karras",
+    "Leading",
+    "Linspace",
+    "Polyexponential",
+    "Rounded",
+    "TimeGrid",
+    "Times",
+    "Trailing",
+    "UniformLogSNR",
+    "incomplete_beta",
+]
+
 
 class TimeGrid(Value):
     """The base of the sampling times. A new grid defines `above_zero`; or `indices`, if it takes steps by number.

@@ -6,6 +6,8 @@ from kdiff.base import check_integer
 from kdiff.schedules import NoiseSchedule
 from kdiff.times.grids import TimeGrid
 
+__all__ = ["Jumps"]
+
 
 class Jumps(TimeGrid):
     """Another grid, of which every `length` steps are made `repeats` times.

@@ -3,6 +3,8 @@
 from kdiff.base import Value, check_number
 from kdiff.schedules import Marginal, NoiseSchedule
 
+__all__ = ["Index", "LogSNR", "Scaled", "TimeLabel"]
+
 
 class TimeLabel(Value):
     """The base of what a network sees as time."""

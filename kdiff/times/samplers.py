@@ -17,6 +17,24 @@ from kdiff import random
 from kdiff.base import Value, check_integer, check_number
 from kdiff.schedules import NoiseSchedule
 
+__all__ = [
+    "HALF_STEP",
+    "UNIFORM",
+    "Antithetic",
+    "Discrete",
+    "LogNormalSigma",
+    "LogUniform",
+    "LogitNormal",
+    "LowDiscrepancy",
+    "Mode",
+    "PowerLaw",
+    "Stratified",
+    "Systematic",
+    "TimeSampler",
+    "Uniform",
+    "check_points",
+]
+
 HALF_STEP = 2.0**-24  # half the distance of the numbers that `random.uniform` draws
 
 
