@@ -77,6 +77,13 @@ def test_stratified_times_cover_every_part_once():
     assert len(set(first)) > 5  # the place in the batch does not tell the noise level
 
 
+def test_stratified_times_are_independent_within_their_parts():
+    """The places of 64 times in their parts are uniform, each its own: `Systematic` has one for all."""
+    places = (draw(times.Stratified(), batch=64).astype("float64") * 64) % 1
+    assert stats.kstest(places, "uniform").pvalue > 1e-3
+    assert abs(np.corrcoef(places[1:], places[:-1])[0, 1]) < 0.5  # 4 standard errors
+
+
 def gaps(t):
     """The distances between neighbours on the circle."""
     t = np.sort(t.astype("float64"))
