@@ -14,7 +14,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from kdiff import DiffusionModel, data, images
+from kdiff import DiffusionModel, data, pictures
 from kdiff.blocks import LabelEmbedding, Neighborhood
 from kdiff.networks import DiT, Hybrid, SimpleUNet, UNet, UViT, flops, parameters, published, summary
 
@@ -117,7 +117,7 @@ def main() -> None:
         history = model.fit(batches, epochs=1000, steps_per_epoch=50, callbacks=[stop], verbose=2)
         steps, loss = int(keras.ops.convert_to_numpy(model.optimizer.iterations)), history.history["loss"][-1]
         samples = model.sample(len(labels), sampler="dpm_solver_pp", steps=20, label=labels, seed=1)
-        images.save_png(options.out / f"{name.lower()}.png", samples, COLUMNS)
+        pictures.save_png(options.out / f"{name.lower()}.png", samples, COLUMNS)
         print(f"{name}: loss {loss:.4f} after {steps} steps; {options.out / name.lower()}.png")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from keras import layers
 
 import kdiff
-from kdiff import data, images
+from kdiff import data, pictures
 from kdiff.guidance import ClassifierFree
 
 SCALES = [0.0, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0]
@@ -53,7 +53,7 @@ def train(options: argparse.Namespace) -> tuple[kdiff.DiffusionModel, list[str]]
     model.compile(keras.optimizers.Adam(rate, clipnorm=1.0))
     epochs = 10
     history = model.fit(dataset, steps_per_epoch=max(1, options.steps // epochs), epochs=epochs, verbose=2)
-    images.loss_plot(options.out / "loss.png", history)
+    pictures.loss_plot(options.out / "loss.png", history)
     model.save(options.out / "model.keras")
     return model, dataset.class_names
 
@@ -88,7 +88,7 @@ def main() -> None:
     noise = np.repeat(keras.ops.convert_to_numpy(noise), len(SCALES), axis=0)
     picture = model.sample(len(classes), label=classes, guidance=ClassifierFree(scales), x=noise)
     captions = [f"{names[label]}, {scale:g}" for label, scale in zip(classes, scales, strict=True)]
-    images.save_png(options.out / "classes-by-scale.png", picture, len(SCALES), captions=captions)
+    pictures.save_png(options.out / "classes-by-scale.png", picture, len(SCALES), captions=captions)
 
     print("scale  share of samples that are of the class asked for")
     labels = np.arange(options.samples) % len(names)

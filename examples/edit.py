@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 import kdiff
-from kdiff import data, guidance, images, operators, times
+from kdiff import data, guidance, operators, pictures, times
 
 STRENGTHS = [0.3, 0.5, 0.7, 0.9]
 COLUMNS = 6
@@ -100,8 +100,8 @@ def main() -> None:
         *blending(model, image, second, label, options.steps),
         *sharpening(model, image, label, options.steps),
     ]
-    captions, pictures = zip(*rows, strict=True)
-    path = images.save_png(options.out / "edits.png", np.stack(pictures), COLUMNS, captions=captions)
+    captions, images = zip(*rows, strict=True)
+    path = pictures.save_png(options.out / "edits.png", np.stack(images), COLUMNS, captions=captions)
     print(f"Done: {path.resolve()}")
 
 

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 import kdiff
-from kdiff import data, images
+from kdiff import data, pictures
 
 # A solver of second order needs few steps.
 SAMPLER = kdiff.Sampler("dpm_solver_pp", "uniform_log_snr", steps=15)
@@ -67,19 +67,19 @@ def main() -> None:
         training_gif=True,
     )
     history = model.fit(dataset, epochs=options.epochs, callbacks=[watch])
-    images.loss_plot(options.out / "loss.png", history)
+    pictures.loss_plot(options.out / "loss.png", history)
 
     print("Sampling ...")
     trajectory = [step.x for step in model.sample_steps(len(labels), sampler=SAMPLER, seed=1, label=labels)]
-    images.save_gif(options.out / "noise-to-images.gif", trajectory, columns)
-    images.save_png(options.out / "samples.png", trajectory[-1], columns)
+    pictures.save_gif(options.out / "noise-to-images.gif", trajectory, columns)
+    pictures.save_png(options.out / "samples.png", trajectory[-1], columns)
 
     # The file holds all that sampling needs: the network, its averaged weights, the schedule and the prediction.
     model.save(options.out / "model.keras")
     loaded = keras.saving.load_model(options.out / "model.keras")
     again = loaded.sample(len(labels), sampler=SAMPLER, seed=1, label=labels)
     np.testing.assert_allclose(again, trajectory[-1], atol=1e-3)
-    images.save_png(options.out / "samples-of-the-loaded-model.png", again, columns)
+    pictures.save_png(options.out / "samples-of-the-loaded-model.png", again, columns)
 
     files = sorted(str(path.relative_to(options.out)) for path in options.out.rglob("*.*"))
     print(f"Done. Final loss {history.history['loss'][-1]:.4f}. In {options.out.resolve()}:", *files, sep="\n  ")

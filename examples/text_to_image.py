@@ -17,7 +17,7 @@ import keras
 import numpy as np
 
 import kdiff
-from kdiff import data, images, shapes
+from kdiff import data, pictures, scenes
 from kdiff.blocks import TextEncoder, TransformerBlock
 
 SAMPLER = kdiff.Sampler("dpm_solver_pp", "trailing", steps=20, guidance=kdiff.guidance.ClassifierFree(1.5))
@@ -68,7 +68,7 @@ def train(options: argparse.Namespace, prompts: list[str]) -> kdiff.DiffusionMod
     Flat pictures say little in their noise, so it predicts the data. Muon needs far fewer of them than AdamW to learn
     which words are meant for which place.
     """
-    _, captions = shapes.dataset(1000, options.image_size)
+    _, captions = scenes.dataset(1000, options.image_size)
     tokenizer = kdiff.text.BytePair.learn(captions, vocabulary_size=512, length=16)
     dataset = data.images(
         "shapes", options.image_size, options.batch_size, text=True, text_encoder=tokenizer, repeat=None
@@ -95,12 +95,10 @@ def train(options: argparse.Namespace, prompts: list[str]) -> kdiff.DiffusionMod
 def measure(model: kdiff.DiffusionModel, count: int, folder: Path) -> None:
     """What share of the held-out prompts is drawn as they say."""
     size = model.shapes["image"][1]
-    _, captions = shapes.dataset(count, size, held_out=True, seed=1)
-    pictures = model.sample(count, text=captions)
-    images.save_png(folder / "held-out.png", pictures[:24], 6, captions=captions[:24])
-    pairs = [
-        (shapes.read(image), shapes.Scene.parse(caption)) for image, caption in zip(pictures, captions, strict=True)
-    ]
+    _, captions = scenes.dataset(count, size, held_out=True, seed=1)
+    images = model.sample(count, text=captions)
+    pictures.save_png(folder / "held-out.png", images[:24], 6, captions=captions[:24])
+    pairs = [(scenes.read(image), scenes.Scene.parse(caption)) for image, caption in zip(images, captions, strict=True)]
 
     def share(right):
         return np.mean([seen is not None and right(seen, wanted) for seen, wanted in pairs])
@@ -114,11 +112,11 @@ def measure(model: kdiff.DiffusionModel, count: int, folder: Path) -> None:
     print(f"Of {count} pairs never seen in training, the share of pictures in which a program reads ...")
     print(f"  the right colours             {share(all_of('colour')):.1%}")
     print(f"  the right coloured shapes     {share(all_of('colour', 'shape')):.1%}")
-    print(f"  ... and the right relation    {share(lambda seen, wanted: shapes.same(alike(seen), alike(wanted))):.1%}")
-    print(f"  ... and sizes, and background {share(shapes.same):.1%}")
+    print(f"  ... and the right relation    {share(lambda seen, wanted: scenes.same(alike(seen), alike(wanted))):.1%}")
+    print(f"  ... and sizes, and background {share(scenes.same):.1%}")
 
 
-def alike(scene: shapes.Scene) -> shapes.Scene:
+def alike(scene: scenes.Scene) -> scenes.Scene:
     """The scene, of things of one size on one background."""
     first, second = (thing and thing._replace(size="small") for thing in (scene.first, scene.second))
     return scene._replace(first=first, second=second, background="black")
@@ -126,14 +124,13 @@ def alike(scene: shapes.Scene) -> shapes.Scene:
 
 def main() -> None:
     options = arguments()
-    prompts = [
-        shapes.Scene.parse(prompt).caption for prompt in options.prompts
-    ]  # in the words of training, or an error
+    # In the words of training, or an error.
+    prompts = [scenes.Scene.parse(prompt).caption for prompt in options.prompts]
     model = keras.saving.load_model(options.model) if options.model else train(options, prompts)
     measure(model, options.test, options.out)
 
-    pictures = model.sample(4 * len(prompts), text=np.repeat(prompts, 4), seed=1)
-    images.save_png(options.out / "prompts.png", pictures, 4, captions=list(np.repeat(prompts, 4)))
+    images = model.sample(4 * len(prompts), text=np.repeat(prompts, 4), seed=1)
+    pictures.save_png(options.out / "prompts.png", images, 4, captions=list(np.repeat(prompts, 4)))
     print(f"In {options.out.resolve()}: prompts.png, held-out.png" + ("" if options.model else ", model.keras"))
 
 

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 import kdiff
-from kdiff import data, images
+from kdiff import data, pictures
 
 ROWS, COLUMNS = 10, 6  # of the grids: the first ten classes, six samples of each, which makes one batch
 
@@ -60,12 +60,12 @@ def main() -> None:
         out / "training", num_samples=len(labels), conditions={"label": labels}, columns=COLUMNS, training_gif=True
     )
     history = model.fit(dataset, epochs=options.epochs, steps_per_epoch=options.steps_per_epoch, callbacks=[watch])
-    images.loss_plot(out / "loss.png", history)
+    pictures.loss_plot(out / "loss.png", history)
 
     print("Sampling ...")
     trajectory = [step.x for step in model.sample_steps(len(labels), seed=1, label=labels)]
-    images.save_gif(out / "noise-to-images.gif", trajectory, COLUMNS)
-    images.save_png(out / "samples.png", trajectory[-1], COLUMNS)
+    pictures.save_gif(out / "noise-to-images.gif", trajectory, COLUMNS)
+    pictures.save_png(out / "samples.png", trajectory[-1], COLUMNS)
 
     model.save(out / "model.keras")
     loaded = keras.saving.load_model(out / "model.keras")

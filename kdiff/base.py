@@ -23,6 +23,8 @@ from typing import Any, Self
 import keras
 import numpy as np
 
+__all__ = ["Configurable", "Value", "check_choice", "check_integer", "check_number"]
+
 
 class Configurable:
     """Mixin that derives `get_config`, `from_config`, `get`, `clone` and `repr` from the constructor's signature.

@@ -9,11 +9,13 @@ from typing import Any
 import keras
 import numpy as np
 
-from kdiff import images
+from kdiff import pictures
 from kdiff.base import check_choice, check_integer
 from kdiff.sampling import Sampler
 from kdiff.solvers import Solver
 from kdiff.text import is_text, strings
+
+__all__ = ["DIGITS", "SampleCallback"]
 
 DIGITS = {"epoch": 4, "step": 8}  # in file names, so that they sort
 
@@ -90,7 +92,7 @@ class SampleCallback(keras.callbacks.Callback):
         self.trajectory_gif = trajectory_gif
         self.training_gif = training_gif
         self.tensorboard = tensorboard
-        images.pillow()
+        pictures.pillow()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._writer = _tensorboard_writer(tensorboard) if tensorboard is not None else None
         self._step = self._epoch_start = 0
@@ -136,24 +138,24 @@ class SampleCallback(keras.callbacks.Callback):
     def _draw(self, number: int) -> None:
         samples = self.model.sample(self.num_samples, **self._options())
         path = self.folder / f"samples-{self.unit}-{number:0{DIGITS[self.unit]}d}.png"
-        images.save_png(path, samples, self.columns, self.captions)
+        pictures.save_png(path, samples, self.columns, self.captions)
         self._last = path
         if self._writer is not None:
             _log_image(self._writer, path, number)
 
     def _write_trajectory(self) -> None:
         steps = self.model.sample_steps(self.num_samples, **self._options())
-        frames = (images.to_uint8(step.x) for step in steps)
-        images.save_gif(self.folder / "trajectory.gif", frames, self.columns, captions=self.captions)
+        frames = (pictures.to_uint8(step.x) for step in steps)
+        pictures.save_gif(self.folder / "trajectory.gif", frames, self.columns, captions=self.captions)
 
     def _write_training(self) -> None:
         if self._last is None:
             raise ValueError(f"no grid was drawn; `every` is {self.every}")
         paths = sorted(self.folder.glob(f"samples-{self.unit}-*.png"))
         # Those after the last one drawn are an earlier, longer run's.
-        pictures = [images.read_picture(path) for path in paths if path <= self._last]
-        alike = [picture for picture in pictures if picture.shape == pictures[-1].shape]  # not an earlier run's
-        images.save_gif(self.folder / "training.gif", alike, fps=4)
+        written = [pictures.read_picture(path) for path in paths if path <= self._last]
+        alike = [picture for picture in written if picture.shape == written[-1].shape]  # not an earlier run's
+        pictures.save_gif(self.folder / "training.gif", alike, fps=4)
 
     def _options(self) -> dict[str, Any]:
         sampler = {} if self.sampler is None else {"sampler": self.sampler}
@@ -192,7 +194,7 @@ def _check_captions(
     if captions is False:
         return None
     if captions is not None and captions is not True:
-        return images.check_captions("SampleCallback", captions, num_samples)
+        return pictures.check_captions("SampleCallback", captions, num_samples)
     words = [_words(value, class_names, num_samples) for value in conditions.values()]
     words = [column for column in words if column is not None]
     if captions and not words:
@@ -224,7 +226,7 @@ def _log_image(writer, path: Path, step: int) -> None:
     """Adds a PNG file to the log, in a form that does not need the package tensorboard, which only shows it."""
     from kdiff.data._tensorflow import tf
 
-    height, width, channels = images.read_picture(path).shape
+    height, width, channels = pictures.read_picture(path).shape
     picture = {"encoded_image_string": path.read_bytes(), "height": height, "width": width, "colorspace": channels}
     value = tf.compat.v1.Summary.Value(tag="samples", image=tf.compat.v1.Summary.Image(**picture))
     with writer.as_default():

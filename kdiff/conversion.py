@@ -19,6 +19,8 @@ from keras import ops
 from kdiff.predictions import Prediction
 from kdiff.schedules import Marginal, NoiseSchedule
 
+__all__ = ["convert", "moved", "transfer"]
+
 
 def convert(output, x_t, m: Marginal, source, target, schedule=None):
     """The output of a network with the prediction `source`, as that of one with the prediction `target`.

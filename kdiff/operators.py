@@ -18,6 +18,8 @@ from keras import ops
 from kdiff import backend
 from kdiff.base import Value, check_integer, check_number
 
+__all__ = ["Blur", "Composed", "Downsample", "Grey", "Mask", "Operator", "Shape"]
+
 Shape = tuple[int, ...]
 
 

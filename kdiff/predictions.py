@@ -33,6 +33,19 @@ from keras import ops
 from kdiff.base import Value, check_integer, check_number
 from kdiff.schedules import Marginal, NoiseSchedule
 
+__all__ = [
+    "Data",
+    "Flow",
+    "Karras",
+    "LearnedVariance",
+    "Noise",
+    "Prediction",
+    "Score",
+    "TrigFlow",
+    "Velocity",
+    "check_invertible",
+]
+
 
 class Prediction(Value):
     """The base of all parametrisations. A new one defines `coefficients` alone.
@@ -100,7 +113,6 @@ class Data(Prediction):
     """The network predicts the data x: a = 1, b = 0 (Ho et al. 2020, section 3.2)."""
 
     def coefficients(self, m: Marginal):
-        """(1, 0)."""
         return 1.0, 0.0
 
 
@@ -108,7 +120,6 @@ class Noise(Prediction):
     """The network predicts the noise: a = 0, b = 1 (Ho et al. 2020, eq. 14)."""
 
     def coefficients(self, m: Marginal):
-        """(0, 1)."""
         return 0.0, 1.0
 
 
@@ -120,7 +131,6 @@ class Score(Prediction):
     """
 
     def coefficients(self, m: Marginal):
-        """(0, -1 / sigma)."""
         return 0.0, -1.0 / m.sigma
 
 
@@ -131,7 +141,6 @@ class Velocity(Prediction):
     """
 
     def coefficients(self, m: Marginal):
-        """(-sigma, alpha)."""
         return -m.sigma, m.alpha
 
 
@@ -142,7 +151,6 @@ class Flow(Prediction):
     """
 
     def coefficients(self, m: Marginal):
-        """(-1, 1)."""
         return -1.0, 1.0
 
 
@@ -188,7 +196,6 @@ class TrigFlow(Karras):
     """
 
     def coefficients(self, m: Marginal):
-        """(-sin(u) / sigma_data, cos(u))."""
         a, b = super().coefficients(m)
         return -a, -b
 
@@ -224,11 +231,9 @@ class LearnedVariance(Prediction):
             )
 
     def coefficients(self, m: Marginal):
-        """Those of `prediction`."""
         return self.prediction.coefficients(m)
 
     def input_scale(self, m: Marginal):
-        """That of `prediction`."""
         return self.prediction.input_scale(m)
 
     def value(self, output):

@@ -21,6 +21,21 @@ from keras import ops
 from kdiff import backend
 from kdiff.base import check_integer
 
+__all__ = [
+    "EVALUATION",
+    "INITIAL",
+    "PARITY",
+    "ROTATIONS",
+    "STEPS",
+    "TRAINING",
+    "fold",
+    "key_of",
+    "normal",
+    "slerp",
+    "threefry",
+    "uniform",
+]
+
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA
 

@@ -18,6 +18,8 @@ import numpy as np
 from kdiff import backend
 from kdiff.base import Value, check_integer
 
+__all__ = ["CACHE", "BytePair", "Bytes", "HubText", "Tokenizer", "is_text", "strings", "warn_of_cut"]
+
 CACHE = 2**16  # how many different texts a tokenizer remembers
 
 

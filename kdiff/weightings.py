@@ -32,6 +32,22 @@ from kdiff.base import Value, check_number
 from kdiff.predictions import Prediction
 from kdiff.schedules import Marginal
 
+__all__ = [
+    "EDM",
+    "P2",
+    "CosMap",
+    "Likelihood",
+    "MinSNR",
+    "SigmaSqrt",
+    "Sigmoid",
+    "SoftMinSNR",
+    "TruncatedSNR",
+    "Uniform",
+    "Variational",
+    "Velocity",
+    "Weighting",
+]
+
 
 class Weighting(Value):
     """The base of all loss weights. A new one defines `__call__` alone.
@@ -62,7 +78,6 @@ class MinSNR(Weighting):
         self.gamma = gamma
 
     def __call__(self, log_snr):
-        """min(exp(log_snr), gamma)."""
         return ops.minimum(_snr(log_snr), self.gamma)
 
 
@@ -98,7 +113,6 @@ class P2(Weighting):
         self.k, self.gamma = k, gamma
 
     def __call__(self, log_snr):
-        """SNR / (k + SNR)^gamma."""
         snr = _snr(log_snr)
         return snr / (self.k + snr) ** self.gamma
 
@@ -107,7 +121,6 @@ class TruncatedSNR(Weighting):
     """max(SNR, 1) (Salimans and Ho 2022, "Progressive distillation", arXiv:2202.00512, section 4)."""
 
     def __call__(self, log_snr):
-        """max(SNR, 1)."""
         return ops.maximum(_snr(log_snr), 1.0)
 
 
@@ -125,7 +138,6 @@ class EDM(Weighting):
         self.sigma_data = sigma_data
 
     def __call__(self, log_snr):
-        """SNR + 1 / sigma_data^2."""
         return _snr(log_snr) + 1.0 / self.sigma_data**2
 
 
@@ -133,7 +145,6 @@ class Velocity(Weighting):
     """SNR + 1: the plain squared error of the velocity (Salimans and Ho 2022, arXiv:2202.00512, section 4)."""
 
     def __call__(self, log_snr):
-        """SNR + 1."""
         return _snr(log_snr) + 1.0
 
 
@@ -150,7 +161,6 @@ class Uniform(Weighting):
         self.prediction = Prediction.get(prediction)
 
     def __call__(self, log_snr):
-        """1 / gain^2."""
         log_snr = _tensor(log_snr)
         alpha, sigma = ops.sqrt(ops.sigmoid(log_snr)), ops.sqrt(ops.sigmoid(-log_snr))
         return 1.0 / self.prediction.gain(Marginal(None, alpha, sigma, log_snr)) ** 2
@@ -166,7 +176,6 @@ class SigmaSqrt(Weighting):
     """
 
     def __call__(self, log_snr):
-        """1 / r^4."""
         return _sigma(log_snr) ** -4
 
 
@@ -177,7 +186,6 @@ class CosMap(Weighting):
     """
 
     def __call__(self, log_snr):
-        """2 / (pi (1 - 2 r + 2 r^2) r^2)."""
         r = _sigma(log_snr)
         return 2.0 / (math.pi * (1.0 - 2.0 * r + 2.0 * r**2) * r**2)
 
@@ -192,7 +200,6 @@ class Variational(Weighting):
     per_log_snr = True
 
     def __call__(self, log_snr):
-        """SNR / 2."""
         return 0.5 * _snr(log_snr)
 
 

@@ -7,12 +7,12 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from itertools import permutations
 from pathlib import Path
 
 import pytest
 
 BACKENDS = ("tensorflow", "jax", "torch")
+SAVED_ON = {"jax": "tensorflow", "torch": "jax", "tensorflow": "torch"}  # each saves, and each loads another's model
 missing = [name for name in BACKENDS if find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(missing), reason=f"needs all three backends; not installed: {missing}")
 
@@ -24,18 +24,22 @@ def main(phase: str, folder: Path) -> None:
     import kdiff
 
     name = keras.backend.backend()
+    x = np.load(folder / "x.npy")
+
+    def go_on(model):
+        return {
+            "samples": model.sample(3, steps=4, label=[0, 1, 2]),
+            "evaluation": model.evaluate(x, LABELS, batch_size=8),
+            "losses": model.fit(x, LABELS, epochs=2, batch_size=8, shuffle=False).history["loss"],
+        }
+
     if phase == "load":
-        for other in BACKENDS:
-            model = keras.saving.load_model(folder / f"{other}.keras")
-            x = np.load(folder / "x.npy")
-            results = {"samples": model.sample(3, steps=4, label=[0, 1, 2]), "evaluation": model.evaluate(x, LABELS)}
-            results["losses"] = model.fit(x, LABELS, epochs=2, batch_size=8, shuffle=False).history["loss"]
-            np.savez(folder / f"{other}-on-{name}.npz", **results)
+        saved = SAVED_ON[name]
+        np.savez(folder / f"{saved}-on-{name}.npz", **go_on(keras.saving.load_model(folder / f"{saved}.keras")))
         return
 
     from kdiff import random
 
-    x = np.load(folder / "x.npy")
     keras.utils.set_random_seed(3)
     network = kdiff.networks.UNet.attention(
         width=8, levels=1, depth=1, heads=2, conditions={"label": kdiff.blocks.LabelEmbedding(3, dropout=0.3)}
@@ -64,9 +68,10 @@ def main(phase: str, folder: Path) -> None:
         guided=model.sample(3, sampler="ddpm", steps=5, guidance=rules, label=[0, 1, 2]),
         redrawn=model.sample(3, sampler="ddim", steps=5, image=x[:3], strength=0.6, label=[0, 1, 2]),
         inverted=model.invert(x[:3], sampler="ddim", steps=5, iterations=2, label=[0, 1, 2]),
-        evaluation=model.evaluate(x, LABELS),
+        evaluation=model.evaluate(x, LABELS, batch_size=8),
         **{metric: np.array(values) for metric, values in history.items()},
     )
+    np.savez(folder / f"{name}-on-{name}.npz", **go_on(model))
 
 
 LABELS = None
@@ -137,10 +142,12 @@ def test_the_same_samples(results, a, b, sampler):
     np.testing.assert_allclose(results[a][sampler], results[b][sampler], atol=5e-4)
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [*permutations(BACKENDS, 2), *zip(BACKENDS, BACKENDS, strict=True)])
-def test_a_model_saved_on_one_backend_goes_on_another(results, saved, loaded):
+@pytest.mark.parametrize("loaded", BACKENDS)
+def test_a_model_saved_on_one_backend_goes_on_another(results, loaded):
+    """As the model itself goes on, on the backend that it was saved on."""
     import numpy as np
 
+    saved = SAVED_ON[loaded]
     there, here = results[f"{saved}-on-{loaded}"], results[f"{saved}-on-{saved}"]
     np.testing.assert_allclose(there["samples"], here["samples"], atol=1e-5)
     np.testing.assert_allclose(there["evaluation"], here["evaluation"], rtol=1e-5)

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from kdiff import images
+from kdiff import pictures
 from kdiff.callbacks import SampleCallback
 from kdiff.sampling import Sampler
 from kdiff.solvers import DDPM
@@ -56,8 +56,8 @@ def test_a_grid_each_n_epochs_always_from_the_same_noise(model, tmp_path):
     fit(model, SampleCallback(tmp_path, every=2, num_samples=3, seed=5, columns=3))
     assert names(tmp_path) == ["samples-epoch-0002.png", "samples-epoch-0004.png"]
     assert model.calls == ((3, None, None, 5, {}),) * 2
-    picture = images.read_picture(tmp_path / "samples-epoch-0004.png")
-    np.testing.assert_array_equal(picture, images.grid(model.sample(3, seed=5), columns=3))
+    picture = pictures.read_picture(tmp_path / "samples-epoch-0004.png")
+    np.testing.assert_array_equal(picture, pictures.grid(model.sample(3, seed=5), columns=3))
 
 
 def test_a_grid_each_n_steps_across_epochs(model, tmp_path):
@@ -122,8 +122,8 @@ def test_captions_are_made_of_the_conditions(model, tmp_path, conditions, option
     callback = SampleCallback(tmp_path, 1, 2, conditions=conditions, **options)
     assert callback.captions == captions
     fit(model, callback, epochs=1)
-    expected = images.grid(model.sample(2), captions=captions)
-    np.testing.assert_array_equal(images.read_picture(tmp_path / "samples-epoch-0001.png"), expected)
+    expected = pictures.grid(model.sample(2), captions=captions)
+    np.testing.assert_array_equal(pictures.read_picture(tmp_path / "samples-epoch-0001.png"), expected)
 
 
 def test_strings_and_no_condition_reach_the_model(model, tmp_path):
@@ -139,7 +139,7 @@ def test_animations_have_the_captions(model, tmp_path):
     from PIL import Image
 
     fit(model, SampleCallback(tmp_path, 1, 2, conditions={"label": [3, 4]}, trajectory_gif=True, training_gif=True))
-    height, width, _ = images.grid(np.zeros((2, 4, 4, 1)), captions=["3", "4"]).shape
+    height, width, _ = pictures.grid(np.zeros((2, 4, 4, 1)), captions=["3", "4"]).shape
     for name in ("trajectory.gif", "training.gif"):
         with Image.open(tmp_path / name) as animation:
             assert animation.size == (width, height)
@@ -148,12 +148,12 @@ def test_animations_have_the_captions(model, tmp_path):
 def test_animations(model, tmp_path):
     from PIL import Image
 
-    images.save_png(tmp_path / "samples-epoch-0000.png", np.zeros((1, 9, 9, 1)))  # of another run, with another size
+    pictures.save_png(tmp_path / "samples-epoch-0000.png", np.zeros((1, 9, 9, 1)))  # of another run, with another size
     fit(model, SampleCallback(tmp_path, trajectory_gif=True, training_gif=True))
     with Image.open(tmp_path / "trajectory.gif") as animation:
         assert animation.n_frames == 2  # x = 2 and x = 1 look alike: Pillow joins them
     with Image.open(tmp_path / "training.gif") as animation:
-        assert animation.size == images.read_picture(tmp_path / "samples-epoch-0004.png").shape[1::-1]
+        assert animation.size == pictures.read_picture(tmp_path / "samples-epoch-0004.png").shape[1::-1]
 
 
 @pytest.mark.data
@@ -165,7 +165,7 @@ def test_tensorboard_shows_the_grids(model, tmp_path):
     values = [(event.step, v) for event in tf.compat.v1.train.summary_iterator(str(log)) for v in event.summary.value]
     assert [(step, value.tag) for step, value in values] == [(2, "samples"), (4, "samples")]
     picture = tf.io.decode_png(values[1][1].image.encoded_image_string).numpy()
-    np.testing.assert_array_equal(picture, images.read_picture(tmp_path / "grids" / "samples-epoch-0004.png"))
+    np.testing.assert_array_equal(picture, pictures.read_picture(tmp_path / "grids" / "samples-epoch-0004.png"))
 
 
 def test_tensorboard_without_tensorflow_names_the_extra(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 
 tf = pytest.importorskip("tensorflow", reason="the extra `data` is not installed")
 
-from kdiff import data, shapes  # noqa: E402
+from kdiff import data, scenes  # noqa: E402
 from kdiff.data import encoding, sources  # noqa: E402
 from kdiff.text import Bytes  # noqa: E402
 
@@ -75,7 +75,7 @@ def test_there_are_enough_shapes():
 
 @pytest.mark.parametrize(("size", "side"), [(None, 32), (12, 12), ((16, 16), 16)])
 def test_shapes_are_drawn_at_their_size(few_shapes, size, side):
-    drawn, told = shapes.dataset(200, side)
+    drawn, told = scenes.dataset(200, side)
     dataset = unshuffled("shapes", size, text=True)
     np.testing.assert_allclose(values(dataset), drawn / 127.5 - 1, atol=1e-6)
     assert captions(dataset) == told
@@ -87,14 +87,14 @@ def test_the_test_shapes_are_those_held_out_of_training(few_shapes):
     for split, count in (("train", 200), ("test", 50)):
         told = captions(unshuffled("shapes", 8, split=split, text=True))
         assert len(told) == count
-        assert {shapes.Scene.parse(caption).held_out for caption in told} == {split == "test"}
+        assert {scenes.Scene.parse(caption).held_out for caption in told} == {split == "test"}
 
 
 def test_only_the_shapes_asked_for_are_drawn(few_shapes, monkeypatch):
     parts = [captions(unshuffled("shapes", 8, split=split, text=True)) for split in ("train[:10%]", "train[20:]")]
-    assert sorted(parts[0] + parts[1]) == sorted(shapes.dataset(200, 8)[1])
-    drawn, draw = [], shapes._draw
-    monkeypatch.setattr(shapes, "_draw", lambda scenes, *args: drawn.extend(scenes) or draw(scenes, *args))
+    assert sorted(parts[0] + parts[1]) == sorted(scenes.dataset(200, 8)[1])
+    drawn, draw = [], scenes._draw
+    monkeypatch.setattr(scenes, "_draw", lambda some, *args: drawn.extend(some) or draw(some, *args))
     images = values(unshuffled("shapes", 8, split="train[:10%]"))
     assert len(drawn) == len(images) == 20
 
@@ -225,7 +225,7 @@ def test_text_is_encoded(colours, given, gives, size):
 def test_a_tokenizer_encodes(few_shapes):
     tokenizer = Bytes(96)
     (batch,) = unshuffled("shapes", 8, batch_size=200, text=True, text_encoder=tokenizer).as_numpy_iterator()
-    np.testing.assert_array_equal(batch["text"], tokenizer(shapes.dataset(200, 8)[1]))
+    np.testing.assert_array_equal(batch["text"], tokenizer(scenes.dataset(200, 8)[1]))
 
 
 @pytest.mark.parametrize("cache", [True, "file"])

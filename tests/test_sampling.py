@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from kdiff import Sampler, schedules
-from kdiff.solvers import DDPM
+from kdiff import Sampler, random, schedules
+from kdiff.solvers import DDPM, DPMSolverPPSinglestepSDE, Solver
 from kdiff.times import Linspace
 from tests.toys import exact_denoiser, numpy
 
@@ -34,6 +34,26 @@ def test_the_seed_names_the_samples():
     sampler = Sampler("ddpm", steps=5)
     np.testing.assert_array_equal(sample(sampler, seed=3), sample(sampler, seed=3))
     assert not np.any(sample(sampler, seed=3) == sample(sampler, seed=4))
+
+
+KNOWN = [kind for kind in Solver.names().values() if kind.__module__.startswith("kdiff.")]
+STOCHASTIC = [kind() for kind in KNOWN if kind().stochastic]
+
+
+@pytest.mark.parametrize("solver", STOCHASTIC, ids=repr)
+def test_all_noise_of_a_run_is_fresh(solver, monkeypatch):
+    """That of its beginning, of each step, and of each draw within a step: no two share a number."""
+    drawn, normal = [], random.normal
+
+    def watched(*arguments):
+        drawn.append(normal(*arguments))
+        return drawn[-1]
+
+    monkeypatch.setattr(random, "normal", watched)
+    sample(Sampler(solver, steps=4))
+    twice = isinstance(solver, DPMSolverPPSinglestepSDE)
+    assert len(drawn) == 1 + 4 * (2 if twice else 1)
+    assert len(np.unique([numpy(noise) for noise in drawn])) == sum(numpy(noise).size for noise in drawn)
 
 
 def test_batches_continue_one_another():

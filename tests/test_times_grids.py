@@ -96,7 +96,7 @@ def test_grids_of_noise_are_evenly_spaced_in_what_they_say(schedule):
         times.UniformLogSNR(): lambda s: -2 * np.log(s),
         times.Polyexponential(2.0): lambda s: np.sqrt(np.log(s / lowest)),
     }
-    clean, noisy = (float(numpy(end)) for end in times.log_snr_ends(schedule))
+    clean, noisy = (float(numpy(end)) for end in schedule.log_snr_ends())
     lowest, highest = np.exp(-0.5 * clean), np.exp(-0.5 * noisy)
     for grid, even in spaced.items():
         t = grid(schedule, 7)

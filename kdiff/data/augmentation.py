@@ -8,6 +8,8 @@ import numpy as np
 
 from kdiff.data._tensorflow import tf
 
+__all__ = ["apply", "steps"]
+
 
 def steps(augment: Any) -> list[Callable]:
     """`augment` as a flat list: a layer, a callable, a `Sequential`, a `Pipeline`, or a list of these.

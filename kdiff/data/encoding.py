@@ -6,6 +6,8 @@ import numpy as np
 
 from kdiff.data._tensorflow import tf
 
+__all__ = ["TEXTS", "encoded"]
+
 TEXTS = 256  # that are encoded at once
 
 

@@ -12,6 +12,8 @@ from kdiff.base import check_choice, check_integer
 from kdiff.data import augmentation, encoding, sources
 from kdiff.data._tensorflow import tf
 
+__all__ = ["UNCACHED_SHUFFLE", "images"]
+
 UNCACHED_SHUFFLE = 10_000  # images that the shuffle holds where no cache in memory holds them all
 
 

@@ -10,10 +10,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdiff import shapes
+from kdiff import scenes
 from kdiff.data._tensorflow import tf
-from kdiff.images import pillow
+from kdiff.pictures import pillow
 from kdiff.text import strings
+
+__all__ = [
+    "CAPTIONS",
+    "EMBEDDED",
+    "SHAPES",
+    "Source",
+    "check_images",
+    "check_labels",
+    "check_text",
+    "coloured_shapes",
+    "decode",
+    "digits",
+    "find",
+    "from_array",
+    "from_folder",
+    "from_tfds",
+    "split_rows",
+]
 
 
 class Source(NamedTuple):
@@ -194,7 +212,7 @@ SHAPES = {"train": 20_000, "test": 2_000}
 
 
 def coloured_shapes(size: tuple[int, int] | None, labels: bool, text: bool, split: str) -> Source:
-    """The pictures of `kdiff.shapes`, drawn at `size`: 20,000 in "train", and in "test" 2,000 of pairs held out."""
+    """The pictures of `kdiff.scenes`, drawn at `size`: 20,000 in "train", and in "test" 2,000 of pairs held out."""
     height, width = size or (32, 32)
     if height != width:
         raise ValueError(f"images: the shapes are square; `image_size` must be one number, not {size}")
@@ -202,7 +220,7 @@ def coloured_shapes(size: tuple[int, int] | None, labels: bool, text: bool, spli
         raise ValueError("images: the shapes have captions, and no `labels`; pass `text=True`")
     rows = split_rows(split, {name: np.arange(count) for name, count in SHAPES.items()})
     name = split.partition("[")[0]
-    images, captions = shapes.dataset(SHAPES[name], height, held_out=name == "test", rows=rows)
+    images, captions = scenes.dataset(SHAPES[name], height, held_out=name == "test", rows=rows)
     return _in_memory({"image": images, **({"text": _utf8(captions)} if text else {})})
 
 

@@ -51,7 +51,7 @@ class Denoising(Objective):
     def check(self, model: Any) -> None:
         """Raises a ValueError if the weighting needs the density of the times, and they do not say it."""
         times = self.density(model)
-        if getattr(model.weighting, "per_log_snr", False) and type(times).density is TimeSampler.density:
+        if getattr(model.weighting, "per_log_snr", False) and not times.has_density:
             raise ValueError(
                 f"DiffusionModel: {model.weighting!r} is a weight per log-SNR, for which `times` must say their "
                 f"`density`; {times!r} has none. Define `density(schedule, t)`, or use {Uniform()!r}"

@@ -22,7 +22,7 @@ from keras import ops
 
 from kdiff.predictions import Prediction
 from kdiff.schedules import Marginal, NoiseSchedule
-from kdiff.times import TimeSampler, log_snr_ends
+from kdiff.times import TimeSampler
 from kdiff.weightings import Weighting
 
 __all__ = ["POINTS", "Recipe", "effective_weight", "loss_weight", "plot_objective", "same_objective"]
@@ -127,7 +127,7 @@ def _effective(recipe: Recipe, log_snr: np.ndarray) -> np.ndarray:
 
 def _range(schedule: NoiseSchedule) -> tuple[float, float]:
     """(smallest, largest) log-SNR."""
-    largest, smallest = (float(ops.convert_to_numpy(end)) for end in log_snr_ends(schedule))
+    largest, smallest = (float(ops.convert_to_numpy(end)) for end in schedule.log_snr_ends())
     return smallest, largest
 
 

@@ -14,3 +14,27 @@ from kdiff.schedules.continuous import (
 )
 from kdiff.schedules.tables import AlphaBarTable, BetaTable, CosineBeta, LinearBeta, ScaledLinearBeta, SigmoidBeta
 from kdiff.schedules.wrappers import Shifted, ZeroTerminalSNR
+
+__all__ = [
+    "CLEAN_LOG_SNR",
+    "AlphaBarTable",
+    "BetaTable",
+    "Cosine",
+    "CosineAlphaBar",
+    "CosineBeta",
+    "Laplace",
+    "LinearBeta",
+    "LinearVP",
+    "Marginal",
+    "NoiseSchedule",
+    "Rectified",
+    "ScaledLinearBeta",
+    "Shifted",
+    "SigmoidAlphaBar",
+    "SigmoidBeta",
+    "SubVP",
+    "Trigonometric",
+    "VarianceExploding",
+    "ZeroTerminalSNR",
+    "bridge",
+]

@@ -35,6 +35,8 @@ from keras import ops
 
 from kdiff.base import Value
 
+__all__ = ["CLEAN_LOG_SNR", "Marginal", "NoiseSchedule", "bridge"]
+
 # At t = 0 a table has no noise at all. Its log-SNR is written as 40, sigma = 2e-9, so that no infinity arises.
 CLEAN_LOG_SNR = 40.0
 
@@ -97,6 +99,16 @@ class NoiseSchedule(Value, keras.layers.Layer):
         """(alpha, sigma) from the log-SNR; variance preserving unless overridden."""
         return ops.sqrt(ops.sigmoid(log_snr)), ops.sqrt(ops.sigmoid(-log_snr))
 
+    @property
+    def first_time(self) -> float:
+        """The clean end of what is trained and sampled: the first step 1 / T of a discrete process, or 0."""
+        return 0.0 if self.num_steps is None else 1.0 / self.num_steps
+
+    def log_snr_ends(self) -> tuple:
+        """(largest, smallest) log-SNR, at `first_time` and at t = 1; scalar tensors."""
+        ends = self.log_snr(ops.convert_to_tensor([self.first_time, 1.0], "float32"))
+        return ends[0], ends[1]
+
     def snr(self, t):
         """The signal-to-noise ratio alpha^2 / sigma^2 = exp(log_snr) at `t`."""
         return ops.exp(self.log_snr(t))
@@ -155,7 +167,6 @@ class NoiseSchedule(Value, keras.layers.Layer):
         return kept * x_t + then.alpha * fresh * x, then.sigma**2 * fresh
 
     def compute_output_shape(self, x_shape, *_):
-        """The forward process keeps the shape."""
         return x_shape
 
     def plot(self, path: str | None = None, points: int = 400):

@@ -10,6 +10,18 @@ from keras import ops
 from kdiff.base import check_number
 from kdiff.schedules.base import NoiseSchedule
 
+__all__ = [
+    "Cosine",
+    "CosineAlphaBar",
+    "Laplace",
+    "LinearVP",
+    "Rectified",
+    "SigmoidAlphaBar",
+    "SubVP",
+    "Trigonometric",
+    "VarianceExploding",
+]
+
 
 def _tensor(value):
     return ops.convert_to_tensor(value, "float32")
@@ -143,7 +155,6 @@ class LinearVP(NoiseSchedule):
         self.beta_min, self.beta_max, self.epsilon = beta_min, beta_max, epsilon
 
     def log_snr(self, t):
-        """-log(e^B - 1)."""
         return -ops.log(ops.expm1(self._integral(t)))
 
     def time(self, log_snr):
@@ -227,7 +238,6 @@ class VarianceExploding(NoiseSchedule):
         self.first, self.span = float(np.log(sigma_min)), float(np.log(sigma_max / sigma_min))
 
     def log_snr(self, t):
-        """-2 log(sigma)."""
         return -2.0 * (self.first + self.span * _tensor(t))
 
     def time(self, log_snr):
@@ -235,7 +245,6 @@ class VarianceExploding(NoiseSchedule):
         return (-0.5 * _tensor(log_snr) - self.first) / self.span
 
     def scales(self, log_snr):
-        """(1, exp(-log_snr / 2))."""
         return ops.ones_like(log_snr), ops.exp(-log_snr / 2)
 
     def slope(self, t):
@@ -260,12 +269,10 @@ class Rectified(NoiseSchedule):
         self.epsilon = epsilon
 
     def log_snr(self, t):
-        """2 log(alpha / sigma)."""
         sigma, alpha = _within(t, self.epsilon)
         return 2.0 * ops.log(alpha / sigma)
 
     def time(self, log_snr):
-        """From sigma = sigmoid(-log_snr / 2)."""
         sigma = ops.sigmoid(-_tensor(log_snr) / 2)
         return (sigma - self.epsilon) / (1.0 - 2.0 * self.epsilon)
 

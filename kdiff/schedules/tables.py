@@ -9,6 +9,8 @@ from keras import ops
 from kdiff.base import check_integer, check_number
 from kdiff.schedules.base import CLEAN_LOG_SNR, NoiseSchedule
 
+__all__ = ["AlphaBarTable", "BetaTable", "CosineBeta", "LinearBeta", "ScaledLinearBeta", "SigmoidBeta"]
+
 
 class _Table(NoiseSchedule):
     """A discrete process given by its log-SNRs, float64, with shape `(T,)`; variance preserving."""

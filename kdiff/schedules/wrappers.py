@@ -9,6 +9,8 @@ from kdiff.base import check_number
 from kdiff.schedules.base import NoiseSchedule
 from kdiff.schedules.tables import _Table
 
+__all__ = ["Shifted", "ZeroTerminalSNR", "token_mu"]
+
 
 def token_mu(owner: str, tokens: int, base_tokens: int, max_tokens: int, base_mu: float, max_mu: float) -> float:
     """Flux's mu, linear in the tokens (see `Shifted.for_tokens`)."""
@@ -86,15 +88,12 @@ class Shifted(NoiseSchedule):
         return cls(schedule, -2.0 * token_mu("Shifted", tokens, base_tokens, max_tokens, base_mu, max_mu))
 
     def log_snr(self, t):
-        """schedule.log_snr + shift."""
         return self.schedule.log_snr(t) + self.shift
 
     def time(self, log_snr):
-        """schedule.time(log_snr - shift)."""
         return self.schedule.time(ops.convert_to_tensor(log_snr, "float32") - self.shift)
 
     def scales(self, log_snr):
-        """The schedule's normalisation."""
         return self.schedule.scales(log_snr)
 
     def slope(self, t):
@@ -142,7 +141,6 @@ class ZeroTerminalSNR(NoiseSchedule):
         return self._rescaled.time(log_snr)
 
     def scales(self, log_snr):
-        """The schedule's normalisation."""
         return self.schedule.scales(log_snr)
 
     def slope(self, t):

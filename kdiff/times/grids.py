@@ -21,7 +21,23 @@ from keras import ops
 from kdiff.base import Value, check_integer, check_number
 from kdiff.schedules import NoiseSchedule
 from kdiff.schedules.wrappers import token_mu
-from kdiff.times.samplers import first_time, log_snr_ends
+
+__all__ = [
+    "All",
+    "BetaQuantile",
+    "Exponential",
+    "FlowShift",
+    "Karras",
+    "Leading",
+    "Linspace",
+    "Polyexponential",
+    "Rounded",
+    "TimeGrid",
+    "Times",
+    "Trailing",
+    "UniformLogSNR",
+    "incomplete_beta",
+]
 
 
 class TimeGrid(Value):
@@ -75,11 +91,9 @@ class All(TimeGrid):
     """Every step of a discrete process: i = T - 1 ... 0, as DDPM samples. `steps` must be T."""
 
     def default_steps(self, schedule: NoiseSchedule) -> int:
-        """T."""
         return schedule.num_steps or self.resolution
 
     def indices(self, num_steps: int, steps: int) -> np.ndarray:
-        """T - 1 ... 0."""
         if steps != num_steps:
             raise ValueError(f"All: `steps` must be {num_steps}, every step that there is; received: {steps}")
         return np.arange(num_steps)[::-1]
@@ -99,7 +113,6 @@ class Leading(TimeGrid):
         self.offset = offset
 
     def indices(self, num_steps: int, steps: int) -> np.ndarray:
-        """(steps - 1 ... 0) floor(T / steps) + offset."""
         indices = np.arange(steps)[::-1] * (num_steps // steps) + self.offset
         if indices[0] >= num_steps:
             raise ValueError(
@@ -116,13 +129,11 @@ class Trailing(TimeGrid):
     """
 
     def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
-        """t = 1 ... 1 / steps in equal steps, to the nearest step of a discrete process."""
         if schedule.num_steps is None:
             return np.arange(steps, 0, -1) / steps
         return super().above_zero(schedule, steps)
 
     def indices(self, num_steps: int, steps: int) -> np.ndarray:
-        """round(T - k T / steps) - 1."""
         return np.round(num_steps - np.arange(steps) * (num_steps / steps)) - 1
 
 
@@ -130,7 +141,6 @@ class Linspace(TimeGrid):
     """i = round of `steps` equal spaces from T - 1 to 0: takes both ends (Lin et al. 2024, table 2)."""
 
     def indices(self, num_steps: int, steps: int) -> np.ndarray:
-        """round(linspace(T - 1, 0, steps))."""
         return np.round(np.linspace(num_steps - 1, 0, steps))
 
 
@@ -151,11 +161,9 @@ class Times(TimeGrid):
             raise ValueError(f"Times: `times` must decrease strictly, within [0, 1], to a last 0; received: {times!r}")
 
     def default_steps(self, schedule: NoiseSchedule) -> int:
-        """One less than there are times."""
         return len(self.times) - 1
 
     def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
-        """The times."""
         if steps != len(self.times) - 1:
             raise ValueError(f"Times: `steps` must be {len(self.times) - 1}, to use every time; received: {steps}")
         return np.array(self.times[:-1])
@@ -173,11 +181,9 @@ class Rounded(TimeGrid):
         self.grid = TimeGrid.get(grid)
 
     def default_steps(self, schedule: NoiseSchedule) -> int:
-        """That of the grid."""
         return self.grid.default_steps(schedule)
 
     def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
-        """max(round(T t), 1) / T."""
         times = self.grid.above_zero(schedule, steps)
         if schedule.num_steps is None:
             return times
@@ -188,8 +194,7 @@ class _Warped(TimeGrid):
     """t = first + (1 - first) warp(u), where first is the schedule's first step, or 0. A new one defines `warp`."""
 
     def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
-        """first + (1 - first) warp(u)."""
-        first = first_time(schedule)
+        first = schedule.first_time
         return first + (1.0 - first) * self.warp(_spaces(steps, closed=first > 0))
 
     def warp(self, u: np.ndarray) -> np.ndarray:
@@ -276,7 +281,6 @@ class FlowShift(_Warped):
         return cls(math.exp(token_mu("FlowShift", tokens, base_tokens, max_tokens, base_mu, max_mu)))
 
     def warp(self, u: np.ndarray) -> np.ndarray:
-        """shift u / (1 + (shift - 1) u)."""
         return self.shift * u / (1.0 + (self.shift - 1.0) * u)
 
 
@@ -298,15 +302,14 @@ class _Sigmas(TimeGrid):
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
-        """time(-2 log s)."""
         low, high = self._ends(schedule)
-        sigmas = self.sigmas(low, high, _spaces(steps, closed=self.sigma_min is not None or first_time(schedule) > 0))
+        sigmas = self.sigmas(low, high, _spaces(steps, closed=self.sigma_min is not None or schedule.first_time > 0))
         log_snr = ops.convert_to_tensor(-2.0 * np.log(sigmas), "float32")
         times = np.clip(ops.convert_to_numpy(schedule.time(log_snr)).astype("float64"), 0.0, 1.0)
         # `time` may miss the ends by its rounding.
         times[0] = 1.0 if self.sigma_max is None else times[0]
         if self.sigma_min is None and steps > 1:
-            times[-1] = max(times[-1], first_time(schedule))
+            times[-1] = max(times[-1], schedule.first_time)
         return times
 
     def sigmas(self, low: float, high: float, u: np.ndarray) -> np.ndarray:
@@ -315,7 +318,7 @@ class _Sigmas(TimeGrid):
 
     def _ends(self, schedule: NoiseSchedule) -> tuple[float, float]:
         """(sigma_min, sigma_max), inside of the schedule's own."""
-        lowest, highest = (math.exp(-0.5 * float(ops.convert_to_numpy(end))) for end in log_snr_ends(schedule))
+        lowest, highest = (math.exp(-0.5 * float(ops.convert_to_numpy(end))) for end in schedule.log_snr_ends())
         low = lowest if self.sigma_min is None else self.sigma_min
         high = highest if self.sigma_max is None else self.sigma_max
         if schedule.num_steps is None and self.sigma_min is not None and low < lowest * 1.0001:
@@ -348,7 +351,6 @@ class Karras(_Sigmas):
         self.rho = rho
 
     def sigmas(self, low: float, high: float, u: np.ndarray) -> np.ndarray:
-        """(low^(1 / rho) + u (high^(1 / rho) - low^(1 / rho)))^rho."""
         low, high = low ** (1.0 / self.rho), high ** (1.0 / self.rho)
         return (low + u * (high - low)) ** self.rho
 
@@ -362,7 +364,6 @@ class Exponential(_Sigmas):
     """
 
     def sigmas(self, low: float, high: float, u: np.ndarray) -> np.ndarray:
-        """exp(log(low) + u (log(high) - log(low)))."""
         return np.exp(math.log(low) + u * (math.log(high) - math.log(low)))
 
 
@@ -383,7 +384,6 @@ class Polyexponential(_Sigmas):
         self.rho = rho
 
     def sigmas(self, low: float, high: float, u: np.ndarray) -> np.ndarray:
-        """exp(log(low) + u^rho (log(high) - log(low)))."""
         return np.exp(math.log(low) + u**self.rho * (math.log(high) - math.log(low)))
 
 

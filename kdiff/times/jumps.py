@@ -6,6 +6,8 @@ from kdiff.base import check_integer
 from kdiff.schedules import NoiseSchedule
 from kdiff.times.grids import TimeGrid
 
+__all__ = ["Jumps"]
+
 
 class Jumps(TimeGrid):
     """Another grid, of which every `length` steps are made `repeats` times.
@@ -30,7 +32,6 @@ class Jumps(TimeGrid):
         self.grid, self.length, self.repeats = TimeGrid.get(grid), length, repeats
 
     def default_steps(self, schedule: NoiseSchedule) -> int:
-        """The grid's own."""
         return self.grid.default_steps(schedule)
 
     def __call__(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:

@@ -3,6 +3,8 @@
 from kdiff.base import Value, check_number
 from kdiff.schedules import Marginal, NoiseSchedule
 
+__all__ = ["Index", "LogSNR", "Scaled", "TimeLabel"]
+
 
 class TimeLabel(Value):
     """The base of what a network sees as time."""
@@ -24,7 +26,6 @@ class Scaled(TimeLabel):
         self.scale = scale
 
     def __call__(self, schedule: NoiseSchedule, m: Marginal):
-        """scale t."""
         return self.scale * m.t
 
 
@@ -32,7 +33,6 @@ class Index(TimeLabel):
     """The index i = T t - 1 of a discrete process, as DDPM's network sees it."""
 
     def __call__(self, schedule: NoiseSchedule, m: Marginal):
-        """T t - 1."""
         if schedule.num_steps is None:
             raise ValueError(f"Index: {schedule!r} is continuous and has no index; use Scaled or LogSNR")
         return schedule.num_steps * m.t - 1.0
@@ -50,5 +50,4 @@ class LogSNR(TimeLabel):
         self.scale = scale
 
     def __call__(self, schedule: NoiseSchedule, m: Marginal):
-        """scale log_snr."""
         return self.scale * m.log_snr

@@ -17,6 +17,24 @@ from kdiff import random
 from kdiff.base import Value, check_integer, check_number
 from kdiff.schedules import NoiseSchedule
 
+__all__ = [
+    "HALF_STEP",
+    "UNIFORM",
+    "Antithetic",
+    "Discrete",
+    "LogNormalSigma",
+    "LogUniform",
+    "LogitNormal",
+    "LowDiscrepancy",
+    "Mode",
+    "PowerLaw",
+    "Stratified",
+    "Systematic",
+    "TimeSampler",
+    "Uniform",
+    "check_points",
+]
+
 HALF_STEP = 2.0**-24  # half the distance of the numbers that `random.uniform` draws
 
 
@@ -36,16 +54,20 @@ class TimeSampler(Value):
         """
         raise NotImplementedError
 
+    @property
+    def has_density(self) -> bool:
+        """Whether `density` is defined. Training with a `Weighting` that is `per_log_snr` asks for it."""
+        return type(self).density is not TimeSampler.density
+
     def density(self, schedule: NoiseSchedule, t):
         """The probability density p(t) of the times, float32, with the shape of `t`."""
-        raise NotImplementedError(f"{type(self).__name__} does not say its density")
+        raise NotImplementedError(f"{type(self).__name__} does not say its density: define `density(schedule, t)`")
 
 
 class _Even(TimeSampler):
     """Uniform times, however they are spread over a batch."""
 
     def density(self, schedule: NoiseSchedule, t):
-        """1."""
         return ops.ones_like(ops.convert_to_tensor(t, "float32"))
 
 
@@ -53,7 +75,6 @@ class Uniform(_Even):
     """Independent t, uniform in [0, 1)."""
 
     def __call__(self, schedule: NoiseSchedule, batch, key):
-        """u."""
         return random.uniform(key, (batch,))
 
 
@@ -75,7 +96,6 @@ class Discrete(_Even):
         self.num_steps = num_steps
 
     def __call__(self, schedule: NoiseSchedule, batch, key):
-        """(floor(T u) + 1) / T."""
         num_steps = self.num_steps or schedule.num_steps
         if num_steps is None:
             raise ValueError(f"Discrete: {schedule!r} is continuous; give `num_steps`, or use Uniform or Stratified")
@@ -92,7 +112,6 @@ class Stratified(_Even):
     """
 
     def __call__(self, schedule: NoiseSchedule, batch, key):
-        """(k + u) / batch."""
         u = random.uniform(key, (batch + 1,))
         size = ops.cast(batch, "float32")
         part = (_count(batch) + ops.floor(u[0] * size)) % size
@@ -107,7 +126,6 @@ class Systematic(_Even):
     """
 
     def __call__(self, schedule: NoiseSchedule, batch, key):
-        """(u + n / batch) mod 1."""
         return (random.uniform(key, (1,)) + _count(batch) / ops.cast(batch, "float32")) % 1.0
 
 
@@ -135,7 +153,6 @@ class Antithetic(_Even):
     """
 
     def __call__(self, schedule: NoiseSchedule, batch, key):
-        """(u, 1 - u)."""
         u = random.uniform(key, ((batch + 1) // 2,))
         return ops.concatenate([u, 1.0 - u])[:batch]
 
@@ -151,7 +168,6 @@ class _Bent(TimeSampler):
         self.points = check_points(type(self).__name__, points)
 
     def __call__(self, schedule: NoiseSchedule, batch, key):
-        """quantile(u), u from `points`."""
         return self.quantile(schedule, self.points(schedule, batch, key))
 
     def quantile(self, schedule: NoiseSchedule, u):
@@ -177,11 +193,9 @@ class LogitNormal(_Bent):
         self.mean, self.std = mean, std
 
     def quantile(self, schedule: NoiseSchedule, u):
-        """sigmoid(mean + std z)."""
         return ops.sigmoid(self.mean + self.std * _normal(u))
 
     def density(self, schedule: NoiseSchedule, t):
-        """exp(-(logit(t) - mean)^2 / (2 std^2)) / (std sqrt(2 pi) t (1 - t))."""
         t = _inside(t)
         return _gaussian(ops.log(t / (1.0 - t)), self.mean, self.std) / (t * (1.0 - t))
 
@@ -203,7 +217,6 @@ class Mode(_Bent):
         self.scale = scale
 
     def quantile(self, schedule: NoiseSchedule, u):
-        """1 - u - scale (cos^2(pi u / 2) - 1 + u)."""
         u = ops.convert_to_tensor(u, "float32")
         t = 1.0 - u - self.scale * (ops.cos(np.pi * u / 2) ** 2 - 1.0 + u)
         return ops.clip(t, 0.0, 1.0)
@@ -234,11 +247,9 @@ class PowerLaw(_Bent):
         self.exponent = exponent
 
     def quantile(self, schedule: NoiseSchedule, u):
-        """u^(1 / (exponent + 1))."""
         return ops.convert_to_tensor(u, "float32") ** (1.0 / (self.exponent + 1.0))
 
     def density(self, schedule: NoiseSchedule, t):
-        """(exponent + 1) t^exponent."""
         return (self.exponent + 1.0) * _inside(t) ** self.exponent
 
 
@@ -264,16 +275,15 @@ class LogNormalSigma(_Bent):
 
     def quantile(self, schedule: NoiseSchedule, u):
         """time(-2 (mean + std z)), within the schedule's ends."""
-        clean, noisy = log_snr_ends(schedule)
+        clean, noisy = schedule.log_snr_ends()
         log_snr = -2.0 * (self.mean + self.std * _normal(u))
         return _time(schedule, ops.minimum(ops.maximum(log_snr, noisy), clean))
 
     def density(self, schedule: NoiseSchedule, t):
-        """N(ln(sigma / alpha); mean, std^2) |slope(t)| / 2."""
         t = ops.convert_to_tensor(t, "float32")
         log_ratio = -0.5 * schedule.log_snr(t)
         density = _gaussian(log_ratio, self.mean, self.std) * 0.5 * ops.abs(schedule.slope(t))
-        return ops.where(t < first_time(schedule), 0.0, density)
+        return ops.where(t < schedule.first_time, 0.0, density)
 
 
 class LogUniform(_Bent):
@@ -288,26 +298,13 @@ class LogUniform(_Bent):
     """
 
     def quantile(self, schedule: NoiseSchedule, u):
-        """time(l), l from one end to the other."""
-        clean, noisy = log_snr_ends(schedule)
+        clean, noisy = schedule.log_snr_ends()
         return _time(schedule, clean + (noisy - clean) * ops.convert_to_tensor(u, "float32"))
 
     def density(self, schedule: NoiseSchedule, t):
-        """|slope(t)| / (log_snr(0) - log_snr(1))."""
         t = ops.convert_to_tensor(t, "float32")
-        clean, noisy = log_snr_ends(schedule)
-        return ops.where(t < first_time(schedule), 0.0, ops.abs(schedule.slope(t)) / (clean - noisy))
-
-
-def first_time(schedule: NoiseSchedule) -> float:
-    """The clean end of what is trained and sampled: the first step of a discrete schedule, or 0."""
-    return 0.0 if schedule.num_steps is None else 1.0 / schedule.num_steps
-
-
-def log_snr_ends(schedule: NoiseSchedule) -> tuple:
-    """(largest, smallest) log-SNR, at `first_time` and at t = 1; scalar tensors."""
-    ends = schedule.log_snr(ops.convert_to_tensor([first_time(schedule), 1.0], "float32"))
-    return ends[0], ends[1]
+        clean, noisy = schedule.log_snr_ends()
+        return ops.where(t < schedule.first_time, 0.0, ops.abs(schedule.slope(t)) / (clean - noisy))
 
 
 def _time(schedule: NoiseSchedule, log_snr):

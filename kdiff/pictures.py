@@ -16,6 +16,20 @@ import numpy as np
 
 from kdiff.base import check_integer, check_number
 
+__all__ = [
+    "CAPTIONED",
+    "FRAME",
+    "READABLE",
+    "check_captions",
+    "grid",
+    "loss_plot",
+    "pillow",
+    "read_picture",
+    "save_gif",
+    "save_png",
+    "to_uint8",
+]
+
 READABLE = 64  # tiny images are enlarged to about this many pixels
 CAPTIONED = 128  # and to this many above a caption
 FRAME = 200  # the grey of the line around an image with a caption, which may be white as the page is

@@ -23,6 +23,24 @@ import numpy as np
 
 from kdiff.base import check_integer
 
+__all__ = [
+    "BACKGROUNDS",
+    "CENTRES",
+    "COLOURS",
+    "EDGE",
+    "ENOUGH",
+    "NEAR",
+    "RELATIONS",
+    "SAMPLES",
+    "SHAPES",
+    "SIZES",
+    "Scene",
+    "Thing",
+    "dataset",
+    "read",
+    "same",
+]
+
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 170, 60),

@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 
-from kdiff import images
+from kdiff import pictures
 
 
 @pytest.fixture
@@ -11,24 +11,24 @@ def noise():
 
 
 def test_to_uint8_maps_the_ends_and_the_middle():
-    assert images.to_uint8(np.array([-3.0, -1.0, 0.0, 1.0, 3.0])).tolist() == [0, 0, 128, 255, 255]
-    assert images.to_uint8(keras.ops.ones((2, 2))).tolist() == [[255, 255], [255, 255]]
-    assert images.to_uint8(np.array([7], "uint8")).tolist() == [7]
+    assert pictures.to_uint8(np.array([-3.0, -1.0, 0.0, 1.0, 3.0])).tolist() == [0, 0, 128, 255, 255]
+    assert pictures.to_uint8(keras.ops.ones((2, 2))).tolist() == [[255, 255], [255, 255]]
+    assert pictures.to_uint8(np.array([7], "uint8")).tolist() == [7]
 
 
 def test_grid_puts_each_image_in_its_cell(noise):
-    picture = images.grid(noise, columns=2, padding=3, scale=2)
+    picture = pictures.grid(noise, columns=2, padding=3, scale=2)
     assert picture.dtype == np.uint8
     assert picture.shape == (3 * (12 + 3) + 3, 2 * (8 + 3) + 3, 3)
     second_row_first_column = picture[3 + 15 : 15 + 15 : 2, 3:11:2]
-    np.testing.assert_array_equal(second_row_first_column, images.to_uint8(noise[2]))
+    np.testing.assert_array_equal(second_row_first_column, pictures.to_uint8(noise[2]))
     assert (picture[:3] == 255).all()
     assert (picture[33:, 14:] == 255).all()  # the sixth cell has no image
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_grid_enlarges_tiny_images_and_is_about_square(channels):
-    picture = images.grid(np.zeros((9, 8, 8, channels)), padding=0)
+    picture = pictures.grid(np.zeros((9, 8, 8, channels)), padding=0)
     assert picture.shape == (192, 192, channels)
 
 
@@ -37,7 +37,7 @@ LONG = "a small red circle above a large blue square on a white background"
 
 def captioned(batch, *captions, **options):
     pytest.importorskip("PIL")
-    return images.grid(batch, captions=captions, **options)
+    return pictures.grid(batch, captions=captions, **options)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -45,7 +45,7 @@ def test_captions_stand_below_their_images(channels):
     batch = np.random.default_rng(0).uniform(-1, 1, (3, 16, 16, channels))
     picture = captioned(batch, "7", LONG, "", columns=2)
     assert picture.dtype == np.uint8
-    enlarged = images.to_uint8(batch).repeat(8, 1).repeat(8, 2)  # to 128 pixels
+    enlarged = pictures.to_uint8(batch).repeat(8, 1).repeat(8, 2)  # to 128 pixels
     np.testing.assert_array_equal(picture[8:136, 8:136], enlarged[0])
     np.testing.assert_array_equal(picture[8:136, 144:272], enlarged[1])
     np.testing.assert_array_equal(picture[-8 - 6 - 128 : -8 - 6, 8:136], enlarged[2])  # 6 below an empty caption
@@ -88,21 +88,21 @@ def test_captions_may_be_bytes():
 
 def test_words_are_wrapped_and_long_ones_cut():
     def lines(text):
-        return images._lines(text, lambda line: len(line) <= 10)
+        return pictures._lines(text, lambda line: len(line) <= 10)
 
     assert lines("a small  red circle\nabove") == ["a small", "red circle", "above"]
     assert lines("a fluorescent lamp") == ["a", "fluoresce…", "lamp"]
     assert lines(" ") == []
-    assert images._lines("word", lambda line: False) == ["…"]
+    assert pictures._lines("word", lambda line: False) == ["…"]
 
 
 @pytest.mark.parametrize("captions", [["a"], ["a", "b", "c"], "ab", 3, np.zeros((2, 1)), []])
 def test_another_number_of_captions_is_an_error(tmp_path, captions):
     batch = np.zeros((2, 8, 8, 1))
     for write in (
-        lambda: images.grid(batch, captions=captions),
-        lambda: images.save_png(tmp_path / "a.png", batch, captions=captions),
-        lambda: images.save_gif(tmp_path / "a.gif", [batch], captions=captions),
+        lambda: pictures.grid(batch, captions=captions),
+        lambda: pictures.save_png(tmp_path / "a.png", batch, captions=captions),
+        lambda: pictures.save_gif(tmp_path / "a.gif", [batch], captions=captions),
     ):
         with pytest.raises(ValueError, match="one string for each of 2 images"):
             write()
@@ -113,12 +113,12 @@ def test_captions_in_files(tmp_path):
     pil = pytest.importorskip("PIL.Image")
     batch = np.random.default_rng(0).uniform(-1, 1, (3, 8, 8, 3))
     expected = captioned(batch, "a", "b", "c", columns=3)
-    path = images.save_png(tmp_path / "a.png", batch, 3, captions=["a", "b", "c"])
-    np.testing.assert_array_equal(images.read_picture(path), expected)
-    path = images.save_gif(tmp_path / "a.gif", [batch, -batch], 3, captions=["a", "b", "c"])
+    path = pictures.save_png(tmp_path / "a.png", batch, 3, captions=["a", "b", "c"])
+    np.testing.assert_array_equal(pictures.read_picture(path), expected)
+    path = pictures.save_gif(tmp_path / "a.gif", [batch, -batch], 3, captions=["a", "b", "c"])
     with pil.open(path) as animation:
         assert (animation.n_frames, animation.size) == (2, expected.shape[1::-1])
-    for write, picture in ((images.save_png, expected), (images.save_gif, [expected])):
+    for write, picture in ((pictures.save_png, expected), (pictures.save_gif, [expected])):
         with pytest.raises(ValueError, match="belong to a batch"):
             write(tmp_path / "b.png", picture, captions=["a", "b", "c"])
 
@@ -126,35 +126,35 @@ def test_captions_in_files(tmp_path):
 @pytest.mark.parametrize("shape", [(8, 8, 3), (0, 8, 8, 3), (2, 8, 8, 2), (2, 3, 8, 8)])
 def test_grid_refuses_other_shapes(shape):
     with pytest.raises(ValueError, match="count, height, width, channels"):
-        images.grid(np.zeros(shape))
+        pictures.grid(np.zeros(shape))
 
 
 @pytest.mark.parametrize("options", [{"columns": 0}, {"padding": -1}, {"scale": 1.5}])
 def test_grid_refuses_bad_options(options):
     with pytest.raises(ValueError, match=next(iter(options))):
-        images.grid(np.zeros((2, 8, 8, 1)), **options)
+        pictures.grid(np.zeros((2, 8, 8, 1)), **options)
 
 
 def test_nan_is_an_error_not_a_colour():
     with pytest.raises(ValueError, match="NaN"):
-        images.grid(np.full((1, 4, 4, 1), np.nan))
+        pictures.grid(np.full((1, 4, 4, 1), np.nan))
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_png_is_lossless(tmp_path, channels):
     pytest.importorskip("PIL")
     batch = np.random.default_rng(0).uniform(-1, 1, (4, 5, 6, channels))
-    path = images.save_png(tmp_path / "new" / "grid.png", batch, columns=4)
-    np.testing.assert_array_equal(images.read_picture(path), images.grid(batch, columns=4))
-    images.save_png(path, images.grid(batch))
-    np.testing.assert_array_equal(images.read_picture(path), images.grid(batch))
+    path = pictures.save_png(tmp_path / "new" / "grid.png", batch, columns=4)
+    np.testing.assert_array_equal(pictures.read_picture(path), pictures.grid(batch, columns=4))
+    pictures.save_png(path, pictures.grid(batch))
+    np.testing.assert_array_equal(pictures.read_picture(path), pictures.grid(batch))
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_gif_has_every_frame_and_its_durations(tmp_path, channels):
     pil = pytest.importorskip("PIL.Image")
     frames = [np.full((2, 8, 8, channels), value) for value in (-1.0, 0.0, 1.0)]
-    path = images.save_gif(tmp_path / "new" / "a.gif", iter(frames), columns=1, fps=10, hold=1)
+    path = pictures.save_gif(tmp_path / "new" / "a.gif", iter(frames), columns=1, fps=10, hold=1)
     with pil.open(path) as animation:
         assert animation.n_frames == 3
         assert animation.info["loop"] == 0
@@ -169,11 +169,11 @@ def test_gif_refuses_bad_arguments(tmp_path):
     pytest.importorskip("PIL")
     frames = [np.zeros((1, 8, 8, 1))]
     with pytest.raises(ValueError, match="frames"):
-        images.save_gif(tmp_path / "a.gif", [])
+        pictures.save_gif(tmp_path / "a.gif", [])
     with pytest.raises(ValueError, match="fps"):
-        images.save_gif(tmp_path / "a.gif", frames, fps=0)
+        pictures.save_gif(tmp_path / "a.gif", frames, fps=0)
     with pytest.raises(ValueError, match="hold"):
-        images.save_gif(tmp_path / "a.gif", frames, hold=-1)
+        pictures.save_gif(tmp_path / "a.gif", frames, hold=-1)
 
 
 @pytest.mark.parametrize("losses", [{"loss": [3.0, 2.0], "val_loss": [2.5, 2.0], "lr": [1, 1]}, {"loss": [-1.0]}])
@@ -182,20 +182,20 @@ def test_loss_plot(tmp_path, losses):
     history = keras.callbacks.History()
     history.history = losses
     for given in (losses, history):
-        path = images.loss_plot(tmp_path / "new" / "loss.png", given)
-        assert images.read_picture(path).std() > 0
+        path = pictures.loss_plot(tmp_path / "new" / "loss.png", given)
+        assert pictures.read_picture(path).std() > 0
 
 
 @pytest.mark.parametrize("history", [{}, {"lr": [1.0]}, {"loss": []}, [1.0]])
 def test_loss_plot_refuses_what_holds_no_losses(tmp_path, history):
     with pytest.raises(ValueError, match="history"):
-        images.loss_plot(tmp_path / "loss.png", history)
+        pictures.loss_plot(tmp_path / "loss.png", history)
 
 
-@pytest.mark.parametrize(("module", "write"), [("PIL", images.save_png), ("matplotlib.figure", images.loss_plot)])
+@pytest.mark.parametrize(("module", "write"), [("PIL", pictures.save_png), ("matplotlib.figure", pictures.loss_plot)])
 def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, module, write):
     monkeypatch.setitem(__import__("sys").modules, module, None)
-    given = {"loss": [1.0]} if write is images.loss_plot else np.zeros((1, 8, 8, 1))
+    given = {"loss": [1.0]} if write is pictures.loss_plot else np.zeros((1, 8, 8, 1))
     with pytest.raises(ImportError, match=r"kdiff\[plot\]"):
         write(tmp_path / "a.png", given)
 
@@ -203,4 +203,4 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, module
 def test_captions_need_pillow(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
     with pytest.raises(ImportError, match=r"kdiff\[plot\]"):
-        images.grid(np.zeros((1, 8, 8, 1)), captions=["never seen before"])
+        pictures.grid(np.zeros((1, 8, 8, 1)), captions=["never seen before"])
