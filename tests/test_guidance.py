@@ -7,8 +7,9 @@ import pytest
 from keras import ops
 
 from kdiff import Sampler, analytic, guidance, schedules
+from kdiff.denoisers import Denoiser, Estimate, Given
 from kdiff.guidance import AdaptiveProjected, CFGPlusPlus, CFGZeroStar, ClassifierFree
-from kdiff.guidance.base import Place
+from kdiff.guidance.base import Place, Run, tensors
 from kdiff.solvers.base import half_step
 from tests.toys import SCHEDULES, numpy
 
@@ -50,15 +51,30 @@ def at(schedule, t):
 def answers(m, x=POINTS):
     """x_c and x_u."""
     denoise = MIXTURE.conditional(LABELS)
-    given = numpy(denoise(ops.convert_to_tensor(x), m))
+    given = numpy(denoise(ops.convert_to_tensor(x), m).x_hat)
     return given, numpy(MIXTURE(ops.convert_to_tensor(x), m))
 
 
-def ask(one, m, x=POINTS, then=None, index=0, memory=()):
-    """What a guidance answers in a run."""
-    place = Place(ops.convert_to_tensor(np.int32(index)), m, then or m, COSINE)
-    one = one.bound({name: getattr(one, name) for name in one.arrays}, memory, place)
-    return numpy(one(MIXTURE.conditional(LABELS))(ops.convert_to_tensor(x), m)), one
+def in_a_run(one, denoise, shape, now, then=None, schedule=COSINE, index=0, memory=None):
+    """The guided denoiser of a step of a run of samples of this shape."""
+    denoise = Denoiser.of(denoise)
+    rows = tensors(one.rows(Run(shape, conditions=lambda some: some)))
+    memory = one.start(ops.zeros(shape)) if memory is None else memory
+    given = Given(denoise.conditions, (rows,), (memory,))
+    place = Place(ops.convert_to_tensor(np.int32(index)), now, then or now, schedule)
+    return one.over(Denoiser(denoise.answer, given, denoise.nulls), place)
+
+
+def ask(one, m, x=POINTS, **options):
+    """x_hat, and what is remembered, of a guidance of the mixture in a run."""
+    estimate = in_a_run(one, MIXTURE.conditional(LABELS), x.shape, m, **options)(ops.convert_to_tensor(x), m)
+    return numpy(estimate.x_hat), estimate.memory[-1]
+
+
+def by_conditions(function, nulls=None, **conditions):
+    """The denoiser x_hat = function(x, m, **conditions)."""
+    conditions = {name: ops.convert_to_tensor(value) for name, value in conditions.items()}
+    return Denoiser(lambda given, x, m: Estimate(function(x, m, **given.conditions)), Given(conditions), nulls)
 
 
 # Thresholding
@@ -78,24 +94,19 @@ def test_dynamic_threshold_is_its_formula():
     for quantile, highest in ((0.9, float("inf")), (0.5, 1.5)):
         guided = guidance.DynamicThreshold(quantile, highest)(lambda x, m: x)
         s = np.clip(np.quantile(np.abs(x_hat), quantile, axis=-1), 1.0, highest)[:, None]
-        received = numpy(guided(ops.convert_to_tensor(x_hat), None))
+        received = numpy(guided(ops.convert_to_tensor(x_hat), COSINE.at(np.float32(0.5))).x_hat)
         np.testing.assert_allclose(received, np.clip(x_hat, -s, s) / s, atol=1e-5)
 
 
-def test_a_learned_variance_passes_through():
-    guided = guidance.Clip(0.5)(lambda x, m: (x, 7.0 * x))
-    x_hat, share = guided(ops.ones((2, 2)), None)
-    np.testing.assert_array_equal(numpy(x_hat), 0.5)
-    np.testing.assert_array_equal(numpy(share), 7.0)
-
-
 def test_the_learned_variance_is_that_under_the_conditions():
-    def function(x, m, label):
-        return x, ops.cast(label, "float32")[:, None] + 0.0 * x
+    def answer(given, x, m):
+        return Estimate(x, ops.cast(given.conditions["label"], "float32")[:, None] + 0.0 * x)
 
-    denoise = guidance.Denoiser(function, {"label": ops.convert_to_tensor(LABELS, "int32")}, {"label": np.int32(9)})
-    _, share = ClassifierFree(2.0)(denoise)(ops.convert_to_tensor(POINTS), COSINE.at(np.float32(0.5)))
-    np.testing.assert_array_equal(numpy(share)[:, 0], LABELS)
+    denoise = Denoiser(answer, Given({"label": ops.convert_to_tensor(LABELS, "int32")}), {"label": np.int32(9)})
+    for one in (guidance.Clip(0.5), ClassifierFree(2.0), ClassifierFree(2.0)(guidance.Clip(0.5)(denoise))):
+        guided = one(denoise) if isinstance(one, guidance.Guidance) else one
+        estimate = guided(ops.convert_to_tensor(POINTS), COSINE.at(np.float32(0.5)))
+        np.testing.assert_array_equal(numpy(estimate.share)[:, 0], LABELS)
 
 
 def test_guidance_is_applied_in_order():
@@ -112,7 +123,7 @@ def test_thresholding_before_classifier_free_changes_both_answers():
     m, *_ = at(COSINE, 0.7)
     given, none = (np.clip(value, -0.3, 0.3) for value in answers(m))
     guided = ClassifierFree(3.0)(guidance.Clip(0.3)(MIXTURE.conditional(LABELS)))
-    np.testing.assert_allclose(numpy(guided(POINTS, m)), none + 3 * (given - none), atol=1e-5)
+    np.testing.assert_allclose(numpy(guided(POINTS, m).x_hat), none + 3 * (given - none), atol=1e-5)
 
 
 # Classifier-free guidance
@@ -135,7 +146,7 @@ def test_both_answers_come_from_one_batch():
         sizes.append((tuple(x.shape), tuple(label.shape), tuple(m.t.shape)))
         return x
 
-    denoise = guidance.Denoiser(function, {"label": ops.convert_to_tensor(LABELS, "int32")}, {"label": np.int32(-1)})
+    denoise = by_conditions(function, {"label": np.int32(-1)}, label=LABELS.astype("int32"))
     ClassifierFree(2.0)(denoise)(ops.convert_to_tensor(POINTS), COSINE.at(np.float32(0.5)))
     ClassifierFree(2.0)(denoise)(ops.convert_to_tensor(POINTS), COSINE.at(np.full(4, 0.5, "float32")))
     assert sizes == [((8, 2), (8,), ()), ((8, 2), (8,), (8,))]
@@ -206,8 +217,7 @@ def test_adaptive_projection_is_that_of_diffusers(options):
         radius = one.radius if np.isfinite(one.radius) else 0.0
         # Its "original formulation" is the paper's, with the paper's scale less one.
         wanted = apg.normalized_guidance(*parts, 5.0, buffer, one.parallel, radius, True, norm_dim=-1)
-        received, bound = ask(one, m, index=index, memory=memory)
-        memory = bound.memory
+        received, memory = ask(one, m, index=index, memory=memory)
         np.testing.assert_allclose(received, wanted.numpy(), atol=2e-5)
 
 
@@ -244,8 +254,8 @@ def test_what_stands_in_for_none():
     m, *_ = at(COSINE, 0.5)
     negative = np.array([1, 2, 0, 0], "int32")
     given, _ = answers(m)
-    other = numpy(MIXTURE.conditional(negative)(POINTS, m))
-    one = ClassifierFree(3.0, negative={"label": ops.convert_to_tensor(negative)})
+    other = numpy(MIXTURE.conditional(negative)(POINTS, m).x_hat)
+    one = ClassifierFree(3.0, negative={"label": negative})
     np.testing.assert_allclose(ask(one, m)[0], other + 3 * (given - other), atol=1e-5)
 
 
@@ -253,11 +263,10 @@ def test_some_conditions_alone_are_left_out():
     def function(x, m, a, b):
         return x + ops.reshape(100.0 * a + b, (-1, 1))
 
-    rows = {"a": ops.ones(4), "b": ops.ones(4)}
-    denoise = guidance.Denoiser(function, rows, {"a": np.float32(0), "b": np.float32(0)})
+    denoise = by_conditions(function, {"a": np.float32(0), "b": np.float32(0)}, a=np.ones(4, "f"), b=np.ones(4, "f"))
     x = np.zeros((4, 2), "float32")
     for drop, wanted in ((None, 2 * 101), (("a",), 1 + 200), (["b"], 100 + 2)):
-        received = numpy(ClassifierFree(2.0, drop=drop)(denoise)(x, COSINE.at(np.float32(0.5))))
+        received = numpy(ClassifierFree(2.0, drop=drop)(denoise)(x, COSINE.at(np.float32(0.5))).x_hat)
         np.testing.assert_allclose(received, wanted)
 
 
@@ -267,11 +276,9 @@ def test_two_classifier_free_guidances_compose():
     def function(x, m, a, b):
         return x + ops.reshape(100.0 * a + b, (-1, 1))
 
-    denoise = guidance.Denoiser(
-        function, {"a": ops.ones(1), "b": ops.ones(1)}, {"a": np.float32(0), "b": np.float32(0)}
-    )
+    denoise = by_conditions(function, {"a": np.float32(0), "b": np.float32(0)}, a=np.ones(1, "f"), b=np.ones(1, "f"))
     guided = ClassifierFree(2.0, drop=("a",))(ClassifierFree(5.0, drop=("b",))(denoise))
-    received = numpy(guided(np.zeros((1, 2), "float32"), COSINE.at(np.float32(0.5))))
+    received = numpy(guided(np.zeros((1, 2), "float32"), COSINE.at(np.float32(0.5))).x_hat)
     np.testing.assert_allclose(received, 200 + 5)
 
 
@@ -321,7 +328,6 @@ def test_off_is_off():
             r"\['text'\] cannot be left out",
         ),
         (lambda: Sampler(steps=3, guidance=ClassifierFree(negative={"label": 1}))(MIXTURE, COSINE, (4, 2)), "negative"),
-        (lambda: Sampler("adaptive", guidance=AdaptiveProjected()), "remembers"),
         (lambda: CFGPlusPlus()(MIXTURE.conditional(LABELS))(POINTS, COSINE.at(np.float32(0.5))), "Sampler"),
     ],
 )

@@ -6,11 +6,11 @@ import pytest
 from keras import layers, ops
 
 import kdiff
-from kdiff import Sampler, backend, guidance, schedules, switches
+from kdiff import Sampler, backend, schedules, switches
 from kdiff.blocks import LabelEmbedding, MultiHeadAttention
 from kdiff.guidance import Autoguidance, ClassifierFree, ClassifierGuidance, Inpaint, PerturbedAttention, PiGDM
 from kdiff.networks import UNet
-from tests.test_guidance import LABELS, MIXTURE, POINTS, at
+from tests.test_guidance import LABELS, MIXTURE, POINTS, at, by_conditions, in_a_run
 from tests.toys import draw_weights, images, numpy, tiny_network
 
 COSINE = schedules.Cosine()
@@ -87,17 +87,17 @@ def test_other_arrays_compile_nothing_again(model):
     count = [0]
 
     class CountedScale(ClassifierFree):
-        def guide(self, denoise, x, m):
+        def guide(self, denoise, x, m, here):
             count[0] += 1
-            return super().guide(denoise, x, m)
+            return super().guide(denoise, x, m, here)
 
     for scale in (2.0, 3.0, 4.5):
         model.sample(2, sampler=Sampler("ddim", steps=3, guidance=CountedScale(scale)), label=0)
     if keras.backend.backend() != "torch":  # which runs every step as it stands
         assert count[0] == 1
-    known = len(model._step_functions)
+    known = len(model._compiled_steps)
     model.sample(2, sampler=Sampler("ddim", steps=3, guidance=CountedScale(9.0)), label=1)
-    assert len(model._step_functions) == known
+    assert len(model._compiled_steps) == known
 
 
 def test_the_models_own_guidance_is_saved(tmp_path):
@@ -158,7 +158,7 @@ def test_autoguidance_is_its_formula(model):
 def test_autoguidance_by_any_denoiser():
     m, *_ = at(COSINE, 0.5)
     x = ops.convert_to_tensor(POINTS)
-    received = Autoguidance(lambda x, m: 0.5 * x, 3.0)(MIXTURE)(x, m)
+    received = Autoguidance(lambda x, m: 0.5 * x, 3.0)(MIXTURE)(x, m).x_hat
     np.testing.assert_allclose(numpy(received), 0.5 * POINTS + 3 * (numpy(MIXTURE(x, m)) - 0.5 * POINTS), atol=1e-5)
 
 
@@ -173,15 +173,13 @@ class Posterior(keras.Model):
 @pytest.mark.parametrize("t", [0.2, 0.5, 0.8])
 def test_an_exact_classifier_gives_the_exact_condition(t):
     """score + grad log p(y | x_t) is the score of p(x_t | y); with scale s, of p(x_t) p(y | x_t)^s."""
-    from kdiff.guidance.base import Place, Run
-
     m, *_ = at(COSINE, t)
     x = ops.convert_to_tensor(POINTS)
-    given, none = numpy(MIXTURE.conditional(LABELS)(x, m)), numpy(MIXTURE(x, m))
+    given, none = numpy(MIXTURE.conditional(LABELS)(x, m).x_hat), numpy(MIXTURE(x, m))
     for scale in (1.0, 2.5):
         one = ClassifierGuidance(Posterior(), scale, LABELS, noisy=True)
-        bound = one.bound(one.rows(Run((4, 2))), (), Place(np.int32(0), m, m, COSINE))
-        np.testing.assert_allclose(numpy(bound(MIXTURE)(x, m)), none + scale * (given - none), atol=1e-4)
+        received = in_a_run(one, MIXTURE, (4, 2), m)(x, m).x_hat
+        np.testing.assert_allclose(numpy(received), none + scale * (given - none), atol=1e-4)
 
 
 def test_a_classifier_of_clean_images_is_asked_about_the_estimate(model):
@@ -195,8 +193,8 @@ def test_a_classifier_of_clean_images_is_asked_about_the_estimate(model):
         return float(numpy(ops.log_softmax(classifier(denoised(model, x, m, [1]))))[0, 2])
 
     one = ClassifierGuidance(classifier, 0.7, labels=np.array([2], "int32"))
-    denoiser = guidance.Denoiser(lambda x, m, label: model.denoise(x, m, label=label), {"label": ops.ones(1, "int32")})
-    change = numpy(one(denoiser)(ops.convert_to_tensor(x), m)) - denoised(model, x, m, [1])
+    denoiser = by_conditions(model.denoise, label=np.ones(1, "int32"))
+    change = numpy(one(denoiser)(ops.convert_to_tensor(x), m).x_hat) - denoised(model, x, m, [1])
     factor = 0.7 * float(m.sigma) ** 2 / float(m.alpha)
     for row, column in ((2, 3), (6, 1)):
         move = np.zeros_like(x)

@@ -12,6 +12,7 @@ from kdiff.guidance import DPS, Inpaint, PiGDM
 from kdiff.sampling import initial_noise
 from kdiff.schedules import bridge
 from kdiff.solvers import DPMSolverPP, UniPC
+from tests.test_guidance import in_a_run
 from tests.test_operators import matrix
 from tests.toys import numpy
 
@@ -43,12 +44,6 @@ def posterior(operator, y, x_t=None, alpha=0.0, sigma=1.0):
     return np.linalg.solve(precision, right.T).T.reshape(len(y), *SHAPE), np.linalg.inv(precision)
 
 
-def bound(one, shape, now, then, schedule):
-    from kdiff.guidance.base import Place, Run
-
-    return one.bound(one.rows(Run(shape)), (), Place(np.int32(0), now, then, schedule))
-
-
 # Restoring
 
 
@@ -62,7 +57,7 @@ def test_pigdm_is_exact_on_isotropic_data(operator, schedule):
         alpha, sigma = float(m.alpha), float(m.sigma)
         x_t = (alpha * DATA.sample(3) + sigma * np.random.default_rng(1).normal(size=(3, *SHAPE))).astype("float32")
         exact, _ = posterior(operator, y, x_t, alpha, sigma)
-        received = numpy(bound(one, x_t.shape, m, m, schedule)(DATA)(x_t, m))
+        received = numpy(in_a_run(one, DATA, x_t.shape, m, schedule=schedule)(ops.convert_to_tensor(x_t), m).x_hat)
         np.testing.assert_allclose(received, exact, atol=2e-4)
 
 
@@ -76,7 +71,9 @@ def test_pigdm_leaves_pure_noise_alone():
 
     for t, guided in ((1.0, False), (0.7, True)):
         m = COSINE.at(np.float32(t))
-        received = numpy(bound(PiGDM(operator, y, NOISE, STD), x_t.shape, m, m, COSINE)(erring)(x_t, m))
+        received = numpy(
+            in_a_run(PiGDM(operator, y, NOISE, STD), erring, x_t.shape, m)(ops.convert_to_tensor(x_t), m).x_hat
+        )
         assert np.allclose(received, numpy(erring(x_t, m)), atol=1e-6) != guided
         assert np.abs(received).max() < 10
 

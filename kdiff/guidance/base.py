@@ -177,7 +177,8 @@ class Guidance(Value):
         def answer(given, x, m):
             x = ops.convert_to_tensor(x, "float32")
             rows = tensors(self.rows(Run(tuple(x.shape))))
-            return guided(Given(given.conditions, (*given.rows, rows), (*given.memory, self.start(x))), x, m)
+            own = Given(given.conditions, (*given.rows, rows), (*given.memory, self.start(x)))
+            return guided(own, x, m)._replace(memory=given.memory)
 
         return Denoiser(answer, inner.given, inner.nulls)
 

@@ -129,8 +129,8 @@ class ClassifierGuidance(Guidance):
 
         def log_probability(x):
             logits = ops.cast(self.classifier(inputs(x), training=False), "float32")
-            chosen = ops.one_hot(labels, logits.shape[-1])
-            return ops.sum(chosen * ops.log_softmax(logits, axis=-1), axis=-1), None
+            chosen = labels[:, None] == ops.arange(logits.shape[-1], dtype=labels.dtype)  # none for the null class
+            return ops.sum(ops.where(chosen, ops.log_softmax(logits, axis=-1), 0.0), axis=-1), None
 
         value, pull, _ = backend.pullback(log_probability, x)
         return pull(ops.ones_like(value))
