@@ -187,6 +187,7 @@ def test_a_model_is_sampled_under_another_schedule():
     np.testing.assert_allclose(same, other, atol=0.05)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "base", [schedules.NoiseSchedule, predictions.Prediction, weightings.Weighting, solvers.Solver]
 )
@@ -200,6 +201,7 @@ def test_documentation_names_its_source(base):
             assert re.search(r"\b(18|19|20)\d\d\b", text), f"{kind.__name__} names no source"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("one", [*SCHEDULES, *PREDICTIONS, *WEIGHTINGS[1:], *TIMES, *GRIDS, *SOLVERS], ids=repr)
 def test_repr_is_the_constructor_call(one):
     names = dict(vars(schedules))  # some names mean other things in other modules: there is more than one Uniform
