@@ -173,7 +173,7 @@ def test_public_names_are_documented(file):
         for value in vars(module_of(file)).values()
         if getattr(value, "__module__", "") == module_of(file).__name__
     ]
-    classes = [value for value in own if inspect.isclass(value)]
+    classes = [value for value in own if inspect.isclass(value) and not value.__name__.startswith("_")]
     keras_defines = {name for base in (keras.layers.Layer, keras.Model, keras.callbacks.Callback) for name in dir(base)}
     for value in own:
         if (inspect.isclass(value) or inspect.isfunction(value)) and not value.__name__.startswith("_"):
