@@ -5,14 +5,19 @@
                     nothing misses TensorFlow, which is not installed; tests that need it skip themselves
     together        one environment with every extra: the backends compared, and on each the tests marked `data` or
                     `reference`, which the other sessions skip
+    mutation        not by default: is a change of the mathematics noticed? (tests/mutation.py)
 
-`nox -s "tests(jax)"` runs one session, `nox -- -k unet` hands what follows `--` to pytest, `nox -R` reuses the
-environments as they are.
+What says the same on every backend, tests marked `once`, runs on one of them. `nox -s "tests(jax)"` runs one session,
+`nox -- -k unet` hands what follows `--` to pytest, `nox -R` reuses the environments as they are.
 """
+
+from pathlib import Path
 
 import nox
 
 BACKENDS = ("tensorflow", "jax", "torch")
+ONCE = "torch"  # starts fastest
+JAX_CACHE = str(Path(__file__).parent / ".nox" / "jax-cache")  # the sessions compile many programs alike
 
 nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "virtualenv"  # which comes with pip: constraints.txt is written for pip
@@ -20,8 +25,11 @@ nox.options.reuse_venv = "yes"  # pip brings an old environment up to date in se
 
 
 def install(session: nox.Session, *requirements: str) -> None:
-    """Install what the ranges of pyproject.toml allow and constraints.txt pins."""
-    session.install("-c", "constraints.txt", *requirements)
+    """Install what the ranges of pyproject.toml allow and constraints.txt pins.
+
+    Of the thousands of files a fraction is ever imported, and compiled then: pip would compile all, for minutes.
+    """
+    session.install("--no-compile", "-c", "constraints.txt", *requirements)
 
 
 def pytest(session: nox.Session, backend: str, *files: str, marked: str | None = None) -> None:
@@ -30,9 +38,10 @@ def pytest(session: nox.Session, backend: str, *files: str, marked: str | None =
     success = (0, 5) if session.posargs else (0,)
     # Small programs leave cores idle, so each core has a process of its own.
     split = () if files else ("-n", "auto", "--dist", "worksteal")
-    chosen = ("-m", marked) if marked else ()
-    arguments = (*files, *split, *chosen, *session.posargs)
-    session.run("pytest", *arguments, env={"KERAS_BACKEND": backend}, success_codes=success)
+    marks = [f"({marked})"] * bool(marked) + ["not once"] * (backend != ONCE)
+    chosen = ("-m", " and ".join(marks)) if marks else ()
+    environment = {"KERAS_BACKEND": backend, "JAX_COMPILATION_CACHE_DIR": JAX_CACHE}
+    session.run("pytest", *files, *split, *chosen, *session.posargs, env=environment, success_codes=success)
 
 
 @nox.session
@@ -58,3 +67,11 @@ def together(session: nox.Session) -> None:
     pytest(session, "tensorflow", "tests/test_backends_agree.py")
     for backend in BACKENDS:
         pytest(session, backend, marked="data or reference")
+
+
+@nox.session(default=False)
+def mutation(session: nox.Session) -> None:
+    """Change the mathematics at 200 places, each alone: of the changes 90 % must fail a test of their module."""
+    install(session, f".[{ONCE},test]", "cosmic-ray")
+    environment = {"KERAS_BACKEND": ONCE, "OMP_NUM_THREADS": "1"}
+    session.run("python", "tests/mutation.py", *session.posargs, env=environment)

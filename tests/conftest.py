@@ -22,6 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 def pytest_configure(config):
     """Registers the markers of tests that need more than one backend's extra."""
     config.addinivalue_line("markers", "data: needs the extra `data`; skipped where it is not installed")
+    config.addinivalue_line("markers", "once: says the same whatever the backend; nox runs it with one of them")
     config.addinivalue_line("markers", "reference: compares with diffusers; skipped where it or PyTorch is missing")
 
 

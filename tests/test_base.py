@@ -11,6 +11,8 @@ from kdiff.base import Configurable, Value
 from kdiff.schedules import NoiseSchedule
 from tests.toys import SCHEDULES, numpy
 
+pytestmark = pytest.mark.once
+
 OBJECTS = [
     *SCHEDULES,
     schedules.LinearBeta(10, beta_end=0.5),

@@ -1,17 +1,16 @@
-"""Everything composes with everything: pairs of the whole product, by hypothesis, and the published recipes whole.
+"""Everything composes with everything: combinations in which each object takes part, and the published recipes whole.
 
 Each object that has a name takes part, with its defaults, so a new one is tested as soon as it is defined.
 """
 
 import inspect
+import random as python_random
 import sys
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
-from hypothesis import given, reject, settings
-from hypothesis import strategies as st
 from keras import ops
 
 import kdiff
@@ -28,7 +27,6 @@ ARGUMENTS = {
     "Shifted": (schedules.Cosine(), 1.0),
     "ZeroTerminalSNR": (schedules.LinearBeta(),),
     "Times": ([1.0, 0.7, 0.5, 0.2, 0.0],),
-    "LossAware": (1000,),
 }
 
 
@@ -44,20 +42,23 @@ WEIGHTINGS = [None, *all_of(weightings.Weighting)]
 TIMES = all_of(times.TimeSampler)
 GRIDS = [grid for grid in all_of(times.TimeGrid) if not isinstance(grid, times.All)]
 SOLVERS = [solver for solver in all_of(solvers.Solver) if not isinstance(solver, solvers.DDIMInversion)]
-every = settings(max_examples=50, deadline=None, derandomize=True, database=None)
+
+
+def combined(names, *families):
+    """As many combinations as the largest family has objects: each object is in one at least, at random with which."""
+    generator, count = python_random.Random(names), max(map(len, families))
+    columns = [[one for _ in range(count) for one in generator.sample(family, len(family))] for family in families]
+    return pytest.mark.parametrize(names, list(zip(*(column[:count] for column in columns), strict=True)), ids=repr)
 
 
 def fitting(sampler, schedule):
     """A sampler of discrete times, with as many as the schedule has."""
     if isinstance(sampler, times.Discrete) and schedule.num_steps is None:
         return times.Discrete(100)
-    if isinstance(sampler, times.LossAware):
-        return times.LossAware(schedule.num_steps or 100)
     return sampler
 
 
-@every
-@given(st.sampled_from(SCHEDULES), st.sampled_from(PREDICTIONS), st.sampled_from(WEIGHTINGS), st.sampled_from(TIMES))
+@combined("schedule, prediction, weighting, sampler", SCHEDULES, PREDICTIONS, WEIGHTINGS, TIMES)
 def test_training_problems_are_sound(schedule, prediction, weighting, sampler):
     """Times lie in [0, 1], the target is finite, its weight is not negative, and a perfect network has x_hat = x."""
     sampler = fitting(sampler, schedule)
@@ -92,8 +93,7 @@ class Points(keras.layers.Layer):
         return self.dense(ops.concatenate([inputs["image"], inputs["time"][:, None] / 1000.0], axis=-1))
 
 
-@settings(every, max_examples=25)
-@given(st.sampled_from(SCHEDULES), st.sampled_from(PREDICTIONS), st.sampled_from(WEIGHTINGS), st.sampled_from(TIMES))
+@combined("schedule, prediction, weighting, sampler", SCHEDULES, PREDICTIONS, WEIGHTINGS, TIMES)
 def test_a_training_step_changes_the_weights(schedule, prediction, weighting, sampler):
     """One step of the whole model; the loss is finite, and so are the weights that it leaves."""
     sampler = fitting(sampler, schedule)
@@ -134,14 +134,7 @@ def through(prediction):
     return denoise
 
 
-@every
-@given(
-    st.sampled_from(SCHEDULES),
-    st.sampled_from(SOLVERS),
-    st.sampled_from(GRIDS),
-    st.sampled_from(PREDICTIONS),
-    st.booleans(),
-)
+@combined("schedule, solver, grid, prediction, to_zero", SCHEDULES, SOLVERS, GRIDS, PREDICTIONS, [False, True])
 def test_samples_are_sound(schedule, solver, grid, prediction, to_zero):
     """A short run ends among the data, far from the noise that it began with."""
     steps = 4 if isinstance(grid, times.Times) else 12
@@ -156,7 +149,7 @@ def test_samples_are_sound(schedule, solver, grid, prediction, to_zero):
 
     sampler = Sampler(solver, grid, steps, to_zero=to_zero)
     if isinstance(schedule, schedules.Laplace) and not isinstance(grid, (times.Trailing, times.Times)):
-        reject()  # its ends are closer to 0 and 1 than float32 can tell apart: some grids say so by an error
+        schedule = schedules.Cosine()  # whose ends float32 can tell from 0 and 1: some grids say by an error if not
     x = numpy(sampler(denoise, schedule, (16, 2)))
     assert np.all(np.isfinite(x))
     # Stochastic solvers, and PNDM's warm-up, need more steps than these to be near; their own tests have them.
@@ -194,6 +187,7 @@ def test_a_model_is_sampled_under_another_schedule():
     np.testing.assert_allclose(same, other, atol=0.05)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "base", [schedules.NoiseSchedule, predictions.Prediction, weightings.Weighting, solvers.Solver]
 )
@@ -207,6 +201,7 @@ def test_documentation_names_its_source(base):
             assert re.search(r"\b(18|19|20)\d\d\b", text), f"{kind.__name__} names no source"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("one", [*SCHEDULES, *PREDICTIONS, *WEIGHTINGS[1:], *TIMES, *GRIDS, *SOLVERS], ids=repr)
 def test_repr_is_the_constructor_call(one):
     names = dict(vars(schedules))  # some names mean other things in other modules: there is more than one Uniform

@@ -12,7 +12,7 @@ from kdiff import data, scenes  # noqa: E402
 from kdiff.data import encoding, sources  # noqa: E402
 from kdiff.text import Bytes  # noqa: E402
 
-pytestmark = pytest.mark.data
+pytestmark = [pytest.mark.data, pytest.mark.once]
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ def run(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.once
 def test_the_catalogue_is_up_to_date():
     sys.path.append(str(EXAMPLES))
     from catalogue import PAGE, catalogue
@@ -26,6 +27,7 @@ def test_the_catalogue_is_up_to_date():
     assert PAGE.read_text(encoding="utf-8") == catalogue(), "run `python examples/catalogue.py`"
 
 
+@pytest.mark.once  # test_compositions.py trains them on every backend
 def test_recipes(tmp_path):
     pytest.importorskip("matplotlib")
     output = run("recipes.py", "--steps", "20", "--only", "Rectified flow", "--out", str(tmp_path / "recipes.png"))
@@ -34,6 +36,7 @@ def test_recipes(tmp_path):
 
 
 @pytest.mark.data
+@pytest.mark.once
 def test_the_architectures():
     sys.path.append(str(EXAMPLES))
     from architectures import architectures
@@ -44,13 +47,8 @@ def test_the_architectures():
         assert 5e5 < parameters(make(), (28, 28, 1)) < 2e6, name
 
 
-only_torch = pytest.mark.skipif(
-    keras.backend.backend() != "torch", reason="minutes of compilation; what they use is tested on each backend"
-)
-
-
 @pytest.mark.data
-@only_torch
+@pytest.mark.once  # minutes of compilation elsewhere; what it uses is tested on each backend
 def test_a_model_is_trained_measured_and_edits(tmp_path):
     small = ("--dataset", "digits", "--image-size", "16")
     out = ("--out", str(tmp_path))
@@ -63,7 +61,7 @@ def test_a_model_is_trained_measured_and_edits(tmp_path):
 
 
 @pytest.mark.data
-@only_torch
+@pytest.mark.once  # minutes of compilation elsewhere; what it uses is tested on each backend
 def test_text_to_image(tmp_path):
     first = ("--minutes", "0.01", "--batch-size", "8", "--width", "8", "--test", "6", "--out", str(tmp_path))
     assert "the right colours" in run("text_to_image.py", "a small blue triangle", *first)
@@ -71,7 +69,7 @@ def test_text_to_image(tmp_path):
 
 
 @pytest.mark.data
-@only_torch
+@pytest.mark.once  # minutes of compilation elsewhere; what it uses is tested on each backend
 @pytest.mark.parametrize(("script", "page"), [("speed", "table.md"), ("kernels", "kernels.md")])
 def test_the_benchmarks(script, page, tmp_path):
     pytest.importorskip("diffusers")

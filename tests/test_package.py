@@ -130,6 +130,7 @@ def test_import_works_without_tensorflow():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("file", [file for file in FILES if file != "__init__.py"])
 def test_imports_go_one_way(file):
     here = part(file)
@@ -139,12 +140,14 @@ def test_imports_go_one_way(file):
     assert {rest.partition(".")[0] for package, _, rest in modules if package == "kdiff"} <= set.intersection(*before)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("file", FILES)
 def test_imports_only_what_is_required(file):
     free = {"kdiff", "keras", "numpy", *sys.stdlib_module_names}
     assert {name.partition(".")[0] for name in imported(file)} - free <= REQUIREMENTS.get(part(file), set())
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("file", [file for file in FILES if part(file) != "backend"])
 def test_only_the_backend_names_a_backend(file):
     nodes = list(ast.walk(parse(file)))
@@ -155,13 +158,14 @@ def test_only_the_backend_names_a_backend(file):
 
 
 def module_of(file: str):
-    """The module of a file; those that import TensorFlow are skipped where it is missing."""
-    if part(file) == "data":
-        pytest.importorskip("tensorflow")
     return importlib.import_module(f"kdiff/{file}".removesuffix(".py").removesuffix("/__init__").replace("/", "."))
 
 
-@pytest.mark.parametrize("file", FILES)
+PARTS = [pytest.param(file, marks=pytest.mark.data) if part(file) == "data" else file for file in FILES]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("file", PARTS)
 def test_public_names_are_documented(file):
     """But for what a base of kdiff documents, or Keras defines, and a class overrides."""
     own = [
@@ -169,7 +173,7 @@ def test_public_names_are_documented(file):
         for value in vars(module_of(file)).values()
         if getattr(value, "__module__", "") == module_of(file).__name__
     ]
-    classes = [value for value in own if inspect.isclass(value)]
+    classes = [value for value in own if inspect.isclass(value) and not value.__name__.startswith("_")]
     keras_defines = {name for base in (keras.layers.Layer, keras.Model, keras.callbacks.Callback) for name in dir(base)}
     for value in own:
         if (inspect.isclass(value) or inspect.isfunction(value)) and not value.__name__.startswith("_"):
@@ -196,6 +200,7 @@ def public(file: str) -> set[str]:
     return {name for name in names if not name.startswith("_")}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("file", [file for file in FILES if "/_" not in file.replace("/__init__", "")])
 def test_all_names_what_is_public(file):
     """`__all__` of every public module is its definitions; of a package, what it offers."""
@@ -208,6 +213,7 @@ def test_all_names_what_is_public(file):
     assert len(listed) == len(set(listed))
 
 
+@pytest.mark.once
 def test_init_is_short_and_only_names_things():
     assert len((PACKAGE / "__init__.py").read_text().splitlines()) <= 40
     _, *statements = parse("__init__.py").body

@@ -4,6 +4,8 @@ import pytest
 
 from kdiff import pictures
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def noise():

@@ -43,6 +43,7 @@ def test_conditions_and_editing():
     assert names["noise"].shape == (2, 16, 16, 3)
 
 
+@pytest.mark.once
 def test_networks():
     (block,) = (block for block in BLOCKS if "DiT.xl" in block)
     exec(block, {})

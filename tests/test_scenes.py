@@ -8,6 +8,8 @@ import pytest
 from kdiff import scenes
 from kdiff.scenes import Scene, Thing
 
+pytestmark = pytest.mark.once
+
 CAPTION = "a small red circle above a large blue square on a white background"
 
 

@@ -205,6 +205,23 @@ def test_slope_is_the_derivative(schedule, formula):
     np.testing.assert_allclose(numpy(schedule.slope(t)), (after - before) / (2 * h), rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "kind", ["LinearVP", "SubVP", "Rectified", "SigmoidAlphaBar", "CosineAlphaBar", "Trigonometric"]
+)
+def test_slope_where_much_is_cut_off(kind):
+    """With an epsilon that is not lost in the tolerance: a central difference over 0.02, to its third derivative."""
+    schedule, t = getattr(schedules, kind)(epsilon=0.08), np.float32([0.3, 0.5, 0.6])
+    difference = (numpy(schedule.log_snr(t + 0.01)) - numpy(schedule.log_snr(t - 0.01))) / 0.02
+    np.testing.assert_allclose(numpy(schedule.slope(t)), difference, rtol=2e-3)
+
+
+def test_the_ends_of_what_is_trained(schedule):
+    first = 1.0 / schedule.num_steps if schedule.num_steps else 0.0
+    assert schedule.first_time == first
+    expected = [float(numpy(schedule.log_snr(t))) for t in (first, 1.0)]
+    assert [float(numpy(end)) for end in schedule.log_snr_ends()] == pytest.approx(expected)
+
+
 def test_slope_to_the_ends(schedule):
     slope = numpy(schedule.slope(TIMES))
     assert slope.shape == TIMES.shape

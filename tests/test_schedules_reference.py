@@ -6,7 +6,7 @@ import pytest
 from kdiff import schedules
 from tests.toys import numpy
 
-pytestmark = pytest.mark.reference
+pytestmark = [pytest.mark.reference, pytest.mark.once]
 pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 

@@ -20,7 +20,7 @@ from tests.toys import MIXTURE, numpy
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.reference
+pytestmark = [pytest.mark.reference, pytest.mark.once]
 
 PREDICTIONS = {"epsilon": predictions.Noise(), "sample": predictions.Data(), "v_prediction": predictions.Velocity()}
 GRIDS = {"leading": Leading(), "trailing": Trailing(), "linspace": Linspace()}

@@ -17,6 +17,7 @@ from kdiff.solvers.runge_kutta import DPM2, DPM2Ancestral, Euler, EulerAncestral
 from tests.toys import MIXTURE, numpy
 
 pytestmark = [
+    pytest.mark.once,
     pytest.mark.reference,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # diffusers mixes NumPy 2 and tensors
 ]

@@ -23,7 +23,7 @@ from tests.toys import MIXTURE, numpy
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.reference
+pytestmark = [pytest.mark.reference, pytest.mark.once]
 
 SCHEDULE = schedules.LinearBeta()
 NORMAL = np.random.default_rng(0).standard_normal((2, 40, 16, 2))

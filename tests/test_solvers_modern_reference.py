@@ -21,7 +21,7 @@ from tests.toys import MIXTURE, numpy
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.reference
+pytestmark = [pytest.mark.reference, pytest.mark.once]
 
 PREDICTIONS = {
     "epsilon": predictions.Noise(),

@@ -9,6 +9,8 @@ from kdiff.times import TimeGrid
 from kdiff.times.grids import incomplete_beta
 from tests.toys import SCHEDULES, exact_denoiser, numpy
 
+pytestmark = pytest.mark.once
+
 DISCRETE, CONTINUOUS = schedules.LinearBeta(), schedules.Cosine()
 EXPLODING = schedules.VarianceExploding(1e-4, 80.0)
 NAMES = sorted(set(TimeGrid.names()) - {"times", "jumps"})
@@ -218,3 +220,4 @@ def test_rounded_times_are_steps():
         assert np.abs(places - exact * 1000).max() <= 0.5 + 1e-9
         np.testing.assert_array_equal(grid(CONTINUOUS, 7), inner(CONTINUOUS, 7))
     assert times.Rounded(times.All()).default_steps(DISCRETE) == 1000
+    np.testing.assert_allclose(times.Rounded(times.Times([1.0, 1e-5, 0.0]))(DISCRETE, 2), [1.0, 0.001, 0.0])

@@ -9,7 +9,7 @@ from tests.toys import numpy
 
 diffusers = pytest.importorskip("diffusers")
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.reference
+pytestmark = [pytest.mark.reference, pytest.mark.once]
 
 TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULE = schedules.ScaledLinearBeta()

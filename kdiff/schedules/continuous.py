@@ -391,11 +391,9 @@ class CosineAlphaBar(NoiseSchedule):
         return 2.0 * self.tau * x, 2.0 * self.tau * y, ops.sin(self.first + gone) / cosine
 
     def _angle(self, log_ratio):
-        """w from log(cos(w) / cos(w(0))): by the arcsine of its half where it is small, of its complement elsewhere."""
-        cosine = self.first_cosine * ops.exp(log_ratio)
+        """w from log(cos(w) / cos(w(0))), by 1 - cos(w) = 2 sin(w / 2)^2, which keeps a small w."""
         fallen = 1.0 - self.first_cosine - self.first_cosine * ops.expm1(log_ratio)  # 1 - cos(w)
-        small = 2.0 * ops.arcsin(ops.sqrt(ops.clip(fallen / 2, 0.0, 0.5)))
-        return ops.where(fallen < 0.5, small, np.pi / 2 - ops.arcsin(ops.clip(cosine, 0.0, 1.0)))
+        return 2.0 * ops.arcsin(ops.sqrt(ops.clip(fallen / 2, 0.0, 0.5)))
 
 
 def _between(t, first: float, rest: float):
