@@ -16,7 +16,18 @@ import numpy as np
 from keras import layers
 from matplotlib.figure import Figure
 
-from kdiff import DiffusionModel, Sampler, blocks, guidance, predictions, schedules, solvers, times, weightings
+from kdiff import (
+    DiffusionModel,
+    Sampler,
+    blocks,
+    guidance,
+    objectives,
+    predictions,
+    schedules,
+    solvers,
+    times,
+    weightings,
+)
 
 # At t = 1 there is hardly any signal, and x_hat = (x_t - sigma noise_hat) / alpha multiplies errors of noise_hat by up
 # to thousands: those who predict noise clip x_hat to the range of the data.
@@ -27,7 +38,7 @@ RECIPES = {
         Sampler(solvers.DDPM("large"), "all", guidance=CLIP),
     ),
     "Improved DDPM, DDIM": (
-        {"schedule": schedules.CosineBeta(1000), "prediction": "noise", "times": times.LossAware(1000)},
+        {"schedule": schedules.CosineBeta(1000), "prediction": "noise", "objective": objectives.LossAware(1000)},
         Sampler("ddim", "trailing", 50, guidance=CLIP),
     ),
     "Simple diffusion": (

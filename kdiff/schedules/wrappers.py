@@ -161,6 +161,7 @@ class _RescaledTable(_Table):
         with np.errstate(divide="ignore"):  # log(0) at the end
             log_snrs = 2.0 * np.log(alpha) - np.log1p(-(alpha**2))
         super().__init__(np.maximum(log_snrs, min_log_snr))
+        self.schedule, self.min_log_snr = schedule, min_log_snr
 
 
 class _Rescaled(NoiseSchedule):
