@@ -33,6 +33,7 @@ from kdiff.backend.running import (
     portable_optimizer,
     pullback,
     recomputed,
+    replaced,
     synchronise,
     unallocated,
     without_gradients,

@@ -199,6 +199,21 @@ def unallocated() -> Iterator[None]:
         global_state.set_global_attribute("uninitialized_variables", waiting)
 
 
+@contextlib.contextmanager
+def replaced(layer: keras.layers.Layer, part: keras.layers.Layer) -> Iterator[None]:
+    """Inside, another layer may take the place of `part` as an attribute of `layer`.
+
+    Keras forgets no layer that an attribute has held, and takes no new one after `build`.
+    """
+    tracker = layer._tracker
+    tracker.untrack(part)
+    locked, tracker.locked = tracker.locked, False
+    try:
+        yield
+    finally:
+        tracker.locked = locked
+
+
 def needs_no_preparation(layer: keras.layers.Layer, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether `layer.call` does on PyTorch what `layer(...)` does: with built layers and tensors in float32.
 
