@@ -8,12 +8,14 @@ import pytest
 from keras import ops
 
 from kdiff import Sampler, analytic, backend, schedules
+from kdiff.denoisers import Denoiser
 from kdiff.solvers import DDIM, DDPM, DDIMInversion, Solver
 from kdiff.solvers.adaptive import Adaptive
 from kdiff.solvers.multistep import DEIS, IPNDM, LMS, PNDM
 from kdiff.solvers.runge_kutta import DPM2, RK4, DPM2Ancestral, Euler, EulerAncestral, Heun
-from tests.toys import MIXTURE, SCHEDULES, exact_denoiser, measured_order, numpy, solve
+from tests.toys import MIXTURE, SCHEDULES, compiled_run, exact_denoiser, measured_order, numpy, solve, walk
 
+DENOISE = Denoiser.of(MIXTURE)
 CONTINUOUS = [schedules.Cosine(), schedules.Rectified(), schedules.LinearBeta()]
 # What a solver computes is the same on every backend: where each case is a program to compile, there are fewer.
 EAGER = keras.backend.backend() == "torch"
@@ -149,7 +151,7 @@ def moments(solver, schedule, log_snrs):
     solver = Compiled(solver)
     state = solver.init(probes, len(marginals) - 1)
     for now, then in itertools.pairwise(marginals):
-        x, _, state = solver.step(GAUSSIAN, schedule, probes, now, then, lambda: units, state)
+        x, _, state = solver.step(Denoiser.of(GAUSSIAN), schedule, probes, now, then, lambda: units, state)
         x = numpy(x).astype("float64")
         linear, added = (x[1:3] - x[0]).T, (x[3:] - x[0]).T
         mean, covariance = linear @ mean + x[0], linear @ covariance @ linear.T + added @ added.T
@@ -187,21 +189,20 @@ def test_churn_is_edm():
     draws = np.random.default_rng(1).normal(size=(4, 8, 2)).astype("float32")
     marginals = [schedule.at_log_snr(np.float32(-2 * np.log(v))) for v in s]
     start = np.random.default_rng(0).normal(size=(8, 2))
-    x, z = ops.convert_to_tensor(start * float(marginals[0].alpha), "float32"), start
-    state = solver.init(x, 4)
+    z, noises = start, iter(draws)
+    ours = walk(solver, schedule, marginals, start * float(marginals[0].alpha), noise=lambda: next(noises))
 
     def slope(z, s):
         return (z - MIXTURE._denoise(np, z, 1.0, s)) / s
 
-    for i, (now, then) in enumerate(itertools.pairwise(marginals)):
-        x, _, state = solver.step(MIXTURE, schedule, x, now, then, lambda i=i: ops.convert_to_tensor(draws[i]), state)
+    for i, (x, _) in enumerate(ours):
         gamma = min(2.0 / 4, np.sqrt(2) - 1) if 0.3 <= s[i] <= 3.0 else 0.0
         up = s[i] + gamma * s[i]
         z_up = z + np.sqrt(up**2 - s[i] ** 2) * 1.1 * draws[i]
         d = slope(z_up, up)
         euler = z_up + (s[i + 1] - up) * d
         z = z_up + (s[i + 1] - up) * 0.5 * (d + slope(euler, s[i + 1]))
-        np.testing.assert_allclose(numpy(x) / float(then.alpha), z, rtol=2e-4, atol=2e-5)
+        np.testing.assert_allclose(numpy(x) / float(marginals[i + 1].alpha), z, rtol=2e-4, atol=2e-5)
 
 
 def run(solver, schedule, steps, shape=(3, 2), denoise=None):
@@ -212,9 +213,7 @@ def run(solver, schedule, steps, shape=(3, 2), denoise=None):
         return ops.convert_to_tensor(generator.normal(size=shape).astype("float32"))
 
     marginals = [schedule.at(np.float32(t)) for t in Sampler(steps=steps).times(schedule)]
-    x, state = marginals[0].sigma * noise(), solver.init(ops.zeros(shape), steps)
-    for now, then in itertools.pairwise(marginals):
-        x, _, state = solver.step(denoise or exact_denoiser(), schedule, x, now, then, noise, state)
+    *_, (x, _) = walk(solver, schedule, marginals, marginals[0].sigma * noise(), denoise or exact_denoiser(), noise)
     return numpy(x)
 
 
@@ -302,10 +301,7 @@ class TestAdaptive:
         """(x, exact, control) of a run over three steps of the grid, the last one long."""
         marginals = [schedule.at_log_snr(np.float32(value)) for value in self.SPAN]
         start = np.random.default_rng(0).normal(size=(16, 2)) * float(marginals[0].sigma)
-        x, solver = ops.convert_to_tensor(start, "float32"), Compiled(solver)
-        state = solver.init(x, 3)
-        for now, then in itertools.pairwise(marginals):
-            x, _, state = solver.step(MIXTURE, schedule, x, now, then, None, state)
+        *_, (x, state) = walk(Compiled(solver), schedule, marginals, start)
         exact = MIXTURE.flow(start, schedule, float(marginals[0].t), float(marginals[-1].t))
         return numpy(x), exact, state
 
@@ -333,9 +329,9 @@ class TestAdaptive:
         solver = Compiled(Adaptive(1e-3, 1e-3, first=0.01))
         x = ops.convert_to_tensor(np.random.default_rng(0).normal(size=(16, 2)), "float32")
         marginals = [CONTINUOUS[0].at_log_snr(np.float32(value)) for value in (-2.0, 0.0, 2.0)]
-        x, _, once = solver.step(MIXTURE, CONTINUOUS[0], x, *marginals[:2], None, solver.init(x, 2))
-        _, _, twice = solver.step(MIXTURE, CONTINUOUS[0], x, *marginals[1:], None, once)
-        _, _, again = solver.step(MIXTURE, CONTINUOUS[0], x, *marginals[1:], None, solver.init(x, 2))
+        x, _, once = solver.step(DENOISE, CONTINUOUS[0], x, *marginals[:2], None, solver.init(x, 2))
+        _, _, twice = solver.step(DENOISE, CONTINUOUS[0], x, *marginals[1:], None, once)
+        _, _, again = solver.step(DENOISE, CONTINUOUS[0], x, *marginals[1:], None, solver.init(x, 2))
         assert int(twice.tried) - int(once.tried) < int(again.tried)
 
     def test_a_denoiser_that_fails_far_away_is_left_out(self):
@@ -347,7 +343,7 @@ class TestAdaptive:
         schedule, x = CONTINUOUS[0], ops.convert_to_tensor(np.random.default_rng(0).normal(size=(4, 2)), "float32")
         now, then, limit = schedule.at_log_snr(-2.0), schedule.at_log_snr(4.0), [3.9]
         z, _, control = Adaptive(1e-2, 1e-2, first=2.9).step(
-            denoise, schedule, x, now, then, None, Adaptive(first=2.9).init(x, 1)
+            Denoiser.of(denoise), schedule, x, now, then, None, Adaptive(first=2.9).init(x, 1)
         )
         assert int(control.tried) > 1
         assert np.all(np.isfinite(numpy(z)))
@@ -357,16 +353,9 @@ class TestAdaptive:
 def test_compiled_steps_are_the_same(solver):
     """A whole run, compiled as `DiffusionModel.sample` compiles it, and op by op."""
     schedule, sampler = CONTINUOUS[2], Sampler(solver, steps=4)
-    model = keras.Sequential([keras.layers.Dense(1)])
-    model.build((None, 1))
-
-    def advance(*arguments):
-        return sampler.advance(MIXTURE, schedule, *arguments)
-
-    compiled = backend.compiled(advance, model)
-    *_, step = sampler.steps_of(MIXTURE, schedule, (3, 2), compiled=compiled)
     # Rounding differs, and with few steps the flow on a mixture enlarges it.
-    np.testing.assert_allclose(numpy(step.x), numpy(sampler(MIXTURE, schedule, (3, 2))), atol=2e-3)
+    fast, plain = compiled_run(sampler, schedule, (3, 2)), sampler(MIXTURE, schedule, (3, 2))
+    np.testing.assert_allclose(numpy(fast), numpy(plain), atol=2e-3)
 
 
 def test_euler_has_an_inverse_without_churn():
@@ -400,7 +389,7 @@ def test_evaluations():
         if isinstance(solver, Adaptive):
             state = state._replace(h=state.h + 100.0)
         now, then = schedule.at(np.float32(0.5)), schedule.at(np.float32(0.4))
-        solver.step(denoise, schedule, x, now, then, lambda: ops.zeros((1, 2)), state)
+        solver.step(Denoiser.of(denoise), schedule, x, now, then, lambda: ops.zeros((1, 2)), state)
         # JAX and TensorFlow's graph trace both branches of a condition.
         if EAGER or not isinstance(solver, (PNDM, Adaptive)):
             assert len(calls) == solver.evaluations, solver

@@ -12,9 +12,10 @@ import pytest
 from keras import ops
 
 from kdiff import backend, schedules
+from kdiff.denoisers import Denoiser
 from kdiff.solvers.multistep import DEIS, IPNDM, LMS, PNDM
 from kdiff.solvers.runge_kutta import DPM2, DPM2Ancestral, Euler, EulerAncestral, Heun
-from tests.toys import MIXTURE, numpy
+from tests.toys import MIXTURE, numpy, walk
 
 pytestmark = [
     pytest.mark.reference,
@@ -74,15 +75,14 @@ def answer(z, sigma, kind="epsilon"):
 def run(solver, sigmas, z, schedule=VP, steps=None):
     """kdiff's z after every step along these sigmas, which are sigma / alpha; `steps`, if it is to think of more."""
     marginals = [marginal(schedule, sigma) for sigma in sigmas]
-    x = marginals[0].alpha * ops.convert_to_tensor(z)
-    state = solver.init(x, steps or len(sigmas) - 1)
-    for step, (now, then) in enumerate(itertools.pairwise(marginals)):
+    x, draws = marginals[0].alpha * ops.convert_to_tensor(z), map(noise_of_step, itertools.count())
 
-        def noise(step=step):
-            return ops.convert_to_tensor(noise_of_step(step).numpy())
+    def noise():
+        return ops.convert_to_tensor(next(draws).numpy())
 
-        x, _, state = solver.step(MIXTURE, schedule, x, now, then, noise, state)
-        yield numpy(x) / float(then.alpha)
+    steps = walk(solver, schedule, marginals, x, noise=noise, steps=steps)
+    for (y, _), then in zip(steps, marginals[1:], strict=True):
+        yield numpy(y) / float(then.alpha)
 
 
 def compare(ours, theirs):
@@ -319,7 +319,8 @@ def test_pndm(warmup, spacing):
         x = ops.convert_to_tensor(first.astype("float32"))
         state = solver.init(x, steps)
         # Op by op JAX would compile the condition in every step anew.
-        step = backend.fused(lambda x, now, then, state: solver.step(MIXTURE, VP, x, now, then, None, state))
+        denoise = Denoiser.of(MIXTURE)
+        step = backend.fused(lambda x, now, then, state: solver.step(denoise, VP, x, now, then, None, state))
         for now, then in itertools.pairwise(marginals):
             x, _, state = step(x, now, then, state)
             yield numpy(x) / float(then.alpha)

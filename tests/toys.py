@@ -1,14 +1,16 @@
 """Small things that the tests share: networks, data, and denoisers that are known exactly."""
 
 import itertools
+from functools import partial
 
 import keras
 import numpy as np
 from keras import layers, ops
 
 import kdiff
-from kdiff import analytic, schedules
-from kdiff.denoisers import Denoiser
+from kdiff import analytic, backend, schedules
+from kdiff.denoisers import Denoiser, Given
+from kdiff.sampling import initial_noise
 
 SCHEDULES = [
     schedules.LinearBeta(),
@@ -73,14 +75,31 @@ def compiled_model(network=None, optimizer=None, loss="mse", metrics=None, jit="
 MIXTURE = analytic.GaussianMixture([[-0.8, 0.2], [0.5, -0.6], [0.4, 0.7]], [0.3, 0.2, 0.25], [1.0, 2.0, 1.5])
 
 
-def solve(solver, schedule, log_snrs, x, data=MIXTURE, noise=None):
-    """A run of `solver` along these log-SNRs from `x`, outside of the sampling loop; the last x."""
-    marginals = [schedule.at_log_snr(np.float32(log_snr)) for log_snr in log_snrs]
-    x = ops.convert_to_tensor(x, "float32")
-    state = solver.init(x, len(marginals) - 1)
+def walk(solver, schedule, marginals, x, data=MIXTURE, noise=None, steps=None):
+    """(x, state) after each step of `solver` along these marginals from `x`, outside of the sampling loop.
+
+    `steps` is how many the solver is told of, if more than there are.
+    """
+    x, denoise = ops.convert_to_tensor(x, "float32"), Denoiser.of(data)
+    state = solver.init(x, steps or len(marginals) - 1)
     for now, then in itertools.pairwise(marginals):
-        x, _, state = solver.step(Denoiser.of(data), schedule, x, now, then, noise, state)
+        x, _, state = solver.step(denoise, schedule, x, now, then, noise, state)
+        yield x, state
+
+
+def solve(solver, schedule, log_snrs, x, data=MIXTURE, noise=None):
+    """The last x of a run of `solver` along these log-SNRs."""
+    *_, (x, _) = walk(solver, schedule, [schedule.at_log_snr(np.float32(value)) for value in log_snrs], x, data, noise)
     return numpy(x)
+
+
+def compiled_run(sampler, schedule, shape, data=MIXTURE):
+    """The last x of a run whose step the backend compiles, as `DiffusionModel.sample` does."""
+    advance = backend.compiled(partial(sampler.advance, Denoiser.of(data).answer, {}, schedule))
+    times = sampler.times(schedule)
+    x = schedule.at(times[0]).sigma * initial_noise(shape)
+    *_, step = sampler.steps_from(x, times, advance, schedule, Given())
+    return step.x
 
 
 def measured_order(solver, schedule, steps=(8, 16, 32), span=(-3.0, 3.0), warm=0):
