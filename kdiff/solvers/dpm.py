@@ -33,6 +33,7 @@ from keras import ops
 from kdiff.base import check_choice
 from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.solvers.base import Denoise, Draw, History, Solver, between, check_order, choose, half_step, noise_of
+from kdiff.solvers.runge_kutta import CLOSING, Angle, Line, chosen
 
 VARIANTS = ("midpoint", "heun")
 
@@ -220,8 +221,8 @@ class DPMSolverPP(OfData, _Multistep):
 class _Singlestep(Solver):
     """The polynomial goes through values at fractions of the step. As many calls of the denoiser a step as the order.
 
-    The step to t = 0 is DDIM's: the fractions of a step without end say nothing. (It calls the denoiser as often.)
-    It comes with `OfData` or `OfNoise`; the public solvers are below.
+    The step to t = 0, which is without end in log-SNR, is made in the angle (`runge_kutta.Angle`): by the midpoint rule,
+    or Heun's method of order 3. It comes with `OfData` or `OfNoise`; the public solvers are below.
     """
 
     def __init__(self, order: int = 2, variant: str = "midpoint", fractions: tuple[float, ...] | None = None):
@@ -249,19 +250,23 @@ class _Singlestep(Solver):
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One step; arguments and results as in `Solver.step`."""
-        estimate = denoise(x, now)
-        x_hat = first = estimate.x_hat
-        values = [self.value(x, first, now)]
-        for number, fraction in enumerate(self._at):
-            m = between(schedule, now, then, fraction)
-            frozen = self.frozen(x, first, values[0], now, m)
+        line, angle, above = Line.at(denoise, x, now), Angle(), then.t > 0
+        x_hat = first = line.estimate.x_hat
+        values, bend, total = [self.value(x, first, now)], 0.0, 0.0
+        for number, (fraction, place, weight) in enumerate(zip(self._at, *CLOSING[self.order - 1], strict=False)):
+            m = chosen(above, between(schedule, now, then, fraction), angle.at(schedule, now, then, place))
+            frozen, off = self.frozen(x, first, values[0], now, m), angle.length(now, m) * bend
             # The first value is found with nothing but v_0, the second by a line.
             x_m = frozen.plus(linear(frozen.h, self._at[0] / fraction) if number else [], values)
+            x_m = ops.where(above, x_m, line.reach(m, off))
             x_hat = denoise(x_m, m).x_hat
             values.append(self.value(x_m, x_hat, m))
+            bend = angle.bend(m, off, x_hat - first)
+            total = total + weight * bend
         frozen = self.frozen(x, first, values[0], now, then)
-        x = ops.where(then.t > 0, frozen.plus(self._weights(frozen.h), values), frozen.x)
-        return x, estimate._replace(x_hat=ops.where(then.t > 0, x_hat, first)), state
+        closed = line.reach(then, angle.length(now, then) * total)
+        x = ops.where(above, frozen.plus(self._weights(frozen.h), values), closed)
+        return x, line.estimate._replace(x_hat=x_hat), state
 
     def _weights(self, h) -> list:
         if self.order == 1:
@@ -281,7 +286,7 @@ class DPMSolverSinglestep(OfNoise, _Singlestep):
 
         x_then = (alpha_then / alpha_now) x + sigma_then sum_k m_k(-h) p_k.
 
-    The step to t = 0 is DDIM's.
+    The step to t = 0 is made in the angle, by the midpoint rule or Heun's method of order 3.
 
     Args:
         order: 1 is DDIM; 2 is algorithm 1; 3 is algorithm 2. So many are the calls of the denoiser a step.
@@ -303,7 +308,8 @@ class DPMSolverPPSinglestep(OfData, _Singlestep):
 
         x_then = (sigma_then / sigma_now) x + alpha_then sum_k m_k(h) p_k.
 
-    Order 3, 3S, is algorithm 2 of arXiv:2206.00927 for the data, as in the authors' code. The step to t = 0 is DDIM's.
+    Order 3, 3S, is algorithm 2 of arXiv:2206.00927 for the data, as in the authors' code. The step to t = 0 is made in
+    the angle, by the midpoint rule or Heun's method of order 3.
 
     Args:
         order: 1 is DDIM; 2 or 3. So many are the calls of the denoiser a step.

@@ -27,7 +27,7 @@ from keras import ops
 from kdiff.base import check_choice
 from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.solvers.base import Denoise, Draw, History, Solver, check_order, choose, half_step
-from kdiff.solvers.runge_kutta import Line, classical, ratio
+from kdiff.solvers.runge_kutta import Line, RungeKutta, ratio
 
 # The weights of equal steps (Adams and Bashforth 1883), the newest first.
 ADAMS_BASHFORTH = [[1.0], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
@@ -51,18 +51,17 @@ class _Multistep(Solver):
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One step; arguments and results as in `Solver.step`."""
         line = Line.at(denoise, x, now)
-        return self._look_back(line, now, then, state), line.estimate, state.add(line.d, now)
+        return self._look_back(line, then, state), line.estimate, state.add(line.noise_hat, now)
 
     def coefficients(self, order, now: Marginal, then: Marginal, log_snrs: tuple) -> list:
         """c_1, c_2, ..., scalars, for this order, a tensor, and past values at these log-SNRs."""
         raise NotImplementedError
 
-    def _look_back(self, line: Line, now, then, past: History):
+    def _look_back(self, line: Line, then: Marginal, past: History):
         order = past.order(self.terms, self.lower_final)
-        z = line.reach(ratio(then))
-        for c, d in zip(self.coefficients(order, now, then, past.log_snrs), past.values, strict=True):
-            z = z + c * (d - line.d)
-        return then.alpha * z
+        coefficients = self.coefficients(order, line.now, then, past.log_snrs)
+        changes = (c * (d - line.noise_hat) for c, d in zip(coefficients, past.values, strict=True))
+        return line.reach(then, then.alpha * sum(changes))
 
 
 class _Newton(_Multistep):
@@ -192,36 +191,29 @@ class PNDM(IPNDM):
     Its order is 2, as the authors find, because the steps of s are not equal.
 
     Args:
-        warmup: "prk" makes the first three steps by the classical method of Runge and Kutta, with the middle of a step
-            in t, at four calls of the denoiser each (the paper's F-PNDM); "plms" makes the first step by Heun's method
-            and the next with two and three terms (Stable Diffusion's PLMS sampler; diffusers' `skip_prk_steps`). A step
-            to t = 0 is made by looking back, even at the start.
+        warmup: the Runge-Kutta method, without churn, of the first steps, or its name. A step to t = 0 is made by
+            looking back, even at the start. The authors' is `interop.grids.PseudoRungeKutta`, whose middle is in t.
+        warm: how many steps it makes: 3, after which there are four values; or 1, after which the number of terms grows
+            (Stable Diffusion's PLMS sampler, diffusers' `skip_prk_steps`, is `PNDM(Heun("ratio"), 1)`).
 
     Raises:
-        ValueError: if `warmup` is neither.
+        ValueError: if `warmup` is no such method, or `warm` is not one of 1, 2, 3.
     """
 
-    def __init__(self, warmup: str = "prk"):
-        check_choice("PNDM", "warmup", warmup, ("prk", "plms"))
+    def __init__(self, warmup="rk4", warm: int = 3):
+        check_choice("PNDM", "warm", warm, (1, 2, 3))
         super().__init__()
-        self.warmup = warmup
-        self.long = 3 if warmup == "prk" else 1
+        self.warmup, self.warm = RungeKutta.get(warmup), warm
+        if self.warmup.stochastic:
+            raise ValueError(f"PNDM: `warmup` must have no churn; received: {self.warmup!r}")
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One step; arguments and results as in `Solver.step`."""
         line = Line.at(denoise, x, now)
-
-        def warm():
-            if self.warmup == "plms":
-                return then.alpha * line.reach(ratio(then), line.bend(denoise, then) / 2.0)
-            return then.alpha * line.reach(
-                ratio(then), classical(denoise, line, self._middle(schedule, now, then), then)
-            )
-
         # `cond` runs one of the two. Where both would run, a run would cost four times what it need.
-        early = ops.logical_and(state.made < self.long, then.t > 0)
-        x = ops.cond(early, warm, lambda: self._look_back(line, now, then, state))
-        return x, line.estimate, state.add(line.d, now)
-
-    def _middle(self, schedule, now, then):
-        return schedule.at(0.5 * (now.t + then.t))
+        x = ops.cond(
+            ops.logical_and(state.made < self.warm, then.t > 0),
+            lambda: self.warmup.go(denoise, schedule, line, then),
+            lambda: self._look_back(line, then, state),
+        )
+        return x, line.estimate, state.add(line.noise_hat, now)
