@@ -13,7 +13,8 @@ from keras import ops
 
 from kdiff import backend, schedules
 from kdiff.denoisers import Denoiser
-from kdiff.solvers.multistep import DEIS, IPNDM, LMS, PNDM
+from kdiff.interop.schedulers import WARMUPS
+from kdiff.solvers.multistep import DEIS, IPNDM, LMS
 from kdiff.solvers.runge_kutta import DPM2, DPM2Ancestral, Euler, EulerAncestral, Heun
 from tests.toys import MIXTURE, numpy, walk
 
@@ -197,7 +198,7 @@ def test_heun(setting):
     scheduler = scheduler_of(diffusers.HeunDiscreteScheduler, setting)
     z, sigmas = start(scheduler.sigmas[0]), _once(scheduler.sigmas)
     theirs = two_calls(scheduler, z, kind_of(setting), lambda call: scheduler.sigmas[call])
-    compare(run(Heun(), sigmas, z), theirs)
+    compare(run(Heun("ratio"), sigmas, z), theirs)
 
 
 def _once(sigmas):
@@ -213,7 +214,7 @@ def test_dpm2(setting):
     def sigma_of(call):
         return (scheduler.sigmas_interpol if call % 2 else scheduler.sigmas)[call]
 
-    compare(run(DPM2(), sigmas, z), two_calls(scheduler, z, kind_of(setting), sigma_of))
+    compare(run(DPM2("ratio"), sigmas, z), two_calls(scheduler, z, kind_of(setting), sigma_of))
 
 
 @pytest.mark.parametrize("setting", WITHOUT_SAMPLE, ids=name)
@@ -315,7 +316,7 @@ def test_pndm(warmup, spacing):
     marginals = [VP.at(np.float32((i + 1) / 1000)) for i in times] + [VP.at(np.float32(0.0))]
 
     def ours():
-        solver = PNDM(warmup)
+        solver = WARMUPS[warmup == "plms"]
         x = ops.convert_to_tensor(first.astype("float32"))
         state = solver.init(x, steps)
         # Op by op JAX would compile the condition in every step anew.
@@ -401,7 +402,7 @@ def test_flow_match_heun():
         y = torch.tensor(x)
         for call, t in enumerate(scheduler.timesteps):
             y = scheduler.step(flow_answer(y.numpy(), scheduler.sigmas[call].numpy()), t, y, return_dict=False)[0]
-        *_, z = run(Heun(), sigmas / (1 - sigmas), x / (1 - sigmas[0]), FLOW)
+        *_, z = run(Heun("ratio"), sigmas / (1 - sigmas), x / (1 - sigmas[0]), FLOW)
         differences.append(np.sqrt(np.mean((z - y.numpy()) ** 2)))
     assert differences[-1] < 4e-3
     np.testing.assert_allclose(np.log2(differences[-2] / differences[-1]), 2.0, atol=0.3)

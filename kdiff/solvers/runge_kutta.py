@@ -88,7 +88,7 @@ class Angle(Variable):
     """phi = arctan(sigma / alpha), of x / sqrt(alpha^2 + sigma^2); linear in t on `Cosine`."""
 
     def at(self, schedule: NoiseSchedule, now: Marginal, then: Marginal, fraction) -> Marginal:
-        """log_snr = 2 log(cos phi / sin phi), with cos phi = sin(pi / 2 - phi), which keeps its digits at either end."""
+        """log_snr = 2 log(sin(pi / 2 - phi) / sin phi), which keeps its digits at either end."""
         phi, rest = (
             (1.0 - fraction) * ops.arctan2(a, b) + fraction * ops.arctan2(c, d)
             for a, b, c, d in (
@@ -297,8 +297,8 @@ class DPM2(_TwoStages):
         y_2 = y + (u_2 - u) f,    y_then = y + (u_then - u) f_2,
 
     u_2 in the middle: of the angle; or, in "ratio", of log s. The step to t = 0 is no other, or, in "ratio", Euler's.
-    `DPM2("ratio")` is k-diffusion's `sample_dpm_2`, DPM-Solver-2 in Karras' form, which differs from DPM-Solver-2 (Lu et
-    al. 2022, arXiv:2206.00927, algorithm 1) by a term of order 3.
+    `DPM2("ratio")` is k-diffusion's `sample_dpm_2`, which differs from DPM-Solver-2 (Lu et al. 2022, arXiv:2206.00927,
+    algorithm 1) by a term of order 3.
 
     Args:
         variable: a `Variable`: "angle", good on any grid, or "ratio", which wants a grid on which s falls by no more
