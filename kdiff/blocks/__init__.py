@@ -1,7 +1,7 @@
 """Keras layers from which networks are composed, each usable alone in any Keras model."""
 
 from kdiff.blocks.attention import CrossAttention, MultiHeadAttention, SelfAttention
-from kdiff.blocks.base import Block, Chain
+from kdiff.blocks.base import Block, Chain, Tokens
 from kdiff.blocks.conditions import Condition, OptionalCondition
 from kdiff.blocks.convolution import ConvBlock, ConvNeXtBlock, ResidualBlock, SimpleBlock
 from kdiff.blocks.embeddings import (
@@ -72,6 +72,7 @@ __all__ = [
     "SinusoidalEmbedding",
     "SpatialTransformer",
     "TextEncoder",
+    "Tokens",
     "TransformerBlock",
     "UnitMagnitude",
     "Unpatchify",
