@@ -9,6 +9,7 @@ from kdiff.backend.data import (
     on_host,
 )
 from kdiff.backend.operations import (
+    HIDDEN,
     attention,
     average_pool,
     convolution,
