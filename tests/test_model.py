@@ -32,9 +32,10 @@ def fit(model, x, y=None, **options):
 
 def expected_loss(model, x, prediction, kind, weighted):
     """The loss of the first training step, by hand: from the network, in float64, with the model's own t and noise."""
-    keys = numpy(random.fold(random.key_of(model.seed), np.arange(2), random.TRAINING))
-    t = numpy(model.times(model.schedule, len(x), keys[0]))
-    noise = numpy(random.normal(keys[1], x.shape)).astype("float64")
+    step = random.fold(random.key_of(model.seed), 0, random.TRAINING)
+    _, of_times, of_noise = (random.fold(step, number) for number in range(3))  # the first is the codec's
+    t = numpy(model.times(model.schedule, len(x), of_times))
+    noise = numpy(random.normal(of_noise, x.shape)).astype("float64")
     m = model.schedule.at(t)
     alpha, sigma = (numpy(v).astype("float64")[:, None, None, None] for v in (m.alpha, m.sigma))
     x_t = alpha * x + sigma * noise
@@ -733,7 +734,7 @@ def test_validation_in_mixed_precision_sees_float32_averages():
 
     model = kdiff.DiffusionModel(Frequencies(dtype="mixed_bfloat16"))
     model.build((None, 2, 2, 1))
-    output = model(ops.zeros((2, 2, 2, 1)), training=False)["output"]
+    output = model(ops.zeros((2, 2, 2, 1)), training=False).output
     np.testing.assert_allclose(numpy(output), 0.12573022, rtol=1e-6)
 
 
