@@ -199,7 +199,7 @@ def main() -> None:
         killed += status != 0
         if status == 0:
             survivors.append(drawn[index])
-            print(f"survived, {seconds:.0f} s: {shown(drawn[index])}", flush=True)
+            print(f"survived, {seconds:.0f} s, {killed} are killed: {shown(drawn[index])}", flush=True)
     print("\nSurvivors:\n" + "\n".join(map(shown, sorted(survivors))) if survivors else "")
     print(f"\n{killed} of {len(drawn)} killed: {killed / len(drawn):.1%}")
     sys.exit(killed < options.least * len(drawn))

@@ -571,3 +571,22 @@ def test_plot(schedule, tmp_path):
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_defaults_are_the_published_ones():
+    """Of the tables those of the papers and of diffusers; EDM's sigmas; Song et al. 2021, appendix C; Chen 2023."""
+    published = {
+        schedules.LinearBeta: {"num_steps": 1000, "beta_start": 1e-4, "beta_end": 0.02},
+        schedules.ScaledLinearBeta: {"num_steps": 1000, "beta_start": 0.00085, "beta_end": 0.012},
+        schedules.CosineBeta: {"num_steps": 1000, "s": 0.008, "max_beta": 0.999},
+        schedules.SigmoidBeta: {"num_steps": 1000, "beta_start": 1e-4, "beta_end": 0.02},
+        schedules.Cosine: {"min_log_snr": -15.0, "max_log_snr": 15.0},
+        schedules.Laplace: {"mu": 0.0, "b": 0.5, "min_log_snr": -15.0, "max_log_snr": 15.0},
+        schedules.LinearVP: {"beta_min": 0.1, "beta_max": 20.0, "epsilon": 1e-5},
+        schedules.SubVP: {"beta_min": 0.1, "beta_max": 20.0, "epsilon": 1e-5},
+        schedules.VarianceExploding: {"sigma_min": 0.002, "sigma_max": 80.0},
+        schedules.SigmoidAlphaBar: {"start": -3.0, "end": 3.0, "tau": 1.0, "epsilon": 1e-6},
+        schedules.CosineAlphaBar: {"start": 0.0, "end": 1.0, "tau": 1.0, "epsilon": 1e-5},
+    }
+    for kind, arguments in published.items():
+        assert kind().get_config() == arguments

@@ -252,3 +252,17 @@ def test_labels():
     np.testing.assert_allclose(numpy(times.LogSNR(1.0)(DISCRETE, m)), numpy(m.log_snr))
     with pytest.raises(ValueError, match="continuous"):
         times.Index()(CONTINUOUS, m)
+
+
+def test_defaults_are_the_published_ones():
+    """Stable Diffusion 3, section 5.1: a logit-normal of 0 and 1, a mode of 1.29; EDM, table 1; pi-0: Beta(1.5, 1)."""
+    published = {
+        times.LogitNormal: {"mean": 0.0, "std": 1.0},
+        times.Mode: {"scale": 1.29},
+        times.PowerLaw: {"exponent": 0.5},
+        times.LogNormalSigma: {"mean": -1.2, "std": 1.2},
+        times.Scaled: {"scale": 1000.0},
+        times.LogSNR: {"scale": -0.125},
+    }
+    for kind, arguments in published.items():
+        assert {name: value for name, value in kind().get_config().items() if name != "points"} == arguments
