@@ -18,11 +18,13 @@ from matplotlib.figure import Figure
 
 import kdiff
 from kdiff import Sampler, schedules, solvers
+from kdiff.denoisers import Denoiser, Given
 
 DATA = kdiff.analytic.GaussianMixture([[-0.8, 0.2], [0.5, -0.6], [0.4, 0.7]], [0.1, 0.04, 0.08], [1.0, 2.0, 1.5])
 # Not beyond log-SNR 8: there the samples are within a hundredth of a standard deviation of the data.
 SCHEDULE = schedules.Cosine(-8.0, 8.0)
 START = ops.convert_to_numpy(kdiff.random.normal(kdiff.random.key_of(1), (64, 2)))
+MANY = kdiff.random.normal(kdiff.random.key_of(0), (20000, 2))
 EXACT = DATA.flow(START, SCHEDULE, 1.0, 0.0)
 # These go the other way, want a consistency function for a denoiser, or choose the number of evaluations themselves.
 OTHERS = (solvers.DDIMInversion, solvers.Consistency, solvers.LCM, solvers.TCD, solvers.Adaptive)
@@ -42,24 +44,24 @@ def steps_for(solver, evaluations: int) -> int:
 @cache
 def advance(solver):
     """One step of the solver, which JAX and TensorFlow compile once for all numbers of steps."""
-    return kdiff.backend.fused(partial(Sampler(solver).advance, DATA, SCHEDULE))
+    return kdiff.backend.compiled(partial(Sampler(solver).advance, Denoiser.of(DATA).answer, {}, SCHEDULE))
 
 
-def sample(solver, evaluations: int, shape, x=None) -> np.ndarray:
+def sample(solver, evaluations: int, x) -> np.ndarray:
     sampler = Sampler(solver, "uniform_log_snr", steps_for(solver, evaluations))
-    for step in sampler.steps_of(DATA, SCHEDULE, shape, x=x, compiled=advance(solver)):
+    for step in sampler.steps_from(x, sampler.times(SCHEDULE), advance(solver), SCHEDULE, Given()):
         x = step.x
     return ops.convert_to_numpy(x)
 
 
 def flow_error(solver, evaluations: int) -> float:
     """Root mean square distance to the exact flow, over 64 samples."""
-    return float(np.sqrt(np.mean((sample(solver, evaluations, START.shape, START) - EXACT) ** 2)))
+    return float(np.sqrt(np.mean((sample(solver, evaluations, START) - EXACT) ** 2)))
 
 
 def moment_error(solver, evaluations: int) -> float:
     """The largest difference in the mean and covariance of 20,000 samples, in standard deviations and variances."""
-    x = sample(solver, evaluations, (20000, 2))
+    x = sample(solver, evaluations, MANY)
     weights = DATA.weights / DATA.weights.sum()
     mean = weights @ DATA.means
     covariance = np.einsum("k,ki,kj->ij", weights, DATA.means - mean, DATA.means - mean)

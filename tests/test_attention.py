@@ -250,3 +250,40 @@ def test_an_embedding_forgotten_later():
     block(np.ones((1, 2, 2, 8), "float32"), embed=np.ones((1, 3), "float32"))
     with pytest.raises(ValueError, match="`embed` is needed"):
         block(np.ones((1, 2, 2, 8), "float32"))
+
+
+# --- masks: what is padded changes nothing
+
+
+@pytest.mark.parametrize("pattern", ["global", "linear", blocks.Window(2, 1), blocks.Window(4), blocks.Neighborhood(3)])
+def test_a_pattern_sees_what_the_mask_shows(pattern):
+    """Hidden keys and values may be anything; where nothing is left to see there is 0."""
+    pattern = blocks.Pattern.get(pattern)
+    q, k, v = heads(2, 4, 8, 2, 5)
+    mask = np.random.default_rng(1).random((2, 4, 8)) < 0.7
+    mask[1, :, 4:] = False
+    other = [np.where(mask[..., None, None], x, 9 * x + 1).astype("float32") for x in (k, v)]
+    y = applied(pattern, (q, k, v, mask))
+    np.testing.assert_allclose(applied(pattern, (q, *other, mask)), y, atol=1e-6)
+    assert np.abs(applied(pattern, (q, k, v)) - y).max() > 0.01
+    assert np.all(applied(pattern, (q, k, v, np.zeros_like(mask))) == 0)
+    np.testing.assert_allclose(applied(pattern, (q, k, v, np.ones_like(mask))), applied(pattern, (q, k, v)), atol=1e-6)
+
+
+@pytest.mark.parametrize("pattern", ["global", "linear"])
+def test_hidden_keys_might_as_well_not_be_there(pattern):
+    q, k, v = heads(2, 7, 2, 5)
+    mask = np.arange(7) < np.array([[4], [4]])
+    expected = applied(blocks.Pattern.get(pattern), (q[:, :4], k[:, :4], v[:, :4]))
+    np.testing.assert_allclose(applied(blocks.Pattern.get(pattern), (q, k, v, mask))[:, :4], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [5, 1200])
+def test_long_and_short_rows_are_masked_alike(tokens):
+    """1200 keys are more than JAX computes in one block."""
+    q, k, v = heads(1, tokens, 2, 4)
+    mask = (np.arange(tokens) < 3 * tokens // 4)[None, None]
+    weights = np.exp(np.einsum("bqhd,bkhd->bhqk", q, k) / 2) * mask[:, None]
+    expected = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)
+    y = backend.attention(*map(ops.convert_to_tensor, (q, k, v, mask)))
+    np.testing.assert_allclose(ops.convert_to_numpy(y), expected, atol=1e-5)

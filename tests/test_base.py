@@ -25,6 +25,7 @@ OBJECTS = [
     solvers.DDIM(eta=0.3),
     kdiff.Sampler(solvers.DDIM(0.5), "leading", 20),
     codecs.Pixels(),
+    codecs.Haar(2),
 ]
 
 

@@ -40,6 +40,7 @@ SCHEDULES = all_of(schedules.NoiseSchedule)
 PREDICTIONS = all_of(predictions.Prediction)
 WEIGHTINGS = [None, *all_of(weightings.Weighting)]
 TIMES = all_of(times.TimeSampler)
+OBJECTIVES = all_of(objectives.Objective)
 GRIDS = [grid for grid in all_of(times.TimeGrid) if not isinstance(grid, times.All)]
 SOLVERS = [solver for solver in all_of(solvers.Solver) if not isinstance(solver, solvers.DDIMInversion)]
 
@@ -52,9 +53,11 @@ def combined(names, *families):
 
 
 def fitting(sampler, schedule):
-    """A sampler of discrete times, with as many as the schedule has."""
+    """A sampler of discrete times, or an objective that learns them, with as many as the schedule has."""
     if isinstance(sampler, times.Discrete) and schedule.num_steps is None:
         return times.Discrete(100)
+    if isinstance(sampler, objectives.LossAware):
+        return objectives.LossAware(schedule.num_steps or 100)
     return sampler
 
 
@@ -93,12 +96,14 @@ class Points(keras.layers.Layer):
         return self.dense(ops.concatenate([inputs["image"], inputs["time"][:, None] / 1000.0], axis=-1))
 
 
-@combined("schedule, prediction, weighting, sampler", SCHEDULES, PREDICTIONS, WEIGHTINGS, TIMES)
-def test_a_training_step_changes_the_weights(schedule, prediction, weighting, sampler):
+@combined(
+    "schedule, prediction, weighting, sampler, objective", SCHEDULES, PREDICTIONS, WEIGHTINGS, TIMES, OBJECTIVES
+)
+def test_a_training_step_changes_the_weights(schedule, prediction, weighting, sampler, objective):
     """One step of the whole model; the loss is finite, and so are the weights that it leaves."""
-    sampler = fitting(sampler, schedule)
+    options = {"times": fitting(sampler, schedule), "objective": fitting(objective, schedule), "weighting": weighting}
     network_ = Points(prediction.factor)
-    model = kdiff.DiffusionModel(network_, schedule, prediction, weighting=weighting, times=sampler, codec="identity")
+    model = kdiff.DiffusionModel(network_, schedule, prediction, codec="identity", **options)
     model.compile(keras.optimizers.Adam(1e-2), run_eagerly=True)
     model.build((None, 2))
     before = numpy(network_.dense.kernel).copy()
@@ -202,10 +207,12 @@ def test_documentation_names_its_source(base):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("one", [*SCHEDULES, *PREDICTIONS, *WEIGHTINGS[1:], *TIMES, *GRIDS, *SOLVERS], ids=repr)
+@pytest.mark.parametrize(
+    "one", [*SCHEDULES, *PREDICTIONS, *WEIGHTINGS[1:], *TIMES, *OBJECTIVES, *GRIDS, *SOLVERS], ids=repr
+)
 def test_repr_is_the_constructor_call(one):
     names = dict(vars(schedules))  # some names mean other things in other modules: there is more than one Uniform
-    for module in (predictions, weightings, times, solvers):
+    for module in (predictions, weightings, times, objectives, solvers):
         home = {name: kind for name, kind in vars(module).items() if isinstance(kind, type)}
         names = {**names, **home} if type(one).__module__.startswith(module.__name__) else {**home, **names}
     if "<array" not in repr(one):

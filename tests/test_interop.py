@@ -14,6 +14,7 @@ from keras import ops
 from kdiff import DiffusionModel, Sampler, guidance, predictions, schedules, solvers, times
 from kdiff.blocks import GroupNorm, LabelEmbedding, LayerNorm, ResidualBlock, SelfAttention
 from kdiff.interop import diffusers, files, grids, original, saving, schedulers, weights
+from kdiff.interop.solvers import DDIMKeptNoise
 from kdiff.networks.unet import Level, UNet
 
 pytest.importorskip("safetensors", reason="the extra `interop` is not installed")
@@ -226,12 +227,12 @@ def built(network):
 
 
 SAMPLERS = [
-    Sampler(grids.DDIMKeptNoise(guidance.Clip(2.0)), "leading"),
+    Sampler(DDIMKeptNoise(guidance.Clip(2.0)), "leading"),
     Sampler("ddim", grids.WithFirst(times.Leading(1)), to_zero=False),
     Sampler(solvers.DDPM("large"), times.Trailing(), guidance=guidance.Clip()),
     Sampler("dpm_solver_pp", grids.WithoutLast(times.Leading(3))),
     Sampler("euler", grids.Within(times.Karras(), grids.LinspaceUnrounded())),
-    Sampler("heun", "trailing"),
+    Sampler(solvers.Heun("ratio"), "trailing"),
 ]
 
 
@@ -296,7 +297,7 @@ def test_rows():
 
 def test_importing_kdiff_is_enough_to_load_what_was_loaded_from_diffusers(tmp_path):
     """A new process knows the grids and solvers that only interop has, though it imports kdiff alone."""
-    sampler = Sampler(grids.DDIMKeptNoise(), grids.LinspaceUnrounded(), 4)
+    sampler = Sampler(DDIMKeptNoise(), grids.LinspaceUnrounded(), 4)
     (tmp_path / "sampler.json").write_text(json.dumps(keras.saving.serialize_keras_object(sampler)))
     code = (
         "import json, keras, kdiff, pathlib, sys;"

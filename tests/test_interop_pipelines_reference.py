@@ -1,16 +1,19 @@
 """Pipelines of diffusers, made and saved by it, give the same image in kdiff from the same noise."""
 
 import importlib
+from functools import partial
 
 import numpy as np
 import pytest
 from keras import ops
 
 from kdiff import DiffusionModel
+from kdiff.denoisers import Denoiser, Given
 from kdiff.interop import diffusers as interop
 from kdiff.interop import schedulers
 from kdiff.interop.files import read_json, write_json
 from tests.test_interop_networks_reference import DDPM, SIZE, SMALL, SMALL_DIT, normal, one_thread, perturbed  # noqa: F401
+from tests.toys import walk
 
 pytestmark = [
     pytest.mark.reference,
@@ -81,20 +84,14 @@ def run_ours(model, scheduler, x, noises, **conditions):
     sigma = start_of(scheduler)
     on_its_scale = float(ops.convert_to_numpy(start.alpha)) if sigma > 1.0 else 1.0
     x = ops.convert_to_tensor((x * sigma * on_its_scale).astype("float32"))
-    state = sampler.solver.init(x, len(times) - 1)
 
-    def denoise(x, m):
-        return model.denoise(x, m, learned=sampler.solver.learned, **conditions)
-
+    answer = partial(model._answer, True, model.schedule)
+    denoise = Denoiser(answer, Given({name: ops.convert_to_tensor(rows) for name, rows in conditions.items()}))
     for guidance in sampler.guidance:
         denoise = guidance(denoise)
-    for index in range(len(times) - 1):
-        now, then = model.schedule.at(times[index]), model.schedule.at(times[index + 1])
-        draws = iter(noises[index : index + 1])
-        x, _, state = sampler.solver.step(
-            denoise, model.schedule, x, now, then, lambda draws=draws: ops.convert_to_tensor(next(draws)), state
-        )
-    return ops.convert_to_numpy(x) / (float(ops.convert_to_numpy(then.alpha)) if sigma > 1.0 else 1.0)
+    marginals, draws = [model.schedule.at(t) for t in times], map(ops.convert_to_tensor, noises)
+    *_, (x, _) = walk(sampler.solver, model.schedule, marginals, x, denoise, lambda: next(draws))
+    return ops.convert_to_numpy(x) / (float(ops.convert_to_numpy(marginals[-1].alpha)) if sigma > 1.0 else 1.0)
 
 
 def draws_of(monkeypatch, noises):

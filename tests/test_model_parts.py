@@ -6,7 +6,8 @@ import pytest
 from keras import layers, ops
 
 import kdiff
-from kdiff import Sampler, predictions, random, schedules, solvers, times
+from kdiff import Sampler, predictions, random, schedules, solvers
+from kdiff.objectives import variance_bound
 from tests.toys import MIXTURE, numpy
 
 
@@ -58,12 +59,13 @@ def test_the_learned_variance_is_part_of_the_loss():
     )
     model.compile("sgd")
     loss = model.evaluate(x, batch_size=16, verbose=0)
-    keys = numpy(random.fold(random.key_of(5), np.arange(2), random.EVALUATION))
+    step = random.fold(random.key_of(5), 0, random.EVALUATION)
+    keys = [random.fold(step, number) for number in (1, 2)]  # number 0 is the codec's
     t, noise = model.times(model.schedule, 16, keys[0]), random.normal(keys[1], (16, 2))
     m, x_t = model.schedule.at(t), model.schedule(x, noise, t)
     error = np.mean((0.5 * numpy(x_t) - numpy(noise)) ** 2)
     output = ops.concatenate([0.5 * x_t, 0.3 * x_t], axis=-1)
-    extra = numpy(prediction.extra_loss(output, ops.convert_to_tensor(x), x_t, model.schedule, m))
+    extra = numpy(variance_bound(prediction, output, ops.convert_to_tensor(x), x_t, model.schedule, m))
     assert extra.mean() > 0.01 * error
     np.testing.assert_allclose(loss, error + extra.mean(), rtol=1e-4)
 
@@ -96,36 +98,3 @@ def test_a_network_of_the_wrong_width(outputs, prediction, wanted):
     model.compile("sgd")
     with pytest.raises(ValueError, match=rf"must return {wanted} channels.*received: {outputs}"):
         model.fit(MIXTURE.sample(8), verbose=0)
-
-
-def test_loss_aware_times_learn_where_the_loss_is():
-    """Once every step has its history, steps are drawn as the root of their mean squared loss; and all is saved."""
-
-    def answer(inputs):  # of the noise: the error is larger for larger t
-        return inputs["image"] * 0.0 + 3.0 * inputs["time"][:, None] / 1000.0
-
-    sampler = times.LossAware(4)
-    model = kdiff.DiffusionModel(
-        Scripted(answer), schedules.LinearBeta(4, 0.1, 0.5), "noise", times=sampler, codec="identity"
-    )
-    model.compile(keras.optimizers.SGD(0.0))
-    model.fit(MIXTURE.sample(512), batch_size=64, epochs=4, verbose=0)
-    t = numpy(sampler(model.schedule, 20000, random.key_of(0)))
-    share = np.array([np.mean(np.isclose(t, (i + 1) / 4)) for i in range(4)])
-    expected = 1.0 + 9.0 * (np.arange(1, 5) / 4) ** 2  # E|noise - 3 t|^2, in each of the two coordinates
-    np.testing.assert_allclose(share, expected / expected.sum(), atol=0.05)
-    factor = numpy(sampler.importance(model.schedule, (np.arange(4, dtype="float32") + 1) / 4))
-    np.testing.assert_allclose(factor * share * 4, 1.0, atol=0.1)
-
-
-def test_loss_aware_times_are_saved(tmp_path):
-    model = kdiff.DiffusionModel(
-        dense(2), schedules.LinearBeta(4, 0.1, 0.5), "noise", times=times.LossAware(4), codec="identity"
-    )
-    model.compile("adam")
-    model.fit(MIXTURE.sample(512), batch_size=64, epochs=2, verbose=0)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    for mine, theirs in zip(model.times.weights, loaded.times.weights, strict=True):
-        assert numpy(mine).any()
-        np.testing.assert_array_equal(numpy(mine), numpy(theirs))

@@ -1,266 +1,161 @@
-"""Which recipes are the same objective, and which are not."""
+"""What is learned: denoising, at times that learn, and objectives of one's own. Recipes: test_effective_weight.py."""
 
+import copy
+import pickle
+
+import keras
 import numpy as np
 import pytest
+from keras import ops
 from scipy import stats
 
 import kdiff
-from kdiff import objectives, predictions, random, schedules, times, weightings
-from kdiff.objectives import effective_weight, loss_weight, same_objective
-from kdiff.schedules import NoiseSchedule
-from tests.toys import numpy, tiny_network
+from kdiff import random, schedules, times
+from kdiff.objectives import LossAware
+from tests.test_model_parts import Scripted
+from tests.toys import MIXTURE, numpy, tiny_network
 
-LOG_SNR = np.linspace(-8.5, 8.5, objectives.POINTS)
-EDM = schedules.VarianceExploding()
-
-
-class _Straight(NoiseSchedule):
-    """A schedule of a user's own, without a formula for its slope."""
-
-    def log_snr(self, t):
-        return 12.0 - 24.0 * t
-
-    def time(self, log_snr):
-        return (12.0 - log_snr) / 24.0
+DISCRETE, CONTINUOUS = schedules.LinearBeta(), schedules.Cosine()
 
 
-def ratio(weight, expected):
-    """The quotient, over its median."""
-    quotient = weight(LOG_SNR) / expected(LOG_SNR)
-    return quotient / np.median(quotient)
+def draw(sampler, schedule=DISCRETE, batch=64, seed=0):
+    return numpy(sampler.draw(schedule, batch, random.key_of(seed)))
 
 
-KNOWN = [
-    # Kingma and Gao 2023, table 1 (appendix D.2), of |noise_hat - noise|^2.
-    (("cosine", "noise", None, "uniform"), lambda x: 1 / np.cosh(x / 2)),
-    (("cosine", "velocity", None, "uniform"), lambda x: np.exp(-x / 2)),
-    (("rectified", "flow", None, "uniform"), lambda x: np.exp(-x / 2)),
-    (
-        (EDM, predictions.Karras(0.5), None, times.LogNormalSigma()),
-        lambda x: stats.norm.pdf(x, 2.4, 2.4) * (np.exp(-x) + 0.25),
-    ),
-    (("cosine", "noise", "variational", "uniform"), lambda x: np.ones_like(x)),
-    # By hand: p(l) of SD3's logit-normal times is N(-2 mean, (2 std)^2), and the flow's error (1 + e^(-x / 2))^2.
-    (
-        ("rectified", "flow", None, times.LogitNormal(0.2, 1.5)),
-        lambda x: stats.norm.pdf(x, -0.4, 3.0) * (1 + np.exp(-x / 2)) ** 2,
-    ),
-    (("cosine", "velocity", weightings.Sigmoid(-1.0), "uniform"), lambda x: 1 / (1 + np.exp(x + 1))),
-]
+# Loss-aware times
 
 
-@pytest.mark.parametrize(("recipe", "expected"), KNOWN)
-def test_published_effective_weights(recipe, expected):
-    """Up to a factor. At -8.5 float32 and Rectified's 1e-5 are felt: 1 %."""
-    np.testing.assert_allclose(ratio(effective_weight(*recipe), expected), 1.0, atol=1e-2)
+def learn(sampler, schedule, index, losses):
+    offset = 1.0 if schedule.num_steps else 0.5
+    sampler.update(schedule, ((index + offset) / sampler.num_steps).astype("float32"), losses.astype("float32"))
 
 
-@pytest.mark.parametrize("name", ["variational", "likelihood"])
-@pytest.mark.parametrize(
-    ("schedule", "prediction", "sampler"),
-    [
-        ("cosine", "velocity", "uniform"),
-        ("rectified", "flow", times.LogitNormal()),
-        ("linear_beta", "noise", "discrete"),
-        (EDM, predictions.Karras(), times.LogNormalSigma()),
-        (schedules.Shifted("cosine", 2.0), "data", times.LossAware()),
-        (_Straight(), "score", times.Mode()),
-    ],
-)
-def test_the_variational_bound_has_the_weight_one(schedule, prediction, sampler, name):
-    """Not only up to a factor, and whatever the rest of the recipe."""
-    np.testing.assert_allclose(effective_weight(schedule, prediction, name, sampler)(LOG_SNR), 1.0, rtol=1e-5)
+@pytest.mark.parametrize("schedule", [schedules.LinearBeta(8), CONTINUOUS], ids=repr)
+def test_history_is_that_of_one_loss_at_a_time(schedule):
+    """Also where a time occurs twice in a batch, or more often than there are places; what is not finite is left."""
+    sampler, generator = LossAware(8, history=3), np.random.default_rng(0)
+    queues = [[] for _ in range(8)]
+    for step in range(18):
+        index = generator.integers(0, 8, 8) if step % 3 else np.full(8, step % 8)
+        losses = generator.uniform(0.1, 5.0, 8)
+        losses[0] = [np.nan, np.inf, 1.0][step % 3]
+        learn(sampler, schedule, index, losses)
+        for i, loss in zip(index, losses, strict=True):
+            queues[i] += [loss] if np.isfinite(loss) else []
+        kept = [np.sort(queue[-3:]) for queue in queues]
+        for i, row in enumerate(numpy(sampler.past_losses)):
+            np.testing.assert_allclose(np.sort(row)[3 - len(kept[i]) :], kept[i], rtol=1e-6)
+        np.testing.assert_array_equal(numpy(sampler.counts), [len(queue) for queue in queues])
+        p = np.full(8, 1 / 8)
+        if min(map(len, queues)) >= 3:  # the paper's, with the uniform share of the authors' code
+            p = np.sqrt([np.mean(row**2) for row in kept])
+            p = 0.999 * p / p.sum() + 0.001 / 8
+        np.testing.assert_allclose(numpy(sampler.probabilities()), p, rtol=1e-5)
+    assert p.max() > 1.3 / 8  # it has learnt
 
 
-SD3 = times.LogitNormal(0.3, 0.8)
-SAME = [
-    # The noise's error on a cosine schedule is the flow's on the same schedule, with its weight.
-    (("cosine", "noise", None, "uniform"), ("cosine", "flow", weightings.Uniform("noise"), "uniform")),
-    # Velocity on a cosine schedule is flow matching (Kingma and Gao 2023, appendix D.3).
-    (("cosine", "velocity", None, "uniform"), ("rectified", "flow", None, "uniform")),
-    (("cosine", "velocity", None, "uniform"), ("cosine", "data", "velocity", "stratified")),
-    # EDM's weight is the plain error of EDM's network.
-    (
-        (EDM, predictions.Karras(), weightings.EDM(), times.LogNormalSigma()),
-        (EDM, predictions.Karras(), None, times.LogNormalSigma()),
-    ),
-    (
-        (EDM, predictions.Karras(), None, times.LogNormalSigma()),
-        ("cosine", predictions.TrigFlow(), None, times.LogNormalSigma()),
-    ),
-    # SD3's objective is one on a cosine schedule if the noise levels are drawn as often, and the flow's error counts.
-    (
-        ("rectified", "flow", None, SD3),
-        ("cosine", "velocity", weightings.Uniform("flow"), times.LogNormalSigma(0.3, 0.8)),
-    ),
-    # A shift of the schedule is a shift of the logit-normal times. (Rectified is drawn short of its ends by epsilon;
-    # with 1e-5 that is 6 % of the weight where it has fallen to 1e-4.)
-    (
-        (schedules.Rectified(1e-6), "flow", None, times.LogitNormal(0.3 + float(np.log(3.0)), 0.8)),
-        (schedules.Shifted.by_factor(schedules.Rectified(1e-6), 3.0), "flow", None, SD3),
-    ),
-    # CosMap gives rectified flow the noise levels of a cosine schedule.
-    (("rectified", "flow", "cos_map", "uniform"), ("cosine", "noise", weightings.Uniform("flow"), "uniform")),
-    # Schedule and times do not matter to what is stated per unit of log-SNR.
-    (
-        ("cosine", "velocity", weightings.Sigmoid(-1.0), "uniform"),
-        ("linear_beta", "noise", weightings.Sigmoid(-1.0), "discrete"),
-    ),
-    (("cosine", "noise", "variational", "uniform"), ("rectified", "flow", "likelihood", times.LogitNormal())),
-    # What is drawn more often is weighted less.
-    (("cosine", "velocity", None, "uniform"), ("cosine", "velocity", None, "loss_aware")),
-    # Uniform log-SNR is a density as any other: the bound, with no weight but the noise's own.
-    (("cosine", "noise", None, "log_uniform"), ("rectified", "data", "variational", "uniform")),
-]
+def teach(sampler, schedule):
+    """Losses of 8 steps that differ by up to a thousand times, in a history of 2; returns the probabilities."""
+    losses = 10.0 ** np.random.default_rng(3).uniform(-2, 1, (2, 8))
+    for row in losses:
+        learn(sampler, schedule, np.arange(8), row)
+    p = np.sqrt(np.mean(losses**2, axis=0))
+    return 0.999 * p / p.sum() + 0.001 / 8
 
 
-@pytest.mark.parametrize(("a", "b"), SAME)
-def test_recipes_that_are_the_same(a, b):
-    assert same_objective(a, b)
-    assert same_objective(b, a)
+@pytest.mark.parametrize("schedule", [schedules.LinearBeta(8), schedules.LinearBeta(40), CONTINUOUS], ids=repr)
+def test_times_are_drawn_where_losses_are_large(schedule):
+    """Frequencies, and importance; with the importance the mean over any times is that over uniform ones."""
+    sampler = LossAware(8, history=2)
+    p = teach(sampler, schedule)
+    t = draw(sampler, schedule, batch=4000)
+    if schedule.num_steps:
+        np.testing.assert_allclose(t * schedule.num_steps, np.round(t * schedule.num_steps), atol=1e-4)
+        assert t.min() > 0
+    index = (np.ceil(t * 8 - 1e-4) - 1 if schedule.num_steps else np.floor(t * 8)).astype(int)
+    assert stats.chisquare(np.bincount(index, minlength=8), 4000 * p).pvalue > 1e-3
+    np.testing.assert_allclose(numpy(sampler.importance(schedule, t)), 1 / (8 * p[index]), rtol=1e-4)
+    within = (t * 8 - index)[index == p.argmax()]
+    parts = (schedule.num_steps or 40) // 8  # uniform within the part, or one of its steps
+    shares = np.bincount(np.clip(np.ceil(within * parts - 1e-3) - 1, 0, parts - 1).astype(int), minlength=parts)
+    assert parts == 1 or stats.chisquare(shares).pvalue > 1e-3
+    even = LossAware(8, history=2, points="systematic")
+    teach(even, schedule)
+    t = draw(even, schedule, batch=4000)
+    # Points in equal spaces miss the share of each step by at most one, of 1 / (8 p 4000).
+    mean = np.mean((np.arange(1, schedule.num_steps + 1) / schedule.num_steps) ** 2) if schedule.num_steps else 1 / 3
+    assert np.mean(numpy(even.importance(schedule, t)) * t**2) == pytest.approx(mean, abs=np.sum(1 / p) / 8 / 4000)
 
 
-OTHER = [
-    (("cosine", "noise", None, "uniform"), ("cosine", "velocity", None, "uniform")),
-    (("cosine", "noise", None, "uniform"), ("linear_vp", "noise", None, "uniform")),
-    (("cosine", "noise", None, "uniform"), ("cosine", "noise", "variational", "uniform")),
-    (("cosine", "noise", "min_snr", "uniform"), ("cosine", "noise", "soft_min_snr", "uniform")),
-    (("rectified", "flow", None, SD3), ("rectified", "flow", None, "uniform")),
-    (("rectified", "flow", None, SD3), ("rectified", "flow", None, times.LogitNormal(0.3, 0.9))),
-    # Velocity on a cosine schedule, shifted or not, has no normal density of noise levels.
-    (("rectified", "flow", None, SD3), (schedules.Shifted("cosine", -0.6), "velocity", None, "uniform")),
-    (("rectified", "flow", None, SD3), ("cosine", "velocity", None, times.LogNormalSigma(0.3, 0.8))),
-    (("cosine", "velocity", None, "uniform"), (schedules.Shifted("cosine", 1.0), "velocity", None, "uniform")),
-    # The shape of one is that of the other, but only one is per unit of log-SNR.
-    (
-        ("cosine", "noise", weightings.Sigmoid(np.log(4.0)), "uniform"),
-        ("cosine", "noise", weightings.SoftMinSNR(4.0), "uniform"),
-    ),
-    (("cosine", "noise", weightings.Sigmoid(0.0), "uniform"), ("cosine", "noise", weightings.Sigmoid(0.1), "uniform")),
-]
+def test_loss_aware_times_begin_uniform_and_bear_zeros():
+    schedule, sampler = schedules.LinearBeta(8), LossAware(8, history=1, points="stratified")
+    assert sorted((draw(sampler, CONTINUOUS, batch=16) * 16).astype(int)) == list(range(16))
+    learn(sampler, CONTINUOUS, np.arange(8), np.zeros(8))
+    assert numpy(sampler.counts).min() == 1
+    np.testing.assert_allclose(numpy(sampler.probabilities()), 0.125)
+    assert set(np.round(draw(sampler, schedule, batch=16) * 8, 4)) == set(range(1, 9))
+    with pytest.raises(ValueError, match="must divide 1000"):
+        LossAware(3).draw(DISCRETE, 2, random.key_of(0))
 
 
-@pytest.mark.parametrize(("a", "b"), OTHER)
-def test_recipes_that_are_not_the_same(a, b):
-    assert not same_objective(a, b)
-    assert not same_objective(b, a)
+class Learner(keras.Model):
+    """A model that reports losses from inside its own, compiled, training step."""
+
+    def __init__(self):
+        super().__init__()
+        self.times, self.dense = LossAware(8, history=2), keras.layers.Dense(1)
+
+    def call(self, x):
+        t = self.times.draw(CONTINUOUS, ops.shape(x)[0], random.key_of(0))
+        self.times.update(CONTINUOUS, t, ops.mean(x, axis=-1) + t)
+        return self.dense(x)
 
 
-def test_a_shift_of_the_schedule_moves_the_density_alone():
-    """sech((l - 1) / 2) of a shifted cosine, times the velocity's own 1 + e^-l, is no shifted e^(-l / 2)."""
-    places = np.array([-6.0, 0.0, 6.0])
-    weight = effective_weight(schedules.Shifted("cosine", 1.0), "velocity")(places)
-    expected = 1 / np.cosh((places - 1) / 2) * (1 + np.exp(-places))
-    np.testing.assert_allclose(weight / weight[1], expected / expected[1], rtol=1e-3)
+def test_loss_aware_times_learn_in_a_compiled_step():
+    model = Learner()
+    model.compile("sgd", "mse")
+    x = np.ones((8, 3), "float32")
+    model.fit(x, x[:, :1], epochs=3, verbose=0)
+    seen = numpy(times.Uniform()(CONTINUOUS, 8, random.key_of(0)))
+    np.testing.assert_array_equal(
+        numpy(model.times.counts) >= 3, [np.any((8 * seen).astype(int) == i) for i in range(8)]
+    )
+    assert numpy(model.times.counts).sum() in (24, 32)  # Keras may call the model once before the first step
+    filled = numpy(model.times.past_losses)
+    assert np.all((filled == 0) | ((filled >= 1) & (filled < 2)))
+    assert {id(v) for v in model.times.variables} <= {id(v) for v in model.non_trainable_variables}
 
 
-@pytest.mark.parametrize("schedule", [schedules.Cosine(), schedules.Rectified(), EDM], ids=repr)
-def test_likelihood_weighting_is_the_published_one(schedule):
-    """Song et al. 2021: g^2 / 2 on the error of the score, t uniform, g^2 = d sigma^2/dt - 2 sigma^2 d log(alpha)/dt.
-
-    By differences in float64 of the float32 scales, to 1 %.
-    """
-    t = np.linspace(0.1, 0.9, 9)
-    m, early, late = (schedule.at((t + d).astype("float32")) for d in (0.0, -5e-3, 5e-3))
-    g2 = (numpy(late.sigma).astype("float64") ** 2 - numpy(early.sigma).astype("float64") ** 2) / 1e-2
-    g2 -= 2 * numpy(m.sigma) ** 2 * np.log(numpy(late.alpha).astype("float64") / numpy(early.alpha)) / 1e-2
-    weight = loss_weight(schedule, predictions.Score(), weightings.Likelihood(), times.Uniform(), m)
-    np.testing.assert_allclose(numpy(weight), g2 / 2, rtol=1e-2)
-
-
-def test_loss_weight():
-    """None; the weight times gain^2; and that over the density of log-SNR."""
-    schedule, m = schedules.Cosine(), schedules.Cosine().at(np.float32([0.2, 0.5, 0.8]))
-    velocity, uniform = predictions.Velocity(), times.Uniform()
-    snr = np.exp(numpy(m.log_snr).astype("float64"))
-    assert loss_weight(schedule, velocity, None, uniform, m) is None
-    weight = loss_weight(schedule, velocity, weightings.MinSNR(5.0), uniform, m)
-    np.testing.assert_allclose(numpy(weight), np.minimum(snr, 5) / (snr + 1), rtol=1e-4)
-    for sampler, density in ((uniform, 1.0), (times.PowerLaw(1.0), 2 * np.array([0.2, 0.5, 0.8]))):
-        weight = loss_weight(schedule, velocity, weightings.Variational(), sampler, m)
-        per_log_snr = density / np.abs(numpy(schedule.slope(m.t)))
-        np.testing.assert_allclose(numpy(weight), 0.5 * snr / (snr + 1) / per_log_snr, rtol=1e-4)
-    assert numpy(loss_weight(schedule, velocity, weightings.EDM(), uniform, schedule.at(0.5))).shape == ()
+def test_loss_aware_times_are_saved(tmp_path):
+    model = kdiff.DiffusionModel(tiny_network(), objective=LossAware(8, history=2), ema=None)
+    model.build((None, 8, 8, 1))
+    teach(model.objective, CONTINUOUS)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras").objective
+    assert loaded.get_config() == model.objective.get_config()
+    for twin in (loaded, copy.deepcopy(model.objective), pickle.loads(pickle.dumps(model.objective))):
+        np.testing.assert_array_equal(numpy(twin.past_losses), numpy(model.objective.past_losses))
+        np.testing.assert_array_equal(numpy(twin.counts), numpy(model.objective.counts))
+    assert repr(loaded) == "LossAware(num_steps=8, history=2)"
+    assert numpy(loaded.clone().counts).sum() == 0
 
 
-@pytest.mark.parametrize("weighting", [weightings.Variational(), weightings.Sigmoid(-1.0)], ids=repr)
-@pytest.mark.parametrize(
-    ("schedule", "prediction", "sampler"),
-    [
-        (schedules.Cosine(), predictions.Velocity(), times.Systematic()),
-        (schedules.Rectified(), predictions.Flow(), times.LogitNormal(points="systematic")),
-        (EDM, predictions.Karras(), times.LogNormalSigma(points="systematic")),
-        (schedules.LinearBeta(), predictions.Noise(), times.Discrete()),
-        (schedules.Cosine(), predictions.Data(), times.LossAware(8, history=1, points="systematic")),
-        (_Straight(), predictions.Score(), times.PowerLaw(0.5, points="systematic")),
-    ],
-)
-def test_the_loss_itself_depends_on_neither_schedule_nor_times(schedule, prediction, sampler, weighting):
-    """The mean over random times of what the model computes, for an error of x_hat that is known at each log-SNR.
+def test_loss_aware_times_learn_where_the_loss_is():
+    """Once every step has its history, steps are drawn as the root of their mean squared loss."""
 
-    4,000 times in equal spaces; of Discrete, drawn at random, 5 standard errors.
-    """
-    if isinstance(sampler, times.LossAware):
-        losses = np.float32([1.0, 5.0, 2.0, 0.5, 3.0, 0.2, 0.7, 1.5])
-        sampler.update(schedule, (np.arange(8, dtype="float32") + 0.5) / 8, losses)
-        assert np.ptp(numpy(sampler.probabilities())) > 0.3
+    def answer(inputs):  # of the noise: the error is larger for larger t
+        return inputs["image"] * 0.0 + 3.0 * inputs["time"][:, None] / 1000.0
 
-    def error(log_snr):
-        return np.exp(-(log_snr**2) / 8 - log_snr)
-
-    m = schedule.at(sampler(schedule, 4000, random.key_of(0)))
-    log_snr = numpy(m.log_snr).astype("float64")
-    of_output = error(log_snr) / numpy(prediction.gain(m)).astype("float64") ** 2
-    losses = numpy(loss_weight(schedule, prediction, weighting, sampler, m)) * of_output
-    importance = sampler.importance(schedule, m.t)
-    losses = losses if importance is None else losses * numpy(importance)
-    places = np.linspace(-12, 12, 4000)
-    exact = np.trapezoid(numpy(weighting(places)) * error(places), places)
-    tolerance = 5 * losses.std() / np.sqrt(4000) if isinstance(sampler, times.Discrete) else 3e-3 * exact
-    assert losses.mean() == pytest.approx(exact, abs=tolerance)
-
-
-def test_normalised_weights():
-    weight = effective_weight("cosine", "noise", weightings.MinSNR(), "uniform", normalise=True)
-    places = np.linspace(-15, 15, 400)
-    assert np.trapezoid(weight(places), places) == pytest.approx(1.0, abs=1e-3)
-    assert weight(np.linspace(-5, 5, 400)).max() == pytest.approx(weight(places).max(), rel=1e-2)
-    plain = effective_weight("cosine", "noise", weightings.MinSNR(), "uniform")
-    assert np.ptp(plain(LOG_SNR) / weight(LOG_SNR)) < 1e-9
-    np.testing.assert_array_equal(plain(np.array([-15.5, 16.0])), 0.0)
-    assert plain(np.zeros((2, 3))).shape == (2, 3)
-
-
-def test_models_are_recipes():
-    """Of a model its attributes decide; the ends of the schedules are not compared."""
-    model = kdiff.DiffusionModel(tiny_network(), "cosine", "velocity")
-    assert objectives.Recipe.of(model).weighting is None
-    assert same_objective(model, ("rectified", "flow", None, "uniform"))
-    assert same_objective(model, (schedules.Cosine(-8.0, 8.0), "velocity", None, "uniform"))
-    assert not same_objective(model, kdiff.DiffusionModel(tiny_network(), "cosine", "noise"))
-
-
-@pytest.mark.parametrize("wrong", [("cosine", "noise"), "cosine", 3])
-def test_what_is_no_recipe(wrong):
-    with pytest.raises(TypeError, match="schedule"):
-        same_objective(wrong, wrong)
-
-
-def test_schedules_without_common_noise_levels():
-    low, high = (schedules.Cosine(*ends) for ends in ((-15.0, -5.0), (5.0, 15.0)))
-    with pytest.raises(ValueError, match="no log-SNR in common"):
-        same_objective((low, "noise", None, "uniform"), (high, "noise", None, "uniform"))
-
-
-def test_plot(tmp_path):
-    pytest.importorskip("matplotlib")
-    recipes = [("cosine", "noise", None, "uniform"), ("rectified", "flow", None, SD3)]
-    figure = objectives.plot_objective(*recipes, path=tmp_path / "objective.png", labels=["DDPM", "SD3"])
-    assert (tmp_path / "objective.png").stat().st_size > 1000
-    of_noise, of_data = figure.axes
-    for axes in (of_noise, of_data):
-        for line in axes.lines:
-            assert np.trapezoid(line.get_ydata(), line.get_xdata()) == pytest.approx(1.0, abs=0.02)
-    x, y = of_noise.lines[0].get_data()
-    np.testing.assert_allclose(y, effective_weight(*recipes[0], normalise=True)(x))
-    assert len(objectives.plot_objective(recipes[0], normalise=False).axes[0].lines) == 1
+    sampler = LossAware(4, history=100)
+    model = kdiff.DiffusionModel(
+        Scripted(answer), schedules.LinearBeta(4, 0.1, 0.5), "noise", objective=sampler, codec="identity"
+    )
+    model.compile(keras.optimizers.SGD(0.0))
+    model.fit(MIXTURE.sample(512), batch_size=64, epochs=4, verbose=0)
+    t = numpy(sampler.draw(model.schedule, 20000, random.key_of(0)))
+    share = np.array([np.mean(np.isclose(t, (i + 1) / 4)) for i in range(4)])
+    mean = (3.0 * np.arange(1, 5) / 4) ** 2  # of L, the mean of (noise - 3 t)^2 over two coordinates:
+    expected = np.sqrt((1 + mean) ** 2 + 1 + 2 * mean)  # the root of E[L]^2 + Var[L]
+    np.testing.assert_allclose(share, expected / expected.sum(), atol=0.03)  # of 100 losses, two standard errors
+    factor = numpy(sampler.importance(model.schedule, (np.arange(4, dtype="float32") + 1) / 4))
+    np.testing.assert_allclose(factor * share * 4, 1.0, atol=0.1)

@@ -10,13 +10,14 @@ import pytest
 from keras import ops
 
 from kdiff import Sampler, predictions, schedules
+from kdiff.denoisers import Denoiser
 from kdiff.guidance import Clip, DynamicThreshold
 from kdiff.schedules import Marginal
 from kdiff.solvers import DDIM, DDPM
 from kdiff.solvers.ancestral import DDIMInversion
 from kdiff.solvers.base import noise_of
 from kdiff.times import Leading, Linspace, Trailing
-from tests.toys import MIXTURE, numpy
+from tests.toys import MIXTURE, numpy, walk
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -41,10 +42,8 @@ def marginals_of(times):
 
 def ours(solver, times, denoise=MIXTURE):
     """x after each step along these times, from `START`."""
-    x, noises, marginals = ops.convert_to_tensor(START), iter(NOISES), marginals_of(times)
-    state = solver.init(x, len(marginals) - 1)
-    for now, then in itertools.pairwise(marginals):
-        x, _, state = solver.step(denoise, SCHEDULE, x, now, then, lambda: ops.convert_to_tensor(next(noises)), state)
+    noises = map(ops.convert_to_tensor, NOISES)
+    for x, _ in walk(solver, SCHEDULE, marginals_of(times), START, denoise, lambda: next(noises)):
         yield numpy(x)
 
 
@@ -100,13 +99,19 @@ def test_grids(spacing, steps):
 VARIANCES = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "learned_range": "learned"}
 
 
+def sharing(denoise, share):
+    """The denoiser with an answer that has this share."""
+    denoise = Denoiser.of(denoise)
+    share = None if share is None else ops.convert_to_tensor(share)
+    return Denoiser(lambda given, x, m: denoise(x, m)._replace(share=share))
+
+
 def ddpm_pair(variance, options, steps, monkeypatch, denoise=MIXTURE, guide=None):
     scheduler = diffusers.DDPMScheduler(variance_type=variance, **{"clip_sample": False, **options})
     scheduler.set_timesteps(steps)
     guided = guide(denoise) if guide else denoise
     share = SHARE if variance == "learned_range" else None
-    ours_denoise = guided if share is None else lambda x, m: (guided(x, m), ops.convert_to_tensor(share))
-    a = ours(DDPM(VARIANCES[variance]), times_of(scheduler), ours_denoise)
+    a = ours(DDPM(VARIANCES[variance]), times_of(scheduler), sharing(guided, share))
     return difference(a, theirs(scheduler, monkeypatch, denoise, share))
 
 
@@ -134,8 +139,7 @@ def test_ddpm_adds_no_noise_to_its_result(variance, monkeypatch):
     scheduler = diffusers.DDPMScheduler(variance_type=variance, clip_sample=False, **options)
     scheduler.set_timesteps(10)
     share = SHARE if variance == "learned_range" else None
-    denoise = MIXTURE if share is None else lambda x, m: (MIXTURE(x, m), ops.convert_to_tensor(share))
-    a = list(ours(DDPM(VARIANCES[variance]), times_of(scheduler), denoise))
+    a = list(ours(DDPM(VARIANCES[variance]), times_of(scheduler), sharing(MIXTURE, share)))
     b = list(theirs(scheduler, monkeypatch, share=share))
     assert difference(a[:-1], b[:-1]) < 1e-4
     left = difference(a[-1:], b[-1:])
@@ -280,8 +284,7 @@ def test_inversion_is_nearer_than_theirs():
         times = Sampler(grid=Leading(), steps=steps).times(SCHEDULE)
         there = ops.convert_to_tensor(x)
         for solver, grid in ((DDIMInversion(), times[::-1]), (DDIM(), times)):
-            for now, then in itertools.pairwise(marginals_of(grid)):
-                there, _, _ = solver.step(MIXTURE, SCHEDULE, there, now, then, None, ())
+            *_, (there, _) = walk(solver, SCHEDULE, marginals_of(grid), there)
         back = x.astype("float64")
         forward = with_table(diffusers.DDIMScheduler(clip_sample=False), steps)
         for scheduler in (inverse_scheduler(steps), forward):

@@ -12,9 +12,11 @@ import pytest
 from keras import ops
 
 from kdiff import backend, schedules
-from kdiff.solvers.multistep import DEIS, IPNDM, LMS, PNDM
+from kdiff.denoisers import Denoiser
+from kdiff.interop.schedulers import WARMUPS
+from kdiff.solvers.multistep import DEIS, IPNDM, LMS
 from kdiff.solvers.runge_kutta import DPM2, DPM2Ancestral, Euler, EulerAncestral, Heun
-from tests.toys import MIXTURE, numpy
+from tests.toys import MIXTURE, numpy, walk
 
 pytestmark = [
     pytest.mark.once,
@@ -75,15 +77,14 @@ def answer(z, sigma, kind="epsilon"):
 def run(solver, sigmas, z, schedule=VP, steps=None):
     """kdiff's z after every step along these sigmas, which are sigma / alpha; `steps`, if it is to think of more."""
     marginals = [marginal(schedule, sigma) for sigma in sigmas]
-    x = marginals[0].alpha * ops.convert_to_tensor(z)
-    state = solver.init(x, steps or len(sigmas) - 1)
-    for step, (now, then) in enumerate(itertools.pairwise(marginals)):
+    x, draws = marginals[0].alpha * ops.convert_to_tensor(z), map(noise_of_step, itertools.count())
 
-        def noise(step=step):
-            return ops.convert_to_tensor(noise_of_step(step).numpy())
+    def noise():
+        return ops.convert_to_tensor(next(draws).numpy())
 
-        x, _, state = solver.step(MIXTURE, schedule, x, now, then, noise, state)
-        yield numpy(x) / float(then.alpha)
+    steps = walk(solver, schedule, marginals, x, noise=noise, steps=steps)
+    for (y, _), then in zip(steps, marginals[1:], strict=True):
+        yield numpy(y) / float(then.alpha)
 
 
 def compare(ours, theirs):
@@ -198,7 +199,7 @@ def test_heun(setting):
     scheduler = scheduler_of(diffusers.HeunDiscreteScheduler, setting)
     z, sigmas = start(scheduler.sigmas[0]), _once(scheduler.sigmas)
     theirs = two_calls(scheduler, z, kind_of(setting), lambda call: scheduler.sigmas[call])
-    compare(run(Heun(), sigmas, z), theirs)
+    compare(run(Heun("ratio"), sigmas, z), theirs)
 
 
 def _once(sigmas):
@@ -214,7 +215,7 @@ def test_dpm2(setting):
     def sigma_of(call):
         return (scheduler.sigmas_interpol if call % 2 else scheduler.sigmas)[call]
 
-    compare(run(DPM2(), sigmas, z), two_calls(scheduler, z, kind_of(setting), sigma_of))
+    compare(run(DPM2("ratio"), sigmas, z), two_calls(scheduler, z, kind_of(setting), sigma_of))
 
 
 @pytest.mark.parametrize("setting", WITHOUT_SAMPLE, ids=name)
@@ -316,11 +317,12 @@ def test_pndm(warmup, spacing):
     marginals = [VP.at(np.float32((i + 1) / 1000)) for i in times] + [VP.at(np.float32(0.0))]
 
     def ours():
-        solver = PNDM(warmup)
+        solver = WARMUPS[warmup == "plms"]
         x = ops.convert_to_tensor(first.astype("float32"))
         state = solver.init(x, steps)
         # Op by op JAX would compile the condition in every step anew.
-        step = backend.fused(lambda x, now, then, state: solver.step(MIXTURE, VP, x, now, then, None, state))
+        denoise = Denoiser.of(MIXTURE)
+        step = backend.fused(lambda x, now, then, state: solver.step(denoise, VP, x, now, then, None, state))
         for now, then in itertools.pairwise(marginals):
             x, _, state = step(x, now, then, state)
             yield numpy(x) / float(then.alpha)
@@ -401,7 +403,7 @@ def test_flow_match_heun():
         y = torch.tensor(x)
         for call, t in enumerate(scheduler.timesteps):
             y = scheduler.step(flow_answer(y.numpy(), scheduler.sigmas[call].numpy()), t, y, return_dict=False)[0]
-        *_, z = run(Heun(), sigmas / (1 - sigmas), x / (1 - sigmas[0]), FLOW)
+        *_, z = run(Heun("ratio"), sigmas / (1 - sigmas), x / (1 - sigmas[0]), FLOW)
         differences.append(np.sqrt(np.mean((z - y.numpy()) ** 2)))
     assert differences[-1] < 4e-3
     np.testing.assert_allclose(np.log2(differences[-2] / differences[-1]), 2.0, atol=0.3)

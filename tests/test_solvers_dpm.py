@@ -7,6 +7,7 @@ import pytest
 from keras import ops
 
 from kdiff import Sampler, analytic, schedules
+from kdiff.denoisers import Denoiser
 from kdiff.solvers import DDIM, DDPM, Solver
 from kdiff.solvers.dpm import (
     DPMSolver,
@@ -23,7 +24,7 @@ from kdiff.solvers.dpm_sde import (
     DPMSolverPPSinglestepSDE,
     DPMSolverSDE,
 )
-from tests.toys import MIXTURE, SCHEDULES, exact_denoiser, measured_order, numpy, solve
+from tests.toys import MIXTURE, SCHEDULES, exact_denoiser, measured_order, numpy, solve, walk
 
 COSINE = schedules.Cosine()
 CONTINUOUS = [COSINE, schedules.Rectified(), schedules.LinearBeta()]
@@ -72,10 +73,7 @@ def run(solver, schedule, steps, data=MIXTURE):
         return ops.convert_to_tensor(generator.standard_normal((3, 2)), "float32")
 
     marginals = [schedule.at(t) for t in Sampler(steps=steps).times(schedule)]
-    x = marginals[0].sigma * noise()
-    state = solver.init(x, steps)
-    for now, then in itertools.pairwise(marginals):
-        x, _, state = solver.step(data, schedule, x, now, then, noise, state)
+    *_, (x, _) = walk(solver, schedule, marginals, marginals[0].sigma * noise(), data, noise)
     return numpy(x)
 
 
@@ -295,7 +293,7 @@ def test_solvers_say_what_they_cost(solver):
         draws.append(1)
         return ops.ones_like(x)
 
-    solver.step(denoise, COSINE, x, *m, noise, solver.init(x, 5))
+    solver.step(Denoiser.of(denoise), COSINE, x, *m, noise, solver.init(x, 5))
     assert len(calls) == solver.evaluations
     assert all(-1.0 <= log_snr <= 0.5 + 1e-6 for log_snr in calls)
     assert bool(draws) == solver.stochastic

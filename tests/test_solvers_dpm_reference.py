@@ -19,7 +19,7 @@ from kdiff.solvers.dpm_sde import (
     DPMSolverPPSinglestepSDE,
     DPMSolverSDE,
 )
-from tests.toys import MIXTURE, numpy
+from tests.toys import MIXTURE, numpy, walk
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -43,16 +43,11 @@ def ours(solver, s, x, noise=None):
     """x after each step of `solver` along s = sigma / alpha."""
     marginals = [SCHEDULE.at_log_snr(np.float32(log_snr)) for log_snr in log_snrs_of(s)]
     draws = iter(() if noise is None else noise)
-    x = ops.convert_to_tensor(x, "float32")
-    state, path = solver.init(x, len(marginals) - 1), []
 
     def draw():
         return ops.convert_to_tensor(next(draws), "float32")
 
-    for now, then in itertools.pairwise(marginals):
-        x, _, state = solver.step(MIXTURE, SCHEDULE, x, now, then, draw, state)
-        path.append(numpy(x))
-    return path
+    return [numpy(x) for x, _ in walk(solver, SCHEDULE, marginals, x, noise=draw)]
 
 
 def theirs(scheduler, x, noise=None):

@@ -1,20 +1,19 @@
 """UniPC, SA-Solver and the solvers of distilled networks: order, exact moments, limits."""
 
 import itertools
-from functools import partial
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
-from kdiff import Sampler, analytic, backend, schedules
+from kdiff import Sampler, analytic, schedules
 from kdiff.schedules import Marginal
 from kdiff.solvers import DDIM, DDPM, Solver
 from kdiff.solvers.consistency import LCM, TCD, Consistency
 from kdiff.solvers.sa import SASolver, Tau, Within
 from kdiff.solvers.unipc import UniPC, moments
-from tests.toys import MIXTURE, SCHEDULES, exact_denoiser, measured_order, numpy, solve
+from tests.toys import MIXTURE, SCHEDULES, compiled_run, exact_denoiser, measured_order, numpy, solve, walk
 
 CONTINUOUS = [schedules.Cosine(), schedules.Rectified(), schedules.LinearBeta()]
 DATA = analytic.Gaussian([0.3, -0.5], [[0.5, 0.3], [0.3, 0.4]])
@@ -88,10 +87,7 @@ def moments_of_samples(solver, schedule, marginals, denoise):
 
     x = np.zeros((rows, size)) + alpha * DATA.mean
     x[1 : 1 + size] += np.linalg.cholesky(alpha**2 * DATA.covariance + sigma**2 * np.eye(size)).T
-    x = ops.convert_to_tensor(x, "float32")
-    state = solver.init(x, steps)
-    for now, then in itertools.pairwise(marginals):
-        x, _, state = solver.step(denoise, schedule, x, now, then, noise, state)
+    *_, (x, _) = walk(solver, schedule, marginals, x, denoise, noise)
     x = numpy(x).astype("float64")
     assert next(calls) - 1 <= steps
     return x[0], (x[1:] - x[0]).T @ (x[1:] - x[0])
@@ -249,10 +245,7 @@ def test_the_step_to_zero_is_stable(solver, schedule):
     for steps in (1, 2, 3):
         marginals = [schedule.at(np.float32(t)) for t in Sampler(steps=steps).times(schedule)]
         x = marginals[0].alpha * 0.3 * ops.ones((1, 2))
-        state = solver.init(x, steps)
-        for now, then in itertools.pairwise(marginals):
-            zero = ops.zeros((1, 2))
-            x, _, state = solver.step(exact_denoiser(), schedule, x, now, then, lambda zero=zero: zero, state)
+        *_, (x, _) = walk(solver, schedule, marginals, x, exact_denoiser(), lambda: ops.zeros((1, 2)))
         np.testing.assert_allclose(numpy(x), 0.3, atol=2e-5)
 
 
@@ -268,9 +261,8 @@ def test_runs_are_independent():
 def test_compiled_is_as_plain(solver):
     """A run compiled by the backend, and one that is not."""
     sampler, schedule = Sampler(solver, steps=4), schedules.Cosine()
-    fast = backend.compiled(partial(sampler.advance, MIXTURE, schedule), keras.Sequential())
-    *_, step = sampler.steps_of(MIXTURE, schedule, (3, 2), compiled=fast)
-    np.testing.assert_allclose(numpy(step.x), numpy(sampler(MIXTURE, schedule, (3, 2))), atol=2e-5)
+    fast, plain = compiled_run(sampler, schedule, (3, 2)), sampler(MIXTURE, schedule, (3, 2))
+    np.testing.assert_allclose(numpy(fast), numpy(plain), atol=2e-5)
 
 
 def test_values():

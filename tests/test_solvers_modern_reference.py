@@ -3,8 +3,6 @@
 Where diffusers is wrong, or does something of no use, the test that shows it says so. (diffusers 0.42.)
 """
 
-import itertools
-
 import numpy as np
 import pytest
 from keras import ops
@@ -17,7 +15,7 @@ from kdiff.solvers.base import noise_of
 from kdiff.solvers.consistency import LCM, TCD, Consistency
 from kdiff.solvers.sa import SASolver, Within
 from kdiff.solvers.unipc import UniPC
-from tests.toys import MIXTURE, numpy
+from tests.toys import MIXTURE, numpy, walk
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -67,10 +65,7 @@ def drawn():
 
 def ours(solver, schedule, marginals, denoise=MIXTURE, steps=None):
     """x after each step, from `START`; of a run of `steps` steps if more than there are."""
-    x, noise = ops.convert_to_tensor(START), drawn()
-    state = solver.init(x, steps or len(marginals) - 1)
-    for now, then in itertools.pairwise(marginals):
-        x, _, state = solver.step(denoise, schedule, x, now, then, noise, state)
+    for x, _ in walk(solver, schedule, marginals, START, denoise, drawn(), steps):
         yield numpy(x)
 
 
@@ -260,9 +255,8 @@ def tcd_pair(gamma, options, steps, monkeypatch):
 
 def ours_last(schedule, marginals, before):
     """The last step, from the x before it: DDIM's, to where their `s` and `then` are both i = 0."""
-    now, then = marginals[-2:]
-    x = ops.convert_to_tensor(before[-1] if before else START)
-    yield numpy(DDIM().step(MIXTURE, schedule, x, now, then, None, ())[0])
+    ((x, _),) = walk(DDIM(), schedule, marginals[-2:], before[-1] if before else START)
+    yield numpy(x)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 0.75])

@@ -9,6 +9,7 @@ from kdiff.backend.data import (
     on_host,
 )
 from kdiff.backend.operations import (
+    HIDDEN,
     attention,
     average_pool,
     convolution,
@@ -33,6 +34,7 @@ from kdiff.backend.running import (
     portable_optimizer,
     pullback,
     recomputed,
+    replaced,
     synchronise,
     unallocated,
     without_gradients,

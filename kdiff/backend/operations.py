@@ -252,16 +252,26 @@ def _gelu_of_tensorflow():
 def attention(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
     """`softmax(q k^T / sqrt(width)) v` in each head, for q, k and v of the shape (batch, tokens, heads, width).
 
-    Where a `mask`, (batch, query tokens, key tokens), is False, the weight is 0. The softmax is float32. PyTorch has a
-    kernel that never holds the whole table of weights; JAX has one on accelerators, and goes block by block on a CPU.
+    Where a `mask`, (batch, query tokens, key tokens) or (batch, 1, key tokens), is False, the weight is 0. With the
+    latter, queries that see nothing get 0; with the former each must see something. The softmax is float32. PyTorch has
+    a kernel that never holds the whole table of weights; JAX has one on accelerators, and goes block by block on a CPU,
+    unless the queries have masks of their own.
     """
     if BACKEND == "torch":
         return _attention_of_torch(q, k, v, mask)
-    if BACKEND == "jax" and mask is None:
-        return _attention_by_blocks(q, k, v) if _on_cpu() else ops.dot_product_attention(q, k, v)
-    logits = ops.cast(ops.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k), "float32")
-    logits = logits if mask is None else ops.where(mask[:, None], logits, -1e30)
-    return ops.einsum("bhqk,bkhd->bqhd", ops.cast(ops.softmax(logits, axis=-1), v.dtype), v)
+    if BACKEND == "jax" and _on_cpu() and (mask is None or mask.shape[1] == 1):
+        y = _attention_by_blocks(q, k, v, mask)
+    elif BACKEND == "jax" and mask is None:
+        y = ops.dot_product_attention(q, k, v)
+    else:
+        logits = ops.cast(ops.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k), "float32")
+        logits = logits if mask is None else ops.where(mask[:, None], logits, HIDDEN)
+        y = ops.einsum("bhqk,bkhd->bqhd", ops.cast(ops.softmax(logits, axis=-1), v.dtype), v)
+    # Where all is hidden, the softmax of equal logits is a mean.
+    return y if mask is None or mask.shape[1] != 1 else ops.where(ops.any(mask, axis=-1)[..., None, None], y, 0)
+
+
+HIDDEN = -1e30  # the logit of what is masked: not infinite, for the softmax of infinities alone is NaN
 
 
 def _attention_of_torch(q, k, v, mask):
@@ -283,10 +293,10 @@ def _on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def _attention_by_blocks(q: Any, k: Any, v: Any) -> Any:
+def _attention_by_blocks(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
     """Attention on JAX: of some heads at a time, or of some of the queries of one head, so that the table of weights
     stays in the cache. It is not kept for the gradient, but computed again. Positions come last, not channels: heads
-    are narrow, and XLA multiplies matrices with short rows slowly.
+    are narrow, and XLA multiplies matrices with short rows slowly. `mask` is (batch, 1, keys).
     """
     import jax
 
@@ -296,15 +306,18 @@ def _attention_by_blocks(q: Any, k: Any, v: Any) -> Any:
     queries = _divisor(tokens, in_table // keys) if blocks == 1 else tokens
     q, k, v = (ops.reshape(ops.transpose(x, (0, 2, 3, 1)), (-1, blocks, width, x.shape[1])) for x in (q, k, v))
     q = ops.transpose(ops.reshape(q * width**-0.5, (*q.shape[:-1], -1, queries)), (0, 3, 1, 2, 4))
+    if mask is not None:
+        mask = ops.reshape(ops.broadcast_to(mask, (batch, heads, keys)), (-1, blocks, keys, 1))
 
     @jax.checkpoint
-    def of_queries(q, k, v):
+    def of_queries(q, k, v, mask):
         logits = ops.cast(ops.einsum("bdk,bdq->bkq", k, q), "float32")
+        logits = logits if mask is None else ops.where(mask, logits, HIDDEN)
         weights = ops.exp(logits - jax.lax.stop_gradient(ops.max(logits, axis=1, keepdims=True)))
         y = ops.einsum("bdk,bkq->bdq", v, ops.cast(weights, v.dtype))
         return y / ops.cast(ops.sum(weights, axis=1, keepdims=True), y.dtype)
 
-    y = jax.lax.map(lambda block: jax.lax.map(lambda some: of_queries(some, *block[1:]), block[0]), (q, k, v))
+    y = jax.lax.map(lambda block: jax.lax.map(lambda some: of_queries(some, *block[1:]), block[0]), (q, k, v, mask))
     y = ops.reshape(ops.transpose(y, (0, 2, 3, 1, 4)), (batch, heads, width, tokens))
     return ops.transpose(y, (0, 3, 1, 2))
 

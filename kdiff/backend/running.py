@@ -164,19 +164,23 @@ def recomputed(layer: keras.layers.Layer, tensors: dict[str, Any], **options: An
 
     `keras.RematScope` does not do it: on TensorFlow it takes no keyword arguments, on JAX only arrays, and with dropout
     the second pass would draw other numbers. Here each pass starts from the same values of the layer's variables.
+    Tensors may be nested. TensorFlow would ask for the gradient of those that are not floating-point, such as masks.
     """
     weights, changing = layer.trainable_variables, layer.non_trainable_variables
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    leaves = tree.flatten(tensors)
+    learned = [leaf is not None and ops.is_tensor(leaf) and "float" in str(leaf.dtype) for leaf in leaves]
+    given = [leaf for leaf, is_learned in zip(leaves, learned, strict=True) if is_learned]
     values = [ops.convert_to_tensor(variable.value) for variable in weights]
     values += [ops.copy(variable.value) for variable in changing]  # PyTorch changes them in place
 
     def pure(*arguments):
-        inputs = dict(zip(given, arguments, strict=False))
+        values = iter(arguments[: len(given)])
+        inputs = [next(values) if one else leaf for leaf, one in zip(leaves, learned, strict=True)]
         with keras.StatelessScope(list(zip(weights + changing, arguments[len(given) :], strict=True))) as scope:
-            y = layer(**inputs, **options)
+            y = layer(**tree.pack_sequence_as(tensors, inputs), **options)
             return (y, *[scope.get_current_value(variable) for variable in changing])
 
-    y, *states = keras.remat(pure)(*given.values(), *values)
+    y, *states = keras.remat(pure)(*given, *values)
     for variable, state in zip(changing, states, strict=True):
         variable.assign(state)
     return y
@@ -199,6 +203,21 @@ def unallocated() -> Iterator[None]:
         global_state.set_global_attribute("uninitialized_variables", waiting)
 
 
+@contextlib.contextmanager
+def replaced(layer: keras.layers.Layer, part: keras.layers.Layer) -> Iterator[None]:
+    """Inside, another layer may take the place of `part` as an attribute of `layer`.
+
+    Keras forgets no layer that an attribute has held, and takes no new one after `build`.
+    """
+    tracker = layer._tracker
+    tracker.untrack(part)
+    locked, tracker.locked = tracker.locked, False
+    try:
+        yield
+    finally:
+        tracker.locked = locked
+
+
 def needs_no_preparation(layer: keras.layers.Layer, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether `layer.call` does on PyTorch what `layer(...)` does: with built layers and tensors in float32.
 
@@ -212,8 +231,9 @@ def needs_no_preparation(layer: keras.layers.Layer, args: tuple, kwargs: dict[st
 
     if layer._call_has_training_arg and kwargs.get("training") is None:
         return False  # Keras finds out from the layers around it
-    values = [value for value in (*args, *kwargs.values()) if value is not None and not isinstance(value, bool)]
-    known = all(isinstance(x, torch.Tensor) and x.dtype == torch.float32 for x in values)
+    values = [part for value in (*args, *kwargs.values()) for part in (value if isinstance(value, tuple) else (value,))]
+    values = [value for value in values if value is not None and not isinstance(value, bool)]
+    known = all(isinstance(x, torch.Tensor) and x.dtype in (torch.float32, torch.bool) for x in values)
     watched = layer._forward_hooks or layer._forward_pre_hooks or layer.activity_regularizer is not None
     changed = getattr(layer, "quantization_mode", None) or getattr(layer, "_remat_mode", None)
     return known and not watched and not changed and keras_backend.get_autocast_scope() is None

@@ -1,8 +1,9 @@
 """Keras layers from which networks are composed, each usable alone in any Keras model."""
 
 from kdiff.blocks.attention import CrossAttention, MultiHeadAttention, SelfAttention
-from kdiff.blocks.base import Block, Chain
-from kdiff.blocks.conditions import Condition, OptionalCondition
+from kdiff.blocks.base import Block, Chain, Tokens
+from kdiff.blocks.beside import Beside
+from kdiff.blocks.conditions import Condition, Encoded, Input, Joint, OptionalCondition
 from kdiff.blocks.convolution import ConvBlock, ConvNeXtBlock, ResidualBlock, SimpleBlock
 from kdiff.blocks.embeddings import (
     FourierEmbedding,
@@ -32,6 +33,7 @@ from kdiff.blocks.transformer import FeedForward, SpatialTransformer, Transforme
 
 __all__ = [
     "AdaptiveNorm",
+    "Beside",
     "Block",
     "Chain",
     "Condition",
@@ -41,6 +43,7 @@ __all__ = [
     "CrossAttention",
     "Dense",
     "Downsample",
+    "Encoded",
     "EncodedText",
     "FIRDownsample",
     "FIRUpsample",
@@ -48,6 +51,8 @@ __all__ = [
     "FourierEmbedding",
     "Global",
     "GroupNorm",
+    "Input",
+    "Joint",
     "LabelEmbedding",
     "LayerNorm",
     "LearnedEmbedding",
@@ -72,6 +77,7 @@ __all__ = [
     "SinusoidalEmbedding",
     "SpatialTransformer",
     "TextEncoder",
+    "Tokens",
     "TransformerBlock",
     "UnitMagnitude",
     "Unpatchify",

@@ -10,6 +10,7 @@ from kdiff import backend, switches
 from kdiff.base import check_integer, check_number
 from kdiff.blocks.base import (
     Block,
+    Tokens,
     apply_layer,
     build_layer,
     check_given,
@@ -30,7 +31,8 @@ class MultiHeadAttention(Block):
 
     Vaswani et al., "Attention Is All You Need" (2017), equation 1 and section 3.2.2. On a map (batch, height, width,
     channels) or tokens (batch, tokens, channels). Queries come from `x`; keys and values from `context`, (batch,
-    tokens, dim), where it is given, else from `x`.
+    tokens, dim), where it is given, else from `x`. What the mask of `Tokens` hides is not attended to; who sees nothing
+    at all gets 0 from the heads.
 
     Args:
         heads: the number of heads.
@@ -74,6 +76,7 @@ class MultiHeadAttention(Block):
         check_positions(self, x_shape)
         self._split = split_heads(self, x_shape[-1])
         inner = math.prod(self._split)
+        context_shape = opened(context_shape)[0]
         source = x_shape if context_shape is None else context_shape
         if context_shape is None:
             self._check_positions(x_shape[1:-1])
@@ -104,7 +107,8 @@ class MultiHeadAttention(Block):
         return layer
 
     def call(self, x, embed=None, context=None, training=None):
-        """A map or tokens, with `context` (batch, other tokens, dim) or None, to the shape of `x`."""
+        """A map or tokens, with `context` (batch, other tokens, dim), `Tokens` or None, to the shape of `x`."""
+        context, mask = opened(context)
         source = x if context is None else context
         q = self._in_heads(self.query(x), self.query_norm)
         k = self._in_heads(self.key(source), self.key_norm)
@@ -114,7 +118,8 @@ class MultiHeadAttention(Block):
         if context is None and switches.is_identity(self.path):
             y = v
         else:
-            y = (self.pattern if context is None else Global())(q, k, v)
+            masked = {} if mask is None else {"mask": mask}
+            y = (self.pattern if context is None else Global())(q, k, v, **masked)
         return self.output_layer(ops.reshape(y, (*ops.shape(x)[:-1], math.prod(self._split))))
 
     def _in_heads(self, x, norm=None):
@@ -123,9 +128,15 @@ class MultiHeadAttention(Block):
 
     def multiply_adds(self, x_shape, embed_shape=None, context_shape=None):
         """Those of `q k` and of the weighted sum of `v`."""
+        context_shape = opened(context_shape)[0]
         sizes, (heads, width) = x_shape[1:-1], split_heads(self, x_shape[-1])
         keys = self.pattern.keys(sizes, width) if context_shape is None else context_shape[1]
         return 2 * math.prod(x_shape[:-1]) * keys * heads * width
+
+
+def opened(context: Any) -> tuple[Any, Any]:
+    """(values, mask) of a context, either of which may be None; or their shapes."""
+    return context if isinstance(context, Tokens) else (context, None)
 
 
 def split_heads(layer: Block, width: int) -> tuple[int, int]:
@@ -235,7 +246,7 @@ class SelfAttention(_Branch):
     """Attention of every position to every position, as a residual: `x + attention(norm(x))`.
 
     Ho et al. (2020), appendix B; heads as in Dhariwal & Nichol (2021), section 3. On a map (batch, height, width,
-    channels) or tokens (batch, tokens, channels).
+    channels) or tokens (batch, tokens, channels). Where `context` is `Tokens(None, mask)`, the mask is that of `x`.
 
     Args:
         heads, head_width, bias, pattern, qk_norm, rotary: as in `MultiHeadAttention`.
@@ -280,7 +291,8 @@ class SelfAttention(_Branch):
         self.attention.build(x_shape)
 
     def _branch(self, x, context):
-        return self.attention(x)
+        own = context if isinstance(context, Tokens) and context.values is None else None
+        return self.attention(x, context=own)
 
 
 class CrossAttention(_Branch):
@@ -315,13 +327,13 @@ class CrossAttention(_Branch):
         self.qk_norm = None if qk_norm is None else copy_layer(qk_norm, name="qk_norm", dtype=self.dtype_policy)
 
     def _build_branch(self, x_shape, context_shape):
-        check_given(self, "context", context_shape, "tokens of the shape (batch, tokens, dim)")
+        check_given(self, "context", opened(context_shape)[0], "tokens of the shape (batch, tokens, dim)")
         check_positions(self, x_shape)
         self.attention = _attention(self, qk_norm=self.qk_norm)
         self.attention.build(x_shape, context_shape)
 
     def _branch(self, x, context):
-        check_given(self, "context", context, "tokens of the shape (batch, tokens, dim)")
+        check_given(self, "context", opened(context)[0], "tokens of the shape (batch, tokens, dim)")
         return self.attention(x, context=context)
 
 

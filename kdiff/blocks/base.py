@@ -6,7 +6,7 @@ A block is a Keras layer that is called as
 
     x         a map (batch, height, width, channels) or tokens (batch, tokens, channels)
     embed     one vector an example, (batch, dim): what the network knows of time and class
-    context   a sequence an example, (batch, tokens, dim): what it knows of a text, say
+    context   a sequence an example, (batch, tokens, dim): what it knows of a text, say; with a mask, `Tokens`
 
 and ignores what it does not use, so any block can stand where another stood. Widths are inferred when a block is built.
 A layer given to a constructor is a template: the block works with a copy of it, so that no two share weights.
@@ -15,7 +15,7 @@ A layer given to a constructor is a template: the block works with a copy of it,
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import keras
 import numpy as np
@@ -26,6 +26,20 @@ from kdiff.blocks.initializers import GlorotUniform
 from kdiff.blocks.layers import Dense, Direct
 
 Shape = tuple[int | None, ...]
+
+
+class Tokens(NamedTuple):
+    """A sequence of which not all is there: what a block is given as `context` where there is a mask.
+
+    Blocks pass it on as it is; attention alone looks inside.
+
+    Attributes:
+        values: (batch, tokens, dim); None where the mask is that of `x` itself, as in a joint sequence.
+        mask: (batch, tokens), True for a token that is attended to.
+    """
+
+    values: Any
+    mask: Any
 
 
 class ConfigurableLayer(Configurable):
@@ -98,36 +112,49 @@ def copy_layer(layer: Any, **changes: Any) -> keras.layers.Layer:
     return type(layer).from_config({**config, **keras.saving.serialize_keras_object(changes)})
 
 
-def apply_layer(layer: keras.layers.Layer, x: Any, embed: Any = None, context: Any = None, training=None) -> Any:
-    """Calls a block or any other Keras layer with as much of `embed`, `context` and `training` as it takes."""
-    return layer(x, **_taken(layer, {"embed": embed, "context": context, "training": training}))
+def apply_layer(
+    layer: keras.layers.Layer, x: Any, embed: Any = None, context: Any = None, training=None, **others: Any
+) -> Any:
+    """Calls a block or any other Keras layer with as much of `embed`, `context`, `training` and others as it takes."""
+    return layer(x, **_taken(layer, {"embed": embed, "context": context, "training": training, **others}))
 
 
-def build_layer(layer: keras.layers.Layer, x_shape: Shape, embed_shape=None, context_shape=None) -> Shape:
-    """Builds a layer, unless it is built (loading builds what was saved built), and gives the shape of its output."""
+def build_layer(layer: keras.layers.Layer, x_shape: Shape, embed_shape=None, context_shape=None, **others) -> Any:
+    """Builds a layer, unless it is built (loading builds what was saved built), and gives the shape of its output.
+
+    `others` are the shapes of other arguments of its call, by the names of those.
+    """
     if not layer.built:
-        _build(layer, x_shape, embed_shape, context_shape)
-    return output_shape(layer, x_shape, embed_shape, context_shape)
+        _build(layer, x_shape, embed_shape, context_shape, others)
+    return output_shape(layer, x_shape, embed_shape, context_shape, **others)
 
 
-def _build(layer, x_shape, embed_shape, context_shape):
-    shapes = {"embed": embed_shape, "context": context_shape}
+def _build(layer, x_shape, embed_shape, context_shape, others):
+    shapes = {"embed": embed_shape, "context": context_shape, **others}
     if type(layer).build is keras.layers.Layer.build:  # a layer without a `build` makes its weights by being called
-        layer(keras.KerasTensor(x_shape), **_symbols(layer, shapes))
+        layer(_symbol(x_shape), **_symbols(layer, shapes))
         return
     accepted = _parameters(type(layer).build)
     named = {f"{name}_shape": shape for name, shape in shapes.items() if shape is not None}
     layer.build(x_shape, **{name: shape for name, shape in named.items() if name in accepted})
 
 
-def output_shape(layer: keras.layers.Layer, x_shape: Shape, embed_shape=None, context_shape=None) -> Shape:
-    """The shape of the output of a block or any other Keras layer."""
-    symbols = _symbols(layer, {"embed": embed_shape, "context": context_shape})
-    return layer.compute_output_spec(keras.KerasTensor(x_shape), **symbols).shape
+def output_shape(layer: keras.layers.Layer, x_shape: Shape, embed_shape=None, context_shape=None, **others) -> Any:
+    """The shape of the output of a block or any other Keras layer; shapes in the output's structure if it has one."""
+    symbols = _symbols(layer, {"embed": embed_shape, "context": context_shape, **others})
+    spec = layer.compute_output_spec(_symbol(x_shape), **symbols)
+    return keras.tree.map_structure(lambda y: None if y is None else tuple(y.shape), spec)
 
 
 def _symbols(layer, shapes):
-    return {name: keras.KerasTensor(shape) for name, shape in _taken(layer, shapes).items()}
+    return {name: _symbol(shape) for name, shape in _taken(layer, shapes).items()}
+
+
+def _symbol(shape):
+    """A symbolic tensor, or several by name."""
+    if isinstance(shape, dict):
+        return {name: _symbol(one) for name, one in shape.items()}
+    return keras.KerasTensor(shape)
 
 
 def _taken(layer: keras.layers.Layer, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,11 @@
-"""Conditions: what is known of an example, such as its class or a text, as a vector or as tokens.
+"""Conditions: what is known of an example, such as its class, a text or an image, as a vector, tokens or a map.
 
-A network has a layer for each condition, by its name. What the layer makes of it is added to `embed` if it is a vector,
-(batch, dim), and is a part of `context` if it is tokens, (batch, tokens, dim):
+A network has a layer for each condition, by its name. What the layer gives is `Encoded`, or one tensor, which is told
+by its rank; it has up to three uses:
+
+    vector   (batch, dim)                       added to `embed`
+    tokens   (batch, tokens, dim)               a part of `context`, attended to where `mask`, (batch, tokens), is True
+    map      (batch, height, width, channels)   joined to the channels of x_t
 
     UNet.transformer(64, conditions={"label": LabelEmbedding(10, dropout=0.1), "text": TextEncoder()})
 
@@ -10,7 +14,8 @@ training, so that the network learns the unconditional distribution too (Ho & Sa
 Guidance", 2022, algorithm 1), and guidance and `sample(text=None)` ask for it.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
 
 import keras
 import numpy as np
@@ -18,10 +23,103 @@ from keras import ops
 
 from kdiff import random
 from kdiff.base import check_integer, check_number
-from kdiff.blocks.base import Block, apply_layer, build_layer, copy_layer, output_shape
+from kdiff.blocks.base import Block, ConfigurableLayer, apply_layer, build_layer, copy_layer, get_layer, output_shape
 from kdiff.blocks.initializers import Normal
 
 DROPPING = 4  # the stream of random numbers, beside those of `kdiff.random`
+
+
+class Encoded(NamedTuple):
+    """What the layer of a condition gives: see the module's first lines. What is None there is not."""
+
+    vector: Any = None
+    tokens: Any = None
+    mask: Any = None
+    map: Any = None
+
+    @classmethod
+    def of(cls, y: Any) -> Self:
+        """`y` itself, or one tensor, or its shape, by its rank."""
+        if isinstance(y, cls):
+            return y
+        shape = tuple(getattr(y, "shape", y))
+        kinds = {2: "vector", 3: "tokens", 4: "map"}
+        if len(shape) not in kinds:
+            raise ValueError(
+                "the layer of a condition must give (batch, dim), (batch, tokens, dim), (batch, height, width, "
+                f"channels), or `Encoded`; it gives: {shape}"
+            )
+        return cls(**{kinds[len(shape)]: y})
+
+
+class Input(NamedTuple):
+    """An input of a network that goes to the layer of a condition.
+
+    Attributes:
+        key: in the dictionary that the layer is called with; None where it is called with this input alone.
+        part: what knows its `null`, and how to `prepare` and to `check` it; None for nothing.
+        optional: whether it may be missing.
+    """
+
+    key: str | None
+    part: Any
+    optional: bool = False
+
+
+def inputs_of(layer: keras.layers.Layer, name: str) -> dict[str, Input]:
+    """The inputs, by name, that the layer of the condition `name` takes: its method of this name says if several."""
+    return layer.inputs_of(name) if hasattr(layer, "inputs_of") else {name: Input(None, layer)}
+
+
+def given_to(layer: keras.layers.Layer, name: str, values: Mapping[str, Any]) -> Any:
+    """What the layer of the condition `name` is called with, of tensors, or shapes, by name."""
+    inputs = inputs_of(layer, name)
+    if inputs.keys() == {name} and inputs[name].key is None:
+        return values[name]
+    return {one.key: values[name] for name, one in inputs.items() if name in values}
+
+
+class Joint(ConfigurableLayer, keras.layers.Layer):
+    """Several inputs as one condition, a vector: `layer([parts])`, the parts each through its own layer and flattened.
+
+    Stable Diffusion XL's (Podell et al., 2023, section 2.2) is a vector of the text and waves of six numbers:
+
+        Joint({"text_embeds": Identity(), "time_ids": SinusoidalEmbedding(256)}, MLPEmbedding(Identity(), 1280))
+
+    Args:
+        parts: a layer for each input, by its name in the input of the network, in their order. `dropout` is theirs.
+        layer: of all of them, (batch, sum of the parts' numbers).
+    """
+
+    def __init__(self, parts: Mapping[str, keras.layers.Layer], layer: keras.layers.Layer, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        if not parts:
+            raise ValueError(f"Joint: `parts` must be layers by name, at least one; received: {parts!r}")
+        self.parts = {name: get_layer(part) for name, part in parts.items()}
+        self.layer = get_layer(layer)
+
+    def inputs_of(self, name: str) -> dict[str, Input]:
+        """Those of the parts."""
+        return {one: Input(one, part) for one, part in self.parts.items()}
+
+    def build(self, x_shape, embed_shape=None):
+        """Builds the layers."""
+        shapes = [build_layer(part, x_shape[name], embed_shape) for name, part in self.parts.items()]
+        sizes = [int(np.prod(shape[1:])) for shape in shapes]
+        build_layer(self.layer, (shapes[0][0], sum(sizes)), embed_shape)
+
+    def call(self, x, embed=None, training=None):
+        """A dictionary of the inputs to (batch, dim)."""
+        parts = [apply_layer(part, x[name], embed, training=training) for name, part in self.parts.items()]
+        flat = [ops.reshape(y, (ops.shape(y)[0], int(np.prod(y.shape[1:])))) for y in parts]
+        flat = [ops.cast(y, self.compute_dtype) for y in flat]
+        return apply_layer(self.layer, ops.concatenate(flat, axis=-1), embed, training=training)
+
+    def compute_output_spec(self, x, embed=None, training=None):
+        """That of the layer's output."""
+        shapes = [output_shape(part, x[name].shape, embed and embed.shape) for name, part in self.parts.items()]
+        flat = keras.KerasTensor((shapes[0][0], sum(int(np.prod(shape[1:])) for shape in shapes)))
+        return self.layer.compute_output_spec(flat)
 
 
 class Condition(Block):
@@ -61,23 +159,26 @@ class Condition(Block):
         """Raises a ValueError for prepared values, one row an example, that the layer does not take."""
 
     def encode(self, x, embed, training):
-        """The input, some rows of which may be `null`, to a vector (batch, dim) or tokens (batch, tokens, dim)."""
+        """The input, some rows of which may be `null`, to `Encoded` or one tensor."""
         raise NotImplementedError
 
     def call(self, x, embed=None, context=None, training=None):
-        """One row an example to (batch, dim) or (batch, tokens, dim)."""
+        """One row an example to what `encode` gives."""
         if training and self.dropout > 0:
-            x = self._dropped(x)
+            x = self._dropped(x, self._next())
         return self.encode(x, embed, training)
 
-    def _dropped(self, x):
+    def _next(self):
+        """The key of this call, (seed, number of the call)."""
+        return ops.cast(self._generator.next(), "int32")
+
+    def _dropped(self, x, key):
         null = self.null
         if null is None:
             raise ValueError(
                 f"{type(self).__name__}: a `dropout` needs a `null`, which takes the place of what is lost"
             )
-        key = random.fold(ops.cast(self._generator.next(), "int32"), 0, DROPPING)
-        dropped = random.uniform(key, (ops.shape(x)[0],)) < self.dropout
+        dropped = random.uniform(random.fold(key, 0, DROPPING), (ops.shape(x)[0],)) < self.dropout
         x = ops.cast(x, null.dtype)
         return ops.where(ops.reshape(dropped, (-1, *[1] * (len(x.shape) - 1))), ops.convert_to_tensor(null), x)
 

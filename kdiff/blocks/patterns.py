@@ -1,13 +1,14 @@
 """Who attends to whom: functions of queries, keys and values in heads.
 
-    y = pattern(q, k, v)
+    y = pattern(q, k, v, mask=None)
 
 of q, k, v and y with the shape (batch, height, width, heads, head_width), a map, or (batch, tokens, heads, head_width),
 where q and k come from the same positions. With `A` the positions that position i sees,
 
     y_i = sum over j in A(i) of softmax_j(q_i k_j / sqrt(head_width)) v_j
 
-`Linear` alone has other weights. A pattern of your own is `__call__`, and `check` and `keys` where they differ.
+or fewer of them: those j for which `mask`, (batch, keys), is True; where none is left, y_i = 0. `Linear` alone has
+other weights. A pattern of your own is `__call__`, and `check` and `keys` where they differ.
 """
 
 from typing import Any, NamedTuple
@@ -22,9 +23,9 @@ Sizes = tuple[int | None, ...]
 
 
 class Pattern(Value):
-    """Who attends to whom: `pattern(q, k, v) -> y` (see the module's first lines)."""
+    """Who attends to whom: `pattern(q, k, v, mask) -> y` (see the module's first lines)."""
 
-    def __call__(self, q: Any, k: Any, v: Any) -> Any:
+    def __call__(self, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
         """A map or tokens in heads, of the shape of `q`."""
         raise NotImplementedError
 
@@ -42,9 +43,10 @@ class Global(Pattern):
     Vaswani et al., "Attention Is All You Need" (2017), equation 1.
     """
 
-    def __call__(self, q, k, v):
+    def __call__(self, q, k, v, mask=None):
         """A map or tokens in heads, of the shape of `q`."""
-        return ops.reshape(backend.attention(*map(_flat, (q, k, v))), ops.shape(q))
+        seen = None if mask is None else _in_line(mask)[:, None]
+        return ops.reshape(backend.attention(*map(_flat, (q, k, v)), seen), ops.shape(q))
 
 
 class Linear(Pattern):
@@ -54,10 +56,13 @@ class Linear(Pattern):
     Attention with Linear Complexities" (2021), section 3.
     """
 
-    def __call__(self, q, k, v):
+    def __call__(self, q, k, v, mask=None):
         """A map or tokens in heads, of the shape of `q`; computed in float32."""
         shape, dtype = ops.shape(q), q.dtype
         q, k, v = (ops.cast(_flat(x), "float32") for x in (q, k, v))
+        if mask is not None:
+            seen = _in_line(mask)[..., None, None]
+            k, v = ops.where(seen, k, backend.HIDDEN), ops.where(seen, v, 0)
         summary = ops.einsum("bnhd,bnhe->bhde", ops.softmax(k, axis=1), v)
         y = ops.einsum("bnhd,bhde->bnhe", ops.softmax(q, axis=-1), summary)
         return ops.cast(ops.reshape(y, shape), dtype)
@@ -84,7 +89,7 @@ class _Local(Pattern):
     def _axis(self, length: int) -> _Axis:
         raise NotImplementedError
 
-    def __call__(self, q, k, v):
+    def __call__(self, q, k, v, mask=None):
         """A map in heads, of the shape of `q`."""
         sizes = q.shape[1:-2]
         self.check(sizes)
@@ -92,7 +97,13 @@ class _Local(Pattern):
             raise ValueError(f"{type(self).__name__}: height and width must be known; received: {tuple(sizes)}")
         rows, columns = map(self._axis, sizes)
         k, v = (_tiled(x, rows.keys, columns.keys) for x in (k, v))
-        y = backend.attention(_tiled(q, rows.queries, columns.queries), k, v, _mask(rows, columns, ops.shape(q)[0]))
+        seen = _mask(rows, columns, ops.shape(q)[0])
+        if mask is not None:
+            there = _tiled(ops.reshape(mask, (-1, *sizes, 1, 1)), rows.keys, columns.keys)[:, None, :, 0, 0]
+            seen = there if seen is None else there & seen
+        y = backend.attention(_tiled(q, rows.queries, columns.queries), k, v, seen)
+        if mask is not None:
+            y = ops.where(ops.any(seen, axis=-1)[..., None, None], y, 0)
         return _untiled(y, rows.queries, columns.queries)
 
     def check(self, sizes):
@@ -180,6 +191,11 @@ _TILE = 8
 def _flat(x):
     """The positions of a map in one axis, row after row."""
     return ops.reshape(x, (ops.shape(x)[0], -1, *x.shape[-2:]))
+
+
+def _in_line(mask):
+    """The mask of a map or of tokens as (batch, positions)."""
+    return ops.reshape(mask, (ops.shape(mask)[0], -1))
 
 
 def _tiled(x, rows, columns):

@@ -8,8 +8,17 @@ import numpy as np
 from keras import ops
 
 from kdiff.base import Configurable, check_integer
-from kdiff.blocks.base import Chain, apply_layer, build_layer, copy_layer, derive_seed, get_layer, kernel_initializer
-from kdiff.blocks.conditions import Condition, OptionalCondition
+from kdiff.blocks.base import (
+    Chain,
+    Tokens,
+    apply_layer,
+    build_layer,
+    copy_layer,
+    derive_seed,
+    get_layer,
+    kernel_initializer,
+)
+from kdiff.blocks.conditions import Condition, Encoded, OptionalCondition
 from kdiff.blocks.embeddings import LearnedEmbedding
 from kdiff.blocks.layers import Dense
 from kdiff.blocks.normalization import LayerNorm
@@ -21,8 +30,8 @@ class TextEncoder(Condition):
     """A text as tokens, learned with the network: `norm(blocks(table[token] + position))`, (batch, length, width).
 
     The transformer of Nichol et al., "GLIDE" (2021), section 4, small. `fit` and `sample` take strings, or the whole
-    numbers of the tokenizer. As in CLIP and Stable Diffusion, no mask hides padding: it is a token like any other, and
-    a text of padding alone, "", stands for no text.
+    numbers of the tokenizer. A text of padding alone, "", stands for no text. As in CLIP and Stable Diffusion, no mask
+    hides padding, which is a token like any other, unless the layer is `masked`.
 
     Args:
         tokenizer: a `Tokenizer` or its name. Those of a model that is trained must not change.
@@ -33,6 +42,7 @@ class TextEncoder(Condition):
         pooled: whether the mean of the tokens, through a dense layer, makes one vector as wide as `embed` (without one,
             `width`), for networks that attend to no context.
         dropout, seed: as in `Condition`.
+        masked: whether padding is hidden from the blocks, the mean, and those who attend to the text.
     """
 
     def __init__(
@@ -45,6 +55,7 @@ class TextEncoder(Condition):
         pooled: bool = False,
         dropout: float = 0.1,
         seed: int = 0,
+        masked: bool = False,
         **kwargs,
     ):
         super().__init__(dropout, seed, **kwargs)
@@ -56,6 +67,7 @@ class TextEncoder(Condition):
         self.heads = heads
         self.block = None if block is None else get_layer(block)
         self.pooled = pooled
+        self.masked = masked
         policy = {"dtype": self.dtype_policy}
         self.table = LearnedEmbedding(self.tokenizer.vocabulary_size, width, name="table", **policy)
         self.positions = LearnedEmbedding(name="positions", **policy)
@@ -106,17 +118,35 @@ class TextEncoder(Condition):
             )
 
     def encode(self, x, embed, training):
-        """Tokens (batch, length) to (batch, length, width), or (batch, dim) if `pooled`."""
+        """Tokens (batch, length) to (batch, length, width), with a mask if `masked`; or (batch, dim) if `pooled`."""
         self._check_shape(x.shape)
+        mask = ops.not_equal(x, self.tokenizer.padding) if self.masked else None
+        own = None if mask is None else Tokens(None, mask)
         x = self.positions(self.table(x))
-        x = self.norm(apply_layer(self.blocks, x, training=training))
-        return self.pool(ops.mean(x, axis=1)) if self.pooled else x
+        x = self.norm(apply_layer(self.blocks, x, context=own, training=training))
+        if self.pooled:
+            return self.pool(ops.mean(x, axis=1) if mask is None else _masked_mean(x, mask))
+        return x if mask is None else Encoded(tokens=x, mask=mask)
 
     def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
         """(batch, length, width), or (batch, dim) if `pooled`."""
         if self.pooled:
             return (x_shape[0], self.width if embed_shape is None else embed_shape[-1])
         return (x_shape[0], self.tokenizer.length, self.width)
+
+    def compute_output_spec(self, x, embed=None, context=None, training=None):
+        """The specification of what `encode` gives."""
+        shape = self.compute_output_shape(x.shape, None if embed is None else embed.shape)
+        y = keras.KerasTensor(shape, self.compute_dtype)
+        if self.pooled or not self.masked:
+            return y
+        return Encoded(tokens=y, mask=keras.KerasTensor(shape[:2], "bool"))
+
+
+def _masked_mean(x, mask):
+    """The mean of the tokens that there are; 0 of none."""
+    weights = ops.cast(mask, x.dtype)[..., None]
+    return ops.sum(weights * x, axis=1) / ops.maximum(ops.sum(weights, axis=1), 1)
 
 
 class EncodedText(OptionalCondition):

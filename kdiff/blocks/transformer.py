@@ -7,7 +7,15 @@ from keras import ops
 
 from kdiff import backend
 from kdiff.base import check_integer, check_number
-from kdiff.blocks.attention import CrossAttention, SelfAttention, _Branch, check_heads, check_positions, split_heads
+from kdiff.blocks.attention import (
+    CrossAttention,
+    SelfAttention,
+    _Branch,
+    check_heads,
+    check_positions,
+    opened,
+    split_heads,
+)
 from kdiff.blocks.base import (
     Block,
     apply_layer,
@@ -156,7 +164,8 @@ class TransformerBlock(Block):
         attention = self._arguments("heads", "head_width", "bias", "qk_norm")
         own = self._arguments("pattern", "rotary")
         self.self_attention = SelfAttention(**attention, **own, **self._shared(0))
-        self.cross_attention = None if context_shape is None else CrossAttention(**attention, **self._shared(1))
+        crossed = opened(context_shape)[0] is not None
+        self.cross_attention = CrossAttention(**attention, **self._shared(1)) if crossed else None
         self.feed_forward = FeedForward(**self._arguments("ratio", "activation", "glu"), **self._shared(2))
         for branch in self._branches():
             build_layer(branch, x_shape, embed_shape, context_shape)

@@ -6,7 +6,23 @@ A codec encodes a batch of examples into the space where noise is added, and dec
     examples = codec.decode(x)
 
 It may change shape and rank. It is a Keras layer, and may have weights, which are not trained by the model, not
-averaged, and saved with it unless `saved` is False. It computes at its own precision.
+averaged, and saved with it unless `saved` is False. It computes at its own precision. One of your own, trained
+elsewhere:
+
+    class Latent(Codec):
+        def __init__(self, encoder, decoder):
+            super().__init__()
+            self.encoder, self.decoder = encoder, decoder
+
+        def encode(self, examples, key=None):
+            mean, log_variance = ops.split(self.encoder(examples), 2, axis=-1)
+            return mean if key is None else mean + ops.exp(0.5 * log_variance) * random.normal(key, ops.shape(mean))
+
+        def decode(self, x):
+            return self.decoder(x)
+
+        def data_shape(self, shape):
+            return self.encoder.compute_output_shape((None, *shape))[1:-1] + (4,)
 """
 
 from typing import Any
@@ -16,13 +32,15 @@ from keras import ops
 
 from kdiff.base import Value
 
-__all__ = ["Codec", "Identity", "Pixels", "to_unit"]
+__all__ = ["Absent", "Codec", "Identity", "Pixels", "to_unit"]
 
 Shape = tuple[int | None, ...]
 
 
 class Codec(Value, keras.layers.Layer):
     """The base of all codecs. A new one defines `encode`, `decode` and, if it changes the shape, `data_shape`.
+
+    Its weights are there when it is made, or are made by `build(None)`.
 
     Attributes:
         limit: the largest magnitude that floating-point examples may have; None if any will do.
@@ -68,12 +86,63 @@ class Codec(Value, keras.layers.Layer):
             self.build(None)
         self.trainable = False
 
-    # One with weights is equal to itself alone, and saved as Keras saves layers.
+    def call(self, examples, key: Any = None, training: bool = False):
+        """`encode`, as a layer: within it nothing is in training, whatever the model is."""
+        return ops.cast(self.encode(examples, key), "float32")
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, serialised; `dtype`, if it is one of them, as a policy."""
+        config = super().get_config()
+        return {**config, "dtype": keras.dtype_policies.serialize(self.dtype_policy)} if "dtype" in config else config
+
+    # One with weights is equal to itself alone, and copied with them.
 
     def __eq__(self, other: object) -> bool:
         return self is other or (not getattr(self, "weights", ()) and super().__eq__(other))
 
     __hash__ = Value.__hash__
+
+    def __reduce__(self):
+        return keras.layers.Layer.__reduce__(self) if self.weights else super().__reduce__()
+
+    # Keras saves the variables of a layer, and those of the layers that `dir` shows.
+
+    def __dir__(self):
+        return super().__dir__() if self.saved else ()
+
+    def save_own_variables(self, store) -> None:
+        if self.saved:
+            super().save_own_variables(store)
+
+    def load_own_variables(self, store) -> None:
+        if self.saved:
+            super().load_own_variables(store)
+
+
+class Absent(Codec):
+    """What a model has in place of a codec that was not `saved` with it: it says so where a codec is needed.
+
+    Args:
+        codec: what it was.
+    """
+
+    named = False
+
+    def __init__(self, codec: str):
+        super().__init__()
+        self.codec = codec
+
+    def _refuse(self):
+        raise ValueError(f"The model was saved without its codec, {self.codec}; give it one: `model.codec = codec`")
+
+    def encode(self, examples, key: Any = None):
+        self._refuse()
+
+    def decode(self, x):
+        self._refuse()
+
+    def data_shape(self, shape: Shape) -> Shape:
+        self._refuse()
 
 
 class Pixels(Codec):

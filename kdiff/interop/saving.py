@@ -16,7 +16,8 @@ from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding
 from kdiff.blocks.normalization import GroupNorm
 from kdiff.blocks.transformer import SpatialTransformer
 from kdiff.interop import schedulers, transformers
-from kdiff.interop.grids import DDIMKeptNoise, FlowMatching
+from kdiff.interop.grids import FlowMatching
+from kdiff.interop.solvers import DDIMKeptNoise
 from kdiff.interop.unets import PADDINGS, TextTimeUNet
 from kdiff.networks.dit import DiT
 from kdiff.networks.ncsnpp import NCSNpp
@@ -329,7 +330,7 @@ SOLVERS = {
     solvers.DDPM: _named("DDPMScheduler", variance_type=lambda solver: VARIANCES[solver.variance]),
     solvers.DDIM: _named("DDIMScheduler"),
     DDIMKeptNoise: _named("DDIMScheduler"),
-    solvers.PNDM: _named("PNDMScheduler", skip_prk_steps=lambda solver: solver.warmup == "plms"),
+    solvers.PNDM: _named("PNDMScheduler", skip_prk_steps=lambda solver: solver.warm == 1),
     solvers.DPMSolverPP: _dpm("dpmsolver++"),
     solvers.DPMSolver: _dpm("dpmsolver"),
     solvers.DPMSolverPPSDE: _dpm("sde-dpmsolver++"),

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from kdiff import guidance, predictions, schedules, solvers, times
 from kdiff.interop.configs import Key, Keys, complete, kind, only
-from kdiff.interop.grids import DDIMKeptNoise, FlowMatching, LinspaceUnrounded, WithFirst, Within, WithoutLast
+from kdiff.interop.grids import FlowMatching, LinspaceUnrounded, WithFirst, Within, WithoutLast
+from kdiff.interop.solvers import DDIMKeptNoise, PseudoRungeKutta
 from kdiff.sampling import Sampler
 
 
@@ -47,6 +48,7 @@ VARIANCES = {
     "fixed_large": "large",
     "learned_range": "learned",
 }
+WARMUPS = {False: solvers.PNDM(PseudoRungeKutta()), True: solvers.PNDM(solvers.Heun("ratio"), 1)}
 SPACINGS = ("leading", "trailing", "linspace")
 
 TABLE = {
@@ -117,7 +119,7 @@ KINDS = {
     ),
     "PNDMScheduler": Kind(
         {**TABLE, **LEADING, "set_alpha_to_one": Key(False), "skip_prk_steps": Key(False)},
-        lambda config: solvers.PNDM("plms" if config["skip_prk_steps"] else "prk"),
+        lambda config: WARMUPS[config["skip_prk_steps"]],
     ),
     "DPMSolverMultistepScheduler": Kind(
         {
@@ -181,12 +183,12 @@ KINDS = {
     ),
     "HeunDiscreteScheduler": Kind(
         {**TABLE, **LATE_TABLE, **LINSPACE, **SIGMAS, **CLIPPING, "clip_sample": Key(False)},
-        lambda config: solvers.Heun(),
+        lambda config: solvers.Heun("ratio"),
         "unrounded",
     ),
     "LMSDiscreteScheduler": Kind({**TABLE, **LINSPACE, **SIGMAS}, lambda config: solvers.LMS(), "unrounded"),
     "KDPM2DiscreteScheduler": Kind(
-        {**TABLE, **LATE_TABLE, **LINSPACE, **SIGMAS}, lambda config: solvers.DPM2(), "unrounded"
+        {**TABLE, **LATE_TABLE, **LINSPACE, **SIGMAS}, lambda config: solvers.DPM2("ratio"), "unrounded"
     ),
     "KDPM2AncestralDiscreteScheduler": Kind(
         {**TABLE, **LATE_TABLE, **LINSPACE, **SIGMAS}, lambda config: solvers.DPM2Ancestral(), "unrounded"

@@ -23,7 +23,7 @@ from keras import ops
 from kdiff import backend, random
 from kdiff.averages import Averages
 from kdiff.base import Configurable, check_number
-from kdiff.codecs import Codec
+from kdiff.codecs import Absent, Codec
 from kdiff.conversion import moved
 from kdiff.denoisers import Estimate, Given
 from kdiff.model import feeding
@@ -120,6 +120,18 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
                 f"by these names. All that are taken: {sorted(RESERVED)}"
             )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """`model.codec = codec` gives a model another codec at any time."""
+        if name != "codec" or not hasattr(self, "codec"):
+            super().__setattr__(name, value)
+            return
+        codec = Codec.get(value)
+        if self.built:
+            codec.freeze()
+        with backend.replaced(self, self.codec):
+            super().__setattr__(name, codec)
+        self.train_function = self.test_function = None  # compiled with the other one
+
     # Building
 
     def build(self, shapes) -> None:
@@ -202,7 +214,7 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         if "encoded" in batch:
             x = ops.cast(batch.pop("encoded"), "float32")
         else:
-            x = self.codec.encode(batch.pop("image"), next(keys))
+            x = self.codec(batch.pop("image"), next(keys), training=False)
         return self.objective.problem(self, x, batch, keys, bool(training))
 
     def _keys(self, training) -> Iterator:
@@ -366,6 +378,13 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         return self._answer(averages, self.schedule, Given(conditions), x_t, m).x_hat
 
     # Saving
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, serialised; of a codec that is not saved, what it was."""
+        config = super().get_config()
+        if not self.codec.saved:
+            config["codec"] = keras.saving.serialize_keras_object(Absent(repr(self.codec)))
+        return config
 
     def get_compile_config(self) -> dict[str, Any]:
         """The compilation, without what belongs to a machine: jit, steps per execution, PyTorch's optimizer class."""

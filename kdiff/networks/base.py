@@ -1,4 +1,4 @@
-"""What networks share: one dictionary of inputs, time and conditions made into vectors and tokens, templates copied.
+"""What networks share: one dictionary of inputs, time and conditions made into vectors, tokens and maps, templates copied.
 
     network({"image": (batch, height, width, channels), "time": (batch,), **conditions})
         -> (batch, height, width, out_channels), float32
@@ -15,17 +15,19 @@ from keras import ops
 
 from kdiff import backend
 from kdiff.base import check_integer
-from kdiff.blocks.base import Chain, ConfigurableLayer, apply_layer, build_layer, copy_layer, derive_seed
+from kdiff.blocks.attention import CrossAttention
+from kdiff.blocks.base import Chain, ConfigurableLayer, Tokens, apply_layer, build_layer, copy_layer, derive_seed
+from kdiff.blocks.conditions import Encoded, Input, given_to, inputs_of
 
 
 class Network(ConfigurableLayer, keras.Model):
-    """Time and conditions to `embed` and `context`; the body of the network, which a subclass gives, does the rest.
+    """Time and conditions to `embed`, `context` and maps beside the image; the body, which a subclass gives, does the rest.
 
     Args:
         embedding: the layer that makes `embed`, (batch, dim), of the time.
         conditions: a layer for each condition, by its name in the input, such as `{"label": LabelEmbedding(10)}`. What
-            it makes is added to `embed` if it has the shape (batch, dim), and is a part of `context` if it has
-            (batch, tokens, dim).
+            it gives (see `kdiff.blocks.Encoded`) is added to `embed` if it is a vector, (batch, dim), is a part of
+            `context` if it is tokens, (batch, tokens, dim), and is joined to the channels of the image if it is a map.
         out_channels: of the output; None for those of the image.
         remat: whether training keeps only the inputs of each block, and computes what is inside again for the
             gradient: less memory, about a third more time (Chen et al., "Training Deep Nets with Sublinear Memory
@@ -58,11 +60,11 @@ class Network(ConfigurableLayer, keras.Model):
         self._copies = 0
 
     def _build_body(self, x_shape, embed_shape, context_shape):
-        """Builds all but `embedding` and `conditions`."""
+        """Builds all but `embedding` and `conditions`. `x_shape` has the channels of the image and of all maps."""
         raise NotImplementedError
 
     def _body(self, x, embed, context, training):
-        """The output, (..., out_channels), from the image in the network's precision."""
+        """The output, (..., out_channels), from the image, joined by the maps, in the network's precision."""
         raise NotImplementedError
 
     def _check_image(self, shape):
@@ -89,10 +91,10 @@ class Network(ConfigurableLayer, keras.Model):
         """A copy of a template, or of the block so named, at the network's precision."""
         return copy_layer(layer, name=name, dtype=self.dtype_policy)
 
-    def _head(self, layer: Callable[..., keras.layers.Layer], channels: int, *arguments, **options):
+    def _head(self, layer: Callable[..., keras.layers.Layer], *arguments, **options):
         """The last layer, such as a Dense or a Conv2D: in float32, and zero at first unless `options` say otherwise."""
         options = {"kernel_initializer": "zeros", "dtype": "float32", "name": "head", **options}
-        return layer(self.out_channels or channels, *arguments, **options)
+        return layer(self._channels, *arguments, **options)
 
     def _run(self, layer, x, embed, context, training):
         """Calls a chain or block, with its inside forgotten until the gradient wants it if `remat`."""
@@ -103,18 +105,28 @@ class Network(ConfigurableLayer, keras.Model):
     def build(self, input_shape):
         """Builds every layer, from the shapes of the inputs by name."""
         shapes = self._checked({name: tuple(shape) for name, shape in input_shape.items()})
-        self._build_body(shapes["image"], *self._build_embeddings(shapes))
+        *sizes, channels = image = shapes["image"]
+        self._channels = self.out_channels or channels
+        time = build_layer(self.embedding, shapes["time"])
+        encoded = {
+            name: Encoded.of(build_layer(layer, given_to(layer, name, shapes), time, image=image))
+            for name, layer in self.conditions.items()
+        }
+        embed, context = self._steering_shapes(time, encoded)
+        self._check_maps(encoded, image)
+        channels += sum(one.map[-1] for one in encoded.values() if one.map is not None)
+        self._build_body((*sizes, channels), embed, context)
+        self._check_attended(context)
 
-    def _build_embeddings(self, shapes):
-        embed = build_layer(self.embedding, shapes["time"])
-        encoded = {name: build_layer(layer, shapes[name], embed) for name, layer in self.conditions.items()}
-        for name, shape in encoded.items():
-            if len(shape) not in (2, 3) or (len(shape) == 2 and shape[-1] != embed[-1]):
+    def _steering_shapes(self, time, encoded):
+        """The shapes of what `_steering` gives."""
+        for name, one in encoded.items():
+            if one.vector is not None and one.vector[-1] != time[-1]:
                 raise ValueError(
-                    f"{type(self).__name__}: the layer of condition {name!r} must give (batch, {embed[-1]}), the width "
-                    f"of the time embedding, or (batch, tokens, dim); it gives: {shape}"
+                    f"{type(self).__name__}: the layer of condition {name!r} must give (batch, {time[-1]}), the width "
+                    f"of the time embedding, or (batch, tokens, dim); it gives: {one.vector}"
                 )
-        return embed, self._joined([shape for shape in encoded.values() if len(shape) == 3])
+        return time, self._joined([one.tokens for one in encoded.values() if one.tokens is not None])
 
     def _joined(self, shapes):
         """The shape of sequences one after the other; None for none."""
@@ -127,23 +139,61 @@ class Network(ConfigurableLayer, keras.Model):
         tokens = [shape[1] for shape in shapes]
         return (shapes[0][0], None if None in tokens else sum(tokens), shapes[0][-1])
 
-    def call(self, inputs, training=None):
+    def _check_maps(self, encoded, image):
+        for name, one in encoded.items():
+            shape = None if one.map is None else tuple(getattr(one.map, "shape", one.map))
+            known = shape is None or len(shape) == len(image)
+            pairs = zip(shape[1:-1], image[1:-1], strict=True) if known and shape is not None else ()
+            if not known or any(None not in pair and pair[0] != pair[1] for pair in pairs):
+                raise ValueError(
+                    f"{type(self).__name__}: the map of condition {name!r} must have the sizes of the image, {image}; "
+                    f"it has the shape: {shape}. `blocks.Beside` resizes."
+                )
+
+    def _check_attended(self, context):
+        """Raises a ValueError for tokens that no layer attends to. Of a layer that is not kdiff's it is not known."""
+        conditions = {id(layer) for top in self.conditions.values() for layer in top._flatten_layers()}
+        layers = [layer for layer in self._flatten_layers(include_self=False) if id(layer) not in conditions]
+        own = all(type(layer).__module__.split(".")[0] in ("kdiff", "keras") for layer in layers)
+        if context is not None and own and not any(isinstance(layer, CrossAttention) for layer in layers):
+            raise ValueError(
+                f"{type(self).__name__}: conditions give tokens, and no layer attends to them: compose the network of "
+                "blocks with attention to a context, such as `TransformerBlock`, or give a vector, as of "
+                "`TextEncoder(pooled=True)`"
+            )
+
+    @property
+    def condition_inputs(self) -> dict[str, Input]:
+        """The inputs beside image and time, by name."""
+        return {
+            name: one
+            for condition, layer in self.conditions.items()
+            for name, one in inputs_of(layer, condition).items()
+        }
+
+    def call(self, inputs, training=None, **additions):
         """The dictionary of inputs (see the module) to the shape of the image with `out_channels`, float32."""
         self._checked({name: tuple(value.shape) for name, value in inputs.items()})
-        embed, context = self._embed(inputs, training)
-        return ops.cast(self._body(ops.cast(inputs["image"], self.compute_dtype), embed, context, training), "float32")
+        image = inputs["image"]
+        time = apply_layer(self.embedding, inputs["time"], training=training)
+        encoded = {
+            name: Encoded.of(apply_layer(layer, given_to(layer, name, inputs), time, training=training, image=image))
+            for name, layer in self.conditions.items()
+        }
+        self._check_maps(encoded, tuple(image.shape))
+        maps = [image, *(one.map for one in encoded.values() if one.map is not None)]
+        maps = [ops.cast(one, self.compute_dtype) for one in maps]
+        x = ops.concatenate(maps, axis=-1) if len(maps) > 1 else maps[0]
+        embed, context = self._steering(time, list(encoded.values()))
+        return ops.cast(self._body(x, embed, context, training, **additions), "float32")
 
-    def _embed(self, inputs, training):
+    def _steering(self, time, encoded: list[Encoded]):
         """The sum of the vectors of time and conditions, and the conditions' tokens one after the other, or None."""
-        embed = time = apply_layer(self.embedding, inputs["time"], training=training)
-        context = []
-        for name, layer in self.conditions.items():
-            encoded = apply_layer(layer, inputs[name], time, training=training)
-            if len(encoded.shape) == 2:
-                embed = embed + ops.cast(encoded, embed.dtype)
-            else:
-                context.append(encoded)
-        return embed, ops.concatenate(context, axis=1) if context else None
+        embed = time
+        for one in encoded:
+            if one.vector is not None:
+                embed = embed + ops.cast(one.vector, embed.dtype)
+        return embed, joined([one for one in encoded if one.tokens is not None])
 
     def compute_output_spec(self, inputs, training=None):
         """The image's shape with `out_channels`, in float32."""
@@ -151,14 +201,13 @@ class Network(ConfigurableLayer, keras.Model):
         return keras.KerasTensor((*shape, self.out_channels or channels), "float32")
 
     def _checked(self, shapes):
-        for name in ("image", "time", *self.conditions):
+        known = self.condition_inputs
+        for name in ("image", "time", *(name for name, one in known.items() if not one.optional)):
             if name not in shapes:
                 raise ValueError(f"{self.name}: the input {name!r} is missing; received: {sorted(shapes)}")
         for name, shape in shapes.items():
-            if name not in ("image", "time", *self.conditions):
-                raise ValueError(
-                    f"{self.name}: the input {name!r} is unknown; `conditions` has: {list(self.conditions)}"
-                )
+            if name not in ("image", "time", *known):
+                raise ValueError(f"{self.name}: the input {name!r} is unknown; `conditions` has: {list(known)}")
             if None not in (shape[0], shapes["image"][0]) and shape[0] != shapes["image"][0]:
                 raise ValueError(
                     f"{self.name}: the input {name!r} must have the batch size of the image, "
@@ -166,6 +215,20 @@ class Network(ConfigurableLayer, keras.Model):
                 )
         self._check_image(shapes["image"])
         return shapes
+
+
+def joined(encoded: list[Encoded]) -> Any:
+    """The tokens of several one after the other, `Tokens` if one has a mask; None of none."""
+    if not encoded:
+        return None
+    values = ops.concatenate([one.tokens for one in encoded], axis=1)
+    if all(one.mask is None for one in encoded):
+        return values
+    masks = [
+        ops.ones(ops.shape(one.tokens)[:2], "bool") if one.mask is None else ops.cast(one.mask, "bool")
+        for one in encoded
+    ]
+    return Tokens(values, ops.concatenate(masks, axis=1))
 
 
 def check_size(owner: keras.Model, shape: tuple, factor: int, reason: str) -> None:

@@ -87,7 +87,8 @@ def rows(network: keras.Model, shape: Shape, **conditions: Shape) -> list[Row]:
 
 def _shapes(network, shape, conditions):
     """The shapes of the inputs by name, for a batch of one."""
-    others = dict.fromkeys(network.conditions, ()) if isinstance(network, Network) else {}
+    inputs = network.condition_inputs if isinstance(network, Network) else {}
+    others = {name: () for name, one in inputs.items() if not one.optional}
     sizes = {"image": shape, "time": (), **others, **conditions}
     return {name: (1, *size) for name, size in sizes.items()}
 
@@ -136,8 +137,9 @@ class _Recorder:
             y = call(x, *arguments, **options)
             count = _own_count(layer, shape, arguments, options)
         self.counts[id(part)] = self.counts.get(id(part), 0) + count
-        if layer is part and hasattr(y, "shape"):
-            self.shapes[id(part)] = tuple(y.shape)[1:]
+        outputs = [one for one in keras.tree.flatten(y) if one is not None]
+        if layer is part and outputs:
+            self.shapes[id(part)] = tuple(outputs[0].shape)[1:]
         return y
 
     def rows(self) -> list[Row]:
@@ -173,7 +175,8 @@ def _own_count(layer, shape: Shape | None, arguments: tuple, options: dict[str, 
         return math.prod(shape[:-1]) * math.prod(keys) * layer.num_heads * (layer.key_dim + layer.value_dim)
     if isinstance(layer, Block):
         given = {name: options[name] for name in ("embed", "context") if options.get(name) is not None}
-        return layer.multiply_adds(shape, **{f"{name}_shape": tuple(value.shape) for name, value in given.items()})
+        shapes = keras.tree.map_structure(lambda value: None if value is None else tuple(value.shape), given)
+        return layer.multiply_adds(shape, **{f"{name}_shape": value for name, value in shapes.items()})
     if any(len(weight.shape) > 1 for weight in layer._trainable_variables):
         warnings.warn(f"flops: what {type(layer).__name__} multiplies is not known and not counted", stacklevel=2)
     return 0

@@ -34,8 +34,8 @@ class DiT(Network):
         embedding: the layer that makes `embed`, (batch, dim), of the time; None for an MLPEmbedding of `width`
             channels of a SinusoidalEmbedding of 256.
         conditions: a layer for each condition, by its name in the input, such as `{"label": LabelEmbedding(1000)}`.
-            What it makes is added to `embed` if it has the shape (batch, dim), and is a part of `context` if it has
-            (batch, tokens, dim).
+            What it gives is added to `embed` if it is a vector, (batch, dim), is a part of `context` if it is tokens,
+            (batch, tokens, dim), and is joined to the channels of the image if it is a map.
         normalization: before the last layer; `embed` scales and shifts it.
         out_channels: of the output; None for those of the image, twice those for a learned variance.
         remat: whether the inside of each block is computed again for the gradient, to save memory.
@@ -89,7 +89,7 @@ class DiT(Network):
         for block in self.blocks:
             x = build_layer(block, x, embed_shape, context_shape)
         build_layer(self.last, x, embed_shape)
-        self.head = Unpatchify(self.patch, self.out_channels or x_shape[-1], zero=True, dtype="float32", name="head")
+        self.head = Unpatchify(self.patch, self._channels, zero=True, dtype="float32", name="head")
         build_layer(self.head, x)
 
     def _body(self, x, embed, context, training):

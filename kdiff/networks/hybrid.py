@@ -103,7 +103,7 @@ class Hybrid(Network):
                 raise ValueError(f"Hybrid: the upsampling gives {x[-1]} channels where the level has {skip[-1]}")
             x = built(units, x)
         build_layer(self.normalization, x)
-        self.head = self._head(Conv2D, x_shape[-1], 3, padding="same")
+        self.head = self._head(Conv2D, 3, padding="same")
         self.head.build(x)
 
     def _body(self, x, embed, context, training):

@@ -69,7 +69,7 @@ class MLP(Network):
         for block in self.blocks:
             x = build_layer(block, x, embed_shape, context_shape)
         build_layer(self.normalization, x)
-        self.head = self._head(Dense, x_shape[-1])
+        self.head = self._head(Dense)
         self.head.build((batch, x[-1]))
 
     def _body(self, x, embed, context, training):

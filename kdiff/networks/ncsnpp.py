@@ -171,7 +171,7 @@ class NCSNpp(UNet):
         def built(unit, x):
             return build_layer(unit, x, embed_shape, context_shape)
 
-        image, channels = x_shape, self.out_channels or x_shape[-1]
+        image, channels = x_shape, self._channels
         skips = [build_layer(self.stem, x_shape)]
         for i, unit in self._numbered_down():
             skips.append(built(unit, skips[-1]))
@@ -184,7 +184,7 @@ class NCSNpp(UNet):
                 self._build_output(i, x, channels)
                 x = built(self.grow[i], x)
         build_layer(self.normalization, x)
-        self.head = self._head(Conv2D, x_shape[-1], 3, padding="same")
+        self.head = self._head(Conv2D, 3, padding="same")
         self.head.build(x)
 
     def _build_input(self, layer, x, image):

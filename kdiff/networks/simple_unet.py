@@ -90,7 +90,7 @@ class SimpleUNet(Network):
         for block, skip in zip(self.up[::-1], skips[::-1], strict=True):
             x = build_layer(self.larger, x)
             x = build_layer(block, (*skip[:-1], x[-1] + skip[-1]), embed_shape)
-        self.head = self._head(Conv2D, x_shape[-1], 1)
+        self.head = self._head(Conv2D, 1)
         self.head.build(x)
 
     def _check_image(self, shape):

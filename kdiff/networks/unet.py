@@ -89,8 +89,8 @@ class UNet(Network):
         embedding: the layer that makes `embed`, (batch, dim), of the time; None for an MLPEmbedding of a
             SinusoidalEmbedding as wide as the first convolution.
         conditions: a layer for each condition, by its name in the input, such as `{"label": LabelEmbedding(10)}`. What
-            it makes is added to `embed` if it has the shape (batch, dim), and is a part of `context` if it has
-            (batch, tokens, dim).
+            it gives is added to `embed` if it is a vector, (batch, dim), is a part of `context` if it is tokens,
+            (batch, tokens, dim), and is joined to the channels of the image if it is a map.
         normalization: of the last convolution's input.
         activation: of the last convolution's input.
         out_channels: of the output; None for those of the image.
@@ -155,7 +155,7 @@ class UNet(Network):
         for unit in self.up:
             x = build_layer(unit, (*x[:-1], x[-1] + skips.pop()[-1]), embed_shape, context_shape)
         build_layer(self.normalization, x)
-        self.head = self._head(Conv2D, x_shape[-1], 3, padding="same")
+        self.head = self._head(Conv2D, 3, padding="same")
         self.head.build(x)
 
     def _body(self, x, embed, context, training):

@@ -7,12 +7,14 @@ import keras
 from keras import ops
 
 from kdiff.base import check_integer
-from kdiff.blocks.base import apply_layer, build_layer, copy_layer, get_layer, kernel_initializer
+from kdiff.blocks.attention import opened
+from kdiff.blocks.base import Tokens, apply_layer, build_layer, copy_layer, get_layer, kernel_initializer
+from kdiff.blocks.conditions import Encoded
 from kdiff.blocks.embeddings import SinusoidalEmbedding
 from kdiff.blocks.layers import Conv2D, Dense
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.transformer import TransformerBlock
-from kdiff.networks.base import Network, check_size
+from kdiff.networks.base import Network, check_size, joined
 from kdiff.networks.dit import usual_heads
 
 
@@ -34,8 +36,8 @@ class UViT(Network):
             more as there can be.
         positions: a layer that adds positions to the sequence.
         embedding: the layer that makes a vector, (batch, width), of the time; None for a SinusoidalEmbedding.
-        conditions: a layer for each condition, by its name in the input. What it makes, (batch, width) or
-            (batch, tokens, width), are further tokens.
+        conditions: a layer for each condition, by its name in the input. What it gives, (batch, width) or
+            (batch, tokens, width), are further tokens; a map is joined to the channels of the image.
         normalization: before the last layers.
         out_channels: of the output; None for those of the image.
         remat: whether the inside of each block is computed again for the gradient, to save memory.
@@ -81,24 +83,31 @@ class UViT(Network):
         merge = Dense(self.width, kernel_initializer=kernel_initializer(), name="merge")
         return [*([merge] if index > self.depth // 2 else []), copy_layer(self.block)]
 
-    def _build_embeddings(self, shapes):
+    def _steering_shapes(self, time, encoded):
         """No vector steers the blocks; `context` is the shape of all tokens but the patches."""
-        encoded = {"time": build_layer(self.embedding, shapes["time"])}
-        for name, layer in self.conditions.items():
-            encoded[name] = build_layer(layer, shapes[name], encoded["time"])
-        for name, shape in encoded.items():
-            if len(shape) not in (2, 3) or shape[-1] != self.width:
-                raise ValueError(
-                    f"UViT: the layer of {name!r} must give (batch, {self.width}) or (batch, tokens, {self.width}), "
-                    f"the width of the network; it gives: {shape}"
-                )
-        return None, self._joined([shape if len(shape) == 3 else (shape[0], 1, shape[1]) for shape in encoded.values()])
+        tokens = []
+        for name, one in {"time": Encoded(time), **encoded}.items():
+            for shape in (one.vector, one.tokens):
+                if shape is not None and shape[-1] != self.width:
+                    raise ValueError(
+                        f"UViT: the layer of {name!r} must give (batch, {self.width}) or (batch, tokens, {self.width}), "
+                        f"the width of the network; it gives: {shape}"
+                    )
+                if shape is not None:
+                    tokens.append(shape if len(shape) == 3 else (shape[0], 1, shape[1]))
+        return None, self._joined(tokens)
 
-    def _embed(self, inputs, training):
-        time = apply_layer(self.embedding, inputs["time"], training=training)
-        tokens = [time, *(apply_layer(y, inputs[name], time, training=training) for name, y in self.conditions.items())]
-        tokens = [ops.cast(token, self.compute_dtype) for token in tokens]
-        return None, ops.concatenate([y if len(y.shape) == 3 else ops.expand_dims(y, 1) for y in tokens], axis=1)
+    def _steering(self, time, encoded):
+        tokens = []
+        for one in (Encoded(time), *encoded):
+            if one.vector is not None:
+                tokens.append(Encoded(tokens=ops.expand_dims(ops.cast(one.vector, self.compute_dtype), 1)))
+            if one.tokens is not None:
+                tokens.append(Encoded(tokens=ops.cast(one.tokens, self.compute_dtype), mask=one.mask))
+        return None, joined(tokens)
+
+    def _check_attended(self, context):
+        """All tokens are in one sequence."""
 
     def _build_body(self, x_shape, embed_shape, context_shape):
         batch, height, width, _ = self._map = build_layer(self.patchify, x_shape)
@@ -108,20 +117,22 @@ class UViT(Network):
         for i, block in enumerate(self.blocks):
             build_layer(block, x if i <= self.depth // 2 else (*x[:-1], 2 * x[-1]))
         build_layer(self.normalization, x)
-        channels = self.out_channels or x_shape[-1]
-        self.unpatchify = Unpatchify(self.patch, channels, dtype=self.dtype_policy, name="unpatchify")
-        self.head = self._head(Conv2D, channels, 3, padding="same")
+        self.unpatchify = Unpatchify(self.patch, self._channels, dtype=self.dtype_policy, name="unpatchify")
+        self.head = self._head(Conv2D, 3, padding="same")
         build_layer(self.head, build_layer(self.unpatchify, self._map))
 
     def _body(self, x, embed, context, training):
         patches = self.patchify(x)
+        (context, mask), own = opened(context), None
         x = ops.concatenate([context, ops.reshape(patches, (ops.shape(x)[0], -1, self.width))], axis=1)
+        if mask is not None:
+            own = Tokens(None, ops.pad(mask, [[0, 0], [0, x.shape[1] - mask.shape[1]]], constant_values=True))
         x = apply_layer(self.positions, x, training=training)
         skips = []
         for i, block in enumerate(self.blocks):
             if i > self.depth // 2:
                 x = ops.concatenate([x, skips.pop()], axis=-1)
-            x = self._run(block, x, None, None, training)
+            x = self._run(block, x, None, own, training)
             if i < self.depth // 2:
                 skips.append(x)
         x = apply_layer(self.normalization, x, training=training)[:, context.shape[1] :]

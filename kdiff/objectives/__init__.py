@@ -1,7 +1,7 @@
 """Objectives: what a network learns. Each makes of a clean batch the problem that a training step solves."""
 
 from kdiff.objectives.base import Objective, Problem
-from kdiff.objectives.denoising import Denoising
+from kdiff.objectives.denoising import Denoising, variance_bound
 from kdiff.objectives.effective_weight import (
     POINTS,
     Recipe,
@@ -23,4 +23,5 @@ __all__ = [
     "loss_weight",
     "plot_objective",
     "same_objective",
+    "variance_bound",
 ]

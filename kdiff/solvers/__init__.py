@@ -13,6 +13,6 @@ from kdiff.solvers.dpm_sde import (
     DPMSolverSDE,
 )
 from kdiff.solvers.multistep import DEIS, IPNDM, LMS, PNDM
-from kdiff.solvers.runge_kutta import DPM2, RK4, DPM2Ancestral, Euler, EulerAncestral, Heun
+from kdiff.solvers.runge_kutta import DPM2, RK4, Angle, DPM2Ancestral, Euler, EulerAncestral, Heun, Ratio
 from kdiff.solvers.sa import SASolver, Tau, Within
 from kdiff.solvers.unipc import UniPC

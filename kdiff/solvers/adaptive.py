@@ -5,9 +5,9 @@ is
 
     z_then = e^-h z + integral of e^(y - h) x_hat dy, from 0 to h.
 
-With x_hat constant it is DDIM; with x_hat linear in y, by its value x_hat_r at y = r h,
+With x_hat constant it is DDIM; with x_hat linear in y, by its value x_hat_r at y = r h (`solvers.exponential`),
 
-    z_then = e^-h z + (1 - e^-h) x_hat + (h - 1 + e^-h) / (r h) (x_hat_r - x_hat).
+    z_then = e^-h z + (1 - e^-h) x_hat + w (x_hat_r - x_hat),    w = M_1(h) / r.
 
 Nothing in it grows with h: a step may go to t = 0. This is DPM-Solver (Lu et al. 2022, arXiv:2206.00927, algorithms 1
 and 2) in the form that predicts data (DPM-Solver++, arXiv:2211.01095), of order 2, and of order 3 if r = 2/3 and the
@@ -23,6 +23,7 @@ from kdiff.base import check_choice, check_integer, check_number
 from kdiff.denoisers import Estimate
 from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.solvers.base import Denoise, Draw, Solver, half_step
+from kdiff.solvers.exponential import weights
 
 SAFETY, SMALLEST, LARGEST = 0.9, 0.2, 5.0
 
@@ -129,16 +130,17 @@ class Adaptive(Solver):
             m_r = schedule.at_log_snr(m.log_snr + 2.0 * fraction * h)
             return denoise(m_r.alpha * z_r, m_r).x_hat - x_hat
 
-        def reach(h, slope=0.0):
-            linear = (h + ops.expm1(-h)) * slope
-            return ops.exp(-h) * z - ops.expm1(-h) * x_hat + linear
+        def constant(h):
+            return ops.exp(-h) * z - ops.expm1(-h) * x_hat
+
+        def linear(h, place, change):
+            return constant(h) + weights(h, [place])[0] * change
 
         if self.order == 2:
-            slope = change(0.5, reach(0.5 * h)) / (0.5 * h)
-            return reach(h), reach(h, slope), estimate
-        slope = change(1 / 3, reach(h / 3)) / (h / 3)
-        better = change(2 / 3, reach(2 * h / 3, slope)) / (2 * h / 3)
-        return reach(h, slope), reach(h, better), estimate
+            return constant(h), linear(h, 1 / 2, change(1 / 2, constant(h / 2))), estimate
+        first = change(1 / 3, constant(h / 3))
+        second = change(2 / 3, linear(2 * h / 3, 1 / 2, first))
+        return linear(h, 1 / 3, first), linear(h, 2 / 3, second), estimate
 
     def _error(self, z, z_low, z_high, m, h):
         s = m.sigma / m.alpha * ops.exp(-h)

@@ -134,26 +134,14 @@ class History(NamedTuple):
         values, log_snrs = (value, *self.values)[: len(self.values)], (m.log_snr, *self.log_snrs)[: len(self.values)]
         return History(self.made + 1, self.left - 1, values, log_snrs)
 
+    def places(self, now: Marginal, then: Marginal) -> list:
+        """Where the values are on the way from `now` to `then`, as fractions of it in log-SNR."""
+        return [(past - now.log_snr) / (then.log_snr - now.log_snr) for past in self.log_snrs]
+
     def order(self, order: int, lower_final: bool = True):
         """The order that this step can have: `order`, less while there is no history, and at the end if asked for."""
         order = ops.minimum(order, self.made + 1)
         return ops.minimum(order, self.left) if lower_final else order
-
-
-def choose(order, options: list):
-    """`options[order - 1]`, where `order` is a tensor; the options are scalars, or lists of them padded with zeros.
-
-    Returns:
-        A scalar, or a list of scalars as long as the longest option.
-    """
-    if isinstance(options[0], (list, tuple)):
-        length = max(map(len, options))
-        padded = [[*option, *[0.0] * (length - len(option))] for option in options]
-        return [choose(order, list(column)) for column in zip(*padded, strict=True)]
-    chosen = ops.convert_to_tensor(options[0], "float32")
-    for number, option in enumerate(options[1:], start=2):
-        chosen = ops.where(ops.equal(order, number), ops.convert_to_tensor(option, "float32"), chosen)
-    return chosen
 
 
 def check_order(owner: Any, order: Any, highest: int, lowest: int = 1) -> None:

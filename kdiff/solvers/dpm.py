@@ -1,21 +1,17 @@
 """DPM-Solver and DPM-Solver++: exponential integrators of the probability flow, of orders 1 to 3.
 
-In `solvers.base` the flow is one of two integrals over l = log(alpha / sigma), of x_hat or of noise_hat. Between `now`
-and `then` let u = (l - l_now) / h, h = l_then - l_now, and let the integrand be a polynomial in u. Then with
+They are the two sums of `solvers.exponential`, over a polynomial in the log-SNR through values of x_hat, or of
+noise_hat: with its coefficients p_k, u the fraction of the step and M_k(z) = z integral of e^(-z (1 - u)) u^k du,
 
-    m_k(h)  =  integral of h e^(-h (1 - u)) u^k du from 0 to 1,      m_0 = 1 - e^-h,      m_k = 1 - k m_(k-1) / h
-
-both are sums over the coefficients p_k of the polynomial, without approximation:
-
-    x_then  =  (sigma_then / sigma_now) x_now  +  alpha_then sum_k m_k(h) p_k         p(u) = x_hat          (data)
-    x_then  =  (alpha_then / alpha_now) x_now  +  sigma_then sum_k m_k(-h) p_k        p(u) = noise_hat      (noise)
+    x_then  =  (sigma_then / sigma_now) x_now  +  alpha_then sum_k M_k(h) p_k         p(u) = x_hat          (data)
+    x_then  =  (alpha_then / alpha_now) x_now  +  sigma_then sum_k M_k(-h) p_k        p(u) = noise_hat      (noise)
 
 Of order 1 both are DDIM. The polynomial goes through the value at u = 0 and, for the orders 2 and 3,
 
     multistep     the values of the last steps, at u < 0;
     singlestep    values at fractions of this step, 0 < u < 1, each of which is one more call of the denoiser.
 
-Of order 2 the paper has two variants: "heun" takes m_1 as it is, "midpoint" takes m_0 / 2 for it, which differs by
+Of order 2 the paper has two variants: "heun" takes M_1 as it is, "midpoint" takes M_0 / 2 for it, which differs by
 O(h^2) and makes the singlestep solver use the value at its midpoint alone.
 
 With noise (`solvers.dpm_sde`) the same sums solve the reverse SDE, where h is stretched by 1 + eta.
@@ -32,7 +28,9 @@ from keras import ops
 
 from kdiff.base import check_choice
 from kdiff.schedules import Marginal, NoiseSchedule
-from kdiff.solvers.base import Denoise, Draw, History, Solver, between, check_order, choose, half_step, noise_of
+from kdiff.solvers.base import Denoise, Draw, History, Solver, between, check_order, half_step, noise_of
+from kdiff.solvers.exponential import half, weights
+from kdiff.solvers.runge_kutta import CLOSING, Angle, Line, chosen
 
 VARIANTS = ("midpoint", "heun")
 
@@ -40,7 +38,7 @@ VARIANTS = ("midpoint", "heun")
 class Frozen(NamedTuple):
     """A step with the integrand frozen at its first value v_0, and what it takes to add that it is not:
 
-    x_then  =  x  +  gain sum_i w_i (v_i - v_0)  +  spread noise,        the w_i being those of m_k(h).
+    x_then  =  x  +  gain sum_i w_i (v_i - v_0)  +  spread noise,        w_i = `exponential.weights(h, ...)`.
     """
 
     x: Any
@@ -54,30 +52,10 @@ class Frozen(NamedTuple):
         return self.x + self.gain * sum(w * (value - first) for w, value in zip(weights, others, strict=False))
 
 
-def linear(h, a, variant: str = "heun") -> list:
-    """w_1 of sum_k m_k p_k = m_0 v_0 + w_1 (v_1 - v_0), where p goes through v_0 at u = 0 and v_1 at u = a."""
-    m0 = -ops.expm1(-h)
-    return [(m0 / 2 if variant == "midpoint" else 1.0 - m0 / h) / a]
-
-
-def quadratic(h, a, b, curvature: float = 1.0) -> list:
-    """w_1 and w_2 of sum_k m_k p_k = m_0 v_0 + sum_i w_i (v_i - v_0), by Lagrange's polynomials at u = 0, a and b.
-
-    Args:
-        h: the step.
-        a: where v_1 is.
-        b: where v_2 is.
-        curvature: multiplies p_2; 1/2 is the mistake that the module's first lines tell of.
-    """
-    m1 = 1.0 + ops.expm1(-h) / h
-    m2 = curvature * (1.0 - 2.0 * m1 / h)
-    return [(m2 - b * m1) / (a * (a - b)), (m2 - a * m1) / (b * (b - a))]
-
-
 class OfData:
     """One of the two integrals, that of x_hat. With noise it is that of the SDE
 
-    x_then = (sigma_then / sigma_now) e^(-eta h) x_now + alpha_then sum_k m_k((1 + eta) h) p_k + spread noise,
+    x_then = (sigma_then / sigma_now) e^(-eta h) x_now + alpha_then sum_k M_k((1 + eta) h) p_k + spread noise,
     spread = sigma_then sqrt(1 - e^(-2 eta h)).
     """
 
@@ -99,7 +77,7 @@ class OfData:
 class OfNoise:
     """One of the two integrals, that of noise_hat. With noise it is that of the SDE
 
-    x_then = (alpha_then / alpha_now) x_now + (1 + eta) sigma_then sum_k m_k(-h) p_k + spread noise,
+    x_then = (alpha_then / alpha_now) x_now + (1 + eta) sigma_then sum_k M_k(-h) p_k + spread noise,
     spread = sigma_then sqrt(eta (e^(2h) - 1)) = alpha_then (sigma_now / alpha_now) sqrt(eta (1 - e^(-2h))).
 
     Its noise does not fall with sigma_then, so the step to t = 0 is made with eta = 0.
@@ -153,9 +131,9 @@ class _Multistep(Solver):
         x_hat = estimate.x_hat
         value = self.value(x, x_hat, now)
         frozen = self.frozen(x, x_hat, value, now, then)
-        places = [(past - now.log_snr) / (then.log_snr - now.log_snr) for past in state.log_snrs]
-        weights = choose(self._order(then, state), self._weights(frozen.h, *places))
-        x = frozen.plus(weights, [value, *state.values])
+        single = half(frozen.h) if self.variant == "midpoint" else None
+        places, count = state.places(now, then), self._order(then, state) - 1
+        x = frozen.plus(weights(frozen.h, places, count, single, self._curvature), [value, *state.values])
         if self.stochastic:
             x = x + frozen.spread * noise()
         return x, estimate, state.add(value, now)
@@ -166,22 +144,13 @@ class _Multistep(Solver):
     def _order(self, then: Marginal, state: History):
         return state.order(self._length() + 1, self.lower_final)
 
-    def _weights(self, h, *places) -> list:
-        """One list for each order that a step may have."""
-        options = [[]]
-        if len(places) > 0:
-            options.append(linear(h, places[0], self.variant))
-        if len(places) > 1:
-            options.append(quadratic(h, *places, self._curvature))
-        return options
-
 
 class DPMSolver(OfNoise, _Multistep):
     """DPM-Solver, multistep: of the noise (Lu et al. 2022, arXiv:2206.00927; this form is in the authors' code).
 
     With p through noise_hat of this and the last steps,
 
-        x_then = (alpha_then / alpha_now) x + sigma_then sum_k m_k(-h) p_k.
+        x_then = (alpha_then / alpha_now) x + sigma_then sum_k M_k(-h) p_k.
 
     A history must grow, so the first step is of order 1 and the second of order 2: unless the first is short, it leaves
     an error of order 2, and so does the last with `lower_final`.
@@ -202,7 +171,7 @@ class DPMSolverPP(OfData, _Multistep):
 
     With p through x_hat of this and the last steps,
 
-        x_then = (sigma_then / sigma_now) x + alpha_then sum_k m_k(h) p_k.
+        x_then = (sigma_then / sigma_now) x + alpha_then sum_k M_k(h) p_k.
 
     A history must grow, so the first step is of order 1 and the second of order 2: unless the first is short, it leaves
     an error of order 2, and so does the last with `lower_final`.
@@ -220,8 +189,8 @@ class DPMSolverPP(OfData, _Multistep):
 class _Singlestep(Solver):
     """The polynomial goes through values at fractions of the step. As many calls of the denoiser a step as the order.
 
-    The step to t = 0 is DDIM's: the fractions of a step without end say nothing. (It calls the denoiser as often.)
-    It comes with `OfData` or `OfNoise`; the public solvers are below.
+    The step to t = 0, which has no end in log-SNR, is made in the angle (`runge_kutta.Angle`): by the midpoint rule, or
+    Heun's method of order 3. It comes with `OfData` or `OfNoise`; the public solvers are below.
     """
 
     def __init__(self, order: int = 2, variant: str = "midpoint", fractions: tuple[float, ...] | None = None):
@@ -249,29 +218,31 @@ class _Singlestep(Solver):
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One step; arguments and results as in `Solver.step`."""
-        estimate = denoise(x, now)
-        x_hat = first = estimate.x_hat
-        values = [self.value(x, first, now)]
-        for number, fraction in enumerate(self._at):
-            m = between(schedule, now, then, fraction)
-            frozen = self.frozen(x, first, values[0], now, m)
+        line, angle, above = Line.at(denoise, x, now), Angle(), then.t > 0
+        x_hat = first = line.estimate.x_hat
+        values, bend, total = [self.value(x, first, now)], 0.0, 0.0
+        for number, (fraction, place, weight) in enumerate(zip(self._at, *CLOSING[self.order - 1], strict=False)):
+            m = chosen(above, between(schedule, now, then, fraction), angle.at(schedule, now, then, place))
+            frozen, off = self.frozen(x, first, values[0], now, m), angle.length(now, m) * bend
             # The first value is found with nothing but v_0, the second by a line.
-            x_m = frozen.plus(linear(frozen.h, self._at[0] / fraction) if number else [], values)
+            x_m = frozen.plus(weights(frozen.h, [self._at[0] / fraction]) if number else [], values)
+            x_m = ops.where(above, x_m, line.reach(m, off))
             x_hat = denoise(x_m, m).x_hat
             values.append(self.value(x_m, x_hat, m))
+            bend = angle.bend(m, off, x_hat - first)
+            total = total + weight * bend
         frozen = self.frozen(x, first, values[0], now, then)
-        x = ops.where(then.t > 0, frozen.plus(self._weights(frozen.h), values), frozen.x)
-        return x, estimate._replace(x_hat=ops.where(then.t > 0, x_hat, first)), state
+        closed = line.reach(then, angle.length(now, then) * total)
+        x = ops.where(above, frozen.plus(self._weights(frozen.h), values), closed)
+        return x, line.estimate._replace(x_hat=x_hat), state
 
     def _weights(self, h) -> list:
-        if self.order == 1:
-            return []
+        if self.variant == "heun" or self.order == 1:
+            return weights(h, list(self._at))
         if self.order == 2:
-            return linear(h, *self._at, self.variant)
-        if self.variant == "heun":
-            return quadratic(h, *self._at)
+            return weights(h, list(self._at), single=half(h))
         # A line through the values at 0 and 2/3: the integral of what is left of u^2 vanishes with h.
-        return [0.0, *linear(h, self._at[1])]
+        return [0.0, *weights(h, [self._at[1]])]
 
 
 class DPMSolverSinglestep(OfNoise, _Singlestep):
@@ -279,9 +250,9 @@ class DPMSolverSinglestep(OfNoise, _Singlestep):
 
     With p through noise_hat at fractions of this step,
 
-        x_then = (alpha_then / alpha_now) x + sigma_then sum_k m_k(-h) p_k.
+        x_then = (alpha_then / alpha_now) x + sigma_then sum_k M_k(-h) p_k.
 
-    The step to t = 0 is DDIM's.
+    The step to t = 0 is made in the angle, by the midpoint rule or Heun's method of order 3.
 
     Args:
         order: 1 is DDIM; 2 is algorithm 1; 3 is algorithm 2. So many are the calls of the denoiser a step.
@@ -301,9 +272,10 @@ class DPMSolverPPSinglestep(OfData, _Singlestep):
 
     With p through x_hat at fractions of this step,
 
-        x_then = (sigma_then / sigma_now) x + alpha_then sum_k m_k(h) p_k.
+        x_then = (sigma_then / sigma_now) x + alpha_then sum_k M_k(h) p_k.
 
-    Order 3, 3S, is algorithm 2 of arXiv:2206.00927 for the data, as in the authors' code. The step to t = 0 is DDIM's.
+    Order 3, 3S, is algorithm 2 of arXiv:2206.00927 for the data, as in the authors' code. The step to t = 0 is made in
+    the angle, by the midpoint rule or Heun's method of order 3.
 
     Args:
         order: 1 is DDIM; 2 or 3. So many are the calls of the denoiser a step.

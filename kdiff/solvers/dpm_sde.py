@@ -41,7 +41,7 @@ class _MultistepSDE(_Multistep):
 class DPMSolverSDE(OfNoise, _MultistepSDE):
     """SDE-DPM-Solver: the reverse SDE, of the noise, multistep (Lu et al. 2022, arXiv:2211.01095):
 
-        x_then = (alpha_then / alpha_now) x + (1 + eta) sigma_then sum_k m_k(-h) p_k + spread noise,
+        x_then = (alpha_then / alpha_now) x + (1 + eta) sigma_then sum_k M_k(-h) p_k + spread noise,
         spread = sigma_then sqrt(eta (e^(2h) - 1)).
 
     Its noise does not fall with sigma_then: the step to t = 0 is made without noise, and in few steps from alpha near
@@ -61,7 +61,7 @@ class DPMSolverSDE(OfNoise, _MultistepSDE):
 class DPMSolverPPSDE(OfData, _MultistepSDE):
     """SDE-DPM-Solver++: the reverse SDE, of the data, multistep; order 2 is 2M SDE (Lu et al. 2022, arXiv:2211.01095):
 
-        x_then = (sigma_then / sigma_now) e^(-eta h) x + alpha_then sum_k m_k((1 + eta) h) p_k + spread noise,
+        x_then = (sigma_then / sigma_now) e^(-eta h) x + alpha_then sum_k M_k((1 + eta) h) p_k + spread noise,
         spread = sigma_then sqrt(1 - e^(-2 eta h)).
 
     Args:

@@ -43,11 +43,11 @@ class SASolver(Solver):
         x_then = e^{-tau^2 h} sigma_then / sigma_now x_now + alpha_then (M_0 m_0 + sum_k w_k (m_k - m_0))
                  + sigma_then sqrt(1 - e^{-2 tau^2 h}) noise,
 
-    and M_0 and w_k as of `solvers.unipc`. The predictor has the estimates at the last `predictor_order` times. The
-    corrector makes the same step again, with the same noise, from the estimate at its end and those at the
-    `corrector_order` - 1 times before. As in UniPC the next step begins with it, estimates stay what they were at the
-    predicted x, and the last x is not corrected. Where the sum has a single term, M_1 in it is z / 2, as in the
-    authors' code.
+    m_k the estimates, and M_0 and w_k as of `solvers.exponential`. The predictor has those at the last
+    `predictor_order` times. The corrector makes the same step again, with the same noise, from the estimate at its end
+    and those at the `corrector_order` - 1 times before. As in UniPC the next step begins with it, estimates stay what
+    they were at the predicted x, and the last x is not corrected. Where the sum has a single term, M_1 in it is z / 2,
+    as in the authors' code.
 
     With tau = 0 this is UniPC ("bh1"), and of the order of its corrector. With tau > 0 past estimates differ by noise
     of size sqrt(h), and mean and covariance have order 2 at most. With tau = 1 and the orders 1 and 0 it is DDPM.
@@ -96,27 +96,28 @@ class SASolver(Solver):
         return self._predict(then, state, order), estimate, state
 
     def _predict(self, then: Marginal, last: Memory, order):
-        h, (first, *others) = half_step(last.now, then), last.history.values
+        first, *others = last.history.values
         count = self.predictor_order - 1
-        return self._move(last, then, h, first, last.places(h)[:count], others[:count], order - 1)
+        return self._move(last, then, first, last.places(then)[:count], others[:count], order - 1)
 
     def _correct(self, x_hat, now: Marginal, last: Memory):
-        h, (first, *others) = half_step(last.now, now), last.history.values
+        first, *others = last.history.values
         if self.corrector_order == 1:
-            return self._move(last, now, h, x_hat, [], [], 0)
+            return self._move(last, now, x_hat, [], [], 0)
         order = ops.minimum(self.corrector_order, last.history.made + 1)
         if self.lower_final:
             order = ops.minimum(order, last.history.left + 2)
         count = self.corrector_order - 2
-        places, values = [1.0, *last.places(h)[:count]], [x_hat, *others[:count]]
-        return self._move(last, now, h, first, places, values, order - 1)
+        places, values = [1.0, *last.places(now)[:count]], [x_hat, *others[:count]]
+        return self._move(last, now, first, places, values, order - 1)
 
-    def _move(self, last: Memory, then: Marginal, h, first, places, values, count):
+    def _move(self, last: Memory, then: Marginal, first, places, values, count):
         """The step from `last.x` to `then`, with the first `count` of `values` besides `first`."""
+        h = half_step(last.now, then)
         square = (self.tau(last.now) if isinstance(self.tau, Tau) else float(self.tau)) ** 2
         z = (1.0 + square) * h
         x = ops.exp(-square * h) * then.sigma / last.now.sigma * last.x
-        x = x + then.alpha * adams(z, first, places, values, count, z / 2)
+        x = x + then.alpha * adams(z, first, places, values, count, z / 2.0)
         if self.stochastic:
             x = x + then.sigma * ops.sqrt(-ops.expm1(-2.0 * square * h)) * last.noise
         return x

@@ -1,0 +1,154 @@
+"""An image as a condition: a map beside x_t, noised in training if it is to come from another model."""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from kdiff import random
+from kdiff.base import check_choice, check_number
+from kdiff.blocks.base import build_layer, copy_layer
+from kdiff.blocks.conditions import Condition, Encoded, Input
+from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding
+from kdiff.blocks.resizing import FORMS, resized
+
+LEVELS, AUGMENTING = 5, 6  # streams of random numbers, beside that of `Condition`
+
+
+class Beside(Condition):
+    """An image of any size, brought to that of x_t and joined to its channels: the low image of super-resolution, what
+    is left of one to be filled in, a depth, a sketch.
+
+        UNet.attention(conditions={"low": Beside("bicubic")})               # network({"image", "time", "low"})
+
+    With `noise` it is noise conditioning augmentation (Ho et al., "Cascaded Diffusion Models", 2021, section 4; Saharia
+    et al., "Photorealistic Text-to-Image Diffusion Models", 2022, section 2.4). The resized image is noised, as
+    DeepFloyd IF does, and the level, which is embedded like time, added to `embed`:
+
+        training    level ~ U(0, highest), one an example, a function of `seed` and the number of the call
+        otherwise   `level`, or, of a condition "low", the inputs "low_level", (batch,), and "low_noise", of the size
+                    that the image is brought to: normal noise, in place of that of the layer, which is always the same
+
+    Args:
+        form: of the resizing: "nearest", "bilinear", "bicubic", "area", or "aligned" for a bilinear one in which the
+            corner pixels keep their values.
+        antialias: whether an image that shrinks is low-pass filtered.
+        noise: what makes the noisy image, a layer called as `noise(image, noise, level)`, such as
+            `kdiff.schedules.Cosine()`; None for none.
+        highest: of the levels in training, up to 1.
+        level: where none is given.
+        embedding: the layer of the level, a number in [0, 1], which gives a vector as wide as `embed`; None for an
+            MLPEmbedding of a SinusoidalEmbedding.
+        dropout, seed: as in `Condition`. An image of zeros, grey, stands for none.
+    """
+
+    def __init__(
+        self,
+        form: str = "bilinear",
+        antialias: bool = True,
+        noise: keras.layers.Layer | None = None,
+        highest: float = 1.0,
+        level: float = 0.1,
+        embedding: Any = None,
+        dropout: float = 0.0,
+        seed: int = 0,
+        **kwargs,
+    ):
+        super().__init__(dropout, seed, **kwargs)
+        check_choice("Beside", "form", form, tuple(FORMS))
+        check_number("Beside", "highest", highest, 0, 1)
+        check_number("Beside", "level", level, 0, 1)
+        if not (noise is None or isinstance(noise, keras.layers.Layer)):
+            raise TypeError(f"Beside: `noise` must be None or a layer, noise(image, noise, level); received: {noise!r}")
+        self.form = form
+        self.antialias = antialias
+        self.noise = noise
+        self.highest = highest
+        self.level = level
+        self.embedding = None if embedding is None else copy_layer(embedding, name="embedding", dtype=self.dtype_policy)
+        self._row: tuple | None = None
+
+    def inputs_of(self, name: str) -> dict[str, Input]:
+        """The image and, where there is noise, the level and the noise, which may be missing."""
+        if self.noise is None:
+            return {name: Input(None, self)}
+        optional = {"level": _Level(), "noise": None}
+        others = {f"{name}_{key}": Input(key, part, True) for key, part in optional.items()}
+        return {name: Input("image", self), **others}
+
+    def build(self, x_shape, embed_shape=None, image_shape=None):
+        """Builds the embedding of the level."""
+        self._row = tuple(_image(x_shape)[1:])
+        if self.noise is not None:
+            if self.embedding is None:
+                width = None if embed_shape is None else embed_shape[-1]
+                options = {"dtype": self.dtype_policy, "name": "embedding"}
+                self.level_embedding = MLPEmbedding(SinusoidalEmbedding(64, scale=1000.0), width, **options)
+            else:
+                self.level_embedding = self.embedding
+            build_layer(self.level_embedding, _image(x_shape)[:1])
+
+    @property
+    def null(self):
+        """A grey image where there is a dropout and the size is known."""
+        known = self.dropout > 0 and self._row is not None and None not in self._row
+        return np.zeros(self._row, "float32") if known else None
+
+    def check(self, values) -> None:
+        """Raises a ValueError for whole numbers."""
+        if values.dtype.kind != "f":
+            raise ValueError(
+                "Beside: an image must be floating-point numbers, such as x / 127.5 - 1 for x in 0..255; received: "
+                f"{values.dtype}"
+            )
+
+    def call(self, x, embed=None, context=None, image=None, training=None):
+        """An image, or it with its level and noise in a dictionary, and x_t, to a map of the size of x_t."""
+        given = x if isinstance(x, dict) else {"image": x}
+        x, sizes = ops.cast(given["image"], "float32"), tuple(image.shape[1:-1])
+        if len(x.shape) != len(image.shape) or None in (*x.shape[1:], *sizes):
+            raise ValueError(
+                f"{self.name}: an image like x_t, both of known size, is expected; received the shapes "
+                f"{tuple(x.shape)} and {tuple(image.shape)}"
+            )
+        random_here = training and (self.dropout > 0 or self.noise is not None)
+        key = self._next() if random_here else ops.convert_to_tensor([self.seed, 0], "int32")
+        if training and self.dropout > 0:
+            x = self._dropped(x, key)
+        y = resized(x, sizes, self.form, self.antialias)
+        if self.noise is None:
+            return Encoded(map=ops.cast(y, self.compute_dtype))
+        level = self._level_of(given, ops.shape(x)[0], key, training)
+        noise = given.get("noise")
+        noise = random.normal(random.fold(key, 0, AUGMENTING), ops.shape(y)) if noise is None else noise
+        y = self.noise(y, ops.cast(noise, "float32"), level)
+        return Encoded(vector=self.level_embedding(level), map=ops.cast(y, self.compute_dtype))
+
+    def _level_of(self, given, batch, key, training):
+        if given.get("level") is not None:
+            return ops.cast(given["level"], "float32")
+        if training:
+            return self.highest * random.uniform(random.fold(key, 0, LEVELS), (batch,))
+        return ops.full((batch,), self.level, "float32")
+
+    def compute_output_spec(self, x, embed=None, context=None, image=None, training=None):
+        """A map of the size of x_t, and a vector if there is noise."""
+        shape = (*image.shape[:-1], _image(x).shape[-1])
+        y = keras.KerasTensor(shape, self.compute_dtype)
+        if self.noise is None:
+            return Encoded(map=y)
+        return Encoded(vector=self.level_embedding.compute_output_spec(keras.KerasTensor(shape[:1])), map=y)
+
+
+class _Level:
+    """What a level may be."""
+
+    def check(self, values) -> None:
+        if not np.all((values >= 0) & (values <= 1)):
+            raise ValueError(f"Beside: a level must be a number in [0, 1]; received: {values}")
+
+
+def _image(x):
+    """The image, or its shape, alone or in the dictionary of inputs."""
+    return x["image"] if isinstance(x, dict) else x
