@@ -96,9 +96,7 @@ class Points(keras.layers.Layer):
         return self.dense(ops.concatenate([inputs["image"], inputs["time"][:, None] / 1000.0], axis=-1))
 
 
-@combined(
-    "schedule, prediction, weighting, sampler, objective", SCHEDULES, PREDICTIONS, WEIGHTINGS, TIMES, OBJECTIVES
-)
+@combined("schedule, prediction, weighting, sampler, objective", SCHEDULES, PREDICTIONS, WEIGHTINGS, TIMES, OBJECTIVES)
 def test_a_training_step_changes_the_weights(schedule, prediction, weighting, sampler, objective):
     """One step of the whole model; the loss is finite, and so are the weights that it leaves."""
     options = {"times": fitting(sampler, schedule), "objective": fitting(objective, schedule), "weighting": weighting}
