@@ -222,6 +222,23 @@ def test_the_ends_of_what_is_trained(schedule):
     assert [float(numpy(end)) for end in schedule.log_snr_ends()] == pytest.approx(expected.tolist())
 
 
+def test_times_of_any_shape(schedule):
+    t = np.linspace(0.05, 0.95, 15, dtype="float32")
+    log_snr, slope = numpy(schedule.log_snr(t)), numpy(schedule.slope(t))
+    for shape, some in (((3, 5), slice(None)), ((), 7)):
+        shaped = numpy(schedule.log_snr(t[some].reshape(shape)))
+        np.testing.assert_allclose(shaped, log_snr[some].reshape(shape), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(numpy(schedule.time(shaped)), t[some].reshape(shape), atol=5e-7)
+        np.testing.assert_allclose(numpy(schedule.slope(t[some].reshape(shape))), slope[some].reshape(shape), rtol=1e-5)
+
+
+def test_nearest_time_that_the_process_has():
+    table, continuous = schedules.LinearBeta(10), schedules.Cosine()
+    nearest = {0: 0, 0.01: 0.1, 0.14: 0.1, 0.16: 0.2, 0.5: 0.5, 0.96: 1.0, 1.0: 1.0}
+    assert {t: table.nearest(t) for t in nearest} == nearest
+    assert {t: continuous.nearest(t) for t in nearest} == {t: t for t in nearest}
+
+
 def test_slope_to_the_ends(schedule):
     slope = numpy(schedule.slope(TIMES))
     assert slope.shape == TIMES.shape

@@ -198,6 +198,13 @@ def test_noise_levels_have_the_published_distribution(schedule):
     np.testing.assert_allclose(np.sort(log_snr), np.linspace(-2 * noisy, -2 * clean, 4000), atol=0.06)
 
 
+def test_normal_numbers_are_finite_at_the_ends():
+    """0 is drawn, and 1 as its mirror image: 5.3 standard deviations from the middle, not infinitely many."""
+    ends = numpy(times.LogNormalSigma(0.0, 1.0).quantile(schedules.VarianceExploding(1e-6, 1e6), np.float32([0, 1])))
+    sigma = 1e-6 * 1e12 ** ends.astype("float64")
+    assert np.all(np.abs(np.abs(np.log(sigma)) - 5.3) < 0.3)
+
+
 def test_points_cover_the_batch():
     """One time in each of n equally likely parts."""
     for points in ("stratified", "systematic"):
