@@ -20,8 +20,9 @@ from tests.toys import MIXTURE, numpy
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from recipes import RECIPES, network
 
-# What has no defaults.
+# What has no defaults, or long ones.
 ARGUMENTS = {
+    "Jumps": ("trailing", 4, 2),
     "BetaTable": (np.linspace(1e-3, 0.2, 40),),
     "AlphaBarTable": (np.linspace(0.99, 0.01, 30),),
     "Shifted": (schedules.Cosine(), 1.0),
