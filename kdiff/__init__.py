@@ -24,4 +24,29 @@ from kdiff.callbacks import SampleCallback
 from kdiff.model import DiffusionModel
 from kdiff.sampling import Sampler, Step
 
+__all__ = [
+    "Configurable",
+    "DiffusionModel",
+    "SampleCallback",
+    "Sampler",
+    "Step",
+    "analytic",
+    "blocks",
+    "codecs",
+    "conversion",
+    "guidance",
+    "interop",
+    "networks",
+    "objectives",
+    "operators",
+    "predictions",
+    "random",
+    "scenes",
+    "schedules",
+    "solvers",
+    "text",
+    "times",
+    "weightings",
+]
+
 __version__ = "0.1.0"

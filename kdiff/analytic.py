@@ -22,6 +22,8 @@ from kdiff.base import Value, check_integer
 from kdiff.denoisers import Denoiser, Estimate, Given
 from kdiff.schedules import Marginal, NoiseSchedule
 
+__all__ = ["Gaussian", "GaussianMixture", "Points"]
+
 
 class GaussianMixture(Value):
     """sum_k w_k N(mean_k, cov_k).

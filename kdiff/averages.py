@@ -10,6 +10,8 @@ from keras import ops
 
 from kdiff import backend
 
+__all__ = ["Averages"]
+
 
 class Averages(keras.layers.Layer):
     """Exponential averages of a network's floating-point weights, in float32.

@@ -30,6 +30,8 @@ from kdiff.schedules import NoiseSchedule
 from kdiff.solvers import Solver
 from kdiff.times import TimeGrid
 
+__all__ = ["Sampler", "State", "Step", "initial_noise"]
+
 
 class Step(NamedTuple):
     """One step of a sampling run.

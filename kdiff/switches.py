@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from contextvars import ContextVar
 
+__all__ = ["identity_attention", "is_identity"]
+
 _identity: ContextVar = ContextVar("identity_attention", default=None)
 
 

@@ -19,6 +19,10 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
 
 
+# They import diffusers at their top, which takes seconds even where its models are missing.
+collect_ignore_glob = [] if find_spec("torch") and find_spec("diffusers") else ["*_reference.py"]
+
+
 def pytest_configure(config):
     """Registers the markers of tests that need more than one backend's extra."""
     config.addinivalue_line("markers", "data: needs the extra `data`; skipped where it is not installed")

@@ -65,10 +65,14 @@ def modules(chosen: list[str]) -> list[str]:
 
 
 def tests_of(module: str) -> list[str]:
-    """Those named after the module, a/b.py, and after its room: test_a_b*.py and test_a.py; or else all test_a*.py."""
+    """Those named after the module, room/name.py: test_room_name.py, or test_name.py where no other has that name, and
+    what goes on with an underscore; if there are none, all of the room. test_room.py in any case; diffusers last.
+    """
     room, *rest = module.removesuffix(".py").split("/")
-    own = sorted(TESTS.glob(f"test_{'_'.join([room, *rest])}*.py")) or sorted(TESTS.glob(f"test_{room}*.py"))
-    files = {*own, *TESTS.glob(f"test_{room}.py"), *TESTS.glob(f"test_{room}_reference.py")}
+    names = ["_".join([room, *rest]), *(name for name in rest if not (PACKAGE / f"{name}.py").exists())]
+    patterns = [pattern for name in names for pattern in (f"test_{name}.py", f"test_{name}_*.py")]
+    own = {file for pattern in patterns for file in TESTS.glob(pattern)} or set(TESTS.glob(f"test_{room}_*.py"))
+    files = own | {*TESTS.glob(f"test_{room}.py"), *TESTS.glob(f"test_{room}_reference.py")}
     return [str(file) for file in sorted(files, key=lambda file: ("reference" in file.name, file not in own, file))]
 
 
@@ -199,7 +203,7 @@ def main() -> None:
         killed += status != 0
         if status == 0:
             survivors.append(drawn[index])
-            print(f"survived, {seconds:.0f} s: {shown(drawn[index])}", flush=True)
+            print(f"survived, {seconds:.0f} s, {killed} are killed: {shown(drawn[index])}", flush=True)
     print("\nSurvivors:\n" + "\n".join(map(shown, sorted(survivors))) if survivors else "")
     print(f"\n{killed} of {len(drawn)} killed: {killed / len(drawn):.1%}")
     sys.exit(killed < options.least * len(drawn))

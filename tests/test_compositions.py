@@ -20,8 +20,9 @@ from tests.toys import MIXTURE, numpy
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from recipes import RECIPES, network
 
-# What has no defaults.
+# What has no defaults, or long ones.
 ARGUMENTS = {
+    "Jumps": ("trailing", 4, 2),
     "BetaTable": (np.linspace(1e-3, 0.2, 40),),
     "AlphaBarTable": (np.linspace(0.99, 0.01, 30),),
     "Shifted": (schedules.Cosine(), 1.0),
@@ -96,9 +97,7 @@ class Points(keras.layers.Layer):
         return self.dense(ops.concatenate([inputs["image"], inputs["time"][:, None] / 1000.0], axis=-1))
 
 
-@combined(
-    "schedule, prediction, weighting, sampler, objective", SCHEDULES, PREDICTIONS, WEIGHTINGS, TIMES, OBJECTIVES
-)
+@combined("schedule, prediction, weighting, sampler, objective", SCHEDULES, PREDICTIONS, WEIGHTINGS, TIMES, OBJECTIVES)
 def test_a_training_step_changes_the_weights(schedule, prediction, weighting, sampler, objective):
     """One step of the whole model; the loss is finite, and so are the weights that it leaves."""
     options = {"times": fitting(sampler, schedule), "objective": fitting(objective, schedule), "weighting": weighting}

@@ -210,7 +210,7 @@ def test_slope_is_the_derivative(schedule, formula):
 )
 def test_slope_where_much_is_cut_off(kind):
     """With an epsilon that is not lost in the tolerance: a central difference over 0.02, to its third derivative."""
-    schedule, t = getattr(schedules, kind)(epsilon=0.08), np.float32([0.3, 0.5, 0.6])
+    schedule, t = getattr(schedules, kind)(epsilon=0.08), np.linspace(0.3, 0.6, 15, dtype="float32")  # as CLOSE
     difference = (numpy(schedule.log_snr(t + 0.01)) - numpy(schedule.log_snr(t - 0.01))) / 0.02
     np.testing.assert_allclose(numpy(schedule.slope(t)), difference, rtol=2e-3)
 
@@ -218,8 +218,25 @@ def test_slope_where_much_is_cut_off(kind):
 def test_the_ends_of_what_is_trained(schedule):
     first = 1.0 / schedule.num_steps if schedule.num_steps else 0.0
     assert schedule.first_time == first
-    expected = [float(numpy(schedule.log_snr(t))) for t in (first, 1.0)]
-    assert [float(numpy(end)) for end in schedule.log_snr_ends()] == pytest.approx(expected)
+    expected = numpy(schedule.log_snr(np.float32([first, 1.0])))
+    assert [float(numpy(end)) for end in schedule.log_snr_ends()] == pytest.approx(expected.tolist())
+
+
+def test_times_of_any_shape(schedule):
+    t = np.linspace(0.05, 0.95, 15, dtype="float32")
+    log_snr, slope = numpy(schedule.log_snr(t)), numpy(schedule.slope(t))
+    for shape, some in (((3, 5), slice(None)), ((), 7)):
+        shaped = numpy(schedule.log_snr(t[some].reshape(shape)))
+        np.testing.assert_allclose(shaped, log_snr[some].reshape(shape), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(numpy(schedule.time(shaped)), t[some].reshape(shape), atol=5e-7)
+        np.testing.assert_allclose(numpy(schedule.slope(t[some].reshape(shape))), slope[some].reshape(shape), rtol=1e-5)
+
+
+def test_nearest_time_that_the_process_has():
+    table, continuous = schedules.LinearBeta(10), schedules.Cosine()
+    nearest = {0: 0, 0.01: 0.1, 0.14: 0.1, 0.16: 0.2, 0.5: 0.5, 0.96: 1.0, 1.0: 1.0}
+    assert {t: table.nearest(t) for t in nearest} == nearest
+    assert {t: continuous.nearest(t) for t in nearest} == {t: t for t in nearest}
 
 
 def test_slope_to_the_ends(schedule):
@@ -505,6 +522,7 @@ def test_float32_under_any_policy():
     np.testing.assert_allclose(numpy(x_t)[0], m.alpha + m.sigma, rtol=1e-6)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("schedule", [schedules.CosineBeta(), schedules.VarianceExploding()], ids=repr)
 def test_plot(schedule, tmp_path):
     pytest.importorskip("matplotlib")
@@ -571,3 +589,22 @@ def test_plot(schedule, tmp_path):
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_defaults_are_the_published_ones():
+    """Of the tables those of the papers and of diffusers; EDM's sigmas; Song et al. 2021, appendix C; Chen 2023."""
+    published = {
+        schedules.LinearBeta: {"num_steps": 1000, "beta_start": 1e-4, "beta_end": 0.02},
+        schedules.ScaledLinearBeta: {"num_steps": 1000, "beta_start": 0.00085, "beta_end": 0.012},
+        schedules.CosineBeta: {"num_steps": 1000, "s": 0.008, "max_beta": 0.999},
+        schedules.SigmoidBeta: {"num_steps": 1000, "beta_start": 1e-4, "beta_end": 0.02},
+        schedules.Cosine: {"min_log_snr": -15.0, "max_log_snr": 15.0},
+        schedules.Laplace: {"mu": 0.0, "b": 0.5, "min_log_snr": -15.0, "max_log_snr": 15.0},
+        schedules.LinearVP: {"beta_min": 0.1, "beta_max": 20.0, "epsilon": 1e-5},
+        schedules.SubVP: {"beta_min": 0.1, "beta_max": 20.0, "epsilon": 1e-5},
+        schedules.VarianceExploding: {"sigma_min": 0.002, "sigma_max": 80.0},
+        schedules.SigmoidAlphaBar: {"start": -3.0, "end": 3.0, "tau": 1.0, "epsilon": 1e-6},
+        schedules.CosineAlphaBar: {"start": 0.0, "end": 1.0, "tau": 1.0, "epsilon": 1e-5},
+    }
+    for kind, arguments in published.items():
+        assert kind().get_config() == arguments

@@ -198,6 +198,13 @@ def test_noise_levels_have_the_published_distribution(schedule):
     np.testing.assert_allclose(np.sort(log_snr), np.linspace(-2 * noisy, -2 * clean, 4000), atol=0.06)
 
 
+def test_normal_numbers_are_finite_at_the_ends():
+    """0 is drawn, and 1 as its mirror image: 5.3 standard deviations from the middle, not infinitely many."""
+    ends = numpy(times.LogNormalSigma(0.0, 1.0).quantile(schedules.VarianceExploding(1e-6, 1e6), np.float32([0, 1])))
+    sigma = 1e-6 * 1e12 ** ends.astype("float64")
+    assert np.all(np.abs(np.abs(np.log(sigma)) - 5.3) < 0.3)
+
+
 def test_points_cover_the_batch():
     """One time in each of n equally likely parts."""
     for points in ("stratified", "systematic"):
@@ -252,3 +259,17 @@ def test_labels():
     np.testing.assert_allclose(numpy(times.LogSNR(1.0)(DISCRETE, m)), numpy(m.log_snr))
     with pytest.raises(ValueError, match="continuous"):
         times.Index()(CONTINUOUS, m)
+
+
+def test_defaults_are_the_published_ones():
+    """Stable Diffusion 3, section 5.1: a logit-normal of 0 and 1, a mode of 1.29; EDM, table 1; pi-0: Beta(1.5, 1)."""
+    published = {
+        times.LogitNormal: {"mean": 0.0, "std": 1.0},
+        times.Mode: {"scale": 1.29},
+        times.PowerLaw: {"exponent": 0.5},
+        times.LogNormalSigma: {"mean": -1.2, "std": 1.2},
+        times.Scaled: {"scale": 1000.0},
+        times.LogSNR: {"scale": -0.125},
+    }
+    for kind, arguments in published.items():
+        assert {name: value for name, value in kind().get_config().items() if name != "points"} == arguments

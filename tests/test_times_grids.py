@@ -221,3 +221,18 @@ def test_rounded_times_are_steps():
         np.testing.assert_array_equal(grid(CONTINUOUS, 7), inner(CONTINUOUS, 7))
     assert times.Rounded(times.All()).default_steps(DISCRETE) == 1000
     np.testing.assert_allclose(times.Rounded(times.Times([1.0, 1e-5, 0.0]))(DISCRETE, 2), [1.0, 0.001, 0.0])
+
+
+def test_defaults_are_the_published_ones():
+    """Lee et al. 2024 for Stable Diffusion: 0.6 and 0.6; EDM: rho = 7; SD3: a shift of 3; Flux's shift by tokens."""
+    published = {
+        times.BetaQuantile: {"alpha": 0.6, "beta": 0.6},
+        times.FlowShift: {"shift": 3.0},
+        times.Karras: {"rho": 7.0, "sigma_min": None, "sigma_max": None},
+        times.Polyexponential: {"rho": 1.0, "sigma_min": None, "sigma_max": None},
+        times.Leading: {"offset": 0},
+    }
+    for kind, arguments in published.items():
+        assert kind().get_config() == arguments
+    for tokens, mu in ((256, 0.5), (4096, 1.15), (2176, 0.825)):
+        assert times.FlowShift.for_tokens(tokens).shift == pytest.approx(np.exp(mu))

@@ -156,3 +156,16 @@ def test_weights_do_not_look_at_the_normalisation():
 def test_impossible_weightings(make):
     with pytest.raises(ValueError, match="must be a number"):
         make()
+
+
+def test_defaults_are_the_published_ones():
+    """Hang et al. 2023: gamma = 5; Crowson et al. 2024: 4; Choi et al. 2022: k = 1, gamma = 1; EDM, table 1: 0.5."""
+    published = {
+        weightings.MinSNR: {"gamma": 5.0},
+        weightings.SoftMinSNR: {"gamma": 4.0},
+        weightings.P2: {"k": 1.0, "gamma": 1.0},
+        weightings.EDM: {"sigma_data": 0.5},
+        weightings.Sigmoid: {"bias": 0.0},
+    }
+    for kind, arguments in published.items():
+        assert kind().get_config() == arguments

@@ -10,6 +10,8 @@ from keras import tree
 
 from kdiff.backend.running import BACKEND
 
+__all__ = ["checked_dataset", "is_data_loader", "is_tf_dataset", "leave_accelerator", "loader_batch", "on_host"]
+
 
 def leave_accelerator(tf: Any) -> None:
     """Keeps TensorFlow, where it only prepares batches for JAX or PyTorch, from taking the accelerator's memory."""

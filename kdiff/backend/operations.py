@@ -12,6 +12,21 @@ from keras import ops
 
 from kdiff.backend.running import BACKEND
 
+__all__ = [
+    "HIDDEN",
+    "attention",
+    "average_pool",
+    "convolution",
+    "dense",
+    "gelu_tanh",
+    "group_norm",
+    "layer_norm",
+    "max_pool",
+    "scaled",
+    "upsample_bilinear",
+    "upsample_nearest",
+]
+
 
 def dense(x: Any, kernel: Any, bias: Any = None) -> Any:
     """`x kernel + bias` over the last axis of `x`; the kernel is (channels, width), and the bias may be None.

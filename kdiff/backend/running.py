@@ -8,6 +8,24 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+__all__ = [
+    "BACKEND",
+    "after_step",
+    "compiled",
+    "concrete",
+    "fused",
+    "has_numbers",
+    "move_towards",
+    "needs_no_preparation",
+    "portable_optimizer",
+    "pullback",
+    "recomputed",
+    "replaced",
+    "synchronise",
+    "unallocated",
+    "without_gradients",
+]
+
 BACKEND = keras.backend.backend()
 
 

@@ -25,6 +25,16 @@ from kdiff.blocks.layers import Dense
 from kdiff.blocks.patterns import Global, Pattern
 from kdiff.blocks.positions import RelativePositions
 
+__all__ = [
+    "CrossAttention",
+    "MultiHeadAttention",
+    "SelfAttention",
+    "check_heads",
+    "check_positions",
+    "opened",
+    "split_heads",
+]
+
 
 class MultiHeadAttention(Block):
     """Attention of positions to positions: `softmax(q k^T / sqrt(head_width)) v` in each head, then a dense layer.

@@ -25,6 +25,28 @@ from kdiff.base import Configurable
 from kdiff.blocks.initializers import GlorotUniform
 from kdiff.blocks.layers import Dense, Direct
 
+__all__ = [
+    "Block",
+    "Chain",
+    "ConfigurableLayer",
+    "Shape",
+    "Tokens",
+    "apply_layer",
+    "build_layer",
+    "check_embed",
+    "check_given",
+    "check_map",
+    "copy_layer",
+    "derive_seed",
+    "dropout_layer",
+    "dropped",
+    "get_layer",
+    "kernel_initializer",
+    "output_shape",
+    "over_positions",
+    "projection_of",
+]
+
 Shape = tuple[int | None, ...]
 
 

@@ -13,6 +13,8 @@ from kdiff.blocks.conditions import Condition, Encoded, Input
 from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding
 from kdiff.blocks.resizing import FORMS, resized
 
+__all__ = ["AUGMENTING", "LEVELS", "Beside"]
+
 LEVELS, AUGMENTING = 5, 6  # streams of random numbers, beside that of `Condition`
 
 

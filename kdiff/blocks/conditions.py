@@ -26,6 +26,8 @@ from kdiff.base import check_integer, check_number
 from kdiff.blocks.base import Block, ConfigurableLayer, apply_layer, build_layer, copy_layer, get_layer, output_shape
 from kdiff.blocks.initializers import Normal
 
+__all__ = ["DROPPING", "Condition", "Encoded", "Input", "Joint", "OptionalCondition", "given_to", "inputs_of"]
+
 DROPPING = 4  # the stream of random numbers, beside those of `kdiff.random`
 
 

@@ -25,6 +25,8 @@ from kdiff.blocks.initializers import Normal
 from kdiff.blocks.layers import Conv2D, Dense
 from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm
 
+__all__ = ["ConvBlock", "ConvNeXtBlock", "ResidualBlock", "SimpleBlock", "normalization_of"]
+
 
 class ConvBlock(Block):
     """A convolution, a normalisation, an activation, in that order: `activation(norm(conv(x)) + W activation(embed))`.

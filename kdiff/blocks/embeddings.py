@@ -16,6 +16,8 @@ from kdiff.blocks.conditions import Condition
 from kdiff.blocks.initializers import Normal
 from kdiff.blocks.layers import Dense
 
+__all__ = ["FourierEmbedding", "LabelEmbedding", "LearnedEmbedding", "MLPEmbedding", "SinusoidalEmbedding"]
+
 
 class SinusoidalEmbedding(Block):
     """A number as cosines and sines of falling frequency: `[cos(scale t f_i), sin(scale t f_i)]`.

@@ -13,6 +13,8 @@ from keras import ops
 
 from kdiff.base import Configurable
 
+__all__ = ["GlorotUniform", "Normal"]
+
 
 class _Initializer(Configurable, keras.initializers.Initializer):
     """Draws with a seed; None takes one that `keras.utils.set_random_seed` determines."""

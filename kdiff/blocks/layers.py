@@ -4,6 +4,8 @@ import keras
 
 from kdiff import backend
 
+__all__ = ["Conv2D", "Dense", "Direct"]
+
 
 class Direct:
     """A mixin for layers that PyTorch calls by the hundred: without Keras' preparations, where they change nothing."""

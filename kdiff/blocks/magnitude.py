@@ -36,6 +36,18 @@ from kdiff.blocks.base import (
 )
 from kdiff.blocks.initializers import Normal
 
+__all__ = [
+    "MPConv",
+    "MPDense",
+    "MPFourierEmbedding",
+    "MagnitudePreservingBlock",
+    "UnitMagnitude",
+    "mp_concatenate",
+    "mp_silu",
+    "mp_sum",
+    "unit_magnitude",
+]
+
 
 def mp_silu(x: Any) -> Any:
     """`silu(x) / 0.596`, as `silu(x)` has the mean square 0.596^2 for a normal x (equation 81)."""

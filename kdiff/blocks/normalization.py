@@ -18,6 +18,8 @@ from kdiff.blocks.base import (
 )
 from kdiff.blocks.layers import Dense
 
+__all__ = ["AdaptiveNorm", "GroupNorm", "LayerNorm", "RMSNorm"]
+
 
 class GroupNorm(Block):
     """Each group of channels of each example to mean 0 and variance 1: `gamma (x - mean) / sqrt(var + epsilon) + beta`.

@@ -6,6 +6,8 @@ from kdiff.base import check_integer
 from kdiff.blocks.base import Block, kernel_initializer
 from kdiff.blocks.layers import Dense
 
+__all__ = ["Patchify", "Unpatchify"]
+
 
 class Patchify(Block):
     """Each patch of size x size pixels as one vector: `y = W patch + b`, a convolution whose stride is its size.

@@ -19,6 +19,8 @@ from keras import ops
 from kdiff import backend
 from kdiff.base import Value, check_integer
 
+__all__ = ["Global", "Linear", "Neighborhood", "Pattern", "Sizes", "Window"]
+
 Sizes = tuple[int | None, ...]
 
 

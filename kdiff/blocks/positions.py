@@ -9,6 +9,8 @@ from keras import ops
 from kdiff.base import Value, check_number
 from kdiff.blocks.base import Block, check_map
 
+__all__ = ["RelativePositions", "Rotary", "SinCos2D"]
+
 
 class SinCos2D(Block):
     """Waves of column and row, added: `x + [sin(f u), cos(f u), sin(f v), cos(f v)]`, u the column and v the row.

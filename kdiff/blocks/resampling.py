@@ -10,6 +10,8 @@ from kdiff.base import check_choice, check_integer
 from kdiff.blocks.base import Block, check_map, kernel_initializer
 from kdiff.blocks.layers import Conv2D
 
+__all__ = ["INTERPOLATIONS", "Downsample", "FIRDownsample", "FIRUpsample", "Upsample", "upsample_aligned"]
+
 
 class Downsample(Block):
     """Half the height and half the width.

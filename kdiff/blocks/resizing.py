@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+__all__ = ["FORMS", "resized"]
+
 
 def resized(x: Any, sizes: tuple[int, ...], form: str = "bilinear", antialias: bool = True) -> Any:
     """(batch, *other sizes, channels) to (batch, *sizes, channels), float32.

@@ -25,6 +25,8 @@ from kdiff.blocks.normalization import LayerNorm
 from kdiff.blocks.transformer import TransformerBlock
 from kdiff.text import Tokenizer, is_text
 
+__all__ = ["EncodedText", "TextEncoder"]
+
 
 class TextEncoder(Condition):
     """A text as tokens, learned with the network: `norm(blocks(table[token] + position))`, (batch, length, width).

@@ -30,6 +30,8 @@ from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm
 from kdiff.blocks.patterns import Pattern
 from kdiff.blocks.positions import RelativePositions
 
+__all__ = ["FeedForward", "SpatialTransformer", "TransformerBlock", "check_ratio", "get_activation"]
+
 
 class FeedForward(_Branch):
     """Two dense layers at each position, as a residual: `x + W2 activation(W1 norm(x) + b1) + b2`.

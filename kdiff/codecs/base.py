@@ -32,7 +32,7 @@ from keras import ops
 
 from kdiff.base import Value
 
-__all__ = ["Absent", "Codec", "Identity", "Pixels", "to_unit"]
+__all__ = ["Absent", "Codec", "Identity", "Pixels", "Shape", "to_unit"]
 
 Shape = tuple[int | None, ...]
 

@@ -8,7 +8,7 @@ from keras import ops
 from kdiff.base import check_integer
 from kdiff.codecs.base import Codec, Shape, to_unit
 
-__all__ = ["Haar"]
+__all__ = ["Haar", "haar"]
 
 
 class Haar(Codec):

@@ -37,7 +37,7 @@ from kdiff.base import Value, check_number
 from kdiff.denoisers import Denoiser, Estimate, Given
 from kdiff.schedules import Marginal, NoiseSchedule
 
-__all__ = ["Clip", "DynamicThreshold", "Guidance", "Here", "Place", "Run", "check_scale", "over"]
+__all__ = ["Clip", "DynamicThreshold", "Guidance", "Here", "Place", "Run", "check_scale", "over", "tensors"]
 
 
 class Place(NamedTuple):

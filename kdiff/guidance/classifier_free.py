@@ -25,6 +25,8 @@ from kdiff.predictions import Prediction
 from kdiff.schedules import Marginal
 from kdiff.solvers.base import half_step, noise_of
 
+__all__ = ["AdaptiveProjected", "CFGPlusPlus", "CFGZeroStar", "ClassifierFree"]
+
 
 class _TwoAnswers(Guidance):
     """What they share. A subclass writes `combine`.

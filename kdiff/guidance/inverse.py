@@ -19,6 +19,8 @@ from kdiff.guidance.base import Guidance, Here, Run, check_scale, over
 from kdiff.operators import Operator
 from kdiff.schedules import Marginal, bridge
 
+__all__ = ["DPS", "Inpaint", "PiGDM"]
+
 
 class Inpaint(Guidance):
     """New pixels where `mask` is 1, those of `image` where it is 0:

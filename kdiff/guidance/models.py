@@ -15,6 +15,8 @@ from kdiff.guidance.base import Guidance, Here, Run, check_scale, over
 from kdiff.schedules import Marginal
 from kdiff.times import TimeLabel
 
+__all__ = ["Autoguidance", "ClassifierGuidance", "PerturbedAttention"]
+
 
 class Autoguidance(Guidance):
     """Guidance by a bad version of the model itself (Karras et al. 2024, arXiv:2406.02507, eq. 3):

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import keras
 
+__all__ = ["Described", "Key", "Keys", "complete", "each", "kind", "only"]
+
 
 class Key(NamedTuple):
     """A key of a configuration.

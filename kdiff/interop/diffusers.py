@@ -22,6 +22,8 @@ from kdiff.interop.files import read_folder, read_json, write_json, write_safete
 from kdiff.interop.weights import Slot, assign, export
 from kdiff.model import DiffusionModel
 
+__all__ = ["AUTOENCODERS", "MODELS", "NETWORKS", "Model", "load", "save"]
+
 
 class Model(NamedTuple):
     """How one class of diffusers is translated.

@@ -10,6 +10,17 @@ from typing import Any
 
 import numpy as np
 
+__all__ = [
+    "FOLDER_READERS",
+    "READERS",
+    "State",
+    "read_folder",
+    "read_json",
+    "read_state",
+    "write_json",
+    "write_safetensors",
+]
+
 State = dict[str, np.ndarray]
 
 

@@ -6,6 +6,8 @@ from keras import ops
 from kdiff.schedules import NoiseSchedule
 from kdiff.times import FlowShift, TimeGrid
 
+__all__ = ["FlowMatching", "LinspaceUnrounded", "WithFirst", "Within", "WithoutLast"]
+
 
 class LinspaceUnrounded(TimeGrid):
     """`steps` equal spaces from T - 1 to 0, between the steps of the process where they fall there: Euler's, Heun's."""

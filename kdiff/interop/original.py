@@ -27,6 +27,8 @@ from kdiff.interop.weights import Part, Rows, Slot, assign, slots
 from kdiff.networks.dit import DiT, adaptive_block
 from kdiff.networks.unet import Level, UNet
 
+__all__ = ["DIT_NAMES", "Source", "dit", "dit_slots", "guided", "guided_slots", "read"]
+
 Source = str | Path | Mapping[str, Any]
 
 

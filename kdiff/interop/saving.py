@@ -23,6 +23,21 @@ from kdiff.networks.dit import DiT
 from kdiff.networks.ncsnpp import NCSNpp
 from kdiff.networks.unet import UNet
 
+__all__ = [
+    "ENDS",
+    "FREE",
+    "FREE_OF",
+    "NOISE_GRIDS",
+    "PREDICTIONS",
+    "SCHEDULES",
+    "SOLVERS",
+    "VARIANCES",
+    "Config",
+    "check_same",
+    "network_config",
+    "scheduler_config",
+]
+
 Config = dict[str, Any]
 
 # --- networks

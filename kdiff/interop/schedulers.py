@@ -19,6 +19,32 @@ from kdiff.interop.grids import FlowMatching, LinspaceUnrounded, WithFirst, With
 from kdiff.interop.solvers import DDIMKeptNoise, PseudoRungeKutta
 from kdiff.sampling import Sampler
 
+__all__ = [
+    "BETAS",
+    "CLIPPING",
+    "ENDING",
+    "FLOW",
+    "FLOW_MATCHING",
+    "GRIDS",
+    "KINDS",
+    "LATE_TABLE",
+    "LEADING",
+    "LINSPACE",
+    "MULTISTEP",
+    "ORDERED",
+    "PREDICTIONS",
+    "SIGMAS",
+    "SPACINGS",
+    "TABLE",
+    "THRESHOLD",
+    "UNUSED",
+    "VARIANCES",
+    "WARMUPS",
+    "Kind",
+    "Process",
+    "process",
+]
+
 
 class Process(NamedTuple):
     """What a scheduler is in kdiff."""

@@ -8,6 +8,8 @@ from kdiff.solvers import DDIM, Denoise, Draw
 from kdiff.solvers.base import noise_of
 from kdiff.solvers.runge_kutta import RK4, Ratio
 
+__all__ = ["DDIMKeptNoise", "PseudoRungeKutta", "TimeRatio"]
+
 
 class DDIMKeptNoise(DDIM):
     """DDIM in which `guidance` changes the data alone, and the noise stays as the network said:

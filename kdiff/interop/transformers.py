@@ -18,6 +18,8 @@ from kdiff.interop.unets import image_shape
 from kdiff.interop.weights import Layout, Part, Rows, Slot, slots
 from kdiff.networks.dit import DiT, adaptive_block
 
+__all__ = ["ACTIVATIONS", "DIT", "NAMES", "OLD_KEYS", "dit", "dit_slots", "patch_layout"]
+
 DIT = {
     "num_attention_heads": Key(16),
     "attention_head_dim": Key(72),

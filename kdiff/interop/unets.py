@@ -25,6 +25,27 @@ from kdiff.interop.weights import Slot, slots
 from kdiff.networks.ncsnpp import InputSkip, NCSNpp, OutputSkip
 from kdiff.networks.unet import Level, UNet
 
+__all__ = [
+    "DOWN",
+    "NAMES",
+    "OLD_NAMES",
+    "PADDINGS",
+    "RESAMPLERS",
+    "SHARED",
+    "SKIP_DOWN",
+    "SKIP_UP",
+    "UNET_2D",
+    "UNET_2D_CONDITION",
+    "UP",
+    "Kind",
+    "TextTimeUNet",
+    "image_shape",
+    "renamed",
+    "unet_2d",
+    "unet_2d_condition",
+    "unet_slots",
+]
+
 UNET_2D = {
     "sample_size": Key(None),
     "in_channels": Key(3),

@@ -15,6 +15,8 @@ from kdiff.blocks.embeddings import FourierEmbedding, LabelEmbedding, LearnedEmb
 from kdiff.blocks.normalization import GroupNorm, LayerNorm, RMSNorm
 from kdiff.interop.files import State
 
+__all__ = ["LAYOUTS", "LEAVES", "Layout", "Names", "Part", "Rows", "Slot", "assign", "export", "slots"]
+
 
 class Rows(NamedTuple):
     """Rows of an array whose first axis is `groups` times `of` chunks: in each group the `chunks`, in that order."""

@@ -35,6 +35,8 @@ from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.times import TimeLabel, TimeSampler
 from kdiff.weightings import Weighting
 
+__all__ = ["RESERVED", "DiffusionModel"]
+
 
 class DiffusionModel(Configurable, Sampling, keras.Model):
     """A diffusion model.

@@ -14,6 +14,20 @@ from keras import ops
 
 from kdiff.text import is_text
 
+__all__ = [
+    "Preparation",
+    "as_numpy",
+    "check_values",
+    "condition_layers",
+    "condition_names",
+    "condition_nulls",
+    "condition_rows",
+    "fits",
+    "is_integer",
+    "value_range",
+    "words",
+]
+
 
 def condition_names(network: keras.layers.Layer) -> tuple[str, ...] | None:
     """The conditions that the network takes; None if it does not say."""

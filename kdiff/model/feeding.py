@@ -34,7 +34,7 @@ from kdiff.model.condition_inputs import (
 )
 from kdiff.text import is_text
 
-__all__ = ["BatchCheck", "Source", "data_shape", "packed", "source_of", "unpack"]
+__all__ = ["TOLERANCE", "BatchCheck", "Source", "data_shape", "packed", "source_of", "unpack"]
 
 # Images that went through floating-point resizing may pass 1 by a rounding error.
 TOLERANCE = 1e-3

@@ -19,6 +19,8 @@ from kdiff.blocks.attention import CrossAttention
 from kdiff.blocks.base import Chain, ConfigurableLayer, Tokens, apply_layer, build_layer, copy_layer, derive_seed
 from kdiff.blocks.conditions import Encoded, Input, given_to, inputs_of
 
+__all__ = ["Network", "check_size", "joined"]
+
 
 class Network(ConfigurableLayer, keras.Model):
     """Time and conditions to `embed`, `context` and maps beside the image; the body, which a subclass gives, does the rest.

@@ -22,6 +22,8 @@ from kdiff.blocks.base import Block
 from kdiff.blocks.layers import Conv2D, Dense
 from kdiff.networks.base import Network
 
+__all__ = ["COUNTS", "Row", "Shape", "flops", "parameters", "rows", "summary"]
+
 Shape = tuple[int, ...]
 
 

@@ -13,6 +13,8 @@ from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.transformer import TransformerBlock
 from kdiff.networks.base import Network, check_size
 
+__all__ = ["DiT", "adaptive_block", "usual_heads"]
+
 
 class DiT(Network):
     """A transformer on patches of the image, with adaptive normalisation: "DiT".

@@ -16,6 +16,8 @@ from kdiff.networks.base import Network, check_size
 from kdiff.networks.dit import adaptive_block
 from kdiff.networks.unet import Level
 
+__all__ = ["Hybrid"]
+
 
 class Hybrid(Network):
     """Levels of any blocks down to a coarse map and back, joined by one skip a level.

@@ -14,6 +14,8 @@ from kdiff.blocks.normalization import AdaptiveNorm, LayerNorm
 from kdiff.blocks.transformer import FeedForward
 from kdiff.networks.base import Network
 
+__all__ = ["MLP"]
+
 
 class MLP(Network):
     """Dense residual blocks on vectors, steered by time and conditions.

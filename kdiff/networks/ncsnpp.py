@@ -19,6 +19,8 @@ from kdiff.blocks.layers import Conv2D
 from kdiff.blocks.resampling import FIRDownsample
 from kdiff.networks.unet import Level, UNet
 
+__all__ = ["InputResidual", "InputSkip", "NCSNpp", "OutputSkip"]
+
 
 class InputSkip(ConfigurableLayer, keras.layers.Layer):
     """After a downsampling, the image, made as small, is added: `image = down(image)`, `x + W image`.

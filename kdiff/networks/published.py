@@ -35,6 +35,23 @@ from kdiff.blocks.transformer import SpatialTransformer
 from kdiff.networks.ncsnpp import InputResidual, InputSkip, NCSNpp, OutputSkip
 from kdiff.networks.unet import Level, UNet
 
+__all__ = [
+    "ADM",
+    "IMPROVED",
+    "SONG_32",
+    "SONG_256",
+    "adm",
+    "ddpm_256",
+    "ddpm_cifar10",
+    "ddpmpp_cifar10",
+    "improved_ddpm",
+    "ncsnpp_256",
+    "ncsnpp_cifar10",
+    "stable_diffusion_1",
+    "stable_diffusion_2",
+    "stable_diffusion_xl",
+]
+
 # --- Ho et al. (2020)
 
 

@@ -13,6 +13,8 @@ from kdiff.blocks.layers import Conv2D
 from kdiff.blocks.resampling import Downsample, Upsample
 from kdiff.networks.base import Network, check_size
 
+__all__ = ["SimpleUNet"]
+
 
 class SimpleUNet(Network):
     """The U-Net of the textbook, which knows the time: down to a small map, back up, and skips straight across.

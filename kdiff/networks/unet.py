@@ -15,6 +15,8 @@ from kdiff.blocks.layers import Conv2D
 from kdiff.blocks.transformer import TransformerBlock
 from kdiff.networks.base import Network, check_size
 
+__all__ = ["Level", "UNet"]
+
 
 class Level(Value):
     """One resolution of a U-Net: template layers, which the network copies for every use.

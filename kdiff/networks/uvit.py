@@ -17,6 +17,8 @@ from kdiff.blocks.transformer import TransformerBlock
 from kdiff.networks.base import Network, check_size, joined
 from kdiff.networks.dit import usual_heads
 
+__all__ = ["UViT"]
+
 
 class UViT(Network):
     """A transformer on patches, time and conditions as tokens of one sequence: "U-ViT".

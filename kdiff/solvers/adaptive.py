@@ -25,6 +25,8 @@ from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.solvers.base import Denoise, Draw, Solver, half_step
 from kdiff.solvers.exponential import weights
 
+__all__ = ["LARGEST", "SAFETY", "SMALLEST", "Adaptive", "Control"]
+
 SAFETY, SMALLEST, LARGEST = 0.9, 0.2, 5.0
 
 

@@ -9,6 +9,8 @@ from kdiff.base import check_choice, check_integer, check_number
 from kdiff.schedules import Marginal, NoiseSchedule, bridge
 from kdiff.solvers.base import Denoise, Draw, Solver, noise_of
 
+__all__ = ["DDIM", "DDPM", "DDIMInversion"]
+
 
 class DDPM(Solver):
     """Ancestral sampling: a draw from q(x_then | x_now, x = x_hat) (Ho et al. 2020, algorithm 2):

@@ -26,6 +26,8 @@ from kdiff.base import Value, check_integer
 from kdiff.denoisers import Denoise
 from kdiff.schedules import Marginal, NoiseSchedule
 
+__all__ = ["Draw", "History", "Solver", "between", "check_order", "flow_to", "half_step", "noise_of"]
+
 Draw = Callable[[], Any]
 
 

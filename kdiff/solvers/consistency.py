@@ -12,6 +12,8 @@ from kdiff.base import check_number
 from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.solvers.base import Denoise, Draw, Solver, flow_to
 
+__all__ = ["LCM", "TCD", "Consistency", "renoised"]
+
 
 def renoised(x_hat, then: Marginal, noise: Draw, s=None):
     """alpha_then x_hat + s noise, s = sigma_then unless given; without noise at t = 0."""

@@ -32,6 +32,17 @@ from kdiff.solvers.base import Denoise, Draw, History, Solver, between, check_or
 from kdiff.solvers.exponential import half, weights
 from kdiff.solvers.runge_kutta import CLOSING, Angle, Line, chosen
 
+__all__ = [
+    "VARIANTS",
+    "DPMSolver",
+    "DPMSolverPP",
+    "DPMSolverPPSinglestep",
+    "DPMSolverSinglestep",
+    "Frozen",
+    "OfData",
+    "OfNoise",
+]
+
 VARIANTS = ("midpoint", "heun")
 
 

@@ -25,6 +25,15 @@ from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.solvers.base import Denoise, Draw, History, Solver, between, flow_to, half_step
 from kdiff.solvers.dpm import OfData, OfNoise, _Multistep
 
+__all__ = [
+    "DPMSolverPP2SAncestral",
+    "DPMSolverPP3MSDE",
+    "DPMSolverPPSDE",
+    "DPMSolverPPSinglestepSDE",
+    "DPMSolverSDE",
+    "Down",
+]
+
 
 class _MultistepSDE(_Multistep):
     """A multistep solver with noise."""

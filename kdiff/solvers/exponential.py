@@ -18,6 +18,8 @@ from math import factorial
 import numpy as np
 from keras import ops
 
+__all__ = ["SERIES", "SMALL", "TERMS", "half", "integrals", "moments", "weights"]
+
 # Where |z| is below this the moments are summed from a series, whose terms these are.
 SMALL = 1.5
 TERMS = np.arange(13, dtype="float32")

@@ -21,6 +21,8 @@ from kdiff.solvers.base import Denoise, Draw, History, Solver, check_order, half
 from kdiff.solvers.exponential import integrals, weights
 from kdiff.solvers.runge_kutta import Line, RungeKutta, ratio
 
+__all__ = ["DEIS", "IPNDM", "LMS", "PNDM", "adams_bashforth"]
+
 
 def adams_bashforth(places: list, count) -> list:
     """Weights of the changes in a slope, of `count` of which there are values at these fractions of the step, below 0

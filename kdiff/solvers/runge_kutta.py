@@ -34,6 +34,27 @@ from kdiff.schedules import Marginal, NoiseSchedule, bridge
 from kdiff.solvers.ancestral import DDIM, DDIMInversion
 from kdiff.solvers.base import Denoise, Draw, Solver, between, noise_of
 
+__all__ = [
+    "CLOSING",
+    "DPM2",
+    "MIDPOINT",
+    "RK4",
+    "THIRD",
+    "Angle",
+    "DPM2Ancestral",
+    "Euler",
+    "EulerAncestral",
+    "Heun",
+    "Line",
+    "Ratio",
+    "RungeKutta",
+    "Tableau",
+    "Variable",
+    "chosen",
+    "ratio",
+    "stages",
+]
+
 
 def ratio(m: Marginal):
     """s = sigma / alpha."""

@@ -7,6 +7,8 @@ from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.solvers.base import Denoise, Draw, Solver, half_step
 from kdiff.solvers.unipc import Memory, adams
 
+__all__ = ["SASolver", "Tau", "Within"]
+
 
 class Tau(Value):
     """The base of SA-Solver's noise level as a function of time. A new one defines `__call__` alone."""

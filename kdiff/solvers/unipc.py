@@ -13,6 +13,8 @@ from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.solvers.base import Denoise, Draw, History, Solver, half_step, noise_of
 from kdiff.solvers.exponential import half, weights
 
+__all__ = ["Memory", "UniPC", "adams"]
+
 
 class Memory(NamedTuple):
     """What a predictor-corrector remembers of its last step.

@@ -314,7 +314,9 @@ def _time(schedule: NoiseSchedule, log_snr):
 def _normal(u):
     """Standard normal numbers from uniform ones: sqrt(2) erfinv(2 u - 1), in the middle of each step of u."""
     u = 2.0 * ops.convert_to_tensor(u, "float32") - 1.0 + HALF_STEP
-    return math.sqrt(2.0) * ops.erfinv(ops.clip(u, HALF_STEP - 1.0, 1.0 - HALF_STEP))
+    u = ops.clip(u, HALF_STEP - 1.0, 1.0 - HALF_STEP)
+    # In the lower tail, for TensorFlow's erfinv(1 - 2^-24) is infinite.
+    return -math.sqrt(2.0) * ops.sign(u) * ops.erfinv(-ops.abs(u))
 
 
 def _gaussian(x, mean: float, std: float):
