@@ -229,7 +229,7 @@ def test_everything_that_begins_from_an_image():
     assert [step.x.shape for step in model.sample_steps(2, steps=2)] == [(2, 8, 8, 1)] * 2
     assert np.isfinite(model.evaluate(IMAGES, batch_size=8, verbose=0))
     kept = model.sample(2, guidance=Inpaint(x, np.zeros(6)), steps=2)
-    np.testing.assert_allclose(kept, decoded, atol=1e-5)
+    np.testing.assert_allclose(kept, decoded, atol=LEAST_NOISE)
     with pytest.raises(ValueError, match=r"images must have the shape \(8, 8, 1\); received: \(7, 8, 1\)"):
         model.sample(2, image=np.zeros((2, 7, 8, 1)), strength=0.5)
     with pytest.raises(ValueError, match=r"`mask` must have the shape.*received: \(8, 8\)"):
