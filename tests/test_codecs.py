@@ -10,7 +10,7 @@ import pytest
 from keras import layers, ops
 
 import kdiff
-from kdiff import codecs, random, schedules
+from kdiff import backend, codecs, random, schedules
 from kdiff.codecs import Codec, Haar
 from kdiff.guidance import Inpaint
 from tests.toys import draw_weights, images, numpy
@@ -79,7 +79,7 @@ def test_haar_and_sizes(shape, fine):
 def test_networks_train_on_wavelets(kind, tmp_path):
     """On a quarter of the positions, at the same size of the pictures; saved and loaded with the model."""
     networks = {
-        "unet": lambda: kdiff.networks.UNet.residual(8, levels=2, depth=1),
+        "unet": lambda: kdiff.networks.UNet.residual(8, levels=1, depth=1),
         "dit": lambda: kdiff.networks.DiT(16, 1, 2, kdiff.blocks.TransformerBlock(2, adaptive=True)),
     }
     model = kdiff.DiffusionModel(networks[kind](), codec=Haar(1))
@@ -186,7 +186,8 @@ def test_a_codec_draws_in_training_alone():
         named = False
 
         def problem(self, model, x, conditions, keys, training):
-            seen.append(numpy(x))
+            value = backend.concrete(x)  # Keras may ask for shapes alone before the first step
+            seen.extend([] if value is None else [value])
             return super().problem(model, x, conditions, keys, training)
 
     model.objective = Seen()
