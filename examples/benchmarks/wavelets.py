@@ -4,9 +4,9 @@
     KERAS_BACKEND=jax python examples/benchmarks/wavelets.py --images cifar10.npy    # uint8, (count, 32, 32, 3)
 
 The contestants train by turns, `--steps` steps each in rounds, and then on for as long as pixels took, in seconds of
-CPU, all cores together, so that what else a machine does is not counted. What they answer
-is compared in pixels, |x_hat - x|^2 on pictures held out, at three log-SNRs and with the same noise: the transform is
-orthonormal, so that noise levels and errors mean the same in both spaces. It leaves a table in `--out`.
+CPU, all cores together, so that what else a machine does is not counted. What they answer is compared in pixels,
+|x_hat - x|^2 on pictures held out, at three log-SNRs and with the same noise: the transform is orthonormal, so that
+noise levels and errors mean the same in both spaces. It leaves a table in `--out`.
 """
 
 import argparse
@@ -99,12 +99,14 @@ def main() -> None:
         x = np.concatenate(list(data.images("digits", split="all", batch_size=64).as_numpy_iterator()))
     x = np.random.default_rng(0).permutation(x)
     held_out = min(len(x) // 20, 256)
+    title = f"{x.shape[1]}x{x.shape[2]} pixels, {keras.backend.backend()}, batches of {options.batch}, width {options.width}"
+    levels = ", ".join(f"{value:.0f}" for value in LOG_SNRS)
+    columns = f"steps a second of CPU | | after {options.steps} steps | after the CPU time of pixels"
     lines = [
-        f"{x.shape[1]}x{x.shape[2]} pixels, {keras.backend.backend()}, batches of {options.batch}, width {options.width}; the errors of x_hat "
-        f"are those at a log-SNR of {', '.join(f'{value:.0f}' for value in LOG_SNRS)}",
+        f"{title}. Errors of x_hat at a log-SNR of {levels}:",
         "",
-        f"| network | data | steps a second of CPU | | error after {options.steps} steps | after the CPU time of pixels |",
-        "|---|---|---|---|---|---|",
+        f"| network | data | {columns} |",
+        "|---" * 6 + "|",
     ]
     for name, (make, depths) in networks(options.width, options.toy).items():
         for row in race(make, depths, x[held_out:], x[:held_out], options):
