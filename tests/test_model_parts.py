@@ -144,9 +144,8 @@ def test_a_weight_per_log_snr_needs_a_density():
         kdiff.DiffusionModel(network, times=_Half(), weighting="variational")
     kdiff.DiffusionModel(network, times=_Half(), weighting="min_snr")
     kdiff.DiffusionModel(network, times=_Half())
-    kdiff.DiffusionModel(
-        network, times=_Half(), weighting="variational", objective="loss_aware"
-    )  # has times of its own
+    # This one has times of its own.
+    kdiff.DiffusionModel(network, times=_Half(), weighting="variational", objective="loss_aware")
     for name, kind in times.TimeSampler.names().items():
         if kind.__module__.startswith("kdiff."):
             kdiff.DiffusionModel(network, times=name, weighting="variational")

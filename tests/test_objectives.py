@@ -66,7 +66,7 @@ class Agreement(Objective):
         return Problem(x_hat(here, training, not training), ops.stop_gradient(x_hat(less, False, True)))
 
 
-class Uncertain(Denoising):
+class Uncertainty(Denoising):
     """exp(-u) loss + u, with u learned for each part of time; least at u = log E[loss] (README)."""
 
     def __init__(self, parts=4):
@@ -77,7 +77,7 @@ class Uncertain(Denoising):
     def problem(self, model, x, conditions, keys, training):
         problem = super().problem(model, x, conditions, keys, training)
         t = problem.notes
-        u = ops.take(self.u.value, ops.cast(ops.minimum(t * self.parts, self.parts - 1), "int32"))
+        u = ops.take(self.u, ops.cast(ops.minimum(t * self.parts, self.parts - 1), "int32"))
         return problem._replace(weight=ops.exp(-u), extra=u)
 
 
@@ -116,7 +116,7 @@ X = MIXTURE.sample(128)
 
 
 @pytest.mark.parametrize(
-    "make", [Agreement, Uncertain, lambda: Distilled(teacher())], ids=["Agreement", "Uncertain", "Distilled"]
+    "make", [Agreement, Uncertainty, lambda: Distilled(teacher())], ids=["Agreement", "Uncertainty", "Distilled"]
 )
 def test_objectives_of_ones_own_train_and_are_saved(make, tmp_path):
     """Compiled where the backend compiles; the loaded model has the same loss, and trains on alike."""
@@ -145,7 +145,7 @@ def test_an_objective_may_have_weights_that_are_trained():
     """u = log E[loss]: of the network's error E|noise - 3 t|^2 = 1 + 9 t^2, over each quarter of [0, 1]."""
     network = Scripted(lambda inputs: 0.0 * inputs["image"] + 3.0 * inputs["time"][:, None] / 1000.0)
     network.trainable = False
-    model = kdiff.DiffusionModel(network, "cosine", "noise", objective=Uncertain(4), codec="identity")
+    model = kdiff.DiffusionModel(network, "cosine", "noise", objective=Uncertainty(4), codec="identity")
     model.compile(keras.optimizers.Adam(0.1))
     model.fit(MIXTURE.sample(1024), batch_size=64, epochs=8, verbose=0)
     assert [variable.name for variable in model.trainable_variables] == ["u"]

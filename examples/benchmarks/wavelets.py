@@ -99,15 +99,10 @@ def main() -> None:
         x = np.concatenate(list(data.images("digits", split="all", batch_size=64).as_numpy_iterator()))
     x = np.random.default_rng(0).permutation(x)
     held_out = min(len(x) // 20, 256)
-    title = f"{x.shape[1]}x{x.shape[2]} pixels, {keras.backend.backend()}, batches of {options.batch}, width {options.width}"
-    levels = ", ".join(f"{value:.0f}" for value in LOG_SNRS)
+    title = f"{x.shape[1]}x{x.shape[2]} pixels, {keras.backend.backend()}, batches of {options.batch}"
+    title += f", width {options.width}. Errors of x_hat at a log-SNR of {', '.join(map(str, LOG_SNRS))}:"
     columns = f"steps a second of CPU | | after {options.steps} steps | after the CPU time of pixels"
-    lines = [
-        f"{title}. Errors of x_hat at a log-SNR of {levels}:",
-        "",
-        f"| network | data | {columns} |",
-        "|---" * 6 + "|",
-    ]
+    lines = [title, "", f"| network | data | {columns} |", "|---" * 6 + "|"]
     for name, (make, depths) in networks(options.width, options.toy).items():
         for row in race(make, depths, x[held_out:], x[:held_out], options):
             lines.append(f"| {name} | {row} |")
