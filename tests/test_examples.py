@@ -77,3 +77,11 @@ def test_the_benchmarks(script, page, tmp_path):
     rows = [line for line in (tmp_path / page).read_text().splitlines() if "kdiff" in line]
     assert len(rows) > 3
     assert (tmp_path / f"{'results' if script == 'speed' else script}.json").stat().st_size > 1_000
+
+
+@pytest.mark.data
+@only_torch
+def test_wavelets_beside_pixels(tmp_path):
+    run("benchmarks/wavelets.py", "--toy", "--out", str(tmp_path))
+    rows = (tmp_path / "wavelets.md").read_text().splitlines()
+    assert len([row for row in rows if "Haar(" in row]) == 3

@@ -1,12 +1,14 @@
 """What a model does with the parts that do more than most: learned variances, input scales, times that learn."""
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
 from keras import layers, ops
 
 import kdiff
-from kdiff import Sampler, predictions, random, schedules, solvers
+from kdiff import Sampler, predictions, random, schedules, solvers, times
 from kdiff.objectives import variance_bound
 from tests.toys import MIXTURE, numpy
 
@@ -98,3 +100,52 @@ def test_a_network_of_the_wrong_width(outputs, prediction, wanted):
     model.compile("sgd")
     with pytest.raises(ValueError, match=rf"must return {wanted} channels.*received: {outputs}"):
         model.fit(MIXTURE.sample(8), verbose=0)
+
+
+# What is refused when a model is made
+
+
+def taken():
+    """What `sample`, `sample_steps`, `invert`, `fit` and `denoise` take beside conditions."""
+    methods = (kdiff.DiffusionModel.sample, kdiff.DiffusionModel.invert, kdiff.DiffusionModel.denoise)
+    names = {name for method in methods for name in inspect.signature(method).parameters}
+    return sorted(names - {"self", "conditions", "options"} | {"time", "encoded", "sample_weight"})
+
+
+@pytest.mark.parametrize("name", taken())
+def test_names_that_no_condition_can_have(name):
+    """Said by the network, or found in the shapes of the data."""
+    network = Scripted(lambda inputs: inputs["image"])
+    model = kdiff.DiffusionModel(network, codec="identity")
+    if name not in ("image", "encoded"):
+        with pytest.raises(ValueError, match=rf"conditions cannot be named \['{name}'\]"):
+            model.build({"image": (None, 2), name: (None,)})
+    network.conditions = ("label", name)
+    with pytest.raises(ValueError, match=rf"conditions cannot be named \['{name}'\].*'steps'"):
+        kdiff.DiffusionModel(network)
+
+
+def test_names_that_conditions_may_have():
+    network = Scripted(lambda inputs: inputs["image"])
+    network.conditions = ("label", "text", "noise", "t", "class")
+    kdiff.DiffusionModel(network)
+
+
+class _Half(times.TimeSampler):
+    """Times below 1/2, of an unknown density."""
+
+    def __call__(self, schedule, batch, key):
+        return 0.5 * random.uniform(key, (batch,))
+
+
+def test_a_weight_per_log_snr_needs_a_density():
+    network = Scripted(lambda inputs: inputs["image"])
+    with pytest.raises(ValueError, match=r"Variational\(\) is a weight per log-SNR.*_Half\(\) has none"):
+        kdiff.DiffusionModel(network, times=_Half(), weighting="variational")
+    kdiff.DiffusionModel(network, times=_Half(), weighting="min_snr")
+    kdiff.DiffusionModel(network, times=_Half())
+    # This one has times of its own.
+    kdiff.DiffusionModel(network, times=_Half(), weighting="variational", objective="loss_aware")
+    for name, kind in times.TimeSampler.names().items():
+        if kind.__module__.startswith("kdiff."):
+            kdiff.DiffusionModel(network, times=name, weighting="variational")

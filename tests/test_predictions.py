@@ -6,13 +6,14 @@ import keras
 import numpy as np
 import pytest
 
+import kdiff
 from kdiff import analytic, predictions, schedules, weightings
 from kdiff.objectives import variance_bound
-from kdiff.predictions import Prediction
+from kdiff.predictions import Prediction, check_invertible
 from kdiff.schedules import Marginal
 from tests.helpers_gradients import value_and_gradients
 from tests.test_schedules import EVERY
-from tests.toys import SCHEDULES, numpy
+from tests.toys import SCHEDULES, numpy, tiny_network
 
 PREDICTIONS = [
     predictions.Data(),
@@ -195,6 +196,47 @@ def test_scalar_times_broadcast():
     for prediction in PREDICTIONS:
         assert numpy(prediction.denoise(x, x, m)).shape == x.shape
     assert Marginal(*map(numpy, m)).alpha.shape == ()
+
+
+# Predictions that do not fix the data
+
+
+@every_schedule
+def test_every_prediction_fixes_the_data(schedule):
+    for prediction in [*PREDICTIONS, LEARNED]:
+        check_invertible(prediction, schedule)
+
+
+class _Mixture(Prediction):
+    """Any a and b."""
+
+    def __init__(self, a, b):
+        self.a, self.b = a, b
+
+    def coefficients(self, m):
+        return self.a(m), self.b(m)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "value"),
+    [
+        (lambda m: m.alpha, lambda m: m.sigma, "0 at t = 0"),  # x_t itself
+        (
+            lambda m: 1.0,
+            lambda m: 1.0,
+            r"0\.99\d* at t = 0",
+        ),  # alpha - sigma, which changes its sign where they are equal
+        (lambda m: 0.0, lambda m: 0.0, "0 at t = 0"),
+        (lambda m: 0.0, lambda m: 1.0 / (m.t - m.t), "nan|inf"),
+    ],
+    ids=["x_t", "crossing", "nothing", "infinite"],
+)
+def test_predictions_that_do_not_fix_the_data(a, b, value):
+    prediction = _Mixture(a, b)
+    with pytest.raises(ValueError, match=rf"does not fix the data on Cosine\(\): b alpha - a sigma is.*({value})"):
+        check_invertible(prediction, schedules.Cosine())
+    with pytest.raises(ValueError, match="does not fix the data"):
+        kdiff.DiffusionModel(tiny_network(), prediction=prediction)
 
 
 # The learned variance

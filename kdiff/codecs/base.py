@@ -22,7 +22,8 @@ elsewhere:
             return self.decoder(x)
 
         def data_shape(self, shape):
-            return self.encoder.compute_output_shape((None, *shape))[1:-1] + (4,)
+            *size, channels = self.encoder.compute_output_shape((None, *shape))[1:]
+            return (*size, channels // 2)
 """
 
 from typing import Any

@@ -87,11 +87,13 @@ class Run(NamedTuple):
         shape: of all samples, `(samples, ...)`.
         encode: from examples to data, as a model's codec does.
         conditions: from a dictionary of conditions to one with a row a sample, checked and tokenised.
+        data_shape: from the shape of one example to that of its data; a ValueError if there is none such.
     """
 
     shape: tuple[int, ...]
     encode: Callable = ops.convert_to_tensor
     conditions: Callable | None = None
+    data_shape: Callable = tuple
 
     def rows(self, owner: Any, name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
         """`value` as float32 with one row a sample, each of this shape; one value for all samples is repeated.
@@ -112,9 +114,17 @@ class Run(NamedTuple):
     def examples(self, owner: Any, name: str, value: Any) -> np.ndarray:
         """Examples, such as images, as data with one row a sample."""
         value = np.asarray(value)
-        one = value.ndim == len(self.shape) - 1
+        one = self._is_example(value.shape)
+        if not one:
+            self.data_shape(value.shape[1:])
         encoded = ops.convert_to_numpy(self.encode(value[None] if one else value))
         return self.rows(owner, name, encoded[0] if one else encoded, self.shape[1:])
+
+    def _is_example(self, shape: tuple[int, ...]) -> bool:
+        try:
+            return tuple(self.data_shape(shape)) == tuple(self.shape[1:])
+        except ValueError:
+            return False
 
 
 class Guidance(Value):

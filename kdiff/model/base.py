@@ -213,10 +213,11 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         """
         batch, _ = feeding.unpack((data,))
         keys = self._keys(training)
+        key = next(keys)  # of the codec, whether it is asked or not: the rest is the same
         if "encoded" in batch:
             x = ops.cast(batch.pop("encoded"), "float32")
         else:
-            x = self.codec(batch.pop("image"), next(keys), training=False)
+            x = self.codec(batch.pop("image"), key, training=False)
         return self.objective.problem(self, x, batch, keys, bool(training))
 
     def _keys(self, training) -> Iterator:

@@ -208,7 +208,7 @@ class Sampling:
         schedule = self.schedule if schedule is None else NoiseSchedule.get(schedule)
         conditions = self._rows_of(conditions, num_samples)
         shape = (num_samples, *self._sample_shape())
-        told = Run(shape, self._encode, lambda few: self._rows_of(few, num_samples, some=True))
+        told = Run(shape, self._encode, lambda few: self._rows_of(few, num_samples, some=True), self.codec.data_shape)
         data = None if image is None else told.examples(self, "image", image)
         x = None if x is None else told.rows(self, "x", x, shape[1:])
         given, times = Given(conditions, sampler.rows(told)), sampler.times(schedule, strength)
@@ -250,7 +250,8 @@ class Sampling:
         """The function of a batch, so many examples at once as the codec wants."""
         backend.synchronise(self)
         size = self.codec.batch_size or len(x)
-        parts = [backend.without_gradients(function)(x[i : i + size]) for i in range(0, len(x), size)]
+        function = backend.without_gradients(function)
+        parts = [ops.cast(function(x[i : i + size]), "float32") for i in range(0, len(x), size)]
         return parts[0] if len(parts) == 1 else ops.concatenate(parts)
 
     def _sample_shape(self) -> tuple[int, ...]:

@@ -56,6 +56,11 @@ class Objective(Configurable, keras.layers.Layer):
         super().__init__(dtype="float32", autocast=False)
         self.built = True
 
+    @property
+    def metrics(self) -> list:
+        """Its own, and not those of another model that it asks."""
+        return list(self._metrics)
+
     def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
         """The problem of a batch.
 
