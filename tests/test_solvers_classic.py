@@ -1,6 +1,5 @@
 """Runge-Kutta, multistep and adaptive solvers: their formulas, variants and limits, and what they do at t = 0."""
 
-
 import numpy as np
 import pytest
 from keras import ops
