@@ -7,7 +7,7 @@ import pytest
 from keras import ops
 
 from kdiff import Sampler, schedules
-from kdiff.solvers import DDIM, DDPM, Solver
+from kdiff.solvers import DDIM, DDPM, DPM2, RK4, Solver
 from kdiff.solvers.dpm import DPMSolver, DPMSolverPP, DPMSolverPPSinglestep, DPMSolverSinglestep
 from kdiff.solvers.dpm_sde import (
     DPMSolverPP2SAncestral,
@@ -87,6 +87,16 @@ def test_measured_order_of_multistep(solver):
 def test_measured_order_of_singlestep(solver):
     orders, _ = measured_order(Compiled(solver), COSINE, (8, 16), (-3.0, 3.0))
     np.testing.assert_allclose(orders, solver.order, atol=0.15)
+
+
+@pytest.mark.parametrize(("order", "other"), [(1, DDIM()), (2, DPM2()), (3, RK4())], ids=repr)
+@pytest.mark.parametrize("kind", [DPMSolverSinglestep, DPMSolverPPSinglestep])
+def test_singlestep_closes_in_the_angle(kind, order, other):
+    """The step to t = 0 is that of a Runge-Kutta method, whose formula is in test_solvers_classic.py."""
+    marginals = [COSINE.at(np.float32(t)) for t in (0.4, 0.0)]
+    x = np.random.default_rng(0).normal(size=(8, 2))
+    (a, _), (b, _) = (next(walk(one, COSINE, marginals, x)) for one in (kind(order), other))
+    np.testing.assert_allclose(numpy(a), numpy(b), atol=1e-5)
 
 
 class _Halved(DPMSolverPP):
