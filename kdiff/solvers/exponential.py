@@ -51,10 +51,8 @@ def integrals(places: list, moments: list, count) -> list:
     Args:
         places: the u_k, neither 0 nor equal to each other.
         moments: M_0, M_1, ... of any weight, one more than places.
-        count: how many of the places there are, a scalar; the integrals of the others are 0.
+        count: how many of the places there are, a scalar; the others may be anything, and their integrals are 0.
     """
-    # A place without an estimate may be anything, infinite too; 2, 3, ... are no place of an estimate.
-    places = [ops.where(count > k, place, 2.0 + k) for k, place in enumerate(places)]
     found = []
     for k, place in enumerate(places):
         coefficients = [1.0 / place]  # of u, u^2, ...

@@ -296,7 +296,8 @@ class Heun(_TwoStages):
         y_2 = y + (u_then - u) f,    y_then = y + (u_then - u) (f + f_2) / 2.
 
     The step to t = 0 is the midpoint rule, or, in "ratio", Euler's. `Heun("ratio")` is EDM's (Karras et al. 2022,
-    algorithm 2) and k-diffusion's `sample_heun`: for runs on EDM's grid, `times.Karras`, of 10 steps or more.
+    algorithm 2) and k-diffusion's `sample_heun`, for runs on EDM's grid, `times.Karras`; there too "angle" has the
+    smaller error on data of unit size.
 
     Args:
         variable: a `Variable`: "angle", good on any grid, or "ratio".
