@@ -153,6 +153,11 @@ def split_heads(layer: Block, width: int) -> tuple[int, int]:
     return (width // given, given) if layer.head_width else (given, width // given)
 
 
+def usual_heads(width: int) -> int:
+    """As many heads as there can be, equally wide and of 64 channels or more."""
+    return max(heads for heads in range(1, max(1, width // 64) + 1) if width % heads == 0)
+
+
 def check_heads(layer: Block, heads: Any, head_width: Any) -> None:
     """Raises a ValueError unless both are None or whole numbers above zero."""
     for name, value in {"heads": heads, "head_width": head_width}.items():
