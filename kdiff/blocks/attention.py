@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from kdiff import backend, switches
+from kdiff import backend, identity_attention
 from kdiff.base import check_integer, check_number
 from kdiff.blocks.base import (
     Block,
@@ -115,7 +115,7 @@ class MultiHeadAttention(Block):
         v = self._in_heads(self.value(source))
         if context is None and self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
-        if context is None and switches.is_identity(self.path):
+        if context is None and identity_attention.is_on(self.path):
             y = v
         else:
             masked = {} if mask is None else {"mask": mask}

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kdiff import backend, switches
+from kdiff import backend, identity_attention
 from kdiff.conversion import transfer
 from kdiff.guidance.base import Asked, Denoiser, Guidance, Run, over
 from kdiff.guidance.classifier_free import check_scale
@@ -172,6 +172,6 @@ class PerturbedAttention(Guidance):
     def guide(self, denoise: Asked, x, m: Marginal):
         """x_hat + scale (x_hat - x_perturbed)."""
         x_hat = denoise(x, m)
-        with switches.identity_attention(self.layers):
+        with identity_attention.switched_on(self.layers):
             perturbed = denoise(x, m)
         return x_hat + over(self.scale, x) * (x_hat - perturbed)
