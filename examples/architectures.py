@@ -50,7 +50,7 @@ SIZES = [
         "Stable Diffusion XL",
         published.stable_diffusion_xl,
         (128, 128, 4),
-        {"context": (77, 2048), "vector": (2816,)},
+        {"context": (77, 2048), "text_embeds": (1280,), "time_ids": (6,)},
         2567,
         None,
     ),

@@ -6,7 +6,7 @@ import pytest
 from keras import layers, ops
 
 import kdiff
-from kdiff import Sampler, backend, schedules, switches
+from kdiff import Sampler, backend, identity_attention, schedules
 from kdiff.blocks import LabelEmbedding, MultiHeadAttention
 from kdiff.guidance import Autoguidance, ClassifierFree, ClassifierGuidance, Inpaint, PerturbedAttention, PiGDM
 from kdiff.networks import UNet
@@ -221,7 +221,7 @@ def test_identity_attention_leaves_each_position_to_itself():
     layer.build((None, 4, 4, 8))
     draw_weights(layer)
     x = np.random.default_rng(0).normal(size=(2, 4, 4, 8)).astype("float32")
-    with switches.identity_attention(layer.path):
+    with identity_attention.switched_on(layer.path):
         received = layer(x)
     np.testing.assert_allclose(numpy(received), numpy(layer.output_layer(layer.value(x))), atol=1e-6)
     assert np.abs(numpy(layer(x)) - numpy(received)).max() > 1e-3
@@ -231,7 +231,7 @@ def test_perturbed_attention_is_its_formula(model):
     x = np.random.default_rng(0).normal(size=(3, *SHAPE)).astype("float32")
     m = model.schedule.at(np.float32(1.0))
     good = denoised(model, x, m, [0, 1, 2])
-    with switches.identity_attention("bridge"):
+    with identity_attention.switched_on("bridge"):
         bad = denoised(model, x, m, [0, 1, 2])
     assert np.abs(good - bad).max() > 1e-4
     received = first(model, PerturbedAttention(2.0), x, m, 1.0, label=[0, 1, 2])

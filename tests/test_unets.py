@@ -185,7 +185,7 @@ SIZES = {
     "stable_diffusion_2": (published.stable_diffusion_2, {**LATENT, "context": (77, 1024)}, 865_910_724),
     "stable_diffusion_xl": (
         published.stable_diffusion_xl,
-        {**LATENT, "context": (77, 2048), "vector": (2816,)},
+        {**LATENT, "context": (77, 2048), "text_embeds": (1280,), "time_ids": (6,)},
         2_567_463_684,
     ),
 }

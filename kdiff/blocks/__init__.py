@@ -29,7 +29,7 @@ from kdiff.blocks.patterns import Global, Linear, Neighborhood, Pattern, Window
 from kdiff.blocks.positions import RelativePositions, Rotary, SinCos2D
 from kdiff.blocks.resampling import Downsample, FIRDownsample, FIRUpsample, Upsample
 from kdiff.blocks.text import EncodedText, TextEncoder
-from kdiff.blocks.transformer import FeedForward, SpatialTransformer, TransformerBlock
+from kdiff.blocks.transformer import FeedForward, SpatialTransformer, TransformerBlock, adaptive_block
 
 __all__ = [
     "AdaptiveNorm",
@@ -83,6 +83,7 @@ __all__ = [
     "Unpatchify",
     "Upsample",
     "Window",
+    "adaptive_block",
     "mp_concatenate",
     "mp_silu",
     "mp_sum",

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from kdiff import backend, switches
+from kdiff import backend, identity_attention
 from kdiff.base import check_integer, check_number
 from kdiff.blocks.base import (
     Block,
@@ -125,7 +125,7 @@ class MultiHeadAttention(Block):
         v = self._in_heads(self.value(source))
         if context is None and self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
-        if context is None and switches.is_identity(self.path):
+        if context is None and identity_attention.is_on(self.path):
             y = v
         else:
             masked = {} if mask is None else {"mask": mask}
@@ -161,6 +161,11 @@ def split_heads(layer: Block, width: int) -> tuple[int, int]:
             "Give both `heads` and `head_width` for heads whose widths do not add up to the channels."
         )
     return (width // given, given) if layer.head_width else (given, width // given)
+
+
+def usual_heads(width: int) -> int:
+    """As many heads as there can be, equally wide and of 64 channels or more."""
+    return max(heads for heads in range(1, max(1, width // 64) + 1) if width % heads == 0)
 
 
 def check_heads(layer: Block, heads: Any, head_width: Any) -> None:

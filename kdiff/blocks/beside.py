@@ -82,6 +82,11 @@ class Beside(Condition):
     def build(self, x_shape, embed_shape=None, image_shape=None):
         """Builds the embedding of the level."""
         self._row = tuple(_image(x_shape)[1:])
+        if image_shape is None or len(self._row) + 1 != len(image_shape) or len(image_shape) < 3:
+            raise ValueError(
+                "Beside: an image is expected, beside another, x_t, (batch, height, width, channels); received the "
+                f"shapes {tuple(_image(x_shape))} and {image_shape}"
+            )
         if self.noise is not None:
             if self.embedding is None:
                 width = None if embed_shape is None else embed_shape[-1]
@@ -109,10 +114,10 @@ class Beside(Condition):
         """An image, or it with its level and noise in a dictionary, and x_t, to a map of the size of x_t."""
         given = x if isinstance(x, dict) else {"image": x}
         x, sizes = ops.cast(given["image"], "float32"), tuple(image.shape[1:-1])
-        if len(x.shape) != len(image.shape) or None in (*x.shape[1:], *sizes):
+        if None in (*x.shape[1:], *sizes):
             raise ValueError(
-                f"{self.name}: an image like x_t, both of known size, is expected; received the shapes "
-                f"{tuple(x.shape)} and {tuple(image.shape)}"
+                f"Beside: the sizes of the image and of x_t must be known; received the shapes {tuple(x.shape)} and "
+                f"{tuple(image.shape)}"
             )
         random_here = training and (self.dropout > 0 or self.noise is not None)
         key = self._next() if random_here else ops.convert_to_tensor([self.seed, 0], "int32")

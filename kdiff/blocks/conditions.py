@@ -119,7 +119,8 @@ class Joint(ConfigurableLayer, keras.layers.Layer):
 
     def compute_output_spec(self, x, embed=None, training=None):
         """That of the layer's output."""
-        shapes = [output_shape(part, x[name].shape, embed and embed.shape) for name, part in self.parts.items()]
+        width = None if embed is None else embed.shape
+        shapes = [output_shape(part, x[name].shape, width) for name, part in self.parts.items()]
         flat = keras.KerasTensor((shapes[0][0], sum(int(np.prod(shape[1:])) for shape in shapes)))
         return self.layer.compute_output_spec(flat)
 

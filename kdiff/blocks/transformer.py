@@ -26,7 +26,7 @@ from kdiff.blocks.base import (
     kernel_initializer,
 )
 from kdiff.blocks.layers import Dense
-from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm
+from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm, LayerNorm
 from kdiff.blocks.patterns import Pattern
 from kdiff.blocks.positions import RelativePositions
 
@@ -193,6 +193,12 @@ class TransformerBlock(Block):
         for branch in self._branches():
             x = branch(x, embed=embed, context=context, training=training)
         return x
+
+
+def adaptive_block(heads: int | None = None, head_width: int | None = None, **options) -> TransformerBlock:
+    """DiT's adaLN-Zero block: `TransformerBlock` with scale, shift and gate from `embed`. `options` are its own."""
+    defaults = {"normalization": LayerNorm(1e-6, affine=False), "activation": "gelu_tanh"}
+    return TransformerBlock(heads, head_width, **{**defaults, "adaptive": True, "gated": True, **options})
 
 
 class SpatialTransformer(Block):

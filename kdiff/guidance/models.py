@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kdiff import backend, switches
+from kdiff import backend, identity_attention
 from kdiff.conversion import transfer
 from kdiff.denoisers import Denoiser, Estimate
 from kdiff.guidance.base import Guidance, Here, Run, check_scale, over
@@ -173,6 +173,6 @@ class PerturbedAttention(Guidance):
 
     def guide(self, denoise: Denoiser, x, m: Marginal, here: Here) -> Estimate:
         estimate = denoise(x, m)
-        with switches.identity_attention(self.layers):
+        with identity_attention.switched_on(self.layers):
             perturbed = denoise(x, m).x_hat
         return estimate.guided(estimate.x_hat + over(here.rows["scale"], x) * (estimate.x_hat - perturbed))

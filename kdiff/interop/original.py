@@ -20,11 +20,11 @@ from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbe
 from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.resampling import Downsample, Upsample
-from kdiff.blocks.transformer import FeedForward, TransformerBlock
+from kdiff.blocks.transformer import FeedForward, TransformerBlock, adaptive_block
 from kdiff.interop.files import State, read_state
 from kdiff.interop.transformers import patch_layout
 from kdiff.interop.weights import Part, Rows, Slot, assign, slots
-from kdiff.networks.dit import DiT, adaptive_block
+from kdiff.networks.dit import DiT
 from kdiff.networks.unet import Level, UNet
 
 __all__ = ["DIT_NAMES", "Source", "dit", "dit_slots", "guided", "guided_slots", "read"]

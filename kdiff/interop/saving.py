@@ -18,7 +18,7 @@ from kdiff.blocks.transformer import SpatialTransformer
 from kdiff.interop import schedulers, transformers
 from kdiff.interop.grids import FlowMatching
 from kdiff.interop.solvers import DDIMKeptNoise
-from kdiff.interop.unets import PADDINGS, TextTimeUNet
+from kdiff.interop.unets import PADDINGS
 from kdiff.networks.dit import DiT
 from kdiff.networks.ncsnpp import NCSNpp
 from kdiff.networks.unet import UNet
@@ -163,10 +163,12 @@ def _conditioned(network: UNet) -> Config:
         "cross_attention_dim": default.blocks[0].cross_attention.attention.key.kernel.shape[0],
         "use_linear_projection": True,
     }
-    if isinstance(network, TextTimeUNet):
+    if "added" in network.conditions:
+        added = network.conditions["added"]
+        waves = _attribute(network, _attribute(network, added, "parts").get("time_ids"), "width")
         config["addition_embed_type"] = "text_time"
-        config["addition_time_embed_dim"] = network.conditions["time_ids"].width
-        config["projection_class_embeddings_input_dim"] = network.added.hidden.kernel.shape[0]
+        config["addition_time_embed_dim"] = waves
+        config["projection_class_embeddings_input_dim"] = _attribute(network, added.layer, "hidden").kernel.shape[0]
     return config
 
 
@@ -197,8 +199,7 @@ def _labels(network: UNet) -> Config:
         MLPEmbedding: lambda: {"class_embed_type": "timestep"},
         keras.layers.Identity: lambda: {"class_embed_type": "identity"},
     }
-    known = {"context", "label", *(TextTimeUNet.together if isinstance(network, TextTimeUNet) else ())}
-    unknown = sorted(set(network.conditions) - known)
+    unknown = sorted(set(network.conditions) - {"context", "label", "added"})
     if unknown or type(layer) not in kinds:
         raise ValueError(f"{network.name}: diffusers has no such conditions: {unknown or {'label': layer}}")
     return kinds[type(layer)]()
@@ -274,7 +275,6 @@ FREE_OF = {
     "DiT": {"out_channels"},
     "UNet": {"out_channels", "levels"},
     "NCSNpp": {"out_channels", "levels"},
-    "TextTimeUNet": {"out_channels", "levels"},
 }
 
 

@@ -11,12 +11,12 @@ from typing import Any
 from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbedding
 from kdiff.blocks.normalization import AdaptiveNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
-from kdiff.blocks.transformer import TransformerBlock
+from kdiff.blocks.transformer import TransformerBlock, adaptive_block
 from kdiff.interop import unets
 from kdiff.interop.configs import Described, Key, complete, only
 from kdiff.interop.unets import image_shape
 from kdiff.interop.weights import Layout, Part, Rows, Slot, slots
-from kdiff.networks.dit import DiT, adaptive_block
+from kdiff.networks.dit import DiT
 
 __all__ = ["ACTIVATIONS", "DIT", "NAMES", "OLD_KEYS", "dit", "dit_slots", "patch_layout"]
 

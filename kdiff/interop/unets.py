@@ -11,10 +11,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import keras
-from keras import ops
 
 from kdiff.blocks.attention import MultiHeadAttention, SelfAttention
-from kdiff.blocks.base import apply_layer, build_layer
 from kdiff.blocks.convolution import ResidualBlock
 from kdiff.blocks.embeddings import FourierEmbedding, LabelEmbedding, MLPEmbedding, SinusoidalEmbedding
 from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm
@@ -23,6 +21,7 @@ from kdiff.blocks.transformer import FeedForward, SpatialTransformer, Transforme
 from kdiff.interop.configs import Described, Key, complete, each, kind, only
 from kdiff.interop.weights import Slot, slots
 from kdiff.networks.ncsnpp import InputSkip, NCSNpp, OutputSkip
+from kdiff.networks.published import text_and_numbers
 from kdiff.networks.unet import Level, UNet
 
 __all__ = [
@@ -178,13 +177,10 @@ def unet_2d_condition(config: dict[str, Any], source: Any) -> Described:
     crossed = config["mid_block_type"] == "UNetMidBlock2DCrossAttn"
     middle = Level(width, 2, _block(config), cross(-1, width)) if crossed else Level(width, 1, _block(config))
     conditions = {"context": keras.layers.Identity(), **_classes(config)}
-    if config["addition_embed_type"] is None:
-        return Described(UNet(levels, middle, _time(config), conditions, **_ends(config)), _shapes(config))
-    waves = _waves(config, config["addition_time_embed_dim"])
-    conditions |= {"text_embeds": keras.layers.Identity(), "time_ids": waves}
-    added = MLPEmbedding(keras.layers.Identity(), _time_width(config))
-    arguments = {"levels": levels, "middle": middle, "embedding": _time(config), "conditions": conditions}
-    return Described(TextTimeUNet(added, **arguments, **_ends(config)), _shapes(config))
+    if config["addition_embed_type"] is not None:
+        waves = _waves(config, config["addition_time_embed_dim"])
+        conditions["added"] = text_and_numbers(waves, _time_width(config))
+    return Described(UNet(levels, middle, _time(config), conditions, **_ends(config)), _shapes(config))
 
 
 def _ncsnpp(config, source) -> Described:
@@ -216,52 +212,6 @@ def _ncsnpp(config, source) -> Described:
         divide=True,
     )
     return Described(network, _shapes(config))
-
-
-class TextTimeUNet(UNet):
-    """Stable Diffusion XL's U-Net: a vector of the text and some numbers (sizes, crops) are embedded together.
-
-    Podell et al., "SDXL" (2023), sections 2.2 and 2.4: `embed` is that of a UNet plus
-    `added([text_embeds, waves of each of time_ids])`.
-
-    Args:
-        added: the layer that makes a vector of both.
-        options: the arguments of `UNet`, by name; `conditions` has "text_embeds", whose layer gives (batch, dim), and
-            "time_ids", whose layer gives (batch, numbers, dim).
-    """
-
-    named = False
-
-    together = ("text_embeds", "time_ids")
-
-    def __init__(self, added: keras.layers.Layer, **options):
-        super().__init__(**options)
-        self.added = added
-
-    @classmethod
-    def _argument_defaults(cls):
-        return {**super()._argument_defaults(), **UNet._argument_defaults()}
-
-    def _build_embeddings(self, shapes):
-        vector, numbers = (build_layer(self.conditions[name], shapes[name]) for name in self.together)
-        build_layer(self.added, (vector[0], vector[-1] + numbers[-2] * numbers[-1]))
-        return self._of_the_others(super()._build_embeddings, shapes)
-
-    def _embed(self, inputs, training):
-        vector, numbers = (apply_layer(self.conditions[name], inputs[name]) for name in self.together)
-        numbers = ops.reshape(numbers, (ops.shape(numbers)[0], numbers.shape[1] * numbers.shape[2]))
-        both = ops.concatenate([ops.cast(vector, numbers.dtype), numbers], axis=-1)
-        embed, context = self._of_the_others(super()._embed, inputs, training)
-        return embed + ops.cast(self.added(both), embed.dtype), context
-
-    def _of_the_others(self, method, *arguments):
-        """What a method of `UNet` gives with the other conditions alone."""
-        conditions = self.conditions
-        object.__setattr__(self, "conditions", {k: v for k, v in conditions.items() if k not in self.together})
-        try:
-            return method(*arguments)
-        finally:
-            object.__setattr__(self, "conditions", conditions)
 
 
 def _levels(config, mixers, source) -> list[Level]:
@@ -432,7 +382,7 @@ def unet_slots(network: UNet) -> Iterator[Slot]:
 def _named_layers(network: UNet) -> Iterator[tuple[str, keras.layers.Layer]]:
     yield from {"conv_in": network.stem, "time_embedding": network.embedding}.items()
     yield from (("class_embedding", layer) for name, layer in network.conditions.items() if name == "label")
-    yield "add_embedding", getattr(network, "added", None)
+    yield "add_embedding", getattr(network.conditions.get("added"), "layer", None)
     if isinstance(network.embedding.embedding, FourierEmbedding):
         yield "time_proj", network.embedding.embedding
     down, up = iter(network.down), iter(network.up)

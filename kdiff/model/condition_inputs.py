@@ -33,12 +33,26 @@ def condition_names(network: keras.layers.Layer) -> tuple[str, ...] | None:
     """The conditions that the network takes; None if it does not say."""
     if isinstance(network, keras.Model) and isinstance(getattr(network, "input", None), dict):
         return tuple(name for name in network.input if name not in ("image", "time"))
+    inputs = getattr(network, "condition_inputs", None)
+    if inputs is not None:
+        return tuple(name for name, one in inputs.items() if not one.optional)
     names = getattr(network, "conditions", None)
     return None if names is None else tuple(names)
 
 
+def optional_names(network: keras.layers.Layer) -> tuple[str, ...]:
+    """The inputs that the network takes and can do without, such as the level of an image that is noised."""
+    return tuple(name for name, one in getattr(network, "condition_inputs", {}).items() if one.optional)
+
+
 def condition_layers(network: keras.layers.Layer) -> dict[str, Any]:
-    """The layers of the conditions by name, if the network has them in a dictionary `conditions`."""
+    """What knows the null of each condition, and how to prepare and check it, by the condition's name in the input.
+
+    It is the layer in the network's dictionary `conditions`, unless the network says more by `condition_inputs`.
+    """
+    inputs = getattr(network, "condition_inputs", None)
+    if inputs is not None:
+        return {name: one.part for name, one in inputs.items()}
     layers = getattr(network, "conditions", None)
     return dict(layers) if isinstance(layers, Mapping) else {}
 
@@ -69,8 +83,10 @@ def condition_rows(
         ValueError: if a condition is missing, unknown, of another shape, or holds what its layer does not take; if it
             is None, and nothing stands for no condition.
     """
-    if (missing := set(shapes) - set(conditions)) and not partial:
+    optional = optional_names(network)
+    if (missing := set(shapes) - set(conditions) - set(optional)) and not partial:
         raise ValueError(f"sample: the model needs the conditions {sorted(shapes)}; missing: {sorted(missing)}")
+    shapes = {**dict.fromkeys(optional), **shapes}
     if extra := set(conditions) - set(shapes):
         raise ValueError(f"sample: the model takes the conditions {sorted(shapes)}; received: {sorted(extra)}")
     preparation, nulls = Preparation(network), condition_nulls(network)
@@ -79,6 +95,8 @@ def condition_rows(
         if name not in conditions:
             continue
         value = _known(name, conditions[name], nulls, preparation)
+        if shape is None:  # of an optional input: one number, or a row a sample
+            shape = value.shape[1:]
         if value.ndim == len(shape):
             value = np.broadcast_to(value, (num_samples, *value.shape))
         if not fits(value.shape, (num_samples, *shape)):

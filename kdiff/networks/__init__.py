@@ -1,9 +1,10 @@
 """Keras models composed of blocks: `network({"image": ..., "time": ..., **conditions})` gives an image."""
 
+from kdiff.blocks.transformer import adaptive_block
 from kdiff.networks import published
 from kdiff.networks.base import Network
 from kdiff.networks.counting import flops, parameters, summary
-from kdiff.networks.dit import DiT, adaptive_block
+from kdiff.networks.dit import DiT
 from kdiff.networks.hybrid import Hybrid
 from kdiff.networks.mlp import MLP
 from kdiff.networks.ncsnpp import InputResidual, InputSkip, NCSNpp, OutputSkip

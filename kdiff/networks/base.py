@@ -1,4 +1,4 @@
-"""What networks share: one dictionary of inputs, time and conditions made into vectors, tokens and maps, templates copied.
+"""What networks share: one dictionary of inputs, conditions made into vectors, tokens and maps, templates copied.
 
     network({"image": (batch, height, width, channels), "time": (batch,), **conditions})
         -> (batch, height, width, out_channels), float32
@@ -23,7 +23,7 @@ __all__ = ["Network", "check_size", "joined"]
 
 
 class Network(ConfigurableLayer, keras.Model):
-    """Time and conditions to `embed`, `context` and maps beside the image; the body, which a subclass gives, does the rest.
+    """Time and conditions to `embed`, `context` and maps beside the image; the body, by a subclass, does the rest.
 
     Args:
         embedding: the layer that makes `embed`, (batch, dim), of the time.
@@ -167,14 +167,15 @@ class Network(ConfigurableLayer, keras.Model):
     @property
     def condition_inputs(self) -> dict[str, Input]:
         """The inputs beside image and time, by name."""
-        return {
-            name: one
-            for condition, layer in self.conditions.items()
-            for name, one in inputs_of(layer, condition).items()
-        }
+        of_each = (inputs_of(layer, name) for name, layer in self.conditions.items())
+        return {name: one for inputs in of_each for name, one in inputs.items()}
 
-    def call(self, inputs, training=None, **additions):
+    def call(self, inputs, training=None):
         """The dictionary of inputs (see the module) to the shape of the image with `out_channels`, float32."""
+        return self._output(inputs, training)
+
+    def _output(self, inputs, training, **options):
+        """What `call` gives; `options` are of `_body`."""
         self._checked({name: tuple(value.shape) for name, value in inputs.items()})
         image = inputs["image"]
         time = apply_layer(self.embedding, inputs["time"], training=training)
@@ -187,7 +188,7 @@ class Network(ConfigurableLayer, keras.Model):
         maps = [ops.cast(one, self.compute_dtype) for one in maps]
         x = ops.concatenate(maps, axis=-1) if len(maps) > 1 else maps[0]
         embed, context = self._steering(time, list(encoded.values()))
-        return ops.cast(self._body(x, embed, context, training, **additions), "float32")
+        return ops.cast(self._body(x, embed, context, training, **options), "float32")
 
     def _steering(self, time, encoded: list[Encoded]):
         """The sum of the vectors of time and conditions, and the conditions' tokens one after the other, or None."""
@@ -226,11 +227,8 @@ def joined(encoded: list[Encoded]) -> Any:
     values = ops.concatenate([one.tokens for one in encoded], axis=1)
     if all(one.mask is None for one in encoded):
         return values
-    masks = [
-        ops.ones(ops.shape(one.tokens)[:2], "bool") if one.mask is None else ops.cast(one.mask, "bool")
-        for one in encoded
-    ]
-    return Tokens(values, ops.concatenate(masks, axis=1))
+    masks = [ops.ones(ops.shape(one.tokens)[:2], "bool") if one.mask is None else one.mask for one in encoded]
+    return Tokens(values, ops.concatenate([ops.cast(mask, "bool") for mask in masks], axis=1))
 
 
 def check_size(owner: keras.Model, shape: tuple, factor: int, reason: str) -> None:

@@ -6,11 +6,12 @@ from typing import Any, Self
 import keras
 
 from kdiff.base import check_integer
+from kdiff.blocks.attention import usual_heads
 from kdiff.blocks.base import apply_layer, build_layer, copy_layer, get_layer
 from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbedding
 from kdiff.blocks.normalization import AdaptiveNorm, LayerNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
-from kdiff.blocks.transformer import TransformerBlock
+from kdiff.blocks.transformer import adaptive_block
 from kdiff.networks.base import Network, check_size
 
 __all__ = ["DiT", "adaptive_block", "usual_heads"]
@@ -140,17 +141,6 @@ class DiT(Network):
         """
         published = {"conditions": {"label": LabelEmbedding(1000, dropout=0.1)}, "out_channels": 8}
         return cls(width, depth, patch, adaptive_block(heads), **{**published, **options})
-
-
-def adaptive_block(heads: int | None = None, head_width: int | None = None, **options) -> TransformerBlock:
-    """DiT's adaLN-Zero block: `TransformerBlock` with scale, shift and gate from `embed`. `options` are its own."""
-    defaults = {"normalization": LayerNorm(1e-6, affine=False), "activation": "gelu_tanh"}
-    return TransformerBlock(heads, head_width, **{**defaults, "adaptive": True, "gated": True, **options})
-
-
-def usual_heads(width: int) -> int:
-    """As many heads as there can be, equally wide and of 64 channels or more."""
-    return max(heads for heads in range(1, max(1, width // 64) + 1) if width % heads == 0)
 
 
 def _templates(block: Any) -> Any:

@@ -12,8 +12,8 @@ from kdiff.blocks.convolution import ResidualBlock
 from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding
 from kdiff.blocks.layers import Conv2D
 from kdiff.blocks.patterns import Neighborhood, Pattern
+from kdiff.blocks.transformer import adaptive_block
 from kdiff.networks.base import Network, check_size
-from kdiff.networks.dit import adaptive_block
 from kdiff.networks.unet import Level
 
 __all__ = ["Hybrid"]

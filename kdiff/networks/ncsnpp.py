@@ -208,25 +208,26 @@ class NCSNpp(UNet):
         numbers = [n for i, level in enumerate(self.levels) for n in [i - 1 if i else None, *[None] * level.depth]]
         return zip(numbers[::-1], self.up, strict=True)
 
-    def _body(self, x, embed, context, training):
-        image, skips = x, [self.stem(x)]
+    def _body(self, x, embed, context, training, skips=None, middle=None):
+        image, kept = x, [self.stem(x)]
         for i, unit in self._numbered_down():
-            x = self._run(unit, skips[-1], embed, context, training)
+            x = self._run(unit, kept[-1], embed, context, training)
             if i is not None and self.inputs_down:
                 x, image = self.inputs_down[i](x, image)
-            skips.append(x)
-        x, image = self._run(self.bridge, skips[-1], embed, context, training), None
+            kept.append(x)
+        x, image = self._run(self.bridge, kept[-1], embed, context, training), None
+        x, kept = self._with_additions(x, kept, skips, middle)
         for i, unit in self._numbered_up():
-            x = self._run(unit, ops.concatenate([x, skips.pop()], axis=-1), embed, context, training)
+            x = self._run(unit, ops.concatenate([x, kept.pop()], axis=-1), embed, context, training)
             if i is not None:
                 image = self.outputs_up[i](x, image) if self.outputs_up else None
                 x = self._run(self.grow[i], x, embed, context, training)
         y = self.head(self._activate(apply_layer(self.normalization, x, training=training)))
         return y if image is None else y + ops.cast(image, y.dtype)
 
-    def call(self, inputs, training=None):
+    def call(self, inputs, training=None, skips=None, middle=None):
         """As in `UNet`, divided by sigma if `divide`."""
-        y = super().call(inputs, training=training)
+        y = super().call(inputs, training=training, skips=skips, middle=middle)
         if not self.divide:
             return y
         return y * ops.reshape(ops.exp(-ops.cast(inputs["time"], "float32")), (-1, 1, 1, 1))

@@ -27,6 +27,7 @@ import keras
 
 from kdiff.base import check_choice
 from kdiff.blocks.attention import SelfAttention
+from kdiff.blocks.conditions import Joint
 from kdiff.blocks.convolution import ResidualBlock
 from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbedding
 from kdiff.blocks.normalization import GroupNorm
@@ -198,13 +199,19 @@ def stable_diffusion_2(width: int = 320, levels: int = 4, **options: Any) -> UNe
 
 
 def stable_diffusion_xl(width: int = 320, levels: int = 3, **options: Any) -> UNet:
-    """Stable Diffusion XL 1.0, for latent images of 4 channels: a `context` (batch, 77, 2048) and a `vector`.
+    """Stable Diffusion XL 1.0, for latent images of 4 channels: a `context` (batch, 77, 2048) and two inputs "added".
 
-    The vector, (batch, 2816), is that of the text, 1280, and waves, 256 each, of the six numbers for sizes and crop.
+    These are `text_embeds`, (batch, 1280), a vector of the text, and `time_ids`, (batch, 6), for sizes and crop.
     """
-    vector = MLPEmbedding(keras.layers.Identity(), 4 * width)
-    options = {"conditions": {"context": keras.layers.Identity(), "vector": vector}, **options}
+    conditions = {"context": keras.layers.Identity(), "added": text_and_numbers(SinusoidalEmbedding(256), 4 * width)}
+    options = {"conditions": conditions, **options}
     return _stable_diffusion(width, levels, (1, 2, 4), (0, 2, 10), 10, {"head_width": 64}, **options)
+
+
+def text_and_numbers(waves: SinusoidalEmbedding, width: int) -> Joint:
+    """The condition of Stable Diffusion XL: one vector of "text_embeds", as they are, and of waves of "time_ids"."""
+    parts = {"text_embeds": keras.layers.Identity(), "time_ids": waves}
+    return Joint(parts, MLPEmbedding(keras.layers.Identity(), width))
 
 
 def _stable_diffusion(width, levels, factors, depths, middle_depth, heads, **options):

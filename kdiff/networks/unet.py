@@ -160,16 +160,40 @@ class UNet(Network):
         self.head = self._head(Conv2D, 3, padding="same")
         self.head.build(x)
 
-    def _body(self, x, embed, context, training):
+    def call(self, inputs, training=None, skips=None, middle=None):
+        """As in `Network`.
+
+        Args:
+            inputs: the dictionary of inputs.
+            training: whether this is training.
+            skips: what is added to the outputs that the way down hands to the way up, as ControlNet does (Zhang et al.,
+                2023, section 3.2): maps, as many as there are, in the order of the way down, the stem's first.
+            middle: what is added to the output of the middle.
+        """
+        return self._output(inputs, training, **_given(skips=skips, middle=middle))
+
+    def compute_output_spec(self, inputs, training=None, skips=None, middle=None):
+        """As in `Network`."""
+        return super().compute_output_spec(inputs, training)
+
+    def _body(self, x, embed, context, training, skips=None, middle=None):
         x = self.stem(x)
-        skips = [x]
+        kept = [x]
         for unit in self.down:
             x = self._run(unit, x, embed, context, training)
-            skips.append(x)
+            kept.append(x)
         x = self._run(self.bridge, x, embed, context, training)
+        x, kept = self._with_additions(x, kept, skips, middle)
         for unit in self.up:
-            x = self._run(unit, ops.concatenate([x, skips.pop()], axis=-1), embed, context, training)
+            x = self._run(unit, ops.concatenate([x, kept.pop()], axis=-1), embed, context, training)
         return self.head(self._activate(apply_layer(self.normalization, x, training=training)))
+
+    def _with_additions(self, x, kept, skips, middle):
+        """The output of the middle and those that are kept for the way up, with what is added to them."""
+        if skips is not None and len(skips) != len(kept):
+            raise ValueError(f"{self.name}: `skips` must be {len(kept)} maps; received: {len(skips)}")
+        kept = kept if skips is None else [y + ops.cast(more, y.dtype) for y, more in zip(kept, skips, strict=True)]
+        return x if middle is None else x + ops.cast(middle, x.dtype), kept
 
     def _check_image(self, shape):
         super()._check_image(shape)
@@ -276,6 +300,11 @@ class UNet(Network):
         ]
         kwargs = {"middle": Level(made[-1].width, 2, block, mixer), **kwargs}
         return cls(made, **kwargs)
+
+
+def _given(**options):
+    """Those that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _way_down(levels):

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from kdiff.base import check_integer
-from kdiff.blocks.attention import opened
+from kdiff.blocks.attention import opened, usual_heads
 from kdiff.blocks.base import Tokens, apply_layer, build_layer, copy_layer, get_layer, kernel_initializer
 from kdiff.blocks.conditions import Encoded
 from kdiff.blocks.embeddings import SinusoidalEmbedding
@@ -15,7 +15,6 @@ from kdiff.blocks.layers import Conv2D, Dense
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.transformer import TransformerBlock
 from kdiff.networks.base import Network, check_size, joined
-from kdiff.networks.dit import usual_heads
 
 __all__ = ["UViT"]
 
@@ -92,8 +91,8 @@ class UViT(Network):
             for shape in (one.vector, one.tokens):
                 if shape is not None and shape[-1] != self.width:
                     raise ValueError(
-                        f"UViT: the layer of {name!r} must give (batch, {self.width}) or (batch, tokens, {self.width}), "
-                        f"the width of the network; it gives: {shape}"
+                        f"UViT: the layer of {name!r} must give vectors or tokens of {self.width}, the width of the "
+                        f"network; it gives: {shape}"
                     )
                 if shape is not None:
                     tokens.append(shape if len(shape) == 3 else (shape[0], 1, shape[1]))

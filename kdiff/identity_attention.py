@@ -1,4 +1,8 @@
-"""Switches that change what layers compute while they are on, for guidance that spoils a network on purpose."""
+"""A switch by which self-attention becomes the identity, for guidance that spoils a network on purpose.
+
+with identity_attention.switched_on("bridge"):
+    worse = network(inputs)
+"""
 
 import contextlib
 import re
@@ -11,7 +15,7 @@ _identity: ContextVar = ContextVar("identity_attention", default=None)
 
 
 @contextlib.contextmanager
-def identity_attention(layers: str) -> Iterator[None]:
+def switched_on(layers: str) -> Iterator[None]:
     """Inside, self-attention whose path has a part that matches the regular expression gives each position itself.
 
     Raises:
@@ -27,7 +31,7 @@ def identity_attention(layers: str) -> Iterator[None]:
         raise ValueError(f"No self-attention has a path that matches {layers!r}; there are: {sorted(seen)}")
 
 
-def is_identity(path: str) -> bool:
+def is_on(path: str) -> bool:
     """Whether the self-attention of this path is to be the identity; called once a layer and call."""
     if _identity.get() is None:
         return False
