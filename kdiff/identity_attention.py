@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from contextvars import ContextVar
 
-__all__ = ["identity_attention", "is_identity"]
+__all__ = ["is_on", "switched_on"]
 
 _identity: ContextVar = ContextVar("identity_attention", default=None)
 

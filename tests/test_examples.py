@@ -80,7 +80,7 @@ def test_the_benchmarks(script, page, tmp_path):
 
 
 @pytest.mark.data
-@only_torch
+@pytest.mark.once
 def test_wavelets_beside_pixels(tmp_path):
     run("benchmarks/wavelets.py", "--toy", "--out", str(tmp_path))
     rows = (tmp_path / "wavelets.md").read_text().splitlines()

@@ -33,6 +33,7 @@ __all__ = [
     "check_positions",
     "opened",
     "split_heads",
+    "usual_heads",
 ]
 
 

@@ -30,7 +30,7 @@ from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm, LayerNorm
 from kdiff.blocks.patterns import Pattern
 from kdiff.blocks.positions import RelativePositions
 
-__all__ = ["FeedForward", "SpatialTransformer", "TransformerBlock", "check_ratio", "get_activation"]
+__all__ = ["FeedForward", "SpatialTransformer", "TransformerBlock", "adaptive_block", "check_ratio", "get_activation"]
 
 
 class FeedForward(_Branch):

@@ -37,7 +37,6 @@ __all__ = [
     "UNET_2D_CONDITION",
     "UP",
     "Kind",
-    "TextTimeUNet",
     "image_shape",
     "renamed",
     "unet_2d",

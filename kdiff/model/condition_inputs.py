@@ -24,6 +24,7 @@ __all__ = [
     "condition_rows",
     "fits",
     "is_integer",
+    "optional_names",
     "value_range",
     "words",
 ]

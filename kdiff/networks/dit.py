@@ -14,7 +14,7 @@ from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.transformer import adaptive_block
 from kdiff.networks.base import Network, check_size
 
-__all__ = ["DiT", "adaptive_block", "usual_heads"]
+__all__ = ["DiT"]
 
 
 class DiT(Network):

@@ -51,6 +51,7 @@ __all__ = [
     "stable_diffusion_1",
     "stable_diffusion_2",
     "stable_diffusion_xl",
+    "text_and_numbers",
 ]
 
 # --- Ho et al. (2020)
