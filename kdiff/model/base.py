@@ -213,7 +213,7 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         """
         batch, _ = feeding.unpack((data,))
         keys = self._keys(training)
-        key = next(keys)  # of the codec, whether it is asked or not: the rest is the same
+        key = next(keys)  # encoded data does not use it, and so gets the noise that its images would
         if "encoded" in batch:
             x = ops.cast(batch.pop("encoded"), "float32")
         else:

@@ -29,6 +29,7 @@ from kdiff.model.condition_inputs import (
     condition_names,
     fits,
     is_integer,
+    optional_names,
     value_range,
     words,
 )
@@ -91,6 +92,7 @@ class BatchCheck:
     def __init__(self, codec: Codec, shape: tuple, network: keras.layers.Layer):
         self.codec, self.shape = codec, tuple(shape)
         self.conditions, self.layers = condition_names(network), condition_layers(network)
+        self.optional = set(optional_names(network))
         self.error: ValueError | None = None
 
     def __call__(self, data: Any) -> dict[str, Any]:
@@ -128,7 +130,7 @@ class BatchCheck:
                 f"data: the network takes the conditions {sorted(self.conditions)}; missing: {sorted(missing)}. "
                 "Give dictionaries such as {'image': ..., 'label': ...}, or labels as `y`."
             )
-        if extra := given - set(self.conditions):
+        if extra := given - set(self.conditions) - self.optional:
             raise ValueError(f"data: the network takes no {sorted(extra)}; it takes {sorted(self.conditions)}")
 
     def size(self, shapes: dict[str, tuple]) -> None:
