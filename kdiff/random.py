@@ -28,6 +28,7 @@ __all__ = [
     "ROTATIONS",
     "STEPS",
     "TRAINING",
+    "Keys",
     "fold",
     "key_of",
     "normal",
@@ -103,6 +104,26 @@ def fold(key, number, stream: int = 0):
     """
     number = ops.cast(number, "int32")
     return ops.stack(threefry((key[0], key[1]), (number, ops.zeros_like(number) + stream)), axis=-1)
+
+
+class Keys:
+    """Fresh keys, one after the other: `next(keys)` number n is `fold(key, n)`.
+
+    An iterator and not a generator: PyTorch's compiler would run an endless one to its end.
+
+    Args:
+        key: int32, shape `(2,)`.
+    """
+
+    def __init__(self, key):
+        self.key, self.drawn = key, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.drawn += 1
+        return fold(self.key, self.drawn - 1)
 
 
 def uniform(key, shape, first=0):

@@ -78,7 +78,8 @@ def rules(classifier):
         guidance.PiGDM(operators.Mask(mask), image, scale=[0.1, 0.2, 0.3], iterations=2),
         Smooth(),
     ]
-    assert {type(one) for one in known} == set(guidance.Guidance.names().values())
+    family = {kind for kind in guidance.Guidance.names().values() if kind.__module__.startswith("kdiff.")}
+    assert family == {type(one) for one in known} - {Smooth}
     return known
 
 

@@ -10,7 +10,6 @@ gradient accumulation and clipping are untouched.
 """
 
 import inspect
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -226,7 +225,7 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         key = random.fold(random.key_of(self.seed), counter.value, stream)
         if backend.has_numbers(counter.value):  # if that fails, Keras asks again with numbers, in the same scope
             counter.assign_add(1)  # after its last use: on TensorFlow `value` is not a copy
-        return (random.fold(key, number) for number in itertools.count())
+        return random.Keys(key)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The compiled loss of the network's output, weighted by the objective and by example, and its `extra`."""
