@@ -12,7 +12,8 @@ from scipy import stats
 import kdiff
 from kdiff import random, schedules, times
 from kdiff.objectives import LossAware
-from tests.toys import numpy, tiny_network
+from tests.test_model_parts import Scripted
+from tests.toys import MIXTURE, numpy, tiny_network
 
 DISCRETE, CONTINUOUS = schedules.LinearBeta(), schedules.Cosine()
 
@@ -140,3 +141,24 @@ def test_loss_aware_times_are_saved(tmp_path):
         np.testing.assert_array_equal(numpy(twin.counts), numpy(model.objective.counts))
     assert repr(loaded) == "LossAware(num_steps=8, history=2)"
     assert numpy(loaded.clone().counts).sum() == 0
+
+
+def test_loss_aware_times_learn_where_the_loss_is():
+    """Once every step has its history, steps are drawn as the root of their mean squared loss."""
+
+    def answer(inputs):  # of the noise: the error is larger for larger t
+        return inputs["image"] * 0.0 + 3.0 * inputs["time"][:, None] / 1000.0
+
+    sampler = LossAware(4, history=100)
+    model = kdiff.DiffusionModel(
+        Scripted(answer), schedules.LinearBeta(4, 0.1, 0.5), "noise", objective=sampler, codec="identity"
+    )
+    model.compile(keras.optimizers.SGD(0.0))
+    model.fit(MIXTURE.sample(512), batch_size=64, epochs=4, verbose=0)
+    t = numpy(sampler.draw(model.schedule, 20000, random.key_of(0)))
+    share = np.array([np.mean(np.isclose(t, (i + 1) / 4)) for i in range(4)])
+    mean = (3.0 * np.arange(1, 5) / 4) ** 2  # of L, the mean of (noise - 3 t)^2 over two coordinates:
+    expected = np.sqrt((1 + mean) ** 2 + 1 + 2 * mean)  # the root of E[L]^2 + Var[L]
+    np.testing.assert_allclose(share, expected / expected.sum(), atol=0.03)  # of 100 losses, two standard errors
+    factor = numpy(sampler.importance(model.schedule, (np.arange(4, dtype="float32") + 1) / 4))
+    np.testing.assert_allclose(factor * share * 4, 1.0, atol=0.1)

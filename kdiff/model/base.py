@@ -229,13 +229,12 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The compiled loss of the network's output, weighted by the objective and by example, and its `extra`."""
-        problem = y_pred
-        loss = super().compute_loss(x, *_compared(problem, sample_weight), training=training)
-        if problem.extra is not None:
-            loss = loss + ops.mean(_product(problem.extra, sample_weight))
+        loss = super().compute_loss(x, *_compared(y_pred, sample_weight), training=training)
+        if y_pred.extra is not None:
+            loss = loss + ops.mean(_product(y_pred.extra, sample_weight))
         if training:
-            axes = tuple(range(1, len(problem.target.shape)))
-            self.objective.learn(self, problem, ops.mean(ops.square(problem.target - problem.output), axis=axes))
+            axes = tuple(range(1, len(y_pred.target.shape)))
+            self.objective.learn(self, y_pred, ops.mean(ops.square(y_pred.target - y_pred.output), axis=axes))
         return loss
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None) -> dict[str, Any]:
@@ -358,7 +357,7 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
             return self._checked_output(self.network(self._inputs(x_t, m, conditions), training=training), x_t)
 
     def _answer(self, averages: bool, schedule: NoiseSchedule, given: Given, x_t, m: Marginal) -> Estimate:
-        """The answer of a `Denoiser` to a question on `schedule`."""
+        """The answer of a `Denoiser` to a question on `schedule`. Not by `output`: each call in a step is a frame."""
         x_t, m = moved(x_t, m, schedule, self.schedule)
         with self._weights(averages):
             output = self.network(self._inputs(x_t, m, given.conditions), training=False)
