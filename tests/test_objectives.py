@@ -12,6 +12,7 @@ import kdiff
 from kdiff import predictions, random, schedules, times, weightings
 from kdiff.objectives import Denoising, LossAware, Objective, Problem
 from tests.test_model_parts import Scripted
+from tests.test_objectives_loss_aware import teach
 from tests.toys import MIXTURE, draw_weights, numpy
 
 DISCRETE, CONTINUOUS = schedules.LinearBeta(), schedules.Cosine()
