@@ -15,13 +15,6 @@ from tests.test_model_parts import Scripted
 from tests.test_objectives_loss_aware import teach
 from tests.toys import MIXTURE, draw_weights, numpy
 
-DISCRETE, CONTINUOUS = schedules.LinearBeta(), schedules.Cosine()
-
-
-def draw(sampler, schedule=DISCRETE, batch=64, seed=0):
-    return numpy(sampler.draw(schedule, batch, random.key_of(seed)))
-
-
 # Denoising
 
 
