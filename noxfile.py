@@ -5,6 +5,7 @@
                     nothing misses TensorFlow, which is not installed; tests that need it skip themselves
     together        one environment with every extra: the backends compared, and on each the tests marked `data` or
                     `reference`, which the other sessions skip
+    thorough        not by default: what takes minutes on each backend, such as all pairs of guidance rules compiled
     mutation        not by default: is a change of the mathematics noticed? (tests/mutation.py)
 
 What says the same on every backend, tests marked `once`, runs on one of them. `nox -s "tests(jax)"` runs one session,
@@ -67,6 +68,14 @@ def together(session: nox.Session) -> None:
     pytest(session, "tensorflow", "tests/test_backends_agree.py")
     for backend in BACKENDS:
         pytest(session, backend, marked="data or reference")
+
+
+@nox.session(default=False)
+def thorough(session: nox.Session) -> None:
+    """Run the tests marked `thorough` on each backend."""
+    install(session, ".[all]")
+    for backend in BACKENDS:
+        pytest(session, backend, "tests", "--thorough", marked="thorough")
 
 
 @nox.session(default=False)

@@ -9,9 +9,9 @@ import pytest
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Tests compile many small programs, often the same, and run each a few times.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="kdiff-jax-cache-"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # the programs of single operations too
 
 # A process of pytest-xdist keeps to one core: the threads of networks as small as these wait more than they work.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
@@ -23,11 +23,24 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 collect_ignore_glob = [] if find_spec("torch") and find_spec("diffusers") else ["*_reference.py"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--thorough", action="store_true", help="run also the tests marked `thorough`")
+
+
 def pytest_configure(config):
-    """Registers the markers of tests that need more than one backend's extra."""
+    """Registers the markers by which the sessions of noxfile.py choose."""
     config.addinivalue_line("markers", "data: needs the extra `data`; skipped where it is not installed")
     config.addinivalue_line("markers", "once: says the same whatever the backend; nox runs it with one of them")
+    config.addinivalue_line("markers", "thorough: takes minutes; only with --thorough, as in `nox -s thorough`")
     config.addinivalue_line("markers", "reference: compares with diffusers; skipped where it or PyTorch is missing")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out the thorough tests, unless they are asked for."""
+    if not config.getoption("--thorough"):
+        kept = [item for item in items if not item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
 
 
 def pytest_runtest_setup(item):

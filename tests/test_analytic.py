@@ -77,6 +77,7 @@ def test_a_gaussian_is_a_mixture_of_one_and_images_are_vectors():
     assert data == analytic.Gaussian.from_config(data.get_config())
 
 
+@pytest.mark.once
 @each
 def test_samples_have_the_mean_and_covariance(data):
     x = data.sample(20000, seed=1)
@@ -87,6 +88,7 @@ def test_samples_have_the_mean_and_covariance(data):
     assert np.all(numpy(data.log_prob(x[:50], clean)) > numpy(data.log_prob(x[:50] + 6.0, clean)))
 
 
+@pytest.mark.once
 @each
 def test_posterior_samples_have_the_posterior_mean_and_variance(data):
     """Over many draws from one x_t, the mean is the denoiser's; over many x, x_t, their law is that of the data."""
@@ -100,6 +102,7 @@ def test_posterior_samples_have_the_posterior_mean_and_variance(data):
     np.testing.assert_allclose(np.cov(again.T), np.cov(clean.T), atol=0.05 * clean.var())
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("schedule", [schedules.Cosine(), schedules.Rectified(), schedules.LinearBeta()], ids=repr)
 def test_the_flow_of_a_gaussian_keeps_standard_scores(schedule):
     """The closed form, the Runge-Kutta method, and the way back, agree."""
@@ -111,6 +114,7 @@ def test_the_flow_of_a_gaussian_keeps_standard_scores(schedule):
     np.testing.assert_allclose(data.flow(closed, schedule, 0.1, 0.9), x, atol=1e-9)
 
 
+@pytest.mark.once
 def test_the_flow_of_a_mixture_keeps_quantiles():
     """In one dimension the probability flow keeps the share of probability below a point."""
     from math import erf
@@ -127,6 +131,7 @@ def test_the_flow_of_a_mixture_keeps_quantiles():
     np.testing.assert_allclose(below(data.flow(x, schedule, 0.95, 0.1), 0.1), below(x, 0.95), atol=1e-6)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("make", "message"),
     [

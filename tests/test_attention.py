@@ -126,6 +126,7 @@ def test_attention_takes_a_mask():
     np.testing.assert_allclose(ops.convert_to_numpy(y), expected, atol=1e-5)
 
 
+@pytest.mark.once
 def test_patterns_are_values_found_by_name():
     assert blocks.Pattern.get("window") == blocks.Window(8)
     assert blocks.Window(4, 2) != blocks.Window(4)
@@ -138,6 +139,7 @@ def test_patterns_are_values_found_by_name():
     assert layer.pattern == blocks.Window(2, 1)
 
 
+@pytest.mark.once
 def test_costs_are_counted():
     shape = (1, 8, 8, 6)
     for pattern, keys in {"global": 64, "linear": 3, "window": 64, blocks.Neighborhood(3): 9}.items():
@@ -216,6 +218,7 @@ def test_sin_cos_is_that_of_diffusers(shape, base, scale):
 # --- errors
 
 
+@pytest.mark.once
 def test_errors():
     x, tokens = np.ones((1, 4, 6, 8), "float32"), np.ones((1, 5, 8), "float32")
     cases = [
@@ -245,6 +248,7 @@ def test_errors():
             function()
 
 
+@pytest.mark.once
 def test_an_embedding_forgotten_later():
     block = blocks.SelfAttention(gated=True)
     block(np.ones((1, 2, 2, 8), "float32"), embed=np.ones((1, 3), "float32"))

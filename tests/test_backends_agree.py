@@ -73,6 +73,14 @@ def main(phase: str, folder: Path) -> None:
     )
     np.savez(folder / f"{name}-on-{name}.npz", **go_on(model))
 
+    data = kdiff.analytic.GaussianMixture([[-1.0, 0.0], [1.0, 0.5]], 0.1)
+    runs = {}
+    for kind in kdiff.solvers.Solver.names().values():
+        if kind.__module__.startswith("kdiff.") and not kind().learned and kind is not kdiff.solvers.DDIMInversion:
+            sampler = kdiff.Sampler(kind(), "uniform_log_snr", steps=6)
+            runs[kind.__name__] = sampler(data, kdiff.schedules.Cosine(), (3, 2), seed=1)
+    np.savez(folder / f"{name}-solvers.npz", **runs)
+
 
 LABELS = None
 if __name__ == "__main__":
@@ -140,6 +148,19 @@ def test_the_same_samples(results, a, b, sampler):
 
     assert results[a][sampler].std() > 0.1
     np.testing.assert_allclose(results[a][sampler], results[b][sampler], atol=5e-4)
+
+
+@pytest.mark.parametrize(("a", "b"), PAIRS)
+def test_the_same_samples_of_every_solver(results, a, b):
+    """What is a law of solvers on one backend is one on all."""
+    import numpy as np
+
+    here, there = results[f"{a}-solvers"], results[f"{b}-solvers"]
+    assert here.keys() == there.keys()
+    assert len(here) > 20
+    for name, samples in here.items():
+        assert samples.std() > 0.1
+        np.testing.assert_allclose(samples, there[name], atol=2e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("loaded", BACKENDS)

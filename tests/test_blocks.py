@@ -314,6 +314,7 @@ def test_unused_arguments_are_ignored():
         assert block(**inputs) is not None
 
 
+@pytest.mark.once
 def test_blocks_are_found_by_name_copied_and_shown():
     block = blocks.Block.get("residual_block")
     assert isinstance(block, blocks.ResidualBlock)
@@ -347,6 +348,7 @@ def test_groups_divide_the_channels(channels, groups, used):
     assert layer.groups_used == used
 
 
+@pytest.mark.once
 def test_cost_of_a_bad_argument_is_a_clear_error():
     cases = [
         (lambda: blocks.SinusoidalEmbedding(1), "`width`.*at least 2; received: 1"),
@@ -375,6 +377,7 @@ def test_cost_of_a_bad_argument_is_a_clear_error():
             function()
 
 
+@pytest.mark.once
 def test_an_embedding_forgotten_or_too_late():
     x, embed = np.ones((1, 2, 2, 4), "float32"), np.ones((1, 3), "float32")
     block = blocks.ResidualBlock()

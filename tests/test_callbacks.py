@@ -98,6 +98,7 @@ def test_sampler_steps_and_conditions_reach_the_model(model, tmp_path):
     assert model.calls[1][4]["label"] == 1
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("conditions", "options", "captions"),
     [
@@ -135,6 +136,7 @@ def test_strings_and_no_condition_reach_the_model(model, tmp_path):
     assert got["label"] is None
 
 
+@pytest.mark.once
 def test_animations_have_the_captions(model, tmp_path):
     from PIL import Image
 
@@ -145,6 +147,7 @@ def test_animations_have_the_captions(model, tmp_path):
             assert animation.size == (width, height)
 
 
+@pytest.mark.once
 def test_animations(model, tmp_path):
     from PIL import Image
 
@@ -195,6 +198,7 @@ def test_failures_warn_and_training_goes_on(model, tmp_path):
     assert int(model.optimizer.iterations) == 6
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "options",
     [
@@ -220,6 +224,7 @@ def test_bad_arguments_are_errors_at_once(tmp_path, options):
         SampleCallback(tmp_path, **options)
 
 
+@pytest.mark.once
 def test_a_missing_pillow_is_an_error_at_once(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match=r"kdiff\[plot\]"):

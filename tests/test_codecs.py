@@ -66,6 +66,7 @@ def test_haar_takes_bytes_and_clips():
     assert numpy(codec.encode(np.ones((1, 4, 4, 1), "float32")))[0, 0, 0, 0] == pytest.approx(2.0)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("shape", "fine"), [((6, 8, 1), False), ((8, 8), False), ((None, 8, 1), True)])
 def test_haar_and_sizes(shape, fine):
     if fine:
@@ -283,6 +284,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("data", "message"), WRONG)
 @pytest.mark.parametrize("form", ["array", "tf.data"])
 def test_wrong_encoded_data(data, message, form):

@@ -221,6 +221,7 @@ def test_repr_is_the_constructor_call(one):
     assert type(one).from_config(one.get_config()).get_config() == one.get_config()
 
 
+@pytest.mark.once
 def test_a_run_must_be_as_long_as_the_solvers_memory():
     with pytest.raises(ValueError, match=r"DPMSolverPP\(order=3\) looks at 3 steps.*a run of 2"):
         Sampler(solvers.DPMSolverPP(3), steps=2).times(schedules.Cosine())
@@ -229,6 +230,7 @@ def test_a_run_must_be_as_long_as_the_solvers_memory():
         assert isinstance(solver.least_steps, int)
 
 
+@pytest.mark.once
 def test_explain_prints_call_equation_and_source(capsys):
     schedules.CosineBeta(100).explain()
     text = capsys.readouterr().out

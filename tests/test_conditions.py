@@ -17,7 +17,7 @@ from kdiff.blocks.conditions import DROPPING
 from kdiff.networks import MLP
 from kdiff.text import BytePair, Bytes
 from tests.helpers_gradients import perturb, run, value_and_gradients
-from tests.toys import compiled_model, draw_weights, numpy
+from tests.toys import compiled_model, draw_weights, mostly_once, numpy
 
 COLOURS = ["red", "green", "blue", ""]
 NAN = np.nan
@@ -98,6 +98,7 @@ def test_what_is_dropped_is_a_formula(name):
     assert (masks[0] != masks[1]).any()
 
 
+@pytest.mark.once
 def test_the_rate_of_dropping():
     layer = LabelEmbedding(1, width=1, dropout=0.1, seed=7)
     layer.build((None,))
@@ -148,6 +149,7 @@ def test_a_row_that_is_broken_is_not_absent(bad):
         OptionalCondition(absent=[0, 0]).check(np.array([[NAN, NAN]]))
 
 
+@pytest.mark.once
 def test_condition_errors():
     text = TextEncoder(Bytes(4), 8)
     for function, message in [
@@ -326,7 +328,7 @@ def test_a_model_with_text_saves(tmp_path):
     )  # drops go on where they were
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("policy", mostly_once(["mixed_bfloat16", "float32"]))
 def test_absent_conditions_in_a_model(policy):
     conditions = {
         "text": EncodedText(lambda texts: np.stack([np.full((2, 3), len(t), "float32") for t in texts]), dtype=policy),
@@ -383,6 +385,7 @@ def test_a_layer_prepares_what_it_likes(form):
     np.testing.assert_array_equal(model.sample(2, label="blue", steps=1), model.sample(2, label=2, steps=1))
 
 
+@pytest.mark.once
 def test_text_errors():
     model = built_model()
     data = {"image": VECTORS, "text": CAPTIONS}

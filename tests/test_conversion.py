@@ -75,6 +75,7 @@ def test_there_and_back(source):
     np.testing.assert_allclose(numpy(convert(y, x_t, m, source, source)), y, rtol=1e-6)
 
 
+@pytest.mark.once
 def test_names_will_do():
     x, noise, m, x_t = problem(NORMALISATIONS[0])
     result = convert(noise, x_t, m, "noise", "velocity", "cosine")

@@ -199,6 +199,7 @@ def test_unit_magnitude_is_the_formula():
 # --- errors
 
 
+@pytest.mark.once
 def test_errors():
     x = np.ones((1, 4, 4, 8), "float32")
     cases = [

@@ -49,12 +49,14 @@ KNOWN = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("recipe", "expected"), KNOWN)
 def test_published_effective_weights(recipe, expected):
     """Up to a factor. At -8.5 float32 and Rectified's 1e-5 are felt: 1 %."""
     np.testing.assert_allclose(ratio(effective_weight(*recipe), expected), 1.0, atol=1e-2)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["variational", "likelihood"])
 @pytest.mark.parametrize(
     ("schedule", "prediction", "sampler"),
@@ -112,6 +114,7 @@ SAME = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("a", "b"), SAME)
 def test_recipes_that_are_the_same(a, b):
     assert same_objective(a, b)
@@ -138,12 +141,14 @@ OTHER = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("a", "b"), OTHER)
 def test_recipes_that_are_not_the_same(a, b):
     assert not same_objective(a, b)
     assert not same_objective(b, a)
 
 
+@pytest.mark.once
 def test_a_shift_of_the_schedule_moves_the_density_alone():
     """sech((l - 1) / 2) of a shifted cosine, times the velocity's own 1 + e^-l, is no shifted e^(-l / 2)."""
     places = np.array([-6.0, 0.0, 6.0])
@@ -152,6 +157,7 @@ def test_a_shift_of_the_schedule_moves_the_density_alone():
     np.testing.assert_allclose(weight / weight[1], expected / expected[1], rtol=1e-3)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("schedule", [schedules.Cosine(), schedules.Rectified(), EDM], ids=repr)
 def test_likelihood_weighting_is_the_published_one(schedule):
     """Song et al. 2021: g^2 / 2 on the error of the score, t uniform, g^2 = d sigma^2/dt - 2 sigma^2 d log(alpha)/dt.
@@ -166,6 +172,7 @@ def test_likelihood_weighting_is_the_published_one(schedule):
     np.testing.assert_allclose(numpy(weight), g2 / 2, rtol=1e-2)
 
 
+@pytest.mark.once
 def test_loss_weight():
     """None; the weight times gain^2; and that over the density of log-SNR."""
     schedule, m = schedules.Cosine(), schedules.Cosine().at(np.float32([0.2, 0.5, 0.8]))
@@ -181,6 +188,7 @@ def test_loss_weight():
     assert numpy(loss_weight(schedule, velocity, weightings.EDM(), uniform, schedule.at(0.5))).shape == ()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("weighting", [weightings.Variational(), weightings.Sigmoid(-1.0)], ids=repr)
 @pytest.mark.parametrize(
     ("schedule", "prediction", "sampler"),
@@ -220,6 +228,7 @@ def test_the_loss_itself_depends_on_neither_schedule_nor_times(schedule, predict
     assert losses.mean() == pytest.approx(exact, abs=tolerance)
 
 
+@pytest.mark.once
 def test_normalised_weights():
     weight = effective_weight("cosine", "noise", weightings.MinSNR(), "uniform", normalise=True)
     places = np.linspace(-15, 15, 400)
@@ -231,6 +240,7 @@ def test_normalised_weights():
     assert plain(np.zeros((2, 3))).shape == (2, 3)
 
 
+@pytest.mark.once
 def test_models_are_recipes():
     """Of a model its attributes decide; the ends of the schedules are not compared."""
     model = kdiff.DiffusionModel(tiny_network(), "cosine", "velocity")
@@ -240,18 +250,21 @@ def test_models_are_recipes():
     assert not same_objective(model, kdiff.DiffusionModel(tiny_network(), "cosine", "noise"))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("wrong", [("cosine", "noise"), "cosine", 3])
 def test_what_is_no_recipe(wrong):
     with pytest.raises(TypeError, match="schedule"):
         same_objective(wrong, wrong)
 
 
+@pytest.mark.once
 def test_schedules_without_common_noise_levels():
     low, high = (schedules.Cosine(*ends) for ends in ((-15.0, -5.0), (5.0, 15.0)))
     with pytest.raises(ValueError, match="no log-SNR in common"):
         same_objective((low, "noise", None, "uniform"), (high, "noise", None, "uniform"))
 
 
+@pytest.mark.once
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     recipes = [("cosine", "noise", None, "uniform"), ("rectified", "flow", None, SD3)]

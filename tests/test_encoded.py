@@ -12,7 +12,7 @@ from kdiff.blocks.resizing import FORMS, resized
 from kdiff.networks import MLP, DiT, Hybrid, Level, NCSNpp, SimpleUNet, UNet, UViT
 from kdiff.text import Bytes
 from tests.helpers_gradients import perturb, run, value_and_gradients
-from tests.toys import numpy
+from tests.toys import mostly_once, numpy
 
 
 @keras.saving.register_keras_serializable("tests")
@@ -146,7 +146,7 @@ def test_padding_changes_nothing(name):
         assert np.abs(run(other, inputs)[1] - y[1]).max() > 1e-4
 
 
-@pytest.mark.parametrize("name", ["dit_local", "uvit", "uvit_linear"])
+@pytest.mark.parametrize("name", mostly_once(["uvit_linear", "uvit", "dit_local"]))
 def test_gradients_are_finite_even_of_an_empty_text(name):
     network, inputs, words = built(name)
     inputs["text"] = padded(words, 4, (4, 0), 9.0)
@@ -158,7 +158,7 @@ def test_gradients_are_finite_even_of_an_empty_text(name):
             assert np.abs(gradient).max() > 1e-8, path
 
 
-@pytest.mark.parametrize("name", ["unet", "uvit"])
+@pytest.mark.parametrize("name", mostly_once(["unet", "uvit"]))
 def test_masked_networks_save_and_compute_lower(name, tmp_path):
     network, inputs, _ = built(name)
     y = run(network, inputs)
@@ -321,7 +321,7 @@ def test_the_noise_beside_is_a_formula(highest):
     assert not np.allclose(numpy(layer({"image": x}, image=image).vector), expected)
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("policy", mostly_once(["mixed_bfloat16", "float32"]))
 def test_super_resolution_in_a_model(policy):
     network = UNet.residual(8, 2, 1, conditions={"low": low(dropout=0.2, dtype=policy)}, dtype=policy)
     model = DiffusionModel(network)
@@ -349,6 +349,7 @@ def test_super_resolution_in_a_model(policy):
 # --- resizing
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("form", "filter"), [("bilinear", "BILINEAR"), ("bicubic", "BICUBIC"), ("nearest", "NEAREST")])
 @pytest.mark.parametrize("size", [(3, 11), (13, 4), (6, 7), (12, 14)])
 def test_resizing_is_pillows(form, filter, size):
@@ -428,7 +429,7 @@ def test_a_joint_condition_in_a_model():
 # --- additions to a U-Net's skips and middle
 
 
-@pytest.mark.parametrize("name", ["unet", "ncsnpp"])
+@pytest.mark.parametrize("name", mostly_once(["unet", "ncsnpp"]))
 def test_additions_to_skips_and_middle(name):
     network, inputs = with_maps(name)
     x = ops.convert_to_tensor(inputs["image"])
@@ -488,6 +489,7 @@ class Added(keras.Model):
 # --- errors
 
 
+@pytest.mark.once
 def test_errors():
     shapes = {"image": (1, 4, 4, 2), "time": (1,)}
     cases = [

@@ -152,6 +152,7 @@ def test_both_answers_come_from_one_batch():
     assert sizes == [((8, 2), (8,), ()), ((8, 2), (8,), (8,))]
 
 
+@pytest.mark.once
 def test_guided_samples_follow_the_exact_guided_flow():
     """dz / ds = (z - x_hat) / s in z = x / alpha, s = sigma / alpha, of the exact guided score, by RK4 in float64."""
     times = Sampler("dpm_solver_pp", "uniform_log_snr", steps=400).times(COSINE)
@@ -302,6 +303,7 @@ def test_off_is_off():
     assert ClassifierFree([1.0, 2.0]).active
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("make", "message"),
     [

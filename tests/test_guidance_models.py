@@ -170,6 +170,7 @@ class Posterior(keras.Model):
         return MIXTURE._parts(ops, x, ops.reshape(m.alpha, (-1, 1, 1)), ops.reshape(m.sigma, (-1, 1, 1)))[0]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("t", [0.2, 0.5, 0.8])
 def test_an_exact_classifier_gives_the_exact_condition(t):
     """score + grad log p(y | x_t) is the score of p(x_t | y); with scale s, of p(x_t) p(y | x_t)^s."""
@@ -277,6 +278,7 @@ def test_there_and_back(model):
     np.testing.assert_allclose(path[-1].x, np.clip(noise, -1, 1), atol=1e-4)  # as pictures, which decoding clips
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -302,6 +304,7 @@ def test_bad_input(model, call, message):
         call(model)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("make", [lambda: Autoguidance(3), lambda: ClassifierGuidance(lambda x: x)])
 def test_no_models(make):
     with pytest.raises(TypeError, match="must be a"):

@@ -72,12 +72,14 @@ def test_save_and_load_classes(tmp_path):
     np.testing.assert_allclose(output(diffusers.load(tmp_path), label=label), output(network, label=label), atol=1e-5)
 
 
+@pytest.mark.once
 def test_missing_weight(folder):
     rewrite(folder, lambda state: state.pop("mid_block.resnets.0.conv1.weight"))
     with pytest.raises(ValueError, match=r"1 arrays do not match.*\n.*missing: mid_block\.resnets\.0\.conv1\.weight"):
         diffusers.load(folder)
 
 
+@pytest.mark.once
 def test_all_that_does_not_match_is_listed(folder):
     def change(state):
         state["more"] = np.ones(3, "float32")
@@ -98,6 +100,7 @@ def test_all_that_does_not_match_is_listed(folder):
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("length", [0, 5, 200, 10_000])
 def test_truncated_safetensors(folder, length):
     file = folder / "diffusion_pytorch_model.safetensors"
@@ -106,6 +109,7 @@ def test_truncated_safetensors(folder, length):
         diffusers.load(folder)
 
 
+@pytest.mark.once
 def test_corrupt_safetensors(folder):
     file = folder / "diffusion_pytorch_model.safetensors"
     file.write_bytes(b"\xff" * 64 + file.read_bytes()[64:])
@@ -113,23 +117,27 @@ def test_corrupt_safetensors(folder):
         diffusers.load(folder)
 
 
+@pytest.mark.once
 def test_no_weights(folder):
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"no weights; expected one of .*found: \['config.json'\]"):
         diffusers.load(folder)
 
 
+@pytest.mark.once
 def test_no_config(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json: no such file"):
         diffusers.load(tmp_path)
 
 
+@pytest.mark.once
 def test_config_that_is_not_json(folder):
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json: not a JSON file"):
         diffusers.load(folder)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -148,6 +156,7 @@ def test_config_that_cannot_be_loaded(folder, changes, words):
         diffusers.load(folder)
 
 
+@pytest.mark.once
 def test_keys_that_change_nothing_are_read_over(folder):
     configure(folder, new_idea=None, another=False, _name_or_path="x")
     diffusers.load(folder)
@@ -172,6 +181,7 @@ def test_pickle_is_not_run(folder, name):
     assert not mark.exists()
 
 
+@pytest.mark.once
 def test_arrays_of_objects_are_not_unpickled(tmp_path):
     mark = tmp_path / "executed"
     np.savez(tmp_path / "weights.npz", bomb=np.array([Bomb(mark)], dtype=object))
@@ -180,6 +190,7 @@ def test_arrays_of_objects_are_not_unpickled(tmp_path):
     assert not mark.exists()
 
 
+@pytest.mark.once
 def test_shard_outside_of_its_folder(folder):
     (folder / "diffusion_pytorch_model.safetensors").rename(folder.parent / "elsewhere.safetensors")
     index = {"weight_map": {"conv_in.bias": "../elsewhere.safetensors"}}
@@ -188,6 +199,7 @@ def test_shard_outside_of_its_folder(folder):
         diffusers.load(folder)
 
 
+@pytest.mark.once
 def test_shard_that_is_missing(folder):
     file = folder / "diffusion_pytorch_model.safetensors"
     index = {"weight_map": dict.fromkeys(files.read_state(file), "one.safetensors")}
@@ -197,6 +209,7 @@ def test_shard_that_is_missing(folder):
         diffusers.load(folder)
 
 
+@pytest.mark.once
 def test_original_without_its_first_layer():
     with pytest.raises(ValueError, match=r"`x_embedder\.proj\.weight` is missing"):
         original.dit({"y": np.ones(3)})
@@ -205,6 +218,7 @@ def test_original_without_its_first_layer():
 # --- saving
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("network", "words"),
     [
@@ -236,6 +250,7 @@ SAMPLERS = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
 @pytest.mark.parametrize("schedule", ["linear_beta", "scaled_linear_beta", "cosine_beta"])
 def test_scheduler_there_and_back(sampler, schedule):
@@ -269,6 +284,7 @@ def test_averages_are_what_is_saved(tmp_path):
         np.testing.assert_allclose(ops.convert_to_numpy(b), ops.convert_to_numpy(c) + 1.0, atol=1e-5)
 
 
+@pytest.mark.once
 def test_model_that_no_scheduler_describes(tmp_path):
     model = DiffusionModel(unet(), "cosine", "noise", ema=None)
     model.build((None, 8, 8, 3))
@@ -286,6 +302,7 @@ def test_loaded_model_is_saved_by_keras(tmp_path):
     np.testing.assert_allclose(again.sample(1, steps=2), first.sample(1, steps=2), atol=1e-5)
 
 
+@pytest.mark.once
 def test_rows():
     array = np.arange(24.0).reshape(12, 2)
     for rows in (weights.Rows((1, 0), 6), weights.Rows((2,), 3, 2)):
@@ -295,6 +312,7 @@ def test_rows():
     np.testing.assert_array_equal(weights.Rows((1,), 3, 2).take(array)[:, 0], [4, 6, 16, 18])
 
 
+@pytest.mark.once
 def test_importing_kdiff_is_enough_to_load_what_was_loaded_from_diffusers(tmp_path):
     """A new process knows the grids and solvers that only interop has, though it imports kdiff alone."""
     sampler = Sampler(DDIMKeptNoise(), grids.LinspaceUnrounded(), 4)

@@ -33,6 +33,7 @@ def test_the_sampler_undoes_its_inversion(schedule):
     assert errors[2] < 2e-5
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("schedule", "iterations"), [*((schedule, 1) for schedule in SCHEDULES), (SCHEDULES[0], 4)])
 def test_the_inversion_follows_the_flow(schedule, iterations):
     """Of a Gaussian the noise is known: the flow keeps the standard score. The error falls as 1 / steps."""
@@ -46,6 +47,7 @@ def test_the_inversion_follows_the_flow(schedule, iterations):
     assert errors[1] < 0.1
 
 
+@pytest.mark.once
 def test_it_is_undone_on_every_grid():
     """ "leading" and a run that ends above t = 0 too."""
     schedule, x = schedules.LinearBeta(), MIXTURE.sample(8)
@@ -57,6 +59,7 @@ def test_it_is_undone_on_every_grid():
         np.testing.assert_allclose(numpy(sampler(MIXTURE, schedule, x.shape, x=noise)), end * x, atol=1e-4)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("solver", [DDPM(), DDIM(0.5), DDIM(1.0), SASolver(), TCD()], ids=repr)
 def test_a_stochastic_solver_has_no_inversion(solver):
     """The message says why, and what has one."""
@@ -64,6 +67,7 @@ def test_a_stochastic_solver_has_no_inversion(solver):
         Sampler(solver, steps=3).invert(MIXTURE, schedules.Cosine(), np.zeros((1, 2)))
 
 
+@pytest.mark.once
 def test_who_inverts_whom():
     assert DDIM().inverse() == DDIMInversion()
     assert DDIMInversion(3).inverse() == DDIM()

@@ -112,6 +112,7 @@ def taken():
     return sorted(names - {"self", "conditions", "options"} | {"time", "encoded", "sample_weight"})
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", taken())
 def test_names_that_no_condition_can_have(name):
     """Said by the network, or found in the shapes of the data."""
@@ -125,6 +126,7 @@ def test_names_that_no_condition_can_have(name):
         kdiff.DiffusionModel(network)
 
 
+@pytest.mark.once
 def test_names_that_conditions_may_have():
     network = Scripted(lambda inputs: inputs["image"])
     network.conditions = ("label", "text", "noise", "t", "class")

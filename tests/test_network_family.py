@@ -8,6 +8,7 @@ from keras import ops
 from kdiff import DiffusionModel, blocks, networks
 from kdiff.networks import MLP, DiT, Hybrid, Level, UNet, UViT
 from tests.helpers_gradients import perturb, run, value_and_gradients
+from tests.toys import mostly_once
 
 
 def label():
@@ -129,7 +130,7 @@ def test_save_and_load(perturbed, tmp_path):
     np.testing.assert_allclose(run(loaded, inputs), y, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("policy", mostly_once(["mixed_float16", "mixed_bfloat16"]))
 def test_mixed_precision(perturbed, policy):
     network, inputs, _, y, _ = perturbed
     lower = network.clone(dtype=policy)
@@ -154,12 +155,13 @@ def trained(name, remat, steps=3):
     return network.fit(inputs, target, batch_size=2, epochs=steps, shuffle=False, verbose=0).history["loss"]
 
 
-@pytest.mark.parametrize("name", ["unet", "dit", "uvit", "mlp"])
+@pytest.mark.parametrize("name", mostly_once(["unet", "dit", "uvit", "mlp"], 2))
 def test_remat_changes_nothing_but_memory(name):
     """Not the random numbers of dropout either, whose second pass must drop the same."""
     np.testing.assert_allclose(trained(name, True), trained(name, False), rtol=1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("width", "heads"), [(96, 1), (384, 6), (1152, 18), (200, 2)])
 def test_any_width_has_heads(width, heads):
     assert DiT(width, 1).block.heads == UViT(width, 1).block.heads == heads
@@ -228,6 +230,7 @@ PUBLISHED = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "make", "shape", "millions", "billions"), PUBLISHED, ids=[row[0] for row in PUBLISHED]
 )
@@ -241,6 +244,7 @@ def test_published_sizes_of_dit(name, make, shape, millions, billions):
 
 
 # Bao et al. (2022), table 1.
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("make", "shape", "millions"),
     [
@@ -255,6 +259,7 @@ def test_published_sizes_of_u_vit(make, shape, millions):
     assert round(networks.parameters(make(), shape) / 1e6) == millions
 
 
+@pytest.mark.once
 def test_counts_agree_with_the_weights(perturbed):
     network, inputs, *_ = perturbed
     sizes = {name: value.shape[1:] for name, value in inputs.items() if name != "time"}
@@ -265,6 +270,7 @@ def test_counts_agree_with_the_weights(perturbed):
     assert networks.flops(network, shape, **sizes) > 0
 
 
+@pytest.mark.once
 def test_flops_by_hand():
     """Every layer that the count knows, one at a time, against the number of multiplications in its formula."""
     x = keras.Input((6, 4, 3), name="image")
@@ -288,6 +294,7 @@ def test_flops_by_hand():
     assert networks.flops(network, (6, 4, 3)) == 4 * 24 * 3 * 2 * 5 + 24 * 24 * 2 * (5 + 5)
 
 
+@pytest.mark.once
 def test_summary(capsys):
     networks.summary(UNet.basic(8, 2, 1, conditions=label()), (8, 8, 3))
     printed = capsys.readouterr().out.splitlines()
@@ -295,6 +302,7 @@ def test_summary(capsys):
     assert printed[-1].startswith("total")
 
 
+@pytest.mark.once
 def test_unknown_kernels_are_named():
     class Odd(keras.layers.Layer):
         def build(self, shape):
@@ -309,6 +317,7 @@ def test_unknown_kernels_are_named():
         networks.flops(network, (4, 4, 2))
 
 
+@pytest.mark.once
 def test_errors():
     cases = [
         (

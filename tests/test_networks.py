@@ -227,6 +227,7 @@ def test_conditions_are_seen():
         assert np.abs(run(network, {**inputs, name: np.ascontiguousarray(value)}) - y).max() > 1e-4, name
 
 
+@pytest.mark.once
 def test_errors_of_the_input():
     network = UNet.basic(8, 3, 1, conditions={"label": blocks.LabelEmbedding(3)}, name="net")
     good = arrays(network, (8, 8))
@@ -250,6 +251,7 @@ def test_errors_of_the_input():
     assert tuple(network.conditions) == ("label",)
 
 
+@pytest.mark.once
 def test_errors_of_arguments():
     cases = [
         (lambda: UNet([]), "`levels` must be one `Level` or more"),
@@ -266,6 +268,7 @@ def test_errors_of_arguments():
             function()
 
 
+@pytest.mark.once
 def test_errors_of_condition_layers():
     narrow = UNet.basic(**SMALL, conditions={"label": blocks.LabelEmbedding(3, width=5)})
     with pytest.raises(ValueError, match=r"condition 'label' must give \(batch, 32\)"):
@@ -276,6 +279,7 @@ def test_errors_of_condition_layers():
         uneven(arrays(uneven))
 
 
+@pytest.mark.once
 def test_levels_compare_by_value():
     level = Level(8, 1, mixer="self_attention")
     assert Level.from_config(level.get_config()) == level

@@ -189,6 +189,7 @@ def test_the_expected_loss_is_that_of_uniform_times(weighting):
     assert losses[0] == pytest.approx(losses[1], rel=0.03)
 
 
+@pytest.mark.once
 def test_wrong_objectives():
     with pytest.raises(ValueError, match=r"Unknown Objective 'denoise'.*'denoising'"):
         kdiff.DiffusionModel(points(), objective="denoise")

@@ -22,6 +22,7 @@ def draw(sampler, schedule=DISCRETE, batch=64, seed=0):
     return numpy(sampler.draw(schedule, batch, random.key_of(seed)))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("options", [{"num_steps": 0}, {"history": 0}, {"uniform": 0.0}, {"points": "discrete"}])
 def test_impossible_settings(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))}` must be"):
@@ -66,6 +67,7 @@ def teach(sampler, schedule):
     return 0.999 * p / p.sum() + 0.001 / 8
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("schedule", [schedules.LinearBeta(8), schedules.LinearBeta(40), CONTINUOUS], ids=repr)
 def test_times_are_drawn_where_losses_are_large(schedule):
     """Frequencies and importance; with the importance the mean over any times is that over uniform ones."""
@@ -143,6 +145,7 @@ def test_loss_aware_times_are_saved(tmp_path):
     assert numpy(loaded.clone().counts).sum() == 0
 
 
+@pytest.mark.once
 def test_loss_aware_times_learn_where_the_loss_is():
     """Once every step has its history, steps are drawn as the root of their mean squared loss."""
 

@@ -71,6 +71,7 @@ def test_what_each_measures():
     assert Blur.gaussian(1.0).kernel.shape == (7, 7)
 
 
+@pytest.mark.once
 def test_names_and_configuration():
     assert {"mask", "downsample", "grey", "blur", "composed"} <= set(Operator.names())
     for operator in OPERATORS:
@@ -80,6 +81,7 @@ def test_names_and_configuration():
     assert Operator.get("downsample") == Downsample(2)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -31,6 +31,7 @@ every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS, ids=repr)
 EPSILON = 2.0**-23
 
 
+@pytest.mark.once
 def test_every_prediction_is_here():
     ours = {p for p in Prediction.names().values() if p.__module__.startswith("kdiff.")}
     assert {type(prediction) for prediction in [*PREDICTIONS, LEARNED]} == ours
@@ -88,6 +89,7 @@ def test_formulas_in_float64(schedule, prediction):
     )
 
 
+@pytest.mark.once
 @every_pair
 @every_prediction
 def test_gain_is_the_error_of_x_hat_per_error_of_the_output(schedule, prediction):
@@ -111,6 +113,7 @@ def test_targets_are_the_published_ones(schedule):
         np.testing.assert_allclose(numpy(prediction.target(x, noise, m)), target, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.once
 def test_karras_is_table_1_of_edm():
     """c_skip, c_out and c_in on their schedule, in float64; the noise level is sigma, alpha being 1."""
     schedule, prediction = schedules.VarianceExploding(), predictions.Karras(0.5)
@@ -125,6 +128,7 @@ def test_karras_is_table_1_of_edm():
     np.testing.assert_allclose(weight * numpy(prediction.gain(m)) ** 2, 1, rtol=1e-5)
 
 
+@pytest.mark.once
 @every_schedule
 @pytest.mark.parametrize("prediction", [predictions.Karras(0.8), predictions.TrigFlow(0.3)], ids=repr)
 def test_input_and_target_have_unit_variance(schedule, prediction):
@@ -433,6 +437,7 @@ def test_number_of_steps():
     np.testing.assert_allclose(loss[2], 10 * loss[0], rtol=0.1)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -40,6 +40,7 @@ KNOWN = [kind for kind in Solver.names().values() if kind.__module__.startswith(
 STOCHASTIC = [kind() for kind in KNOWN if kind().stochastic]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("solver", STOCHASTIC, ids=repr)
 def test_all_noise_of_a_run_is_fresh(solver, monkeypatch):
     """That of its beginning, of each step, and of each draw within a step: no two share a number."""
@@ -64,6 +65,7 @@ def test_batches_continue_one_another():
     np.testing.assert_allclose(np.concatenate([last(0, 3), last(3, 2)]), last(0, 5), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.once
 def test_defaults_and_names():
     assert len(Sampler().times(SCHEDULE)) == 51
     assert len(Sampler(grid="all").times(schedules.LinearBeta(30))) == 31
@@ -72,6 +74,7 @@ def test_defaults_and_names():
     assert repr(sampler) == "Sampler(solver=DDPM(), grid=Linspace(), steps=7)"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("steps", [0, -1, 2.5, True])
 def test_bad_steps(steps):
     with pytest.raises(ValueError, match="steps"):

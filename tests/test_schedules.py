@@ -44,6 +44,7 @@ def schedule(request):
     return request.param
 
 
+@pytest.mark.once
 def test_every_schedule_is_here():
     ours = {c for c in NoiseSchedule.names().values() if c.__module__.startswith("kdiff.")}
     assert {type(schedule) for schedule in EVERY} == ours
@@ -179,6 +180,7 @@ every_formula = pytest.mark.parametrize(
 CLOSE = np.float32([0, 1e-7, 1e-5, 1e-3, 0.02, 0.3, 0.499, 0.5, 0.501, 0.7, 0.98, 0.999, 1 - 1e-5, 1 - 2**-23, 1])
 
 
+@pytest.mark.once
 def test_every_continuous_schedule_has_a_formula():
     continuous = {type(schedule) for schedule in EVERY if schedule.num_steps is None}
     assert {type(schedule) for schedule, _ in REFERENCES} == continuous
@@ -392,6 +394,7 @@ def test_wrappers_keep_the_number_of_steps():
     assert np.all(np.diff(numpy(both.log_snr(some(40) / 40))) < 0)
 
 
+@pytest.mark.once
 def test_copies_are_equal(schedule):
     numpy(schedule.log_snr(0.5))
     copy = type(schedule).from_config(schedule.get_config())
@@ -422,6 +425,7 @@ def test_compiled_is_eager():
             np.testing.assert_allclose(value, numpy(one), rtol=2e-5, atol=1e-6, err_msg=repr(schedule))
 
 
+@pytest.mark.once
 def test_forward_process_has_its_mean_and_variance(schedule):
     x, noise, t = np.full((3, 2, 2, 1), 0.7), np.random.default_rng(0).standard_normal((3, 2, 2, 1)), [0.1, 0.5, 1.0]
     m = marginal(schedule, t)
@@ -533,6 +537,7 @@ def test_plot(schedule, tmp_path):
     assert [line.get_label() for line in lines] == ["alpha", "sigma"]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -591,6 +596,7 @@ def test_bad_arguments(make, message):
         make()
 
 
+@pytest.mark.once
 def test_defaults_are_the_published_ones():
     """Of the tables those of the papers and of diffusers; EDM's sigmas; Song et al. 2021, appendix C; Chen 2023."""
     published = {

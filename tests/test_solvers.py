@@ -57,6 +57,7 @@ def free(solver):
     return solver.clone(lower_final=False) if "lower_final" in solver._argument_defaults() else solver
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("solver", here([s for s in FORWARD if not s.stochastic]), ids=repr)
 def test_the_measured_order_is_the_declared_one(solver):
     """On a mixture, to an eighth, because the next order is not yet nothing."""
@@ -66,6 +67,7 @@ def test_the_measured_order_is_the_declared_one(solver):
     np.testing.assert_allclose(order, solver.order, rtol=0.125)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("solver", here([s for s in FORWARD if s.stochastic]), ids=repr)
 def test_the_measured_order_of_mean_and_covariance_is_the_declared_one(solver):
     """Without any sampling error. The mean of a Gaussian is exact in any number of steps; also of solvers of order 0.
@@ -168,6 +170,7 @@ class _Difference(Solver):
         return noise() - noise(), denoise(x, now), state
 
 
+@pytest.mark.once
 def test_the_draws_of_a_run_are_independent():
     """Those of one step, and of two: standard normal, so that the difference of two has variance 2, and no two steps
     are correlated. To 5 standard errors of 4,000 numbers."""
@@ -223,6 +226,7 @@ def test_runs_are_independent_and_compiled_ones_the_same(solver):
     np.testing.assert_allclose(numpy(compiled_run(four, LINEAR, (3, 2))), before, atol=2e-3)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("solver", NAMED, ids=repr)
 def test_a_solver_is_its_arguments(solver):
     assert Solver.get(type(solver).__name__) == solver
@@ -234,6 +238,7 @@ def test_a_solver_is_its_arguments(solver):
 # DDPM and DDIM
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("schedule", [COSINE, RECTIFIED, LINEAR] if EAGER else [COSINE], ids=repr)
 @pytest.mark.parametrize("solver", [DDPM(), DDPM("large"), DDIM(0.5)], ids=repr)
 def test_samples_have_the_right_mean_and_variance(schedule, solver):
@@ -272,6 +277,7 @@ def test_ddpm_is_ho_et_al():
             np.testing.assert_allclose(numpy(step.x), x, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("make", "message"),
     [

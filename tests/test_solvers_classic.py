@@ -57,6 +57,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("solver", "steps", "warm"), of(VARIANTS, 1, 13), ids=str)
 def test_measured_order_of_the_variants(solver, steps, warm):
     """On a mixture, to an eighth, because the next order is not yet nothing."""
@@ -127,6 +128,7 @@ def test_the_middle_of_a_step():
         np.testing.assert_allclose(found, [-2 * np.log(np.tan(angle)), middle], rtol=1e-4)
 
 
+@pytest.mark.once
 def test_equal_steps_of_sigma_give_ipndm_its_full_order():
     """There it is Adams and Bashforth's method, as is LMS."""
     log_snrs = -2 * np.log(np.linspace(4.0, 0.5, 12))
@@ -141,6 +143,7 @@ def history(log_snrs):
     return History(0, 0, (), tuple(ops.convert_to_tensor(np.float32(value)) for value in log_snrs))
 
 
+@pytest.mark.once
 def test_lms_coefficients_are_the_integrals_of_lagrange_polynomials():
     """Against NumPy's exact integration of polynomials, in float64; of lower orders too, with places yet unknown."""
     s = np.array([7.0, 5.5, 3.0, 2.6, 1.1])  # the oldest first; the last is `then`
@@ -182,6 +185,7 @@ def errors_of_moments(solver, log_snrs):
     return [a - b for a, b in zip(found, exact, strict=True)]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("solver", of(STOCHASTIC, 1), ids=repr)
 def test_mean_and_covariance_converge_with_the_declared_order(solver):
     """The error falls at least as steps^-order, unless it is at float32's rounding, 1e-5, already."""
@@ -373,6 +377,7 @@ def test_euler_has_an_inverse_without_churn():
         Heun().inverse()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -76,6 +76,7 @@ def run(solver, schedule, steps, to_zero=True):
     return numpy(x)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("solver", here(MULTISTEP), ids=repr)
 def test_measured_order_of_multistep(solver):
     """Of a run that is warm; the tolerance is for 16 and 32 steps, the next doubling would halve it."""
@@ -83,6 +84,7 @@ def test_measured_order_of_multistep(solver):
     np.testing.assert_allclose(orders, solver.order, atol=0.2)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("solver", here(SINGLESTEP), ids=repr)
 def test_measured_order_of_singlestep(solver):
     orders, _ = measured_order(Compiled(solver), COSINE, (8, 16), (-3.0, 3.0))
@@ -105,6 +107,7 @@ class _Halved(DPMSolverPP):
     _curvature = 0.5
 
 
+@pytest.mark.once
 def test_the_third_order_of_other_libraries_is_two():
     """With half of the coefficient of u^2. The error of order 2 is small, and is seen in small steps."""
     halved, whole = (
@@ -121,6 +124,7 @@ def errors_of_moments(solver, schedule, log_snrs):
     return [np.abs(a - b).max() for a, b in zip(found, exact, strict=True)]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("solver", here(SDE), ids=repr)
 def test_measured_order_of_the_covariance(solver):
     """Of a warm run that ends above t = 0. The mean is exact from the start. The tolerance is for these few steps."""
@@ -136,6 +140,7 @@ def test_measured_order_of_the_covariance(solver):
 WHOLE = [DPMSolverSDE(), DPMSolverPPSDE(), DPMSolverPP3MSDE(), DPMSolverPP2SAncestral(), DPMSolverPPSinglestepSDE()]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("solver", here(WHOLE), ids=repr)
 def test_moments_of_whole_runs(solver):
     """To t = 0, with the first and the last step as they are. The tolerance is for 32 steps; DDPM fails.
@@ -191,6 +196,7 @@ def test_limits(pair):
     assert pair[0].stochastic == pair[1].stochastic
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("solver", [*MULTISTEP, *SINGLESTEP, *SDE], ids=repr)
 def test_solvers_are_their_arguments(solver):
     assert solver.clone() == solver
@@ -198,12 +204,14 @@ def test_solvers_are_their_arguments(solver):
     assert eval(repr(solver)) == solver
 
 
+@pytest.mark.once
 def test_names():
     names = {"dpm_solver_pp_3m_sde": DPMSolverPP3MSDE, "dpm_solver_pp_2s_ancestral": DPMSolverPP2SAncestral}
     for name, kind in {**names, "dpm_solver_pp": DPMSolverPP, "dpm_solver_pp_sde": DPMSolverPPSDE}.items():
         assert Solver.get(name) == kind()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -20,6 +20,7 @@ GRID = np.linspace(-3, 3, 7)
 # Orders
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("solver", "order"),
     [
@@ -49,6 +50,7 @@ def test_order_of_the_variants(solver, order):
 # Mean and covariance without any sampling error
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("solver", "schedule"),
     [
@@ -185,6 +187,7 @@ def test_the_step_to_zero_is_stable(solver, schedule):
         np.testing.assert_allclose(numpy(x), 0.3, atol=2e-5)
 
 
+@pytest.mark.once
 def test_values():
     """Names, configurations and equality."""
     for name, made in {"unipc": UniPC(), "sa_solver": SASolver(), "lcm": LCM(), "tcd": TCD()}.items():
@@ -198,6 +201,7 @@ def test_values():
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("make", "message"),
     [

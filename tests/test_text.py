@@ -55,6 +55,7 @@ def test_numbers_are_no_text(value):
 # --- tokenizers
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("make", [lambda: Bytes(24), lambda: byte_pair(length=16)])
 def test_tokenizer(make):
     tokenizer = make()
@@ -70,6 +71,7 @@ def test_tokenizer(make):
     assert len(repr(tokenizer)) < 80
 
 
+@pytest.mark.once
 def test_byte_pairs_are_words():
     tokenizer = byte_pair()
     assert (tokenizer(CAPTIONS) > 0).sum(axis=1).tolist() == [4] * 8  # a token a word
@@ -90,6 +92,7 @@ def test_a_text_that_is_too_long_is_cut_and_said_so(text, count):
     np.testing.assert_array_equal(rows[1], Bytes(9)(text)[0, :5])
 
 
+@pytest.mark.once
 def test_tokenizer_errors():
     with pytest.raises(ValueError, match="`length` must be a whole number of at least 1; received: 0"):
         Bytes(0)

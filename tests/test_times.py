@@ -30,6 +30,7 @@ def draw(sampler, schedule=DISCRETE, batch=64, seed=0):
     return numpy(sampler(schedule, batch, random.key_of(seed)))
 
 
+@pytest.mark.once
 def test_every_time_sampler_is_here():
     ours = {kind for kind in TimeSampler.names().values() if kind.__module__.startswith("kdiff.")}
     assert ours == {type(sampler) for sampler in [*EVEN, *BENT, times.Discrete()]}
@@ -38,6 +39,7 @@ def test_every_time_sampler_is_here():
 # Uniform times
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("sampler", [*EVEN, times.Discrete(10)], ids=repr)
 def test_times_are_uniform(sampler):
     """The mean, and the share in each tenth, to 5 standard errors of independent draws."""
@@ -52,6 +54,7 @@ def test_times_are_uniform(sampler):
     assert drawn.max() <= 1
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("sampler", EVEN, ids=repr)
 def test_each_time_alone_is_uniform(sampler):
     """Whatever its place in the batch, over seeds: Kolmogorov and Smirnov at a level of 1e-4."""
@@ -77,6 +80,7 @@ def test_stratified_times_cover_every_part_once():
     assert len(set(first)) > 5  # the place in the batch does not tell the noise level
 
 
+@pytest.mark.once
 def test_stratified_times_are_independent_within_their_parts():
     """The places of 64 times in their parts are uniform, each its own: `Systematic` has one for all."""
     places = (draw(times.Stratified(), batch=64).astype("float64") * 64) % 1
@@ -134,6 +138,7 @@ def clipped(sampler, schedule):
     return normal.cdf(clean), normal.sf(noisy)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("schedule", ON, ids=repr)
 @pytest.mark.parametrize("sampler", BENT, ids=repr)
 def test_density_is_that_of_the_draws(sampler, schedule):
@@ -156,6 +161,7 @@ def test_density_is_that_of_the_draws(sampler, schedule):
     assert stats.kstest(inside, lambda x: (distribution(x) - span[0]) / (span[1] - span[0])).pvalue > 1e-3
 
 
+@pytest.mark.once
 def test_known_quantiles_and_densities():
     """Against scipy in float64, at the uniform numbers themselves."""
     u = (np.arange(400) / 400).astype("float32")
@@ -172,6 +178,7 @@ def test_known_quantiles_and_densities():
     np.testing.assert_allclose(numpy(times.PowerLaw(0.5).density(CONTINUOUS, t)), law.pdf(t), rtol=1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("scale", [-1.0, -0.5, 0.0, 1.0, 2 / (np.pi - 2)])
 def test_mode_is_monotone_and_its_density_is_the_slope(scale):
     """1 / p at t = f(u) is the slope of f by differences in float64; at the largest scale it vanishes at u = 1/2."""
@@ -187,6 +194,7 @@ def test_mode_is_monotone_and_its_density_is_the_slope(scale):
     np.testing.assert_allclose(1 / numpy(sampler.density(CONTINUOUS, f(u).astype("float32"))), slope, atol=2e-3)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("schedule", [*ON, schedules.VarianceExploding()], ids=repr)
 def test_noise_levels_have_the_published_distribution(schedule):
     """Karras et al. 2022, table 1: ln sigma is normal. To the part of it that float32 knows of t near 1."""
@@ -215,6 +223,7 @@ def test_points_cover_the_batch():
             times.LogitNormal(points=wrong)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "make",
     [
@@ -247,6 +256,7 @@ def test_a_sampler_of_ones_own_needs_no_density():
 # Labels
 
 
+@pytest.mark.once
 def test_labels():
     m = DISCRETE.at(np.float32([0.001, 0.5, 1.0]))
     assert set(TimeLabel.names()) == {"scaled", "index", "log_snr"}
@@ -261,6 +271,7 @@ def test_labels():
         times.Index()(CONTINUOUS, m)
 
 
+@pytest.mark.once
 def test_defaults_are_the_published_ones():
     """Stable Diffusion 3, section 5.1: a logit-normal of 0 and 1, a mode of 1.29; EDM, table 1; pi-0: Beta(1.5, 1)."""
     published = {

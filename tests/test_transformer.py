@@ -114,6 +114,7 @@ def test_activations_are_the_formulas():
         np.testing.assert_allclose(ops.convert_to_numpy(y), expected, atol=2e-6)
 
 
+@pytest.mark.once
 def test_constructors_name_what_they_pass_on():
     block = blocks.SelfAttention(2, gated=True, rescale=2.0)
     shown = "SelfAttention(heads=2, normalization=GroupNorm(), pattern=Global(), gated=True, rescale=2.0)"
@@ -158,6 +159,7 @@ def test_sizes_known_only_when_called():
         assert run(model, np.ones((2, height, 4, 3), "float32")).shape == (2, 2 * height, 8, 2)
 
 
+@pytest.mark.once
 def test_errors():
     x = np.ones((1, 4, 6, 8), "float32")
     cases = [

@@ -9,6 +9,7 @@ import pytest
 from kdiff import blocks, networks
 from kdiff.networks import InputResidual, InputSkip, Level, NCSNpp, OutputSkip, SimpleUNet, UNet, published
 from tests.helpers_gradients import perturb, run, value_and_gradients
+from tests.toys import mostly_once
 
 
 def label():
@@ -122,7 +123,7 @@ def trained(name, remat):
     return losses, network.get_weights()
 
 
-@pytest.mark.parametrize("name", ["ncsnpp_skips", "simple"])  # those whose body is their own
+@pytest.mark.parametrize("name", mostly_once(["ncsnpp_skips", "simple"]))  # those whose body is their own
 def test_remat_trains_the_same(name):
     (losses, weights), (others, other_weights) = trained(name, False), trained(name, True)
     np.testing.assert_allclose(others, losses, rtol=1e-4)
@@ -140,6 +141,7 @@ def test_a_score_is_divided_by_sigma():
     np.testing.assert_allclose(run(network, inputs), run(whole, inputs) / sigma, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.once
 def test_attention_on_the_way_up_once_a_level():
     level = Level(8, 2, mixer="self_attention", up_mixers=1)
     units = [[type(layer).__name__ for layer in unit] for unit in level.units_up(blocks.Upsample())]
@@ -148,6 +150,7 @@ def test_attention_on_the_way_up_once_a_level():
     assert [len(unit) for unit in level.clone(up_mixers=0).units_up()] == [1, 1, 1]
 
 
+@pytest.mark.once
 def test_errors():
     cases = [
         (lambda: SimpleUNet((8, 4)), "a width.*at least 8; received: 4"),
@@ -196,6 +199,7 @@ def parameters(network, shapes):
     return networks.parameters(network, shapes["image"], **others)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", SIZES)
 def test_parameters_are_as_published(name):
     make, shapes, expected = SIZES[name]

@@ -20,6 +20,7 @@ def of_output(weighting, prediction, m=VP):
     return (numpy(weighting(m.log_snr)) * numpy(prediction.gain(m)) ** 2).astype("float64")
 
 
+@pytest.mark.once
 def test_every_weighting_is_here():
     names = (
         "min_snr soft_min_snr p2 truncated_snr edm velocity uniform sigma_sqrt cos_map variational likelihood sigmoid"
@@ -141,6 +142,7 @@ def test_weights_do_not_look_at_the_normalisation():
         np.testing.assert_array_equal(numpy(Weighting.get(name)(m.log_snr)), numpy(Weighting.get(name)(LOG_SNR)))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "make",
     [
@@ -158,6 +160,7 @@ def test_impossible_weightings(make):
         make()
 
 
+@pytest.mark.once
 def test_defaults_are_the_published_ones():
     """Hang et al. 2023: gamma = 5; Crowson et al. 2024: 4; Choi et al. 2022: k = 1, gamma = 1; EDM, table 1: 0.5."""
     published = {

@@ -5,6 +5,7 @@ from functools import partial
 
 import keras
 import numpy as np
+import pytest
 from keras import layers, ops
 
 import kdiff
@@ -21,6 +22,12 @@ SCHEDULES = [
     schedules.Rectified(),
 ]
 GAUSSIAN = {"mean": 0.3, "std": 0.5}
+
+
+def mostly_once(cases, everywhere=1):
+    """Cases of `parametrize`: so many run on every backend, and the rest, which say the same, on one of them."""
+    cases = list(cases)
+    return cases[:everywhere] + [pytest.param(case, marks=pytest.mark.once) for case in cases[everywhere:]]
 
 
 def numpy(tensor):
