@@ -160,7 +160,8 @@ def test_the_same_samples_of_every_solver(results, a, b):
     assert len(here) > 20
     for name, samples in here.items():
         assert samples.std() > 0.1
-        np.testing.assert_allclose(samples, there[name], atol=2e-4, err_msg=name)
+        size = max(1.0, np.abs(samples).max())  # six steps of the SDE's noise form amplify
+        np.testing.assert_allclose(samples, there[name], atol=1e-4 * size, err_msg=name)
 
 
 @pytest.mark.parametrize("loaded", BACKENDS)
