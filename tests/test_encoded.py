@@ -323,7 +323,7 @@ def test_the_noise_beside_is_a_formula(highest):
 
 @pytest.mark.parametrize("policy", mostly_once(["mixed_bfloat16", "float32"]))
 def test_super_resolution_in_a_model(policy):
-    network = UNet.residual(8, 2, 1, conditions={"low": low(dropout=0.2, dtype=policy)}, dtype=policy)
+    network = UNet.residual(8, 1, 1, conditions={"low": low(dropout=0.2, dtype=policy)}, dtype=policy)
     model = DiffusionModel(network)
     model.compile("adam")
     rng = np.random.default_rng(0)
