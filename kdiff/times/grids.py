@@ -20,6 +20,7 @@ from keras import ops
 
 from kdiff.base import Value, check_integer, check_number
 from kdiff.schedules import NoiseSchedule
+from kdiff.schedules.tables import MOST_STEPS
 from kdiff.schedules.wrappers import token_mu
 
 __all__ = [
@@ -36,8 +37,16 @@ __all__ = [
     "Times",
     "Trailing",
     "UniformLogSNR",
+    "check_steps",
     "incomplete_beta",
 ]
+
+
+def check_steps(grid: "TimeGrid", steps: int, repeats: int = 1) -> None:
+    """Raises a ValueError unless `steps` is a whole number, of at least 1, and at most a million with its repeats."""
+    check_integer(type(grid).__name__, "steps", steps)
+    if steps * repeats > MOST_STEPS:
+        raise ValueError(f"{grid!r}: at most {MOST_STEPS} steps in all can be made; received: {steps * repeats}")
 
 
 class TimeGrid(Value):
@@ -63,7 +72,7 @@ class TimeGrid(Value):
             ValueError: if `steps` is not a whole number of at least 1; if it exceeds the steps that the schedule has
                 and the grid chooses from; or if there are so many that two times coincide.
         """
-        check_integer(type(self).__name__, "steps", steps)
+        check_steps(self, steps)
         times = np.append(self.above_zero(schedule, steps), 0.0)
         if not np.all(np.diff(times.astype("float32")) < 0):
             raise ValueError(
