@@ -135,6 +135,15 @@ class NoiseSchedule(Value, keras.layers.Layer):
         log_snr = self.log_snr(t)
         return Marginal(t, *self.scales(log_snr), log_snr)
 
+    def sampled_at(self, t) -> Marginal:
+        """The marginal at times `t` of a sampling run: as `at`, but t = 0 is data with no noise left, as of a table.
+
+        Where a schedule ends a hair above it, or at EDM's sigma of 0.002, a run goes all the way.
+        """
+        m = self.at(t)
+        log_snr = ops.where(m.t > 0, m.log_snr, ops.maximum(m.log_snr, CLEAN_LOG_SNR))
+        return Marginal(m.t, *self.scales(log_snr), log_snr)
+
     def _check_times(self, t) -> None:
         numbers = backend.concrete(t) if ops.is_tensor(t) else np.asarray(t, "float64")
         if numbers is None or np.all(inside := np.abs(numbers - 0.5) <= 0.5 + 1e-6):

@@ -99,7 +99,6 @@ class DPMSolverPP3MSDE(OfData, _MultistepSDE):
     """
 
     order = 2
-    least_steps = 3
     _curvature = 0.5
 
     def __init__(self, eta: float = 1.0):
