@@ -20,6 +20,7 @@ from kdiff.denoisers import Given
 from kdiff.guidance import ClassifierFree
 from kdiff.guidance.base import Run
 from kdiff.model.condition_inputs import condition_nulls, condition_rows
+from kdiff.predictions import check_beginning
 from kdiff.sampling import Sampler, Step, initial_noise
 from kdiff.schedules import NoiseSchedule
 from kdiff.solvers import Solver
@@ -215,8 +216,13 @@ class Sampling:
         x = None if x is None else told.rows(self, "x", x, shape[1:])
         given, times = Given(conditions, sampler.rows(told)), sampler.times(schedule, strength)
         sampler = sampler if iterations is None else sampler.inverse(iterations)
+        self._check_beginning(schedule, times)
         step = self._step(sampler, schedule, averages)
         return _Run(sampler, schedule, times, shape, data, x, given, step, seed)
+
+    def _check_beginning(self, schedule: NoiseSchedule, times: np.ndarray) -> None:
+        """Raises a ValueError if the network's prediction cannot tell the data where the run begins."""
+        check_beginning(self.prediction, self.schedule, schedule.sampled_at(times[0]).log_snr)
 
     def _sampler(self, sampler: Sampler | Solver | str | None, steps: int | None, guidance: Any) -> Sampler:
         sampler = self.sampler if sampler is None else as_sampler(sampler)
