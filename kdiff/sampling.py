@@ -68,7 +68,7 @@ class Sampler(Value):
 
     Args:
         solver: a `Solver` or its name.
-        grid: a `TimeGrid` or its name.
+        grid: a `TimeGrid` or its name; None is the solver's own: "trailing", or what its documentation says.
         steps: the number of steps. None: 50, or every step that the schedule has where the grid is "all".
         guidance: a `Guidance` or its name, or several, of which the first is applied first.
         to_zero: whether the run goes to t = 0. Otherwise its last step is left out, and it ends at the grid's last time
@@ -81,7 +81,7 @@ class Sampler(Value):
     def __init__(
         self,
         solver="ddim",
-        grid="trailing",
+        grid=None,
         steps: int | None = None,
         guidance: Guidance | str | Sequence[Guidance | str] = (),
         to_zero: bool = True,
@@ -89,7 +89,7 @@ class Sampler(Value):
         if steps is not None:
             check_integer("Sampler", "steps", steps)
         self.solver = Solver.get(solver)
-        self.grid = TimeGrid.get(grid)
+        self.grid = self.solver.grid if grid is None else TimeGrid.get(grid)
         self.steps = steps
         guidance = guidance if isinstance(guidance, (list, tuple)) else (guidance,)
         self.guidance = tuple(Guidance.get(one) for one in guidance)

@@ -126,7 +126,8 @@ class Sampling:
             strength: in [0, 1]: 0 returns the image exactly, 1 keeps next to nothing of it.
             x: a noisy batch to begin from, at the run's first time, such as `invert` returns; one a sample or one for
                 all.
-            seed: names the noise. Sample n of a seed is the same in any batch size, and on every backend.
+            seed: names the noise. Sample n of a seed is the same in any batch size, and on every backend; but for
+                `solvers.Adaptive`, where the samples of a batch share their sub-steps: to within its tolerance.
             batch_size: how many are made at once.
             averages: use the averaged weights.
             verbose: show a progress bar.

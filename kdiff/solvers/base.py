@@ -25,6 +25,7 @@ from keras import ops
 from kdiff.base import Value, check_integer
 from kdiff.denoisers import Denoise
 from kdiff.schedules import Marginal, NoiseSchedule
+from kdiff.times import TimeGrid, Trailing
 
 __all__ = ["Draw", "History", "Solver", "between", "check_order", "flow_to", "half_step", "noise_of"]
 
@@ -38,12 +39,14 @@ class Solver(Value):
         order: the error of a run falls as steps^-order; of a stochastic solver, that of its mean and covariance.
         stochastic: whether `step` draws noise.
         evaluations: how often a step calls the denoiser.
+        grid: the grid of a run that names none.
         learned: whether an estimate must have a `share`, as of `predictions.LearnedVariance`.
     """
 
     order: int = 1
     stochastic: bool = False
     evaluations: int = 1
+    grid: TimeGrid = Trailing()
     learned: bool = False
 
     def init(self, x, steps: int) -> Any:

@@ -135,12 +135,29 @@ class Trailing(TimeGrid):
     """i = round(T - k T / steps) - 1, k = 0 ... steps - 1: begins at the last step (Lin et al. 2024, table 2).
 
     On a continuous schedule, without rounding: t = 1 - k / steps.
+
+    Args:
+        min_log_snr: where it begins, if the schedule goes further: for solvers that must not begin where alpha is near
+            zero. The same with t = time(min_log_snr) for 1, and for T the nearest step.
     """
 
+    def __init__(self, min_log_snr: float | None = None):
+        if min_log_snr is not None:
+            check_number("Trailing", "min_log_snr", min_log_snr, -80.0, 80.0)
+        self.min_log_snr = min_log_snr
+
     def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
+        first = 1.0
+        if self.min_log_snr is not None:
+            first = float(np.clip(ops.convert_to_numpy(schedule.time(np.float32(self.min_log_snr))), 0.0, 1.0))
         if schedule.num_steps is None:
-            return np.arange(steps, 0, -1) / steps
-        return super().above_zero(schedule, steps)
+            return first * np.arange(steps, 0, -1) / steps
+        last = int(schedule.nearest(first) * schedule.num_steps + 0.5)
+        if steps > last:
+            raise ValueError(
+                f"{self!r}: `steps` must be at most {last}, the number that {schedule!r} has there; received: {steps}"
+            )
+        return (self.indices(last, steps) + 1.0) / schedule.num_steps
 
     def indices(self, num_steps: int, steps: int) -> np.ndarray:
         return np.round(num_steps - np.arange(steps) * (num_steps / steps)) - 1
