@@ -70,15 +70,20 @@ class Configurable:
                 name of a subclass in any case ("cosine_beta", "CosineBeta") or a serialised configuration.
 
         Raises:
-            ValueError: if no subclass has that name; the message lists those that exist.
-            TypeError: if `identifier` is of another type.
+            ValueError: if no subclass has that name; the message lists those that exist. If a configuration is damaged.
+            TypeError: if `identifier` is of another type, or a dictionary that describes no object.
         """
         if isinstance(identifier, cls):
             return identifier
         if isinstance(identifier, type) and issubclass(identifier, cls):
             return identifier()
         if isinstance(identifier, dict):
-            return cls.get(keras.saving.deserialize_keras_object(identifier))
+            try:
+                made = keras.saving.deserialize_keras_object(identifier)
+            except (AttributeError, KeyError) as error:
+                raise ValueError(f"{cls.__name__}: this is no object's configuration: {identifier!r}") from error
+            if not isinstance(made, dict):  # Keras returns a dictionary that describes no object as it is
+                return cls.get(made)
         known = cls.names()
         if not isinstance(identifier, str):
             raise TypeError(f"{cls.__name__} expected, or one of the names {sorted(known)}; received: {identifier!r}")

@@ -43,6 +43,7 @@ __all__ = [
     "Score",
     "TrigFlow",
     "Velocity",
+    "check_beginning",
     "check_invertible",
 ]
 
@@ -106,6 +107,24 @@ def check_invertible(prediction: Prediction, schedule: NoiseSchedule) -> None:
         raise ValueError(
             f"{prediction!r} does not fix the data on {schedule!r}: b alpha - a sigma is {determinant[wrong][0]:.3g} "
             f"at t = {t[wrong][0]:.4g}, and must be finite and of one sign. Choose another, such as `Velocity()`"
+        )
+
+
+HIGHEST_GAIN = 1e6
+
+
+def check_beginning(prediction: Prediction, schedule: NoiseSchedule, log_snr) -> None:
+    """Raises a ValueError if x_hat of a run that begins at this log-SNR is an error of the network times a million.
+
+    So it is where SNR is 0 and the network says the noise, or the score: x_hat is divided by alpha.
+    """
+    gain = float(ops.convert_to_numpy(prediction.gain(schedule.at_log_snr(log_snr))))
+    if not gain <= HIGHEST_GAIN:
+        raise ValueError(
+            f"{prediction!r} and {schedule!r} do not go together where the run begins: at a log-SNR of "
+            f"{float(ops.convert_to_numpy(log_snr)):.4g} the estimate of the data is the network's error times "
+            f"{gain:.1e}. Choose a prediction that tells the data there, such as `Velocity()`, or a grid that begins "
+            "lower, such as `UniformLogSNR(min_log_snr=-10.0)`"
         )
 
 

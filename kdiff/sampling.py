@@ -68,21 +68,20 @@ class Sampler(Value):
 
     Args:
         solver: a `Solver` or its name.
-        grid: a `TimeGrid` or its name.
+        grid: a `TimeGrid` or its name; None is the solver's own: "trailing", or what its documentation says.
         steps: the number of steps. None: 50, or every step that the schedule has where the grid is "all".
         guidance: a `Guidance` or its name, or several, of which the first is applied first.
         to_zero: whether the run goes to t = 0. Otherwise its last step is left out, and it ends at the grid's last time
             above zero.
 
     Raises:
-        ValueError: if `steps` is below 1, or below what the solver needs; and, when it runs, if a discrete schedule has
-            fewer.
+        ValueError: if `steps` is below 1; and, when it runs, if a discrete schedule has fewer.
     """
 
     def __init__(
         self,
         solver="ddim",
-        grid="trailing",
+        grid=None,
         steps: int | None = None,
         guidance: Guidance | str | Sequence[Guidance | str] = (),
         to_zero: bool = True,
@@ -90,7 +89,7 @@ class Sampler(Value):
         if steps is not None:
             check_integer("Sampler", "steps", steps)
         self.solver = Solver.get(solver)
-        self.grid = TimeGrid.get(grid)
+        self.grid = self.solver.grid if grid is None else TimeGrid.get(grid)
         self.steps = steps
         guidance = guidance if isinstance(guidance, (list, tuple)) else (guidance,)
         self.guidance = tuple(Guidance.get(one) for one in guidance)
@@ -100,18 +99,15 @@ class Sampler(Value):
         """The times of a run on this schedule: float64, with shape `(steps + 1,)`.
 
         They fall; those of a grid with jumps (`times.Jumps`) also rise. With a `strength` below 1 the run begins there,
-        in place of the nearest time of the grid, and leaves out all before; with 0 it has no step.
+        in place of the nearest time of the grid, and leaves out all before. With 0, or one that is not above the end of
+        a run that does not go to t = 0, there is no step: the times are [0].
         """
         check_number("Sampler", "strength", strength, 0.0, 1.0)
         steps = self.steps or self.grid.default_steps(schedule)
         times = self.grid(schedule, steps)[: None if self.to_zero else -1]
         if len(times) < 2:
             raise ValueError("Sampler: a run of one step that does not go to t = 0 has no step; give more `steps`")
-        if strength < times[0]:
-            times = _from(schedule.nearest(strength), times)
-        if strength > 0:
-            self.solver.check(len(times) - 1)
-        return times
+        return _from(schedule.nearest(strength), times) if strength < times[0] else times
 
     @property
     def models(self) -> tuple:
@@ -161,7 +157,7 @@ class Sampler(Value):
         advance = backend.without_gradients(partial(self.advance, denoise.answer, denoise.nulls, schedule))
         times = self.times(schedule) if times is None else times
         given = denoise.given._replace(rows=tensors(self.rows(Run(shape))))
-        x = schedule.at(times[0]).sigma * initial_noise(shape, seed, first) if x is None else x
+        x = schedule.sampled_at(times[0]).sigma * initial_noise(shape, seed, first) if x is None else x
         return self.steps_from(x, times, advance, schedule, given, seed, first)
 
     def steps_from(
@@ -216,7 +212,7 @@ class Sampler(Value):
         Returns:
             `(x, x_hat, state)`: the batch at `then`, and the estimate of the data that led there.
         """
-        place = Place(index, schedule.at(now), schedule.at(then), schedule)
+        place = Place(index, schedule.sampled_at(now), schedule.sampled_at(then), schedule)
         denoise = Denoiser(answer, state.given, nulls)
         for one in self.active:
             denoise = one.over(denoise, place)
@@ -252,7 +248,7 @@ class Sampler(Value):
             ValueError: if the solver has no inverse.
         """
         inverse, times = self.inverse(iterations), self.times(schedule)[::-1]
-        x = schedule.at(times[0].astype("float32")).alpha * ops.convert_to_tensor(x, "float32")
+        x = schedule.sampled_at(times[0].astype("float32")).alpha * ops.convert_to_tensor(x, "float32")
         for step in inverse.steps_of(denoise, schedule, tuple(x.shape), x=x, times=times):
             x = step.x
         return x
@@ -270,9 +266,12 @@ def initial_noise(shape: tuple[int, ...], seed: int = 0, first: int = 0):
 
 
 def _from(start: float, times: np.ndarray) -> np.ndarray:
-    """The times from the one nearest to `start` on, which it takes the place of; the last of them stays."""
-    if start == 0:
-        return times[-1:]
+    """The times from the one nearest to `start` on, which it takes the place of; the last of them stays.
+
+    Where `start` is not above the last there is no step to make, and the time is that of data, 0.
+    """
+    if np.float32(start) <= np.float32(times[-1]):
+        return np.zeros(1)
     return np.append(start, times[1 + np.argmin(np.abs(times[:-1] - start)) :])
 
 
@@ -284,7 +283,7 @@ def _steps_from(times: np.ndarray, index: int) -> int:
 
 def _noisier(schedule: NoiseSchedule, x, now, then, key, index: int, first: int):
     """A draw from q(x_then | x_now) = N(r x_now, sigma_then^2 - r^2 sigma_now^2), r = alpha_then / alpha_now."""
-    now, then = schedule.at(now), schedule.at(then)
+    now, then = schedule.sampled_at(now), schedule.sampled_at(then)
     ratio = then.alpha / now.alpha
     noise = random.normal(random.fold(key, np.int32(index), random.STEPS), ops.shape(x), np.int32(first))
     # sigma_then^2 - r^2 sigma_now^2, without cancellation.

@@ -88,6 +88,11 @@ def test_get_says_what_is_known():
         predictions.Prediction.get(3)
     with pytest.raises(TypeError, match="Prediction expected"):
         predictions.Prediction.get(schedules.Cosine())
+    for foreign in ({}, {"a": 1}, {"class_name": "Cosine"}, {"class_name": 5}):
+        with pytest.raises(TypeError, match=r"NoiseSchedule expected.*received: \{"):
+            NoiseSchedule.get(foreign)
+    with pytest.raises(ValueError, match="no object's configuration"):
+        NoiseSchedule.get({"class_name": "__numpy__", "config": {}})
 
 
 def test_a_schedule_of_ones_own_works_everywhere():

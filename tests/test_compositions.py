@@ -222,15 +222,6 @@ def test_repr_is_the_constructor_call(one):
 
 
 @pytest.mark.once
-def test_a_run_must_be_as_long_as_the_solvers_memory():
-    with pytest.raises(ValueError, match=r"DPMSolverPP\(order=3\) looks at 3 steps.*a run of 2"):
-        Sampler(solvers.DPMSolverPP(3), steps=2).times(schedules.Cosine())
-    assert len(Sampler(solvers.DPMSolverPP(3), steps=3).times(schedules.Cosine())) == 4
-    for solver in SOLVERS:
-        assert isinstance(solver.least_steps, int)
-
-
-@pytest.mark.once
 def test_explain_prints_call_equation_and_source(capsys):
     schedules.CosineBeta(100).explain()
     text = capsys.readouterr().out

@@ -212,6 +212,16 @@ def test_the_times_of_a_strength(schedule):
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("schedule", [COSINE, schedules.LinearBeta()], ids=repr)
+def test_a_strength_below_the_end_of_a_run_is_no_step(schedule):
+    """Of a run that ends at t = 0.1: never up."""
+    sampler = Sampler("ddim", "trailing", 10, to_zero=False)
+    for strength in (0.0, 0.05, 0.1):
+        np.testing.assert_array_equal(sampler.times(schedule, strength), [0.0])
+    np.testing.assert_allclose(sampler.times(schedule, 0.12), [0.12, 0.1])
+
+
+@pytest.mark.once
 def test_jumps():
     falling = times.Trailing()(COSINE, 5)
     a, b, c, d, e, f = falling

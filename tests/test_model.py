@@ -774,3 +774,20 @@ def test_training_runs_the_network_once_a_step(name):
     fit(model, images(32))
     assert [kind for kind in seen if kind != "meta"] == 2 * ["cpu"]
     assert "meta" in seen
+
+
+def test_a_network_of_the_noise_cannot_begin_at_an_snr_of_zero():
+    """There x_hat is its error, divided by alpha: told when the model is made, and an error when it draws. A grid that
+    begins lower will do, and so will a network of the velocity."""
+    schedule = schedules.ZeroTerminalSNR("linear_beta")
+    for prediction in ("noise", "score"):
+        with pytest.warns(UserWarning, match=r"do not go together.*log-SNR of -40.*Velocity\(\).*UniformLogSNR"):
+            model = kdiff.DiffusionModel(tiny_network(), schedule, prediction)
+        model.build((None, 8, 8, 1))
+        with pytest.raises(ValueError, match=r"(Noise|Score)\(\) and ZeroTerminalSNR\(.*do not go together"):
+            model.sample(1, steps=2)
+        assert np.isfinite(model.sample(1, sampler=kdiff.Sampler("ddim", "leading", 2))).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for other, prediction in ((schedule, "velocity"), ("cosine_beta", "noise")):
+            kdiff.DiffusionModel(tiny_network(), other, prediction)

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from kdiff import Sampler, random, schedules
-from kdiff.solvers import DDPM, DPMSolverPPSinglestepSDE, Solver
+from kdiff.guidance import Inpaint
+from kdiff.solvers import DDPM, DPMSolverPP, DPMSolverPPSinglestepSDE, Solver
 from kdiff.times import Linspace
 from tests.toys import exact_denoiser, numpy
 
@@ -21,6 +22,28 @@ def test_a_run_can_be_watched():
     assert steps[-1].t == 0
     assert all(numpy(step.x).shape == numpy(step.x_hat).shape == (4, 3) for step in steps)
     np.testing.assert_array_equal(numpy(steps[-1].x), sample(Sampler(DDPM(), steps=5)))
+
+
+ENDS = [schedules.VarianceExploding(), schedules.Rectified(), SCHEDULE]
+
+
+@pytest.mark.parametrize("schedule", ENDS, ids=repr)
+@pytest.mark.parametrize("solver", ["ddim", "heun", "ddpm", "dpm_solver_pp", "tcd"])
+def test_a_run_ends_without_noise(schedule, solver):
+    """Where all is known the result is that, on EDM's schedule too, which ends at a sigma of 0.002."""
+    image = np.random.default_rng(0).uniform(-1, 1, (2, 4, 4, 1)).astype("float32")
+    sampler = Sampler(solver, steps=4, guidance=Inpaint(image, np.zeros((4, 4))))
+    np.testing.assert_allclose(numpy(sampler(exact_denoiser(), schedule, image.shape)), image, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["lms", "deis", "pndm", "uni_pc", DPMSolverPP(3), "sa_solver"], ids=repr)
+def test_multistep_solvers_make_any_number_of_steps(solver):
+    """Of lower order, as at the start of every run; with one step and one point of data, that point."""
+    for sampler, strength in ((Sampler(solver, steps=1), 1.0), (Sampler(solver, steps=20), 0.04)):
+        times = sampler.times(SCHEDULE, strength)
+        assert len(times) == 2
+        *_, step = sampler.steps_of(exact_denoiser(0.25, 0.0), SCHEDULE, (2, 3), times=times)
+        np.testing.assert_allclose(numpy(step.x), 0.25, atol=1e-5)
 
 
 def test_a_run_does_not_depend_on_those_before_it():

@@ -377,6 +377,22 @@ def test_zero_terminal_snr_of_a_table_is_algorithm_1(inner):
     assert marginal(schedule, 0.0).log_snr == schedules.CLEAN_LOG_SNR
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("steps", [2, 40, 4000])
+def test_zero_terminal_snr_of_any_table(steps):
+    """It prints, compares and has a hash, and so have its parts, which compiling a model asks; alpha falls to the end.
+
+    The alphas of 4,000 steps nearly vanish before the last.
+    """
+    schedule = schedules.ZeroTerminalSNR(schedules.LinearBeta(steps))
+    assert repr(schedule._rescaled)
+    assert hash(schedule) == hash(schedule.clone())
+    assert schedule._rescaled == schedule.clone()._rescaled
+    alpha = marginal(schedule, np.arange(1, steps + 1) / steps).alpha
+    assert np.all(np.diff(alpha) < 0)
+    assert 0 < alpha[-1] < 1e-8
+
+
 def test_zero_terminal_snr_ends():
     schedule = schedules.ZeroTerminalSNR(schedules.Rectified(), min_log_snr=-30.0)
     m = marginal(schedule, np.float32([0.0, 1.0]))
@@ -589,6 +605,15 @@ def test_plot(schedule, tmp_path):
         (lambda: schedules.Cosine(5.0, -5.0), "max_log_snr"),
         (lambda: schedules.Cosine(5.0, 5.0), "max_log_snr"),
         (lambda: schedules.Rectified(0.5), "epsilon"),
+        (lambda: schedules.LinearBeta(1000, 1e-4, 0.5), r"LinearBeta: log-SNR.*underflows float32.*-307"),
+        (lambda: schedules.AlphaBarTable([0.9, 1e-80]), "underflows"),
+        (lambda: schedules.Shifted("cosine", 70.0), "underflows"),
+        (lambda: schedules.ZeroTerminalSNR(schedules.BetaTable([0.1])), "of one step"),
+        (lambda: schedules.LinearBeta(10**12), "at most 1000000"),
+        (lambda: schedules.LinearBeta().at(500), r"t = 500.*t = \(i \+ 1\) / T; here T is 1000.*Index"),
+        (lambda: schedules.Cosine().at(ops.convert_to_tensor([0.5, -2.0])), "t = -2.*continuous"),
+        (lambda: schedules.LinearBeta().snr(np.nan), "t = nan"),
+        (lambda: schedules.LinearBeta()(np.zeros((2, 2)), np.zeros((2, 2)), t=[10, 20]), "t = 10"),
     ],
 )
 def test_bad_arguments(make, message):

@@ -26,7 +26,7 @@ BENT = [
 ON = [CONTINUOUS, schedules.Rectified(), DISCRETE]
 
 
-def draw(sampler, schedule=DISCRETE, batch=64, seed=0):
+def draw(sampler, schedule=CONTINUOUS, batch=64, seed=0):
     return numpy(sampler(schedule, batch, random.key_of(seed)))
 
 
@@ -62,6 +62,19 @@ def test_each_time_alone_is_uniform(sampler):
     assert all(stats.kstest(place, "uniform").pvalue > 1e-4 for place in drawn.T)
 
 
+@pytest.mark.parametrize("sampler", [*EVEN, *BENT, times.Discrete()], ids=repr)
+def test_no_time_is_below_the_first_step(sampler):
+    """Where a discrete process has none, and log-SNR reaches 40; of 10 steps a tenth of the times would be there."""
+    schedule = schedules.LinearBeta(10)
+    for key in range(4):
+        drawn = draw(sampler, schedule, 256, key)
+        assert drawn.min() >= np.float32(0.1)
+        assert drawn.max() <= 1
+    if not isinstance(sampler, (times.Discrete, times.LogNormalSigma)):  # some times of the latter are put at an end
+        assert integral(sampler, schedule)[1][-1] == pytest.approx(1.0, abs=5e-3)
+        assert numpy(sampler.density(schedule, np.float32([0.09]))) == 0
+
+
 def test_discrete_times_are_the_steps():
     drawn = draw(times.Discrete(), schedules.LinearBeta(8), batch=64)
     assert set(np.round(drawn * 8, 5)) == set(range(1, 9))
@@ -69,6 +82,8 @@ def test_discrete_times_are_the_steps():
         draw(times.Discrete(), CONTINUOUS)
     with pytest.raises(ValueError, match="num_steps"):
         times.Discrete(0)
+    with pytest.raises(ValueError, match=r"at most 8.*LinearBeta\(num_steps=8\).*received: 16"):
+        draw(times.Discrete(16), schedules.LinearBeta(8))
 
 
 def test_stratified_times_cover_every_part_once():

@@ -147,6 +147,12 @@ def test_noise_levels_do_not_depend_on_the_schedule():
         (lambda: times.Exponential()(schedules.Rectified(), 30000), "equal in float32"),
         (lambda: times.BetaQuantile(0.05, 0.05)(CONTINUOUS, 50), "equal in float32"),
         (lambda: times.Rounded("karras")(schedules.CosineBeta(), 20), "too many"),
+        (
+            lambda: times.Trailing()(schedules.Cosine(), 10**9),
+            "at most 1000000 steps.*1000000000",
+        ),  # before it makes them
+        (lambda: times.Karras()(schedules.Cosine(), 10**9), "at most 1000000 steps"),
+        (lambda: times.Jumps("trailing", 1, 10**9)(schedules.Cosine(), 2), "at most 1000000 steps.*2000000000"),
         (lambda: times.Times([1.0, 0.5, 0.5, 0.0]), "decrease strictly"),
         (lambda: times.Times([0.2, 0.5, 0.0]), "decrease strictly"),
         (lambda: times.Times([1.2, 0.5, 0.0]), "within"),

@@ -273,7 +273,9 @@ def _out_of_reach(x: Any) -> bool:
     if BACKEND == "tensorflow":
         return not hasattr(x, "numpy") or "GPU" in x.device
     if BACKEND == "torch":
-        return x.device.type != "cpu"
+        import torch
+
+        return x.device.type != "cpu" or torch.compiler.is_compiling()
     import jax
 
     return isinstance(x, jax.core.Tracer) or any(device.platform != "cpu" for device in x.devices())

@@ -11,6 +11,7 @@ gradient accumulation and clipping are untouched.
 
 import inspect
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -110,7 +111,19 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         self._compiled_steps: dict[Any, Any] = {}
         self._check_names(condition_names(network) or ())
         check_invertible(self.prediction, self.schedule)
+        self._warn_of_beginning()
         self.objective.check(self)
+
+    def _warn_of_beginning(self) -> None:
+        """Warns if the model's own sampler begins where `sample` would raise; another may begin lower."""
+        try:
+            times = self.sampler.times(self.schedule)
+        except ValueError:  # the sampler wants other steps than its own on this schedule
+            return
+        try:
+            self._check_beginning(self.schedule, times)
+        except ValueError as error:
+            warnings.warn(f"DiffusionModel: `sample` will fail. {error}", stacklevel=3)
 
     @staticmethod
     def _check_names(names: Iterable[str]) -> None:

@@ -20,6 +20,7 @@ from kdiff.denoisers import Given
 from kdiff.guidance import ClassifierFree
 from kdiff.guidance.base import Run
 from kdiff.model.condition_inputs import condition_nulls, condition_rows
+from kdiff.predictions import check_beginning
 from kdiff.sampling import Sampler, Step, initial_noise
 from kdiff.schedules import NoiseSchedule
 from kdiff.solvers import Solver
@@ -55,9 +56,11 @@ class _Run(NamedTuple):
     def steps(self, rows: np.ndarray | None = None) -> Iterator[Step]:
         """The steps of some of the samples, consecutive ones; None for all."""
         rows = np.arange(self.shape[0]) if rows is None else rows
-        begin, first = self.schedule.at(self.times[0]), int(rows[0])
+        begin, first = self.schedule.sampled_at(self.times[0]), int(rows[0])
         if self.x is not None:
             x = self.x[rows]
+        elif self.times[0] == 0:  # a strength of 0: the data, to the last digit
+            x = ops.convert_to_tensor(self.data[rows])
         else:
             x = begin.sigma * initial_noise((len(rows), *self.shape[1:]), self.seed, first)
             x = x if self.data is None else x + begin.alpha * ops.convert_to_tensor(self.data[rows])
@@ -120,10 +123,11 @@ class Sampling:
                 the same log-SNR, so that any continuous schedule will do within the noise levels that it has seen.
             image: examples to begin from, one a sample or one for all: noise is added to them up to the time
                 `strength`, and the run begins there (SDEdit, Meng et al. 2021, arXiv:2108.01073).
-            strength: in [0, 1]: 0 returns the image, 1 keeps next to nothing of it.
+            strength: in [0, 1]: 0 returns the image exactly, 1 keeps next to nothing of it.
             x: a noisy batch to begin from, at the run's first time, such as `invert` returns; one a sample or one for
                 all.
-            seed: names the noise. Sample n of a seed is the same in any batch size, and on every backend.
+            seed: names the noise. Sample n of a seed is the same in any batch size, and on every backend; but for
+                `solvers.Adaptive`, where the samples of a batch share their sub-steps: to within its tolerance.
             batch_size: how many are made at once.
             averages: use the averaged weights.
             verbose: show a progress bar.
@@ -178,7 +182,7 @@ class Sampling:
         image = np.asarray(image)
         run = self._run(len(image), image=image, iterations=iterations, **options)
         times = run.times[::-1]
-        x = self.schedule.at(times[0]).alpha * ops.convert_to_tensor(run.data)
+        x = self.schedule.sampled_at(times[0]).alpha * ops.convert_to_tensor(run.data)
         return run._replace(times=times, x=ops.convert_to_numpy(x))
 
     def _run(
@@ -213,8 +217,13 @@ class Sampling:
         x = None if x is None else told.rows(self, "x", x, shape[1:])
         given, times = Given(conditions, sampler.rows(told)), sampler.times(schedule, strength)
         sampler = sampler if iterations is None else sampler.inverse(iterations)
+        self._check_beginning(schedule, times)
         step = self._step(sampler, schedule, averages)
         return _Run(sampler, schedule, times, shape, data, x, given, step, seed)
+
+    def _check_beginning(self, schedule: NoiseSchedule, times: np.ndarray) -> None:
+        """Raises a ValueError if the network's prediction cannot tell the data where the run begins."""
+        check_beginning(self.prediction, self.schedule, schedule.sampled_at(times[0]).log_snr)
 
     def _sampler(self, sampler: Sampler | Solver | str | None, steps: int | None, guidance: Any) -> Sampler:
         sampler = self.sampler if sampler is None else as_sampler(sampler)

@@ -27,7 +27,8 @@ class Denoising(Objective):
 
     def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
         schedule, prediction = model.schedule, model.prediction
-        t = self.times(model)(schedule, ops.shape(x)[0], next(keys))
+        # Times of one's own may not know that a discrete process has none below its first step.
+        t = ops.maximum(self.times(model)(schedule, ops.shape(x)[0], next(keys)), schedule.first_time)
         noise, m = random.normal(next(keys), ops.shape(x)), schedule.at(t)
         x_t = schedule(x, noise, t)
         output = model.output(x_t, m, conditions, training, averages=not training)

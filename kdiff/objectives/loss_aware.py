@@ -9,7 +9,7 @@ from kdiff.base import check_integer, check_number
 from kdiff.objectives.base import Problem
 from kdiff.objectives.denoising import Denoising
 from kdiff.schedules import NoiseSchedule
-from kdiff.times import TimeSampler
+from kdiff.times import Discrete, TimeSampler
 from kdiff.times.samplers import HALF_STEP, UNIFORM, check_points
 
 __all__ = ["LossAware"]
@@ -68,7 +68,7 @@ class LossAware(Denoising):
         return self.draw
 
     def density(self, model: Any) -> TimeSampler:
-        return UNIFORM
+        return Discrete()
 
     def check(self, model: Any) -> None:
         self._check(model.schedule)
@@ -87,7 +87,7 @@ class LossAware(Denoising):
         (i + r) / T, where a uniform u is the share r of the way through p_i; on a discrete schedule its next step.
         """
         self._check(schedule)
-        u = ops.convert_to_tensor(self.points(schedule, batch, key), "float32")
+        u = ops.convert_to_tensor(self.points.cover(batch, key), "float32")
         p = self.probabilities()
         until = ops.cumsum(p)
         u = u * until[-1]  # 1 but for rounding

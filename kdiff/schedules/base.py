@@ -33,6 +33,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from kdiff import backend
 from kdiff.base import Value
 
 __all__ = ["CLEAN_LOG_SNR", "Marginal", "NoiseSchedule", "bridge"]
@@ -111,7 +112,7 @@ class NoiseSchedule(Value, keras.layers.Layer):
 
     def snr(self, t):
         """The signal-to-noise ratio alpha^2 / sigma^2 = exp(log_snr) at `t`."""
-        return ops.exp(self.log_snr(t))
+        return ops.exp(self.at(t).log_snr)
 
     def slope(self, t):
         """d log_snr / dt at t in [0, 1], negative. Any shape; returns float32 of the same shape.
@@ -124,10 +125,35 @@ class NoiseSchedule(Value, keras.layers.Layer):
         return (self.log_snr(after) - self.log_snr(before)) / (after - before)
 
     def at(self, t) -> Marginal:
-        """The marginal q(x_t | x) at times `t`, of any shape."""
+        """The marginal q(x_t | x) at times `t` in [0, 1], of any shape.
+
+        Raises:
+            ValueError: if a time whose number is at hand, which in a compiled function it is not, is not in [0, 1].
+        """
+        self._check_times(t)
         t = ops.convert_to_tensor(t, "float32")
         log_snr = self.log_snr(t)
         return Marginal(t, *self.scales(log_snr), log_snr)
+
+    def sampled_at(self, t) -> Marginal:
+        """The marginal at times `t` of a sampling run: as `at`, but t = 0 is data with no noise left, as of a table.
+
+        Where a schedule ends a hair above it, or at EDM's sigma of 0.002, a run goes all the way.
+        """
+        m = self.at(t)
+        log_snr = ops.where(m.t > 0, m.log_snr, ops.maximum(m.log_snr, CLEAN_LOG_SNR))
+        return Marginal(m.t, *self.scales(log_snr), log_snr)
+
+    def _check_times(self, t) -> None:
+        numbers = backend.concrete(t) if ops.is_tensor(t) else np.asarray(t, "float64")
+        if numbers is None or np.all(inside := np.abs(numbers - 0.5) <= 0.5 + 1e-6):
+            return
+        wrong = numbers[~inside].flat[0]
+        raise ValueError(
+            f"{type(self).__name__}: times must lie in [0, 1], where 0 is data and 1 is noise; received t = {wrong:g}. "
+            f"The step i = 0 ... T - 1 of a discrete process is t = (i + 1) / T; {_counted(self.num_steps)}. (What the "
+            "network sees as time is another matter: `times.Index` tells it i)"
+        )
 
     def at_log_snr(self, log_snr) -> Marginal:
         """The marginal with this log-SNR, of any shape."""
@@ -147,6 +173,9 @@ class NoiseSchedule(Value, keras.layers.Layer):
             x: data, with shape `(batch, ...)`.
             noise: standard normal noise of the same shape.
             t: times in [0, 1], with shape `(batch,)` or `()`.
+
+        Raises:
+            ValueError: as of `at`.
         """
         x, noise = ops.convert_to_tensor(x, "float32"), ops.convert_to_tensor(noise, "float32")
         m = self.at(t).like(x)
@@ -192,3 +221,7 @@ class NoiseSchedule(Value, keras.layers.Layer):
         if path is not None:
             figure.savefig(path)
         return figure
+
+
+def _counted(num_steps: int | None) -> str:
+    return "this schedule is continuous" if num_steps is None else f"here T is {num_steps}"

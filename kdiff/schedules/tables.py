@@ -9,7 +9,30 @@ from keras import ops
 from kdiff.base import check_integer, check_number
 from kdiff.schedules.base import CLEAN_LOG_SNR, NoiseSchedule
 
-__all__ = ["AlphaBarTable", "BetaTable", "CosineBeta", "LinearBeta", "ScaledLinearBeta", "SigmoidBeta"]
+__all__ = [
+    "LARGEST",
+    "MOST_STEPS",
+    "AlphaBarTable",
+    "BetaTable",
+    "CosineBeta",
+    "LinearBeta",
+    "ScaledLinearBeta",
+    "SigmoidBeta",
+    "check_ends",
+]
+
+
+LARGEST = 80.0  # |log-SNR|, beyond which float32 has no alpha^2, or no sigma^2
+MOST_STEPS = 1_000_000
+
+
+def check_ends(owner: str, log_snrs: np.ndarray) -> None:
+    """Raises a ValueError if alpha or sigma of one of these log-SNRs is next to nothing in float32, and then NaN."""
+    if not np.all(np.abs(log_snrs) <= LARGEST):
+        raise ValueError(
+            f"{owner}: log-SNR must lie in [{-LARGEST:g}, {LARGEST:g}], or alpha or sigma underflows float32; it goes "
+            f"from {np.max(log_snrs):.4g} to {np.min(log_snrs):.4g}"
+        )
 
 
 class _Table(NoiseSchedule):
@@ -17,6 +40,7 @@ class _Table(NoiseSchedule):
 
     def __init__(self, log_snrs):
         super().__init__()
+        check_ends(type(self).__name__, log_snrs)
         self.num_steps = len(log_snrs)
         self.log_snrs = np.append(max(CLEAN_LOG_SNR, log_snrs[0] + 1.0), log_snrs)
         if not np.all(np.diff(self.log_snrs.astype("float32")) < 0):
@@ -118,7 +142,7 @@ class LinearBeta(BetaTable):
     """
 
     def __init__(self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02):
-        check_integer("LinearBeta", "num_steps", num_steps)
+        _check_steps("LinearBeta", num_steps)
         super().__init__(np.linspace(beta_start, beta_end, num_steps))
         self.beta_start, self.beta_end = beta_start, beta_end
 
@@ -133,7 +157,7 @@ class ScaledLinearBeta(BetaTable):
     """
 
     def __init__(self, num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012):
-        check_integer("ScaledLinearBeta", "num_steps", num_steps)
+        _check_steps("ScaledLinearBeta", num_steps)
         check_number("ScaledLinearBeta", "beta_start", beta_start, 0.0, 1.0)
         check_number("ScaledLinearBeta", "beta_end", beta_end, 0.0, 1.0)
         super().__init__(np.linspace(beta_start**0.5, beta_end**0.5, num_steps) ** 2)
@@ -153,7 +177,7 @@ class CosineBeta(BetaTable):
     """
 
     def __init__(self, num_steps: int = 1000, s: float = 0.008, max_beta: float = 0.999):
-        check_integer("CosineBeta", "num_steps", num_steps)
+        _check_steps("CosineBeta", num_steps)
         check_number("CosineBeta", "s", s, 0.0)
         alpha_bar = np.cos((np.linspace(0.0, 1.0, num_steps + 1) + s) / (1.0 + s) * np.pi / 2) ** 2
         super().__init__(np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], max_beta))
@@ -174,10 +198,16 @@ class SigmoidBeta(BetaTable):
     """
 
     def __init__(self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02):
-        check_integer("SigmoidBeta", "num_steps", num_steps)
+        _check_steps("SigmoidBeta", num_steps)
         rise = 1.0 / (1.0 + np.exp(-np.linspace(-6.0, 6.0, num_steps)))
         super().__init__(beta_start + rise * (beta_end - beta_start))
         self.beta_start, self.beta_end = beta_start, beta_end
+
+
+def _check_steps(name: str, num_steps: int) -> None:
+    check_integer(name, "num_steps", num_steps)
+    if num_steps > MOST_STEPS:
+        raise ValueError(f"{name}: `num_steps` must be at most {MOST_STEPS}; received: {num_steps}")
 
 
 def _check_shape(name: str, argument: str, table: np.ndarray) -> None:

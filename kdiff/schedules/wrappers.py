@@ -7,7 +7,7 @@ from keras import ops
 
 from kdiff.base import check_number
 from kdiff.schedules.base import NoiseSchedule
-from kdiff.schedules.tables import _Table
+from kdiff.schedules.tables import _Table, check_ends
 
 __all__ = ["Shifted", "ZeroTerminalSNR", "token_mu"]
 
@@ -36,6 +36,7 @@ class Shifted(NoiseSchedule):
         check_number("Shifted", "shift", shift, -80.0, 80.0)
         self.schedule, self.shift = NoiseSchedule.get(schedule), shift
         self.num_steps = self.schedule.num_steps
+        check_ends("Shifted", _number(self.schedule.log_snr(np.array([0.0, 1.0], "float32"))) + shift)
 
     @classmethod
     def by_factor(cls, schedule, factor: float) -> Self:
@@ -116,24 +117,27 @@ class ZeroTerminalSNR(NoiseSchedule):
 
     Args:
         schedule: a `NoiseSchedule` or its name; not one whose sigma grows without bound.
-        min_log_snr: log-SNR at t = 1.
+        min_log_snr: log-SNR at t = 1. None is -40, or less where the step before is near to that or below.
     """
 
-    def __init__(self, schedule, min_log_snr: float = -40.0):
+    def __init__(self, schedule, min_log_snr: float | None = None):
         super().__init__()
         self.schedule, self.min_log_snr = NoiseSchedule.get(schedule), min_log_snr
-        end = float(_number(self.schedule.log_snr(1.0)))
-        check_number("ZeroTerminalSNR", "min_log_snr", min_log_snr, -80.0, end - 1.0)
-        if _number(self.schedule.scales(ops.convert_to_tensor(min_log_snr, "float32"))[1]) > 10.0:
-            raise ValueError(
-                f"ZeroTerminalSNR: at a log-SNR of {min_log_snr} the noise of {self.schedule!r} is without bound; "
-                "give a schedule whose sigma ends near 1, as do the variance preserving ones and Rectified"
-            )
         self.num_steps = self.schedule.num_steps
+        end = float(_number(self.schedule.log_snr(1.0)))
+        if min_log_snr is not None:
+            check_number("ZeroTerminalSNR", "min_log_snr", min_log_snr, -80.0, end - 1.0)
+        if _number(self.schedule.scales(ops.convert_to_tensor(min(-40.0, end), "float32"))[1]) > 10.0:
+            raise ValueError(
+                f"ZeroTerminalSNR: the noise of {self.schedule!r} is without bound; give a schedule whose sigma ends "
+                "near 1, as do the variance preserving ones and Rectified"
+            )
+        if self.num_steps == 1:
+            raise ValueError(f"ZeroTerminalSNR: of one step nothing is left; received: {self.schedule!r}")
         self._rescaled = (_RescaledTable if self.num_steps else _Rescaled)(self.schedule, min_log_snr)
 
     def log_snr(self, t):
-        """log(alpha'^2 / (1 - alpha'^2)), at least `min_log_snr`."""
+        """log(alpha'^2 / (1 - alpha'^2)), at least the log-SNR at t = 1."""
         return self._rescaled.log_snr(t)
 
     def time(self, log_snr):
@@ -158,7 +162,8 @@ class _RescaledTable(_Table):
         alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
         with np.errstate(divide="ignore"):  # log(0) at the end
             log_snrs = 2.0 * np.log(alpha) - np.log1p(-(alpha**2))
-        super().__init__(np.maximum(log_snrs, min_log_snr))
+        lowest = min(-40.0, log_snrs[-2] - 1.0) if min_log_snr is None else min_log_snr
+        super().__init__(np.maximum(log_snrs, lowest))
         self.schedule, self.min_log_snr = schedule, min_log_snr  # compiling a model asks for the hash, and it for these
 
 
@@ -169,13 +174,14 @@ class _Rescaled(NoiseSchedule):
         super().__init__()
         self.schedule, self.min_log_snr = schedule, min_log_snr
         first, last = _number(schedule.log_snr(np.array([0.0, 1.0]))).astype("float64")
+        self.lowest = min(-40.0, last - 1.0) if min_log_snr is None else min_log_snr
         first, self.last = (float(np.sqrt(1.0 / (1.0 + np.exp(-end)))) for end in (first, last))
         self.factor = first / (first - self.last)
         self.offset = 1.0 - self.factor * (1.0 - self.last)  # 1 - alpha' = factor d + offset
 
     def log_snr(self, t):
         alpha, d = self._new(self._old(t))
-        return ops.maximum(_log_snr(alpha, d), self.min_log_snr)
+        return ops.maximum(_log_snr(alpha, d), self.lowest)
 
     def time(self, log_snr):
         alpha, d = _alpha(ops.convert_to_tensor(log_snr, "float32"))
@@ -192,9 +198,9 @@ class _Rescaled(NoiseSchedule):
         return _alpha(self.schedule.log_snr(t))
 
     def _new(self, old):
-        """(alpha', 1 - alpha'); alpha' is at least that of `min_log_snr`."""
+        """(alpha', 1 - alpha'); alpha' is at least that at t = 1."""
         alpha, d = old
-        lowest = float(np.exp(self.min_log_snr / 2))
+        lowest = float(np.exp(self.lowest / 2))
         return ops.maximum(self.factor * (alpha - self.last), lowest), self.factor * d + self.offset
 
 

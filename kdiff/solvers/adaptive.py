@@ -58,7 +58,8 @@ class Adaptive(Solver):
 
         h <- h 0.9 error^(-0.7 / order) error_before^(0.4 / order),    from a fifth of h to five times h.
 
-    An error that is NaN or infinite is too large. The samples of a batch share their sub-steps.
+    An error that is NaN or infinite is too large. The samples of a batch share their sub-steps, so that one drawn in
+    another batch is the same to within the tolerance only.
 
     Args:
         rtol: the relative tolerance.

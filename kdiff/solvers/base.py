@@ -25,6 +25,7 @@ from keras import ops
 from kdiff.base import Value, check_integer
 from kdiff.denoisers import Denoise
 from kdiff.schedules import Marginal, NoiseSchedule
+from kdiff.times import TimeGrid, Trailing
 
 __all__ = ["Draw", "History", "Solver", "between", "check_order", "flow_to", "half_step", "noise_of"]
 
@@ -38,14 +39,14 @@ class Solver(Value):
         order: the error of a run falls as steps^-order; of a stochastic solver, that of its mean and covariance.
         stochastic: whether `step` draws noise.
         evaluations: how often a step calls the denoiser.
-        least_steps: the fewest steps of a run: a multistep solver that looks at p steps needs p.
+        grid: the grid of a run that names none.
         learned: whether an estimate must have a `share`, as of `predictions.LearnedVariance`.
     """
 
     order: int = 1
     stochastic: bool = False
     evaluations: int = 1
-    least_steps: int = 1
+    grid: TimeGrid = Trailing()
     learned: bool = False
 
     def init(self, x, steps: int) -> Any:
@@ -68,14 +69,6 @@ class Solver(Value):
             `(x, estimate, state)`: the batch at `then`, the estimate of the data that led there, and the new state.
         """
         raise NotImplementedError
-
-    def check(self, steps: int) -> None:
-        """Raises a ValueError if a run of this many steps is too short for the solver."""
-        if steps < self.least_steps:
-            raise ValueError(
-                f"{self!r} looks at {self.least_steps} steps, and a run of {steps} does not have them; "
-                "give more steps, or a solver of lower order"
-            )
 
     def inverse(self, iterations: int = 1) -> "Solver":
         """The solver that goes from data to noise, and undoes a run of this one, by so many iterations a step.

@@ -115,7 +115,7 @@ class TCD(Solver):
         x_hat = estimate.x_hat
         if not self.stochastic:
             return flow_to(x, x_hat, now, then), estimate, state
-        s = schedule.at((1.0 - self.gamma) * then.t)
+        s = schedule.sampled_at((1.0 - self.gamma) * then.t)
         x_s = flow_to(x, x_hat, now, s)
         # sigma_then sqrt(1 - SNR_then / SNR_s), which does not cancel.
         fresh = then.sigma * ops.sqrt(-ops.expm1(then.log_snr - s.log_snr))

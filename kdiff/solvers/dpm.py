@@ -127,11 +127,6 @@ class _Multistep(Solver):
         check_choice(type(self).__name__, "variant", variant, VARIANTS)
         self.order, self.variant, self.lower_final = order, variant, lower_final
 
-    @property
-    def least_steps(self) -> int:
-        """As many as the order."""
-        return self.order
-
     def init(self, x, steps: int) -> History:
         """An empty history, of as many values as the order needs."""
         return History.empty(x, self._length(), steps)

@@ -24,6 +24,7 @@ from kdiff.base import check_number
 from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.solvers.base import Denoise, Draw, History, Solver, between, flow_to, half_step
 from kdiff.solvers.dpm import OfData, OfNoise, _Multistep
+from kdiff.times import Trailing
 
 __all__ = [
     "DPMSolverPP2SAncestral",
@@ -54,7 +55,8 @@ class DPMSolverSDE(OfNoise, _MultistepSDE):
         spread = sigma_then sqrt(eta (e^(2h) - 1)).
 
     Its noise does not fall with sigma_then: the step to t = 0 is made without noise, and in few steps from alpha near
-    zero a run does not stay near the data. `DPMSolverPPSDE` has neither fault.
+    zero a run does not stay near the data, so that unless another grid is named it begins at a log-SNR of -6, and wants
+    10 steps. `DPMSolverPPSDE` has neither fault.
 
     Args:
         order: 1 or 2.
@@ -65,6 +67,8 @@ class DPMSolverSDE(OfNoise, _MultistepSDE):
     Raises:
         ValueError: if `order` or `variant` is none of these, or `eta` is negative.
     """
+
+    grid = Trailing(-6.0)
 
 
 class DPMSolverPPSDE(OfData, _MultistepSDE):
@@ -99,7 +103,6 @@ class DPMSolverPP3MSDE(OfData, _MultistepSDE):
     """
 
     order = 2
-    least_steps = 3
     _curvature = 0.5
 
     def __init__(self, eta: float = 1.0):

@@ -37,11 +37,6 @@ class _Multistep(Solver):
     terms = 1
     lower_final = False
 
-    @property
-    def least_steps(self) -> int:
-        """As many as there are terms."""
-        return self.terms
-
     def init(self, x, steps: int) -> History:
         """An empty history."""
         return History.empty(x, self.terms - 1, steps)

@@ -33,6 +33,7 @@ from kdiff.denoisers import Estimate
 from kdiff.schedules import Marginal, NoiseSchedule, bridge
 from kdiff.solvers.ancestral import DDIM, DDIMInversion
 from kdiff.solvers.base import Denoise, Draw, Solver, between, noise_of
+from kdiff.times import Trailing
 
 __all__ = [
     "CLOSING",
@@ -377,7 +378,8 @@ class EulerAncestral(DDIM):
 
 class DPM2Ancestral(Solver):
     """`DPM2("ratio")` to s_down, and noise from there to s_then, s_down and s_up as of `EulerAncestral`; k-diffusion's
-    `sample_dpm_2_ancestral`. Mean and covariance are of order 2. A step to t = 0 is `EulerAncestral`'s.
+    `sample_dpm_2_ancestral`. Mean and covariance are of order 2. A step to t = 0 is `EulerAncestral`'s. Unless another
+    grid is named a run begins at a log-SNR of -6: from much above it the first step, in s, is too long.
 
     Args:
         eta: 0 is `DPM2("ratio")`, 1 adds the noise that the posterior has; any number in [0, 1].
@@ -385,6 +387,7 @@ class DPM2Ancestral(Solver):
 
     order = 2
     evaluations = 2
+    grid = Trailing(-6.0)
 
     def __init__(self, eta: float = 1.0):
         check_number("DPM2Ancestral", "eta", eta, 0.0, 1.0)

@@ -78,11 +78,6 @@ class SASolver(Solver):
         order = min(predictor_order + 1, corrector_order) if corrector_order else predictor_order
         self.order = min(order, 2 if lower_final or self.stochastic else 3)
 
-    @property
-    def least_steps(self) -> int:
-        """As many as the predictor's order."""
-        return self.predictor_order
-
     def init(self, x, steps: int) -> Memory:
         """No estimates yet."""
         return Memory.empty(x, max(self.predictor_order, self.corrector_order - 1), steps, self.stochastic)

@@ -79,11 +79,6 @@ class UniPC(Solver):
         self.predicts, self.lower_final = predicts, lower_final
         self.order = min(predictor_order + bool(corrector), 2 if lower_final else 4)
 
-    @property
-    def least_steps(self) -> int:
-        """As many as the predictor's order."""
-        return self.predictor_order
-
     def init(self, x, steps: int) -> Memory:
         """No estimates yet."""
         return Memory.empty(x, self.predictor_order, steps)

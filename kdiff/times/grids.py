@@ -20,6 +20,7 @@ from keras import ops
 
 from kdiff.base import Value, check_integer, check_number
 from kdiff.schedules import NoiseSchedule
+from kdiff.schedules.tables import MOST_STEPS
 from kdiff.schedules.wrappers import token_mu
 
 __all__ = [
@@ -36,8 +37,16 @@ __all__ = [
     "Times",
     "Trailing",
     "UniformLogSNR",
+    "check_steps",
     "incomplete_beta",
 ]
+
+
+def check_steps(grid: "TimeGrid", steps: int, repeats: int = 1) -> None:
+    """Raises a ValueError unless `steps` is a whole number, of at least 1, and at most a million with its repeats."""
+    check_integer(type(grid).__name__, "steps", steps)
+    if steps * repeats > MOST_STEPS:
+        raise ValueError(f"{grid!r}: at most {MOST_STEPS} steps in all can be made; received: {steps * repeats}")
 
 
 class TimeGrid(Value):
@@ -63,7 +72,7 @@ class TimeGrid(Value):
             ValueError: if `steps` is not a whole number of at least 1; if it exceeds the steps that the schedule has
                 and the grid chooses from; or if there are so many that two times coincide.
         """
-        check_integer(type(self).__name__, "steps", steps)
+        check_steps(self, steps)
         times = np.append(self.above_zero(schedule, steps), 0.0)
         if not np.all(np.diff(times.astype("float32")) < 0):
             raise ValueError(
@@ -126,12 +135,29 @@ class Trailing(TimeGrid):
     """i = round(T - k T / steps) - 1, k = 0 ... steps - 1: begins at the last step (Lin et al. 2024, table 2).
 
     On a continuous schedule, without rounding: t = 1 - k / steps.
+
+    Args:
+        min_log_snr: where it begins, if the schedule goes further: for solvers that must not begin where alpha is near
+            zero. The same with t = time(min_log_snr) for 1, and for T the nearest step.
     """
 
+    def __init__(self, min_log_snr: float | None = None):
+        if min_log_snr is not None:
+            check_number("Trailing", "min_log_snr", min_log_snr, -80.0, 80.0)
+        self.min_log_snr = min_log_snr
+
     def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
+        first = 1.0
+        if self.min_log_snr is not None:
+            first = float(np.clip(ops.convert_to_numpy(schedule.time(np.float32(self.min_log_snr))), 0.0, 1.0))
         if schedule.num_steps is None:
-            return np.arange(steps, 0, -1) / steps
-        return super().above_zero(schedule, steps)
+            return first * np.arange(steps, 0, -1) / steps
+        last = int(schedule.nearest(first) * schedule.num_steps + 0.5)
+        if steps > last:
+            raise ValueError(
+                f"{self!r}: `steps` must be at most {last}, the number that {schedule!r} has there; received: {steps}"
+            )
+        return (self.indices(last, steps) + 1.0) / schedule.num_steps
 
     def indices(self, num_steps: int, steps: int) -> np.ndarray:
         return np.round(num_steps - np.arange(steps) * (num_steps / steps)) - 1

@@ -4,7 +4,7 @@ import numpy as np
 
 from kdiff.base import check_integer
 from kdiff.schedules import NoiseSchedule
-from kdiff.times.grids import TimeGrid
+from kdiff.times.grids import TimeGrid, check_steps
 
 __all__ = ["Jumps"]
 
@@ -36,6 +36,7 @@ class Jumps(TimeGrid):
 
     def __call__(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
         """The times: float64, falling in pieces, with shape `(steps in all + jumps + 1,)`."""
+        check_steps(self, steps, self.repeats)
         times = self.grid(schedule, steps)
         path = list(times[: steps % self.length + 1])
         for start in range(len(path) - 1, steps, self.length):

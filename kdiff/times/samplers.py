@@ -6,6 +6,9 @@ There are two questions. How evenly is [0, 1] covered? `Uniform`, `Stratified`, 
 any of the first five:
 
     times.LogitNormal(0.0, 1.0, points="stratified")
+
+All begin at the schedule's clean end: 0, or the first step of a discrete process, t = 1 / T, below which it has none.
+[0, 1] below stands for what is between that end and 1.
 """
 
 import math
@@ -64,17 +67,42 @@ class TimeSampler(Value):
         raise NotImplementedError(f"{type(self).__name__} does not say its density: define `density(schedule, t)`")
 
 
-class _Even(TimeSampler):
-    """Uniform times, however they are spread over a batch."""
+class _OverTime(TimeSampler):
+    """Times drawn by a law on [0, 1], whatever the schedule. A new one defines `law`, and how it is drawn."""
+
+    def law(self, t):
+        """The density on [0, 1]."""
+        raise NotImplementedError
 
     def density(self, schedule: NoiseSchedule, t):
-        return ops.ones_like(ops.convert_to_tensor(t, "float32"))
+        t, first = ops.convert_to_tensor(t, "float32"), schedule.first_time
+        span = (1.0 - first) or 1.0
+        return ops.where(t < first, 0.0, self.law((t - first) / span) / span)
+
+
+def _between_ends(schedule: NoiseSchedule, t):
+    """t of [0, 1], from the schedule's clean end to 1."""
+    return schedule.first_time + (1.0 - schedule.first_time) * t
+
+
+class _Even(_OverTime):
+    """Uniform times, however they are spread over a batch. A new one defines `cover`."""
+
+    def __call__(self, schedule: NoiseSchedule, batch, key):
+        return _between_ends(schedule, self.cover(batch, key))
+
+    def cover(self, batch, key):
+        """Uniform numbers in [0, 1], float32, with shape `(batch,)`."""
+        raise NotImplementedError
+
+    def law(self, t):
+        return ops.ones_like(t)
 
 
 class Uniform(_Even):
     """Independent t, uniform in [0, 1)."""
 
-    def __call__(self, schedule: NoiseSchedule, batch, key):
+    def cover(self, batch, key):
         return random.uniform(key, (batch,))
 
 
@@ -87,7 +115,7 @@ class Discrete(_Even):
     `density` is that of the continuous times of which these are the roundings, 1.
 
     Args:
-        num_steps: T. None takes the schedule's own; a continuous schedule has none.
+        num_steps: T. None takes the schedule's own; a continuous schedule has none. At most the schedule's own.
     """
 
     def __init__(self, num_steps: int | None = None):
@@ -99,7 +127,15 @@ class Discrete(_Even):
         num_steps = self.num_steps or schedule.num_steps
         if num_steps is None:
             raise ValueError(f"Discrete: {schedule!r} is continuous; give `num_steps`, or use Uniform or Stratified")
+        if num_steps > (schedule.num_steps or num_steps):
+            raise ValueError(
+                f"Discrete: `num_steps` must be at most {schedule.num_steps}, the number that {schedule!r} has; "
+                f"received: {num_steps}"
+            )
         return (ops.floor(random.uniform(key, (batch,)) * num_steps) + 1.0) / num_steps
+
+    def density(self, schedule: NoiseSchedule, t):
+        return ops.ones_like(ops.convert_to_tensor(t, "float32"))
 
 
 class Stratified(_Even):
@@ -111,7 +147,7 @@ class Stratified(_Even):
     and the noise level independent. `Systematic` draws one u for all parts.
     """
 
-    def __call__(self, schedule: NoiseSchedule, batch, key):
+    def cover(self, batch, key):
         u = random.uniform(key, (batch + 1,))
         size = ops.cast(batch, "float32")
         part = (_count(batch) + ops.floor(u[0] * size)) % size
@@ -125,7 +161,7 @@ class Systematic(_Even):
     whole batch covers [0, 1) as evenly as can be; a part of it, such as one device's, covers a part.
     """
 
-    def __call__(self, schedule: NoiseSchedule, batch, key):
+    def cover(self, batch, key):
         return (random.uniform(key, (1,)) + _count(batch) / ops.cast(batch, "float32")) % 1.0
 
 
@@ -138,7 +174,7 @@ class LowDiscrepancy(_Even):
 
     RATIO = np.array(round((math.sqrt(5) - 1) / 2 * 2**32), "uint32").astype("int32")  # 2^32 / phi, as it wraps around
 
-    def __call__(self, schedule: NoiseSchedule, batch, key):
+    def cover(self, batch, key):
         """(u + n / phi) mod 1; n / phi mod 1 is counted in units of 2^-32, so that no n is too large."""
         turns = ops.arange(batch, dtype="int32") * ops.convert_to_tensor(self.RATIO)
         turns = ops.cast(ops.bitwise_and(ops.right_shift(turns, 8), 2**24 - 1), "float32") * 2.0**-24
@@ -152,7 +188,7 @@ class Antithetic(_Even):
     arXiv:2010.02502).
     """
 
-    def __call__(self, schedule: NoiseSchedule, batch, key):
+    def cover(self, batch, key):
         u = random.uniform(key, ((batch + 1) // 2,))
         return ops.concatenate([u, 1.0 - u])[:batch]
 
@@ -168,14 +204,25 @@ class _Bent(TimeSampler):
         self.points = check_points(type(self).__name__, points)
 
     def __call__(self, schedule: NoiseSchedule, batch, key):
-        return self.quantile(schedule, self.points(schedule, batch, key))
+        return self.quantile(schedule, self.points.cover(batch, key))
 
     def quantile(self, schedule: NoiseSchedule, u):
         """The t that a uniform number u becomes: the inverse of the distribution function, or of its mirror image."""
         raise NotImplementedError
 
 
-class LogitNormal(_Bent):
+class _BentTime(_OverTime, _Bent):
+    """t = quantile(u), whatever the schedule. A new one defines `bend` and `law`."""
+
+    def quantile(self, schedule: NoiseSchedule, u):
+        return _between_ends(schedule, self.bend(ops.convert_to_tensor(u, "float32")))
+
+    def bend(self, u):
+        """The t in [0, 1] that a uniform number u becomes."""
+        raise NotImplementedError
+
+
+class LogitNormal(_BentTime):
     """logit(t) = log(t / (1 - t)) is normal (Esser et al. 2024, "Stable Diffusion 3", arXiv:2403.03206, eq. 19):
 
         p(t) = exp(-(logit(t) - mean)^2 / (2 std^2)) / (std sqrt(2 pi) t (1 - t))
@@ -192,15 +239,15 @@ class LogitNormal(_Bent):
         check_number("LogitNormal", "std", std, 1e-6)
         self.mean, self.std = mean, std
 
-    def quantile(self, schedule: NoiseSchedule, u):
+    def bend(self, u):
         return ops.sigmoid(self.mean + self.std * _normal(u))
 
-    def density(self, schedule: NoiseSchedule, t):
+    def law(self, t):
         t = _inside(t)
         return _gaussian(ops.log(t / (1.0 - t)), self.mean, self.std) / (t * (1.0 - t))
 
 
-class Mode(_Bent):
+class Mode(_BentTime):
     """The distribution with heavy tails of Stable Diffusion 3 (arXiv:2403.03206, eq. 20):
 
         t = f(u) = 1 - u - scale (cos^2(pi u / 2) - 1 + u),    p(t) = 1 / |f'(u)|
@@ -216,21 +263,19 @@ class Mode(_Bent):
         check_number("Mode", "scale", scale, -1.0, 2.0 / (np.pi - 2.0))
         self.scale = scale
 
-    def quantile(self, schedule: NoiseSchedule, u):
-        u = ops.convert_to_tensor(u, "float32")
+    def bend(self, u):
         t = 1.0 - u - self.scale * (ops.cos(np.pi * u / 2) ** 2 - 1.0 + u)
         return ops.clip(t, 0.0, 1.0)
 
-    def density(self, schedule: NoiseSchedule, t):
+    def law(self, t):
         """1 / |f'(u)|, f'(u) = -1 - scale (1 - pi / 2 sin(pi u)); u is found by bisection."""
-        t = ops.convert_to_tensor(t, "float32")
         u = ops.full_like(t, 0.5)
         for i in range(2, 26):  # f falls
-            u = u + ops.sign(self.quantile(schedule, u) - t) * 2.0**-i
+            u = u + ops.sign(self.bend(u) - t) * 2.0**-i
         return 1.0 / ops.maximum(ops.abs(1.0 + self.scale * (1.0 - np.pi / 2 * ops.sin(np.pi * u))), 1e-6)
 
 
-class PowerLaw(_Bent):
+class PowerLaw(_BentTime):
     """p(t) = (exponent + 1) t^exponent.
 
     It is Beta(exponent + 1, 1): with 0.5 the one that pi-0 trains with (Black et al. 2024, arXiv:2410.24164, which
@@ -246,10 +291,10 @@ class PowerLaw(_Bent):
         check_number("PowerLaw", "exponent", exponent, -1.0 + 1e-6)
         self.exponent = exponent
 
-    def quantile(self, schedule: NoiseSchedule, u):
-        return ops.convert_to_tensor(u, "float32") ** (1.0 / (self.exponent + 1.0))
+    def bend(self, u):
+        return u ** (1.0 / (self.exponent + 1.0))
 
-    def density(self, schedule: NoiseSchedule, t):
+    def law(self, t):
         return (self.exponent + 1.0) * _inside(t) ** self.exponent
 
 
@@ -308,7 +353,7 @@ class LogUniform(_Bent):
 
 
 def _time(schedule: NoiseSchedule, log_snr):
-    return ops.clip(schedule.time(log_snr), 0.0, 1.0)
+    return ops.clip(schedule.time(log_snr), schedule.first_time, 1.0)  # the rounding of `time` may go beyond
 
 
 def _normal(u):
