@@ -2,6 +2,7 @@
 
 from kdiff.backend.data import (
     checked_dataset,
+    dataset_parts,
     is_data_loader,
     is_tf_dataset,
     leave_accelerator,
@@ -50,6 +51,7 @@ __all__ = [
     "compiled",
     "concrete",
     "convolution",
+    "dataset_parts",
     "dense",
     "fused",
     "gelu_tanh",

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,15 @@ from keras import tree
 
 from kdiff.backend.running import BACKEND
 
-__all__ = ["checked_dataset", "is_data_loader", "is_tf_dataset", "leave_accelerator", "loader_batch", "on_host"]
+__all__ = [
+    "checked_dataset",
+    "dataset_parts",
+    "is_data_loader",
+    "is_tf_dataset",
+    "leave_accelerator",
+    "loader_batch",
+    "on_host",
+]
 
 
 def leave_accelerator(tf: Any) -> None:
@@ -24,6 +32,13 @@ def is_tf_dataset(data: Any) -> bool:
     """Whether `data` is a `tf.data.Dataset`; TensorFlow is not imported to find out."""
     tf = sys.modules.get("tensorflow")
     return tf is not None and hasattr(tf, "data") and isinstance(data, tf.data.Dataset)
+
+
+def dataset_parts(dataset: Any) -> Iterator[Any]:
+    """A `tf.data.Dataset` and those that it was made of."""
+    yield dataset
+    for part in dataset._inputs():
+        yield from dataset_parts(part)
 
 
 def is_data_loader(data: Any) -> bool:
