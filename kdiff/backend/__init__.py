@@ -26,6 +26,7 @@ from kdiff.backend.operations import (
 from kdiff.backend.running import (
     BACKEND,
     after_step,
+    by_numpy,
     compiled,
     concrete,
     fused,
@@ -38,6 +39,7 @@ from kdiff.backend.running import (
     replaced,
     synchronise,
     unallocated,
+    with_fixed_shapes,
     without_gradients,
 )
 
@@ -47,6 +49,7 @@ __all__ = [
     "after_step",
     "attention",
     "average_pool",
+    "by_numpy",
     "checked_dataset",
     "compiled",
     "concrete",
@@ -75,5 +78,6 @@ __all__ = [
     "unallocated",
     "upsample_bilinear",
     "upsample_nearest",
+    "with_fixed_shapes",
     "without_gradients",
 ]

@@ -109,7 +109,8 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
             )
         self.ema = ema
         self.seed = seed
-        self.shapes: dict[str, tuple] | None = None
+        self.shapes: dict[str, tuple] | None = None  # of what the network takes, encoded data included
+        self.example: tuple | None = None  # the shape of an example that is not encoded, if it is known
         self._compiled_steps: dict[Any, Any] = {}
         self._check_names(condition_names(network) or ())
         check_invertible(self.prediction, self.schedule)
@@ -166,6 +167,8 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         self.codec.freeze()
         data = (None, *feeding.data_shape(shapes, self.codec))
         self.shapes = {"image": data, **{n: shape for n, shape in shapes.items() if n not in ("image", "encoded")}}
+        plain = data[1:] if type(self.codec).data_shape is Codec.data_shape else None
+        self.example = shapes["image"][1:] if "image" in shapes else plain
         self._build_network()
         self.step = self._counter("step")
         self.evaluation_step = self._counter("evaluation_step")
@@ -196,7 +199,8 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         if self.shapes is None:
             return None
         shapes = dict(self.shapes)
-        return {"shapes": {"encoded": shapes.pop("image"), **shapes}}
+        example = {} if self.example is None else {"image": (None, *self.example)}
+        return {"shapes": {"encoded": shapes.pop("image"), **example, **shapes}}
 
     def build_from_config(self, config: dict[str, Any]) -> None:
         """Builds a loaded model."""
@@ -264,6 +268,18 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         if self.averages is None:
             return result
         return backend.after_step(self, result, lambda: self.averages.update(self.network, self.optimizer.iterations))
+
+    def make_train_function(self, force: bool = False):
+        """Keras' own."""
+        super().make_train_function(force)
+        self.train_function = backend.with_fixed_shapes(self.train_function)
+        return self.train_function
+
+    def make_test_function(self, force: bool = False):
+        """Keras' own."""
+        super().make_test_function(force)
+        self.test_function = backend.with_fixed_shapes(self.test_function)
+        return self.test_function
 
     def test_step(self, *args):
         """Keras' own step."""
