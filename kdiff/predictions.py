@@ -110,7 +110,7 @@ def check_invertible(prediction: Prediction, schedule: NoiseSchedule) -> None:
         )
 
 
-HIGHEST_GAIN = 1e6
+_HIGHEST_GAIN = 1e6
 
 
 def check_beginning(prediction: Prediction, schedule: NoiseSchedule, log_snr) -> None:
@@ -119,7 +119,7 @@ def check_beginning(prediction: Prediction, schedule: NoiseSchedule, log_snr) ->
     So it is where SNR is 0 and the network says the noise, or the score: x_hat is divided by alpha.
     """
     gain = float(ops.convert_to_numpy(prediction.gain(schedule.at_log_snr(log_snr))))
-    if not gain <= HIGHEST_GAIN:
+    if not gain <= _HIGHEST_GAIN:
         raise ValueError(
             f"{prediction!r} and {schedule!r} do not go together where the run begins: at a log-SNR of "
             f"{float(ops.convert_to_numpy(log_snr)):.4g} the estimate of the data is the network's error times "
