@@ -15,15 +15,17 @@ of your own needs no more than `__init__` and its one method of mathematics:
     repr(Quadratic(power=3.0))          # "Quadratic(power=3.0)"
 """
 
+import contextlib
 import difflib
 import inspect
 import re
+from collections.abc import Iterator
 from typing import Any, Self
 
 import keras
 import numpy as np
 
-__all__ = ["Configurable", "Value", "check_choice", "check_integer", "check_number"]
+__all__ = ["Configurable", "Value", "check_choice", "check_integer", "check_number", "needs"]
 
 
 class Configurable:
@@ -173,3 +175,12 @@ def check_number(owner: str, argument: str, value: Any, low: float, high: float 
     number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
     if not number or not low <= value <= high:
         raise ValueError(f"{owner}: `{argument}` must be a number in [{low}, {high}]; received: {value!r}")
+
+
+@contextlib.contextmanager
+def needs(extra: str, what: str) -> Iterator[None]:
+    """Has an import that fails in the block name the extra that installs the package; `what` is said before it."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f'{what}: pip install "kdiff[{extra}]"') from error

@@ -4,25 +4,29 @@ A batch of images has the shape `(count, height, width, channels)`, with 1, 3 or
 (those outside are clipped: a noisy sample has them) or uint8. A picture is a uint8 array `(height, width, channels)`.
 """
 
+import contextlib
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
-from kdiff.base import check_integer, check_number
+from kdiff.base import check_integer, check_number, needs
+from kdiff.writing import replacing
 
 __all__ = [
     "CAPTIONED",
+    "FORMATS",
     "FRAME",
     "READABLE",
     "check_captions",
     "grid",
     "loss_plot",
+    "opened",
     "pillow",
     "read_picture",
     "save_gif",
@@ -32,6 +36,11 @@ __all__ = [
 
 READABLE = 64  # tiny images are enlarged to about this many pixels
 CAPTIONED = 128  # and to this many above a caption
+# What is read. Pillow knows more: for PostScript, whatever the file's name, it would start Ghostscript.
+FORMATS = (
+    *("AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX"),
+    *("PNG", "PPM", "PSD", "QOI", "SGI", "TGA", "TIFF", "WEBP"),
+)
 FRAME = 200  # the grey of the line around an image with a caption, which may be white as the page is
 
 
@@ -183,7 +192,9 @@ def save_png(
         ImportError: if Pillow is missing.
         ValueError: as of `grid`, or for captions of a picture.
     """
-    _pillow_image(_picture(images, columns, captions)).save(_with_folder(path))
+    image = _pillow_image(_picture(images, columns, captions))
+    with replacing(path) as new:
+        image.save(new)
     return Path(path)
 
 
@@ -216,7 +227,8 @@ def save_gif(
     if not frames:
         raise ValueError("save_gif: `frames` is empty")
     durations = [round(1000 / fps)] * (len(frames) - 1) + [round(1000 * max(hold, 1 / fps))]
-    frames[0].save(_with_folder(path), save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    with replacing(path) as new:
+        frames[0].save(new, save_all=True, append_images=frames[1:], duration=durations, loop=0)
     return Path(path)
 
 
@@ -243,24 +255,44 @@ def loss_plot(path: str | os.PathLike, history: Any) -> Path:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(_with_folder(path), dpi=120)
+    with replacing(path) as new:
+        figure.savefig(new, dpi=120)
     return Path(path)
 
 
 def read_picture(path: str | os.PathLike) -> np.ndarray:
     """The picture in a file that `save_png` wrote."""
-    with pillow().open(path) as image:
+    with opened(path) as image:
         picture = np.asarray(image)
     return picture[..., None] if picture.ndim == 2 else picture
 
 
 def pillow():
     """The module `PIL.Image`, imported when it is used; an ImportError names the extra that installs it."""
-    try:
+    with needs("plot", "Reading and writing image files needs Pillow"):
         from PIL import Image
-    except ImportError as error:
-        raise ImportError('Reading and writing image files needs Pillow: pip install "kdiff[plot]"') from error
     return Image
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike) -> Iterator:
+    """The image in a file, as Pillow opens it, if it is in one of `FORMATS`.
+
+    Raises:
+        ImportError: if Pillow is missing.
+        OSError: if the file cannot be read, or is in no such format.
+        ValueError: if the image has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, at which Pillow itself only warns.
+    """
+    pil = pillow()
+    pil.init()
+    limit = pil.MAX_IMAGE_PIXELS
+    with pil.open(path, formats=[name for name in FORMATS if name in pil.OPEN]) as image:  # some builds lack some
+        if limit is not None and image.width * image.height > limit:
+            raise ValueError(
+                f"it has {image.width} x {image.height} pixels, and at most {limit:,} are read: make it smaller, or "
+                "raise PIL.Image.MAX_IMAGE_PIXELS"
+            )
+        yield image
 
 
 def _losses(history: Any) -> Mapping[str, Any]:
@@ -292,13 +324,6 @@ def _on_white(image):
 
 
 def _figure(**options: Any):
-    try:
+    with needs("plot", "Plots need matplotlib"):
         from matplotlib.figure import Figure  # not pyplot: no window, no global state
-    except ImportError as error:
-        raise ImportError('Plots need matplotlib: pip install "kdiff[plot]"') from error
     return Figure(**options)
-
-
-def _with_folder(path: str | os.PathLike) -> Path:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return Path(path)

@@ -1,6 +1,7 @@
 """The only folder that names a backend: what Keras does not offer in one form for TensorFlow, JAX and PyTorch."""
 
 from kdiff.backend.data import (
+    advance,
     checked_dataset,
     is_data_loader,
     is_tf_dataset,
@@ -43,6 +44,7 @@ from kdiff.backend.running import (
 __all__ = [
     "BACKEND",
     "HIDDEN",
+    "advance",
     "after_step",
     "attention",
     "average_pool",

@@ -10,7 +10,15 @@ from keras import tree
 
 from kdiff.backend.running import BACKEND
 
-__all__ = ["checked_dataset", "is_data_loader", "is_tf_dataset", "leave_accelerator", "loader_batch", "on_host"]
+__all__ = [
+    "advance",
+    "checked_dataset",
+    "is_data_loader",
+    "is_tf_dataset",
+    "leave_accelerator",
+    "loader_batch",
+    "on_host",
+]
 
 
 def leave_accelerator(tf: Any) -> None:
@@ -24,6 +32,16 @@ def is_tf_dataset(data: Any) -> bool:
     """Whether `data` is a `tf.data.Dataset`; TensorFlow is not imported to find out."""
     tf = sys.modules.get("tensorflow")
     return tf is not None and hasattr(tf, "data") and isinstance(data, tf.data.Dataset)
+
+
+def advance(data: Any, epochs: int) -> None:
+    """Has the pipelines of `kdiff.data`, of which a `tf.data.Dataset` is made, go on to the order of a later epoch."""
+    if not is_tf_dataset(data):
+        return
+    if hasattr(data, "advance"):
+        data.advance(epochs)
+    for part in data._inputs():
+        advance(part, epochs)
 
 
 def is_data_loader(data: Any) -> bool:

@@ -1,6 +1,7 @@
 """From a source of images to the batches that `model.fit` takes."""
 
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from kdiff.base import check_choice, check_integer
 from kdiff.data import augmentation, encoding, sources
 from kdiff.data._tensorflow import tf
+from kdiff.data.order import Order
 
 __all__ = ["UNCACHED_SHUFFLE", "images"]
 
@@ -75,11 +77,14 @@ def images(
             function draws from a `tf.random.Generator`: what `tf.random.uniform` gives, tf.data repeats in every epoch
             once `keras.utils.set_random_seed` was called.
         cache: `True` keeps the resized images and encoded texts in memory; a path keeps them in files of that name,
-            which are read if they are there, whatever the other arguments; `False` reads and encodes every epoch.
+            which are made at once, or read if they are there, whatever the other arguments; `False` reads and encodes
+            every epoch.
         shuffle: whether each epoch comes in a new order.
         repeat: passes over the images in one epoch; `None` is endless, for `fit(steps_per_epoch=...)`.
         drop_remainder: whether to leave out a last batch smaller than the others.
         seed: fixes the order, and augments on one thread so that layers with a seed repeat too; `None` does neither.
+            With it, training that `BackupCallback` resumes goes on with the order that comes next; not so what layers
+            draw for `augment`, which begins anew.
 
     Raises:
         ValueError: for an unknown source or split, an empty source, fewer images than a batch, images of different
@@ -101,14 +106,14 @@ def images(
         dataset = encoding.encoded(dataset, text_encoder)
     ready = found.in_memory and size in (None, found.shape[:2]) and text_encoder is None
     if cache and not (cache is True and ready):
-        dataset = dataset.cache(_cache_file(cache))
-    if shuffle:
-        dataset = dataset.shuffle(count if cache is True else min(count, UNCACHED_SHUFFLE), seed)
-    dataset = dataset.repeat(repeat)
+        dataset = dataset.cache() if cache is True else _cached(dataset, Path(cache))
+    order = Order(count, count if cache is True else min(count, UNCACHED_SHUFFLE), seed, repeat)
+    dataset = order.shuffled(dataset) if shuffle else dataset.repeat(repeat)
     if augment:
         dataset = dataset.map(_augment(augment), tf.data.AUTOTUNE if seed is None else None)
     dataset = dataset.batch(batch_size, drop_remainder).map(_scale).prefetch(tf.data.AUTOTUNE)
     dataset.class_names = found.class_names
+    dataset.advance = order.advance  # for `backend.advance`
     return dataset
 
 
@@ -200,11 +205,18 @@ def _centre_window(image: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
     return image[top : top + window[0], left : left + window[1]]
 
 
-def _cache_file(cache: bool | str | os.PathLike) -> str:
-    if cache is True:
-        return ""  # tf.data's name for memory
-    Path(cache).parent.mkdir(parents=True, exist_ok=True)
-    return str(cache)
+def _cached(dataset: tf.data.Dataset, path: Path) -> tf.data.Dataset:
+    """The dataset from files of that name, which are made beside, all at once, and moved there if there are none.
+
+    tf.data itself would make them during the first epoch, and after a kill its lock there would stand for ever.
+    """
+    if not path.with_name(f"{path.name}.index").exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+            dataset.cache(os.path.join(folder, path.name)).reduce(np.int64(0), lambda count, _: count + 1)
+            for file in sorted(Path(folder).iterdir(), key=lambda file: file.suffix == ".index"):  # the index last
+                os.replace(file, path.with_name(file.name))
+    return dataset.cache(str(path))
 
 
 def _augment(steps: list[Callable]) -> Callable[[dict], dict]:

@@ -3,7 +3,7 @@
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdiff import scenes
+from kdiff.base import needs
 from kdiff.data._tensorflow import tf
-from kdiff.pictures import pillow
+from kdiff.pictures import FORMATS, opened, pillow
 from kdiff.text import strings
 
 __all__ = [
@@ -193,10 +194,8 @@ def _position(text: str | None, count: int) -> int | None:
 
 def digits(size: tuple[int, int] | None, labels: bool, text: bool, split: str) -> Source:
     """The 1,797 handwritten 8x8 digits that ship with scikit-learn: 1,500 in "train", the last 297 in "test"."""
-    try:
+    with needs("data", "The digits come with scikit-learn"):
         from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError('The digits come with scikit-learn: pip install "kdiff[data]"') from error
     if text:
         raise ValueError("images: the digits have labels, and no `text`")
     bunch = load_digits()
@@ -234,16 +233,18 @@ EMBEDDED: dict[str, Callable[[tuple[int, int] | None, bool, bool, str], Source]]
 
 
 def from_folder(folder: Path, labels: bool, text: bool, split: str) -> Source:
-    """The images in a folder and below it. With `labels`, each folder directly in it is a class.
+    """The images in a folder and below it, hidden ones apart. With `labels`, each folder directly in it is a class.
 
     With `text`, the caption of photo.jpg is in photo.txt.
     """
     folder, split = _split_folder(folder, split)
-    paths = _image_files(folder)
+    paths = list(_image_files(folder))
+    if not paths:
+        raise ValueError(f"images: the folder {folder} holds no image files ({', '.join(FORMATS)})")
     class_names = _class_names(folder, paths) if labels else None
     paths, sizes = _without_broken(folder, paths)
     rows = split_rows(split, {"train": np.arange(len(paths)), "all": np.arange(len(paths))})
-    elements = {"image": [str(paths[row]) for row in rows]}
+    elements = {"image": [os.fsencode(paths[row]) for row in rows]}  # bytes: a name need not be UTF-8
     if labels:
         elements["label"] = np.array([class_names.index(_class_name(folder, paths[row])) for row in rows], "int32")
     if text:
@@ -262,13 +263,27 @@ def _split_folder(folder: Path, split: str) -> tuple[Path, str]:
     return (inner, f"all{bracket}{part}") if name and inner.is_dir() else (folder, split)
 
 
-def _image_files(folder: Path) -> list[Path]:
-    suffixes = pillow().registered_extensions()
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("."))
-    paths = [path for path in files if path.suffix.lower() in suffixes]
-    if not paths:
-        raise ValueError(f"images: the folder {folder} holds no image files")
-    return paths
+def _image_files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """The files in a folder and below it whose suffix is that of an image, in order; what is hidden is left out.
+
+    Links are followed, but into a folder that they lie in (`above` are those, as real paths).
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    suffixes = {suffix for suffix, name in pillow().registered_extensions().items() if name in FORMATS}
+    try:
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        folders = {path for path in paths if path.is_dir()}
+    except OSError as error:
+        raise ValueError(f"images: the folder {folder} cannot be read: {error}") from error
+    for path in paths:
+        if path in folders:
+            yield from _image_files(path, (*above, real))
+        elif path.suffix.lower() in suffixes:
+            yield path
+        elif path.is_symlink() and not path.exists():
+            raise ValueError(f"images: {path} is a link to {os.readlink(path)}, which is not there")
 
 
 def _class_names(folder: Path, paths: list[Path]) -> list[str]:
@@ -331,7 +346,7 @@ def decode(path: str | os.PathLike) -> np.ndarray:
     """The image in a file, the right way up, uint8 with shape `(height, width, 4)`."""
     from PIL import ImageOps
 
-    with pillow().open(path) as image:
+    with opened(path) as image:
         if image.mode[0] in "IF":
             raise ValueError(f"its pixels are of mode {image.mode!r}; 8 bits a channel are expected")
         image = ImageOps.exif_transpose(image)
@@ -341,7 +356,7 @@ def decode(path: str | os.PathLike) -> np.ndarray:
 
 def _read_image(shape: tuple[int | None, ...]) -> Callable[[dict], dict]:
     def read(element: dict) -> dict:
-        image = tf.numpy_function(lambda path: decode(path.decode()), [element["image"]], tf.uint8, stateful=False)
+        image = tf.numpy_function(lambda path: decode(os.fsdecode(path)), [element["image"]], tf.uint8, stateful=False)
         return {**element, "image": tf.ensure_shape(image, shape)}
 
     return read
@@ -365,13 +380,9 @@ def from_tfds(
 
 
 def _tfds_builder(name: str, data_dir: str | os.PathLike | None) -> Any:
-    try:
+    what = f"images: {name!r} is neither an embedded set ({sorted(EMBEDDED)}) nor a folder; a TensorFlow Dataset needs"
+    with needs("data", what):
         import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(
-            f"images: {name!r} is neither an embedded set ({sorted(EMBEDDED)}) nor a folder; "
-            'a TensorFlow Dataset needs: pip install "kdiff[data]"'
-        ) from error
     try:
         return tfds.builder(name, data_dir=data_dir and os.path.expanduser(data_dir))
     except (tfds.core.DatasetNotFoundError, ValueError) as error:

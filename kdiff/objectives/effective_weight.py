@@ -20,10 +20,12 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from keras import ops
 
+from kdiff.base import needs
 from kdiff.predictions import Prediction
 from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.times import TimeSampler
 from kdiff.weightings import Weighting
+from kdiff.writing import replacing
 
 __all__ = ["POINTS", "Recipe", "effective_weight", "loss_weight", "plot_objective", "same_objective"]
 
@@ -179,9 +181,13 @@ def plot_objective(*recipes, labels=None, normalise: bool = True, path: str | No
         path: where to write the figure.
 
     Returns:
-        The matplotlib figure. Needs matplotlib (the extra `plot`).
+        The matplotlib figure.
+
+    Raises:
+        ImportError: if matplotlib is missing (the extra `plot`).
     """
-    from matplotlib.figure import Figure
+    with needs("plot", "Plots need matplotlib"):
+        from matplotlib.figure import Figure
 
     recipes = [Recipe.of(recipe) for recipe in recipes]
     labels = [", ".join(map(repr, recipe)) for recipe in recipes] if labels is None else labels
@@ -199,5 +205,6 @@ def plot_objective(*recipes, labels=None, normalise: bool = True, path: str | No
         axes.set_xlabel("log-SNR  (noise on the left)")
     figure.legend(loc="outside lower center", fontsize="small")
     if path is not None:
-        figure.savefig(path)
+        with replacing(path) as new:
+            figure.savefig(new)
     return figure

@@ -33,7 +33,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from kdiff.base import Value
+from kdiff.base import Value, needs
+from kdiff.writing import replacing
 
 __all__ = ["CLEAN_LOG_SNR", "Marginal", "NoiseSchedule", "bridge"]
 
@@ -173,9 +174,13 @@ class NoiseSchedule(Value, keras.layers.Layer):
         """Draws alpha, sigma and log-SNR against t; with `path`, writes the figure there.
 
         Returns:
-            The matplotlib figure. Needs matplotlib (the extra `plot`).
+            The matplotlib figure.
+
+        Raises:
+            ImportError: if matplotlib is missing (the extra `plot`).
         """
-        from matplotlib.figure import Figure
+        with needs("plot", "Plots need matplotlib"):
+            from matplotlib.figure import Figure
 
         t = np.linspace(0.0, 1.0, points)
         m = Marginal(*(ops.convert_to_numpy(v) for v in self.at(t)))
@@ -190,5 +195,6 @@ class NoiseSchedule(Value, keras.layers.Layer):
             axes.set_xlabel("t  (0 = data, 1 = noise)")
         figure.suptitle(repr(self))
         if path is not None:
-            figure.savefig(path)
+            with replacing(path) as new:
+                figure.savefig(new)
         return figure

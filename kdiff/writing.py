@@ -1,0 +1,48 @@
+"""Files that are written beside and moved into place, so that a kill or a full disk leaves what stood there."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["replacing"]
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """The path of a new file, hidden beside `path`, that takes its place when the block ends well.
+
+        with replacing("grid.png") as new:
+            image.save(new)
+
+    Where the block raises, the new file is removed and `path` is as it was. A killed process may leave it, as
+    `.partial-<process>-<name>`. Folders are made as needed. If the block makes a folder, its files are moved one by
+    one. What is no file, such as a device, is written to as it is.
+
+    Args:
+        path: the file to write, with an existing link followed; the new one has the same suffixes.
+    """
+    path = Path(path).resolve()
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        yield path
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        yield new
+        if new.is_dir():
+            shutil.copytree(new, path, copy_function=_move, dirs_exist_ok=True)
+        else:
+            _move(new, path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True) if new.is_dir() else new.unlink(missing_ok=True)
+
+
+def _move(new: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Also of an old file with its permissions, and not before the disk has the new one."""
+    if os.path.exists(path):
+        shutil.copymode(path, new)
+    with open(new, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(new, path)
