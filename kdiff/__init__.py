@@ -20,11 +20,12 @@ from kdiff import (
     weightings,
 )
 from kdiff.base import Configurable
-from kdiff.callbacks import SampleCallback
+from kdiff.callbacks import BackupCallback, SampleCallback
 from kdiff.model import DiffusionModel
 from kdiff.sampling import Sampler, Step
 
 __all__ = [
+    "BackupCallback",
     "Configurable",
     "DiffusionModel",
     "SampleCallback",

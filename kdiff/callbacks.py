@@ -1,11 +1,14 @@
-"""Keras callbacks that show how a diffusion model learns."""
+"""Keras callbacks: samples that show how a diffusion model learns; a backup, with which training survives a kill."""
 
+import contextlib
+import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import h5py
 import keras
 import numpy as np
 
@@ -14,10 +17,12 @@ from kdiff.base import check_choice, check_integer
 from kdiff.sampling import Sampler
 from kdiff.solvers import Solver
 from kdiff.text import is_text, strings
+from kdiff.writing import replacing
 
-__all__ = ["DIGITS", "SampleCallback"]
+__all__ = ["BACKUP", "DIGITS", "BackupCallback", "SampleCallback"]
 
 DIGITS = {"epoch": 4, "step": 8}  # in file names, so that they sort
+BACKUP = "backup.weights.h5"  # the file of `BackupCallback`
 
 
 class SampleCallback(keras.callbacks.Callback):
@@ -104,14 +109,16 @@ class SampleCallback(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Notes how many steps there were before this epoch: in a resumed run, those that the optimizer counted."""
+        skipped = 0
         if self._step is None:  # not in on_train_begin: other callbacks restore the model there
             optimizer = self.model.optimizer  # which counts updates
             self._step = int(optimizer.iterations) * (getattr(optimizer, "gradient_accumulation_steps", None) or 1)
-        self._epoch_start = self._step
+            skipped = _skipped(self.model)
+        self._epoch_start = self._step - skipped
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         """Draws samples if the unit is "step" and it is time."""
-        before, self._step = self._step, self._epoch_start + batch + 1
+        before, self._step = self._step, max(self._step, self._epoch_start + batch + 1)
         if self.unit == "step" and self._step // self.every > before // self.every:
             self._try("draw samples", self._draw, self._step)
 
@@ -160,6 +167,153 @@ class SampleCallback(keras.callbacks.Callback):
     def _options(self) -> dict[str, Any]:
         sampler = {} if self.sampler is None else {"sampler": self.sampler}
         return {**sampler, "steps": self.steps, "seed": self.seed, **self.conditions}
+
+
+class BackupCallback(keras.callbacks.BackupAndRestore):
+    """Keras' `BackupAndRestore`, safe at every instant: training that was killed goes on as if it had not been.
+
+        model.fit(dataset, epochs=50, callbacks=[kdiff.SampleCallback("runs/a"), kdiff.BackupCallback("runs/a")])
+
+    The same script, run again, goes on after the last backup. All is in one file, `backup.weights.h5`, which is written
+    beside and moved into place: weights, averages, optimizer, random states, the epoch and the step in it, its metrics
+    so far (on TensorFlow, only the loss), and how many passes over the pipelines of `kdiff.data.images` in `fit` were
+    begun, which says their order. A full disk is a warning: the last backup stays, and training goes on.
+
+    Of an epoch that was broken off, the steps before the backup are counted again, but only their batches are read. So
+    training goes on bit for bit where the backend computes the same twice, dropout has a seed, and each epoch has the
+    same batches in another process: those of `kdiff.data.images` (but with `augment` or `repeat=None`), and whatever is
+    not shuffled. Keras shuffles arrays in `fit` anew: give `kdiff.data.images(array, seed=0)` in their place. Of other
+    callbacks, those that change the model when an epoch ends belong before this one.
+
+    Args:
+        backup_dir: the folder of the file; made if it is not there.
+        save_freq: "epoch", or the number of steps between two backups.
+        delete_checkpoint: whether to delete the file when training has ended.
+
+    Raises:
+        ValueError: for another `save_freq`; when training begins, for a file that is not a whole backup, or of another
+            model.
+    """
+
+    def __init__(self, backup_dir: str | os.PathLike, save_freq: str | int = "epoch", delete_checkpoint: bool = True):
+        if save_freq != "epoch" and (type(save_freq) is not int or save_freq < 1):
+            raise ValueError(
+                f'BackupCallback: `save_freq` must be "epoch", or a whole number of steps; received: {save_freq!r}'
+            )
+        super().__init__(os.fspath(backup_dir), save_freq, delete_checkpoint=delete_checkpoint)
+        self._path = Path(backup_dir) / BACKUP
+        self._weights_path = str(self._path)  # Keras loads it
+        self._step = 0  # steps of this epoch
+        self._due = False
+        self._metrics: list[np.ndarray] = []  # of the epoch that was broken off
+        self._passes: Sequence[int] = ()  # over the pipelines, before this epoch
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Goes on after the last backup, if there is one."""
+        self._step, self._due, self._metrics = 0, False, []
+        self.model._initial_epoch = None  # Keras keeps that of an earlier run
+        if self._path.exists():
+            self._restore()
+
+    def _restore(self) -> None:
+        try:
+            with h5py.File(self._path) as file:
+                place = file["place"]
+                epoch, step, passes = (place.attrs[name] for name in ("epoch", "step", "passes"))
+                self._metrics = [values[()] for _, values in sorted(place.items())]
+            self._load_model()
+        except (OSError, KeyError) as error:
+            raise ValueError(f"{self._path}: not a whole backup; to begin anew, remove it: {error}") from error
+        self.model._initial_epoch = int(epoch)
+        self._step = int(step)
+        self._last_batch_seen = max(self._step - 1, 0)
+        if orders := getattr(self.model, "orders", None):
+            orders.passes = passes
+        if self._step:
+            self.model.train_function = _Skipping(self.model, self._step)
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Restores the metrics of an epoch that was broken off."""
+        self._current_epoch = epoch
+        self._note_passes()
+        if self._metrics:
+            for variable, values in zip(self.model.metrics_variables, self._metrics, strict=False):
+                variable.assign(values)
+            self._metrics = []
+            self.model.train_function.logs = self._metrics_result()
+
+    def _metrics_result(self) -> dict[str, Any]:
+        try:
+            return self.model.get_metrics_result()
+        except ValueError:  # on TensorFlow, the first step makes all metrics but that of the loss
+            return {metric.name: metric.result() for metric in self.model.metrics[:1]}
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        """Writes a backup if `save_freq` is a number of steps and it is time; of the last step, when the epoch ends."""
+        if batch < self._step:  # it was done before
+            return
+        self._step = batch + 1
+        if self._should_save_on_batch(batch):
+            self._due = self._step >= (self.params.get("steps") or math.inf)
+            if not self._due:
+                self._save_model()
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Writes a backup if `save_freq` is "epoch"."""
+        self._step = 0
+        self._note_passes()
+        super().on_epoch_end(epoch, logs)
+        if self._due:
+            self._due = False
+            self._save_model()
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        """Deletes the backup, and the folder if nothing else is in it."""
+        if self.delete_checkpoint:
+            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._path.parent.rmdir()
+
+    def _note_passes(self) -> None:
+        if orders := getattr(self.model, "orders", None):
+            self._passes = orders.passes
+
+    def _save_model(self) -> None:
+        place = {"epoch": self._current_epoch, "step": self._step, "passes": np.array(self._passes, "int64")}
+        try:
+            with replacing(self._path) as new:
+                self.model.save_weights(new)
+                with h5py.File(new, "a") as file:
+                    file.create_group("place").attrs.update(place)
+                    for number, variable in enumerate(self.model.metrics_variables if self._step else ()):
+                        file["place"][f"{number:03d}"] = keras.ops.convert_to_numpy(variable)
+        except OSError as error:
+            message = f"BackupCallback could not write {self._path}, and training goes on: {error}"
+            warnings.warn(message, stacklevel=2)
+
+
+class _Skipping:
+    """A train function that only reads the batches of a run's first steps: they were trained on before."""
+
+    def __init__(self, model: keras.Model, steps: int):
+        self.model, self.steps, self.history = model, steps, model.history
+        self.train, self.done, self.logs = model.train_function, 0, {}
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self.done >= self.steps or self.history is not self.model.history:  # of another run, if this was broken off
+            self.model.train_function = self.train
+            return self.train(*arguments)
+        *state, data = arguments  # on JAX two, else one
+        for _ in range(self.model.steps_per_execution if isinstance(data, Iterator) else 0):  # else it is the batches
+            next(data, None)
+        self.done += self.model.steps_per_execution
+        return (self.logs, *state) if state else self.logs
+
+
+def _skipped(model: keras.Model) -> int:
+    """The steps at the begin of this run that were done before."""
+    train = model.train_function
+    return train.steps if isinstance(train, _Skipping) and train.history is model.history else 0
 
 
 def _check_sampler(sampler: Sampler | Solver | str | None) -> Sampler | Solver | None:

@@ -21,14 +21,14 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     one. What is no file, such as a device, is written to as it is.
 
     Args:
-        path: the file to write, with an existing link followed; the new one has the same suffixes.
+        path: the file to write, where a link leads if it is one; the new one has the same suffixes.
     """
-    path = Path(path).resolve()
+    name, path = Path(path).name, Path(path).resolve()
     if path.exists() and not (path.is_file() or path.is_dir()):
         yield path
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    new = path.with_name(f".partial-{os.getpid()}-{name}")
     try:
         yield new
         if new.is_dir():

@@ -61,6 +61,7 @@ REQUIREMENTS = {
     "pictures": {"PIL", "matplotlib"},
     "text": {"tokenizers", "keras_hub"},
     "interop": {"safetensors", "torch"},
+    "callbacks": {"h5py"},  # which Keras requires
     "data": {"PIL", "keras_cv", "sklearn", "tensorflow", "tensorflow_datasets"},
 }
 

@@ -1,8 +1,8 @@
 """The only folder that names a backend: what Keras does not offer in one form for TensorFlow, JAX and PyTorch."""
 
 from kdiff.backend.data import (
-    advance,
     checked_dataset,
+    dataset_parts,
     is_data_loader,
     is_tf_dataset,
     leave_accelerator,
@@ -44,7 +44,6 @@ from kdiff.backend.running import (
 __all__ = [
     "BACKEND",
     "HIDDEN",
-    "advance",
     "after_step",
     "attention",
     "average_pool",
@@ -52,6 +51,7 @@ __all__ = [
     "compiled",
     "concrete",
     "convolution",
+    "dataset_parts",
     "dense",
     "fused",
     "gelu_tanh",

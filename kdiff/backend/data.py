@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,8 @@ from keras import tree
 from kdiff.backend.running import BACKEND
 
 __all__ = [
-    "advance",
     "checked_dataset",
+    "dataset_parts",
     "is_data_loader",
     "is_tf_dataset",
     "leave_accelerator",
@@ -34,14 +34,11 @@ def is_tf_dataset(data: Any) -> bool:
     return tf is not None and hasattr(tf, "data") and isinstance(data, tf.data.Dataset)
 
 
-def advance(data: Any, epochs: int) -> None:
-    """Has the pipelines of `kdiff.data`, of which a `tf.data.Dataset` is made, go on to the order of a later epoch."""
-    if not is_tf_dataset(data):
-        return
-    if hasattr(data, "advance"):
-        data.advance(epochs)
-    for part in data._inputs():
-        advance(part, epochs)
+def dataset_parts(dataset: Any) -> Iterator[Any]:
+    """A `tf.data.Dataset` and those that it was made of."""
+    yield dataset
+    for part in dataset._inputs():
+        yield from dataset_parts(part)
 
 
 def is_data_loader(data: Any) -> bool:

@@ -17,28 +17,25 @@ class Order:
         count: the elements of the dataset.
         buffer: how many of them the shuffle holds.
         seed: names the orders; `None` draws one.
-        repeat: the passes in an epoch; `None` is endless.
+
+    Attributes:
+        passes: how many were begun, and so the number of the next. It may be set.
     """
 
-    def __init__(self, count: int, buffer: int, seed: int | None, repeat: int | None):
-        self.count, self.buffer, self.repeat = count, buffer, repeat
+    def __init__(self, count: int, buffer: int, seed: int | None):
+        self.count, self.buffer = count, buffer
         self.seed = np.random.SeedSequence().entropy if seed is None else seed
-        self.passes = 0  # that were begun
+        self.passes = 0
 
-    def advance(self, epochs: int) -> None:
-        """Goes on to the pass that would come after so many epochs; an endless dataset has none."""
-        self.passes += epochs * (self.repeat or 0)
-
-    def shuffled(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
-        """The dataset, shuffled and repeated."""
+    def shuffled(self, dataset: tf.data.Dataset, repeat: int | None) -> tf.data.Dataset:
+        """So many passes over the dataset; `None` is endless."""
 
         def one_pass(_):
             seed = tf.ensure_shape(tf.numpy_function(self._next, [], tf.int64), ())
             return dataset.shuffle(self.buffer, seed, reshuffle_each_iteration=False)
 
-        endless = self.repeat is None
-        passes = tf.data.Dataset.range(2**62 if endless else self.repeat).flat_map(one_pass)
-        count = tf.data.INFINITE_CARDINALITY if endless else self.repeat * self.count  # which flat_map does not know
+        passes = tf.data.Dataset.range(2**62 if repeat is None else repeat).flat_map(one_pass)
+        count = tf.data.INFINITE_CARDINALITY if repeat is None else repeat * self.count  # which flat_map does not know
         return passes.apply(tf.data.experimental.assert_cardinality(count))
 
     def _next(self) -> np.int64:

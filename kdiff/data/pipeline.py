@@ -107,13 +107,13 @@ def images(
     ready = found.in_memory and size in (None, found.shape[:2]) and text_encoder is None
     if cache and not (cache is True and ready):
         dataset = dataset.cache() if cache is True else _cached(dataset, Path(cache))
-    order = Order(count, count if cache is True else min(count, UNCACHED_SHUFFLE), seed, repeat)
-    dataset = order.shuffled(dataset) if shuffle else dataset.repeat(repeat)
+    order = Order(count, count if cache is True else min(count, UNCACHED_SHUFFLE), seed)
+    dataset = order.shuffled(dataset, repeat) if shuffle else dataset.repeat(repeat)
     if augment:
         dataset = dataset.map(_augment(augment), tf.data.AUTOTUNE if seed is None else None)
     dataset = dataset.batch(batch_size, drop_remainder).map(_scale).prefetch(tf.data.AUTOTUNE)
     dataset.class_names = found.class_names
-    dataset.advance = order.advance  # for `backend.advance`
+    dataset.order = order
     return dataset
 
 

@@ -11,8 +11,9 @@ gradient accumulation and clipping are untouched.
 
 import inspect
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import keras
@@ -33,6 +34,7 @@ from kdiff.predictions import Prediction, check_invertible
 from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.times import TimeLabel, TimeSampler
 from kdiff.weightings import Weighting
+from kdiff.writing import replacing
 
 __all__ = ["RESERVED", "DiffusionModel"]
 
@@ -273,9 +275,12 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
             **options: as of `keras.Model.fit`.
 
         Raises:
-            ValueError: if the data is empty; if an image has the wrong shape, is not finite or out of range; if a
-                condition is missing, unknown or of another batch size.
+            ValueError: if the data is empty, or a dataset endless and `steps_per_epoch` None; if an image has the wrong
+                shape, is not finite or out of range; if a condition is missing, unknown or of another batch size.
         """
+        feeding.check_end(x, "steps_per_epoch", options)
+        feeding.check_end(validation_data, "validation_steps", options)
+        self.orders = feeding.Orders(x, validation_data)
         x, check = self._checked(x, y, options.pop("sample_weight", None))
         if validation_data is not None:
             validation_data, _ = self._checked(*keras.utils.unpack_x_y_sample_weight(validation_data), check)
@@ -290,6 +295,8 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         if options.get("_use_cached_eval_dataset"):  # inside `fit`, whose validation data is checked already
             self.evaluation_step.assign(0)
             return super().evaluate(x, y, *args, **options)
+        if len(args) < 4:
+            feeding.check_end(x, "steps", options)
         x, check = self._checked(x, y, options.pop("sample_weight", None))
         self.evaluation_step.assign(0)  # only now is the model built for certain
         with check.reported():
@@ -380,6 +387,20 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
 
     # Saving
 
+    def save(self, filepath, overwrite=True, zipped=None, **options) -> None:
+        """Keras' `save`, to a file that is written beside `filepath` and then moved there.
+
+        A kill or a full disk leaves the file that stood there. Folders are made as needed.
+        """
+        with _new_file(filepath, overwrite) as new:
+            super().save(new, overwrite, zipped, **options)
+
+    def save_weights(self, filepath, overwrite=True, max_shard_size=None) -> None:
+        """Keras' `save_weights`, to a file that is moved into place as that of `save` is; several files are not."""
+        several = max_shard_size is not None
+        with nullcontext(filepath) if several else _new_file(filepath, overwrite) as new:
+            super().save_weights(new, overwrite, max_shard_size)
+
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, serialised; of a codec that is not saved, what it was."""
         config = super().get_config()
@@ -417,6 +438,12 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
     def _random_states(self) -> list:
         weights = {id(weight) for weight in self.network.weights}
         return [variable for variable in self.network.variables if id(variable) not in weights]
+
+
+def _new_file(path: Any, overwrite: bool) -> AbstractContextManager:
+    """The file to write in place of `path`: beside it; `path` itself where Keras is to ask, or it is no local file."""
+    local = isinstance(path, (str, os.PathLike)) and "://" not in str(path)
+    return replacing(path) if local and (overwrite or not os.path.exists(path)) else nullcontext(path)
 
 
 # What no condition can be named, for it is an argument of a method that takes conditions, or another input.

@@ -13,7 +13,7 @@ so that one bad batch is an error and not a ruined network.
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import GeneratorType
 from typing import Any, Self
 
@@ -35,10 +35,22 @@ from kdiff.model.condition_inputs import (
 )
 from kdiff.text import is_text
 
-__all__ = ["TOLERANCE", "BatchCheck", "Source", "data_shape", "packed", "source_of", "unpack"]
+__all__ = [
+    "ENDLESS",
+    "TOLERANCE",
+    "BatchCheck",
+    "Orders",
+    "Source",
+    "check_end",
+    "data_shape",
+    "packed",
+    "source_of",
+    "unpack",
+]
 
 # Images that went through floating-point resizing may pass 1 by a rounding error.
 TOLERANCE = 1e-3
+ENDLESS = -1  # the cardinality that tf.data gives
 
 
 def unpack(data: Any) -> tuple[dict[str, Any], Any]:
@@ -75,6 +87,32 @@ def data_shape(shapes: dict[str, tuple], codec: Codec) -> tuple:
         ValueError: if the codec does not take such an image.
     """
     return tuple(shapes["encoded"][1:]) if "encoded" in shapes else tuple(codec.data_shape(tuple(shapes["image"][1:])))
+
+
+def check_end(data: Any, argument: str, options: Mapping[str, Any]) -> None:
+    """Raises a ValueError for an endless `tf.data.Dataset`, unless the options have so many steps."""
+    if backend.is_tf_dataset(data) and int(data.cardinality()) == ENDLESS and options.get(argument) is None:
+        raise ValueError(
+            f"data: the tf.data.Dataset is endless, as after `repeat()`; say when to stop: `{argument}=...`"
+        )
+
+
+class Orders:
+    """The orders of those pipelines of `kdiff.data` that some data are, or are made of."""
+
+    def __init__(self, *data: Any):
+        parts = [part for one in data if backend.is_tf_dataset(one) for part in backend.dataset_parts(one)]
+        self.orders = [part.order for part in parts if hasattr(part, "order")]
+
+    @property
+    def passes(self) -> list[int]:
+        """How many passes over each were begun. Those of another process may be set, to go on where it was."""
+        return [order.passes for order in self.orders]
+
+    @passes.setter
+    def passes(self, passes: Sequence[int]) -> None:
+        for order, count in zip(self.orders, passes, strict=False):
+            order.passes = int(count)
 
 
 class BatchCheck:
