@@ -1,3 +1,4 @@
+import errno
 import sys
 import warnings
 from typing import Any, NamedTuple
@@ -7,9 +8,10 @@ import numpy as np
 import pytest
 
 from kdiff import pictures
-from kdiff.callbacks import SampleCallback
+from kdiff.callbacks import BackupCallback, SampleCallback
 from kdiff.sampling import Sampler
 from kdiff.solvers import DDPM
+from tests.toys import compiled_model, numpy, tiny_network
 
 pytest.importorskip("PIL", reason="the extra `plot` is not installed")
 
@@ -43,9 +45,9 @@ def model():
     return model
 
 
-def fit(model, callback, epochs=4, **options):
+def fit(model, *callbacks, epochs=4, **options):
     x = np.ones((12, 2), "float32")
-    model.fit(x, x[:, :1], batch_size=4, epochs=epochs, callbacks=[callback], verbose=0, **options)
+    return model.fit(x, x[:, :1], batch_size=4, epochs=epochs, callbacks=list(callbacks), verbose=0, **options).history
 
 
 def names(folder):
@@ -229,3 +231,102 @@ def test_a_missing_pillow_is_an_error_at_once(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match=r"kdiff\[plot\]"):
         SampleCallback(tmp_path)
+
+
+# Backup
+
+
+class Killed(keras.callbacks.Callback):
+    """Breaks a run off at a step; remembers what it was told."""
+
+    def __init__(self, step=None):
+        super().__init__()
+        self.step, self.seen = step, []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen.append((batch, float(logs["loss"])))
+        if len(self.seen) == self.step:
+            raise KeyboardInterrupt
+
+
+def killed(model, step, *callbacks, **options):
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, *callbacks, Killed(step), **options)
+
+
+@pytest.mark.data
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
+    """Weights, averages, optimizer, random numbers, the order of the data, losses and metrics: all to the last bit."""
+    images = pytest.importorskip("kdiff.data", reason="the extra `data` is not installed").images
+    x = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 1), dtype="uint8")
+    dataset, validation = images(x, batch_size=4), images(x[:8], batch_size=4)
+
+    def run(*callbacks):
+        dataset.order.passes = validation.order.passes = 0  # as in another process
+        model = compiled_model(tiny_network((4, 4, 1), dropout=0.3))
+        options = {"epochs": 3, "validation_data": validation, "verbose": 0}
+        return model, model.fit(dataset.map(lambda batch: batch), callbacks=list(callbacks), **options).history
+
+    unbroken, history = run()
+    for save_freq, step, epochs in (("epoch", 7, 2), (3, 14, 1)):  # an epoch has five steps
+        with pytest.raises(KeyboardInterrupt):
+            run(BackupCallback(tmp_path, save_freq), Killed(step))
+        last = Killed()
+        model, rest = run(BackupCallback(tmp_path, save_freq), last)
+        for name, values in rest.items():
+            # TensorFlow's CPU sums in no fixed order.
+            assert values == pytest.approx(history[name][-epochs:], rel=1e-5), name
+        assert [batch for batch, _ in last.seen] == [0, 1, 2, 3, 4] * epochs
+        for a, b in zip(unbroken.weights, model.weights, strict=True):
+            np.testing.assert_allclose(numpy(a), numpy(b), rtol=1e-5, atol=1e-6, err_msg=a.path)
+
+
+def test_steps_keep_their_numbers_when_a_run_goes_on(model, tmp_path):
+    """Of three steps in an epoch, a backup at each second, and a grid at each fifth."""
+    samples, backup = tmp_path / "samples", tmp_path / "backup"
+    killed(model, 5, BackupCallback(backup, 2), epochs=4)  # after the backup at step 4, the first of the second epoch
+    fit(model, SampleCallback(samples, 5, unit="step"), BackupCallback(backup, 2, delete_checkpoint=False), epochs=4)
+    assert int(model.optimizer.iterations) == 12
+    assert names(samples) == ["samples-step-00000005.png", "samples-step-00000010.png"]
+    assert names(backup) == ["backup.weights.h5"]
+    assert fit(model, BackupCallback(backup, 2), epochs=4) == {}  # the run was at its end
+    assert not backup.exists()
+    assert len(fit(model, BackupCallback(backup, 2), epochs=4)["loss"]) == 4  # and the next begins anew
+
+
+def test_a_backup_shares_its_folder(model, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    fit(model, BackupCallback(tmp_path), epochs=1)
+    assert names(tmp_path) == ["notes.txt"]
+
+
+def test_a_full_disk_keeps_the_last_backup_and_training_goes_on(model, tmp_path, monkeypatch):
+    killed(model, 4, BackupCallback(tmp_path))
+    good = (tmp_path / "backup.weights.h5").read_bytes()
+
+    def full(path, *_, **__):
+        path.write_bytes(b"\x89HDF")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(model, "save_weights", full)
+    with pytest.warns(UserWarning, match="could not write .*backup.weights.h5, and training goes on: .*No space"):
+        fit(model, BackupCallback(tmp_path, delete_checkpoint=False))
+    assert names(tmp_path) == ["backup.weights.h5"]
+    assert (tmp_path / "backup.weights.h5").read_bytes() == good
+
+
+@pytest.mark.once
+def test_what_is_no_backup_is_an_error(model, tmp_path):
+    (tmp_path / "backup.weights.h5").write_bytes(b"\x89HDF")
+    with pytest.raises(ValueError, match=r"backup.weights.h5: not a whole backup; to begin anew, remove it"):
+        fit(model, BackupCallback(tmp_path))
+    model.save_weights(tmp_path / "backup.weights.h5")
+    with pytest.raises(ValueError, match="not a whole backup"):
+        fit(model, BackupCallback(tmp_path))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("save_freq", [0, 2.5, "batch", True, None])
+def test_a_backup_has_a_frequency(tmp_path, save_freq):
+    with pytest.raises(ValueError, match=f'"epoch", or a whole number of steps; received: {save_freq!r}'):
+        BackupCallback(tmp_path, save_freq)

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import warnings
@@ -347,6 +348,38 @@ def test_caching_changes_nothing(colours, tmp_path, cache):
     assert any(tmp_path.rglob("cache*")) == (cache == "file")
 
 
+def test_a_cache_is_whole_or_not_there(colours, tmp_path):
+    """A kill, here an error, leaves nothing that is taken for a cache, nor a lock."""
+
+    class Broken(Exception):
+        pass
+
+    class Killed(Count):
+        def __call__(self, texts):
+            if len(texts) == len(NAMES):
+                raise Broken
+            return super().__call__(texts)
+
+    options = {"text": NAMES, "cache": tmp_path / "new" / "cache", "batch_size": 5}
+    with pytest.raises(tf.errors.OpError, match="Broken"):
+        data.images(colours, text_encoder=Killed(), **options)
+    assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "new" / "cache_0.lockfile").touch()  # what tf.data itself leaves
+    dataset = data.images(colours, text_encoder=Count(), **options)
+    next(dataset.as_numpy_iterator())  # nor need an epoch be whole
+    assert len(values(data.images(colours, text_encoder=Count(), **options))) == 10
+
+
+def test_the_number_of_the_pass_says_its_order(colours):
+    first, other = (data.images(colours, batch_size=5, seed=1, repeat=2) for _ in range(2))
+    epochs = [values(first) for _ in range(3)]
+    assert first.order.passes == 6
+    other.order.passes = 4
+    np.testing.assert_array_equal(values(other.map(lambda images: images)), epochs[2])
+    iter(other)  # Keras makes some that it does not use
+    assert other.order.passes == 6
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -584,6 +617,60 @@ def test_folders_that_hold_nothing(folder, tmp_path):
         data.images(tmp_path / "empty", labels=True)
     with pytest.raises(ValueError, match="labels"):
         data.images(folder, labels=np.arange(6))
+
+
+def test_what_is_hidden_is_no_class(folder):
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / "cat" / ".cache").mkdir()
+    for place in (".ipynb_checkpoints", "cat/.cache"):
+        (folder / place / "0.png").write_bytes((folder / "dog" / "0.png").read_bytes())
+    dataset = unshuffled(folder, labels=True)
+    assert dataset.class_names == ["cat", "dog"]
+    assert len(values(dataset)) == 6
+
+
+def test_links_are_followed(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "cat" / "1.png").rename(tmp_path / "elsewhere" / "1.png")
+    (folder / "bird").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "around").symlink_to(folder)  # and this is not the end
+    dataset = unshuffled(folder, labels=True)
+    assert dataset.class_names == ["bird", "cat", "dog"]
+    assert next(dataset.as_numpy_iterator())["label"].tolist() == [0, 1, 1, 2, 2, 2]
+    (folder / "fish").symlink_to(tmp_path / "missing")
+    with pytest.raises(ValueError, match=r"fish is a link to .*missing, which is not there"):
+        unshuffled(folder, labels=True)
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
+    iterdir = sources.Path.iterdir  # root may read all
+
+    def denied(path):
+        if path.name == "dog":
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(sources.Path, "iterdir", denied)
+    with pytest.raises(ValueError, match=r"the folder .*dog cannot be read: .*Permission denied"):
+        unshuffled(folder, labels=True)
+
+
+def test_names_need_not_be_utf_8(folder, colours):
+    try:
+        (folder / "cat").rename(folder / os.fsdecode(b"ca\xff"))
+        (folder / "dog" / "0.png").rename(folder / "dog" / os.fsdecode(b"\xe9.png"))
+    except OSError:
+        pytest.skip("the file system has no such names")
+    dataset = unshuffled(folder, labels=True)
+    assert dataset.class_names == [os.fsdecode(b"ca\xff"), "dog"]
+    assert len(values(dataset)) == 6
+
+
+def test_postscript_is_skipped(folder):
+    (folder / "cat" / "9.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
+    (folder / "cat" / "9.eps").write_bytes((folder / "cat" / "9.jpg").read_bytes())
+    with pytest.warns(UserWarning, match=r"1 of 7 files.*\n  cat.9\.jpg: cannot identify"):
+        assert len(values(unshuffled(folder))) == 6
 
 
 # TensorFlow Datasets

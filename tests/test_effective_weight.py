@@ -1,5 +1,7 @@
 """Which recipes are the same objective, and which are not."""
 
+import sys
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -262,6 +264,13 @@ def test_schedules_without_common_noise_levels():
     low, high = (schedules.Cosine(*ends) for ends in ((-15.0, -5.0), (5.0, 15.0)))
     with pytest.raises(ValueError, match="no log-SNR in common"):
         same_objective((low, "noise", None, "uniform"), (high, "noise", None, "uniform"))
+
+
+@pytest.mark.once
+def test_a_plot_without_matplotlib_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"kdiff\[plot\]"):
+        objectives.plot_objective(("cosine", "noise", None, "uniform"))
 
 
 @pytest.mark.once

@@ -1,5 +1,6 @@
 """DiffusionModel: what is trained, what is sampled, what is saved."""
 
+import errno
 import warnings
 
 import keras
@@ -542,32 +543,25 @@ def test_an_untrained_model_saves(tmp_path):
     assert twin.sample(1, steps=1).shape == (1, 8, 8, 1)
 
 
-class Fails(keras.callbacks.Callback):
-    def __init__(self, epoch):
-        super().__init__()
-        self.epoch = epoch
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["a.keras", "a.weights.h5", "folder"])
+def test_a_full_disk_leaves_the_saved_model(tmp_path, monkeypatch, name):
+    model, options = compiled_model(), {"zipped": False} if name == "folder" else {}
+    save = model.save_weights if "weights" in name else model.save
+    model.build((None, 8, 8, 1))
+    save(tmp_path / name, **options)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
-    def on_epoch_begin(self, epoch, logs=None):
-        if epoch == self.epoch:
-            raise KeyboardInterrupt
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-
-def test_a_broken_run_resumes_with_the_same_losses(tmp_path):
-    def make():
-        return compiled_model(tiny_network(dropout=0.3), metrics=["mae"])
-
-    x, options = images(48), {"epochs": 4, "validation_data": images(16, seed=1)}
-    unbroken = fit(make(), x, **options)
-    backup = str(tmp_path / "backup")
-    with pytest.raises(KeyboardInterrupt):
-        fit(make(), x, callbacks=[keras.callbacks.BackupAndRestore(backup), Fails(2)], **options)
-    resumed = make()
-    resumed.build((None, 8, 8, 1))
-    history = fit(resumed, x, callbacks=[keras.callbacks.BackupAndRestore(backup)], **options)
-    assert len(history["loss"]) == 2
-    for name, values in history.items():
-        # TensorFlow's CPU sums in no fixed order: two unbroken runs differ by as much.
-        assert values == pytest.approx(unbroken[name][2:], rel=1e-5 if BACKEND == "tensorflow" else 1e-6)
+    monkeypatch.setattr(model.network, "save_own_variables", full)  # by when half of it is written
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path / name, **options)
+    assert files == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.undo()
+    save(tmp_path / name, **options)
+    assert files.keys() == {path for path in tmp_path.rglob("*") if path.is_file()}
 
 
 # Bad input
@@ -616,6 +610,23 @@ def test_a_bad_batch_among_good_ones(form):
     with pytest.raises(ValueError, match="NaN"):
         fit(model, data, batch_size=None)
     assert all(np.isfinite(weight).all() for weight in network_weights(model))
+
+
+@pytest.mark.data
+@pytest.mark.once
+def test_an_endless_tf_dataset_needs_a_number_of_steps():
+    tf = pytest.importorskip("tensorflow")
+    model, endless = compiled_model(), tf.data.Dataset.from_tensor_slices(images(16)).batch(8).repeat()
+    for message, task in (
+        ("`steps_per_epoch=", lambda: fit(model, endless)),
+        ("`validation_steps=", lambda: fit(model, images(16), validation_data=endless)),
+        ("`steps=", lambda: model.evaluate(endless)),
+    ):
+        with pytest.raises(ValueError, match=f"endless.*{message}"):
+            task()
+    fit(model, endless, steps_per_epoch=1, validation_data=endless, validation_steps=1)
+    assert model.step.value == 1
+    assert model.evaluate(endless, None, 8, 0, None, 1) > 0
 
 
 @pytest.mark.data

@@ -1,3 +1,5 @@
+import errno
+
 import keras
 import numpy as np
 import pytest
@@ -206,3 +208,50 @@ def test_captions_need_pillow(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
     with pytest.raises(ImportError, match=r"kdiff\[plot\]"):
         pictures.grid(np.zeros((1, 8, 8, 1)), captions=["never seen before"])
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.gif", "loss.png"])
+def test_a_full_disk_leaves_the_good_picture(tmp_path, monkeypatch, name):
+    image, figure = pytest.importorskip("PIL.Image"), pytest.importorskip("matplotlib.figure")
+    write = {
+        "a.png": lambda path: pictures.save_png(path, np.zeros((1, 8, 8, 1))),
+        "a.gif": lambda path: pictures.save_gif(path, [np.zeros((1, 8, 8, 1)), np.ones((1, 8, 8, 1))]),
+        "loss.png": lambda path: pictures.loss_plot(path, {"loss": [1.0, 2.0]}),
+    }[name]
+    good = write(tmp_path / name).read_bytes()
+
+    def full(self, path, *args, **options):
+        with open(path, "wb") as file:
+            file.write(b"GIF89a")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(image.Image, "save", full)
+    monkeypatch.setattr(figure.Figure, "savefig", full)
+    with pytest.raises(OSError, match="No space"):
+        write(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == good
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+
+
+def test_postscript_is_no_picture_whatever_its_name(tmp_path):
+    pil = pytest.importorskip("PIL.Image")
+    (tmp_path / "cat.jpg").write_bytes(POSTSCRIPT)
+    with pil.open(tmp_path / "cat.jpg") as image:
+        assert image.format == "EPS"  # for which Pillow would start Ghostscript
+    with pytest.raises(OSError, match="cannot identify"):
+        pictures.read_picture(tmp_path / "cat.jpg")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_pictures_have_a_limit(tmp_path, monkeypatch):
+    pil = pytest.importorskip("PIL.Image")
+    path = pictures.save_png(tmp_path / "a.png", np.zeros((5, 4, 1), "uint8"))
+    monkeypatch.setattr(pil, "MAX_IMAGE_PIXELS", 19)
+    with pytest.raises(ValueError, match=r"it has 4 x 5 pixels, and at most 19 .* PIL.Image.MAX_IMAGE_PIXELS"):
+        pictures.read_picture(path)
+    for limit in (20, None):
+        monkeypatch.setattr(pil, "MAX_IMAGE_PIXELS", limit)
+        assert pictures.read_picture(path).shape == (5, 4, 1)

@@ -1,5 +1,7 @@
 """The laws of schedules, on every schedule, against float64 formulas."""
 
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -524,6 +526,13 @@ def test_float32_under_any_policy():
     assert keras.backend.standardize_dtype(x_t.dtype) == "float32"
     m = marginal(schedules.LinearBeta(), np.float32([0.999]))
     np.testing.assert_allclose(numpy(x_t)[0], m.alpha + m.sigma, rtol=1e-6)
+
+
+@pytest.mark.once
+def test_a_plot_without_matplotlib_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"kdiff\[plot\]"):
+        schedules.Cosine().plot()
 
 
 @pytest.mark.once
