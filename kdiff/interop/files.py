@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from kdiff.writing import replacing
+
 __all__ = [
     "FOLDER_READERS",
     "READERS",
@@ -38,8 +40,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a dictionary, with sorted keys."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with replacing(path) as new:
+        new.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_state(path: str | Path) -> State:
@@ -66,9 +68,9 @@ def read_folder(folder: Path, stem: str = "diffusion_pytorch_model") -> State:
 
 def write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:
     """Writes a state dict as diffusers does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.ascontiguousarray(array) for name, array in state.items()}
-    _safetensors().numpy.save_file(arrays, path, metadata={"format": "pt"})
+    with replacing(path) as new:
+        _safetensors().numpy.save_file(arrays, new, metadata={"format": "pt"})
 
 
 def _read_safetensors(path: Path) -> State:
