@@ -249,7 +249,8 @@ class Sampler(Value):
             denoise: x_hat = denoise(x, marginal).
             schedule: the schedule of the run.
             x: data, with shape `(samples, ...)`.
-            iterations: how often the denoiser is asked in a step; each makes the error several times smaller.
+            iterations: how often the denoiser is asked in a step; each makes the error several times smaller, if the
+                steps are short for how fast x_hat changes; if they are not, take more steps (`DDIMInversion`).
 
         Returns:
             x at the grid's first time.

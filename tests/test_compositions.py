@@ -161,6 +161,39 @@ def test_samples_are_sound(schedule, solver, grid, prediction, to_zero):
         assert np.abs(x).max() < 6.0  # the data lies within 1.5 or so
 
 
+def drawn(generator):
+    """A random composition: the arguments of a model, and of its sampler. No effort is made that they go together."""
+    families = SCHEDULES, PREDICTIONS, WEIGHTINGS, TIMES, [*GRIDS, times.All()], SOLVERS
+    schedule, prediction, weighting, sampler, grid, solver = (generator.choice(family) for family in families)
+    guided, to_zero = generator.choice([(), "clip", "dynamic_threshold"]), generator.choice([True, False])
+    run = {"solver": solver, "grid": grid, "steps": generator.choice([None, 1, 2, 7]), "guidance": guided}
+    model = {"schedule": schedule, "prediction": prediction, "weighting": weighting, "times": sampler}
+    return model, {**run, "to_zero": to_zero}
+
+
+@pytest.mark.parametrize("seed", range(6 if keras.backend.backend() == "torch" else 2))
+def test_any_composition_is_sound_or_refused(seed, tmp_path):
+    """Training and samples are finite, and the same after saving; or a ValueError names what does not go together."""
+    objects, run = drawn(python_random.Random(seed))
+    network_ = kdiff.networks.MLP(8, 1, out_channels=2 * objects["prediction"].factor)
+    names = {type(one).__name__ for one in (*objects.values(), *run.values())} | {"Sampler", "steps"}
+    refused = None
+    try:
+        model = kdiff.DiffusionModel(network_, **objects, codec="identity", sampler=Sampler(**run))
+        model.compile("adam", run_eagerly=True)
+        loss, samples = model.train_on_batch(MIXTURE.sample(16)), model.sample(2)
+    except ValueError as error:
+        refused = str(error)
+    if refused:
+        assert sum(name in refused for name in names) >= 2, refused
+        return
+    assert np.isfinite(loss)
+    assert np.isfinite(samples).all()
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras").sample(2)
+    np.testing.assert_allclose(again, samples, rtol=1e-4, atol=1e-4 * np.abs(samples).max())
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_train_sample_and_save(name, tmp_path):
     """Whole models, compiled, as examples/recipes.py has them; the loaded model draws the same samples."""

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from keras import ops
 
 from kdiff import Sampler, analytic, schedules
 from kdiff.solvers import DDIM, DDPM, EulerAncestral
@@ -31,6 +32,20 @@ def test_the_sampler_undoes_its_inversion(schedule):
     assert errors[0] == pytest.approx(few, rel=1e-5)
     assert errors[1] < errors[0] / 3
     assert errors[2] < 2e-5
+
+
+@pytest.mark.parametrize("schedule", [schedules.Cosine(), schedules.LinearBeta()], ids=repr)
+def test_iterations_do_no_harm_where_they_do_not_converge(schedule):
+    """With an estimate that changes too fast for the steps: without going back, 8 iterations are worse than one."""
+    x, sampler, errors = MIXTURE.sample(64), Sampler(DDIM(), steps=10), []
+
+    def steep(x, m):
+        return 0.9 * ops.sin(2.0 * x * (1.0 - 0.5 * m.t))
+
+    for iterations in (1, 8):
+        noise = sampler.invert(steep, schedule, x, iterations=iterations)
+        errors.append(np.sqrt(np.mean((numpy(sampler(steep, schedule, x.shape, x=noise)) - x) ** 2)))
+    assert errors[1] < 0.8 * errors[0]
 
 
 @pytest.mark.once

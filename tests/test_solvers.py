@@ -238,7 +238,7 @@ def test_a_solver_is_its_arguments(solver):
 @pytest.mark.parametrize(
     "schedule", [COSINE, RECTIFIED, schedules.VarianceExploding()] if EAGER else [LINEAR], ids=repr
 )
-@pytest.mark.parametrize("solver", here([s for s in FORWARD if s.stochastic or not EAGER]), ids=repr)
+@pytest.mark.parametrize("solver", here([s for s in FORWARD if s.stochastic]), ids=repr)
 def test_a_solver_named_alone_draws_the_data(schedule, solver):
     """On the grid that it has when none is named, in 20 steps: the deviation of the data, but for what few steps lose.
     (For the deterministic ones more is tested above.) Those for distilled networks, of order 0, blur this one's."""

@@ -189,7 +189,8 @@ class Sampling:
 
         Args:
             image: examples, with shape `(count, ...)`.
-            iterations: how often the network is asked in a step; each makes the error several times smaller.
+            iterations: how often the network is asked in a step; each makes the error several times smaller, if the
+                steps are short for how fast the network's estimate changes; if they are not, take more steps.
             batch_size: how many are inverted at once.
             **options: `sampler`, whose solver must have an inverse, as DDIM and Euler have, `guidance`, `steps`,
                 `averages` and conditions, as of `sample`.

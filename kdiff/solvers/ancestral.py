@@ -3,6 +3,7 @@
 In both r = SNR_now / SNR_then < 1, and 1 - r is written -expm1(log r), which does not cancel near t = 0.
 """
 
+import numpy as np
 from keras import ops
 
 from kdiff.base import check_choice, check_integer, check_number
@@ -92,6 +93,9 @@ class DDIMInversion(Solver):
     error by about the number of steps, at any noise. Eliminating x_hat instead, by alpha_now x_hat + sigma_now
     noise_hat = x_now, gives an iteration that stands still where alpha_then is small.
 
+    Where x_hat changes fast the iteration does not converge by itself: if for a sample the equation is missed by more
+    than before, it goes back to the best x_then, and half as far from there.
+
     Args:
         iterations: how often the network is asked in a step.
     """
@@ -103,11 +107,16 @@ class DDIMInversion(Solver):
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One step back; arguments and results as in `Solver.step`."""
-        x_then = x
+        x_then, best, way, least, share = x, x, x, np.inf, 1.0
         for _ in range(self.iterations):
             estimate = denoise(x_then, then)
             noise_hat = noise_of(x_then, estimate.x_hat, then)
-            x_then = x + (then.alpha - now.alpha) * estimate.x_hat + (then.sigma - now.sigma) * noise_hat
+            missed = x + (then.alpha - now.alpha) * estimate.x_hat + (then.sigma - now.sigma) * noise_hat - x_then
+            size = ops.sum(missed**2, axis=tuple(range(1, len(x.shape))), keepdims=True)
+            worse = size > least
+            best, way = ops.where(worse, best, x_then), ops.where(worse, way, missed)
+            least, share = ops.minimum(size, least), ops.where(worse, share / 2.0, share)
+            x_then = best + share * way
         return x_then, estimate, state
 
     def inverse(self, iterations: int = 1) -> Solver:
