@@ -15,6 +15,8 @@ as 1, 2, 3"): 64 bits in, 64 bits out, by additions, rotations and exclusive ors
 int32, whose additions wrap around in the same way on TensorFlow, JAX and PyTorch.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from keras import ops
 
@@ -79,12 +81,14 @@ def _shift_right(word, distance: int):
     return ops.bitwise_and(ops.right_shift(word, distance), (1 << (32 - distance)) - 1)
 
 
-def key_of(seed: int) -> np.ndarray:
-    """The key of a seed: its 64 bits as two int32 words, with shape `(2,)`.
+def key_of(seed: int | Sequence[int]) -> np.ndarray:
+    """The key of a seed: its 64 bits as two int32 words, with shape `(2,)`; of several seeds `(seeds, 2)`.
 
     Raises:
-        ValueError: if `seed` is not a whole number in [0, 2^64).
+        ValueError: if a seed is not a whole number in [0, 2^64).
     """
+    if isinstance(seed, (list, tuple, np.ndarray)) and np.ndim(seed):
+        return np.stack([key_of(one) for one in seed])
     check_integer("key_of", "seed", seed, minimum=0)
     if seed >= 2**64:
         raise ValueError(f"`seed` must be below 2^64; received: {seed}")
@@ -95,15 +99,15 @@ def fold(key, number, stream: int = 0):
     """Keys of streams below `key`.
 
     Args:
-        key: int32, shape `(2,)`.
+        key: int32, shape `(2,)`, or `(keys, 2)` with a single `number`.
         number: whole numbers, of any shape: which streams.
         stream: which family of streams, one of those below or a number of your own.
 
     Returns:
-        An int32 tensor of shape `(*number.shape, 2)`.
+        An int32 tensor of shape `(*number.shape, 2)`, or `(keys, 2)`.
     """
     number = ops.cast(number, "int32")
-    return ops.stack(threefry((key[0], key[1]), (number, ops.zeros_like(number) + stream)), axis=-1)
+    return ops.stack(threefry((key[..., 0], key[..., 1]), (number, ops.zeros_like(number) + stream)), axis=-1)
 
 
 class Keys:
@@ -130,7 +134,7 @@ def uniform(key, shape, first=0):
     """Uniform float32 numbers in [0, 1), multiples of 2^-24.
 
     Args:
-        key: int32, shape `(2,)`: the stream.
+        key: int32, shape `(2,)`: the stream; or `(samples, 2)`, a stream for each, of which it is sample `first`.
         shape: shape of the result, `(samples, ...)`. The number of samples may be a tensor.
         first: the number of the first sample, so that batches continue one another.
     """
@@ -155,9 +159,9 @@ def _box_muller(u0, u1):
 def _draw(key, shape, first, transform):
     """Two numbers a counter: the first of each pair fill the first half of a sample, the second the other half."""
     samples, size = shape[0], int(np.prod(shape[1:]))
-    rows = ops.arange(samples, dtype="int32")[:, None] + first
+    numbers = ops.arange(samples, dtype="int32")[:, None] if len(key.shape) == 1 else 0
     places = ops.arange((size + 1) // 2, dtype="int32")[None, :]
-    words = threefry((key[0], key[1]), (rows, places))
+    words = threefry((key[..., 0:1], key[..., 1:2]), (numbers + first, places))
     pair = transform(*(ops.cast(_shift_right(word, 8), "float32") * 2.0**-24 for word in words))
     return ops.reshape(ops.concatenate(pair, axis=-1)[:, :size], (samples, *shape[1:]))
 

@@ -96,17 +96,24 @@ class Sampler(Value):
         self.guidance = tuple(Guidance.get(one) for one in guidance)
         self.to_zero = to_zero
 
-    def times(self, schedule: NoiseSchedule, strength: float = 1.0) -> np.ndarray:
+    def times(self, schedule: NoiseSchedule, strength: float = 1.0, stop: float = 0.0) -> np.ndarray:
         """The times of a run on this schedule: float64, with shape `(steps + 1,)`.
 
         They fall; those of a grid with jumps (`times.Jumps`) also rise. With a `strength` below 1 the run begins there,
-        in place of the nearest time of the grid, and leaves out all before; with 0 it has no step.
+        in place of the nearest time of the grid, and leaves out all before; with 0 it has no step. With a `stop` above
+        0 it ends there, in place of the nearest time below the first. What ends at a time and what begins there are
+        together the whole run.
         """
         check_number("Sampler", "strength", strength, 0.0, 1.0)
+        check_number("Sampler", "stop", stop, 0.0, 1.0)
         steps = self.steps or self.grid.default_steps(schedule)
         times = self.grid(schedule, steps)[: None if self.to_zero else -1]
         if len(times) < 2:
             raise ValueError("Sampler: a run of one step that does not go to t = 0 has no step; give more `steps`")
+        if stop > 0 and stop >= min(strength, times[0]):
+            raise ValueError(f"Sampler: `stop` must be below {min(strength, times[0])}, where the run begins: {stop}")
+        if stop > times[-1]:
+            times = _until(schedule.nearest(stop), times)
         if strength < times[0]:
             times = _from(schedule.nearest(strength), times)
         if strength > 0:
@@ -143,7 +150,7 @@ class Sampler(Value):
         *,
         x: Any = None,
         times: np.ndarray | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         first: int = 0,
     ) -> Iterator[Step]:
         """Runs, and yields every step.
@@ -154,7 +161,7 @@ class Sampler(Value):
             shape: the shape of the batch, `(samples, ...)`.
             x: the noisy batch to start from, at the first time; None for sigma noise.
             times: the times, as of `times`; None for all of the grid.
-            seed: names the noise; the same on every backend.
+            seed: names the noise, the same on every backend; or one a sample, of which it is sample `first`.
             first: the number of the first sample, so that batches of one run continue one another.
         """
         denoise = Denoiser.of(denoise)
@@ -171,8 +178,9 @@ class Sampler(Value):
         advance: Callable,
         schedule: NoiseSchedule,
         given: Given,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         first: int = 0,
+        before: int = 0,
     ) -> Iterator[Step]:
         """The loop: every step of a run from `x`, the batch at the first of the `times`.
 
@@ -182,8 +190,9 @@ class Sampler(Value):
             advance: `x, x_hat, state = advance(x, now, then, key, index, first, state)`, as `Sampler.advance`.
             schedule: the schedule to sample under.
             given: what is known of the samples.
-            seed: names the noise.
+            seed: names the noise; or one a sample, of which it is sample `first`.
             first: the number of the first sample.
+            before: how many steps of the grid were left out: its steps have numbers, and noise, of their own.
         """
         times, key = times.astype("float32"), random.key_of(seed)
         x = x_hat = ops.convert_to_tensor(x, "float32")
@@ -191,11 +200,12 @@ class Sampler(Value):
         state = State(self.solver.init(x, _steps_from(times, 0)), given._replace(memory=memory))
         backwards = times[-1] > times[0]
         for index, (now, then) in enumerate(pairwise(times)):
+            number = before + index
             if then > now and not backwards:
-                x = _noisier(schedule, x, now, then, key, index, first)
+                x = _noisier(schedule, x, now, then, key, number, first)
                 state = state._replace(solver=self.solver.init(x, _steps_from(times, index + 1)))
             else:
-                x, x_hat, state = advance(x, now, then, key, np.int32(index), np.int32(first), state)
+                x, x_hat, state = advance(x, now, then, key, np.int32(number), np.int32(first), state)
             yield Step(index + 1, len(times) - 1, float(then), x, x_hat)
 
     def advance(self, answer: Callable, nulls, schedule: NoiseSchedule, x, now, then, key, index, first, state: State):
@@ -264,8 +274,8 @@ class Sampler(Value):
         return x
 
 
-def initial_noise(shape: tuple[int, ...], seed: int = 0, first: int = 0):
-    """The noise that a run begins with: standard normal, the same on every backend."""
+def initial_noise(shape: tuple[int, ...], seed: int | Sequence[int] = 0, first: int = 0):
+    """The noise that a run begins with: standard normal, the same on every backend. `seed` may be one a sample."""
     return random.normal(random.fold(random.key_of(seed), 0, random.INITIAL), shape, first)
 
 
@@ -274,6 +284,11 @@ def _from(start: float, times: np.ndarray) -> np.ndarray:
     if start == 0:
         return times[-1:]
     return np.append(start, times[1 + np.argmin(np.abs(times[:-1] - start)) :])
+
+
+def _until(stop: float, times: np.ndarray) -> np.ndarray:
+    """The times before the one nearest to `stop`, which takes its place."""
+    return np.append(times[: max(1, np.argmin(np.abs(times[:-1] - stop)))], stop)
 
 
 def _steps_from(times: np.ndarray, index: int) -> int:

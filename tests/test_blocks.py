@@ -364,7 +364,7 @@ def test_cost_of_a_bad_argument_is_a_clear_error():
         (lambda: blocks.Downsample("mean"), "'average', 'max'.*received: 'mean'"),
         (lambda: blocks.Upsample("cubic"), "'nearest', 'bilinear', 'transposed'.*received: 'cubic'"),
         (lambda: blocks.Downsample()(np.ones((1, 3, 4, 2), "float32")), "must be even"),
-        (lambda: blocks.ConvBlock()(np.ones((1, 3, 2), "float32")), "batch, height, width, channels"),
+        (lambda: blocks.ConvBlock()(np.ones((1, 3), "float32")), "batch, height, width, channels"),
         (lambda: blocks.SelfAttention()(np.ones((1, 3), "float32")), "map.*or tokens"),
         (lambda: blocks.MultiHeadAttention(3)(np.ones((1, 2, 8), "float32")), "`heads` must divide the 8 channels"),
         (lambda: blocks.MultiHeadAttention()(np.ones((1, 8), "float32")), "batch, tokens, channels"),

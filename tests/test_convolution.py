@@ -218,7 +218,7 @@ def test_errors():
         (lambda: blocks.MPDense(0), "MPDense: `width`"),
         (lambda: blocks.MPFourierEmbedding(0), "`width`.*received: 0"),
         (lambda: blocks.MagnitudePreservingBlock(balance=2), r"`balance`.*\[0, 1\]; received: 2"),
-        (lambda: blocks.MPConv()(x[0]), "batch, height, width, channels"),
+        (lambda: blocks.MPConv()(x[0, 0]), "batch, height, width, channels"),
     ]
     for function, message in cases:
         with pytest.raises(ValueError, match=message):

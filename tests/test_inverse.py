@@ -256,7 +256,7 @@ def test_noise_between_noises():
 @pytest.mark.parametrize(
     ("one", "message"),
     [
-        (lambda: Inpaint(MEAN, np.full((4, 4), 0.5)), "binary"),
+        (lambda: Inpaint(MEAN, np.full((4, 4), 1.5)), r"in \[0, 1\]"),
         (lambda: Inpaint(MEAN, np.ones((5, 4))), r"mask.*\(4, 4\).*\(5, 4\)"),
         (lambda: Inpaint(np.zeros((8, 8, 1)), LEFT), r"image.*\(4, 4, 1\)"),
         (lambda: Inpaint(np.full(SHAPE, np.nan), LEFT), "NaN"),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from kdiff import closed_edges
 from kdiff.backend.running import BACKEND
 
 __all__ = [
@@ -81,26 +82,31 @@ def _dense_of_torch(x, kernel, bias):
 
 
 def convolution(
-    x: Any, kernel: Any, bias: Any, strides: tuple[int, int], padding: str, dilation: tuple[int, int]
+    x: Any, kernel: Any, bias: Any, strides: tuple[int, ...], padding: str, dilation: tuple[int, ...]
 ) -> Any:
-    """The convolution of maps (batch, height, width, channels) with a kernel (height, width, channels, width).
+    """The convolution of maps (batch, *sizes, channels) with a kernel (*sizes, channels, width), of one to three axes.
 
     `padding` is "same" or "valid", and the bias may be None. On PyTorch the map is looked at as one of channels first;
     Keras copies it twice.
     """
+    if padding == "same" and closed_edges.is_on():
+        zeros = _zeros_around(x.shape[1:-1], kernel.shape[:-2], strides, padding, dilation)
+        x, padding = closed_edges.padded(x, *zeros), "valid"
     if BACKEND != "torch":
         options = {"strides": strides, "padding": padding, "data_format": "channels_last", "dilation_rate": dilation}
         y = ops.conv(x, kernel, **options)
         return y if bias is None else ops.add(y, bias)
     import torch
 
-    x, kernel = x.permute(0, 3, 1, 2), ops.convert_to_tensor(kernel).permute(3, 2, 0, 1)
+    functional, axes = torch.nn.functional, range(x.ndim - 2)
+    convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(axes) - 1]
+    x, kernel = torch.movedim(x, -1, 1), ops.convert_to_tensor(kernel).permute(len(axes) + 1, len(axes), *axes)
     before, after = _zeros_around(x.shape[2:], kernel.shape[2:], strides, padding, dilation)
     if before != after:
-        x = torch.nn.functional.pad(x, (before[1], after[1], before[0], after[0]))
-        before = (0, 0)
-    y = torch.nn.functional.conv2d(x, kernel, _tensor(bias), strides, before, dilation, x.shape[1] // kernel.shape[1])
-    return y.permute(0, 2, 3, 1)
+        x = functional.pad(x, [zeros for axis in reversed(axes) for zeros in (before[axis], after[axis])])
+        before = 0
+    y = convolve(x, kernel, _tensor(bias), strides, before, dilation, x.shape[1] // kernel.shape[1])
+    return torch.movedim(y, 1, -1)
 
 
 def _tensor(variable: Any, dtype: Any = None) -> Any:
@@ -109,10 +115,11 @@ def _tensor(variable: Any, dtype: Any = None) -> Any:
 
 
 def _zeros_around(sizes, kernel, strides, padding, dilation) -> tuple[tuple, tuple]:
-    """How many zeros a convolution adds before and after the map, along height and width."""
+    """How many zeros a convolution adds before and after the map, along each axis."""
     if padding == "valid":
-        return (0, 0), (0, 0)
-    # Of size n and stride s there are ceil(n / s) windows.
+        return (0,) * len(sizes), (0,) * len(sizes)
+    # Of size n and stride s there are ceil(n / s) windows. A size that is not known is a multiple of the stride.
+    sizes = [stride if size is None else size for size, stride in zip(sizes, strides, strict=True)]
     windows = [-(-size // stride) for size, stride in zip(sizes, strides, strict=True)]
     extents = [(length - 1) * step + 1 for length, step in zip(kernel, dilation, strict=True)]
     parts = zip(windows, strides, extents, sizes, strict=True)
@@ -343,29 +350,42 @@ def _divisor(number: int, most: int) -> int:
 
 
 def upsample_nearest(x: Any) -> Any:
-    """Each pixel of maps (batch, height, width, channels) as a 2x2 square."""
-    batch, height, width, channels = ops.shape(x)
-    if BACKEND == "jax":
-        x = ops.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
-        return ops.reshape(x, (batch, 2 * height, 2 * width, channels))
-    return ops.image.resize(x, (2 * height, 2 * width), "nearest", data_format="channels_last")
+    """Each pixel of maps (batch, height, width, channels) as a 2x2 square; also with one or three axes."""
+    batch, *sizes, channels = ops.shape(x)
+    twice = [2 * size for size in sizes]
+    if BACKEND == "jax" or len(sizes) != 2:
+        between = (slice(None), *[part for _ in sizes for part in (slice(None), None)])
+        x = ops.broadcast_to(x[between], (batch, *[part for size in sizes for part in (size, 2)], channels))
+        return ops.reshape(x, (batch, *twice, channels))
+    return ops.image.resize(x, twice, "nearest", data_format="channels_last")
 
 
 def upsample_bilinear(x: Any) -> Any:
-    """Maps (batch, height, width, channels) at twice the size, by bilinear interpolation between pixel centres."""
-    height, width = ops.shape(x)[1:3]
-    y = ops.image.resize(x, (2 * height, 2 * width), "bilinear", data_format="channels_last")
-    return ops.cast(y, x.dtype)
+    """Maps (batch, height, width, channels) at twice the size, by bilinear interpolation between pixel centres; also
+    with one or three axes.
+    """
+    if len(x.shape) == 4:
+        height, width = ops.shape(x)[1:3]
+        y = ops.image.resize(x, (2 * height, 2 * width), "bilinear", data_format="channels_last")
+        return ops.cast(y, x.dtype)
+    for axis in range(1, len(x.shape) - 1):
+        size = ops.shape(x)[axis]
+        before, after = ops.maximum(ops.arange(size) - 1, 0), ops.minimum(ops.arange(size) + 1, size - 1)
+        pair = [0.75 * x + 0.25 * ops.take(x, beside, axis=axis) for beside in (before, after)]
+        shape = ops.shape(x)
+        x = ops.reshape(ops.stack(pair, axis=axis + 1), (*shape[:axis], 2 * size, *shape[axis + 1 :]))
+    return x
 
 
 def average_pool(x: Any) -> Any:
-    """The average of each 2x2 square of maps (batch, height, width, channels) of even size."""
+    """The average of each 2x2 square of maps (batch, height, width, channels) of even size; also with other axes."""
     if BACKEND == "jax":
-        batch, height, width, channels = x.shape
-        return ops.mean(ops.reshape(x, (batch, height // 2, 2, width // 2, 2, channels)), axis=(2, 4))
+        batch, *sizes, channels = x.shape
+        split = [part for size in sizes for part in (size // 2, 2)]
+        return ops.mean(ops.reshape(x, (batch, *split, channels)), axis=tuple(range(2, 2 * len(sizes) + 1, 2)))
     return ops.average_pool(x, 2, 2, "valid", "channels_last")
 
 
 def max_pool(x: Any) -> Any:
-    """The maximum of each 2x2 square of maps (batch, height, width, channels) of even size."""
+    """The maximum of each 2x2 square of maps (batch, height, width, channels) of even size; also with other axes."""
     return ops.max_pool(x, 2, 2, "valid", "channels_last")

@@ -178,7 +178,7 @@ def check_heads(layer: Block, heads: Any, head_width: Any) -> None:
 
 def check_positions(layer: Block, shape: Any) -> None:
     """Raises a ValueError unless `shape` is that of a map or of tokens."""
-    if len(shape) not in (3, 4):
+    if len(shape) not in (3, 4, 5):
         raise ValueError(
             f"{type(layer).__name__}: `x` must be a map (batch, height, width, channels) or tokens "
             f"(batch, tokens, channels); received the shape: {tuple(shape)}"

@@ -4,7 +4,8 @@ A block is a Keras layer that is called as
 
     y = block(x, embed=None, context=None, training=None)
 
-    x         a map (batch, height, width, channels) or tokens (batch, tokens, channels)
+    x         a map (batch, height, width, channels) or tokens (batch, tokens, channels); a series (batch, length,
+              channels) or a volume (batch, depth, height, width, channels) is a map too
     embed     one vector an example, (batch, dim): what the network knows of time and class
     context   a sequence an example, (batch, tokens, dim): what it knows of a text, say; with a mask, `Tokens`
 
@@ -231,11 +232,11 @@ def check_embed(block: Block, embed: Any) -> None:
 
 
 def check_map(owner: keras.layers.Layer, shape: Shape) -> None:
-    """Raises a ValueError unless `shape` is that of a map with a known number of channels."""
-    if len(shape) != 4 or shape[-1] is None:
+    """Raises a ValueError unless `shape` is that of a map of one to three axes with a known number of channels."""
+    if len(shape) not in (3, 4, 5) or shape[-1] is None:
         raise ValueError(
-            f"{type(owner).__name__}: `x` must have the shape (batch, height, width, channels) with known channels; "
-            f"received: {tuple(shape)}"
+            f"{type(owner).__name__}: `x` must have the shape (batch, height, width, channels), or other sizes, one to "
+            f"three, in place of height and width, with known channels; received: {tuple(shape)}"
         )
 
 

@@ -148,11 +148,13 @@ class MPConv(_MPKernel):
     def build(self, x_shape):
         """Makes the kernel, (kernel_size, kernel_size, channels, width)."""
         check_map(self, x_shape)
-        self._add_kernel(self.kernel_size, self.kernel_size, x_shape[-1], self.width or x_shape[-1])
+        sizes = [self.kernel_size] * (len(x_shape) - 2)
+        self._add_kernel(*sizes, x_shape[-1], self.width or x_shape[-1])
 
     def call(self, x, embed=None, context=None, training=None):
         """(batch, height, width, channels) to the same with `self.width` channels."""
-        return backend.convolution(x, self._weights(), None, (1, 1), "same", (1, 1))
+        ones = (1,) * (len(x.shape) - 2)
+        return backend.convolution(x, self._weights(), None, ones, "same", ones)
 
 
 class MPFourierEmbedding(Block):

@@ -14,7 +14,8 @@ class Patchify(Block):
 
     Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021), equation 1, without positions. A patch is read row by
     row, the channels of a pixel together, so the kernel of the equal convolution, (size, size, channels, width), is `W`
-    reshaped. A sequence (batch, length, channels) has patches of `size` elements.
+    reshaped. A sequence (batch, length, channels) has patches of `size` elements, a volume (batch, depth, height,
+    width, channels) of size x size x size.
 
     Args:
         size: of a patch, which must divide height and width.
@@ -85,7 +86,7 @@ class Unpatchify(Block):
 
 
 def _apart(x, size):
-    """(batch, height, width, channels) to (batch, height / size, width / size, size size channels); also in 1-D."""
+    """(batch, height, width, channels) to (batch, height / size, width / size, size size channels); of any rank."""
     batch, *sizes = ops.shape(x)[:-1]
     patches = [length // size for length in sizes]
     split = [part for count in patches for part in (count, size)]
@@ -112,7 +113,7 @@ def _dense(block, width, zero=False):
 
 
 def _check_rank(block, shape):
-    if len(shape) not in (3, 4) or shape[-1] is None:
+    if len(shape) not in (3, 4, 5) or shape[-1] is None:
         raise ValueError(
             f"{type(block).__name__}: `x` must be a map (batch, height, width, channels) or tokens "
             f"(batch, tokens, channels), with known channels; received the shape: {tuple(shape)}"

@@ -3,7 +3,7 @@
     y = pattern(q, k, v, mask=None)
 
 of q, k, v and y with the shape (batch, height, width, heads, head_width), a map, or (batch, tokens, heads, head_width),
-where q and k come from the same positions. With `A` the positions that position i sees,
+or with the sizes of any other map in their place, where q and k come from the same positions. With `A` the positions that position i sees,
 
     y_i = sum over j in A(i) of softmax_j(q_i k_j / sqrt(head_width)) v_j
 
@@ -11,6 +11,8 @@ or fewer of them: those j for which `mask`, (batch, keys), is True; where none i
 other weights. A pattern of your own is `__call__`, and `check` and `keys` where they differ.
 """
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,7 +85,7 @@ class _Axis(NamedTuple):
 
 
 class _Local(Pattern):
-    """A pattern on maps that is a product of two axes: a rectangle of queries sees some of one rectangle of keys.
+    """A pattern on maps that is a product of axes: a rectangle of queries sees some of one rectangle of keys.
 
     A tile is one dense attention with a mask, so nothing is gathered for each query alone.
     """
@@ -97,32 +99,29 @@ class _Local(Pattern):
         self.check(sizes)
         if None in sizes:
             raise ValueError(f"{type(self).__name__}: height and width must be known; received: {tuple(sizes)}")
-        rows, columns = map(self._axis, sizes)
-        k, v = (_tiled(x, rows.keys, columns.keys) for x in (k, v))
-        seen = _mask(rows, columns, ops.shape(q)[0])
+        axes = [self._axis(size) for size in sizes]
+        queries, keys = [axis.queries for axis in axes], [axis.keys for axis in axes]
+        k, v = _tiled(k, keys), _tiled(v, keys)
+        seen = _mask(axes, ops.shape(q)[0])
         if mask is not None:
-            there = _tiled(ops.reshape(mask, (-1, *sizes, 1, 1)), rows.keys, columns.keys)[:, None, :, 0, 0]
+            there = _tiled(ops.reshape(mask, (-1, *sizes, 1, 1)), keys)[:, None, :, 0, 0]
             seen = there if seen is None else there & seen
-        y = backend.attention(_tiled(q, rows.queries, columns.queries), k, v, seen)
+        y = backend.attention(_tiled(q, queries), k, v, seen)
         if mask is not None:
             y = ops.where(ops.any(seen, axis=-1)[..., None, None], y, 0)
-        return _untiled(y, rows.queries, columns.queries)
+        return _untiled(y, queries)
 
     def check(self, sizes):
-        """Raises a ValueError unless these are a height and a width that `size` suits."""
-        if len(sizes) != 2:
-            raise ValueError(
-                f"{type(self).__name__}: only a map (batch, height, width, channels) has neighbours in two directions; "
-                f"received positions of the shape: {tuple(sizes)}"
-            )
+        """Raises a ValueError unless these are sizes that `size` suits."""
 
     def keys(self, sizes, head_width):
-        """The square of `size`."""
-        return self.size**2
+        """`size`, to the power of the number of axes."""
+        return self.size ** len(sizes)
 
 
 class Window(_Local):
-    """Attention within windows of size x size, whose grid is moved down and right by `shift`, cyclically.
+    """Attention within windows of size x size, whose grid is moved down and right by `shift`, cyclically. Of tokens
+    they are `size` in a row, of volumes size x size x size.
 
     Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows" (2021), section 3.2: blocks
     with shifts 0 and size / 2 take turns. A window that the move wraps around the border is masked into the parts that
@@ -143,7 +142,6 @@ class Window(_Local):
 
     def check(self, sizes):
         """Raises a ValueError unless `size` divides height and width."""
-        super().check(sizes)
         if any(length is not None and length % self.size for length in sizes):
             raise ValueError(f"Window: `size`, {self.size}, must divide height and width; received: {tuple(sizes)}")
 
@@ -154,7 +152,8 @@ class Window(_Local):
 
 
 class Neighborhood(_Local):
-    """Each position attends to the size x size positions around it; near a border the square is moved inside.
+    """Each position attends to the size x size positions around it; near a border the square is moved inside. Of tokens
+    they are `size` in a row, of volumes size x size x size.
 
     Hassani et al., "Neighborhood Attention Transformer" (2023), section 3.1.
 
@@ -170,7 +169,6 @@ class Neighborhood(_Local):
 
     def check(self, sizes):
         """Raises a ValueError unless `size` is at most the height and the width."""
-        super().check(sizes)
         if any(length is not None and length < self.size for length in sizes):
             raise ValueError(
                 f"Neighborhood: `size`, {self.size}, must be at most the height and width; received: {tuple(sizes)}"
@@ -200,20 +198,30 @@ def _in_line(mask):
     return ops.reshape(mask, (ops.shape(mask)[0], -1))
 
 
-def _tiled(x, rows, columns):
-    """(batch, height, width, heads, head_width) to (batch tiles, positions in a tile, heads, head_width)."""
-    x = _take(_take(x, rows.ravel(), 1), columns.ravel(), 2)
-    (m, p), (n, q), heads = rows.shape, columns.shape, x.shape[-2:]
-    x = ops.transpose(ops.reshape(x, (-1, m, p, n, q, *heads)), (0, 1, 3, 2, 4, 5, 6))
-    return ops.reshape(x, (-1, p * q, *heads))
+def _tiled(x, indices):
+    """(batch, *sizes, heads, head_width) to (batch tiles, positions in a tile, heads, head_width).
+
+    `indices` are, for each axis, those of the positions of each tile, (tiles, length).
+    """
+    for axis, one in enumerate(indices, 1):
+        x = _take(x, one.ravel(), axis)
+    heads, split = x.shape[-2:], [length for one in indices for length in one.shape]
+    n = len(indices)
+    order = (0, *range(1, 2 * n, 2), *range(2, 2 * n + 1, 2), 2 * n + 1, 2 * n + 2)
+    x = ops.transpose(ops.reshape(x, (-1, *split, *heads)), order)
+    return ops.reshape(x, (-1, math.prod(split[1::2]), *heads))
 
 
-def _untiled(y, rows, columns):
+def _untiled(y, indices):
     """The inverse of `_tiled`, for indices in which each position occurs."""
-    (m, p), (n, q), heads = rows.shape, columns.shape, y.shape[-2:]
-    y = ops.transpose(ops.reshape(y, (-1, m, n, p, q, *heads)), (0, 1, 3, 2, 4, 5, 6))
-    places = (np.unique(axis.ravel(), return_index=True)[1] for axis in (rows, columns))
-    return _take(_take(ops.reshape(y, (-1, m * p, n * q, *heads)), next(places), 1), next(places), 2)
+    heads, tiles, lengths = y.shape[-2:], [len(one) for one in indices], [one.shape[1] for one in indices]
+    n = len(indices)
+    order = (0, *(axis for i in range(1, n + 1) for axis in (i, n + i)), 2 * n + 1, 2 * n + 2)
+    y = ops.transpose(ops.reshape(y, (-1, *tiles, *lengths, *heads)), order)
+    y = ops.reshape(y, (-1, *[one.size for one in indices], *heads))
+    for axis, one in enumerate(indices, 1):
+        y = _take(y, np.unique(one.ravel(), return_index=True)[1], axis)
+    return y
 
 
 def _take(x, indices, axis):
@@ -223,11 +231,11 @@ def _take(x, indices, axis):
     return ops.take(x, indices.astype("int32"), axis=axis)
 
 
-def _mask(rows, columns, batch):
+def _mask(axes, batch):
     """Who sees whom, (batch tiles, queries, keys); None where all see all."""
-    seen = rows.seen[:, None, :, None, :, None] & columns.seen[None, :, None, :, None, :]
+    seen = functools.reduce(np.kron, [axis.seen for axis in axes])  # a product of truth values, row after row
     if seen.all():
         return None
-    tiles, queries, keys = (a * b for a, b in zip(rows.seen.shape, columns.seen.shape, strict=True))
-    seen = ops.convert_to_tensor(seen.reshape(1, tiles, queries, keys))
+    tiles, queries, keys = seen.shape
+    seen = ops.convert_to_tensor(seen[None])
     return ops.reshape(ops.broadcast_to(seen, (batch, tiles, queries, keys)), (-1, queries, keys))

@@ -19,6 +19,7 @@ class SinCos2D(Block):
     order of He et al., "Masked Autoencoders Are Scalable Vision Learners" (2022), and of Peebles & Xie, "Scalable
     Diffusion Models with Transformers" (2022), in which columns come first. With a `base_size` the map spans
     0 ... base_size in either direction, whatever its size: `u = column * base_size / width / interpolation_scale`.
+    On a series, or a volume, there is a part for each axis, and the last axis comes first too.
 
     Args:
         max_period: the period, over 2 pi, of the slowest wave.
@@ -26,7 +27,7 @@ class SinCos2D(Block):
         interpolation_scale: divides the positions.
 
     Raises:
-        ValueError: if the channels are not a multiple of 4.
+        ValueError: if the channels are not a multiple of 4; of 2 on a series, of 6 on a volume.
     """
 
     def __init__(
@@ -48,15 +49,19 @@ class SinCos2D(Block):
     def build(self, x_shape):
         """Checks the channels."""
         check_map(self, x_shape)
-        if x_shape[-1] % 4:
-            raise ValueError(f"SinCos2D: the channels of `x` must be a multiple of 4; received: {x_shape[-1]}")
+        parts = 2 * (len(x_shape) - 2)
+        if x_shape[-1] % parts:
+            raise ValueError(f"SinCos2D: the channels of `x` must be a multiple of {parts}; received: {x_shape[-1]}")
 
     def call(self, x, embed=None, context=None, training=None):
         """(batch, height, width, channels) to the same."""
-        _, height, width, channels = ops.shape(x)
-        columns = ops.pad(self._waves(width, channels // 2), [[0, 0], [0, channels // 2]])
-        rows = ops.pad(self._waves(height, channels // 2), [[0, 0], [channels // 2, 0]])
-        return x + ops.cast(columns[None] + rows[:, None], x.dtype)
+        _, *sizes, channels = ops.shape(x)
+        axes, own, waves = len(sizes), channels // len(sizes), 0.0
+        for axis, size in enumerate(sizes):
+            others = [own * (axes - 1 - axis), own * axis]  # before it come the axes that follow
+            one = ops.pad(self._waves(size, own), [[0, 0], others])
+            waves = waves + ops.reshape(one, (size, *[1] * (axes - 1 - axis), channels))
+        return x + ops.cast(waves, x.dtype)
 
     def _waves(self, length, channels):
         """[sin, cos] of the positions along one axis, (length, channels)."""

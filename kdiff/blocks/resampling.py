@@ -1,11 +1,11 @@
-"""Half and twice the size of a map, (batch, height, width, channels)."""
+"""Half and twice the size of a map, (batch, height, width, channels), or with one or three axes in their place."""
 
 from collections.abc import Sequence
 
 import keras
 from keras import ops
 
-from kdiff import backend
+from kdiff import backend, closed_edges
 from kdiff.base import check_choice, check_integer
 from kdiff.blocks.base import Block, check_map, kernel_initializer
 from kdiff.blocks.layers import Conv2D
@@ -85,7 +85,7 @@ class Upsample(Block):
         """Builds the convolution, if there is one."""
         check_map(self, x_shape)
         if self.mode == "transposed":
-            self.last = _convolution(self, x_shape, 4, keras.layers.Conv2DTranspose, strides=2)
+            self.last = _convolution(self, x_shape, 4, _TRANSPOSED[len(x_shape)], strides=2)
         elif self.convolution:
             self.last = _convolution(self, x_shape, 3)
         else:
@@ -93,7 +93,9 @@ class Upsample(Block):
 
     def call(self, x, embed=None, context=None, training=None):
         """(batch, height, width, channels) to (batch, 2 height, 2 width, self.width)."""
-        x = INTERPOLATIONS[self.mode](x) if self.mode in INTERPOLATIONS else x
+        if self.mode == "transposed":
+            return closed_edges.around(self.last, x, 1, 2)
+        x = closed_edges.around(INTERPOLATIONS[self.mode], x, 1 if self.mode == "bilinear" else 0, 2)
         return x if self.last is None else self.last(x)
 
     def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
@@ -101,14 +103,19 @@ class Upsample(Block):
         return _twice(x_shape, self.width)
 
 
+# By the rank of what they take.
+_TRANSPOSED = {3: keras.layers.Conv1DTranspose, 4: keras.layers.Conv2DTranspose, 5: keras.layers.Conv3DTranspose}
+
+
 def upsample_aligned(x):
-    """Maps (batch, height, width, channels) at twice the size, bilinear, the corner pixels unchanged.
+    """Maps (batch, *sizes, channels) at twice the size, bilinear, the corner pixels unchanged.
 
     Pixel i of 2n is read at `i (n - 1) / (2n - 1)`, where pixel j of n has the weight `max(0, 1 - distance)`.
     """
-    rows, columns = (_hats(size) for size in ops.shape(x)[1:3])
-    y = ops.einsum("ai,nijc->najc", rows, ops.cast(x, "float32"))
-    return ops.cast(ops.einsum("bj,najc->nabc", columns, y), x.dtype)
+    y = ops.cast(x, "float32")
+    for axis in range(1, len(x.shape) - 1):
+        y = ops.moveaxis(ops.tensordot(_hats(ops.shape(x)[axis]), y, [[1], [axis]]), 0, axis)
+    return ops.cast(y, x.dtype)
 
 
 def _hats(size):
@@ -139,8 +146,10 @@ class _FIR(Block):
     def _filtered(self, x, before, after, strides=1, gain=1.0):
         taps = [gain * tap / sum(self.taps) for tap in self.taps[::-1]]
         x = _padded(x, before, after)
-        x = sum(taps[k] * x[:, k : k + 1 - len(taps) or None : strides] for k in range(len(taps)))
-        return sum(taps[k] * x[:, :, k : k + 1 - len(taps) or None : strides] for k in range(len(taps)))
+        for axis in range(1, len(x.shape) - 1):
+            parts = (slice(k, k + 1 - len(taps) or None, strides) for k in range(len(taps)))
+            x = sum(tap * x[(*[slice(None)] * axis, part)] for tap, part in zip(taps, parts, strict=True))
+        return x
 
 
 class FIRDownsample(_FIR):
@@ -204,9 +213,10 @@ class FIRUpsample(_FIR):
 
     def call(self, x, embed=None, context=None, training=None):
         """(batch, height, width, channels) to (batch, 2 height, 2 width, channels)."""
-        batch, height, width, channels = ops.shape(x)
-        y = ops.pad(x[:, :, None, :, None], [[0, 0], [0, 0], [0, 1], [0, 0], [0, 1], [0, 0]])
-        y = ops.reshape(y, (batch, 2 * height, 2 * width, channels))
+        batch, *sizes, channels = ops.shape(x)
+        between = (slice(None), *[part for _ in sizes for part in (slice(None), None)])
+        y = ops.pad(x[between], [[0, 0], *[[0, 0], [0, 1]] * len(sizes), [0, 0]])
+        y = ops.reshape(y, (batch, *[2 * size for size in sizes], channels))
         extra = len(self.taps) - 2
         return self._filtered(y, (extra + 1) // 2 + 1, extra // 2, gain=2.0)
 
@@ -216,23 +226,24 @@ class FIRUpsample(_FIR):
 
 
 def _half(shape, channels=None):
-    batch, height, width, own = shape
-    return (batch, height and height // 2, width and width // 2, channels or own)
+    batch, *sizes, own = shape
+    return (batch, *[size and size // 2 for size in sizes], channels or own)
 
 
 def _twice(shape, channels=None):
-    batch, height, width, own = shape
-    return (batch, height and 2 * height, width and 2 * width, channels or own)
+    batch, *sizes, own = shape
+    return (batch, *[size and 2 * size for size in sizes], channels or own)
 
 
 def _check_even(block, shape):
-    if any(size is not None and size % 2 for size in shape[1:3]):
+    if any(size is not None and size % 2 for size in shape[1:-1]):
         raise ValueError(f"{type(block).__name__}: height and width must be even; received the shape: {tuple(shape)}")
 
 
 def _padded(x, before, after):
-    """Zeros around the map."""
-    return ops.pad(x, [[0, 0], [before, after], [before, after], [0, 0]])
+    """Zeros around the map, unless it is closed."""
+    axes = len(x.shape) - 2
+    return closed_edges.padded(x, [before] * axes, [after] * axes)
 
 
 def _widens(block, x_shape):

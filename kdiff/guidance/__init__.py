@@ -3,7 +3,7 @@
 from kdiff.guidance.base import Clip, DynamicThreshold, Guidance, Here
 from kdiff.guidance.classifier_free import AdaptiveProjected, CFGPlusPlus, CFGZeroStar, ClassifierFree
 from kdiff.guidance.inverse import DPS, Inpaint, PiGDM
-from kdiff.guidance.models import Autoguidance, ClassifierGuidance, PerturbedAttention
+from kdiff.guidance.models import Autoguidance, ClassifierGuidance, PerturbedAttention, Seamless
 
 __all__ = [
     "DPS",
@@ -20,4 +20,5 @@ __all__ = [
     "Inpaint",
     "PerturbedAttention",
     "PiGDM",
+    "Seamless",
 ]

@@ -23,37 +23,49 @@ __all__ = ["DPS", "Inpaint", "PiGDM"]
 
 
 class Inpaint(Guidance):
-    """New pixels where `mask` is 1, those of `image` where it is 0:
+    """New pixels where `mask` is 1, those of `image` where it is 0, and between the two those of `image`, changed by so
+    much:
 
-        x_hat <- mask x_hat + (1 - mask) image.
+        x_hat <- x_hat where t <= mask (anywhere if mask = 1, nowhere if 0), else image.
 
-    So what is known follows q(x_then | x_now, image) with any solver. The network sees a border between what it drew
+    So what is known follows q(x_then | x_now, image) with any solver. The value of a mask is a strength, as of
+    `DiffusionModel.sample`: a pixel follows the image until the time `mask` and the network from there, so that the
+    mask may be soft (Levin & Fried 2023, "Differential Diffusion", arXiv:2306.00950, section 3). The network sees a border between what it drew
     and what it was given; going back and forth over it heals the border (RePaint, Lugmayr et al. 2022,
     arXiv:2201.09865, algorithm 1), by a grid with jumps:
 
         Sampler("ddpm", times.Jumps("trailing", length=10, repeats=10), steps=250, guidance=Inpaint(image, mask))
 
     Args:
-        image: one for all samples, or one a sample; as the model takes it, uint8 or in [-1, 1].
-        mask: binary, (height, width), with or without a last axis of 1 or of the channels; for all, or one a sample.
+        image: one for all samples, or one a sample; as the model takes it, uint8 or in [-1, 1]. Any other data too.
+        mask: in [0, 1], (height, width), with or without a last axis of 1 or of the channels; for all, or one a sample.
+            None: 1 where `image` is NaN, 0 elsewhere.
 
     Raises:
-        ValueError: if the mask is not binary; in a run, if the image or the mask has another size.
+        ValueError: if the mask is not in [0, 1], or the image is NaN where the mask is below 1; in a run, if the image
+            or the mask has another size.
     """
 
     arrays = ("image", "mask")
 
-    def __init__(self, image: Any, mask: Any):
-        self.image, self.mask = np.asarray(image), np.asarray(mask)
-        if not np.isin(self.mask, (0, 1)).all():
+    def __init__(self, image: Any, mask: Any = None):
+        self.image = np.asarray(image)
+        missing = np.isnan(self.image) if self.image.dtype.kind == "f" else np.zeros(self.image.shape, bool)
+        self.mask = missing if mask is None else np.asarray(mask)
+        if not ((self.mask >= 0) & (self.mask <= 1)).all():
             raise ValueError(
-                "Inpaint: `mask` must be binary: 1, or True, where the image is to be painted, and 0 where it is kept; "
-                f"received values from {self.mask.min()} to {self.mask.max()}"
+                "Inpaint: `mask` must be in [0, 1]: 1, or True, where the image is to be painted, 0 where it is kept, "
+                f"and between them where it is changed; received values from {self.mask.min()} to {self.mask.max()}"
             )
+        self._missing = missing
 
     def rows(self, run: Run):
         """Image and mask of each sample."""
-        return {"image": run.examples(self, "image", self.image), "mask": self._mask_rows(run)}
+        image = np.where(self._missing, 0, self.image).astype(self.image.dtype)
+        rows = {"image": run.examples(self, "image", image), "mask": self._mask_rows(run)}
+        if self._missing.any() and (run.rows(self, "image", self._missing, run.shape[1:]) > rows["mask"]).any():
+            raise ValueError("Inpaint: `image` must be a number where `mask` is below 1; it is NaN at some such place")
+        return rows
 
     def _mask_rows(self, run: Run):
         count, *size, channels = run.shape
@@ -67,8 +79,9 @@ class Inpaint(Guidance):
         )
 
     def guide(self, denoise: Denoiser, x, m: Marginal, here: Here) -> Estimate:
-        estimate = denoise(x, m)
-        return estimate.guided(ops.where(here.rows["mask"] > 0, estimate.x_hat, here.rows["image"]))
+        estimate, mask = denoise(x, m), here.rows["mask"]
+        painted = (mask >= 1.0) | ((mask > 0.0) & (m.like(x).t <= mask))
+        return estimate.guided(ops.where(painted, estimate.x_hat, here.rows["image"]))
 
 
 class _Measured(Guidance):

@@ -1,6 +1,6 @@
 """Guidance by another network: a weaker one, a classifier, or the same one with its attention spoilt."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,14 +8,15 @@ import keras
 import numpy as np
 from keras import ops
 
-from kdiff import backend, identity_attention
+from kdiff import backend, closed_edges, identity_attention
+from kdiff.base import check_integer
 from kdiff.conversion import transfer
 from kdiff.denoisers import Denoiser, Estimate
 from kdiff.guidance.base import Guidance, Here, Run, check_scale, over
 from kdiff.schedules import Marginal
 from kdiff.times import TimeLabel
 
-__all__ = ["Autoguidance", "ClassifierGuidance", "PerturbedAttention"]
+__all__ = ["Autoguidance", "ClassifierGuidance", "PerturbedAttention", "Seamless"]
 
 
 class Autoguidance(Guidance):
@@ -136,6 +137,33 @@ class ClassifierGuidance(Guidance):
 
         value, pull, _ = backend.pullback(log_probability, x)
         return pull(ops.ones_like(value))
+
+
+class Seamless(Guidance):
+    """Samples without a seam: what leaves a map at one edge comes back at the opposite one, so that copies side by side
+    make a texture, or a panorama goes all the way round.
+
+    In every question that this guidance passes on, the convolutions of kdiff's networks are padded by the opposite edge
+    in place of zeros, whatever they were trained with. Given last, it holds for all guidance before it. Attention sees
+    the whole map as it is, and positions that are added to it have an edge.
+
+    Args:
+        axes: which axes of an example close, 0 the height, 1 the width; None for all.
+
+    Raises:
+        ValueError: when it runs, if the network has no convolution of kdiff's.
+    """
+
+    def __init__(self, axes: Sequence[int] | None = None):
+        if axes is not None:
+            for axis in axes:
+                check_integer("Seamless", "axes", axis, 0)
+        self.axes = None if axes is None else tuple(axes)
+
+    def guide(self, denoise: Denoiser, x, m: Marginal, here: Here) -> Estimate:
+        with closed_edges.switched_on(self.axes):
+            estimate = denoise(x, m)
+        return estimate.guided(estimate.x_hat)
 
 
 class PerturbedAttention(Guidance):

@@ -106,7 +106,8 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
             )
         self.ema = ema
         self.seed = seed
-        self.shapes: dict[str, tuple] | None = None
+        self.shapes: dict[str, tuple] | None = None  # of what the network takes, encoded data included
+        self.example: tuple | None = None  # the shape of an example that is not encoded, if it is known
         self._compiled_steps: dict[Any, Any] = {}
         self._check_names(condition_names(network) or ())
         check_invertible(self.prediction, self.schedule)
@@ -151,6 +152,8 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         self.codec.freeze()
         data = (None, *feeding.data_shape(shapes, self.codec))
         self.shapes = {"image": data, **{n: shape for n, shape in shapes.items() if n not in ("image", "encoded")}}
+        plain = data[1:] if type(self.codec).data_shape is Codec.data_shape else None
+        self.example = shapes["image"][1:] if "image" in shapes else plain
         self._build_network()
         self.step = self._counter("step")
         self.evaluation_step = self._counter("evaluation_step")
@@ -181,7 +184,8 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         if self.shapes is None:
             return None
         shapes = dict(self.shapes)
-        return {"shapes": {"encoded": shapes.pop("image"), **shapes}}
+        example = {} if self.example is None else {"image": (None, *self.example)}
+        return {"shapes": {"encoded": shapes.pop("image"), **example, **shapes}}
 
     def build_from_config(self, config: dict[str, Any]) -> None:
         """Builds a loaded model."""

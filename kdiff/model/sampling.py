@@ -6,7 +6,7 @@ Each is a `_Run`: what is asked for, checked, with one row a sample. All of them
     x at the first time    ->    Sampler.steps_from    ->    model.step    ->    solver, guidance, network
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,9 +17,9 @@ from keras import ops, tree
 from kdiff import backend
 from kdiff.base import check_integer, check_number
 from kdiff.denoisers import Given
-from kdiff.guidance import ClassifierFree
+from kdiff.guidance import ClassifierFree, Inpaint
 from kdiff.guidance.base import Run
-from kdiff.model.condition_inputs import condition_nulls, condition_rows
+from kdiff.model.condition_inputs import condition_nulls, condition_rows, fits, words
 from kdiff.sampling import Sampler, Step, initial_noise
 from kdiff.schedules import NoiseSchedule
 from kdiff.solvers import Solver
@@ -37,9 +37,10 @@ class _Run(NamedTuple):
         shape: of all samples, `(samples, ...)`.
         data: encoded examples that are a part of x at the first time; None for none.
         x: a noisy batch to begin from; None for `data` and noise.
+        before: how many steps of the grid were left out before the first.
         given: the conditions, and the arrays of each guidance.
         advance: a compiled step.
-        seed: names the noise.
+        seed: names the noise; or one a sample.
     """
 
     sampler: Sampler
@@ -48,22 +49,26 @@ class _Run(NamedTuple):
     shape: tuple[int, ...]
     data: np.ndarray | None
     x: np.ndarray | None
+    before: int
     given: Given
     advance: Callable
-    seed: int
+    seed: int | np.ndarray
 
     def steps(self, rows: np.ndarray | None = None) -> Iterator[Step]:
         """The steps of some of the samples, consecutive ones; None for all."""
         rows = np.arange(self.shape[0]) if rows is None else rows
-        begin, first = self.schedule.at(self.times[0]), int(rows[0])
+        begin, first, seed = self.schedule.at(self.times[0]), int(rows[0]), self.seed
+        if np.ndim(seed):
+            first, seed = 0, seed[rows]
         if self.x is not None:
             x = self.x[rows]
         else:
-            x = begin.sigma * initial_noise((len(rows), *self.shape[1:]), self.seed, first)
+            x = begin.sigma * initial_noise((len(rows), *self.shape[1:]), seed, first)
             x = x if self.data is None else x + begin.alpha * ops.convert_to_tensor(self.data[rows])
         given = tree.map_structure(lambda value: ops.convert_to_tensor(value[rows]), self.given)
         yield Step(0, len(self.times) - 1, float(self.times[0]), x, x)
-        yield from self.sampler.steps_from(x, self.times, self.advance, self.schedule, given, self.seed, first)
+        following = (self.times, self.advance, self.schedule, given, seed, first, self.before)
+        yield from self.sampler.steps_from(x, *following)
 
     def ends(self, decode: Callable, batch_size: int, verbose: bool = False) -> np.ndarray:
         """The last x of each sample, decoded, in batches."""
@@ -99,16 +104,24 @@ class Sampling:
         guidance: Any = None,
         steps: int | None = None,
         schedule: NoiseSchedule | str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        size: Sequence[int] | None = None,
         image: Any = None,
-        strength: float = 1.0,
+        strength: Any = 1.0,
         x: Any = None,
-        seed: int = 0,
+        noise: Any = None,
+        start: float = 1.0,
+        stop: float = 0.0,
+        known: Any = None,
+        mask: Any = None,
+        seed: int | Sequence[int] = 0,
         batch_size: int = 64,
         averages: bool = True,
         verbose: bool = False,
         **conditions,
     ) -> np.ndarray:
-        """New examples; or, from an `image` or a noisy `x`, other ones.
+        """New examples; or, from an `image` or a noisy `x`, other ones; or the rest of what is `known`.
 
         Args:
             num_samples: how many.
@@ -118,12 +131,26 @@ class Sampling:
             steps: the number of steps; None: the sampler's own.
             schedule: a schedule, or its name, to sample under; None: the one of training. The network is asked at
                 the same log-SNR, so that any continuous schedule will do within the noise levels that it has seen.
+            height, width: of the images, for a model that is built for images of any size. What is given of `image`,
+                `x`, `noise` or `known` has its size.
+            size: the same for examples with other axes, such as `(length,)` of series: all but the channels.
             image: examples to begin from, one a sample or one for all: noise is added to them up to the time
                 `strength`, and the run begins there (SDEdit, Meng et al. 2021, arXiv:2108.01073).
-            strength: in [0, 1]: 0 returns the image, 1 keeps next to nothing of it.
-            x: a noisy batch to begin from, at the run's first time, such as `invert` returns; one a sample or one for
-                all.
-            seed: names the noise. Sample n of a seed is the same in any batch size, and on every backend.
+            strength: in [0, 1]: 0 returns the image, 1 keeps next to nothing of it. An array, as the mask of
+                `guidance.Inpaint`, is a strength a pixel.
+            x: a noisy batch to begin from, at the run's first time, such as `invert` or a run with a `stop` returns;
+                one a sample or one for all.
+            noise: in place of what the run would draw to begin with: standard normal, of the shape of the data; one a
+                sample or one for all. What a stochastic solver draws on its way is of `seed`.
+            start: the time at which `x` is, in (0, 1].
+            stop: the time at which the run ends, in [0, 1). Above 0 the noisy data is returned as it is, not decoded,
+                for another model to go on from: `refiner.sample(8, x=base.sample(8, stop=0.2), start=0.2)`. With the
+                same grid the two make the steps of one run; what a multistep solver remembers is not handed on.
+            known: examples of which a part is known: that part is kept, and the rest drawn to suit it, by
+                `guidance.Inpaint(known, mask)`, to which a grid with jumps (`times.Jumps`) adds accuracy.
+            mask: 1 where it is to be drawn and 0 where it is known; None where `known` is NaN.
+            seed: names the noise. Sample n of a seed is the same in any batch size, and on every backend. Or a list,
+                one a sample, each of which is then the first sample of its own seed.
             batch_size: how many are made at once.
             averages: use the averaged weights.
             verbose: show a progress bar.
@@ -131,16 +158,18 @@ class Sampling:
                 None is no condition, where training has left it out at times.
 
         Returns:
-            A float32 array of shape `(num_samples, ...)`; of images, in [-1, 1].
+            A float32 array of shape `(num_samples, ...)`; of images, in [-1, 1], unless the run has a `stop`.
 
         Raises:
             ValueError: if the model is not built, a number is out of range, or a condition is missing, unknown or of
                 another batch size.
         """
         options = {"sampler": sampler, "guidance": guidance, "steps": steps, "schedule": schedule}
-        start = {"image": image, "strength": strength, "x": x}
-        run = self._run(num_samples, **options, **start, seed=seed, averages=averages, **conditions)
-        return run.ends(self._decode, batch_size, verbose)
+        options |= {"height": height, "width": width, "size": size}
+        begin = {"image": image, "strength": strength, "x": x, "noise": noise, "start": start, "stop": stop}
+        options |= {**begin, "known": known, "mask": mask, "seed": seed, "averages": averages}
+        run = self._run(num_samples, **options, **conditions)
+        return run.ends(ops.convert_to_numpy if stop else self._decode, batch_size, verbose)
 
     def sample_steps(self, num_samples: int, **options) -> Iterator[Step]:
         """The same as `sample`, in one batch, step by step: yields a `Step` whose x and x_hat are decoded arrays.
@@ -189,9 +218,17 @@ class Sampling:
         guidance=None,
         steps=None,
         schedule=None,
+        height=None,
+        width=None,
+        size=None,
         image=None,
         strength=1.0,
         x=None,
+        noise=None,
+        start=1.0,
+        stop=0.0,
+        known=None,
+        mask=None,
         seed=0,
         averages=True,
         iterations=None,
@@ -199,22 +236,53 @@ class Sampling:
     ) -> _Run:
         """What `sample` is asked for, checked, with one row a sample; with `iterations`, by the sampler's inverse."""
         check_integer("sample", "num_samples", num_samples)
-        check_number("sample", "strength", strength, 0.0, 1.0)
+        seed = self._seeds(seed, num_samples)
+        check_number("sample", "start", start, 1e-6, 1.0)
         if image is not None and x is not None:
             raise ValueError("sample: begin from an `image`, or from a noisy `x`, not from both")
-        if image is None and strength != 1.0:
+        if image is None and not (np.ndim(strength) == 0 and strength == 1.0):
             raise ValueError("sample: a `strength` needs an `image` to begin from")
+        if x is None and start != 1.0:
+            raise ValueError(
+                "sample: a `start` needs a noisy `x`, which is at that time; of an `image`, say `strength`"
+            )
+        if x is not None and noise is not None:
+            raise ValueError("sample: `noise` is added to an `image`, or to nothing; `x` has its noise")
+        if mask is not None and known is None:
+            raise ValueError("sample: a `mask` needs what is `known`")
         sampler = self._sampler(sampler, steps, guidance)
+        if known is not None:
+            sampler = sampler.replaced(guidance=(*sampler.guidance, Inpaint(known, mask)))
+        if np.ndim(strength):
+            sampler = sampler.replaced(guidance=(*sampler.guidance, Inpaint(image, strength)))
+            strength = float(np.max(strength))
+        check_number("sample", "strength", strength, 0.0, 1.0)
         schedule = self.schedule if schedule is None else NoiseSchedule.get(schedule)
         conditions = self._rows_of(conditions, num_samples)
-        shape = (num_samples, *self._sample_shape())
+        size = size if height is None and width is None else (height, width)
+        given = {"size": size, "x": x, "noise": noise, "image": image, "known": known}
+        shape = (num_samples, *self._sample_shape({name: one for name, one in given.items() if one is not None}))
         told = Run(shape, self._encode, lambda few: self._rows_of(few, num_samples, some=True), self.codec.data_shape)
         data = None if image is None else told.examples(self, "image", image)
         x = None if x is None else told.rows(self, "x", x, shape[1:])
-        given, times = Given(conditions, sampler.rows(told)), sampler.times(schedule, strength)
+        given, times = Given(conditions, sampler.rows(told)), sampler.times(schedule, min(start, strength), stop)
+        before = len(sampler.times(schedule, stop=stop)) - len(times)
+        if noise is not None:
+            begin = schedule.at(times[0])
+            x = float(begin.sigma) * told.rows(self, "noise", noise, shape[1:])
+            x = x if data is None else x + float(begin.alpha) * data
         sampler = sampler if iterations is None else sampler.inverse(iterations)
         step = self._step(sampler, schedule, averages)
-        return _Run(sampler, schedule, times, shape, data, x, given, step, seed)
+        return _Run(sampler, schedule, times, shape, data, x, before, given, step, seed)
+
+    @staticmethod
+    def _seeds(seed, num_samples: int):
+        """The seed, or an array of one a sample."""
+        if not isinstance(seed, (list, tuple, range, np.ndarray)):
+            return seed
+        if np.shape(seed) != (num_samples,):
+            raise ValueError(f"sample: `seed` must be one number, or {num_samples}, one a sample; received: {seed!r}")
+        return np.array([int(one) if isinstance(one, np.integer) else one for one in seed], object)
 
     def _sampler(self, sampler: Sampler | Solver | str | None, steps: int | None, guidance: Any) -> Sampler:
         sampler = self.sampler if sampler is None else as_sampler(sampler)
@@ -254,11 +322,52 @@ class Sampling:
         parts = [ops.cast(function(x[i : i + size]), "float32") for i in range(0, len(x), size)]
         return parts[0] if len(parts) == 1 else ops.concatenate(parts)
 
-    def _sample_shape(self) -> tuple[int, ...]:
+    def _sample_shape(self, given: dict[str, Any]) -> tuple[int, ...]:
+        """The shape of one encoded sample; what it may be any, what is given decides."""
         shape = self.shapes["image"][1:]
+        if None in shape or "size" in given:
+            for name, value in given.items():
+                shape = self._sized(name, value, shape)
         if None in shape:
-            raise ValueError(f"sample: the model was built for images of any size, {shape}; build it for one size")
+            raise ValueError(
+                f"sample: the model was built for data of any size, ({words(shape)}): give `height` and `width`, or "
+                "`size`, or begin from something that has a size"
+            )
         return shape
+
+    def _sized(self, name: str, value: Any, shape: tuple) -> tuple:
+        """The shape, of which sizes are not known yet, of one sample that has the size of what is given."""
+        if name == "size":
+            known = [self._size_of_data(value)]
+        elif name in ("x", "noise"):
+            known = [np.shape(value)[-len(shape) :]]
+        else:  # examples, one or several
+            known = [self._data_shape(np.shape(value)[first:]) for first in (0, 1)]
+        fitting = [one for one in known if one is not None and fits(one, shape)]
+        if not fitting:
+            raise ValueError(
+                f"sample: of this model, for data of the shape ({words(shape)}), `{name}` cannot be "
+                f"{value if name == 'size' else f'of the shape {np.shape(value)}'}"
+            )
+        return fitting[0]
+
+    def _data_shape(self, shape: tuple) -> tuple | None:
+        """That of encoded data; None if there are no such examples."""
+        try:
+            return tuple(self.codec.data_shape(tuple(shape)))
+        except ValueError:
+            return None
+
+    def _size_of_data(self, size: Sequence[int]) -> tuple | None:
+        """The shape of encoded data for examples of this size."""
+        for one in size if isinstance(size, (list, tuple)) else [size]:
+            check_integer("sample", "size", one)
+        if self.example is None:
+            raise ValueError(
+                f"sample: the model was built for encoded data, and its codec, {self.codec!r}, changes the size: in "
+                "place of `size` give a `noise` of the shape of encoded data"
+            )
+        return self._data_shape((*size, self.example[-1]))
 
     def _rows_of(self, conditions: dict[str, Any], num_samples: int, some: bool = False) -> dict[str, np.ndarray]:
         if not self.built:

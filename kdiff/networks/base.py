@@ -3,7 +3,8 @@
     network({"image": (batch, height, width, channels), "time": (batch,), **conditions})
         -> (batch, height, width, out_channels), float32
 
-A network of your own writes `_build_body` and `_body`; it need not derive from `Network`: any Keras model with this
+The image may as well be a series (batch, length, channels) or a volume (batch, depth, height, width, channels): the
+rank of all layers is that of what they are built for. A network of your own writes `_build_body` and `_body`; it need not derive from `Network`: any Keras model with this
 contract will do.
 """
 
@@ -19,7 +20,10 @@ from kdiff.blocks.attention import CrossAttention
 from kdiff.blocks.base import Chain, ConfigurableLayer, Tokens, apply_layer, build_layer, copy_layer, derive_seed
 from kdiff.blocks.conditions import Encoded, Input, given_to, inputs_of
 
-__all__ = ["Network", "check_size", "joined"]
+__all__ = ["AXES", "Network", "check_size", "joined"]
+
+# What the sizes of a batch of each rank are called.
+AXES = {2: (), 3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}
 
 
 class Network(ConfigurableLayer, keras.Model):
@@ -39,7 +43,7 @@ class Network(ConfigurableLayer, keras.Model):
             `conditions` keep theirs.
     """
 
-    ranks = (4,)  # that the image may have
+    ranks: tuple[int, ...] = (3, 4, 5)  # that the image may have
 
     def __init__(
         self,
@@ -72,8 +76,7 @@ class Network(ConfigurableLayer, keras.Model):
     def _check_image(self, shape):
         """Raises a ValueError for an image of another rank or size than the network takes."""
         if len(shape) not in self.ranks or shape[-1] is None:
-            axes = {2: "channels", 3: "length, channels", 4: "height, width, channels"}
-            known = " or ".join(f"(batch, {axes[rank]})" for rank in reversed(self.ranks))
+            known = " or ".join(f"(batch, {', '.join((*AXES[rank], 'channels'))})" for rank in self.ranks)
             raise ValueError(f"{self.name}: the image must have the shape {known}; received: {shape}")
 
     def _chain(self, layers, name: str) -> Chain:
@@ -233,8 +236,7 @@ def joined(encoded: list[Encoded]) -> Any:
 
 def check_size(owner: keras.Model, shape: tuple, factor: int, reason: str) -> None:
     """Raises a ValueError unless `factor` divides every known size, (batch, *sizes, channels)."""
-    names = ("height", "width") if len(shape) == 4 else ("length",)
-    for name, size in zip(names, shape[1:-1], strict=True):
+    for name, size in zip(AXES[len(shape)], shape[1:-1], strict=True):
         if size is not None and (size == 0 or size % factor):
             below, above = size // factor * factor, (size // factor + 1) * factor
             fit = f"{below} or {above}" if below else f"{above}"

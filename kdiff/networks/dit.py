@@ -25,7 +25,8 @@ class DiT(Network):
 
     Peebles & Xie, "Scalable Diffusion Models with Transformers" (2022), section 3.2: `depth` adaLN-Zero blocks, of
     which each is the identity at first. The patches keep their places on a map, so a block may look near itself only
-    (`TransformerBlock(pattern=Window(8))`). A sequence (batch, length, channels) is patched along its length.
+    (`TransformerBlock(pattern=Window(8))`). A series (batch, length, channels) is patched along its length, a volume
+    (batch, depth, height, width, channels) along all of its axes.
 
     Args:
         width: the channels of a token.
@@ -49,8 +50,6 @@ class DiT(Network):
         ValueError: if `patch` does not divide the image's sizes; if a condition is missing, unknown or of another
             batch size.
     """
-
-    ranks = (3, 4)
 
     def __init__(
         self,

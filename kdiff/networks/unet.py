@@ -81,8 +81,10 @@ class UNet(Network):
     outputs of the first convolution, of every block and of every downsampling on the way down are each concatenated to
     the input of one block on the way up. The last convolution is zero at first.
 
-    Height and width may be any multiple of `2 ** (len(levels) - 1)`, and may change from call to call. `time` is what
-    the embedding takes: a SinusoidalEmbedding wants it to span some hundreds, as 0 ... 999.
+    Height and width may be any multiple of `2 ** (len(levels) - 1)`, and may change from call to call. So may the
+    length of a series (batch, length, channels) and the sizes of a volume (batch, depth, height, width, channels), which
+    the network takes as well: its rank is that of what it is built for. `time` is what the embedding takes: a
+    SinusoidalEmbedding wants it to span some hundreds, as 0 ... 999.
 
     Args:
         levels: the `Level`s, from the finest to the coarsest.
@@ -103,7 +105,7 @@ class UNet(Network):
             `conditions` keep theirs.
 
     Raises:
-        ValueError: if the image does not have rank 4, or a size that the levels divide; if a condition is missing,
+        ValueError: if the image has no rank from 3 to 5, or a size that the levels do not divide; if a condition is missing,
             unknown or of another batch size.
     """
 
