@@ -38,6 +38,10 @@ class SampleCallback(keras.callbacks.Callback):
         seed: names the noise.
         conditions: what the samples are conditioned on: a dict of arrays or strings with `num_samples` rows, or of one
             value for all of them; `None` is no condition.
+        size: of the samples of a model that is built for any size, as of `sample`.
+        draw: what makes pictures of samples that are none, such as series: a function of the array that `sample`
+            returns to pictures, `(count, height, width, channels)`, uint8 or in [-1, 1], or to one of all of them,
+            `(height, width, channels)`, such as a plot's `np.asarray(figure.canvas.buffer_rgba())`.
         columns: images in a row; `None` makes the grid about square.
         captions: the text under each image. `None` shows the conditions that are strings or whole numbers, joined by
             commas, if there are any, and `True` demands that there are; `False` shows none; or as many strings.
@@ -63,6 +67,8 @@ class SampleCallback(keras.callbacks.Callback):
         steps: int | None = None,
         seed: int = 0,
         conditions: Mapping[str, Any] | None = None,
+        size: Sequence[int] | None = None,
+        draw: Callable[[np.ndarray], np.ndarray] | None = None,
         columns: int | None = None,
         captions: bool | Sequence[str] | None = None,
         class_names: Sequence[str] | None = None,
@@ -86,6 +92,7 @@ class SampleCallback(keras.callbacks.Callback):
         self.steps = steps
         self.seed = seed
         self.conditions = _check_conditions(conditions, num_samples)
+        self.size, self.draw = size, draw
         self.columns = columns
         self.class_names = _check_names(class_names)
         self.captions = _check_captions(captions, self.conditions, self.class_names, num_samples)
@@ -138,15 +145,16 @@ class SampleCallback(keras.callbacks.Callback):
     def _draw(self, number: int) -> None:
         samples = self.model.sample(self.num_samples, **self._options())
         path = self.folder / f"samples-{self.unit}-{number:0{DIGITS[self.unit]}d}.png"
-        pictures.save_png(path, samples, self.columns, self.captions)
+        pictures.save_png(path, *self._pictures(samples))
         self._last = path
         if self._writer is not None:
             _log_image(self._writer, path, number)
 
     def _write_trajectory(self) -> None:
         steps = self.model.sample_steps(self.num_samples, **self._options())
-        frames = (pictures.to_uint8(step.x) for step in steps)
-        pictures.save_gif(self.folder / "trajectory.gif", frames, self.columns, captions=self.captions)
+        drawn = [self._pictures(step.x) for step in steps]
+        frames = [pictures.to_uint8(frame) for frame, _, _ in drawn]
+        pictures.save_gif(self.folder / "trajectory.gif", frames, drawn[0][1], captions=drawn[0][2])
 
     def _write_training(self) -> None:
         if self._last is None:
@@ -157,8 +165,17 @@ class SampleCallback(keras.callbacks.Callback):
         alike = [picture for picture in written if picture.shape == written[-1].shape]  # not an earlier run's
         pictures.save_gif(self.folder / "training.gif", alike, fps=4)
 
+    def _pictures(self, samples: np.ndarray) -> tuple[np.ndarray, int | None, list[str] | None]:
+        """(pictures, columns, captions): of one picture of all samples there are no captions."""
+        if self.draw is None:
+            return samples, self.columns, self.captions
+        drawn = np.asarray(self.draw(samples))
+        each = drawn.ndim == 4 and len(drawn) == len(samples)
+        return drawn, self.columns if each else None, self.captions if each else None
+
     def _options(self) -> dict[str, Any]:
         sampler = {} if self.sampler is None else {"sampler": self.sampler}
+        sampler |= {} if self.size is None else {"size": self.size}
         return {**sampler, "steps": self.steps, "seed": self.seed, **self.conditions}
 
 

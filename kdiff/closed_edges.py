@@ -54,7 +54,7 @@ def padded(x: Any, before: Sequence[int], after: Sequence[int]) -> Any:
 
 
 def around(layer: Callable, x: Any, margin: int, scale: int = 1) -> Any:
-    """`layer(x)`, which makes of each position `scale` and sees at most `margin` further, on a map that may be closed."""
+    """`layer(x)`, which makes of each position `scale` of them and sees `margin` further, on a closed map too."""
     if not is_on():
         return layer(x)
     margins = [margin if _is_closed(axis) else 0 for axis in range(len(x.shape) - 2)]

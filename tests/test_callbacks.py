@@ -229,3 +229,18 @@ def test_a_missing_pillow_is_an_error_at_once(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match=r"kdiff\[plot\]"):
         SampleCallback(tmp_path)
+
+
+@pytest.mark.parametrize("one", [False, True], ids=["each", "all"])
+def test_samples_that_are_no_pictures_are_drawn(model, tmp_path, one):
+    def draw(samples):
+        assert samples.shape == (3, 4, 4, 1)
+        return np.full((6, 9, 3), 40, "uint8") if one else np.full((3, 6, 9, 3), 40, "uint8")
+
+    options = {"num_samples": 3, "columns": 3, "conditions": {"label": [1, 2, 3]}, "size": (4, 4)}
+    fit(model, SampleCallback(tmp_path, every=4, draw=draw, trajectory_gif=True, **options))
+    assert names(tmp_path) == ["samples-epoch-0004.png", "trajectory.gif"]
+    picture = pictures.read_picture(tmp_path / "samples-epoch-0004.png")
+    drawn = draw(model.sample(3))
+    np.testing.assert_array_equal(picture, drawn if one else pictures.grid(drawn, 3, captions=["1", "2", "3"]))
+    assert model.calls[0][-1]["size"] == (4, 4)

@@ -410,3 +410,56 @@ def test_copies_have_the_weights():
         assert twin != codec
     assert Autoencoder() == Autoencoder()  # without weights, by their arguments
     assert Autoencoder() != Autoencoder(saved=False)
+
+
+# Vectors, tables and series
+
+
+def test_standard():
+    table = np.random.default_rng(0).normal([5.0, -300.0, 2.0], [0.1, 40.0, 0.0], (500, 3)).astype("float32")
+    table[0, 0] = np.nan
+    codec = codecs.Standard.fitted(table)
+    x = numpy(codec(ops.convert_to_tensor(table[1:])))
+    np.testing.assert_allclose(x.mean(0), 0, atol=1e-2)
+    np.testing.assert_allclose(x.std(0), [1, 1, 0], atol=1e-2)
+    np.testing.assert_allclose(numpy(codec.decode(ops.convert_to_tensor(x))), table[1:], rtol=1e-4)
+    assert codecs.Standard.from_config(codec.get_config()) == codec
+    with pytest.raises(ValueError, match="`std` above 0"):
+        codecs.Standard(0.0, [1.0, 0.0])
+
+
+class Cubed:
+    """A transformer with scikit-learn's methods, not linear, which gives a column more."""
+
+    def transform(self, rows):
+        assert np.ndim(rows) == 2
+        return np.concatenate([np.cbrt(rows), rows[:, :1]], axis=1).astype("float64")
+
+    def inverse_transform(self, rows):
+        return rows[:, :-1] ** 3
+
+
+@pytest.mark.parametrize("shape", [(2,), (4, 2)])
+def test_transformed(shape, tmp_path):
+    """In compiled training too; after loading it is given again."""
+    codec = codecs.Transformed(Cubed())
+    x = np.random.default_rng(0).normal(0, 9, (6, *shape)).astype("float32")
+    encoded = numpy(codec(ops.convert_to_tensor(x)))
+    assert encoded.shape == (6, *codec.data_shape(shape)) == (6, *shape[:-1], 3)
+    np.testing.assert_allclose(encoded[..., :2], np.cbrt(x), rtol=1e-5)
+    np.testing.assert_allclose(numpy(codec.decode(ops.convert_to_tensor(encoded))), x, rtol=1e-3)
+    network = kdiff.networks.MLP(8, 1) if len(shape) == 1 else kdiff.networks.DiT(8, 1, 2)
+    model = kdiff.DiffusionModel(network, codec=codec, ema=None)
+    model.compile("adam")
+    model.fit(x, epochs=1, verbose=0)
+    options = {"num_samples": 3, "steps": 2}
+    before = model.sample(**options)
+    assert before.shape == (3, *shape)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    with pytest.raises(ValueError, match="saved without its codec"):
+        loaded.sample(**options)
+    loaded.codec = codec
+    np.testing.assert_allclose(loaded.sample(**options), before, rtol=1e-4, atol=1e-4)
+    with pytest.raises(TypeError, match="with an inverse"):
+        codecs.Transformed(3)

@@ -225,6 +225,55 @@ def test_errors():
             function()
 
 
+# --- other ranks
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Downsample("average"),
+        FIRDownsample(),
+        FIRUpsample(),
+        *[Upsample(mode, convolution=False) for mode in ("nearest", "bilinear", "aligned")],
+        blocks.SinCos2D(),
+    ],
+    ids=repr,
+)
+def test_each_axis_alone(layer):
+    """What treats the axes of a map one after the other does to a series, and to a volume, what it does to a map."""
+    x = np.random.default_rng(0).normal(size=(2, 4, 6, 12)).astype("float32")
+
+    def called(x):
+        copied = blocks.base.copy_layer(layer)
+        copied.build(x.shape)
+        return ops.convert_to_numpy(copied(ops.convert_to_tensor(x)))
+
+    if isinstance(layer, blocks.SinCos2D):
+        waves = called(0 * x[:, :, 0, :6])[0]  # along an axis: its half of the channels of a map
+        np.testing.assert_allclose(called(0 * x)[0, :, 0, 6:], waves, atol=1e-6)
+        volume = called(np.zeros((1, 4, 5, 6, 18), "float32"))[0]
+        np.testing.assert_allclose(volume[:, 0, 0, 12:], waves, atol=1e-6)
+        np.testing.assert_allclose(volume[0, 0, :4, :6], waves, atol=1e-6)
+        return
+    rows = called(x.swapaxes(1, 2).reshape(12, 4, 12)).reshape(2, 6, -1, 12).swapaxes(1, 2)
+    both = called(rows.reshape(-1, 6, 12)).reshape(2, rows.shape[1], -1, 12)
+    np.testing.assert_allclose(called(x), both, atol=1e-5)
+    volume = called(np.stack([x, x], 1))
+    assert volume.shape[1] == (4 if isinstance(layer, (Upsample, FIRUpsample)) else 1)
+    if not isinstance(layer, (FIRUpsample, FIRDownsample)):  # whose zeros before and behind are seen
+        np.testing.assert_allclose(volume[:, 0], both, atol=1e-5)
+
+
+def test_a_convolution_takes_the_rank_of_what_it_is_given():
+    layer = blocks.Conv2D(3, 3, strides=2, padding="same")
+    assert layer(np.ones((1, 8, 2), "float32")).shape == (1, 4, 3)
+    assert layer.kernel.shape == (3, 2, 3)
+    again = blocks.Conv2D.from_config(layer.get_config())
+    assert again(np.ones((1, 4, 4, 4, 2), "float32")).shape == (1, 2, 2, 2, 3)
+    with pytest.raises(ValueError, match=r"made for other maps; received: \(1, 8, 2\)"):
+        blocks.Conv2D(3, (3, 5))(np.ones((1, 8, 2), "float32"))
+
+
 # --- diffusers
 
 

@@ -168,6 +168,38 @@ def test_any_width_has_heads(width, heads):
     assert networks.parameters(DiT(width, 1), (8, 8, 2)) > 18 * width**2
 
 
+RANKS = {
+    "unet": lambda: UNet.attention(8, 2, 1),
+    "simple": lambda: networks.SimpleUNet((8,), 8, 8),
+    "dit": lambda: DiT(12, 1, 2, blocks.TransformerBlock(pattern=blocks.Window(2, 1), adaptive=True)),
+    "uvit": lambda: UViT(12, 1, 2),
+    "hybrid": lambda: Hybrid.composed((12, 12), (1, 1), 0, blocks.Neighborhood(3), head_width=6),
+}
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_series_and_volumes(name):
+    """The same classes take them, with all kinds of layers."""
+    for sizes in ((8,), (4, 4, 4)):
+        network = RANKS[name]()
+        x, time = np.random.default_rng(0).normal(size=(2, *sizes, 2)).astype("float32"), np.ones(2, "float32")
+        network.build({"image": x.shape, "time": (2,)})
+        perturb(network)
+        y = ops.convert_to_numpy(network({"image": ops.convert_to_tensor(x), "time": ops.convert_to_tensor(time)}))
+        assert y.shape == x.shape
+        assert 1e-3 < np.abs(y).max() < 1e3
+
+
+def test_series_whose_lengths_vary():
+    """From batch to batch, in training and in sampling."""
+    model = DiffusionModel(UNet.residual(8, 2, 1), codec="standard", ema=None)
+    model.build((None, None, 3))
+    model.compile("adam")
+    losses = [model.train_on_batch(np.random.default_rng(0).normal(size=(2, n, 3)).astype("float32")) for n in (8, 12)]
+    assert np.isfinite(losses).all()
+    assert model.sample(2, size=(16,), steps=1).shape == (2, 16, 3)
+
+
 def test_trains_in_a_diffusion_model():
     network = NETWORKS["dit"][0]()
     model = DiffusionModel(network, schedule="cosine", prediction="velocity")

@@ -70,6 +70,8 @@ def test_dense(shape, width):
         ((5, 7), (4, 2), (2, 1), (1, 1)),
         ((6, 6), (1, 1), (1, 1), (1, 1)),
         ((9, 8), (3, 3), (1, 1), (2, 3)),
+        ((9,), (4,), (2,), (1,)),
+        ((4, 5, 6), (3, 2, 3), (2, 1, 2), (1, 1, 1)),
     ],
 )
 def test_convolution(size, kernel, strides, dilation, padding):

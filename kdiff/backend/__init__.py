@@ -25,6 +25,7 @@ from kdiff.backend.operations import (
 from kdiff.backend.running import (
     BACKEND,
     after_step,
+    by_numpy,
     compiled,
     concrete,
     fused,
@@ -37,6 +38,7 @@ from kdiff.backend.running import (
     replaced,
     synchronise,
     unallocated,
+    with_fixed_shapes,
     without_gradients,
 )
 
@@ -46,6 +48,7 @@ __all__ = [
     "after_step",
     "attention",
     "average_pool",
+    "by_numpy",
     "checked_dataset",
     "compiled",
     "concrete",
@@ -73,5 +76,6 @@ __all__ = [
     "unallocated",
     "upsample_bilinear",
     "upsample_nearest",
+    "with_fixed_shapes",
     "without_gradients",
 ]

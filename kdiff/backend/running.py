@@ -11,6 +11,7 @@ from keras import ops, tree
 __all__ = [
     "BACKEND",
     "after_step",
+    "by_numpy",
     "compiled",
     "concrete",
     "fused",
@@ -23,6 +24,7 @@ __all__ = [
     "replaced",
     "synchronise",
     "unallocated",
+    "with_fixed_shapes",
     "without_gradients",
 ]
 
@@ -75,6 +77,19 @@ def compiled(function: Callable, *models: keras.Model) -> Callable:
     return without_gradients(function)
 
 
+def with_fixed_shapes(step: Callable) -> Callable:
+    """A step that Keras compiles, each shape of its batches alone.
+
+    After a second shape PyTorch's compiler would take sizes for symbols, of which it cannot decide what kdiff's layers
+    and Keras' ask of them ("cannot determine truth value of Relational").
+    """
+    if BACKEND != "torch" or not hasattr(step, "_torchdynamo_orig_callable"):
+        return step
+    import torch
+
+    return torch.compile(step._torchdynamo_orig_callable, dynamic=False)
+
+
 def without_gradients(function: Callable) -> Callable:
     """The function of nests of tensors without the record for gradients that PyTorch, alone, keeps of all it computes.
 
@@ -86,6 +101,27 @@ def without_gradients(function: Callable) -> Callable:
             return function(*tree.map_structure(ops.convert_to_tensor, arguments))
 
     return plain
+
+
+def by_numpy(function: Callable, x: Any, shape: tuple) -> Any:
+    """`function(x)`, a NumPy function of a batch, also where it is compiled; there are no gradients.
+
+    Args:
+        function: from a float32 array (batch, ...) to one of shape (batch, *shape).
+        x: a tensor.
+        shape: of an example of the result.
+    """
+    if BACKEND == "jax":
+        import jax
+
+        result = jax.ShapeDtypeStruct((len(x), *shape), "float32")
+        return jax.pure_callback(lambda x: function(np.asarray(x)), result, x)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        y = tf.numpy_function(function, [x], tf.float32)
+        return tf.ensure_shape(y, (x.shape[0], *shape))
+    return ops.convert_to_tensor(function(ops.convert_to_numpy(x)))
 
 
 def pullback(function: Callable, x: Any) -> tuple[Any, Callable, Any]:

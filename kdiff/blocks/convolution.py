@@ -258,9 +258,7 @@ class ConvNeXtBlock(Block):
         width = self.width or x_shape[-1]
         options = {"depthwise_initializer": Normal(1 / self.kernel_size), "dtype": self.dtype_policy}
         if len(x_shape) not in _DEPTHWISE:
-            raise ValueError(
-                f"ConvNeXtBlock: Keras has no depthwise convolution of volumes; received: {tuple(x_shape)}"
-            )
+            raise ValueError(f"ConvNeXtBlock: Keras has no depthwise convolution of volumes: {tuple(x_shape)}")
         self.depthwise = _DEPTHWISE[len(x_shape)](self.kernel_size, padding="same", **options)
         self.projection = None if self.scale_shift else projection_of(self, embed_shape, x_shape[-1])
         self.inner_normalization = normalization_of(self, x_shape, embed_shape)

@@ -3,7 +3,8 @@
     y = pattern(q, k, v, mask=None)
 
 of q, k, v and y with the shape (batch, height, width, heads, head_width), a map, or (batch, tokens, heads, head_width),
-or with the sizes of any other map in their place, where q and k come from the same positions. With `A` the positions that position i sees,
+or with the sizes of any other map in their place, where q and k come from the same positions. With `A` the positions
+that position i sees,
 
     y_i = sum over j in A(i) of softmax_j(q_i k_j / sqrt(head_width)) v_j
 

@@ -1,6 +1,7 @@
 """Codecs: between what people hold and what diffuses."""
 
 from kdiff.codecs.base import Absent, Codec, Identity, Pixels
+from kdiff.codecs.standard import Standard, Transformed
 from kdiff.codecs.wavelets import Haar
 
-__all__ = ["Absent", "Codec", "Haar", "Identity", "Pixels"]
+__all__ = ["Absent", "Codec", "Haar", "Identity", "Pixels", "Standard", "Transformed"]

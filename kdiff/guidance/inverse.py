@@ -30,9 +30,9 @@ class Inpaint(Guidance):
 
     So what is known follows q(x_then | x_now, image) with any solver. The value of a mask is a strength, as of
     `DiffusionModel.sample`: a pixel follows the image until the time `mask` and the network from there, so that the
-    mask may be soft (Levin & Fried 2023, "Differential Diffusion", arXiv:2306.00950, section 3). The network sees a border between what it drew
-    and what it was given; going back and forth over it heals the border (RePaint, Lugmayr et al. 2022,
-    arXiv:2201.09865, algorithm 1), by a grid with jumps:
+    mask may be soft (Levin & Fried 2023, "Differential Diffusion", arXiv:2306.00950, section 3). The network sees a
+    border between what it drew and what it was given; going back and forth over it heals the border (RePaint, Lugmayr
+    et al. 2022, arXiv:2201.09865, algorithm 1), by a grid with jumps:
 
         Sampler("ddpm", times.Jumps("trailing", length=10, repeats=10), steps=250, guidance=Inpaint(image, mask))
 

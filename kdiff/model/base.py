@@ -254,6 +254,18 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
             return result
         return backend.after_step(self, result, lambda: self.averages.update(self.network, self.optimizer.iterations))
 
+    def make_train_function(self, force: bool = False):
+        """Keras' own."""
+        super().make_train_function(force)
+        self.train_function = backend.with_fixed_shapes(self.train_function)
+        return self.train_function
+
+    def make_test_function(self, force: bool = False):
+        """Keras' own."""
+        super().make_test_function(force)
+        self.test_function = backend.with_fixed_shapes(self.test_function)
+        return self.test_function
+
     def test_step(self, *args):
         """Keras' own step."""
         *state, data = args

@@ -243,9 +243,7 @@ class Sampling:
         if image is None and not (np.ndim(strength) == 0 and strength == 1.0):
             raise ValueError("sample: a `strength` needs an `image` to begin from")
         if x is None and start != 1.0:
-            raise ValueError(
-                "sample: a `start` needs a noisy `x`, which is at that time; of an `image`, say `strength`"
-            )
+            raise ValueError("sample: a `start` needs a noisy `x`, which is at that time; an `image` has a `strength`")
         if x is not None and noise is not None:
             raise ValueError("sample: `noise` is added to an `image`, or to nothing; `x` has its noise")
         if mask is not None and known is None:

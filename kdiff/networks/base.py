@@ -4,8 +4,8 @@
         -> (batch, height, width, out_channels), float32
 
 The image may as well be a series (batch, length, channels) or a volume (batch, depth, height, width, channels): the
-rank of all layers is that of what they are built for. A network of your own writes `_build_body` and `_body`; it need not derive from `Network`: any Keras model with this
-contract will do.
+rank of all layers is that of what they are built for. A network of your own writes `_build_body` and `_body`; it need
+not derive from `Network`: any Keras model with this contract will do.
 """
 
 from collections.abc import Callable, Mapping

@@ -82,8 +82,8 @@ class UNet(Network):
     the input of one block on the way up. The last convolution is zero at first.
 
     Height and width may be any multiple of `2 ** (len(levels) - 1)`, and may change from call to call. So may the
-    length of a series (batch, length, channels) and the sizes of a volume (batch, depth, height, width, channels), which
-    the network takes as well: its rank is that of what it is built for. `time` is what the embedding takes: a
+    length of a series (batch, length, channels) and the sizes of a volume (batch, depth, height, width, channels),
+    which the network takes as well: its rank is that of what it is built for. `time` is what the embedding takes: a
     SinusoidalEmbedding wants it to span some hundreds, as 0 ... 999.
 
     Args:
@@ -105,8 +105,8 @@ class UNet(Network):
             `conditions` keep theirs.
 
     Raises:
-        ValueError: if the image has no rank from 3 to 5, or a size that the levels do not divide; if a condition is missing,
-            unknown or of another batch size.
+        ValueError: if the image has no rank from 3 to 5, or a size that the levels do not divide; if a condition is
+        missing, unknown or of another batch size.
     """
 
     def __init__(

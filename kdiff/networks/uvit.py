@@ -1,5 +1,6 @@
 """U-ViT: a transformer for which time, conditions and patches are all tokens, with the long skips of a U-Net."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -111,10 +112,10 @@ class UViT(Network):
         """All tokens are in one sequence."""
 
     def _build_body(self, x_shape, embed_shape, context_shape):
-        batch, height, width, _ = self._map = build_layer(self.patchify, x_shape)
-        if None in (height, width, context_shape[1]):
+        batch, *sizes, _ = self._map = build_layer(self.patchify, x_shape)
+        if None in (*sizes, context_shape[1]):
             raise ValueError(f"UViT: the size of the image and the number of tokens must be known; received: {x_shape}")
-        x = build_layer(self.positions, (batch, context_shape[1] + height * width, self.width))
+        x = build_layer(self.positions, (batch, context_shape[1] + math.prod(sizes), self.width))
         for i, block in enumerate(self.blocks):
             build_layer(block, x if i <= self.depth // 2 else (*x[:-1], 2 * x[-1]))
         build_layer(self.normalization, x)
