@@ -26,11 +26,14 @@ def switched_on(axes: Sequence[int] | None = None) -> Iterator[None]:
         ValueError: at the end, if no layer looked past an edge.
     """
     used: list[bool] = []
+    outer = _closed.get()
     token = _closed.set((axes, used))
     try:
         yield
     finally:
         _closed.reset(token)
+    if used and outer is not None:
+        outer[1].append(True)
     if not used:
         raise ValueError("No layer of the network looked past an edge: only kdiff's own convolutions can be closed")
 

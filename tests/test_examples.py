@@ -1,6 +1,7 @@
 """The examples that are quick enough to run, and the pages that they write."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,15 @@ def test_the_catalogue_is_up_to_date():
     from catalogue import PAGE, catalogue
 
     assert PAGE.read_text(encoding="utf-8") == catalogue(), "run `python examples/catalogue.py`"
+
+
+def test_keras_howto(tmp_path, monkeypatch):
+    """Each block of the page, one after the other."""
+    monkeypatch.chdir(tmp_path)
+    page, names = (EXAMPLES / "keras_howto.md").read_text(encoding="utf-8"), {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+    assert names["samples"].shape == (4, 8, 8, 3)
 
 
 @pytest.mark.once  # test_compositions.py trains them on every backend

@@ -44,11 +44,13 @@ def parts():
 
 
 def denoiser(attention):
-    """A small network of two conditions and an attention."""
+    """A small network of two conditions, a convolution and an attention."""
+    kernel = np.full((3, 3, 1, 1), 0.1, "float32")
 
     def answer(given, x, m):
         labels = ops.cast(given.conditions["a"] + 2 * given.conditions["label"], "float32")
-        tokens = ops.reshape(x, (-1, 8, 1)) + ops.reshape(0.3 * labels, (-1, 1, 1)) * ops.convert_to_tensor(
+        blurred = backend.convolution(x, ops.convert_to_tensor(kernel), None, (1, 1), "same", (1, 1))
+        tokens = ops.reshape(x + blurred, (-1, 8, 1)) + ops.reshape(0.3 * labels, (-1, 1, 1)) * ops.convert_to_tensor(
             [[1.0, -0.5]]
         )
         return Estimate(ops.tanh(ops.reshape(attention(tokens)[..., :1], ops.shape(x)) + 0.3 * x))
@@ -76,6 +78,7 @@ def rules(classifier):
         guidance.Inpaint(image, mask),
         guidance.DPS(operators.Mask(mask), image, [0.1, 0.2, 0.3]),
         guidance.PiGDM(operators.Mask(mask), image, scale=[0.1, 0.2, 0.3], iterations=2),
+        guidance.Seamless(),
         Smooth(),
     ]
     family = {kind for kind in guidance.Guidance.names().values() if kind.__module__.startswith("kdiff.")}
@@ -115,16 +118,16 @@ def check_pairs(parts, first, apart):
         np.testing.assert_allclose(in_steps(samplers, denoise, True, parts), plain, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("first", range(13))
+@pytest.mark.parametrize("first", range(14))
 def test_ordered_pairs_run_compiled_and_not(parts, first):
     """All on PyTorch; elsewhere, where each is compiled, a rule is three times the first and three times the second."""
-    check_pairs(parts, first, range(13) if keras.backend.backend() == "torch" else (0, 1, 5))
+    check_pairs(parts, first, range(14) if keras.backend.backend() == "torch" else (0, 1, 5))
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("first", range(13))
+@pytest.mark.parametrize("first", range(14))
 def test_every_ordered_pair_runs_compiled_and_not(parts, first):
-    check_pairs(parts, first, range(13))
+    check_pairs(parts, first, range(14))
 
 
 def test_a_memory_is_that_of_the_last_step_and_of_the_first_question():

@@ -9,7 +9,7 @@ import pytest
 from keras import ops
 
 import kdiff
-from kdiff import predictions, random, schedules, times
+from kdiff import blocks, networks, predictions, random, schedules, times
 from kdiff.backend import BACKEND
 from tests.toys import compiled_model, draw_weights, exact_denoiser, images, mostly_once, numpy, tiny_network
 
@@ -240,6 +240,34 @@ def test_jit_compile(jit):
 def test_jit_on_torch():
     loss = fit(compiled_model(jit=True), images(16))["loss"]
     assert loss == pytest.approx(fit(compiled_model(), images(16))["loss"], rel=1e-4)
+
+
+JITTED = {
+    "basic": lambda: networks.UNet.basic(8, 2, 1),
+    "residual": lambda: networks.UNet.residual(8, 2, 1, dropout=0.1),
+    "attention": lambda: networks.UNet.attention(8, 2, 1),
+    "transformer": lambda: networks.UNet.transformer(8, 2, 1, conditions={"label": blocks.LabelEmbedding(3)}),
+    "simple": lambda: networks.SimpleUNet((8,), 8, 8),
+    "dit": lambda: networks.DiT(16, 1, 2),
+    "uvit": lambda: networks.UViT(16, 1, 2),
+    "hybrid": lambda: networks.Hybrid.composed((8, 8), (1, 1), head_width=8, pattern=blocks.Neighborhood(3)),
+    "ncsnpp": lambda: networks.NCSNpp(8),
+    "mlp": lambda: networks.MLP(8, 1),
+}
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(BACKEND != "torch", reason="the others compile every network in their own tests")
+@pytest.mark.parametrize("name", JITTED)
+def test_every_network_is_compiled_on_torch(name):
+    """With a last batch of another size, as data has it; the losses are those of plain PyTorch."""
+    x, losses = images(6, (2,) if name == "mlp" else (8, 8, 1)), []
+    for jit in (True, False):
+        network = JITTED[name]()
+        y = np.arange(6) % 3 if network.conditions else None
+        model = compiled_model(network, jit=jit, codec="identity")
+        losses.append(model.fit(x, y, batch_size=4, epochs=1, verbose=0, shuffle=False).history["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 @pytest.fixture(scope="module")
