@@ -815,6 +815,7 @@ def test_training_runs_the_network_once_a_step(name):
     assert "meta" in seen
 
 
+@pytest.mark.once
 def test_a_network_of_the_noise_cannot_begin_at_an_snr_of_zero():
     """There x_hat is its error, divided by alpha: told when the model is made, and an error when it draws. A grid that
     begins lower will do, and so will a network of the velocity."""

@@ -28,7 +28,7 @@ ENDS = [schedules.VarianceExploding(), schedules.Rectified(), SCHEDULE]
 
 
 @pytest.mark.parametrize("schedule", ENDS, ids=repr)
-@pytest.mark.parametrize("solver", ["ddim", "heun", "ddpm", "dpm_solver_pp", "tcd"])
+@pytest.mark.parametrize("solver", ["ddim", "heun", "tcd"])
 def test_a_run_ends_without_noise(schedule, solver):
     """Where all is known the result is that, on EDM's schedule too, which ends at a sigma of 0.002."""
     image = np.random.default_rng(0).uniform(-1, 1, (2, 4, 4, 1)).astype("float32")
@@ -36,7 +36,7 @@ def test_a_run_ends_without_noise(schedule, solver):
     np.testing.assert_allclose(numpy(sampler(exact_denoiser(), schedule, image.shape)), image, atol=1e-6)
 
 
-@pytest.mark.parametrize("solver", ["lms", "deis", "pndm", "uni_pc", DPMSolverPP(3), "sa_solver"], ids=repr)
+@pytest.mark.parametrize("solver", ["lms", "uni_pc", DPMSolverPP(3)], ids=repr)
 def test_multistep_solvers_make_any_number_of_steps(solver):
     """Of lower order, as at the start of every run; with one step and one point of data, that point."""
     for sampler, strength in ((Sampler(solver, steps=1), 1.0), (Sampler(solver, steps=20), 0.04)):
