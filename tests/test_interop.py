@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from kdiff import DiffusionModel, Sampler, guidance, predictions, schedules, solvers, times
+from kdiff import DiffusionModel, Sampler, guidance, predictions, random, schedules, solvers, times
 from kdiff.blocks import GroupNorm, LabelEmbedding, LayerNorm, ResidualBlock, SelfAttention
 from kdiff.interop import diffusers, files, grids, original, saving, schedulers, weights
 from kdiff.interop.solvers import DDIMKeptNoise
@@ -213,6 +213,68 @@ def test_shard_that_is_missing(folder):
 def test_original_without_its_first_layer():
     with pytest.raises(ValueError, match=r"`x_embedder\.proj\.weight` is missing"):
         original.dit({"y": np.ones(3)})
+
+
+# --- what stands around the SimpleUNet of tutorials
+
+TABLES = {
+    "linear": (lambda: schedules.LinearBeta(1000), np.linspace(1e-4, 0.02, 1000)),
+    "cosine": (lambda: schedules.CosineBeta(1000, min_beta=1e-4, max_beta=0.9999), None),
+}
+
+
+def wave(x, i):
+    """A network that needs no weights."""
+    return 0.7 * np.tanh(x) + np.sin(0.02 * i)[:, None, None, None]
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_the_process_of_tutorials(kind):
+    """q_sample, the posterior, the loss and 50 steps of DDIM on their grid, by the names in `original.simple_unet`."""
+    image, time = keras.Input((4, 4, 3), name="image"), keras.Input((), name="time")
+    output = 0.7 * ops.tanh(image) + ops.reshape(ops.sin(0.02 * time), (-1, 1, 1, 1))
+    network = keras.Model({"image": image, "time": time}, output)
+    make, betas = TABLES[kind]
+    schedule = make()
+    if betas is None:
+        f = np.cos((np.linspace(0, 1, 1001) + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.clip(1 - f[1:] / f[:-1], 1e-4, 0.9999)
+    after = np.cumprod(1 - betas)
+    before = np.append(1, after[:-1])
+    model = DiffusionModel(network, schedule, "noise", times="discrete", time_label="index", codec="identity", ema=None)
+    model.build((None, 4, 4, 3))
+    x, noise, i = *np.random.default_rng(0).normal(size=(2, 2, 4, 4, 3)).astype("float32"), np.array([0, 700])
+    t = ((i + 1) / 1000).astype("float32")
+
+    def rows(values):
+        return values[i][:, None, None, None]
+
+    x_t = rows(after) ** 0.5 * x + rows(1 - after) ** 0.5 * noise
+    np.testing.assert_allclose(ops.convert_to_numpy(schedule(x, noise, t)), x_t, atol=1e-5)
+    mean, variance = schedule.posterior(x, x_t, schedule.at(t), schedule.at((i / 1000).astype("float32")))
+    wanted = rows(betas * before**0.5 / (1 - after)) * x + rows((1 - before) * (1 - betas) ** 0.5 / (1 - after)) * x_t
+    np.testing.assert_allclose(ops.convert_to_numpy(mean), wanted, atol=1e-5)
+    wanted = rows(betas * (1 - before) / (1 - after))
+    np.testing.assert_allclose(ops.convert_to_numpy(variance), wanted, atol=1e-5)
+
+    keys = [random.key_of(2), random.key_of(3)]
+    problem = model.objective.problem(model, ops.convert_to_tensor(x), {}, iter(keys), False)
+    i = np.round(1000 * ops.convert_to_numpy(model.times(schedule, 2, keys[0]))).astype(int) - 1
+    noise = ops.convert_to_numpy(random.normal(keys[1], x.shape))
+    x_t = rows(after) ** 0.5 * x + rows(1 - after) ** 0.5 * noise
+    output, target = (ops.convert_to_numpy(value) for value in (problem.output, problem.target))
+    assert problem.weight is None or np.allclose(ops.convert_to_numpy(problem.weight), 1)
+    assert np.mean((output - target) ** 2) == pytest.approx(np.mean((wave(x_t, i) - noise) ** 2), abs=1e-5)
+
+    steps = np.linspace(0, 999, 50).astype(int)[::-1]
+    wanted = x.astype("float64")
+    for now, then in zip(steps, [*steps[1:], None], strict=True):
+        kept, noisy = (1.0, 0.0) if then is None else (after[then] ** 0.5, (1 - after[then]) ** 0.5)
+        predicted = wave(wanted, np.full(2, now))
+        wanted = kept * (wanted - (1 - after[now]) ** 0.5 * predicted) / after[now] ** 0.5 + noisy * predicted
+    grid = times.Times([*(steps + 1) / 1000, 0])
+    given = model.sample(2, x=x, sampler=Sampler("ddim", grid))
+    assert np.abs(given - wanted).max() < 1e-5 * np.abs(wanted).max()
 
 
 # --- saving

@@ -1,12 +1,14 @@
-"""The weights that the papers' own code wrote: DiT's, and those of improved diffusion and guided diffusion.
+"""The weights that other code wrote: DiT's, improved and guided diffusion's, the SimpleUNet of PyTorch tutorials.
 
     network = dit("DiT-XL-2-256x256.pt")
+    network = simple_unet(theirs.state_dict())
     network = guided("64x64_diffusion.safetensors", image_size=64, multipliers=(1, 2, 3, 4), new_order=True)
 
 Such a file says nothing of the network but the shapes of its weights, and what they do not show has to be said: how
 many heads there are, and the size of the images.
 """
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from kdiff.blocks.attention import MultiHeadAttention, SelfAttention
-from kdiff.blocks.convolution import ResidualBlock
+from kdiff.blocks.convolution import ResidualBlock, SimpleBlock
 from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbedding
 from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
@@ -25,9 +27,21 @@ from kdiff.interop.files import State, read_state
 from kdiff.interop.transformers import patch_layout
 from kdiff.interop.weights import Part, Rows, Slot, assign, slots
 from kdiff.networks.dit import DiT
+from kdiff.networks.simple_unet import SimpleUNet
 from kdiff.networks.unet import Level, UNet
 
-__all__ = ["DIT_NAMES", "Source", "dit", "dit_slots", "guided", "guided_slots", "read"]
+__all__ = [
+    "DIT_NAMES",
+    "SIMPLE_NAMES",
+    "Source",
+    "dit",
+    "dit_slots",
+    "guided",
+    "guided_slots",
+    "read",
+    "simple_slots",
+    "simple_unet",
+]
 
 Source = str | Path | Mapping[str, Any]
 
@@ -232,3 +246,60 @@ def _named_layers(network):
             yield from ((f"{way}.{first + i}.{j}", layer) for j, layer in enumerate(chain.layers))
     yield from ((f"middle_block.{i}", layer) for i, layer in enumerate(network.bridge.layers))
     yield from {"out.0": network.normalization, "out.2": network.head}.items()
+
+
+# --- the SimpleUNet of PyTorch tutorials
+
+SIMPLE_NAMES = {
+    MLPEmbedding: {"1": "hidden", "3": "output_layer"},
+    SimpleBlock: {
+        "conv1": "first",
+        "conv2": "second",
+        "time_mlp": "projection",
+        "norm1": "first_norm",
+        "norm2": "second_norm",
+        "shortcut": "shortcut",
+    },
+}
+
+
+def simple_unet(source: Source, strict: bool = True) -> SimpleUNet:
+    """The SimpleUNet of PyTorch tutorials (`enc1`, `enc2`, ..., `mid`, ..., `dec1`, `out`) with its weights.
+
+    What such a tutorial has beside it, with T steps, is here
+
+        linear betas                    LinearBeta(T)
+        cosine betas                    CosineBeta(T, min_beta=1e-4, max_beta=0.9999)
+        its integer time i              t = (i + 1) / T
+        q_sample(x, i, noise)           schedule(x, noise, t)
+        the posterior's mean, variance  schedule.posterior(x, x_t, schedule.at(t), schedule.at(t - 1 / T))
+        the model and its loss          DiffusionModel(network, schedule, "noise", times="discrete", time_label="index")
+        sample, with x_0 clamped        Sampler("ddpm", "all", guidance="clip")
+        DDIM at the integer times i     Sampler("ddim", Times([*(i + 1) / T, 0])), i falling
+
+    Args:
+        source: the weights, as of `read`.
+        strict: whether weights that do not match are an error; otherwise a warning.
+    """
+    state, name = read(source)
+    count = 1 + next(i for i in itertools.count() if f"enc{i + 2}.conv1.weight" not in state)
+    widths = [_shape(state, f"enc{i + 1}.conv1.weight", name)[0] for i in range(count)]
+    outputs, channels = (_shape(state, key, name)[axis] for key, axis in (("out.weight", 0), ("enc1.conv1.weight", 1)))
+    network = SimpleUNet(
+        widths,
+        _shape(state, "mid.conv1.weight", name)[0],
+        _shape(state, "time_mlp.1.weight", name)[0],
+        out_channels=None if outputs == channels else outputs,
+    )
+    network.build({"image": (None, None, None, channels), "time": (None,)})
+    assign(simple_slots(network), state, name, strict)
+    return network
+
+
+def simple_slots(network: SimpleUNet) -> Iterator[Slot]:
+    """The names of the weights of a SimpleUNet in PyTorch tutorials."""
+    layers = {"time_mlp": network.embedding, "mid": network.middle, "out": network.head}
+    for way, blocks in (("enc", network.down), ("dec", network.up)):
+        layers |= {f"{way}{i + 1}": block for i, block in enumerate(blocks)}
+    for name, layer in layers.items():
+        yield from slots(layer, name, SIMPLE_NAMES)
