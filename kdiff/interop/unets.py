@@ -18,7 +18,22 @@ from kdiff.blocks.embeddings import FourierEmbedding, LabelEmbedding, MLPEmbeddi
 from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm
 from kdiff.blocks.resampling import Downsample, FIRDownsample, FIRUpsample, Upsample
 from kdiff.blocks.transformer import FeedForward, SpatialTransformer, TransformerBlock
-from kdiff.interop.configs import Described, Key, complete, each, kind, only
+from kdiff.interop.configs import (
+    FLAG,
+    TEXT,
+    Described,
+    Key,
+    complete,
+    each,
+    either,
+    kind,
+    listed,
+    one_of,
+    only,
+    optional,
+    real,
+    whole,
+)
 from kdiff.interop.weights import Slot, slots
 from kdiff.networks.ncsnpp import InputSkip, NCSNpp, OutputSkip
 from kdiff.networks.published import text_and_numbers
@@ -44,59 +59,69 @@ __all__ = [
     "unet_slots",
 ]
 
+COUNT, MAYBE = whole(1), optional(whole(1))
+NAMED = listed(TEXT, 1, 12)  # one a level
+EACH = either(COUNT, listed(COUNT, 1, 12))
+SIZE = optional(either(COUNT, listed(COUNT, 2, 2)))
+DEPTH = whole(1, 16)
+
 UNET_2D = {
-    "sample_size": Key(None),
-    "in_channels": Key(3),
-    "out_channels": Key(3),
+    "sample_size": Key(None, SIZE),
+    "in_channels": Key(3, COUNT),
+    "out_channels": Key(3, COUNT),
     "center_input_sample": only(False),
-    "time_embedding_type": Key("positional", ("positional", "fourier")),
-    "time_embedding_dim": Key(None),
-    "freq_shift": Key(0),
-    "flip_sin_to_cos": Key(True),
-    "down_block_types": Key(("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")),
+    "time_embedding_type": Key("positional", one_of("positional", "fourier")),
+    "time_embedding_dim": Key(None, MAYBE),
+    "freq_shift": Key(0, real(0, 1)),
+    "flip_sin_to_cos": Key(True, FLAG),
+    "down_block_types": Key(("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"), NAMED),
     "mid_block_type": only("UNetMidBlock2D"),
-    "up_block_types": Key(("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")),
-    "block_out_channels": Key((224, 448, 672, 896)),
-    "layers_per_block": Key(2),
-    "mid_block_scale_factor": Key(1),
-    "downsample_padding": Key(1, (0, 1)),
-    "downsample_type": Key("conv", ("conv", "resnet")),
-    "upsample_type": Key("conv", ("conv", "resnet")),
-    "dropout": Key(0.0),
+    "up_block_types": Key(("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"), NAMED),
+    "block_out_channels": Key((224, 448, 672, 896), listed(COUNT, 1, 12)),
+    "layers_per_block": Key(2, DEPTH),
+    "mid_block_scale_factor": Key(1, real(1e-6, 1e6)),
+    "downsample_padding": Key(1, one_of(0, 1)),
+    "downsample_type": Key("conv", one_of("conv", "resnet")),
+    "upsample_type": Key("conv", one_of("conv", "resnet")),
+    "dropout": Key(0.0, real(0.0, 1.0)),
     "act_fn": only("silu", "swish"),
-    "attention_head_dim": Key(8),
-    "norm_num_groups": Key(32),
-    "attn_norm_num_groups": Key(None),
-    "norm_eps": Key(1e-5),
-    "resnet_time_scale_shift": Key("default", ("default", "scale_shift")),
-    "add_attention": Key(True),
-    "class_embed_type": Key(None, (None, "timestep", "identity")),
-    "num_class_embeds": Key(None),
-    "num_train_timesteps": Key(None),
+    "attention_head_dim": Key(8, MAYBE),
+    "norm_num_groups": Key(32, COUNT),
+    "attn_norm_num_groups": Key(None, MAYBE),
+    "norm_eps": Key(1e-5, real(0.0, 1.0)),
+    "resnet_time_scale_shift": Key("default", one_of("default", "scale_shift")),
+    "add_attention": Key(True, FLAG),
+    "class_embed_type": Key(None, one_of(None, "timestep", "identity")),
+    "num_class_embeds": Key(None, optional(whole(1, 10_000_000))),
+    "num_train_timesteps": Key(None, MAYBE),
 }
 
+ONLY_2D = ("downsample_type", "upsample_type", "add_attention", "attn_norm_num_groups", "num_train_timesteps")
 UNET_2D_CONDITION = {
-    **{name: key for name, key in UNET_2D.items() if name not in ("downsample_type", "upsample_type")},
-    "in_channels": Key(4),
-    "out_channels": Key(4),
+    **{name: key for name, key in UNET_2D.items() if name not in ONLY_2D},
+    "in_channels": Key(4, COUNT),
+    "out_channels": Key(4, COUNT),
     "time_embedding_type": only("positional"),
-    "down_block_types": Key(("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")),
-    "mid_block_type": Key("UNetMidBlock2DCrossAttn", ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")),
-    "up_block_types": Key(("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")),
-    "block_out_channels": Key((320, 640, 1280, 1280)),
+    "down_block_types": Key(
+        ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"), NAMED
+    ),
+    "mid_block_type": Key("UNetMidBlock2DCrossAttn", one_of("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")),
+    "up_block_types": Key(("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), NAMED),
+    "block_out_channels": Key((320, 640, 1280, 1280), listed(COUNT, 1, 12)),
+    "layers_per_block": Key(2, either(DEPTH, listed(DEPTH, 1, 12))),
+    "attention_head_dim": Key(8, EACH),
     "only_cross_attention": only(False),
-    "cross_attention_dim": Key(1280),
-    "transformer_layers_per_block": Key(1),
+    "cross_attention_dim": Key(1280, EACH),
+    "transformer_layers_per_block": Key(1, either(whole(1, 64), listed(whole(1, 64), 1, 12))),
     "reverse_transformer_layers_per_block": only(None),
     "encoder_hid_dim": only(None),
     "encoder_hid_dim_type": only(None),
-    "num_attention_heads": Key(None),
+    "num_attention_heads": only(None),
     "dual_cross_attention": only(False),
-    "use_linear_projection": Key(False),
-    "class_embed_type": Key(None, (None, "timestep", "identity")),
-    "addition_embed_type": Key(None, (None, "text_time")),
-    "addition_time_embed_dim": Key(None),
-    "upcast_attention": Key(False),
+    "use_linear_projection": Key(False, FLAG),
+    "addition_embed_type": Key(None, one_of(None, "text_time")),
+    "addition_time_embed_dim": Key(None, MAYBE),
+    "upcast_attention": Key(False, optional(FLAG)),
     "resnet_skip_time_act": only(False),
     "resnet_out_scale_factor": only(1.0),
     "time_embedding_act_fn": only(None),
@@ -104,15 +129,16 @@ UNET_2D_CONDITION = {
     "time_cond_proj_dim": only(None),
     "conv_in_kernel": only(3),
     "conv_out_kernel": only(3),
-    "projection_class_embeddings_input_dim": Key(None),
+    "projection_class_embeddings_input_dim": Key(None, MAYBE),
     "attention_type": only("default"),
     "class_embeddings_concat": only(False),
     "mid_block_only_cross_attention": only(None, False),
     "cross_attention_norm": only(None),
-    "addition_embed_type_num_heads": Key(64),
+    "addition_embed_type_num_heads": Key(64, COUNT),
 }
-# Keys that only one of the two has, as it is in the other.
+# What of the other class's keys is so in every network of this one.
 SHARED = {"downsample_type": "conv", "upsample_type": "conv"}
+LARGEST_NETWORK = 500  # blocks on the way down; Stable Diffusion XL has 30
 
 
 class Kind(NamedTuple):
