@@ -305,7 +305,7 @@ def built(network):
 SAMPLERS = [
     Sampler(DDIMKeptNoise(guidance.Clip(2.0)), "leading"),
     Sampler("ddim", grids.WithFirst(times.Leading(1)), to_zero=False),
-    Sampler(solvers.DDPM("large"), times.Trailing(), guidance=guidance.Clip()),
+    Sampler(solvers.DDPM("large"), times.Linspace(), guidance=guidance.Clip()),
     Sampler("dpm_solver_pp", grids.WithoutLast(times.Leading(3))),
     Sampler("euler", grids.Within(times.Karras(), grids.LinspaceUnrounded())),
     Sampler(solvers.Heun("ratio"), "trailing"),

@@ -14,8 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from kdiff.blocks.attention import MultiHeadAttention, SelfAttention
 from kdiff.blocks.convolution import ResidualBlock, SimpleBlock
 from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbedding
@@ -23,7 +21,7 @@ from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.resampling import Downsample, Upsample
 from kdiff.blocks.transformer import FeedForward, TransformerBlock, adaptive_block
-from kdiff.interop.files import State, read_state
+from kdiff.interop.files import State, array_of, read_state
 from kdiff.interop.transformers import patch_layout
 from kdiff.interop.weights import Part, Rows, Slot, assign, slots
 from kdiff.networks.dit import DiT
@@ -54,22 +52,26 @@ def read(source: Source) -> tuple[State, str]:
             alone; or a mapping of arrays.
     """
     if isinstance(source, Mapping):
-        return {name: np.asarray(array) for name, array in source.items()}, "the state dict"
+        return {name: array_of(array, name, "the state dict") for name, array in source.items()}, "the state dict"
     return read_state(source), str(source)
 
 
-def _shape(state: State, name: str, source: str) -> tuple[int, ...]:
+def _shape(state: State, name: str, source: str, rank: int = 2) -> tuple[int, ...]:
     if name not in state:
         raise ValueError(
             f"{source}: `{name}` is missing, which tells of what size the network is; it has: {list(state)[:5]}"
         )
-    return state[name].shape
+    shape = state[name].shape
+    if len(shape) != rank or 0 in shape:
+        raise ValueError(f"{source}: `{name}` must have {rank} axes, none of them empty; received the shape: {shape}")
+    return shape
 
 
 def _count(state: State, prefix: str) -> int:
-    """How many modules there are of a list."""
-    numbers = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in state)
-    return 1 + max((int(found[1]) for found in numbers if found), default=-1)
+    """How many modules there are of a list, from 0 to the first that is missing."""
+    found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in state)
+    numbers = {int(one[1]) for one in found if one}
+    return next(i for i in itertools.count() if i not in numbers)
 
 
 # --- DiT
@@ -107,7 +109,7 @@ def dit(source: Source, heads: int = 16, image_size: int | None = None, strict: 
         strict: whether weights that do not match are an error; otherwise a warning.
     """
     state, name = read(source)
-    width, channels, patch, _ = _shape(state, "x_embedder.proj.weight", name)
+    width, channels, patch, _ = _shape(state, "x_embedder.proj.weight", name, 4)
     outputs = _shape(state, "final_layer.linear.weight", name)[0] // patch**2
     classes = _shape(state, "y_embedder.embedding_table.weight", name)[0] - 1
     network = DiT(
@@ -120,7 +122,7 @@ def dit(source: Source, heads: int = 16, image_size: int | None = None, strict: 
         out_channels=outputs,
     )
     positions = state.pop("pos_embed", None)  # a constant, which the network computes
-    if image_size is None and positions is not None:
+    if image_size is None and positions is not None and positions.ndim > 1:
         image_size = patch * round(positions.shape[-2] ** 0.5)
     network.build({"image": (None, image_size, image_size, channels), "time": (None,), "label": (None,)})
     assign(dit_slots(network), state, name, strict)
@@ -197,7 +199,7 @@ def guided(
         strict: whether weights that do not match are an error; otherwise a warning.
     """
     state, name = read(source)
-    width, channels = _shape(state, "input_blocks.0.0.weight", name)[:2]
+    width, channels = _shape(state, "input_blocks.0.0.weight", name, 4)[:2]
     resampled = any(re.match(r"input_blocks\.\d+\.0\.in_layers", key) for key in _resamplers(state, len(multipliers)))
     norm = GroupNorm(32)
     mixer = SelfAttention(None if head_width else heads or 1, head_width, norm, zero=False)
@@ -209,14 +211,14 @@ def guided(
         Level(width * multiplier, depth, block, mixer if image_size // 2**i in attention_at else None, down, up)
         for i, multiplier in enumerate(multipliers)
     ]
-    classes = state["label_emb.weight"].shape[0] if "label_emb.weight" in state else None
+    classes = _shape(state, "label_emb.weight", name)[0] if "label_emb.weight" in state else None
     network = UNet(
         levels,
         Level(levels[-1].width, 2, block, mixer),
         MLPEmbedding(SinusoidalEmbedding(width), _shape(state, "time_embed.0.weight", name)[0]),
         {} if classes is None else {"label": LabelEmbedding(classes)},
         normalization=norm,
-        out_channels=_shape(state, "out.2.weight", name)[0],
+        out_channels=_shape(state, "out.2.weight", name, 4)[0],
     )
     labels = {} if classes is None else {"label": (None,)}
     network.build({"image": (None, image_size, image_size, channels), "time": (None,), **labels})
@@ -283,11 +285,11 @@ def simple_unet(source: Source, strict: bool = True) -> SimpleUNet:
     """
     state, name = read(source)
     count = 1 + next(i for i in itertools.count() if f"enc{i + 2}.conv1.weight" not in state)
-    widths = [_shape(state, f"enc{i + 1}.conv1.weight", name)[0] for i in range(count)]
-    outputs, channels = (_shape(state, key, name)[axis] for key, axis in (("out.weight", 0), ("enc1.conv1.weight", 1)))
+    widths = [_shape(state, f"enc{i + 1}.conv1.weight", name, 4)[0] for i in range(count)]
+    channels, outputs = state["enc1.conv1.weight"].shape[1], _shape(state, "out.weight", name, 4)[0]
     network = SimpleUNet(
         widths,
-        _shape(state, "mid.conv1.weight", name)[0],
+        _shape(state, "mid.conv1.weight", name, 4)[0],
         _shape(state, "time_mlp.1.weight", name)[0],
         out_channels=None if outputs == channels else outputs,
     )

@@ -19,6 +19,7 @@ from kdiff.blocks.transformer import SpatialTransformer
 from kdiff.interop import schedulers, transformers
 from kdiff.interop.grids import FlowMatching
 from kdiff.interop.solvers import DDIMKeptNoise, DiffusersDEIS
+from kdiff.interop.tables import NearlyZeroSNR
 from kdiff.interop.unets import PADDINGS
 from kdiff.networks.dit import DiT
 from kdiff.networks.ncsnpp import NCSNpp
@@ -432,7 +433,7 @@ def _offset(grid) -> int:
 
 
 def _table(schedule) -> Config | None:
-    rescaled = isinstance(schedule, schedules.ZeroTerminalSNR)
+    rescaled = isinstance(schedule, (schedules.ZeroTerminalSNR, NearlyZeroSNR))
     schedule = schedule.schedule if rescaled else schedule
     config = {"num_train_timesteps": schedule.num_steps, "rescale_betas_zero_snr": rescaled}
     if type(schedule) in SCHEDULES:

@@ -40,6 +40,7 @@ from kdiff.interop.solvers import (
     DiffusersDPMSolverSDE,
     PseudoRungeKutta,
 )
+from kdiff.interop.tables import NearlyZeroSNR
 from kdiff.sampling import Sampler
 
 __all__ = [
@@ -55,7 +56,6 @@ __all__ = [
     "LEADING",
     "LINSPACE",
     "MULTISTEP",
-    "NEARLY_ZERO",
     "NO_DATA",
     "ORDERED",
     "OTHERS",
@@ -129,9 +129,9 @@ LEADING = {"timestep_spacing": Key("leading", one_of(*SPACINGS))}
 EVEN = {"timestep_spacing": Key("leading", one_of("leading", "trailing"))}
 LINSPACE = {"timestep_spacing": Key("linspace", one_of(*SPACINGS))}
 SIGMAS = {
-    "use_karras_sigmas": Key(False, optional(FLAG)),
-    "use_exponential_sigmas": Key(False, optional(FLAG)),
-    "use_beta_sigmas": only(False, None),
+    "use_karras_sigmas": Key(False, FLAG),
+    "use_exponential_sigmas": Key(False, FLAG),
+    "use_beta_sigmas": only(False),
 }
 LATE_TABLE = {"beta_start": Key(0.00085, BETA), "beta_end": Key(0.012, BETA)}  # the defaults of Heun and DPM2
 FLOW = {
@@ -165,11 +165,6 @@ class Kind(NamedTuple):
     solver: Callable[[dict[str, Any]], solvers.Solver]
     spacing: str = "rounded"
 
-    @property
-    def last_log_snr(self) -> float:
-        """Where `rescale_betas_zero_snr` ends."""
-        return -40.0 if self.spacing == "rounded" else NEARLY_ZERO
-
 
 def _multistep(config):
     """kdiff's own solver where it does the same: of the orders 1 and 2, if they fall to 1 in every run or in none."""
@@ -190,8 +185,6 @@ MULTISTEP = {
     "sde-dpmsolver++": (solvers.DPMSolverPPSDE, DiffusersDPMSolverPPSDE),
     "sde-dpmsolver": (solvers.DPMSolverSDE, DiffusersDPMSolverSDE),
 }
-# log-SNR of the last step where it would be minus infinity: alpha^2 = 2^-24 for those that divide by alpha.
-NEARLY_ZERO = -math.log(2.0**24 - 1.0)
 
 KINDS = {
     "DDPMScheduler": Kind(
@@ -305,9 +298,9 @@ FLOW_MATCHING = {
     "use_dynamic_shifting": only(False, None),
     "invert_sigmas": only(False, None),
     "shift_terminal": only(None),
-    "use_karras_sigmas": only(False, None),
-    "use_exponential_sigmas": only(False, None),
-    "use_beta_sigmas": only(False, None),
+    "use_karras_sigmas": only(False),
+    "use_exponential_sigmas": only(False),
+    "use_beta_sigmas": only(False),
     "stochastic_sampling": only(False, None),
     # Of dynamic shifting alone.
     "base_shift": Key(0.5, optional(real(-1e3, 1e3))),
@@ -353,7 +346,7 @@ def process(config: dict[str, Any], source: Any, learned: bool = False) -> Proce
             return _flow_matching(complete(config, FLOW_MATCHING, source, OTHERS))
         scheduler = kind(KINDS, name, source, "_class_name")
         config = {**complete(config, scheduler.keys, source, OTHERS), "_class_name": name}
-        for wrong, words in _conflicts(config, learned):
+        for wrong, words in _conflicts(scheduler, config, learned):
             if wrong:
                 raise ValueError(words)
         prediction = PREDICTIONS[config["prediction_type"]]()
@@ -365,12 +358,14 @@ def process(config: dict[str, Any], source: Any, learned: bool = False) -> Proce
         )
 
 
-def _conflicts(config, learned) -> list[tuple[bool, str]]:
+def _conflicts(scheduler, config, learned) -> list[tuple[bool, str]]:
     """What keys say that do not go together, each with whether it is so here."""
     steps, betas, ending = config["num_train_timesteps"], config["trained_betas"], config.get("final_sigmas_type")
     algorithm = config.get("algorithm_type", "")
     zero = config.get("rescale_betas_zero_snr") and config["_class_name"] in ("DDPMScheduler", "DDIMScheduler")
     sigmas = [name for name in ("use_karras_sigmas", "use_exponential_sigmas") if config.get(name)]
+    unipc, plain = config["_class_name"] == "UniPCMultistepScheduler", config.get("solver_type") == "bh2"
+    variance, late = config.get("variance_type"), config["timestep_spacing"] == "trailing" or config["steps_offset"]
     return [
         (
             betas is not None and len(betas) != steps,
@@ -378,12 +373,26 @@ def _conflicts(config, learned) -> list[tuple[bool, str]]:
         ),
         (len(sigmas) > 1, f"at most one of {sigmas} may be true"),
         (
+            bool(sigmas) and scheduler.spacing == "shorter" and ending == "sigma_min",
+            f"`final_sigmas_type` must be 'zero' where {sigmas} are true; received: 'sigma_min'",
+        ),
+        (
+            bool(sigmas) and scheduler.spacing == "shorter" and config["beta_schedule"] == "squaredcos_cap_v2",
+            f"{sigmas} must be false where `beta_schedule` is 'squaredcos_cap_v2': diffusers has them at one time step",
+        ),
+        (
+            variance in ("fixed_large", "learned_range") and bool(late) and config["timestep_spacing"] != "linspace",
+            f"`timestep_spacing` must be 'linspace', or 'leading' with `steps_offset` 0, where `variance_type` is "
+            f"{variance!r}: otherwise diffusers adds noise in the last step",
+        ),
+        (
             algorithm in ("dpmsolver", "sde-dpmsolver") and ending == "zero",
             f"`final_sigmas_type` must be 'sigma_min' for `algorithm_type` {algorithm!r}; received: 'zero'",
         ),
         (
-            config.get("predict_x0") is False and ending == "zero",
-            "`final_sigmas_type` must be 'sigma_min' where `predict_x0` is false; received: 'zero'",
+            unipc and ending == "zero" and not (plain and config["predict_x0"] and config["lower_order_final"]),
+            "`final_sigmas_type` must be 'sigma_min' unless `predict_x0` and `lower_order_final` are true and "
+            "`solver_type` is 'bh2': in diffusers the last step is not a number",
         ),
         (
             algorithm == "sde-dpmsolver" and config.get("solver_order") == 3,
@@ -398,7 +407,7 @@ def _conflicts(config, learned) -> list[tuple[bool, str]]:
             "`variance_type` 'learned_range' needs a network with twice as many channels in its output",
         ),
         (
-            bool(zero) and config["prediction_type"] == "epsilon",
+            bool(zero) and config["prediction_type"] == "epsilon" and config["timestep_spacing"] != "leading",
             "`rescale_betas_zero_snr` ends in nothing but noise, of which 'epsilon' tells no data; `prediction_type` "
             "must be 'v_prediction' or 'sample'",
         ),
@@ -413,7 +422,7 @@ def _schedule(scheduler: Kind, config) -> schedules.NoiseSchedule:
         schedule = BETAS[config["beta_schedule"]](*table)
     if not config.get("rescale_betas_zero_snr"):
         return schedule
-    return schedules.ZeroTerminalSNR(schedule, scheduler.last_log_snr)
+    return schedules.ZeroTerminalSNR(schedule) if scheduler.spacing == "rounded" else NearlyZeroSNR(schedule)
 
 
 def _sampler(scheduler: Kind, config) -> Sampler:

@@ -41,7 +41,9 @@ from kdiff.networks.unet import Level, UNet
 
 __all__ = [
     "DOWN",
+    "LARGEST_NETWORK",
     "NAMES",
+    "NUMBERS",
     "OLD_NAMES",
     "PADDINGS",
     "RESAMPLERS",
@@ -139,6 +141,7 @@ UNET_2D_CONDITION = {
 # What of the other class's keys is so in every network of this one.
 SHARED = {"downsample_type": "conv", "upsample_type": "conv"}
 LARGEST_NETWORK = 500  # blocks on the way down; Stable Diffusion XL has 30
+NUMBERS = 6  # of "time_ids": two sizes, a corner, each of height and width
 
 
 class Kind(NamedTuple):
@@ -172,6 +175,7 @@ SKIP_UP = {"SkipUpBlock2D": Kind(), "AttnSkipUpBlock2D": Kind("self")}
 def unet_2d(config: dict[str, Any], source: Any) -> Described:
     """The network that a `UNet2DModel` is."""
     config = complete(config, UNET_2D, source)
+    _check_number(config, source)
     if set(config["down_block_types"]) & set(SKIP_DOWN):
         return _ncsnpp(config, source)
     if config["time_embedding_type"] != "positional":
@@ -185,11 +189,13 @@ def unet_2d_condition(config: dict[str, Any], source: Any) -> Described:
     """The network that a `UNet2DConditionModel` is: the condition "context" is the tokens of the text, as they come."""
     config = {**SHARED, **complete(config, UNET_2D_CONDITION, source)}
     count = len(config["block_out_channels"])
-    heads = each(config["num_attention_heads"] or config["attention_head_dim"], count, source, "attention_head_dim")
+    heads = each(config["attention_head_dim"], count, source, "attention_head_dim")
     depths = each(config["transformer_layers_per_block"], count, source, "transformer_layers_per_block")
     if len(set(each(config["cross_attention_dim"], count, source, "cross_attention_dim"))) > 1:
         received = config["cross_attention_dim"]
         raise ValueError(f"{source}: `cross_attention_dim` must be one number; received: {received}")
+    _check_added(config, source)
+    _check_number(config, source, depths)
 
     def cross(i, width):
         return _spatial(config, depths[i], heads[i], width)
@@ -199,13 +205,31 @@ def unet_2d_condition(config: dict[str, Any], source: Any) -> Described:
 
     levels = _levels(config, {None: lambda i, width: None, "self": attention, "cross": cross}, source)
     width = config["block_out_channels"][-1]
-    crossed = config["mid_block_type"] == "UNetMidBlock2DCrossAttn"
-    middle = Level(width, 2, _block(config), cross(-1, width)) if crossed else Level(width, 1, _block(config))
+    crossed, block = config["mid_block_type"] == "UNetMidBlock2DCrossAttn", _block(config, **_rescaled(config))
+    middle = Level(width, 2, block, cross(-1, width)) if crossed else Level(width, 1, block)
     conditions = {"context": keras.layers.Identity(), **_classes(config)}
     if config["addition_embed_type"] is not None:
         waves = _waves(config, config["addition_time_embed_dim"])
         conditions["added"] = text_and_numbers(waves, _time_width(config))
     return Described(UNet(levels, middle, _time(config), conditions, **_ends(config)), _shapes(config))
+
+
+def _check_number(config, source, depths=()) -> None:
+    """Before any is made."""
+    widths = config["block_out_channels"]
+    layers = each(config["layers_per_block"], len(widths), source, "layers_per_block")
+    number = sum(count * (1 + depth) for count, depth in zip(layers, depths or layers, strict=True))
+    if number > LARGEST_NETWORK:
+        raise ValueError(f"{source}: more than {LARGEST_NETWORK} blocks cannot be loaded; received: {number}")
+
+
+def _check_added(config, source) -> None:
+    width, total = (config[f"{name}_dim"] for name in ("addition_time_embed", "projection_class_embeddings_input"))
+    if config["addition_embed_type"] is not None and not (width and total and total > NUMBERS * width):
+        raise ValueError(
+            f"{source}: `addition_embed_type` needs an `addition_time_embed_dim`, and for "
+            f"`projection_class_embeddings_input_dim` more than {NUMBERS} times as much; received: {width} and {total}"
+        )
 
 
 def _ncsnpp(config, source) -> Described:
@@ -306,8 +330,7 @@ PADDINGS = {0: "same", 1: "symmetric"}
 
 def _middle(config) -> Level:
     """Two blocks, with attention between them, whose normalisation may have groups of its own, or be left out."""
-    width, rescale = config["block_out_channels"][-1], config["mid_block_scale_factor"]
-    options = {} if rescale == 1 else {"rescale": rescale}
+    width, options = config["block_out_channels"][-1], _rescaled(config)
     if not config["add_attention"]:
         return Level(width, 2, _block(config, **options))
     groups = config["attn_norm_num_groups"]
@@ -315,6 +338,11 @@ def _middle(config) -> Level:
         groups = config["norm_num_groups"]
     norm = keras.layers.Identity() if groups is None else GroupNorm(groups, config["norm_eps"])
     return Level(width, 2, _block(config, **options), _self_attention(config, width, norm, **options))
+
+
+def _rescaled(config) -> dict[str, float]:
+    rescale = config["mid_block_scale_factor"]
+    return {} if rescale == 1 else {"rescale": rescale}
 
 
 def _waves(config, width) -> SinusoidalEmbedding:
@@ -348,9 +376,8 @@ def _shapes(config) -> dict[str, tuple]:
     if config["class_embed_type"] or config["num_class_embeds"] is not None:
         shapes["label"] = (None, _time_width(config)) if config["class_embed_type"] == "identity" else (None,)
     if config.get("addition_embed_type"):
-        numbers = 6  # two sizes, a corner, each of height and width
-        vector = config["projection_class_embeddings_input_dim"] - numbers * config["addition_time_embed_dim"]
-        shapes |= {"text_embeds": (None, vector), "time_ids": (None, numbers)}
+        vector = config["projection_class_embeddings_input_dim"] - NUMBERS * config["addition_time_embed_dim"]
+        shapes |= {"text_embeds": (None, vector), "time_ids": (None, NUMBERS)}
     return shapes
 
 
