@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 
 import keras
 
-from kdiff import backend
 from kdiff.interop import saving, schedulers, transformers, unets
 from kdiff.interop.configs import Described, explained, kind
 from kdiff.interop.files import read_folder, read_json, write_json, write_safetensors
-from kdiff.interop.weights import Slot, assign, check, export
+from kdiff.interop.weights import Slot, export, fill
 from kdiff.model import DiffusionModel
 
 __all__ = ["AUTOENCODERS", "MODELS", "NETWORKS", "Model", "load", "save"]
@@ -77,14 +76,7 @@ def _load_network(folder: Path, strict: bool) -> Described:
     with explained(source):
         described = model.network(config, source)
     shapes, state = {"time": (None,), **described.shapes}, unets.renamed(read_folder(folder))
-    with explained(source):
-        if strict:  # before memory is asked for
-            with backend.unallocated():
-                trial = described.network.clone()
-                trial.build(shapes)
-            check(model.slots(trial), state, folder)
-        described.network.build(shapes)
-    assign(model.slots(described.network), state, folder, strict)
+    fill(described.network, shapes, model.slots, state, folder, strict)
     return described
 
 

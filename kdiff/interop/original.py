@@ -8,6 +8,7 @@ Such a file says nothing of the network but the shapes of its weights, and what 
 many heads there are, and the size of the images.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from kdiff.blocks.resampling import Downsample, Upsample
 from kdiff.blocks.transformer import FeedForward, TransformerBlock, adaptive_block
 from kdiff.interop.files import State, array_of, read_state
 from kdiff.interop.transformers import patch_layout
-from kdiff.interop.weights import Part, Rows, Slot, assign, slots
+from kdiff.interop.weights import Part, Rows, Slot, fill, slots
 from kdiff.networks.dit import DiT
 from kdiff.networks.simple_unet import SimpleUNet
 from kdiff.networks.unet import Level, UNet
@@ -124,8 +125,8 @@ def dit(source: Source, heads: int = 16, image_size: int | None = None, strict: 
     positions = state.pop("pos_embed", None)  # a constant, which the network computes
     if image_size is None and positions is not None and positions.ndim > 1:
         image_size = patch * round(positions.shape[-2] ** 0.5)
-    network.build({"image": (None, image_size, image_size, channels), "time": (None,), "label": (None,)})
-    assign(dit_slots(network), state, name, strict)
+    shapes = {"image": (None, image_size, image_size, channels), "time": (None,), "label": (None,)}
+    fill(network, shapes, dit_slots, state, name, strict)
     return network
 
 
@@ -221,8 +222,8 @@ def guided(
         out_channels=_shape(state, "out.2.weight", name, 4)[0],
     )
     labels = {} if classes is None else {"label": (None,)}
-    network.build({"image": (None, image_size, image_size, channels), "time": (None,), **labels})
-    assign(guided_slots(network, new_order), state, name, strict)
+    shapes = {"image": (None, image_size, image_size, channels), "time": (None,), **labels}
+    fill(network, shapes, functools.partial(guided_slots, new_order=new_order), state, name, strict)
     return network
 
 
@@ -293,8 +294,7 @@ def simple_unet(source: Source, strict: bool = True) -> SimpleUNet:
         _shape(state, "time_mlp.1.weight", name)[0],
         out_channels=None if outputs == channels else outputs,
     )
-    network.build({"image": (None, None, None, channels), "time": (None,)})
-    assign(simple_slots(network), state, name, strict)
+    fill(network, {"image": (None, None, None, channels), "time": (None,)}, simple_slots, state, name, strict)
     return network
 
 

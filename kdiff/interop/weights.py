@@ -5,17 +5,19 @@ writes them. PyTorch keeps kernels with the outputs first, (out, in, height, wid
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
 import keras
 import numpy as np
 
+from kdiff import backend
 from kdiff.blocks.embeddings import FourierEmbedding, LabelEmbedding, LearnedEmbedding
 from kdiff.blocks.normalization import GroupNorm, LayerNorm, RMSNorm
+from kdiff.interop.configs import explained
 from kdiff.interop.files import State
 
-__all__ = ["LAYOUTS", "LEAVES", "Layout", "Names", "Part", "Rows", "Slot", "assign", "check", "export", "slots"]
+__all__ = ["LAYOUTS", "LEAVES", "Layout", "Names", "Part", "Rows", "Slot", "assign", "export", "fill", "slots"]
 
 
 class Rows(NamedTuple):
@@ -177,9 +179,30 @@ def assign(wanted: Iterable[Slot], state: State, source: Any, strict: bool = Tru
         slot.variable.assign(array)
 
 
-def check(wanted: Iterable[Slot], state: State, source: Any) -> None:
-    """Raises the error of `assign`, for variables that need have no numbers yet."""
-    _checked(wanted, state, source, strict=True)
+def fill(
+    network: keras.Model,
+    shapes: Mapping[str, tuple],
+    slots_of: Callable[[Any], Iterable[Slot]],
+    state: State,
+    source: Any,
+    strict: bool = True,
+) -> None:
+    """Builds a network of kdiff and gives it its weights: what does not match is found before memory is asked for.
+
+    Args:
+        network: not built.
+        shapes: of its inputs, by name.
+        slots_of: the slots of a built one.
+        state, source, strict: as of `assign`, whose error is raised.
+    """
+    if strict:
+        with backend.unallocated(), explained(source):
+            trial = network.clone()
+            trial.build(shapes)
+        _checked(slots_of(trial), state, source, strict)
+    with explained(source):
+        network.build(shapes)
+    assign(slots_of(network), state, source, strict)
 
 
 def _checked(wanted: Iterable[Slot], state: State, source: Any, strict: bool) -> list[tuple[Slot, np.ndarray]]:
