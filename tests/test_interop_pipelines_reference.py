@@ -51,7 +51,6 @@ SCHEDULERS = {
         "DPMSolverMultistepScheduler",
         {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
     ),
-    "dpm_order_3": ("DPMSolverMultistepScheduler", {**TABLE, "solver_order": 3}),
     "dpm_order_3_long": ("DPMSolverMultistepScheduler", {**TABLE, "solver_order": 3}),
     "dpm_noise_long": (
         "DPMSolverMultistepScheduler",
@@ -137,7 +136,11 @@ def check(request, given, wanted):
     assert difference < TOLERANCE
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+# Of what other tests run on every backend: a grid, orders, an end.
+ONCE = ("dpm_zero_snr", "dpm_order_3_long", "dpm_noise_long", "euler_few")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.once] * (n in ONCE)) for n in SCHEDULERS])
 def test_scheduler(request, name, unets, tmp_path, monkeypatch):
     kind, config = SCHEDULERS[name]
     theirs, ours = unets
