@@ -44,6 +44,7 @@ from kdiff.interop.tables import NearlyZeroSNR
 from kdiff.sampling import Sampler
 
 __all__ = [
+    "BETA",
     "BETAS",
     "CLIPPING",
     "ENDING",

@@ -18,7 +18,7 @@ from kdiff.interop.unets import image_shape
 from kdiff.interop.weights import Layout, Part, Rows, Slot, slots
 from kdiff.networks.dit import DiT
 
-__all__ = ["ACTIVATIONS", "DIT", "NAMES", "OLD_DEFAULTS", "OLD_DIT", "dit", "dit_slots", "patch_layout"]
+__all__ = ["ACTIVATIONS", "COUNT", "DIT", "NAMES", "OLD_DEFAULTS", "OLD_DIT", "dit", "dit_slots", "patch_layout"]
 
 COUNT = whole(1)
 DIT = {

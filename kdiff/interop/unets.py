@@ -40,14 +40,21 @@ from kdiff.networks.published import text_and_numbers
 from kdiff.networks.unet import Level, UNet
 
 __all__ = [
+    "COUNT",
+    "DEPTH",
     "DOWN",
+    "EACH",
     "LARGEST_NETWORK",
+    "MAYBE",
+    "NAMED",
     "NAMES",
     "NUMBERS",
     "OLD_NAMES",
+    "ONLY_2D",
     "PADDINGS",
     "RESAMPLERS",
     "SHARED",
+    "SIZE",
     "SKIP_DOWN",
     "SKIP_UP",
     "UNET_2D",
