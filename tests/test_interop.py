@@ -11,9 +11,20 @@ import numpy as np
 import pytest
 from keras import ops
 
-from kdiff import DiffusionModel, Sampler, guidance, predictions, schedules, solvers, times
+from kdiff import DiffusionModel, Sampler, guidance, predictions, random, schedules, solvers, times
 from kdiff.blocks import GroupNorm, LabelEmbedding, LayerNorm, ResidualBlock, SelfAttention
-from kdiff.interop import diffusers, files, grids, original, saving, schedulers, weights
+from kdiff.interop import (
+    configs,
+    diffusers,
+    files,
+    grids,
+    original,
+    saving,
+    schedulers,
+    transformers,
+    unets,
+    weights,
+)
 from kdiff.interop.solvers import DDIMKeptNoise
 from kdiff.networks.unet import Level, UNet
 
@@ -210,9 +221,205 @@ def test_shard_that_is_missing(folder):
 
 
 @pytest.mark.once
+def test_lists_in_lists(folder):
+    (folder / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"config\.json: not a JSON file"):
+        diffusers.load(folder)
+
+
+def test_a_network_that_the_weights_are_not_of_takes_no_memory(folder):
+    configure(folder, block_out_channels=[8, 60_000])  # 32 billion numbers a kernel
+    with pytest.raises(ValueError, match=r"shape: down_blocks\.1\.resnets\.0\.conv1\.weight is \(16, 8, 3, 3\)"):
+        diffusers.load(folder)
+
+
+@pytest.mark.once
+def test_numbers_that_are_not_floating_point(tmp_path):
+    state = {"out.weight": np.ones((3, 8, 1, 1), "int64"), "out.bias": np.ones(3, bool)}
+    state |= {f"{name}.conv1.weight": np.ones((8, 3, 3, 3), "complex64") for name in ("enc1", "mid")}
+    state["time_mlp.1.weight"] = np.ones((12, 12), "float16")
+    np.savez(tmp_path / "weights.npz", **state)
+    for source in (state, tmp_path / "weights.npz"):
+        with pytest.raises(ValueError, match="arrays do not match") as raised:
+            original.simple_unet(source)
+        for words in ("type: out.weight is int64", "type: out.bias is bool", "type: mid.conv1.weight is complex64"):
+            assert words in str(raised.value)
+        assert "type: time_mlp" not in str(raised.value)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("kind", ["sparse", "meta", "quantised"])
+def test_tensors_without_plain_numbers(kind, tmp_path):
+    torch = pytest.importorskip("torch")
+    x = torch.ones(2, 2)
+    tensor = {
+        "sparse": x.to_sparse,
+        "meta": lambda: x.to("meta"),
+        "quantised": lambda: torch.quantize_per_tensor(x, 1.0, 0, torch.qint8),
+    }[kind]()
+    words = {"meta": "on no device"}.get(kind, kind)
+    with pytest.raises(ValueError, match=f"the state dict: w must be a plain tensor; it is {words}"):
+        original.read({"w": tensor})
+    np.testing.assert_array_equal(original.read({"w": torch.nn.Parameter(x)})[0]["w"], np.ones((2, 2)))
+
+
+@pytest.mark.once
+def test_a_shard_with_what_another_should_have(folder):
+    state = files.read_state(folder / "diffusion_pytorch_model.safetensors")
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    files.write_safetensors(folder / "a.safetensors", state)
+    files.write_safetensors(folder / "b.safetensors", {"conv_in.bias": state["conv_in.bias"] + 1})
+    index = {"weight_map": dict.fromkeys(state, "a.safetensors")}
+    index["weight_map"]["conv_out.bias"] = "b.safetensors"
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"a\.safetensors has conv_out\.bias, which `weight_map` has in b\."):
+        diffusers.load(folder)
+
+
+@pytest.mark.once
+def test_a_list_of_a_million_blocks():
+    """The number in a name is not how many there are."""
+    shapes = {"x_embedder.proj": (8, 3, 2, 2), "final_layer.linear": (12, 8), "y_embedder.embedding_table": (3, 8)}
+    state = {f"{name}.weight": np.ones(shape, "float32") for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=r"not expected: blocks\.999999999\.attn\.qkv\.weight"):
+        original.dit({**state, "blocks.0.x": np.ones(1), "blocks.999999999.attn.qkv.weight": np.ones(1)}, 2, 4)
+
+
+@pytest.mark.once
 def test_original_without_its_first_layer():
     with pytest.raises(ValueError, match=r"`x_embedder\.proj\.weight` is missing"):
         original.dit({"y": np.ones(3)})
+
+
+# --- every key
+
+HOSTILE = [None, True, 0, -1, 10**24, 1e-300, float("inf"), float("nan"), "x", [], [0.5], [[1]], {"a": 1}]
+TABLES_OF_KEYS = {
+    **{name: scheduler.keys for name, scheduler in schedulers.KINDS.items()},
+    "FlowMatchEulerDiscreteScheduler": schedulers.FLOW_MATCHING,
+}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", TABLES_OF_KEYS)
+def test_no_value_of_a_scheduler_is_an_error_without_a_name(name):
+    for key in TABLES_OF_KEYS[name]:
+        for value in HOSTILE:
+            try:
+                process = schedulers.process({"_class_name": name, key: value}, "file.json")
+            except ValueError as error:
+                assert str(error).startswith("file.json: "), (key, value)  # noqa: PT017
+            else:
+                assert process.schedule.num_steps in (None, 1000)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("keys", [unets.UNET_2D, unets.UNET_2D_CONDITION, transformers.DIT])
+def test_no_value_of_a_network_is_an_error_without_a_name(keys):
+    for key in keys:
+        for value in HOSTILE:
+            try:
+                config = configs.complete({key: value}, keys, "file.json")
+            except ValueError as error:
+                assert str(error).startswith("file.json: "), (key, value)  # noqa: PT017
+            else:
+                assert keys[key].rule.holds(config[key])
+    assert all(key.rule.holds(key.default) for key in keys.values())
+
+
+DPM = {"_class_name": "DPMSolverMultistepScheduler"}
+WORDS = [
+    ({"_class_name": "PNDMScheduler", "rescale_betas_zero_snr": True}, "`rescale_betas_zero_snr` is unknown to kdiff"),
+    ({"_class_name": "LMSDiscreteScheduler", "num_train_timesteps": 10**24}, r"a whole number in \[1, 100000\]"),
+    ({"_class_name": "DDIMScheduler", "clip_sample": 1}, r"`clip_sample` must be one of \[True, False\].*received: 1"),
+    ({"_class_name": "DDIMScheduler", "trained_betas": [0.1, 0.2]}, "is 1000, and `trained_betas` are 2"),
+    ({"_class_name": "DDIMScheduler", "timestep_spacing": "linspace"}, r"must be one of \['leading', 'trailing'\]"),
+    ({**DPM, "use_karras_sigmas": True, "use_exponential_sigmas": True}, "at most one of"),
+    ({**DPM, "algorithm_type": "dpmsolver"}, "must be 'sigma_min' for `algorithm_type` 'dpmsolver'"),
+    ({**DPM, "lambda_min_clipped": -5.1}, "`lambda_min_clipped` must be one of"),
+    ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "twice as many channels"),
+    (
+        {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+        "`prediction_type` must be 'v_prediction' or 'sample'",
+    ),
+    ({"_class_name": "DDIMScheduler", "beta_start": 0.0}, "`betas` must lie in"),
+]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("config", "words"), WORDS)
+def test_schedulers_that_cannot_be_loaded(config, words):
+    with pytest.raises(ValueError, match=f"^file.json: .*{words}"):
+        schedulers.process(config, "file.json")
+
+
+@pytest.mark.once
+def test_defaults_of_another_scheduler_are_read_over():
+    """A file that diffusers made of another scheduler's has its keys."""
+    config = {"_class_name": "DDIMScheduler", "lambda_min_clipped": -np.inf, "solver_order": 2}
+    assert schedulers.process(config, "") == schedulers.process({"_class_name": "DDIMScheduler"}, "")
+
+
+# --- what stands around the SimpleUNet of tutorials
+
+TABLES = {
+    "linear": (lambda: schedules.LinearBeta(1000), np.linspace(1e-4, 0.02, 1000)),
+    "cosine": (lambda: schedules.CosineBeta(1000, min_beta=1e-4, max_beta=0.9999), None),
+}
+
+
+def wave(x, i):
+    """A network that needs no weights."""
+    return 0.7 * np.tanh(x) + np.sin(0.02 * i)[:, None, None, None]
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_the_process_of_tutorials(kind):
+    """q_sample, the posterior, the loss and 50 steps of DDIM on their grid, by the names in `original.simple_unet`."""
+    image, time = keras.Input((4, 4, 3), name="image"), keras.Input((), name="time")
+    output = 0.7 * ops.tanh(image) + ops.reshape(ops.sin(0.02 * time), (-1, 1, 1, 1))
+    network = keras.Model({"image": image, "time": time}, output)
+    make, betas = TABLES[kind]
+    schedule = make()
+    if betas is None:
+        f = np.cos((np.linspace(0, 1, 1001) + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.clip(1 - f[1:] / f[:-1], 1e-4, 0.9999)
+    after = np.cumprod(1 - betas)
+    before = np.append(1, after[:-1])
+    model = DiffusionModel(network, schedule, "noise", times="discrete", time_label="index", codec="identity", ema=None)
+    model.build((None, 4, 4, 3))
+    x, noise, i = *np.random.default_rng(0).normal(size=(2, 2, 4, 4, 3)).astype("float32"), np.array([0, 700])
+    t = ((i + 1) / 1000).astype("float32")
+
+    def rows(values):
+        return values[i][:, None, None, None]
+
+    x_t = rows(after) ** 0.5 * x + rows(1 - after) ** 0.5 * noise
+    np.testing.assert_allclose(ops.convert_to_numpy(schedule(x, noise, t)), x_t, atol=1e-5)
+    mean, variance = schedule.posterior(x, x_t, schedule.at(t), schedule.at((i / 1000).astype("float32")))
+    wanted = rows(betas * before**0.5 / (1 - after)) * x + rows((1 - before) * (1 - betas) ** 0.5 / (1 - after)) * x_t
+    np.testing.assert_allclose(ops.convert_to_numpy(mean), wanted, atol=1e-5)
+    wanted = rows(betas * (1 - before) / (1 - after))
+    np.testing.assert_allclose(ops.convert_to_numpy(variance), wanted, atol=1e-5)
+
+    keys = [random.key_of(2), random.key_of(3)]
+    problem = model.objective.problem(model, ops.convert_to_tensor(x), {}, iter(keys), False)
+    i = np.round(1000 * ops.convert_to_numpy(model.times(schedule, 2, keys[0]))).astype(int) - 1
+    noise = ops.convert_to_numpy(random.normal(keys[1], x.shape))
+    x_t = rows(after) ** 0.5 * x + rows(1 - after) ** 0.5 * noise
+    output, target = (ops.convert_to_numpy(value) for value in (problem.output, problem.target))
+    assert problem.weight is None or np.allclose(ops.convert_to_numpy(problem.weight), 1)
+    assert np.mean((output - target) ** 2) == pytest.approx(np.mean((wave(x_t, i) - noise) ** 2), abs=1e-5)
+
+    steps = np.linspace(0, 999, 50).astype(int)[::-1]
+    wanted = x.astype("float64")
+    for now, then in zip(steps, [*steps[1:], None], strict=True):
+        kept, noisy = (1.0, 0.0) if then is None else (after[then] ** 0.5, (1 - after[then]) ** 0.5)
+        predicted = wave(wanted, np.full(2, now))
+        wanted = kept * (wanted - (1 - after[now]) ** 0.5 * predicted) / after[now] ** 0.5 + noisy * predicted
+    grid = times.Times([*(steps + 1) / 1000, 0])
+    given = model.sample(2, x=x, sampler=Sampler("ddim", grid))
+    assert np.abs(given - wanted).max() < 1e-5 * np.abs(wanted).max()
 
 
 # --- saving
@@ -243,7 +450,7 @@ def built(network):
 SAMPLERS = [
     Sampler(DDIMKeptNoise(guidance.Clip(2.0)), "leading"),
     Sampler("ddim", grids.WithFirst(times.Leading(1)), to_zero=False),
-    Sampler(solvers.DDPM("large"), times.Trailing(), guidance=guidance.Clip()),
+    Sampler(solvers.DDPM("large"), times.Linspace(), guidance=guidance.Clip()),
     Sampler("dpm_solver_pp", grids.WithoutLast(times.Leading(3))),
     Sampler("euler", grids.Within(times.Karras(), grids.LinspaceUnrounded())),
     Sampler(solvers.Heun("ratio"), "trailing"),

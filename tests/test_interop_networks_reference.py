@@ -70,6 +70,7 @@ CONDITIONED = {
     "stable_diffusion_2": {**CROSS, "use_linear_projection": True, "attention_head_dim": (2, 4)},
     "depth_2": {**CROSS, "transformer_layers_per_block": 2, "layers_per_block": 2},
     "simple_middle": {**CROSS, "mid_block_type": "UNetMidBlock2D"},
+    "rescaled_middle": {**CROSS, "mid_block_scale_factor": 1.5},
     "resnet_blocks": {
         **CROSS,
         "down_block_types": ("ResnetDownsampleBlock2D", "CrossAttnDownBlock2D"),

@@ -168,3 +168,80 @@ def test_guided(request, changes, new_order):
     difference = np.abs(given - theirs(model, x, TIMES, class_labels=labels)).max()
     print(f"DIFFERENCE original {request.node.name} {difference:.1e}")
     assert difference < TOLERANCE
+
+
+# --- the SimpleUNet of tutorials
+
+WIDTHS = (8, 16, 16)
+
+
+def simple_state():
+    """Random weights under the names of the tutorial's module; `dec3` has twice the channels of `enc3` and so on."""
+    generator = np.random.default_rng(0)
+    state = {}
+
+    def add(name, *shape):
+        scale = np.prod(shape[1:]) ** -0.5
+        state[f"{name}.weight"] = (scale * generator.normal(size=shape)).astype("float32")
+        state[f"{name}.bias"] = (0.1 * generator.normal(size=shape[0])).astype("float32")
+
+    def block(name, before, after):
+        for layer, shape in {"conv1": (after, before, 3, 3), "conv2": (after, after, 3, 3)}.items():
+            add(f"{name}.{layer}", *shape)
+        add(f"{name}.time_mlp", after, 12)
+        for norm in ("norm1", "norm2"):
+            add(f"{name}.{norm}", after)
+            state[f"{name}.{norm}.weight"] += 0.5
+        if before != after:
+            add(f"{name}.shortcut", after, before, 1, 1)
+
+    one, two, three = WIDTHS
+    add("time_mlp.1", 12, 12)
+    add("time_mlp.3", 12, 12)
+    blocks = {"enc1": (3, one), "enc2": (one, two), "enc3": (two, three), "mid": (three, three)}
+    blocks |= {"dec3": (2 * three, two), "dec2": (2 * two, one), "dec1": (2 * one, one)}
+    for name, (before, after) in blocks.items():
+        block(name, before, after)
+    add("out", 3, one, 1, 1)
+    return state
+
+
+def simple(state, image, time):
+    """The module, written with PyTorch's functions: (batch, height, width, channels) there and back, in float64."""
+    functional = torch.nn.functional
+    state = {name: torch.tensor(array, dtype=torch.float64) for name, array in state.items()}
+
+    def of(function, name, x, **options):
+        return function(x, weight=state[f"{name}.weight"], bias=state[f"{name}.bias"], **options)
+
+    def norm(name, x):
+        return of(functional.group_norm, name, functional.silu(x), num_groups=8)
+
+    def block(name, x):
+        y = norm(f"{name}.norm1", of(functional.conv2d, f"{name}.conv1", x, padding=1))
+        y = y + of(functional.linear, f"{name}.time_mlp", functional.silu(vector))[:, :, None, None]
+        y = norm(f"{name}.norm2", of(functional.conv2d, f"{name}.conv2", y, padding=1))
+        return y + (of(functional.conv2d, f"{name}.shortcut", x) if f"{name}.shortcut.weight" in state else x)
+
+    angles = torch.tensor(time, dtype=torch.float64)[:, None] * 10000.0 ** (-torch.arange(6) / 5.0)
+    vector = of(functional.linear, "time_mlp.1", torch.cat([torch.sin(angles), torch.cos(angles)], -1))
+    vector = of(functional.linear, "time_mlp.3", functional.silu(vector))
+    x, skips = torch.tensor(image, dtype=torch.float64).permute(0, 3, 1, 2), []
+    for i in (1, 2, 3):
+        skips.append(block(f"enc{i}", x))
+        x = functional.max_pool2d(skips[-1], 2)
+    x = block("mid", x)
+    for i in (3, 2, 1):
+        x = functional.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+        x = block(f"dec{i}", torch.cat([x, skips[i - 1]], 1))
+    return of(functional.conv2d, "out", x).permute(0, 2, 3, 1).numpy()
+
+
+def test_simple_unet():
+    state = simple_state()
+    network = original.simple_unet({name: torch.tensor(array) for name, array in state.items()})
+    x, t = normal(2, 16, 8, 3), np.array([0.0, 999.0], "float32")
+    given = ops.convert_to_numpy(network({"image": x, "time": t}))
+    wanted = simple(state, x, t)
+    assert np.abs(given - wanted).max() < 1e-5 * np.abs(wanted).max()
+    assert network.count_params() == sum(array.size for array in state.values())

@@ -154,7 +154,7 @@ def test_attention_on_the_way_up_once_a_level():
 def test_errors():
     cases = [
         (lambda: SimpleUNet((8, 4)), "a width.*at least 8; received: 4"),
-        (lambda: SimpleUNet(embed_width=1), "`embed_width`.*received: 1"),
+        (lambda: SimpleUNet(embed_width=2), "`embed_width`.*at least 4; received: 2"),
         (lambda: SimpleUNet((8, 8))({"image": np.ones((1, 6, 8, 3)), "time": np.ones(1)}), "2 halvings need a height"),
         (lambda: NCSNpp([]), "`levels` must be one `Level` or more"),
         (lambda: InputResidual(rescale=0), "`rescale`.*received: 0"),
@@ -184,6 +184,7 @@ SIZES = {
     "adm_256": (lambda: published.adm(256), {**RGB, "label": ()}, 554),
     "adm_512": (lambda: published.adm(512), {**RGB, "label": ()}, 559),
     "ddpmpp_cifar10": (published.ddpmpp_cifar10, RGB, 55.7),
+    "simple": (SimpleUNet, RGB, 3_872_579),  # of the module of this name in PyTorch tutorials, with its defaults
     "stable_diffusion_1": (published.stable_diffusion_1, {**LATENT, "context": (77, 768)}, 859_520_964),
     "stable_diffusion_2": (published.stable_diffusion_2, {**LATENT, "context": (77, 1024)}, 865_910_724),
     "stable_diffusion_xl": (

@@ -294,7 +294,8 @@ _DEPTHWISE = {3: keras.layers.DepthwiseConv1D, 4: keras.layers.DepthwiseConv2D}
 class SimpleBlock(Block):
     """The block of `SimpleUNet`: `W x + norm'(silu(conv'(norm(silu(conv(x))) + V silu(embed))))`.
 
-    The convolutions are 3x3. `W` is a 1x1 convolution. `V` is there if the block is built with an embedding.
+    The convolutions are 3x3. `W` is a 1x1 convolution where the widths differ, and otherwise the identity. `V` is there
+    if the block is built with an embedding.
 
     Args:
         width: the channels of the output, which `groups` divides; None keeps those of the input.
@@ -311,7 +312,7 @@ class SimpleBlock(Block):
         self.second_norm = GroupNorm(groups, dtype=self.dtype_policy)
 
     def build(self, x_shape, embed_shape=None):
-        """Builds the three convolutions, the normalisations and the projection of the embedding, if there is one."""
+        """Builds the convolutions, the normalisations and the projection of the embedding, if there is one."""
         check_map(self, x_shape)
         self.embedded = embed_shape is not None
         width = self.width or x_shape[-1]
@@ -319,10 +320,11 @@ class SimpleBlock(Block):
         options = {"padding": "same", "kernel_initializer": kernel_initializer(), "dtype": self.dtype_policy}
         self.first = Conv2D(width, 3, **options)
         self.second = Conv2D(width, 3, **options)
-        self.shortcut = Conv2D(width, 1, **options)
+        self.shortcut = None if width == x_shape[-1] else Conv2D(width, 1, **options)
         self.projection = projection_of(self, embed_shape, width)
         for layer, shape in ((self.first, x_shape), (self.second, inner_shape), (self.shortcut, x_shape)):
-            build_layer(layer, shape)
+            if layer is not None:
+                build_layer(layer, shape)
         for layer in (self.first_norm, self.second_norm):
             build_layer(layer, inner_shape)
 
@@ -333,4 +335,4 @@ class SimpleBlock(Block):
         if embed is not None:
             y = y + over_positions(self.projection(ops.silu(embed)), y)
         y = self.second_norm(ops.silu(self.second(y)))
-        return self.shortcut(x) + y
+        return (x if self.shortcut is None else self.shortcut(x)) + y

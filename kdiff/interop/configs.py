@@ -1,11 +1,52 @@
-"""A foreign configuration against a table of its keys: what it may say, and what it means if it says nothing."""
+"""A foreign configuration against a table of its keys: what each may say, and what it means if it says nothing.
 
-from collections.abc import Iterable, Mapping
+A `Rule` is the type and the range of a value. `complete` holds every value of a file to the rule of its key before
+anything is made of it, so that what is built further on need not ask again.
+"""
+
+import contextlib
+import math
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import keras
 
-__all__ = ["Described", "Key", "Keys", "complete", "each", "kind", "only"]
+__all__ = [
+    "FLAG",
+    "LARGEST",
+    "TEXT",
+    "Described",
+    "Key",
+    "Keys",
+    "Rule",
+    "complete",
+    "each",
+    "either",
+    "explained",
+    "kind",
+    "listed",
+    "one_of",
+    "only",
+    "optional",
+    "real",
+    "shown",
+    "whole",
+]
+
+LARGEST = 100_000  # a number of steps or channels above is a damaged file, not a model
+
+
+class Rule(NamedTuple):
+    """What a value may be.
+
+    Attributes:
+        words: "must be ..." goes on with them.
+        holds: whether a value is so.
+    """
+
+    words: str
+    holds: Callable[[Any], bool]
 
 
 class Key(NamedTuple):
@@ -13,11 +54,11 @@ class Key(NamedTuple):
 
     Attributes:
         default: its value where it is not given.
-        choices: the values that can be translated; None for any.
+        rule: what it may be to be translated.
     """
 
     default: Any
-    choices: tuple | None = None
+    rule: Rule
 
 
 Keys = Mapping[str, Key]
@@ -30,46 +71,123 @@ class Described(NamedTuple):
     shapes: dict[str, tuple]
 
 
+# --- rules
+
+
+def whole(low: int, high: int = LARGEST) -> Rule:
+    """A whole number in [low, high]."""
+    return Rule(
+        f"a whole number in [{low}, {high}]",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
+    )
+
+
+def real(low: float, high: float) -> Rule:
+    """A finite number in [low, high]."""
+
+    def holds(value):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and low <= value <= high and math.isfinite(value)
+
+    return Rule(f"a number in [{low}, {high}]", holds)
+
+
+def one_of(*choices: Any) -> Rule:
+    """One of these values; true is not 1."""
+    return Rule(f"one of {list(choices)}", lambda value: any(_same(value, choice) for choice in choices))
+
+
+def listed(rule: Rule, low: int = 1, high: int = 16) -> Rule:
+    """A list, of `low` to `high` values, of which each is so."""
+
+    def holds(value):
+        return isinstance(value, (list, tuple)) and low <= len(value) <= high and all(map(rule.holds, value))
+
+    return Rule(f"a list of {low} to {high} values, each {rule.words}", holds)
+
+
+def either(*rules: Rule) -> Rule:
+    """One of them."""
+    return Rule(" or ".join(rule.words for rule in rules), lambda value: any(rule.holds(value) for rule in rules))
+
+
+def optional(rule: Rule) -> Rule:
+    """So, or None."""
+    return either(rule, one_of(None))
+
+
+FLAG = one_of(True, False)
+TEXT = Rule("a text", lambda value: isinstance(value, str))
+
+
 def only(value: Any, *same: Any) -> Key:
     """A key of which nothing but this value, and others that come to the same, can be translated."""
-    return Key(value, (value, *same))
+    return Key(value, one_of(value, *same))
 
 
-def complete(config: Mapping[str, Any], keys: Keys, source: Any, ignored: Iterable[str] = ()) -> dict[str, Any]:
-    """The configuration with its defaults, and nothing in it that would be lost.
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return isinstance(a, bool) == isinstance(b, bool) and a == b
+
+
+# --- configurations
+
+
+def complete(config: Mapping[str, Any], keys: Keys, source: Any, others: Keys | None = None) -> dict[str, Any]:
+    """The configuration with its defaults, in which every value is as its rule says and nothing would be lost.
 
     Keys that begin with an underscore are notes. A key that the table does not have may say None, False or nothing.
+
+    Args:
+        config: what a file says.
+        keys: what it may say.
+        source: the file, for errors.
+        others: keys of other classes, which a file may have with their defaults.
 
     Raises:
         ValueError: if a key is unknown, or its value cannot be translated.
     """
-    ignored = set(ignored)
     for name, value in config.items():
-        if name.startswith("_") or name in ignored:
-            continue
-        if name not in keys and value not in (None, False, [], {}):
-            raise ValueError(f"{source}: the key `{name}` is unknown to kdiff; received: {value!r}")
-        if name in keys and keys[name].choices is not None and _plain(value) not in map(_plain, keys[name].choices):
-            raise ValueError(
-                f"{source}: `{name}` must be one of {list(keys[name].choices)} to be loaded; received: {value!r}"
-            )
+        if name in keys and not keys[name].rule.holds(value):
+            words = keys[name].rule.words
+            raise ValueError(f"{source}: `{name}` must be {words} to be loaded; received: {shown(value)}")
+        default = [others[name].default] if others and name in others else []
+        empty = any(_same(value, one) for one in (None, False, [], {}, *default))
+        if name not in keys and not name.startswith("_") and not empty:
+            raise ValueError(f"{source}: the key `{shown(name)[1:-1]}` is unknown to kdiff; received: {shown(value)}")
     return {name: config.get(name, key.default) for name, key in keys.items()}
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def each(value: Any, count: int, source: Any, name: str) -> list:
     """A value for each of `count` levels: one for all, or a list of so many."""
     values = list(value) if isinstance(value, (list, tuple)) else [value] * count
     if len(values) != count:
-        raise ValueError(f"{source}: `{name}` must be one value or {count}; received: {value!r}")
+        raise ValueError(f"{source}: `{name}` must be one value or {count}; received: {shown(value)}")
     return values
 
 
 def kind(table: Mapping[str, Any], value: Any, source: Any, name: str) -> Any:
     """The entry of a table."""
     if not isinstance(value, str) or value not in table:
-        raise ValueError(f"{source}: `{name}` must be one of {list(table)} to be loaded; received: {value!r}")
+        raise ValueError(f"{source}: `{name}` must be one of {list(table)} to be loaded; received: {shown(value)}")
     return table[value]
+
+
+@contextlib.contextmanager
+def explained(source: Any) -> Iterator[None]:
+    """An error of the objects that are made of a file names the file."""
+    try:
+        yield
+    except ValueError as error:
+        named = str(error).startswith(str(source))
+        raise error if named else ValueError(f"{source}: {error}") from error
+
+
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = _shown.maxlong = 120
+
+
+def shown(value: Any) -> str:
+    """A value of a file in an error, cut where it is long or deep."""
+    return _shown.repr(value)

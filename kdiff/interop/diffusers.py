@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import keras
 
 from kdiff.interop import saving, schedulers, transformers, unets
-from kdiff.interop.configs import Described, kind
+from kdiff.interop.configs import Described, explained, kind
 from kdiff.interop.files import read_folder, read_json, write_json, write_safetensors
-from kdiff.interop.weights import Slot, assign, export
+from kdiff.interop.weights import Slot, export, fill
 from kdiff.model import DiffusionModel
 
 __all__ = ["AUTOENCODERS", "MODELS", "NETWORKS", "Model", "load", "save"]
@@ -73,9 +73,10 @@ def _load_network(folder: Path, strict: bool) -> Described:
     source = folder / "config.json"
     config = read_json(source)
     model = kind(MODELS, config.get("_class_name"), source, "_class_name")
-    described = model.network(config, source)
-    described.network.build({"time": (None,), **described.shapes})
-    assign(model.slots(described.network), unets.renamed(read_folder(folder)), folder, strict)
+    with explained(source):
+        described = model.network(config, source)
+    shapes, state = {"time": (None,), **described.shapes}, unets.renamed(read_folder(folder))
+    fill(described.network, shapes, model.slots, state, folder, strict)
     return described
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "FOLDER_READERS",
     "READERS",
     "State",
+    "array_of",
     "read_folder",
     "read_json",
     "read_state",
@@ -31,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
     _check_there(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not text, not JSON, a number of thousands of digits, lists in lists
         raise ValueError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold a JSON object; received: {type(content).__name__}")
@@ -76,7 +77,7 @@ def write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:
 def _read_safetensors(path: Path) -> State:
     library = _safetensors()
     try:
-        return {name: _float32(array) for name, array in library.numpy.load_file(path).items()}
+        return {name: array_of(array, name, path) for name, array in library.numpy.load_file(path).items()}
     except (library.SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
 
@@ -102,7 +103,7 @@ def _read_pickle(path: Path) -> State:
     except Exception as error:  # pickle's, zip's and PyTorch's own errors have no common base
         raise ValueError(f"{path}: not a file of tensors alone, or a damaged one: {_first_line(error)}") from error
     tensors = {name: value for name, value in _inner(path, content).items() if torch.is_tensor(value)}
-    return {name: value.to(torch.float32).numpy() for name, value in tensors.items()}
+    return {str(name): array_of(value, str(name), path) for name, value in tensors.items()}
 
 
 def _inner(path: Path, content: Any) -> Mapping:
@@ -118,7 +119,7 @@ def _inner(path: Path, content: Any) -> Mapping:
 def _read_npz(path: Path) -> State:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: _float32(arrays[name]) for name in arrays.files}
+            return {name: array_of(arrays[name], name, path) for name in arrays.files}
     except Exception as error:  # zip's and NumPy's own errors have no common base
         raise ValueError(f"{path}: not a whole .npz file of numbers: {_first_line(error)}") from error
 
@@ -131,17 +132,38 @@ def _read_shards(path: Path) -> State:
     for name in set(index.values()):
         if Path(name).name != name:
             raise ValueError(f"{path}: a shard must lie beside its index; received: {name!r}")
-    state = {
-        key: array for name in sorted(set(index.values())) for key, array in read_state(path.parent / name).items()
-    }
+    state: State = {}
+    for shard in sorted(set(index.values())):
+        for name, array in read_state(path.parent / shard).items():
+            if index.get(name, shard) != shard:
+                raise ValueError(f"{path}: {shard} has {name}, which `weight_map` has in {index[name]}")
+            state[name] = array
     missing = sorted(set(index) - set(state))
     if missing:
         raise ValueError(f"{path}: its shards do not hold {missing}")
     return state
 
 
-def _float32(array: np.ndarray) -> np.ndarray:
-    return array.astype("float32") if array.dtype.kind in "fV" or array.dtype.name == "bfloat16" else array
+def array_of(value: Any, name: str, source: Any) -> np.ndarray:
+    """A NumPy array of an array or a tensor of PyTorch: float32 of floating-point numbers, others as they are.
+
+    Raises:
+        ValueError: if it is no plain tensor with numbers, but sparse, quantised or nested, or without any ("meta").
+    """
+    if hasattr(value, "detach"):
+        import torch
+
+        kinds = {"quantised": value.is_quantized, "nested": value.is_nested, "on no device": value.is_meta}
+        kinds["sparse"] = not kinds["nested"] and value.layout != torch.strided
+        found = [kind for kind, so in kinds.items() if so]
+        if found:
+            raise ValueError(f"{source}: {name} must be a plain tensor; it is {found[0]}")
+        value = value.detach().cpu().resolve_conj().resolve_neg()
+        value = (value.to(torch.float32) if value.is_floating_point() else value).numpy()
+    array = np.asarray(value)
+    floating = array.dtype.kind == "f" or array.dtype.name.startswith(("bfloat16", "float8"))
+    with np.errstate(over="ignore"):  # what is too large is found to be infinite
+        return array.astype("float32") if floating else array
 
 
 def _check_there(path: Path) -> None:

@@ -10,13 +10,29 @@ __all__ = ["FlowMatching", "LinspaceUnrounded", "WithFirst", "Within", "WithoutL
 
 
 class LinspaceUnrounded(TimeGrid):
-    """`steps` equal spaces from T - 1 to 0, between the steps of the process where they fall there: Euler's, Heun's."""
+    """`steps` equal spaces from T - 1 to 0, between the steps of the process where they fall there: Euler's, Heun's.
+
+    diffusers draws a straight line through sigma / alpha there, and a table of kdiff through its logarithm: the times
+    are those at which that is the same.
+    """
 
     named = False
 
     def indices(self, num_steps: int, steps: int) -> np.ndarray:
         """linspace(T - 1, 0, steps)."""
         return np.linspace(num_steps - 1, 0, steps)
+
+    def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
+        """Those of the indices; between i and i + 1, at (1 - f) s_i + f s_(i + 1)."""
+        times = super().above_zero(schedule, steps)
+        if schedule.num_steps is None:
+            return times
+        below, fraction = np.divmod(times * schedule.num_steps, 1.0)
+        ends = np.minimum([below, below + 1.0], schedule.num_steps) / schedule.num_steps
+        rise = np.diff(-0.5 * ops.convert_to_numpy(schedule.log_snr(ends.astype("float32"))).astype("float64"), axis=0)[
+            0
+        ]
+        return (below + np.log1p(fraction * np.expm1(rise)) / np.where(rise > 0, rise, 1.0)) / schedule.num_steps
 
 
 class WithoutLast(TimeGrid):

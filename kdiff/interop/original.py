@@ -1,33 +1,46 @@
-"""The weights that the papers' own code wrote: DiT's, and those of improved diffusion and guided diffusion.
+"""The weights that other code wrote: DiT's, improved and guided diffusion's, the SimpleUNet of PyTorch tutorials.
 
     network = dit("DiT-XL-2-256x256.pt")
+    network = simple_unet(theirs.state_dict())
     network = guided("64x64_diffusion.safetensors", image_size=64, multipliers=(1, 2, 3, 4), new_order=True)
 
 Such a file says nothing of the network but the shapes of its weights, and what they do not show has to be said: how
 many heads there are, and the size of the images.
 """
 
+import functools
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from kdiff.blocks.attention import MultiHeadAttention, SelfAttention
-from kdiff.blocks.convolution import ResidualBlock
+from kdiff.blocks.convolution import ResidualBlock, SimpleBlock
 from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbedding
 from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.resampling import Downsample, Upsample
 from kdiff.blocks.transformer import FeedForward, TransformerBlock, adaptive_block
-from kdiff.interop.files import State, read_state
+from kdiff.interop.files import State, array_of, read_state
 from kdiff.interop.transformers import patch_layout
-from kdiff.interop.weights import Part, Rows, Slot, assign, slots
+from kdiff.interop.weights import Part, Rows, Slot, fill, slots
 from kdiff.networks.dit import DiT
+from kdiff.networks.simple_unet import SimpleUNet
 from kdiff.networks.unet import Level, UNet
 
-__all__ = ["DIT_NAMES", "Source", "dit", "dit_slots", "guided", "guided_slots", "read"]
+__all__ = [
+    "DIT_NAMES",
+    "SIMPLE_NAMES",
+    "Source",
+    "dit",
+    "dit_slots",
+    "guided",
+    "guided_slots",
+    "read",
+    "simple_slots",
+    "simple_unet",
+]
 
 Source = str | Path | Mapping[str, Any]
 
@@ -40,22 +53,26 @@ def read(source: Source) -> tuple[State, str]:
             alone; or a mapping of arrays.
     """
     if isinstance(source, Mapping):
-        return {name: np.asarray(array) for name, array in source.items()}, "the state dict"
+        return {name: array_of(array, name, "the state dict") for name, array in source.items()}, "the state dict"
     return read_state(source), str(source)
 
 
-def _shape(state: State, name: str, source: str) -> tuple[int, ...]:
+def _shape(state: State, name: str, source: str, rank: int = 2) -> tuple[int, ...]:
     if name not in state:
         raise ValueError(
             f"{source}: `{name}` is missing, which tells of what size the network is; it has: {list(state)[:5]}"
         )
-    return state[name].shape
+    shape = state[name].shape
+    if len(shape) != rank or 0 in shape:
+        raise ValueError(f"{source}: `{name}` must have {rank} axes, none of them empty; received the shape: {shape}")
+    return shape
 
 
 def _count(state: State, prefix: str) -> int:
-    """How many modules there are of a list."""
-    numbers = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in state)
-    return 1 + max((int(found[1]) for found in numbers if found), default=-1)
+    """How many modules there are of a list, from 0 to the first that is missing."""
+    found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in state)
+    numbers = {int(one[1]) for one in found if one}
+    return next(i for i in itertools.count() if i not in numbers)
 
 
 # --- DiT
@@ -93,7 +110,7 @@ def dit(source: Source, heads: int = 16, image_size: int | None = None, strict: 
         strict: whether weights that do not match are an error; otherwise a warning.
     """
     state, name = read(source)
-    width, channels, patch, _ = _shape(state, "x_embedder.proj.weight", name)
+    width, channels, patch, _ = _shape(state, "x_embedder.proj.weight", name, 4)
     outputs = _shape(state, "final_layer.linear.weight", name)[0] // patch**2
     classes = _shape(state, "y_embedder.embedding_table.weight", name)[0] - 1
     network = DiT(
@@ -106,10 +123,10 @@ def dit(source: Source, heads: int = 16, image_size: int | None = None, strict: 
         out_channels=outputs,
     )
     positions = state.pop("pos_embed", None)  # a constant, which the network computes
-    if image_size is None and positions is not None:
+    if image_size is None and positions is not None and positions.ndim > 1:
         image_size = patch * round(positions.shape[-2] ** 0.5)
-    network.build({"image": (None, image_size, image_size, channels), "time": (None,), "label": (None,)})
-    assign(dit_slots(network), state, name, strict)
+    shapes = {"image": (None, image_size, image_size, channels), "time": (None,), "label": (None,)}
+    fill(network, shapes, dit_slots, state, name, strict)
     return network
 
 
@@ -183,7 +200,7 @@ def guided(
         strict: whether weights that do not match are an error; otherwise a warning.
     """
     state, name = read(source)
-    width, channels = _shape(state, "input_blocks.0.0.weight", name)[:2]
+    width, channels = _shape(state, "input_blocks.0.0.weight", name, 4)[:2]
     resampled = any(re.match(r"input_blocks\.\d+\.0\.in_layers", key) for key in _resamplers(state, len(multipliers)))
     norm = GroupNorm(32)
     mixer = SelfAttention(None if head_width else heads or 1, head_width, norm, zero=False)
@@ -195,18 +212,18 @@ def guided(
         Level(width * multiplier, depth, block, mixer if image_size // 2**i in attention_at else None, down, up)
         for i, multiplier in enumerate(multipliers)
     ]
-    classes = state["label_emb.weight"].shape[0] if "label_emb.weight" in state else None
+    classes = _shape(state, "label_emb.weight", name)[0] if "label_emb.weight" in state else None
     network = UNet(
         levels,
         Level(levels[-1].width, 2, block, mixer),
         MLPEmbedding(SinusoidalEmbedding(width), _shape(state, "time_embed.0.weight", name)[0]),
         {} if classes is None else {"label": LabelEmbedding(classes)},
         normalization=norm,
-        out_channels=_shape(state, "out.2.weight", name)[0],
+        out_channels=_shape(state, "out.2.weight", name, 4)[0],
     )
     labels = {} if classes is None else {"label": (None,)}
-    network.build({"image": (None, image_size, image_size, channels), "time": (None,), **labels})
-    assign(guided_slots(network, new_order), state, name, strict)
+    shapes = {"image": (None, image_size, image_size, channels), "time": (None,), **labels}
+    fill(network, shapes, functools.partial(guided_slots, new_order=new_order), state, name, strict)
     return network
 
 
@@ -232,3 +249,59 @@ def _named_layers(network):
             yield from ((f"{way}.{first + i}.{j}", layer) for j, layer in enumerate(chain.layers))
     yield from ((f"middle_block.{i}", layer) for i, layer in enumerate(network.bridge.layers))
     yield from {"out.0": network.normalization, "out.2": network.head}.items()
+
+
+# --- the SimpleUNet of PyTorch tutorials
+
+SIMPLE_NAMES = {
+    MLPEmbedding: {"1": "hidden", "3": "output_layer"},
+    SimpleBlock: {
+        "conv1": "first",
+        "conv2": "second",
+        "time_mlp": "projection",
+        "norm1": "first_norm",
+        "norm2": "second_norm",
+        "shortcut": "shortcut",
+    },
+}
+
+
+def simple_unet(source: Source, strict: bool = True) -> SimpleUNet:
+    """The SimpleUNet of PyTorch tutorials (`enc1`, `enc2`, ..., `mid`, ..., `dec1`, `out`) with its weights.
+
+    What such a tutorial has beside it, with T steps, is here
+
+        linear betas                    LinearBeta(T)
+        cosine betas                    CosineBeta(T, min_beta=1e-4, max_beta=0.9999)
+        its integer time i              t = (i + 1) / T
+        q_sample(x, i, noise)           schedule(x, noise, t)
+        the posterior's mean, variance  schedule.posterior(x, x_t, schedule.at(t), schedule.at(t - 1 / T))
+        the model and its loss          DiffusionModel(network, schedule, "noise", times="discrete", time_label="index")
+        sample, with x_0 clamped        Sampler("ddpm", "all", guidance="clip")
+        DDIM at the integer times i     Sampler("ddim", Times([*(i + 1) / T, 0])), i falling
+
+    Args:
+        source: the weights, as of `read`.
+        strict: whether weights that do not match are an error; otherwise a warning.
+    """
+    state, name = read(source)
+    count = 1 + next(i for i in itertools.count() if f"enc{i + 2}.conv1.weight" not in state)
+    widths = [_shape(state, f"enc{i + 1}.conv1.weight", name, 4)[0] for i in range(count)]
+    channels, outputs = state["enc1.conv1.weight"].shape[1], _shape(state, "out.weight", name, 4)[0]
+    network = SimpleUNet(
+        widths,
+        _shape(state, "mid.conv1.weight", name, 4)[0],
+        _shape(state, "time_mlp.1.weight", name)[0],
+        out_channels=None if outputs == channels else outputs,
+    )
+    fill(network, {"image": (None, None, None, channels), "time": (None,)}, simple_slots, state, name, strict)
+    return network
+
+
+def simple_slots(network: SimpleUNet) -> Iterator[Slot]:
+    """The names of the weights of a SimpleUNet in PyTorch tutorials."""
+    layers = {"time_mlp": network.embedding, "mid": network.middle, "out": network.head}
+    for way, blocks in (("enc", network.down), ("dec", network.up)):
+        layers |= {f"{way}{i + 1}": block for i, block in enumerate(blocks)}
+    for name, layer in layers.items():
+        yield from slots(layer, name, SIMPLE_NAMES)

@@ -3,6 +3,7 @@
 What diffusers has no word for, `same` finds: the network that is read back would differ from the one to be written.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +18,8 @@ from kdiff.blocks.normalization import GroupNorm
 from kdiff.blocks.transformer import SpatialTransformer
 from kdiff.interop import schedulers, transformers
 from kdiff.interop.grids import FlowMatching
-from kdiff.interop.solvers import DDIMKeptNoise
+from kdiff.interop.solvers import DDIMKeptNoise, DiffusersDEIS
+from kdiff.interop.tables import NearlyZeroSNR
 from kdiff.interop.unets import PADDINGS
 from kdiff.networks.dit import DiT
 from kdiff.networks.ncsnpp import NCSNpp
@@ -338,6 +340,15 @@ def _dpm(algorithm: str) -> Callable[[Any], Config]:
         algorithm_type=lambda _: algorithm,
         solver_order=lambda solver: solver.order,
         solver_type=lambda solver: solver.variant,
+        lower_order_final=lambda solver: solver.lower_final,
+    )
+
+
+def _deis() -> Callable[[Any], Config]:
+    return _named(
+        "DEISMultistepScheduler",
+        solver_order=lambda solver: solver.order,
+        lower_order_final=lambda solver: solver.lower_final,
     )
 
 
@@ -346,10 +357,7 @@ SOLVERS = {
     solvers.DDIM: _named("DDIMScheduler"),
     DDIMKeptNoise: _named("DDIMScheduler"),
     solvers.PNDM: _named("PNDMScheduler", skip_prk_steps=lambda solver: solver.warm == 1),
-    solvers.DPMSolverPP: _dpm("dpmsolver++"),
-    solvers.DPMSolver: _dpm("dpmsolver"),
-    solvers.DPMSolverPPSDE: _dpm("sde-dpmsolver++"),
-    solvers.DPMSolverSDE: _dpm("sde-dpmsolver"),
+    **{kind: _dpm(name) for name, kinds in schedulers.MULTISTEP.items() for kind in kinds},
     solvers.UniPC: _named(
         "UniPCMultistepScheduler",
         solver_order=lambda solver: solver.predictor_order,
@@ -357,11 +365,8 @@ SOLVERS = {
         predict_x0=lambda solver: solver.predicts == "data",
         lower_order_final=lambda solver: solver.lower_final,
     ),
-    solvers.DEIS: _named(
-        "DEISMultistepScheduler",
-        solver_order=lambda solver: solver.order,
-        lower_order_final=lambda solver: solver.lower_final,
-    ),
+    solvers.DEIS: _deis(),
+    DiffusersDEIS: _deis(),
     solvers.Euler: _named("EulerDiscreteScheduler"),
     solvers.EulerAncestral: _named("EulerAncestralDiscreteScheduler"),
     solvers.Heun: _named("HeunDiscreteScheduler"),
@@ -382,9 +387,10 @@ def scheduler_config(wanted: schedulers.Process) -> Config:
     """
     for config in _candidates(wanted):
         config = {name: value for name, value in config.items() if name == "_class_name" or _known(config, name)}
-        made = schedulers.process(config, "", isinstance(wanted.prediction, predictions.LearnedVariance))
-        if _comparable(made) == _comparable(wanted):
-            return config
+        with contextlib.suppress(ValueError):  # what diffusers refuses is no candidate
+            made = schedulers.process(config, "", isinstance(wanted.prediction, predictions.LearnedVariance))
+            if _comparable(made) == _comparable(wanted):
+                return config
     raise ValueError(
         f"diffusers has no scheduler that is {wanted.schedule!r}, {wanted.prediction!r}, {wanted.time_label!r} and "
         f"{wanted.sampler!r} at once. Known solvers: {sorted(kind.__name__ for kind in SOLVERS)}; time labels: "
@@ -427,7 +433,7 @@ def _offset(grid) -> int:
 
 
 def _table(schedule) -> Config | None:
-    rescaled = isinstance(schedule, schedules.ZeroTerminalSNR)
+    rescaled = isinstance(schedule, (schedules.ZeroTerminalSNR, NearlyZeroSNR))
     schedule = schedule.schedule if rescaled else schedule
     config = {"num_train_timesteps": schedule.num_steps, "rescale_betas_zero_snr": rescaled}
     if type(schedule) in SCHEDULES:

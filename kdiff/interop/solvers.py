@@ -4,11 +4,20 @@ from keras import ops
 
 from kdiff.guidance import Guidance
 from kdiff.schedules import Marginal, NoiseSchedule, bridge
-from kdiff.solvers import DDIM, Denoise, Draw
+from kdiff.solvers import DDIM, DEIS, Denoise, DPMSolver, DPMSolverPP, DPMSolverPPSDE, DPMSolverSDE, Draw
 from kdiff.solvers.base import noise_of
 from kdiff.solvers.runge_kutta import RK4, Ratio
 
-__all__ = ["DDIMKeptNoise", "PseudoRungeKutta", "TimeRatio"]
+__all__ = [
+    "DDIMKeptNoise",
+    "DiffusersDEIS",
+    "DiffusersDPMSolver",
+    "DiffusersDPMSolverPP",
+    "DiffusersDPMSolverPPSDE",
+    "DiffusersDPMSolverSDE",
+    "PseudoRungeKutta",
+    "TimeRatio",
+]
 
 
 class DDIMKeptNoise(DDIM):
@@ -64,3 +73,43 @@ class PseudoRungeKutta(RK4):
     named = False
     order = 2
     variable = TimeRatio()
+
+
+class _ShortRuns:
+    """A multistep solver whose `lower_final` is of runs of fewer than 15 steps alone."""
+
+    named = False
+
+    def init(self, x, steps: int):
+        """The history of a run that seems to go on, so that no order falls at its end, unless it is short."""
+        return super().init(x, steps if steps < 15 else steps + self.order)
+
+
+class _Halved(_ShortRuns):
+    """The step to t = 0 is of order 1 in any run, and of order 3 a coefficient is halved (see `kdiff.solvers.dpm`)."""
+
+    _highest = 3
+    _curvature = 0.5
+
+    def _order(self, then: Marginal, state):
+        return ops.where(then.t > 0, super()._order(then, state), 1)
+
+
+class DiffusersDEIS(_ShortRuns, DEIS):
+    """`DEIS` as diffusers has it: `lower_final` is of runs of fewer than 15 steps alone."""
+
+
+class DiffusersDPMSolverPP(_Halved, DPMSolverPP):
+    """`DPMSolverPP` as diffusers has it: the orders at the end, and the third order, are other ones."""
+
+
+class DiffusersDPMSolver(_Halved, DPMSolver):
+    """`DPMSolver` as diffusers has it: the orders at the end, and the third order, are other ones."""
+
+
+class DiffusersDPMSolverPPSDE(_Halved, DPMSolverPPSDE):
+    """`DPMSolverPPSDE` as diffusers has it: the orders at the end are other ones, and there is a third order."""
+
+
+class DiffusersDPMSolverSDE(_ShortRuns, DPMSolverSDE):
+    """`DPMSolverSDE` as diffusers has it: `lower_final` is of runs of fewer than 15 steps alone."""

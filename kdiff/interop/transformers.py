@@ -13,40 +13,57 @@ from kdiff.blocks.normalization import AdaptiveNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.transformer import TransformerBlock, adaptive_block
 from kdiff.interop import unets
-from kdiff.interop.configs import Described, Key, complete, only
+from kdiff.interop.configs import FLAG, Described, Key, complete, one_of, only, optional, real, whole
 from kdiff.interop.unets import image_shape
 from kdiff.interop.weights import Layout, Part, Rows, Slot, slots
 from kdiff.networks.dit import DiT
 
-__all__ = ["ACTIVATIONS", "DIT", "NAMES", "OLD_KEYS", "dit", "dit_slots", "patch_layout"]
+__all__ = ["ACTIVATIONS", "COUNT", "DIT", "NAMES", "OLD_DEFAULTS", "OLD_DIT", "dit", "dit_slots", "patch_layout"]
 
+COUNT = whole(1)
 DIT = {
-    "num_attention_heads": Key(16),
-    "attention_head_dim": Key(72),
-    "in_channels": Key(4),
-    "out_channels": Key(None),
-    "num_layers": Key(28),
-    "dropout": Key(0.0),
-    "norm_num_groups": Key(32),
-    "attention_bias": Key(True),
-    "sample_size": Key(32),
-    "patch_size": Key(2),
-    "activation_fn": Key("gelu-approximate", ("gelu-approximate", "gelu")),
-    "num_embeds_ada_norm": Key(1000),
-    "upcast_attention": Key(False),
+    "num_attention_heads": Key(16, COUNT),
+    "attention_head_dim": Key(72, COUNT),
+    "in_channels": Key(4, COUNT),
+    "out_channels": Key(None, optional(COUNT)),
+    "num_layers": Key(28, whole(1, 256)),
+    "dropout": Key(0.0, real(0.0, 1.0)),
+    "norm_num_groups": Key(32, COUNT),
+    "attention_bias": Key(True, FLAG),
+    "sample_size": Key(32, COUNT),
+    "patch_size": Key(2, COUNT),
+    "activation_fn": Key("gelu-approximate", one_of("gelu-approximate", "gelu")),
+    "num_embeds_ada_norm": Key(1000, whole(1, 10_000_000)),
+    "upcast_attention": Key(False, FLAG),
     "norm_type": only("ada_norm_zero"),
     "norm_elementwise_affine": only(False),
     # The paper's is 1e-6, and the network has that; diffusers has 1e-5 in one of a block's two normalisations.
     "norm_eps": only(1e-5, 1e-6),
 }
-# Keys of the class that had been DiT's, `Transformer2DModel`, where they say nothing of it.
-OLD_KEYS = ("cross_attention_dim", "num_vector_embeds", "only_cross_attention", "use_linear_projection")
+# The class that had been DiT's, `Transformer2DModel`, has many uses and so other defaults. Its own keys say nothing of
+# DiT, except with these values.
+OLD_DEFAULTS = {
+    "attention_head_dim": 88,
+    "in_channels": None,
+    "num_layers": 1,
+    "attention_bias": False,
+    "sample_size": None,
+    "patch_size": None,
+    "activation_fn": "geglu",
+    "num_embeds_ada_norm": None,
+    "norm_type": "layer_norm",
+    "norm_elementwise_affine": True,
+}
+OLD_DIT = {
+    **{name: Key(OLD_DEFAULTS.get(name, key.default), key.rule) for name, key in DIT.items()},
+    "attention_type": only("default"),
+}
 ACTIVATIONS = {"gelu-approximate": "gelu_tanh", "gelu": "gelu"}
 
 
 def dit(config: dict[str, Any], source: Any) -> Described:
     """The network that a `DiTTransformer2DModel` is: the condition "label" is a class, or their number for none."""
-    config = complete(config, DIT, source, OLD_KEYS)
+    config = complete(config, OLD_DIT if config.get("_class_name") == "Transformer2DModel" else DIT, source)
     heads, width = config["num_attention_heads"], config["num_attention_heads"] * config["attention_head_dim"]
     options = {"bias": config["attention_bias"], "dropout": config["dropout"]}
     network = DiT(

@@ -18,19 +18,43 @@ from kdiff.blocks.embeddings import FourierEmbedding, LabelEmbedding, MLPEmbeddi
 from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm
 from kdiff.blocks.resampling import Downsample, FIRDownsample, FIRUpsample, Upsample
 from kdiff.blocks.transformer import FeedForward, SpatialTransformer, TransformerBlock
-from kdiff.interop.configs import Described, Key, complete, each, kind, only
+from kdiff.interop.configs import (
+    FLAG,
+    TEXT,
+    Described,
+    Key,
+    complete,
+    each,
+    either,
+    kind,
+    listed,
+    one_of,
+    only,
+    optional,
+    real,
+    whole,
+)
 from kdiff.interop.weights import Slot, slots
 from kdiff.networks.ncsnpp import InputSkip, NCSNpp, OutputSkip
 from kdiff.networks.published import text_and_numbers
 from kdiff.networks.unet import Level, UNet
 
 __all__ = [
+    "COUNT",
+    "DEPTH",
     "DOWN",
+    "EACH",
+    "LARGEST_NETWORK",
+    "MAYBE",
+    "NAMED",
     "NAMES",
+    "NUMBERS",
     "OLD_NAMES",
+    "ONLY_2D",
     "PADDINGS",
     "RESAMPLERS",
     "SHARED",
+    "SIZE",
     "SKIP_DOWN",
     "SKIP_UP",
     "UNET_2D",
@@ -44,59 +68,69 @@ __all__ = [
     "unet_slots",
 ]
 
+COUNT, MAYBE = whole(1), optional(whole(1))
+NAMED = listed(TEXT, 1, 12)  # one a level
+EACH = either(COUNT, listed(COUNT, 1, 12))
+SIZE = optional(either(COUNT, listed(COUNT, 2, 2)))
+DEPTH = whole(1, 16)
+
 UNET_2D = {
-    "sample_size": Key(None),
-    "in_channels": Key(3),
-    "out_channels": Key(3),
+    "sample_size": Key(None, SIZE),
+    "in_channels": Key(3, COUNT),
+    "out_channels": Key(3, COUNT),
     "center_input_sample": only(False),
-    "time_embedding_type": Key("positional", ("positional", "fourier")),
-    "time_embedding_dim": Key(None),
-    "freq_shift": Key(0),
-    "flip_sin_to_cos": Key(True),
-    "down_block_types": Key(("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")),
+    "time_embedding_type": Key("positional", one_of("positional", "fourier")),
+    "time_embedding_dim": Key(None, MAYBE),
+    "freq_shift": Key(0, real(0, 1)),
+    "flip_sin_to_cos": Key(True, FLAG),
+    "down_block_types": Key(("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"), NAMED),
     "mid_block_type": only("UNetMidBlock2D"),
-    "up_block_types": Key(("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")),
-    "block_out_channels": Key((224, 448, 672, 896)),
-    "layers_per_block": Key(2),
-    "mid_block_scale_factor": Key(1),
-    "downsample_padding": Key(1, (0, 1)),
-    "downsample_type": Key("conv", ("conv", "resnet")),
-    "upsample_type": Key("conv", ("conv", "resnet")),
-    "dropout": Key(0.0),
+    "up_block_types": Key(("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"), NAMED),
+    "block_out_channels": Key((224, 448, 672, 896), listed(COUNT, 1, 12)),
+    "layers_per_block": Key(2, DEPTH),
+    "mid_block_scale_factor": Key(1, real(1e-6, 1e6)),
+    "downsample_padding": Key(1, one_of(0, 1)),
+    "downsample_type": Key("conv", one_of("conv", "resnet")),
+    "upsample_type": Key("conv", one_of("conv", "resnet")),
+    "dropout": Key(0.0, real(0.0, 1.0)),
     "act_fn": only("silu", "swish"),
-    "attention_head_dim": Key(8),
-    "norm_num_groups": Key(32),
-    "attn_norm_num_groups": Key(None),
-    "norm_eps": Key(1e-5),
-    "resnet_time_scale_shift": Key("default", ("default", "scale_shift")),
-    "add_attention": Key(True),
-    "class_embed_type": Key(None, (None, "timestep", "identity")),
-    "num_class_embeds": Key(None),
-    "num_train_timesteps": Key(None),
+    "attention_head_dim": Key(8, MAYBE),
+    "norm_num_groups": Key(32, COUNT),
+    "attn_norm_num_groups": Key(None, MAYBE),
+    "norm_eps": Key(1e-5, real(0.0, 1.0)),
+    "resnet_time_scale_shift": Key("default", one_of("default", "scale_shift")),
+    "add_attention": Key(True, FLAG),
+    "class_embed_type": Key(None, one_of(None, "timestep", "identity")),
+    "num_class_embeds": Key(None, optional(whole(1, 10_000_000))),
+    "num_train_timesteps": Key(None, MAYBE),
 }
 
+ONLY_2D = ("downsample_type", "upsample_type", "add_attention", "attn_norm_num_groups", "num_train_timesteps")
 UNET_2D_CONDITION = {
-    **{name: key for name, key in UNET_2D.items() if name not in ("downsample_type", "upsample_type")},
-    "in_channels": Key(4),
-    "out_channels": Key(4),
+    **{name: key for name, key in UNET_2D.items() if name not in ONLY_2D},
+    "in_channels": Key(4, COUNT),
+    "out_channels": Key(4, COUNT),
     "time_embedding_type": only("positional"),
-    "down_block_types": Key(("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")),
-    "mid_block_type": Key("UNetMidBlock2DCrossAttn", ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")),
-    "up_block_types": Key(("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")),
-    "block_out_channels": Key((320, 640, 1280, 1280)),
+    "down_block_types": Key(
+        ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"), NAMED
+    ),
+    "mid_block_type": Key("UNetMidBlock2DCrossAttn", one_of("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")),
+    "up_block_types": Key(("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), NAMED),
+    "block_out_channels": Key((320, 640, 1280, 1280), listed(COUNT, 1, 12)),
+    "layers_per_block": Key(2, either(DEPTH, listed(DEPTH, 1, 12))),
+    "attention_head_dim": Key(8, EACH),
     "only_cross_attention": only(False),
-    "cross_attention_dim": Key(1280),
-    "transformer_layers_per_block": Key(1),
+    "cross_attention_dim": Key(1280, EACH),
+    "transformer_layers_per_block": Key(1, either(whole(1, 64), listed(whole(1, 64), 1, 12))),
     "reverse_transformer_layers_per_block": only(None),
     "encoder_hid_dim": only(None),
     "encoder_hid_dim_type": only(None),
-    "num_attention_heads": Key(None),
+    "num_attention_heads": only(None),
     "dual_cross_attention": only(False),
-    "use_linear_projection": Key(False),
-    "class_embed_type": Key(None, (None, "timestep", "identity")),
-    "addition_embed_type": Key(None, (None, "text_time")),
-    "addition_time_embed_dim": Key(None),
-    "upcast_attention": Key(False),
+    "use_linear_projection": Key(False, FLAG),
+    "addition_embed_type": Key(None, one_of(None, "text_time")),
+    "addition_time_embed_dim": Key(None, MAYBE),
+    "upcast_attention": Key(False, optional(FLAG)),
     "resnet_skip_time_act": only(False),
     "resnet_out_scale_factor": only(1.0),
     "time_embedding_act_fn": only(None),
@@ -104,15 +138,17 @@ UNET_2D_CONDITION = {
     "time_cond_proj_dim": only(None),
     "conv_in_kernel": only(3),
     "conv_out_kernel": only(3),
-    "projection_class_embeddings_input_dim": Key(None),
+    "projection_class_embeddings_input_dim": Key(None, MAYBE),
     "attention_type": only("default"),
     "class_embeddings_concat": only(False),
     "mid_block_only_cross_attention": only(None, False),
     "cross_attention_norm": only(None),
-    "addition_embed_type_num_heads": Key(64),
+    "addition_embed_type_num_heads": Key(64, COUNT),
 }
-# Keys that only one of the two has, as it is in the other.
+# What of the other class's keys is so in every network of this one.
 SHARED = {"downsample_type": "conv", "upsample_type": "conv"}
+LARGEST_NETWORK = 500  # blocks on the way down; Stable Diffusion XL has 30
+NUMBERS = 6  # of "time_ids": two sizes, a corner, each of height and width
 
 
 class Kind(NamedTuple):
@@ -146,6 +182,7 @@ SKIP_UP = {"SkipUpBlock2D": Kind(), "AttnSkipUpBlock2D": Kind("self")}
 def unet_2d(config: dict[str, Any], source: Any) -> Described:
     """The network that a `UNet2DModel` is."""
     config = complete(config, UNET_2D, source)
+    _check_number(config, source)
     if set(config["down_block_types"]) & set(SKIP_DOWN):
         return _ncsnpp(config, source)
     if config["time_embedding_type"] != "positional":
@@ -159,11 +196,13 @@ def unet_2d_condition(config: dict[str, Any], source: Any) -> Described:
     """The network that a `UNet2DConditionModel` is: the condition "context" is the tokens of the text, as they come."""
     config = {**SHARED, **complete(config, UNET_2D_CONDITION, source)}
     count = len(config["block_out_channels"])
-    heads = each(config["num_attention_heads"] or config["attention_head_dim"], count, source, "attention_head_dim")
+    heads = each(config["attention_head_dim"], count, source, "attention_head_dim")
     depths = each(config["transformer_layers_per_block"], count, source, "transformer_layers_per_block")
     if len(set(each(config["cross_attention_dim"], count, source, "cross_attention_dim"))) > 1:
         received = config["cross_attention_dim"]
         raise ValueError(f"{source}: `cross_attention_dim` must be one number; received: {received}")
+    _check_added(config, source)
+    _check_number(config, source, depths)
 
     def cross(i, width):
         return _spatial(config, depths[i], heads[i], width)
@@ -173,13 +212,31 @@ def unet_2d_condition(config: dict[str, Any], source: Any) -> Described:
 
     levels = _levels(config, {None: lambda i, width: None, "self": attention, "cross": cross}, source)
     width = config["block_out_channels"][-1]
-    crossed = config["mid_block_type"] == "UNetMidBlock2DCrossAttn"
-    middle = Level(width, 2, _block(config), cross(-1, width)) if crossed else Level(width, 1, _block(config))
+    crossed, block = config["mid_block_type"] == "UNetMidBlock2DCrossAttn", _block(config, **_rescaled(config))
+    middle = Level(width, 2, block, cross(-1, width)) if crossed else Level(width, 1, block)
     conditions = {"context": keras.layers.Identity(), **_classes(config)}
     if config["addition_embed_type"] is not None:
         waves = _waves(config, config["addition_time_embed_dim"])
         conditions["added"] = text_and_numbers(waves, _time_width(config))
     return Described(UNet(levels, middle, _time(config), conditions, **_ends(config)), _shapes(config))
+
+
+def _check_number(config, source, depths=()) -> None:
+    """Before any is made."""
+    widths = config["block_out_channels"]
+    layers = each(config["layers_per_block"], len(widths), source, "layers_per_block")
+    number = sum(count * (1 + depth) for count, depth in zip(layers, depths or layers, strict=True))
+    if number > LARGEST_NETWORK:
+        raise ValueError(f"{source}: more than {LARGEST_NETWORK} blocks cannot be loaded; received: {number}")
+
+
+def _check_added(config, source) -> None:
+    width, total = (config[f"{name}_dim"] for name in ("addition_time_embed", "projection_class_embeddings_input"))
+    if config["addition_embed_type"] is not None and not (width and total and total > NUMBERS * width):
+        raise ValueError(
+            f"{source}: `addition_embed_type` needs an `addition_time_embed_dim`, and for "
+            f"`projection_class_embeddings_input_dim` more than {NUMBERS} times as much; received: {width} and {total}"
+        )
 
 
 def _ncsnpp(config, source) -> Described:
@@ -280,8 +337,7 @@ PADDINGS = {0: "same", 1: "symmetric"}
 
 def _middle(config) -> Level:
     """Two blocks, with attention between them, whose normalisation may have groups of its own, or be left out."""
-    width, rescale = config["block_out_channels"][-1], config["mid_block_scale_factor"]
-    options = {} if rescale == 1 else {"rescale": rescale}
+    width, options = config["block_out_channels"][-1], _rescaled(config)
     if not config["add_attention"]:
         return Level(width, 2, _block(config, **options))
     groups = config["attn_norm_num_groups"]
@@ -289,6 +345,11 @@ def _middle(config) -> Level:
         groups = config["norm_num_groups"]
     norm = keras.layers.Identity() if groups is None else GroupNorm(groups, config["norm_eps"])
     return Level(width, 2, _block(config, **options), _self_attention(config, width, norm, **options))
+
+
+def _rescaled(config) -> dict[str, float]:
+    rescale = config["mid_block_scale_factor"]
+    return {} if rescale == 1 else {"rescale": rescale}
 
 
 def _waves(config, width) -> SinusoidalEmbedding:
@@ -322,9 +383,8 @@ def _shapes(config) -> dict[str, tuple]:
     if config["class_embed_type"] or config["num_class_embeds"] is not None:
         shapes["label"] = (None, _time_width(config)) if config["class_embed_type"] == "identity" else (None,)
     if config.get("addition_embed_type"):
-        numbers = 6  # two sizes, a corner, each of height and width
-        vector = config["projection_class_embeddings_input_dim"] - numbers * config["addition_time_embed_dim"]
-        shapes |= {"text_embeds": (None, vector), "time_ids": (None, numbers)}
+        vector = config["projection_class_embeddings_input_dim"] - NUMBERS * config["addition_time_embed_dim"]
+        shapes |= {"text_embeds": (None, vector), "time_ids": (None, NUMBERS)}
     return shapes
 
 

@@ -5,17 +5,19 @@ writes them. PyTorch keeps kernels with the outputs first, (out, in, height, wid
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
 import keras
 import numpy as np
 
+from kdiff import backend
 from kdiff.blocks.embeddings import FourierEmbedding, LabelEmbedding, LearnedEmbedding
 from kdiff.blocks.normalization import GroupNorm, LayerNorm, RMSNorm
+from kdiff.interop.configs import explained
 from kdiff.interop.files import State
 
-__all__ = ["LAYOUTS", "LEAVES", "Layout", "Names", "Part", "Rows", "Slot", "assign", "export", "slots"]
+__all__ = ["LAYOUTS", "LEAVES", "Layout", "Names", "Part", "Rows", "Slot", "assign", "export", "fill", "slots"]
 
 
 class Rows(NamedTuple):
@@ -173,22 +175,69 @@ def assign(wanted: Iterable[Slot], state: State, source: Any, strict: bool = Tru
     Raises:
         ValueError: with the list of all that is missing, is not expected, has another shape, or differs from its copy.
     """
-    wanted = list(wanted)
-    found: dict[int, tuple[Slot, np.ndarray]] = {}
-    wrong = [f"missing: {slot.name}" for slot in wanted if slot.name not in state]
-    wrong += [f"not expected: {name} {state[name].shape}" for name in sorted(set(state) - {s.name for s in wanted})]
-    for slot in (slot for slot in wanted if slot.name in state):
-        wrong += _take(slot, state[slot.name], found)
-    _report(wrong, source, strict)
-    for slot, array in found.values():
+    for slot, array in _checked(wanted, state, source, strict):
         slot.variable.assign(array)
 
 
+def fill(
+    network: keras.Model,
+    shapes: Mapping[str, tuple],
+    slots_of: Callable[[Any], Iterable[Slot]],
+    state: State,
+    source: Any,
+    strict: bool = True,
+) -> None:
+    """Builds a network of kdiff and gives it its weights: what does not match is found before memory is asked for.
+
+    Args:
+        network: not built.
+        shapes: of its inputs, by name.
+        slots_of: the slots of a built one.
+        state, source, strict: as of `assign`, whose error is raised.
+    """
+    if strict:
+        with backend.unallocated(), explained(source):
+            trial = network.clone()
+            trial.build(shapes)
+        _checked(slots_of(trial), state, source, strict)
+    with explained(source):
+        network.build(shapes)
+    assign(slots_of(network), state, source, strict)
+
+
+def _checked(wanted: Iterable[Slot], state: State, source: Any, strict: bool) -> list[tuple[Slot, np.ndarray]]:
+    """For each variable a slot, and what it reads there."""
+    wanted = list(wanted)
+    found: dict[int, tuple[Slot, np.ndarray]] = {}
+    wrong = _mismatches(wanted, state)
+    wrong += [line for slot in wanted if slot.name in state for line in _take(slot, state[slot.name], found)]
+    _report(wrong, source, strict)
+    return list(found.values())
+
+
+def _mismatches(wanted: list[Slot], state: State) -> list[str]:
+    """What is missing, not expected, or of another shape or type."""
+    wrong = [f"missing: {slot.name}" for slot in wanted if slot.name not in state]
+    wrong += [f"not expected: {name} {state[name].shape}" for name in sorted(set(state) - {s.name for s in wanted})]
+    for slot in (slot for slot in wanted if slot.name in state):
+        array, shape = state[slot.name], tuple(slot.variable.shape)
+        if array.dtype != np.float32:
+            wrong.append(f"type: {slot.name} is {array.dtype}, and must be of floating-point numbers")
+        elif not _fits(slot, array):
+            wrong.append(f"shape: {slot.name} is {array.shape}, which does not make {shape}")
+    return wrong
+
+
+def _fits(slot: Slot, array: np.ndarray) -> bool:
+    ours = _read(slot, array) if array.dtype == np.float32 else None
+    return ours is not None and ours.shape == tuple(slot.variable.shape)
+
+
 def _take(slot: Slot, array: np.ndarray, found: dict) -> list[str]:
-    """Adds to `found` what the slot reads; returns what is wrong with it."""
+    """Adds to `found` what the slot reads, if it fits; returns what is wrong with its numbers."""
+    if not _fits(slot, array):
+        return []
     ours = _read(slot, array)
-    if ours is None or ours.shape != tuple(slot.variable.shape):
-        return [f"shape: {slot.name} is {array.shape}, which does not make {tuple(slot.variable.shape)}"]
     if not np.all(np.isfinite(ours)):
         return [f"not finite: {slot.name}"]
     first, before = found.setdefault(id(slot.variable), (slot, ours))
@@ -216,7 +265,7 @@ def _report(wrong: list[str], source: Any, strict: bool) -> None:
     message = f"{source}: {len(wrong)} arrays do not match the network:\n  " + "\n  ".join(wrong)
     if strict:
         raise ValueError(message)
-    warnings.warn(message, stacklevel=4)
+    warnings.warn(message, stacklevel=5)
 
 
 def export(wanted: Iterable[Slot], values: Mapping[int, Any] | None = None) -> State:

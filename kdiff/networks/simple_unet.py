@@ -23,19 +23,23 @@ class SimpleUNet(Network):
             -> (batch, height, width, out_channels), float32
 
         image - block 64 ------------------------- skip ------------------------- block 64 - output
-                   half - block 128 -------------- skip ------------- block 128 - twice
-                            half - block 256 ----- skip ---- block 256 - twice
-                                     half - block 512 (bottleneck) - twice
+                   half - block 128 -------------- skip ------------- block 64 - twice
+                            half - block 256 ----- skip ---- block 128 - twice
+                                     half - block 256 (bottleneck) - twice
 
     Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image Segmentation" (2015), figure 1. Going down,
-    the map is halved by 2x2 maxima; going up, it is doubled by bilinear interpolation and joined to the map that left
-    the same level on the way down: there is the detail that the small map has lost.
+    the map is halved by 2x2 maxima; going up, it is doubled by bilinear interpolation (aligned corners) and joined to
+    the map that left the same level on the way down: there is the detail that the small map has lost. On the way up a
+    block has the width of the next finer level. The last layer is a 1x1 convolution, zero at first. `time` is 0 ... 999
+    and enters as Ho et al. (2020) have it, sines first.
+
+    It is the SimpleUNet of PyTorch tutorials, weight for weight; `interop.original.simple_unet` reads theirs.
 
     Args:
         widths: the channels of each level, from the finest, which 8 divides. Height and width of the image must be
             multiples of `2 ** len(widths)`.
-        bottleneck: the channels between the way down and the way up.
-        embed_width: of the vector that tells every block the time.
+        bottleneck: the channels between the way down and the way up, which 8 divides; None for those of the last level.
+        embed_width: of the vector that tells every block the time, at least 4.
         conditions: a layer for each condition, by its name in the input, such as `{"label": LabelEmbedding(10)}`.
         out_channels: of the output; None for those of the image.
         remat: whether the inside of each block is computed again for the gradient, to save memory.
@@ -45,24 +49,24 @@ class SimpleUNet(Network):
     def __init__(
         self,
         widths: Sequence[int] = (64, 128, 256),
-        bottleneck: int = 512,
+        bottleneck: int | None = None,
         embed_width: int = 256,
         conditions: Mapping[str, keras.layers.Layer] | None = None,
         out_channels: int | None = None,
         remat: bool = False,
         **kwargs,
     ):
-        for width in (*widths, bottleneck):
+        for width in (*widths, *([] if bottleneck is None else [bottleneck])):
             check_integer("SimpleUNet", "a width", width, 8)
-        check_integer("SimpleUNet", "embed_width", embed_width, 2)
-        embedding = MLPEmbedding(SinusoidalEmbedding(embed_width), embed_width)
+        check_integer("SimpleUNet", "embed_width", embed_width, 4)
+        embedding = MLPEmbedding(SinusoidalEmbedding(embed_width, sine_first=True, shift=1), embed_width)
         super().__init__(embedding, conditions, out_channels, remat, **kwargs)
         self.widths = list(widths)
         self.bottleneck = bottleneck
         self.embed_width = embed_width
         self.down = [self._block(width) for width in widths]
-        self.middle = self._block(bottleneck)
-        self.up = [self._block(width) for width in widths]
+        self.middle = self._block(bottleneck or widths[-1])
+        self.up = [self._block(width) for width in (widths[0], *widths[:-1])]
         self.smaller = Downsample("max", dtype=self.dtype_policy)
         self.larger = Upsample("aligned", convolution=False, dtype=self.dtype_policy)
 

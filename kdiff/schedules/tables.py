@@ -168,20 +168,25 @@ class CosineBeta(BetaTable):
     """The cosine table of improved DDPM (Nichol and Dhariwal 2021, eq. 17):
 
         alpha_bar(t) = f(t) / f(0),    f(t) = cos^2((t + s) / (1 + s) pi / 2),
-        beta_i = min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), max_beta).
+        beta_i = 1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), clipped to [min_beta, max_beta].
+
+    PyTorch tutorials often clip to [1e-4, 0.9999].
 
     Args:
         num_steps: the number of steps T.
         s: the offset that keeps the first betas from being too small.
         max_beta: betas are clipped here, below the singularity at t = 1.
+        min_beta: and here, at the clean end.
     """
 
-    def __init__(self, num_steps: int = 1000, s: float = 0.008, max_beta: float = 0.999):
+    def __init__(self, num_steps: int = 1000, s: float = 0.008, max_beta: float = 0.999, min_beta: float = 0.0):
         _check_steps("CosineBeta", num_steps)
         check_number("CosineBeta", "s", s, 0.0)
+        check_number("CosineBeta", "max_beta", max_beta, 0.0, 1.0)
+        check_number("CosineBeta", "min_beta", min_beta, 0.0, max_beta)
         alpha_bar = np.cos((np.linspace(0.0, 1.0, num_steps + 1) + s) / (1.0 + s) * np.pi / 2) ** 2
-        super().__init__(np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], max_beta))
-        self.s, self.max_beta = s, max_beta
+        super().__init__(np.clip(1.0 - alpha_bar[1:] / alpha_bar[:-1], min_beta, max_beta))
+        self.s, self.max_beta, self.min_beta = s, max_beta, min_beta
 
 
 class SigmoidBeta(BetaTable):
