@@ -29,7 +29,12 @@ class Averages(keras.layers.Layer):
         self.updates = self._counter("updates")
         self.last_iteration = self._counter("last_iteration")
         self.values = [self._average_of(weight) for weight in self.of(network)]
+        self.followed = [id(weight) for weight in self.of(network)]
         self.built = True
+
+    def fits(self, network: keras.layers.Layer) -> bool:
+        """Whether the network has the weights that it had when the averages were made."""
+        return self.followed == [id(weight) for weight in self.of(network)]
 
     def _counter(self, name: str):
         return self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False, name=name)
@@ -50,27 +55,48 @@ class Averages(keras.layers.Layer):
         """The weights that are averaged."""
         return [weight for weight in network.weights if "float" in weight.dtype]
 
-    def update(self, network: keras.layers.Layer, iteration) -> None:
+    def pairs(self, network: keras.layers.Layer) -> list[tuple]:
+        """(weight, average) of each weight that is averaged.
+
+        Raises:
+            ValueError: if the network has other weights than when the averages were made.
+        """
+        weights = self.of(network)
+        if not self.fits(network):
+            raise ValueError(
+                f"the network has changed since its averages were made: it has {len(weights)} weights that are not "
+                f"all those of the {len(self.values)} averages. Call `model.reset_averages()`, which makes averages of "
+                "its weights as they are now; then `model.compile`, if an optimizer knew the others."
+            )
+        return list(zip(weights, self.values, strict=True))
+
+    @property
+    def moved(self) -> bool:
+        """Whether there was an update; not to be asked in a graph."""
+        return int(ops.convert_to_numpy(self.updates)) > 0
+
+    def update(self, network: keras.layers.Layer, iteration=None) -> None:
         """Moves the averages, if the optimizer, which counts to `iteration`, has made an update since the last call.
 
-        Under gradient accumulation, or when a loss scale overflows, it does not at every step.
+        Under gradient accumulation, or when a loss scale overflows, it does not at every step. None moves them anyway.
         """
-        iteration = ops.cast(iteration, "int32")
+        iteration = self.last_iteration.value + 1 if iteration is None else ops.cast(iteration, "int32")
         updated = ops.cast(iteration != self.last_iteration.value, "int32")
         count = ops.cast(self.updates.value, "float32")
         decay = ops.minimum(self.decay, (1.0 + count) / (10.0 + count))
-        backend.move_towards(self.values, self.of(network), ops.cast(updated, "float32") * (1.0 - decay))
+        weights, averages = zip(*self.pairs(network), strict=True)
+        backend.move_towards(averages, weights, ops.cast(updated, "float32") * (1.0 - decay))
         self.last_iteration.assign(iteration)
         self.updates.assign(self.updates.value + updated)
 
     def reset(self, network: keras.layers.Layer) -> None:
         """Sets the averages to the weights as they are now."""
-        for average, weight in zip(self.values, self.of(network), strict=True):
+        for weight, average in self.pairs(network):
             average.assign(ops.convert_to_numpy(weight).astype("float32"))
 
     def scope(self, network: keras.layers.Layer) -> keras.StatelessScope:
         """A scope in which `network` computes with the averages."""
-        averaged = {id(w): a.value for w, a in zip(self.of(network), self.values, strict=True)}
+        averaged = {id(w): a.value for w, a in self.pairs(network)}
         # Every variable must be named, those that are not averaged with their own value.
         values = [(v, ops.cast(averaged.get(id(v), v.value), v.dtype)) for v in network.variables]
         return keras.StatelessScope(values)

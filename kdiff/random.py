@@ -27,6 +27,7 @@ __all__ = [
     "EVALUATION",
     "INITIAL",
     "PARITY",
+    "REPLICAS",
     "ROTATIONS",
     "STEPS",
     "TRAINING",
@@ -44,6 +45,7 @@ PARITY = 0x1BD11BDA
 
 # What a seed's numbers are used for: no two uses share a stream. A step that draws noise again takes STEPS + 1, ...
 TRAINING, EVALUATION, INITIAL, STEPS = range(4)
+REPLICAS = -1  # a stream a device, of those that train on parts of one batch
 
 
 def threefry(key, counter):

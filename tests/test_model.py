@@ -754,6 +754,18 @@ def label_model():
     return compiled_model(kdiff.networks.UNet.basic(width=8, levels=1, depth=1, conditions=conditions))
 
 
+def test_a_call_that_fails_leaves_no_shapes():
+    """Labels (N, 1) fail in the network; what is given next decides what `sample` takes."""
+    model = compiled_model(tiny_network((4, 4, 1), classes=3))
+    x = images(2, (4, 4, 1))
+    with pytest.raises(Exception, match=r"(?s).*"):  # each backend has its own
+        model.fit(x, np.zeros((2, 1, 5), "int32"), verbose=0)
+    model.fit(x, np.zeros(2, "int32"), verbose=0)
+    assert model.sample(2, steps=2, label=[0, 1]).shape == (2, 4, 4, 1)
+    with pytest.raises(ValueError, match="shape"):
+        model.fit(images(2, (8, 8, 1)), np.zeros(2, "int32"), verbose=0)
+
+
 def test_labels_out_of_range():
     model = label_model()
     with pytest.raises(ValueError, match=r"in 0\.\.2; received 0 to 9"):

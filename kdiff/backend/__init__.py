@@ -39,13 +39,16 @@ from kdiff.backend.running import (
     replaced,
     synchronise,
     unallocated,
+    uninterrupted,
     with_fixed_shapes,
     without_gradients,
 )
+from kdiff.backend.training import SafeTraining, replica, strategy_of
 
 __all__ = [
     "BACKEND",
     "HIDDEN",
+    "SafeTraining",
     "after_step",
     "attention",
     "average_pool",
@@ -73,9 +76,12 @@ __all__ = [
     "pullback",
     "recomputed",
     "replaced",
+    "replica",
     "scaled",
+    "strategy_of",
     "synchronise",
     "unallocated",
+    "uninterrupted",
     "upsample_bilinear",
     "upsample_nearest",
     "with_fixed_shapes",

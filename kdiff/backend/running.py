@@ -1,6 +1,9 @@
 """Training steps, compilation, gradients, variables: what surrounds the arithmetic."""
 
 import contextlib
+import functools
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,11 +27,54 @@ __all__ = [
     "replaced",
     "synchronise",
     "unallocated",
+    "uninterrupted",
     "with_fixed_shapes",
     "without_gradients",
 ]
 
 BACKEND = keras.backend.backend()
+
+
+@contextlib.contextmanager
+def _held() -> Iterator[None]:
+    """Inside, the first Ctrl-C waits for the end; the second does not."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    caught = []
+
+    def wait(*arguments):
+        caught.append(arguments)
+        signal.signal(signal.SIGINT, handler)
+
+    signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if caught:
+            handler(*caught[0])
+
+
+def uninterrupted(function: Callable) -> Callable:
+    """`function`, in which the first Ctrl-C waits for the end.
+
+    For a step, which must be made as a whole, and for what builds or traces: Keras' optimizers are `built` before they
+    have all their variables, and its `ops.shape` takes an interrupt on TensorFlow for an axis of unknown length.
+    """
+
+    @functools.wraps(function)
+    def whole(*args, **kwargs):
+        if BACKEND == "torch":
+            import torch
+
+            if torch.compiler.is_compiling():  # its compiler knows no signals
+                return function(*args, **kwargs)
+        with _held():
+            return function(*args, **kwargs)
+
+    return whole
 
 
 def after_step(model: keras.Model, result: Any, update: Callable[[], None]) -> Any:
@@ -71,7 +117,7 @@ def compiled(function: Callable, *models: keras.Model) -> Callable:
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
-        graph = tf.function(function, autograph=False)
+        graph = tf.function(uninterrupted(function), autograph=False)
         return lambda *arguments: graph(*tree.map_structure(tf.convert_to_tensor, arguments))
 
     return without_gradients(function)

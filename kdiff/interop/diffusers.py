@@ -114,7 +114,7 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
         return
     process = schedulers.Process(model.schedule, model.prediction, model.time_label, model.sampler)
     scheduler = saving.scheduler_config(process)
-    averaged = zip(model.averages.of(model.network), model.averages.values, strict=True) if model.averages else ()
+    averaged = model.averages.pairs(model.network) if model.averages and model.averages.moved else ()
     values = {id(weight): average for weight, average in averaged} if averages else {}
     config = saving.network_config(model.network)
     part = "transformer" if "Transformer" in config["_class_name"] else "unet"

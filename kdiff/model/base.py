@@ -14,7 +14,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import keras
@@ -40,7 +40,7 @@ from kdiff.writing import replacing
 __all__ = ["RESERVED", "DiffusionModel"]
 
 
-class DiffusionModel(Configurable, Sampling, keras.Model):
+class DiffusionModel(Configurable, Sampling, backend.SafeTraining, keras.Model):
     """A diffusion model.
 
     Args:
@@ -111,6 +111,8 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         self.seed = seed
         self.shapes: dict[str, tuple] | None = None  # of what the network takes, encoded data included
         self.example: tuple | None = None  # the shape of an example that is not encoded, if it is known
+        self._on_trial = False  # whether the shapes are those of data that the network has not computed yet
+        self._averaging = False  # whether the averages are used: see `_follow_averages`
         self._compiled_steps: dict[Any, Any] = {}
         self._check_names(condition_names(network) or ())
         check_invertible(self.prediction, self.schedule)
@@ -147,10 +149,11 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
             codec.freeze()
         with backend.replaced(self, self.codec):
             super().__setattr__(name, codec)
-        self.train_function = self.test_function = None  # compiled with the other one
+        self._forget_graphs()
 
     # Building
 
+    @backend.uninterrupted
     def build(self, shapes) -> None:
         """Creates all weights.
 
@@ -161,25 +164,29 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         """
         if self.built:
             return
+        shapes, example = self._known_shapes(shapes)
+        self.codec.freeze()
+        with backend.strategy_of(self):
+            self._build_network(shapes)
+            self.step = self._counter("step")
+            self.evaluation_step = self._counter("evaluation_step")
+            self.averages = self._new_averages()
+        self.shapes, self.example = shapes, example  # only now: what fails leaves no shapes behind
+        self.built = True
+
+    def _known_shapes(self, shapes) -> tuple[dict[str, tuple], tuple | None]:
+        """Those of encoded data, as "image", and of the conditions; and that of an example, if it is known."""
         shapes = dict(shapes) if isinstance(shapes, dict) else {"image": shapes}
         shapes = {name: (None, *tuple(shape)[1:]) for name, shape in shapes.items()}
         self._check_names(set(shapes) - {"image", "encoded"})
-        self.codec.freeze()
         data = (None, *feeding.data_shape(shapes, self.codec))
-        self.shapes = {"image": data, **{n: shape for n, shape in shapes.items() if n not in ("image", "encoded")}}
+        conditions = {n: shape for n, shape in shapes.items() if n not in ("image", "encoded")}
         plain = data[1:] if type(self.codec).data_shape is Codec.data_shape else None
-        self.example = shapes["image"][1:] if "image" in shapes else plain
-        self._build_network()
-        self.step = self._counter("step")
-        self.evaluation_step = self._counter("evaluation_step")
-        self.averages = None if self.ema is None else Averages(self.ema)
-        if self.averages:
-            self.averages.follow(self.network)
-        self.built = True
+        return {"image": data, **conditions}, shapes["image"][1:] if "image" in shapes else plain
 
-    def _build_network(self) -> None:
+    def _build_network(self, shapes: dict[str, tuple]) -> None:
         """By its own `build`, or by a symbolic call if it has none: every weight must be there to be averaged."""
-        shapes = {**self.shapes, "time": (None,)}
+        shapes = {**shapes, "time": (None,)}
         if not self.network.built and type(self.network).build not in (keras.Model.build, keras.layers.Layer.build):
             self.network.build(shapes)
         elif not self.network.built:
@@ -190,6 +197,13 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
                     for name, shape in shapes.items()
                 }
             )
+
+    def _new_averages(self) -> Averages | None:
+        if self.ema is None:
+            return None
+        averages = Averages(self.ema)
+        averages.follow(self.network)
+        return averages
 
     def _counter(self, name: str):
         return self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False, name=name)
@@ -221,6 +235,7 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         super().compile(optimizer, loss, **options)
 
+    @backend.uninterrupted
     def call(self, data, training: bool | None = None) -> Problem:
         """The problem that the objective makes of a clean batch, and the network's answer.
 
@@ -242,6 +257,8 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         """The keys of this step: training goes on from step to step, each evaluation draws the same numbers."""
         stream, counter = (random.TRAINING, self.step) if training else (random.EVALUATION, self.evaluation_step)
         key = random.fold(random.key_of(self.seed), counter.value, stream)
+        if (replica := backend.replica()) is not None:
+            key = random.fold(key, replica, random.REPLICAS)
         if backend.has_numbers(counter.value):  # if that fails, Keras asks again with numbers, in the same scope
             counter.assign_add(1)  # after its last use: on TensorFlow `value` is not a copy
         return random.Keys(key)
@@ -260,10 +277,12 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         """The compiled metrics of the network's output against its target."""
         return super().compute_metrics(x, *_compared(y_pred, sample_weight))
 
+    @backend.uninterrupted
     def train_step(self, *args):
         """Keras' own step, then the averages. `args` are `(data,)`, on JAX `(state, data)`."""
         *state, data = args
         x, sample_weight = feeding.unpack(data)
+        self._use_averages(True)  # from this step on: an objective that asks them is traced once for all steps
         result = super().train_step(*state, (x, None, sample_weight))
         if self.averages is None:
             return result
@@ -281,6 +300,7 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         self.test_function = backend.with_fixed_shapes(self.test_function)
         return self.test_function
 
+    @backend.uninterrupted
     def test_step(self, *args):
         """Keras' own step."""
         *state, data = args
@@ -288,9 +308,47 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         return super().test_step(*state, (x, None, sample_weight))
 
     def reset_averages(self) -> None:
-        """Sets the averages to the weights as they are now, as after loading weights into the network."""
-        if self.averages:
+        """Sets the averages to the weights as they are now, as after loading weights into the network.
+
+        If the network has other weights than before, as after `enable_lora`, the averages are new ones.
+        """
+        if not self.averages:
+            return
+        if self.averages.fits(self.network):
             self.averages.reset(self.network)
+            return
+        with backend.strategy_of(self), backend.replaced(self, self.averages):
+            self.averages = self._new_averages()
+        self._forget_graphs()
+
+    @backend.uninterrupted
+    def update_averages(self) -> None:
+        """Moves the averages once towards the weights, as `fit` does after each step of the optimizer.
+
+        Call it after each step of a training loop of your own:
+
+            loss.backward(); optimizer.step(); model.update_averages()       # on PyTorch, for instance
+
+        Averages that were never moved are not used: `sample` and `evaluate` compute with the weights themselves.
+        """
+        if self.averages:
+            backend.without_gradients(lambda: self.averages.update(self.network))()
+            self._use_averages(True)
+
+    def _follow_averages(self) -> bool:
+        """Whether the averages are used, which is so from the first time that they are moved."""
+        self._use_averages(self.averages is not None and self.averages.moved)
+        return self._averaging
+
+    def _use_averages(self, used: bool) -> None:
+        """Graphs cannot ask: they are traced with an answer, and traced again when it changes."""
+        if used != self._averaging:
+            self._averaging, self.test_function = used, None
+
+    def _forget_graphs(self) -> None:
+        """What is compiled for the model as it was."""
+        self.train_function = self.test_function = None
+        self._compiled_steps.clear()
 
     def fit(self, x=None, y=None, *args, validation_data=None, **options):
         """Keras' `fit`, on data that is checked batch by batch.
@@ -315,48 +373,75 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
             validation_data, _ = self._checked(*keras.utils.unpack_x_y_sample_weight(validation_data), check)
         if not isinstance(x, (dict, keras.utils.PyDataset)):
             options.setdefault("shuffle", False)  # Keras cannot shuffle the others, and would warn
-        self._build_optimizer()
-        with check.reported():
+        self._prepare_training()
+        with self._tried(check):
             return super().fit(x, None, *args, validation_data=validation_data, **options)
 
     def evaluate(self, x=None, y=None, *args, **options):
         """Keras' `evaluate`, with the averaged weights, and with the same times and noise at each call."""
         if options.get("_use_cached_eval_dataset"):  # inside `fit`, whose validation data is checked already
             self.evaluation_step.assign(0)
+            self._follow_averages()
             return super().evaluate(x, y, *args, **options)
         if len(args) < 4:
             feeding.check_end(x, "steps", options)
         x, check = self._checked(x, y, options.pop("sample_weight", None))
         self.evaluation_step.assign(0)  # only now is the model built for certain
-        with check.reported():
+        self._follow_averages()
+        with self._tried(check):
             return super().evaluate(x, None, *args, **options)
 
     def train_on_batch(self, x, y=None, sample_weight=None, **options):
         """Keras' `train_on_batch`; the batch as of `fit`."""
-        x, _ = self._checked(x, y, sample_weight)
-        self._build_optimizer()
-        return super().train_on_batch(x, **options)
+        x, check = self._checked(x, y, sample_weight)
+        self._prepare_training()
+        with self._tried(check):
+            return super().train_on_batch(x, **options)
 
     def test_on_batch(self, x, y=None, sample_weight=None, **options):
         """Keras' `test_on_batch`; the batch as of `fit`."""
-        return super().test_on_batch(self._checked(x, y, sample_weight)[0], **options)
+        x, check = self._checked(x, y, sample_weight)
+        self._follow_averages()
+        with self._tried(check):
+            return super().test_on_batch(x, **options)
 
-    def _build_optimizer(self) -> None:
-        """Makes its variables ahead of the first step. TensorFlow would trace a step that makes them twice."""
+    @contextmanager
+    def _tried(self, check: feeding.BatchCheck) -> Iterator[None]:
+        """Around a call of Keras': the shapes of data are known for certain once the network has computed with it."""
+        with check.reported():
+            yield
+        self._on_trial = False
+
+    @backend.uninterrupted
+    def _prepare_training(self) -> None:
+        """Makes the optimizer's variables ahead of the first step: TensorFlow would trace a step that makes them twice.
+
+        Averages that do not fit the network are an error before anything is trained.
+        """
+        if self.averages:
+            self.averages.pairs(self.network)
+            self._use_averages(True)  # not first in a step, which PyTorch may compile
         if self.compiled and not self.optimizer.built:
-            self.optimizer.build(self.trainable_variables)
+            with backend.strategy_of(self):
+                self.optimizer.build(self.trainable_variables)
 
     def _checked(self, x, y=None, sample_weight=None, check: feeding.BatchCheck | None = None):
         """(x, check): the data, prepared and checked on its way; the model is built for it if it was not."""
         source = feeding.source_of(x, y, sample_weight).prepared(self.network)
         shapes = source.shapes()
         if check is None:
-            shape = self.shapes["image"][1:] if self.shapes else feeding.data_shape(shapes, self.codec)
+            certain = self.built and not self._on_trial
+            shape = self.shapes["image"][1:] if certain else feeding.data_shape(shapes, self.codec)
             check = feeding.BatchCheck(self.codec, shape, self.network)
         check.names(shapes)
         check.size(shapes)
-        self.build(shapes)
-        return source.checked(check), check
+        checked = source.checked(check)
+        if not self.built:
+            self.build(shapes)
+            self._on_trial = True
+        elif self._on_trial:
+            self.shapes, self.example = self._known_shapes(shapes)
+        return checked, check
 
     # Denoising
 
@@ -367,7 +452,7 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
 
     def _weights(self, averages: bool):
         """The scope in which the network computes with the averaged weights, if there are and it is asked for."""
-        return self.averages.scope(self.network) if averages and self.averages else nullcontext()
+        return self.averages.scope(self.network) if averages and self._averaging and self.averages else nullcontext()
 
     def _checked_output(self, output, x_t):
         """The network's output, float32."""
@@ -412,6 +497,8 @@ class DiffusionModel(Configurable, Sampling, keras.Model):
         Returns:
             x_hat, with the shape of `x_t`.
         """
+        if averages and self.averages and backend.concrete(self.averages.updates.value) is not None:
+            self._follow_averages()  # else it is a part of a graph, which does that first
         return self._answer(averages, self.schedule, Given(conditions), x_t, m).x_hat
 
     # Saving

@@ -25,7 +25,10 @@ from kdiff.sampling import Sampler, Step, initial_noise
 from kdiff.schedules import NoiseSchedule
 from kdiff.solvers import Solver
 
-__all__ = ["Sampling", "as_sampler"]
+__all__ = ["COMPILED_STEPS", "Sampling", "as_sampler"]
+
+# How many compiled steps a model keeps, the latest: each takes 10 to 20 MB, and holds the models that it asks.
+COMPILED_STEPS = 8
 
 
 class _Run(NamedTuple):
@@ -307,12 +310,18 @@ class Sampling:
         models = (self, *sampler.models)
         for model in models:
             backend.synchronise(model)
-        key = (sampler.key(), schedule, averages, self.schedule, self.prediction, self.time_label)
-        if key not in self._compiled_steps:
+        averaging = tuple(model._follow_averages() for model in models if isinstance(model, Sampling))
+        weights = tuple(id(variable) for model in models for variable in model.variables)
+        key = (sampler.key(), schedule, averages, averaging, weights, self.schedule, self.prediction, self.time_label)
+        advance = self._compiled_steps.pop(key, None)
+        if advance is None:
             answer = partial(self._answer, averages, schedule)
             advance = partial(sampler.advance, answer, condition_nulls(self.network), schedule)
-            self._compiled_steps[key] = backend.compiled(advance, *models)
-        return self._compiled_steps[key]
+            advance = backend.compiled(advance, *models)
+        self._compiled_steps[key] = advance  # the last to be forgotten
+        while len(self._compiled_steps) > COMPILED_STEPS:
+            del self._compiled_steps[next(iter(self._compiled_steps))]
+        return advance
 
     def _encode(self, examples):
         """Examples, such as images, as data."""
