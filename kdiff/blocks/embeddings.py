@@ -248,8 +248,7 @@ class LabelEmbedding(Condition):
 
     def encode(self, x, embed, training):
         """Labels (batch,) to (batch, width)."""
-        if len(x.shape) != 1:
-            raise ValueError(f"LabelEmbedding: labels must have the shape (batch,); received: {tuple(x.shape)}")
+        self._check_shape(x.shape)
         return _rows(self, x, self.table.shape[0])
 
     @property
@@ -257,14 +256,29 @@ class LabelEmbedding(Condition):
         """The null class, `num_classes`; None if there is none."""
         return np.int32(self.num_classes) if self.dropout > 0 else None
 
+    @staticmethod
+    def _check_shape(shape) -> None:
+        if len(shape) != 1:
+            raise ValueError(
+                f"LabelEmbedding: labels must have the shape (batch,), or (batch, 1); received: {tuple(shape)}. Of "
+                "one-hot vectors take `labels.argmax(-1)`"
+            )
+
+    def rows(self, labels):
+        """Labels with one row an example: those of shape (batch, 1), as `keras.datasets` gives them, are (batch,)."""
+        return labels[:, 0] if len(labels.shape) == 2 and labels.shape[1] == 1 else labels
+
     def check(self, labels) -> None:
         """Raises a ValueError for an array of labels that holds one that the table does not have."""
         known = self.num_classes + (self.dropout > 0)
         if labels.size and not (labels.min() >= 0 and labels.max() < known):
             raise ValueError(f"Labels must be in 0..{known - 1}; received {labels.min()} to {labels.max()}")
+        if np.any(labels != np.floor(labels)):
+            raise ValueError(f"Labels must be whole numbers; received {labels[labels != np.floor(labels)][0]}")
 
     def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
         """(batch, width)."""
+        self._check_shape(x_shape)
         return (*x_shape, _width(self, embed_shape))
 
 

@@ -368,6 +368,8 @@ class DiffusionModel(Configurable, Sampling, backend.SafeTraining, keras.Model):
         feeding.check_end(x, "steps_per_epoch", options)
         feeding.check_end(validation_data, "validation_steps", options)
         self.orders = feeding.Orders(x, validation_data)
+        if options.pop("class_weight", None) is not None:
+            raise ValueError("fit: there are no classes to weight; give `sample_weight`, one number an example")
         x, check = self._checked(x, y, options.pop("sample_weight", None))
         if validation_data is not None:
             validation_data, _ = self._checked(*keras.utils.unpack_x_y_sample_weight(validation_data), check)
@@ -385,11 +387,27 @@ class DiffusionModel(Configurable, Sampling, backend.SafeTraining, keras.Model):
             return super().evaluate(x, y, *args, **options)
         if len(args) < 4:
             feeding.check_end(x, "steps", options)
+        if not self.compiled:
+            raise ValueError("evaluate: the model has no loss yet; call `compile()`, as `model.compile(loss='mse')`")
         x, check = self._checked(x, y, options.pop("sample_weight", None))
         self.evaluation_step.assign(0)  # only now is the model built for certain
         self._follow_averages()
         with self._tried(check):
             return super().evaluate(x, None, *args, **options)
+
+    def predict(self, *args, **options):
+        """Raises a NotImplementedError: a diffusion model has no one output for an input."""
+        raise NotImplementedError(
+            "predict: a diffusion model draws, `sample(8)`, estimates the data of a noisy batch, `denoise(x_t, m)`, or "
+            "measures its loss, `evaluate(x)`"
+        )
+
+    def export(self, *args, **options):
+        """Raises a NotImplementedError: what is served is the network."""
+        raise NotImplementedError(
+            "export: a run of a sampler is no one graph; save the model, `model.save('model.keras')`, or export what "
+            "the sampler asks, `model.network`"
+        )
 
     def train_on_batch(self, x, y=None, sample_weight=None, **options):
         """Keras' `train_on_batch`; the batch as of `fit`."""
@@ -428,7 +446,7 @@ class DiffusionModel(Configurable, Sampling, backend.SafeTraining, keras.Model):
     def _checked(self, x, y=None, sample_weight=None, check: feeding.BatchCheck | None = None):
         """(x, check): the data, prepared and checked on its way; the model is built for it if it was not."""
         source = feeding.source_of(x, y, sample_weight).prepared(self.network)
-        shapes = source.shapes()
+        shapes = source.shapes(None if self.built else self.codec)
         if check is None:
             certain = self.built and not self._on_trial
             shape = self.shapes["image"][1:] if certain else feeding.data_shape(shapes, self.codec)
@@ -507,7 +525,15 @@ class DiffusionModel(Configurable, Sampling, backend.SafeTraining, keras.Model):
         """Keras' `save`, to a file that is written beside `filepath` and then moved there.
 
         A kill or a full disk leaves the file that stood there. Folders are made as needed.
+
+        Raises:
+            ValueError: if the file is to be HDF5: it cannot hold schedules, codecs and the like.
         """
+        if str(filepath).endswith((".h5", ".hdf5")):
+            raise ValueError(
+                "save: the model is saved as 'model.keras', its weights alone by save_weights('model.weights.h5'); "
+                f"received: {str(filepath)!r}"
+            )
         with _new_file(filepath, overwrite) as new:
             super().save(new, overwrite, zipped, **options)
 

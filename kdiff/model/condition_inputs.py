@@ -160,16 +160,18 @@ class Preparation:
         Raises:
             ValueError: if its layer takes no text.
         """
-        if not is_text(value):
-            return value
         layer = self.layers.get(name)
+        if isinstance(value, (list, tuple)) and not is_text(value):
+            value = np.asarray(value)
+        if not is_text(value):
+            return layer.rows(value) if hasattr(layer, "rows") and hasattr(value, "shape") else value
         if not hasattr(layer, "prepare"):
             return np.asarray(value) if isinstance(value, (list, tuple)) else value
         value = layer.prepare(value)
         if is_text(value):
             raise ValueError(
                 f"`{name}` is text, and its layer, {type(layer).__name__}, takes numbers; text is for a layer such as "
-                "TextEncoder"
+                "TextEncoder. Of the names of classes take `numpy.unique(names, return_inverse=True)[1]`"
             )
         return value
 
@@ -204,7 +206,7 @@ def is_integer(array: Any) -> bool:
 
 def value_range(array: Any) -> tuple[float, float]:
     """The smallest and the largest number; 0 and 0 of text."""
-    if str(array.dtype) in ("object", "string") or str(array.dtype).startswith(("<U", "|S", "<S")):
+    if str(array.dtype) in ("object", "string") or str(array.dtype).startswith(("<U", ">U", "|S")):
         return 0.0, 0.0
     array = as_numpy(array)
     return float(array.min()), float(array.max())

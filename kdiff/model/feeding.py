@@ -13,6 +13,7 @@ so that one bad batch is an error and not a ruined network.
 import contextlib
 import copy
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import GeneratorType
 from typing import Any, Self
@@ -21,9 +22,10 @@ import keras
 import numpy as np
 
 from kdiff import backend
-from kdiff.codecs import Codec
+from kdiff.codecs import Codec, Pixels
 from kdiff.model.condition_inputs import (
     Preparation,
+    as_numpy,
     check_values,
     condition_layers,
     condition_names,
@@ -42,6 +44,7 @@ __all__ = [
     "Orders",
     "Source",
     "check_end",
+    "check_examples",
     "data_shape",
     "packed",
     "source_of",
@@ -64,6 +67,8 @@ def unpack(data: Any) -> tuple[dict[str, Any], Any]:
     x, label, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     inputs = dict(x) if isinstance(x, dict) else {"image": x}
     sample_weight = inputs.pop("sample_weight", sample_weight)
+    if absent := sorted(name for name, value in inputs.items() if value is None):
+        raise ValueError(f"data: {absent} must be arrays; received None")
     if ("image" in inputs) == ("encoded" in inputs):
         raise ValueError(
             "data: a dictionary must have an 'image', or 'encoded' data in its place, and not both; received the keys "
@@ -94,6 +99,55 @@ def check_end(data: Any, argument: str, options: Mapping[str, Any]) -> None:
     if backend.is_tf_dataset(data) and int(data.cardinality()) == ENDLESS and options.get(argument) is None:
         raise ValueError(
             f"data: the tf.data.Dataset is endless, as after `repeat()`; say when to stop: `{argument}=...`"
+        )
+
+
+def check_examples(examples: Any, limit: float | None, name: str = "image") -> None:
+    """The check of all examples that a codec is to encode, on whatever way they come in.
+
+    Args:
+        examples: an array, with shape `(batch, ...)`.
+        limit: the largest magnitude that floating-point examples may have; None if any will do.
+        name: of the examples in messages.
+
+    Raises:
+        ValueError: if they are truth values, not finite, or out of range.
+    """
+    if "bool" in str(examples.dtype):
+        raise ValueError(f"`{name}` must be uint8, or floating-point numbers; received {examples.dtype}")
+    low, high = value_range(examples)
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError(f"`{name}` must be finite; received a batch that holds NaN or infinity")
+    if limit is None:
+        return
+    if is_integer(examples):
+        if low < 0 or high > 255:
+            raise ValueError(f"`{name}` of whole numbers must be in 0..255; received {low} to {high}")
+    elif max(-low, high) > limit + TOLERANCE:
+        raise ValueError(
+            f"`{name}` of floating-point numbers must be in [{-limit}, {limit}]; received {low} to {high}. "
+            "Scale it, x / 127.5 - 1 for 0..255, or give it as uint8."
+        )
+
+
+def _check_axes(image: Any, codec: Codec) -> None:
+    """Raises a ValueError for what looks like pictures with channels first, or like one picture and not a batch.
+
+    A model that is built already, for such shapes, takes them.
+    """
+    shape = tuple(image.shape)
+    if not isinstance(codec, Pixels) or None in shape[1:]:
+        return
+    few = (1, 3, 4)
+    if len(shape) == 4 and shape[1] in few and shape[2] == shape[3] > 4:
+        raise ValueError(
+            f"`image` of the shape {shape} looks like pictures with channels first; kdiff's are (batch, height, width, "
+            "channels): `numpy.moveaxis(x, 1, -1)`. If it is right, call `model.build(shape)` before"
+        )
+    if len(shape) == 3 and shape[0] == shape[1] and shape[2] in few:
+        raise ValueError(
+            f"`image` of the shape {shape} looks like one picture; batches are (batch, height, width, channels): "
+            "`dataset.batch(32)`. If it is right, call `model.build(shape)` before"
         )
 
 
@@ -132,17 +186,26 @@ class BatchCheck:
         self.conditions, self.layers = condition_names(network), condition_layers(network)
         self.optional = set(optional_names(network))
         self.error: ValueError | None = None
+        self.warned = False
 
     def __call__(self, data: Any) -> dict[str, Any]:
         """Checks a batch and returns it in one dictionary."""
         try:
-            inputs, _ = unpack(data)
+            inputs, weight = unpack(data)
             self.names(inputs)
+            for name, value in {**inputs, "sample_weight": weight}.items():
+                if isinstance(value, np.ndarray) and not value.dtype.isnative:
+                    raise ValueError(
+                        f"`{name}` has the type {value.dtype}, in the byte order of another machine: "
+                        "x.astype(x.dtype.newbyteorder('='))"
+                    )
             self.size({name: tuple(value.shape) for name, value in inputs.items()})
             examples = inputs.get("image", inputs.get("encoded"))
             self.numbers("image" if "image" in inputs else "encoded", examples)
             for name, condition in inputs.items():
                 self.condition(name, condition, len(examples))
+            if weight is not None:
+                self.weight(weight, len(examples))
         except ValueError as error:
             self.error = error
             raise
@@ -185,29 +248,43 @@ class BatchCheck:
 
     def numbers(self, name: str, examples: Any) -> None:
         """The image, or encoded data, must be finite and in range."""
-        if "bool" in str(examples.dtype) or (name == "encoded" and is_integer(examples)):
-            kinds = "uint8, or floating-point numbers" if name == "image" else "floating-point numbers"
-            raise ValueError(f"`{name}` must be {kinds}; received {examples.dtype}")
-        low, high = value_range(examples)
-        if not (np.isfinite(low) and np.isfinite(high)):
-            raise ValueError(f"`{name}` must be finite; received a batch that holds NaN or infinity")
-        limit = self.codec.limit
-        if limit is None or name == "encoded":
-            return
-        if is_integer(examples):
-            if low < 0 or high > 255:
-                raise ValueError(f"`image` of whole numbers must be in 0..255; received {low} to {high}")
-        elif max(-low, high) > limit + TOLERANCE:
+        if not len(examples):
+            raise ValueError(f"`{name}` is a batch without examples, of the shape {tuple(examples.shape)}")
+        if name == "encoded" and is_integer(examples):
+            raise ValueError(f"`encoded` must be floating-point numbers; received {examples.dtype}")
+        check_examples(examples, None if name == "encoded" else self.codec.limit, name)
+        if name == "image" and isinstance(self.codec, Pixels) and not is_integer(examples) and not self.warned:
+            low, high = value_range(examples)
+            if low >= 0 and 0 < high <= 1:
+                warnings.warn(
+                    f"The pixels of `image` are all in [{low:.3g}, {high:.3g}]; black is -1 here. If they are in "
+                    "[0, 1], scale them, 2 * x - 1, or give uint8.",
+                    stacklevel=2,
+                )
+                self.warned = True
+
+    def weight(self, weight: Any, batch: int) -> None:
+        """The sample weights must be one number an example, finite and not negative."""
+        if not all(hasattr(weight, name) for name in ("shape", "dtype")) or tuple(weight.shape) != (batch,):
+            received = getattr(weight, "shape", type(weight).__name__)
             raise ValueError(
-                f"`image` of floating-point numbers must be in [{-limit}, {limit}]; received {low} to {high}. "
-                "Scale it, x / 127.5 - 1 for 0..255, or give it as uint8."
+                f"`sample_weight` must have the shape ({batch},), a number an example; received: {received}"
             )
+        if is_text(weight) or not all(np.isfinite(value_range(weight))) or value_range(weight)[0] < 0:
+            raise ValueError("`sample_weight` must be finite numbers that are not negative")
 
     def condition(self, name: str, condition: Any, batch: int) -> None:
-        """A condition must belong to the same examples, and be finite."""
+        """A condition must belong to the same examples, be finite, and not be the class that stands for none."""
         if not len(condition.shape) or len(condition) != batch:
             raise ValueError(f"`{name}` must have {batch} rows, as `image` has; received the shape {condition.shape}")
-        check_values(name, condition, self.layers.get(name))
+        layer = self.layers.get(name)
+        check_values(name, condition, layer)
+        null = getattr(layer, "null", None)
+        if null is not None and np.ndim(null) == 0 and np.any(as_numpy(condition) == null):
+            raise ValueError(
+                f"`{name}` holds {null}, which stands for none; classes are 0..{null - 1}: subtract 1 if yours begin "
+                "at 1"
+            )
 
 
 def source_of(x: Any, y: Any = None, sample_weight: Any = None) -> "Source":
@@ -217,6 +294,8 @@ def source_of(x: Any, y: Any = None, sample_weight: Any = None) -> "Source":
         TypeError: if `x` is of no type that Keras trains on.
         ValueError: if `y` or `sample_weight` is given beside anything but arrays.
     """
+    y = np.asarray(y) if isinstance(y, (list, tuple)) else y
+    sample_weight = np.asarray(sample_weight) if isinstance(sample_weight, (list, tuple)) else sample_weight
     if isinstance(x, dict) or all(hasattr(x, name) for name in ("shape", "dtype", "__getitem__")):
         return _Arrays((x, y, sample_weight))
     if y is not None or sample_weight is not None:
@@ -253,20 +332,29 @@ class Source:
         """The same with numbers in place of text."""
         return self.mapped(Preparation(network))
 
-    def shapes(self) -> dict[str, tuple]:
+    def shapes(self, codec: Codec | None = None) -> dict[str, tuple]:
         """The shapes of the inputs, {"image": (None, 32, 32, 3), ...}.
 
+        Args:
+            codec: that of a model that is to be built for these shapes.
+
         Raises:
-            ValueError: if there is nothing in it, or something has no rank.
+            ValueError: if there is nothing in it, or something has no rank; if the images for a codec of pictures look
+                like others.
         """
         batch = self.first()
         if batch is None:
             raise ValueError(f"`x` is empty: {self._empty}")
         inputs, _ = unpack(tuple(batch) if isinstance(batch, list) else batch)
         for name, array in inputs.items():
-            shape = array.shape
+            shape = getattr(array, "shape", None)
             if shape is None or getattr(shape, "rank", 0) is None or len(shape) == 0:
-                raise ValueError(f"`{name}` must be a batch of known rank; received the shape {shape}")
+                raise ValueError(
+                    f"`{name}` must be a batch of known rank; received the shape {shape}. Of single examples make "
+                    "batches: `dataset.batch(32)`"
+                )
+        if codec is not None and "image" in inputs:
+            _check_axes(inputs["image"], codec)
         return {name: (None, *tuple(array.shape)[1:]) for name, array in inputs.items()}
 
     def checked(self, check: BatchCheck) -> Any:
@@ -390,8 +478,16 @@ class _Dataset(Source):
     def prepared(self, network):
         """Static shapes and types of what was text are those of a null, or of the first batch."""
         prepare, texts = Preparation(network), []
-        prepare.mapped(self.data.element_spec, lambda name, spec: is_text(spec) and texts.append(name))
-        if not texts:
+        columns = set()
+
+        def look(name, spec):
+            if is_text(spec):
+                texts.append(name)
+            elif hasattr(prepare.layers.get(name), "rows") and spec.shape.rank == 2 and spec.shape[1] == 1:
+                columns.add(name)
+
+        prepare.mapped(self.data.element_spec, look)
+        if not texts and not columns:
             return self
         nulls = {name: getattr(prepare.layers[name], "null", None) for name in texts if name in prepare.layers}
         rows = {name: np.asarray(null) for name, null in nulls.items() if null is not None}
@@ -399,6 +495,8 @@ class _Dataset(Source):
             prepare.mapped(first, lambda name, v: name in nulls and rows.update({name: prepare.value(name, v)[0]}))
 
         def value(name, tensor):
+            if name in columns:
+                return tensor[:, 0]
             if name not in rows or not is_text(tensor):
                 return tensor
             shape = (tensor.shape[0], *rows[name].shape)

@@ -20,6 +20,7 @@ from kdiff.denoisers import Given
 from kdiff.guidance import ClassifierFree, Inpaint
 from kdiff.guidance.base import Run
 from kdiff.model.condition_inputs import condition_nulls, condition_rows, fits, words
+from kdiff.model.feeding import check_examples
 from kdiff.predictions import check_beginning
 from kdiff.sampling import Sampler, Step, initial_noise
 from kdiff.schedules import NoiseSchedule
@@ -325,6 +326,7 @@ class Sampling:
 
     def _encode(self, examples):
         """Examples, such as images, as data."""
+        check_examples(examples, self.codec.limit)
         return self._by_codec(self.codec.encode, examples)
 
     def _decode(self, x):
