@@ -196,3 +196,21 @@ def test_direct_calls_are_those_of_keras():
     assert blocks.Dense(3)(inputs=drawn(2, 8)).shape == (2, 3)  # an array, of a layer that is not built
     output = blocks.Dense(3)(keras.Input((8,)))
     assert isinstance(output, keras.KerasTensor)
+
+
+@pytest.mark.parametrize("masked", [None, "keys", "pairs"])
+@pytest.mark.parametrize(("tokens", "size"), [(4096, 1.0), (8, 150.0)])
+def test_attention_in_float16_neither_overflows_nor_forgets(tokens, size, masked):
+    """Weights that sum to 4096 before they are normalised, logits of 180,000: the largest number is 65,504."""
+    if masked == "pairs" and tokens > 8:
+        tokens = 1024  # the whole table is held
+    q = ops.full((1, tokens, 1, 64), size, "float16")
+    v = drawn(1, tokens, 1, 64)
+    v[:, : tokens // 2] += 20.0
+    mask = {None: None, "keys": np.ones((1, 1, tokens), bool), "pairs": np.ones((1, tokens, tokens), bool)}[masked]
+    if mask is not None:
+        mask[..., -tokens // 4 :] = False
+        mask = ops.convert_to_tensor(mask)
+    y = numpy(backend.attention(q, q, ops.convert_to_tensor(v.astype("float16")), mask)).astype("float64")
+    seen = v[:, : tokens if mask is None else tokens - tokens // 4].astype("float16").astype("float64")
+    np.testing.assert_allclose(y, np.broadcast_to(seen.mean(1, keepdims=True), y.shape), rtol=5e-3, atol=5e-3)

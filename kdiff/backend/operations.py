@@ -275,9 +275,10 @@ def attention(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
     """`softmax(q k^T / sqrt(width)) v` in each head, for q, k and v of the shape (batch, tokens, heads, width).
 
     Where a `mask`, (batch, query tokens, key tokens) or (batch, 1, key tokens), is False, the weight is 0. With the
-    latter, queries that see nothing get 0; with the former each must see something. The softmax is float32. PyTorch has
-    a kernel that never holds the whole table of weights; JAX has one on accelerators, and goes block by block on a CPU,
-    unless the queries have masks of their own.
+    latter, queries that see nothing get 0; with the former each must see something. Logits and softmax are float32,
+    whatever the type of q, k and v: in float16 the products overflow. PyTorch has a kernel that never holds the whole
+    table of weights; JAX has one on accelerators, and goes block by block on a CPU, unless the queries have masks of
+    their own.
     """
     if BACKEND == "torch":
         return _attention_of_torch(q, k, v, mask)
@@ -286,11 +287,32 @@ def attention(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
     elif BACKEND == "jax" and mask is None:
         y = ops.dot_product_attention(q, k, v)
     else:
-        logits = ops.cast(ops.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k), "float32")
+        logits = _float32_product("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k)
         logits = logits if mask is None else ops.where(mask[:, None], logits, HIDDEN)
-        y = ops.einsum("bhqk,bkhd->bqhd", ops.cast(ops.softmax(logits, axis=-1), v.dtype), v)
+        y = ops.einsum("bhqk,bkhd->bqhd", ops.cast(_softmax(logits), v.dtype), v)
     # Where all is hidden, the softmax of equal logits is a mean.
     return y if mask is None or mask.shape[1] != 1 else ops.where(ops.any(mask, axis=-1)[..., None, None], y, 0)
+
+
+def _float32_product(equation: str, x: Any, y: Any) -> Any:
+    """The einsum of two tensors of one type, summed and returned in float32.
+
+    TensorFlow has no product of 16-bit numbers that is float32: there the tensors are cast before.
+    """
+    if BACKEND == "jax":
+        import jax.numpy as jnp
+
+        return jnp.einsum(equation, x, y, preferred_element_type="float32")
+    return ops.einsum(equation, ops.cast(x, "float32"), ops.cast(y, "float32"))
+
+
+def _softmax(logits: Any) -> Any:
+    """The softmax over the last axis. What Keras' own gives on TensorFlow keeps the logits as an attribute."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.nn.softmax(logits)
+    return ops.softmax(logits, axis=-1)
 
 
 HIDDEN = -1e30  # the logit of what is masked: not infinite, for the softmax of infinities alone is NaN
@@ -333,11 +355,11 @@ def _attention_by_blocks(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
 
     @jax.checkpoint
     def of_queries(q, k, v, mask):
-        logits = ops.cast(ops.einsum("bdk,bdq->bkq", k, q), "float32")
+        logits = _float32_product("bdk,bdq->bkq", k, q)
         logits = logits if mask is None else ops.where(mask, logits, HIDDEN)
         weights = ops.exp(logits - jax.lax.stop_gradient(ops.max(logits, axis=1, keepdims=True)))
-        y = ops.einsum("bdk,bkq->bdq", v, ops.cast(weights, v.dtype))
-        return y / ops.cast(ops.sum(weights, axis=1, keepdims=True), y.dtype)
+        y = _float32_product("bdk,bkq->bdq", v, ops.cast(weights, v.dtype))
+        return ops.cast(y / ops.sum(weights, axis=1, keepdims=True), v.dtype)
 
     y = jax.lax.map(lambda block: jax.lax.map(lambda some: of_queries(some, *block[1:]), block[0]), (q, k, v, mask))
     y = ops.reshape(ops.transpose(y, (0, 2, 3, 1, 4)), (batch, heads, width, tokens))

@@ -34,7 +34,7 @@ DIT = {
     "patch_size": Key(2, COUNT),
     "activation_fn": Key("gelu-approximate", one_of("gelu-approximate", "gelu")),
     "num_embeds_ada_norm": Key(1000, whole(1, 10_000_000)),
-    "upcast_attention": Key(False, FLAG),
+    "upcast_attention": Key(False, FLAG),  # float32 logits: kdiff has no others
     "norm_type": only("ada_norm_zero"),
     "norm_elementwise_affine": only(False),
     # The paper's is 1e-6, and the network has that; diffusers has 1e-5 in one of a block's two normalisations.

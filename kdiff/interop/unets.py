@@ -130,7 +130,7 @@ UNET_2D_CONDITION = {
     "use_linear_projection": Key(False, FLAG),
     "addition_embed_type": Key(None, one_of(None, "text_time")),
     "addition_time_embed_dim": Key(None, MAYBE),
-    "upcast_attention": Key(False, optional(FLAG)),
+    "upcast_attention": Key(False, optional(FLAG)),  # float32 logits: kdiff has no others
     "resnet_skip_time_act": only(False),
     "resnet_out_scale_factor": only(1.0),
     "time_embedding_act_fn": only(None),
