@@ -206,7 +206,7 @@ def test_attention_in_float16_neither_overflows_nor_forgets(tokens, size, masked
         tokens = 1024  # the whole table is held
     q = ops.full((1, tokens, 1, 64), size, "float16")
     v = drawn(1, tokens, 1, 64)
-    v[:, : tokens // 2] += 20.0
+    v[:, : tokens // 2] += 40.0
     mask = {None: None, "keys": np.ones((1, 1, tokens), bool), "pairs": np.ones((1, tokens, tokens), bool)}[masked]
     if mask is not None:
         mask[..., -tokens // 4 :] = False
