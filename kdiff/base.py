@@ -20,7 +20,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import keras
 import numpy as np
@@ -35,6 +35,7 @@ class Configurable:
     wherever the defining module was imported.
     """
 
+    aliases: ClassVar[dict[str, str]] = {}  # of a family: names of elsewhere, in lower case letters, to ours
     named = True  # whether `get` finds the class by its name; subclasses are found unless they say otherwise too
 
     def __init_subclass__(cls, **kwargs):
@@ -69,7 +70,8 @@ class Configurable:
 
         Args:
             identifier: an object of this family (returned as it is), a subclass (called without arguments), the
-                name of a subclass in any case ("cosine_beta", "CosineBeta") or a serialised configuration.
+                name of a subclass in any case ("cosine_beta", "CosineBeta"), a name that other libraries have for it
+                ("squaredcos_cap_v2"; see `aliases`) or a serialised configuration.
 
         Raises:
             ValueError: if no subclass has that name; the message lists those that exist. If a configuration is damaged.
@@ -89,8 +91,10 @@ class Configurable:
         known = cls.names()
         if not isinstance(identifier, str):
             raise TypeError(f"{cls.__name__} expected, or one of the names {sorted(known)}; received: {identifier!r}")
+        wanted = _letters(identifier.replace("++", "pp"))
+        wanted = _letters(cls.aliases.get(wanted, wanted))
         for name, subclass in known.items():
-            if _letters(name) == _letters(identifier):
+            if _letters(name) == wanted:
                 return subclass()
         close = difflib.get_close_matches(_snake_case(identifier), known, 1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -135,7 +139,22 @@ def _subclasses(cls: type) -> list[type]:
     return [c for child in cls.__subclasses__() for c in (child, *_subclasses(child))]
 
 
+# Words that no rule of capitals finds.
+_WORDS = {
+    "DiT": "Dit",
+    "UViT": "Uvit",
+    "ConvNeXt": "Convnext",
+    "PiGDM": "Pigdm",
+    "UniPC": "Unipc",
+    "PPSDE": "PP_SDE",
+    "PP2S": "PP_2S",
+    "PP3MSDE": "PP_3M_SDE",
+}
+
+
 def _snake_case(name: str) -> str:
+    for word, plain in _WORDS.items():
+        name = name.replace(word, plain)
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
     return name.lower()
 

@@ -27,6 +27,8 @@ tan(u) = sigma / (alpha sd). Both also scale what the network sees by 1 / r (`in
 `LearnedVariance` wraps any of them for a network that predicts the variance of DDPM's steps as well.
 """
 
+from typing import ClassVar
+
 import numpy as np
 from keras import ops
 
@@ -55,6 +57,16 @@ class Prediction(Value):
         factor: how many channels the network's output has for each channel of the data.
     """
 
+    aliases: ClassVar = {
+        "epsilon": "noise",
+        "eps": "noise",
+        "vprediction": "velocity",
+        "v": "velocity",
+        "x0": "data",
+        "xstart": "data",
+        "sample": "data",
+        "flowprediction": "flow",
+    }
     factor: int = 1
 
     def coefficients(self, m: Marginal):

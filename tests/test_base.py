@@ -110,3 +110,32 @@ def test_configurable_needs_no_more_than_a_constructor():
     assert Pair("a").get_config()["left"] == "a"
     assert Pair.from_config(Pair("a", (3,)).get_config()) == Pair("a", (3,))
     assert issubclass(Value, Configurable)
+
+
+@pytest.mark.once
+def test_names_of_other_libraries():
+    """Each alias is one of a class that is there, in the letters that `get` compares, and no name of ours."""
+    from kdiff import predictions, schedules, solvers
+
+    families = (predictions.Prediction, schedules.NoiseSchedule, solvers.Solver)
+    for family in families:
+        ours = {name.replace("_", "") for name in family.names()}
+        for alias, name in family.aliases.items():
+            assert alias.isalnum()
+            assert alias not in ours
+            assert name in family.names()
+            assert family.get(alias) == family.get(name)
+    assert solvers.Solver.get("DPM++") == solvers.Solver.get("dpmpp_2m") == solvers.DPMSolverPP()
+    assert predictions.Prediction.get("v_prediction") == predictions.Velocity()
+    assert schedules.NoiseSchedule.get("squaredcos_cap_v2") == schedules.CosineBeta()
+
+
+@pytest.mark.once
+def test_names_are_those_that_people_type():
+    from kdiff import blocks, guidance, networks, solvers
+
+    assert {"dit", "uvit"} <= set(networks.Network.names())
+    assert "convnext_block" in blocks.Block.names()
+    assert "pigdm" in guidance.Guidance.names()
+    assert {"unipc", "dpm_solver_pp_3m_sde"} <= set(solvers.Solver.names())
+    assert solvers.Solver.get("uni_pc") == solvers.UniPC()  # as it was

@@ -78,8 +78,6 @@ class PseudoRungeKutta(RK4):
 class _ShortRuns:
     """A multistep solver whose `lower_final` is of runs of fewer than 15 steps alone."""
 
-    named = False
-
     def init(self, x, steps: int):
         """The history of a run that seems to go on, so that no order falls at its end, unless it is short."""
         return super().init(x, steps if steps < 15 else steps + self.order)
@@ -98,18 +96,28 @@ class _Halved(_ShortRuns):
 class DiffusersDEIS(_ShortRuns, DEIS):
     """`DEIS` as diffusers has it: `lower_final` is of runs of fewer than 15 steps alone."""
 
+    named = False
+
 
 class DiffusersDPMSolverPP(_Halved, DPMSolverPP):
     """`DPMSolverPP` as diffusers has it: the orders at the end, and the third order, are other ones."""
+
+    named = False
 
 
 class DiffusersDPMSolver(_Halved, DPMSolver):
     """`DPMSolver` as diffusers has it: the orders at the end, and the third order, are other ones."""
 
+    named = False
+
 
 class DiffusersDPMSolverPPSDE(_Halved, DPMSolverPPSDE):
     """`DPMSolverPPSDE` as diffusers has it: the orders at the end are other ones, and there is a third order."""
 
+    named = False
+
 
 class DiffusersDPMSolverSDE(_ShortRuns, DPMSolverSDE):
     """`DPMSolverSDE` as diffusers has it: `lower_final` is of runs of fewer than 15 steps alone."""
+
+    named = False

@@ -27,7 +27,7 @@ diffusion), arXiv:2301.11093; Liu et al. 2022 (rectified flow), arXiv:2209.03003
 arXiv:2011.13456; Karras et al. 2022 (EDM), arXiv:2206.00364.
 """
 
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import keras
 import numpy as np
@@ -83,6 +83,12 @@ class NoiseSchedule(Value, keras.layers.Layer):
         num_steps: the number of steps T of a discrete process; None if the schedule is continuous.
     """
 
+    aliases: ClassVar = {
+        "linear": "linear_beta",  # as diffusers and Ho et al. (2020) call it
+        "scaledlinear": "scaled_linear_beta",
+        "squaredcoscapv2": "cosine_beta",
+        "sigmoid": "sigmoid_beta",
+    }
     num_steps: int | None = None
 
     def __init__(self):

@@ -17,7 +17,7 @@ and a deterministic solver is a rule for one of the two integrals. Where x_hat, 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from keras import ops
@@ -43,6 +43,20 @@ class Solver(Value):
         learned: whether an estimate must have a `share`, as of `predictions.LearnedVariance`.
     """
 
+    aliases: ClassVar = {
+        "dpmpp": "dpm_solver_pp",
+        "dpmpp2m": "dpm_solver_pp",
+        "dpmpp2msde": "dpm_solver_pp_sde",
+        "dpmpp3msde": "dpm_solver_pp_3m_sde",
+        "dpmpp2sa": "dpm_solver_pp_2s_ancestral",
+        "dpm2a": "dpm2_ancestral",
+        "eulera": "euler_ancestral",
+        "keuler": "euler",
+        "keulera": "euler_ancestral",
+        "klms": "lms",
+        "kheun": "heun",
+        "plms": "pndm",
+    }
     order: int = 1
     stochastic: bool = False
     evaluations: int = 1
