@@ -1,5 +1,7 @@
 """kdiff: diffusion models in Keras 3, on TensorFlow, JAX and PyTorch."""
 
+import importlib
+
 from kdiff import (
     analytic,
     blocks,
@@ -10,6 +12,7 @@ from kdiff import (
     networks,
     objectives,
     operators,
+    pictures,
     predictions,
     random,
     scenes,
@@ -40,6 +43,7 @@ __all__ = [
     "networks",
     "objectives",
     "operators",
+    "pictures",
     "predictions",
     "random",
     "scenes",
@@ -51,3 +55,10 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """`kdiff.data`, which imports TensorFlow, is imported where it is first asked for."""
+    if name == "data":
+        return importlib.import_module("kdiff.data")
+    raise AttributeError(f"module 'kdiff' has no attribute {name!r}")

@@ -183,3 +183,10 @@ def test_calls_of_keras_that_mean_nothing_here(tmp_path):
         one.save(tmp_path / "model.h5")
     with pytest.raises(ValueError, match="no loss yet; call `compile"):
         DiffusionModel(UNet.residual(8, 1, 1)).evaluate(PIXELS)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("name", "hint"), [("num_steps", "steps"), ("strenght", "strength"), ("seeds", "seed")])
+def test_a_name_that_is_nearly_an_argument(name, hint):
+    with pytest.raises(TypeError, match=f"no '{name}'; did you mean '{hint}'"):
+        model().sample(2, **{name: 2})

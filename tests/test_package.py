@@ -207,3 +207,11 @@ def test_version_is_that_of_the_installed_package():
     if not installed:
         pytest.skip("kdiff is imported from a checkout")
     assert installed == [kdiff.__version__]
+
+
+@pytest.mark.data
+def test_data_is_found_without_its_own_import():
+    """In a new process, which has imported kdiff alone; and a name that is not there is an AttributeError."""
+    code = "import kdiff; kdiff.data.images; assert not hasattr(kdiff, 'dat')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
