@@ -10,7 +10,7 @@ from kdiff import Sampler, analytic, blocks, closed_edges, codecs, schedules, ti
 from kdiff.guidance import Clip, Inpaint, Seamless
 from kdiff.networks import UNet
 from kdiff.sampling import initial_noise
-from tests.toys import draw_weights, exact_denoiser, images, numpy
+from tests.toys import compiled_model, draw_weights, exact_denoiser, images, numpy, tiny_network
 
 SHAPE = (4, 4, 1)
 COSINE = schedules.Cosine()
@@ -233,3 +233,16 @@ def test_bad_requests(model, options, message):
 def test_a_size_that_is_not_known():
     with pytest.raises(ValueError, match=r"any size, \(any, any, 1\): give `height` and `width`"):
         model_of((None, None, 1)).sample(2)
+
+
+@pytest.mark.once
+def test_no_seed_is_one_that_keras_seeds():
+    model = compiled_model(tiny_network((4, 4, 1)))
+    model.build((None, 4, 4, 1))
+    drawn = []
+    for seed in (3, 3, 4):
+        keras.utils.set_random_seed(seed)
+        drawn += [model.sample(1, steps=1, seed=None), model.sample(1, steps=1, seed=None)]
+    np.testing.assert_array_equal(drawn[0], drawn[2])
+    np.testing.assert_array_equal(drawn[1], drawn[3])
+    assert len({one.tobytes() for one in drawn}) == 4

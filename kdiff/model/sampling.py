@@ -8,6 +8,7 @@ Each is a `_Run`: what is asked for, checked, with one row a sample. All of them
 
 import difflib
 import inspect
+import random as py_random
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -124,7 +125,7 @@ class Sampling:
         stop: float = 0.0,
         known: Any = None,
         mask: Any = None,
-        seed: int | Sequence[int] = 0,
+        seed: int | Sequence[int] | None = 0,
         batch_size: int = 64,
         averages: bool = True,
         verbose: bool = False,
@@ -160,7 +161,8 @@ class Sampling:
             mask: 1 where it is to be drawn and 0 where it is known; None where `known` is NaN.
             seed: names the noise. Sample n of a seed is the same in any batch size, and on every backend; but for
                 `solvers.Adaptive`, where the samples of a batch share their sub-steps: to within its tolerance. Or a
-                list, one a sample, each of which is then the first sample of its own seed.
+                list, one a sample, each of which is then the first sample of its own seed. None: one is drawn, from
+                Python's generator, which `keras.utils.set_random_seed` seeds.
             batch_size: how many are made at once.
             averages: use the averaged weights.
             verbose: show a progress bar.
@@ -287,7 +289,9 @@ class Sampling:
 
     @staticmethod
     def _seeds(seed, num_samples: int):
-        """The seed, or an array of one a sample."""
+        """The seed, or an array of one a sample; for None one that is drawn."""
+        if seed is None:
+            return py_random.randrange(2**32)
         if not isinstance(seed, (list, tuple, range, np.ndarray)):
             return seed
         if np.shape(seed) != (num_samples,):
