@@ -126,7 +126,7 @@ def test_nulls():
     assert LabelEmbedding(3, dropout=0.1).null == 3
     np.testing.assert_array_equal(TextEncoder(Bytes(4)).null, [0, 0, 0, 0])
     layer = OptionalCondition()
-    assert layer.null is None
+    assert np.isnan(layer.null)
     layer.build((None, 2, 3))
     np.testing.assert_array_equal(layer.null, np.full((2, 3), NAN))
     np.testing.assert_array_equal(OptionalCondition(absent=[1, 2]).null, [1.0, 2.0])
@@ -332,19 +332,19 @@ def test_a_model_with_text_saves(tmp_path):
 def test_absent_conditions_in_a_model(policy):
     conditions = {
         "text": EncodedText(lambda texts: np.stack([np.full((2, 3), len(t), "float32") for t in texts]), dtype=policy),
-        "size": OptionalCondition(_time(), dtype=policy),
+        "extent": OptionalCondition(_time(), dtype=policy),
     }
     model = vector_model(conditions)
-    data = {"image": VECTORS, "text": CAPTIONS, "size": floats(8, absent=[2, 5])}
+    data = {"image": VECTORS, "text": CAPTIONS, "extent": floats(8, absent=[2, 5])}
     history = model.fit(data, batch_size=4, epochs=2, verbose=0)
     assert np.isfinite(history.history["loss"]).all()
     assert model.shapes["text"] == (None, 2, 3)
-    for weight in (conditions["size"].learned, conditions["text"].learned):
+    for weight in (conditions["extent"].learned, conditions["text"].learned):
         assert np.isfinite(numpy(weight)).all()
-    assert np.isfinite(model.sample(2, text="red", size=None, steps=2, guidance=2.0)).all()
-    for bad in ({"size": np.inf}, {"text": [[1, 2, 3], [4, NAN, 6]]}):
+    assert np.isfinite(model.sample(2, text="red", extent=None, steps=2, guidance=2.0)).all()
+    for bad in ({"extent": np.inf}, {"text": [[1, 2, 3], [4, NAN, 6]]}):
         with pytest.raises(ValueError, match="must be finite"):
-            model.sample(2, **{"text": "red", "size": 1.0, **bad}, steps=2)
+            model.sample(2, **{"text": "red", "extent": 1.0, **bad}, steps=2)
     data["text"] = floats(8, 2, 3)
     data["text"][3, 1, 0] = NAN
     with pytest.raises(ValueError, match="`text` must be finite"):

@@ -370,6 +370,17 @@ def test_a_cache_is_whole_or_not_there(colours, tmp_path):
     assert len(values(data.images(colours, text_encoder=Count(), **options))) == 10
 
 
+@pytest.mark.once
+def test_the_order_is_not_of_tensorflows_seed(colours):
+    """A process that goes on may have another; 0 is an error in TensorFlow where a dataset's seed is a tensor."""
+    orders = []
+    for seed in (0, 7):
+        keras.utils.set_random_seed(seed)
+        orders.append([batch for batch in data.images(colours, batch_size=3, seed=1).as_numpy_iterator()])
+    for a, b in zip(*orders, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_the_number_of_the_pass_says_its_order(colours):
     first, other = (data.images(colours, batch_size=5, seed=1, repeat=2) for _ in range(2))
     epochs = [values(first) for _ in range(3)]

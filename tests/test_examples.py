@@ -80,7 +80,10 @@ def test_text_to_image(tmp_path):
 
 @pytest.mark.data
 @pytest.mark.once  # minutes of compilation elsewhere; what it uses is tested on each backend
-@pytest.mark.parametrize(("script", "page"), [("speed", "table.md"), ("kernels", "kernels.md")])
+@pytest.mark.parametrize(
+    ("script", "page"),
+    [pytest.param("speed", "table.md", marks=pytest.mark.thorough), ("kernels", "kernels.md")],
+)
 def test_the_benchmarks(script, page, tmp_path):
     pytest.importorskip("diffusers")
     run(f"benchmarks/{script}.py", "--toy", "--out", str(tmp_path))

@@ -129,7 +129,7 @@ def test_names_that_no_condition_can_have(name):
 @pytest.mark.once
 def test_names_that_conditions_may_have():
     network = Scripted(lambda inputs: inputs["image"])
-    network.conditions = ("label", "text", "noise", "t", "class")
+    network.conditions = ("label", "text", "style", "t", "class")
     kdiff.DiffusionModel(network)
 
 

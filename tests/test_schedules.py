@@ -636,7 +636,7 @@ def test_defaults_are_the_published_ones():
     published = {
         schedules.LinearBeta: {"num_steps": 1000, "beta_start": 1e-4, "beta_end": 0.02},
         schedules.ScaledLinearBeta: {"num_steps": 1000, "beta_start": 0.00085, "beta_end": 0.012},
-        schedules.CosineBeta: {"num_steps": 1000, "s": 0.008, "max_beta": 0.999},
+        schedules.CosineBeta: {"num_steps": 1000, "s": 0.008, "max_beta": 0.999, "min_beta": 0.0},
         schedules.SigmoidBeta: {"num_steps": 1000, "beta_start": 1e-4, "beta_end": 0.02},
         schedules.Cosine: {"min_log_snr": -15.0, "max_log_snr": 15.0},
         schedules.Laplace: {"mu": 0.0, "b": 0.5, "min_log_snr": -15.0, "max_log_snr": 15.0},

@@ -226,10 +226,8 @@ class OptionalCondition(Condition):
 
     @property
     def null(self):
-        """`absent`; NaN where it is learned, and None there before the shape of a row is known."""
-        if self.absent is not None:
-            return self.absent
-        return None if self._row is None else np.full(self._row, np.nan, "float32")
+        """`absent`; NaN where it is learned, one number before the shape of a row is known."""
+        return np.full(self._row or (), np.nan, "float32") if self.absent is None else self.absent
 
     def check(self, values) -> None:
         """Raises a ValueError for a row that is not finite, unless it is all NaN and so absent."""

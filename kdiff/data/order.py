@@ -31,6 +31,7 @@ class Order:
         """So many passes over the dataset; `None` is endless."""
 
         def one_pass(_):
+            tf.compat.v1.get_default_graph().seed = None  # TensorFlow's own seed says nothing here; 0 would be an error
             seed = tf.ensure_shape(tf.numpy_function(self._next, [], tf.int64), ())
             return dataset.shuffle(self.buffer, seed, reshuffle_each_iteration=False)
 

@@ -5,7 +5,8 @@ makes numbers of text (`prepare`), says what stands for no condition (`null`), a
 (`check`).
 """
 
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -70,6 +71,7 @@ def condition_rows(
     network: keras.layers.Layer,
     num_samples: int,
     partial: bool = False,
+    arguments: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
     """Each condition as numbers, one row a sample; one value for all is repeated, and None is no condition.
 
@@ -79,6 +81,7 @@ def condition_rows(
         network: what the conditions are for.
         num_samples: the number of rows.
         partial: whether some may be missing.
+        arguments: what else the caller takes by name, of which an unknown condition may be a misspelling.
 
     Raises:
         ValueError: if a condition is missing, unknown, of another shape, or holds what its layer does not take; if it
@@ -89,7 +92,9 @@ def condition_rows(
         raise ValueError(f"sample: the model needs the conditions {sorted(shapes)}; missing: {sorted(missing)}")
     shapes = {**dict.fromkeys(optional), **shapes}
     if extra := set(conditions) - set(shapes):
-        raise ValueError(f"sample: the model takes the conditions {sorted(shapes)}; received: {sorted(extra)}")
+        close = [near for name in sorted(extra) for near in difflib.get_close_matches(name, [*shapes, *arguments], 1)]
+        hint = f". Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"sample: the model takes the conditions {sorted(shapes)}; received: {sorted(extra)}{hint}")
     preparation, nulls = Preparation(network), condition_nulls(network)
     rows = {}
     for name, shape in shapes.items():

@@ -6,7 +6,6 @@ Each is a `_Run`: what is asked for, checked, with one row a sample. All of them
     x at the first time    ->    Sampler.steps_from    ->    model.step    ->    solver, guidance, network
 """
 
-import difflib
 import inspect
 import random as py_random
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from kdiff.base import check_integer, check_number
 from kdiff.denoisers import Given
 from kdiff.guidance import ClassifierFree, Inpaint
 from kdiff.guidance.base import Run
-from kdiff.model.condition_inputs import condition_nulls, condition_rows, fits, optional_names, words
+from kdiff.model.condition_inputs import condition_nulls, condition_rows, fits, words
 from kdiff.model.feeding import check_examples
 from kdiff.predictions import check_beginning
 from kdiff.sampling import Sampler, Step, initial_noise
@@ -398,10 +397,7 @@ class Sampling:
         if not self.built:
             raise ValueError("sample: the model has no weights yet; train it, load it, or call `build`")
         shapes = {name: shape[1:] for name, shape in self.shapes.items() if name != "image"}
-        for name in set(conditions) - set(shapes) - set(optional_names(self.network)):
-            if close := difflib.get_close_matches(name, _ARGUMENTS, 1):
-                raise TypeError(f"sample: there is no {name!r}; did you mean {close[0]!r}?")
-        return condition_rows(conditions, shapes, self.network, num_samples, some)
+        return condition_rows(conditions, shapes, self.network, num_samples, some, _ARGUMENTS)
 
 
 _ARGUMENTS = tuple(inspect.signature(Sampling.sample).parameters)[2:-1]  # without self, num_samples and conditions
