@@ -143,6 +143,8 @@ def _subclasses(cls: type) -> list[type]:
 _WORDS = {
     "DiT": "Dit",
     "UViT": "Uvit",
+    "UNet": "Unet",
+    "NCSNpp": "Ncsnpp",
     "ConvNeXt": "Convnext",
     "PiGDM": "Pigdm",
     "UniPC": "Unipc",

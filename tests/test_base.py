@@ -134,7 +134,7 @@ def test_names_of_other_libraries():
 def test_names_are_those_that_people_type():
     from kdiff import blocks, guidance, networks, solvers
 
-    assert {"dit", "uvit"} <= set(networks.Network.names())
+    assert {"dit", "uvit", "unet", "simple_unet", "ncsnpp"} <= set(networks.Network.names())
     assert "convnext_block" in blocks.Block.names()
     assert "pigdm" in guidance.Guidance.names()
     assert {"unipc", "dpm_solver_pp_3m_sde"} <= set(solvers.Solver.names())

@@ -843,3 +843,22 @@ def test_a_network_of_the_noise_cannot_begin_at_an_snr_of_zero():
         warnings.simplefilter("error", UserWarning)
         for other, prediction in ((schedule, "velocity"), ("cosine_beta", "noise")):
             kdiff.DiffusionModel(tiny_network(), other, prediction)
+
+
+@pytest.mark.parametrize("name", ["schedule", "prediction"])
+def test_another_schedule_or_prediction_by_name(name):
+    """At any time; what was compiled for the old one is not used, in training either."""
+    value = {"schedule": "linear_beta", "prediction": "noise"}[name]
+    one, other = compiled_model(tiny_network((4, 4, 1)), ema=None), None
+    x = images(8, (4, 4, 1))
+    one.fit(x, verbose=0)
+    one.sample(1, steps=2)
+    setattr(one, name, value)
+    other = compiled_model(tiny_network((4, 4, 1)), **{name: value}, ema=None)
+    other.build((None, 4, 4, 1))
+    other.network.set_weights(one.network.get_weights())
+    assert one.evaluate(x, verbose=0) == pytest.approx(other.evaluate(x, verbose=0), rel=1e-6)
+    np.testing.assert_allclose(one.sample(1, steps=2), other.sample(1, steps=2), atol=1e-6)
+    assert np.isfinite(one.fit(x, verbose=0).history["loss"]).all()
+    with pytest.raises(ValueError, match="Unknown"):
+        setattr(one, name, "nothing")

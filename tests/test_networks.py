@@ -255,6 +255,8 @@ def test_errors_of_the_input():
 def test_errors_of_arguments():
     cases = [
         (lambda: UNet([]), "`levels` must be one `Level` or more"),
+        (lambda: UNet(3), r"list of `Level`s; received: 3.*UNet.residual\(width=64, levels=3\)"),
+        (lambda: UNet([Level(8, mixer=keras.layers.MultiHeadAttention(2, 4))]), r"SelfAttention\(heads=2\)"),
         (lambda: UNet.basic(levels=0), "`levels`.*received: 0"),
         (lambda: UNet.basic(multipliers=(1, 2)), "`multipliers` must be 3 numbers"),
         (lambda: UNet.attention(at=(3,)), r"`at` must be within -3 \.\.\. 2; received: 3"),
@@ -266,6 +268,8 @@ def test_errors_of_arguments():
     for function, message in cases:
         with pytest.raises(ValueError, match=message):
             function()
+    with pytest.raises(TypeError, match=r"\['block'\] are what this kind.*UNet.composed"):
+        UNet.residual(8, block=blocks.ConvBlock())
 
 
 @pytest.mark.once

@@ -125,6 +125,11 @@ class Chain(Block):
 
 def get_layer(identifier: Any) -> keras.layers.Layer:
     """A Keras layer as it is, or the block that a name or a configuration describes."""
+    if isinstance(identifier, keras.layers.MultiHeadAttention):
+        raise ValueError(
+            f"A block is called with one input, and {type(identifier).__name__} of Keras with a query and a value; use "
+            f"`SelfAttention(heads={identifier.num_heads})`"
+        )
     return identifier if isinstance(identifier, keras.layers.Layer) else Block.get(identifier)
 
 

@@ -140,15 +140,19 @@ class DiffusionModel(Configurable, Sampling, backend.SafeTraining, keras.Model):
             )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """`model.codec = codec` gives a model another codec at any time."""
-        if name != "codec" or not hasattr(self, "codec"):
+        """`model.codec = codec` gives a model another codec at any time, and so another schedule or prediction."""
+        if name not in _REPLACEABLE or not hasattr(self, name):
             super().__setattr__(name, value)
             return
-        codec = Codec.get(value)
-        if self.built:
-            codec.freeze()
-        with backend.replaced(self, self.codec):
-            super().__setattr__(name, codec)
+        value = _REPLACEABLE[name].get(value)
+        if name == "codec":
+            if self.built:
+                value.freeze()
+        else:
+            check_invertible(**{"prediction": self.prediction, "schedule": self.schedule, name: value})
+        old = getattr(self, name)
+        with backend.replaced(self, old) if isinstance(old, keras.layers.Layer) else nullcontext():
+            super().__setattr__(name, value)
         self._forget_graphs()
 
     # Building
@@ -587,6 +591,8 @@ def _new_file(path: Any, overwrite: bool) -> AbstractContextManager:
     local = isinstance(path, (str, os.PathLike)) and "://" not in str(path)
     return replacing(path) if local and (overwrite or not os.path.exists(path)) else nullcontext(path)
 
+
+_REPLACEABLE = {"codec": Codec, "schedule": NoiseSchedule, "prediction": Prediction}
 
 # What no condition can be named, for it is an argument of a method that takes conditions, or another input.
 RESERVED = frozenset(

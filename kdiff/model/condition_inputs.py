@@ -92,7 +92,8 @@ def condition_rows(
         raise ValueError(f"sample: the model needs the conditions {sorted(shapes)}; missing: {sorted(missing)}")
     shapes = {**dict.fromkeys(optional), **shapes}
     if extra := set(conditions) - set(shapes):
-        close = [near for name in sorted(extra) for near in difflib.get_close_matches(name, [*shapes, *arguments], 1)]
+        wanted = [_ELSEWHERE.get(name, name) for name in sorted(extra)]
+        close = [near for name in wanted for near in difflib.get_close_matches(name, [*shapes, *arguments], 1)]
         hint = f". Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"sample: the model takes the conditions {sorted(shapes)}; received: {sorted(extra)}{hint}")
     preparation, nulls = Preparation(network), condition_nulls(network)
@@ -111,6 +112,10 @@ def condition_rows(
         check_values(name, value, preparation.layers.get(name))
         rows[name] = value.astype("int32") if value.dtype.kind in "iu" else value.astype("float32")
     return rows
+
+
+# What other libraries call the arguments of `sample`.
+_ELSEWHERE = {"num_inference_steps": "steps", "guidance_scale": "guidance", "generator": "seed", "scheduler": "sampler"}
 
 
 def _known(name: str, value: Any, nulls: dict[str, np.ndarray], preparation: "Preparation") -> np.ndarray:

@@ -123,6 +123,11 @@ class UNet(Network):
         stem_width: int | None = None,
         **kwargs,
     ):
+        if isinstance(levels, int):
+            raise ValueError(
+                f"UNet: `levels` must be a list of `Level`s; received: {levels}. From a width and a number of levels "
+                f"one is made by `UNet.residual(width=64, levels={levels})`, `UNet.attention` and the like"
+            )
         if not levels or not all(isinstance(level, Level) for level in levels):
             raise ValueError(f"UNet: `levels` must be one `Level` or more; received: {levels!r}")
         for level in (*levels, *([middle] if middle else [])):
@@ -204,16 +209,14 @@ class UNet(Network):
     @classmethod
     def basic(cls, width: int = 64, levels: int = 3, depth: int = 2, **options) -> Self:
         """A U-Net of plain convolutions, `ConvBlock`. For `options` see `UNet.composed`."""
-        return cls.composed(ConvBlock(), None, width, levels, depth, **options)
+        return cls._own(ConvBlock(), None, width, levels, depth, options)
 
     @classmethod
     def residual(
         cls, width: int = 64, levels: int = 3, depth: int = 2, dropout: float = 0.0, scale_shift: bool = True, **options
     ) -> Self:
         """A U-Net of `ResidualBlock`s, without attention. For `options` see `UNet.composed`."""
-        return cls.composed(
-            ResidualBlock(scale_shift=scale_shift, dropout=dropout), None, width, levels, depth, **options
-        )
+        return cls._own(ResidualBlock(scale_shift=scale_shift, dropout=dropout), None, width, levels, depth, options)
 
     @classmethod
     def attention(
@@ -232,9 +235,7 @@ class UNet(Network):
         The U-Net of Ho et al. (2020) with `scale_shift=False`, of Dhariwal & Nichol (2021) with `head_width=64`.
         """
         mixer = SelfAttention(heads, head_width)
-        return cls.composed(
-            ResidualBlock(scale_shift=scale_shift, dropout=dropout), mixer, width, levels, depth, **options
-        )
+        return cls._own(ResidualBlock(scale_shift=scale_shift, dropout=dropout), mixer, width, levels, depth, options)
 
     @classmethod
     def transformer(
@@ -256,9 +257,17 @@ class UNet(Network):
         `UNet.composed`.
         """
         mixer = TransformerBlock(heads, head_width, ratio, adaptive=adaptive, dropout=dropout)
-        return cls.composed(
-            ResidualBlock(scale_shift=scale_shift, dropout=dropout), mixer, width, levels, depth, **options
-        )
+        return cls._own(ResidualBlock(scale_shift=scale_shift, dropout=dropout), mixer, width, levels, depth, options)
+
+    @classmethod
+    def _own(cls, block, mixer, width, levels, depth, options: dict[str, Any]) -> Self:
+        """`composed` of parts that the caller does not choose."""
+        if given := sorted({"block", "mixer"} & options.keys()):
+            raise TypeError(
+                f"{cls.__name__}: {given} are what this kind of U-Net is made of; others go to `UNet.composed(block, "
+                "mixer, width, levels, depth)`"
+            )
+        return cls.composed(block, mixer, width, levels, depth, **options)
 
     @classmethod
     def composed(
