@@ -5,7 +5,8 @@
                     nothing misses TensorFlow, which is not installed; tests that need it skip themselves
     together        one environment with every extra: the backends compared, and on each the tests marked `data` or
                     `reference`, which the other sessions skip
-    thorough        not by default: what takes minutes on each backend, such as all pairs of guidance rules compiled
+    thorough        not by default: on each backend what the sessions above leave out: all that is marked `once`, and
+                    what takes minutes, such as all pairs of guidance rules compiled
     mutation        not by default: is a change of the mathematics noticed? (tests/mutation.py)
 
 What says the same on every backend, tests marked `once`, runs on one of them. `nox -s "tests(jax)"` runs one session,
@@ -72,10 +73,10 @@ def together(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def thorough(session: nox.Session) -> None:
-    """Run the tests marked `thorough` on each backend."""
+    """Run on each backend what the other sessions leave out there."""
     install(session, ".[all]")
     for backend in BACKENDS:
-        pytest(session, backend, "tests", "--thorough", marked="thorough")
+        session.run("pytest", "--thorough", "-m", "thorough or once", *session.posargs, env={"KERAS_BACKEND": backend})
 
 
 @nox.session(default=False)

@@ -135,7 +135,7 @@ def alone(network, inputs, row, words):
     return run(network, one)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", mostly_once(NETWORKS, ("unet_spatial", "dit_local", "uvit_linear", "mlp")))
 def test_padding_changes_nothing(name):
     """Neither how much there is nor what is in it: the text alone gives the same."""
     network, inputs, words = built(name)
@@ -256,7 +256,7 @@ def with_maps(name, **conditions):
     return network, inputs
 
 
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", mostly_once(MAPS, ("unet", "ncsnpp", "uvit")))
 def test_a_map_is_joined_to_the_channels(name):
     network, inputs = with_maps(name, low=low(), depth=Beside("area"))
     y = run(network, inputs)

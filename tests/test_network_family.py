@@ -92,7 +92,7 @@ def made(name):
     return network, inputs
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(scope="module", params=mostly_once(NETWORKS, ("dit_local", "dit_rotary", "uvit", "hybrid", "mlp")))
 def perturbed(request):
     network, inputs = made(request.param)
     zero = run(network, inputs)

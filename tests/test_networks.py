@@ -6,6 +6,7 @@ from keras import ops
 from kdiff import blocks
 from kdiff.networks import Level, UNet
 from tests.helpers_gradients import perturb, run, value_and_gradients
+from tests.toys import mostly_once
 
 SMALL = {"width": 8, "levels": 2, "depth": 1}
 VARIANTS = {
@@ -53,7 +54,7 @@ def arrays(network, size=(4, 8), batch=2):
     }
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=mostly_once(VARIANTS, ("transformer", "levels")))
 def perturbed(request):
     """A network with every weight perturbed, inputs, its output and the gradients of its weights."""
     network = VARIANTS[request.param]()

@@ -65,7 +65,10 @@ def built(name, **changes):
     return network, inputs
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(
+    scope="module",
+    params=mostly_once(NETWORKS, ("ncsnpp_skips", "simple", "adm", "convnext", "magnitude", "stable_diffusion")),
+)
 def perturbed(request):
     network, inputs = built(request.param)
     zero = run(network, inputs)

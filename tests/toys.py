@@ -25,9 +25,11 @@ GAUSSIAN = {"mean": 0.3, "std": 0.5}
 
 
 def mostly_once(cases, everywhere=1):
-    """Cases of `parametrize`: so many run on every backend, and the rest, which say the same, on one of them."""
-    cases = list(cases)
-    return cases[:everywhere] + [pytest.param(case, marks=pytest.mark.once) for case in cases[everywhere:]]
+    """Cases of `parametrize`: so many, or those so named, run on every backend, the rest by default on one alone."""
+    kept = [i < everywhere if isinstance(everywhere, int) else case in everywhere for i, case in enumerate(cases)]
+    return [
+        case if keep else pytest.param(case, marks=pytest.mark.once) for case, keep in zip(cases, kept, strict=True)
+    ]
 
 
 def numpy(tensor):
