@@ -15,6 +15,7 @@ as 1, 2, 3"): 64 bits in, 64 bits out, by additions, rotations and exclusive ors
 int32, whose additions wrap around in the same way on TensorFlow, JAX and PyTorch.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -137,7 +138,7 @@ def uniform(key, shape, first=0):
 
     Args:
         key: int32, shape `(2,)`: the stream; or `(samples, 2)`, a stream for each, of which it is sample `first`.
-        shape: shape of the result, `(samples, ...)`. The number of samples may be a tensor.
+        shape: shape of the result, `(samples, ...)`. On TensorFlow its numbers may be tensors.
         first: the number of the first sample, so that batches continue one another.
     """
     return _draw(key, shape, first, lambda u0, u1: (u0, u1))
@@ -160,7 +161,7 @@ def _box_muller(u0, u1):
 
 def _draw(key, shape, first, transform):
     """Two numbers a counter: the first of each pair fill the first half of a sample, the second the other half."""
-    samples, size = shape[0], int(np.prod(shape[1:]))
+    samples, size = shape[0], math.prod(shape[1:])
     numbers = ops.arange(samples, dtype="int32")[:, None] if len(key.shape) == 1 else 0
     places = ops.arange((size + 1) // 2, dtype="int32")[None, :]
     words = threefry((key[..., 0:1], key[..., 1:2]), (numbers + first, places))

@@ -375,10 +375,14 @@ def upsample_nearest(x: Any) -> Any:
     """Each pixel of maps (batch, height, width, channels) as a 2x2 square; also with one or three axes."""
     batch, *sizes, channels = ops.shape(x)
     twice = [2 * size for size in sizes]
-    if BACKEND == "jax" or len(sizes) != 2:
+    if BACKEND == "jax":
         between = (slice(None), *[part for _ in sizes for part in (slice(None), None)])
         x = ops.broadcast_to(x[between], (batch, *[part for size in sizes for part in (size, 2)], channels))
         return ops.reshape(x, (batch, *twice, channels))
+    if len(sizes) != 2:  # an axis at a time: TensorFlow broadcasts no more than six
+        for axis in range(1, len(sizes) + 1):
+            x = ops.repeat(x, 2, axis=axis)
+        return x
     return ops.image.resize(x, twice, "nearest", data_format="channels_last")
 
 

@@ -353,7 +353,9 @@ def concrete(x: Any) -> np.ndarray | None:
 
 def _out_of_reach(x: Any) -> bool:
     if BACKEND == "tensorflow":
-        return not hasattr(x, "numpy") or "GPU" in x.device
+        import tensorflow as tf
+
+        return not tf.executing_eagerly() or not hasattr(x, "numpy") or "GPU" in x.device
     if BACKEND == "torch":
         import torch
 

@@ -213,10 +213,11 @@ class FIRUpsample(_FIR):
 
     def call(self, x, embed=None, context=None, training=None):
         """(batch, height, width, channels) to (batch, 2 height, 2 width, channels)."""
-        batch, *sizes, channels = ops.shape(x)
-        between = (slice(None), *[part for _ in sizes for part in (slice(None), None)])
-        y = ops.pad(x[between], [[0, 0], *[[0, 0], [0, 1]] * len(sizes), [0, 0]])
-        y = ops.reshape(y, (batch, *[2 * size for size in sizes], channels))
+        y = x
+        for axis in range(1, len(x.shape) - 1):  # a zero after each number
+            shape = ops.shape(y)
+            y = ops.stack([y, ops.zeros_like(y)], axis=axis + 1)
+            y = ops.reshape(y, (*shape[:axis], 2 * shape[axis], *shape[axis + 1 :]))
         extra = len(self.taps) - 2
         return self._filtered(y, (extra + 1) // 2 + 1, extra // 2, gain=2.0)
 

@@ -341,8 +341,15 @@ class DiffusionModel(Configurable, Sampling, backend.SafeTraining, keras.Model):
 
     def _follow_averages(self) -> bool:
         """Whether the averages are used, which is so from the first time that they are moved."""
+        self._follow_averages_of_others()
         self._use_averages(self.averages is not None and self.averages.moved)
         return self._averaging
+
+    def _follow_averages_of_others(self) -> None:
+        """Of the models that are part of this one, as a teacher that its objective asks."""
+        for part in self._flatten_layers(include_self=False):
+            if isinstance(part, DiffusionModel):
+                part._follow_averages()
 
     def _use_averages(self, used: bool) -> None:
         """Graphs cannot ask: they are traced with an answer, and traced again when it changes."""
@@ -443,6 +450,7 @@ class DiffusionModel(Configurable, Sampling, backend.SafeTraining, keras.Model):
         if self.averages:
             self.averages.pairs(self.network)
             self._use_averages(True)  # not first in a step, which PyTorch may compile
+        self._follow_averages_of_others()
         if self.compiled and not self.optimizer.built:
             with backend.strategy_of(self):
                 self.optimizer.build(self.trainable_variables)
