@@ -112,6 +112,7 @@ WAYS = {
         (PIXELS.astype("float32"), r"in \[-1.0, 1.0\]; received 0.0 to 255.0"),
         (PIXELS.astype("int32") - 300, "in 0..255"),
         (PIXELS > 9, "received bool"),
+        (UNIT.astype(">f4"), "byte order"),
     ],
 )
 def test_images_are_checked_on_all_ways_in(way, x, message):

@@ -111,8 +111,9 @@ def check_examples(examples: Any, limit: float | None, name: str = "image") -> N
         name: of the examples in messages.
 
     Raises:
-        ValueError: if they are truth values, not finite, or out of range.
+        ValueError: if they are truth values, of another byte order, not finite, or out of range.
     """
+    _check_byte_order(name, examples)
     if "bool" in str(examples.dtype):
         raise ValueError(f"`{name}` must be uint8, or floating-point numbers; received {examples.dtype}")
     low, high = value_range(examples)
@@ -127,6 +128,15 @@ def check_examples(examples: Any, limit: float | None, name: str = "image") -> N
         raise ValueError(
             f"`{name}` of floating-point numbers must be in [{-limit}, {limit}]; received {low} to {high}. "
             "Scale it, x / 127.5 - 1 for 0..255, or give it as uint8."
+        )
+
+
+def _check_byte_order(name: str, value: Any) -> None:
+    """Raises a ValueError for numbers that the backends would read backwards."""
+    if isinstance(value, np.ndarray) and not value.dtype.isnative:
+        raise ValueError(
+            f"`{name}` has the type {value.dtype}, in the byte order of another machine: "
+            "x.astype(x.dtype.newbyteorder('='))"
         )
 
 
@@ -194,11 +204,7 @@ class BatchCheck:
             inputs, weight = unpack(data)
             self.names(inputs)
             for name, value in {**inputs, "sample_weight": weight}.items():
-                if isinstance(value, np.ndarray) and not value.dtype.isnative:
-                    raise ValueError(
-                        f"`{name}` has the type {value.dtype}, in the byte order of another machine: "
-                        "x.astype(x.dtype.newbyteorder('='))"
-                    )
+                _check_byte_order(name, value)
             self.size({name: tuple(value.shape) for name, value in inputs.items()})
             examples = inputs.get("image", inputs.get("encoded"))
             self.numbers("image" if "image" in inputs else "encoded", examples)
