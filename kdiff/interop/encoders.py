@@ -121,7 +121,7 @@ def _vision(config: Mapping[str, Any], state: State) -> dict[str, Any]:
 
 
 def _projection(state: State, name: str) -> int | None:
-    return len(state[name]) if name in state and state[name].ndim else None
+    return state[name].shape[0] if name in state and len(state[name].shape) == 2 else None
 
 
 def _t5(config: Mapping[str, Any], state: State) -> dict[str, Any]:

@@ -169,9 +169,12 @@ class Network(ConfigurableLayer, keras.Model):
 
     @property
     def condition_inputs(self) -> dict[str, Input]:
-        """The inputs beside image and time, by name."""
-        of_each = (inputs_of(layer, name) for name, layer in self.conditions.items())
-        return {name: one for inputs in of_each for name, one in inputs.items()}
+        """The inputs beside image and time, by name; of one that several conditions take, the first knows its null."""
+        found: dict[str, Input] = {}
+        for name, layer in self.conditions.items():
+            for one, taken in inputs_of(layer, name).items():
+                found.setdefault(one, taken)
+        return found
 
     def call(self, inputs, training=None):
         """The dictionary of inputs (see the module) to the shape of the image with `out_channels`, float32."""
