@@ -6,8 +6,8 @@
     save(model, "mine")                         # diffusers.DDPMPipeline.from_pretrained("mine")
 
 A network takes what it took there, channels last: `network({"image": x, "time": t})`. A model has the schedule, the
-prediction and the sampler of its scheduler. A pipeline on latents gives latents: its autoencoder is not loaded, nor is
-its text encoder; the condition "context" takes what that gives.
+prediction and the sampler of its scheduler, and of its text encoders: `model.sample(4, text="a red circle")`. A pipeline
+on latents gives latents: its autoencoder is not loaded.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import keras
 
-from kdiff.interop import saving, schedulers, transformers, unets
+from kdiff.encoders import Prompt
+from kdiff.interop import prompts, saving, schedulers, transformers, unets
 from kdiff.interop.configs import Described, explained, kind
 from kdiff.interop.files import read_folder, read_json, write_json, write_safetensors
 from kdiff.interop.weights import Slot, export, fill
@@ -47,13 +48,16 @@ NETWORKS = ("unet", "transformer")
 AUTOENCODERS = ("vae", "vqvae", "movq")
 
 
-def load(folder: str | Path, strict: bool = True, **options: Any) -> keras.Model:
+def load(folder: str | Path, strict: bool = True, text: bool = True, clip_skip: int = 0, **options: Any) -> keras.Model:
     """What a folder of diffusers holds.
 
     Args:
         folder: of a model, with `config.json`, which makes a network; or of a pipeline, with `model_index.json`, which
             makes a `DiffusionModel` whose `sample` is by the pipeline's scheduler.
         strict: whether weights that do not match are an error; otherwise a warning.
+        text: whether to load the text encoders of a pipeline that has them; otherwise it takes what they give, the
+            conditions "context" and, of Stable Diffusion XL, "text_embeds".
+        clip_skip: how many of the last blocks of text encoders to leave out.
         options: for a pipeline, arguments of `DiffusionModel`, in place of what the folder says; such as `ema`, which
             is None if not given.
 
@@ -63,29 +67,31 @@ def load(folder: str | Path, strict: bool = True, **options: Any) -> keras.Model
     """
     folder = Path(folder)
     if (folder / "model_index.json").exists():
-        return _load_pipeline(folder, strict, options)
+        return _load_pipeline(folder, strict, text, clip_skip, options)
     if options:
         raise ValueError(f"{folder}: {sorted(options)} are arguments for a pipeline, and this is a model's folder")
     return _load_network(folder, strict).network
 
 
-def _load_network(folder: Path, strict: bool) -> Described:
+def _load_network(folder: Path, strict: bool, prompt: Prompt | None = None) -> Described:
     source = folder / "config.json"
     config = read_json(source)
     model = kind(MODELS, config.get("_class_name"), source, "_class_name")
     with explained(source):
         described = model.network(config, source)
+        described = described if prompt is None else prompts.conditioned(described, prompt)
     shapes, state = {"time": (None,), **described.shapes}, unets.renamed(read_folder(folder))
     fill(described.network, shapes, model.slots, state, folder, strict)
     return described
 
 
-def _load_pipeline(folder: Path, strict: bool, options: dict[str, Any]) -> DiffusionModel:
+def _load_pipeline(folder: Path, strict: bool, text: bool, clip_skip: int, options: dict[str, Any]) -> DiffusionModel:
     index = read_json(folder / "model_index.json")
     parts = [name for name in NETWORKS if name in index]
     if len(parts) != 1:
         raise ValueError(f"{folder}: must have one of {list(NETWORKS)} in `model_index.json`; it has: {sorted(index)}")
-    network, shapes = _load_network(folder / parts[0], strict)
+    prompt = prompts.load(folder, index, clip_skip) if text else None
+    network, shapes = _load_network(folder / parts[0], strict, prompt)
     source = folder / "scheduler" / "scheduler_config.json"
     learned = network.out_channels == 2 * shapes["image"][-1]
     process = schedulers.process(read_json(source), source, learned)
@@ -101,7 +107,8 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
 
     Args:
         model: a network, for `from_pretrained` of its class; or a `DiffusionModel`, for that of a pipeline. Of a model
-            of latents `unet` or `transformer` and `scheduler` are written; the autoencoder has to be put beside them.
+            of latents `unet` or `transformer`, `scheduler`, and the text encoders and their tokenizers are written; the
+            autoencoder has to be put beside them.
         folder: to write to; files of the same names are replaced.
         averages: whether to write the averaged weights of a model that has them.
 
@@ -120,6 +127,9 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
     part = "transformer" if "Transformer" in config["_class_name"] else "unet"
     _save_network(model.network, folder / part, values)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    prompt = prompts.prompt_of(model.network)
+    if prompt is not None:
+        prompts.save(prompt, folder)
     if config["_class_name"] == "UNet2DModel":
         _save_index(folder, part, config["_class_name"], scheduler["_class_name"])
 
@@ -127,7 +137,8 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
 def _save_network(network: keras.Model, folder: Path, values: dict[int, Any]) -> None:
     config = saving.network_config(network)
     model = MODELS[config["_class_name"]]
-    saving.check_same(network, model.network(config, folder).network)
+    again, prompt = model.network(config, folder), prompts.prompt_of(network)
+    saving.check_same(network, (again if prompt is None else prompts.conditioned(again, prompt)).network)
     state = export(model.slots(network), values)
     write_json(folder / "config.json", config)
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", state)
