@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from kdiff import closed_edges
+from kdiff import circular_padding
 from kdiff.base import check_integer, check_number
 from kdiff.blocks.base import (
     Block,
@@ -278,7 +278,7 @@ class ConvNeXtBlock(Block):
     def call(self, x, embed=None, context=None, training=None):
         """(batch, height, width, channels) to the same with `self.width` channels; `embed` is (batch, dim) or None."""
         check_embed(self, embed)
-        y = closed_edges.around(self.depthwise, x, self.kernel_size // 2)
+        y = circular_padding.around(self.depthwise, x, self.kernel_size // 2)
         if self.projection is not None:
             y = y + over_positions(self.projection(ops.silu(embed)), y)
         y = self.hidden(apply_layer(self.inner_normalization, y, embed, training=training))
