@@ -149,7 +149,7 @@ def _check_axes(image: Any, codec: Codec) -> None:
     if not isinstance(codec, Pixels) or None in shape[1:]:
         return
     few = (1, 3, 4)
-    if len(shape) == 4 and shape[1] in few and shape[2] == shape[3] > 4:
+    if len(shape) == 4 and shape[1] in few and min(shape[2:]) > 4:
         raise ValueError(
             f"`image` of the shape {shape} looks like pictures with channels first; kdiff's are (batch, height, width, "
             "channels): `numpy.moveaxis(x, 1, -1)`. If it is right, call `model.build(shape)` before"
@@ -233,9 +233,11 @@ class BatchCheck:
             return
         given = set(inputs) - {"image", "encoded"}
         if missing := set(self.conditions) - given:
+            extra = sorted(given - set(self.conditions) - self.optional)
+            received = f"; received {extra} in their place" if extra else ""
             raise ValueError(
-                f"data: the network takes the conditions {sorted(self.conditions)}; missing: {sorted(missing)}. "
-                "Give dictionaries such as {'image': ..., 'label': ...}, or labels as `y`."
+                f"data: the network takes the conditions {sorted(self.conditions)}; missing: {sorted(missing)}{received}"
+                ". Give dictionaries such as {'image': ..., 'label': ...}, or labels as `y`."
             )
         if extra := given - set(self.conditions) - self.optional:
             raise ValueError(f"data: the network takes no {sorted(extra)}; it takes {sorted(self.conditions)}")
@@ -303,21 +305,30 @@ def source_of(x: Any, y: Any = None, sample_weight: Any = None) -> "Source":
     y = np.asarray(y) if isinstance(y, (list, tuple)) else y
     sample_weight = np.asarray(sample_weight) if isinstance(sample_weight, (list, tuple)) else sample_weight
     if isinstance(x, dict) or all(hasattr(x, name) for name in ("shape", "dtype", "__getitem__")):
+        parts = dict(x) if isinstance(x, dict) else {"image": x}
+        for name, part in {**parts, "label": y, "sample_weight": sample_weight}.items():
+            if isinstance(part, np.ndarray) and part.dtype.kind == "O" and not is_text(part):
+                raise ValueError(
+                    f"`{name}` holds Python objects, of dtype object; make numbers of one type of it: "
+                    "`numpy.stack(x)`, `x.astype('int32')`"
+                )
         return _Arrays((x, y, sample_weight))
+    kinds = (
+        (backend.is_tf_dataset, _Dataset),
+        (lambda data: isinstance(data, keras.utils.PyDataset), _PyDataset),
+        (lambda data: isinstance(data, GeneratorType), _Generator),
+        (backend.is_data_loader, _Loader),
+    )
+    source = next((source for is_one, source in kinds if is_one(x)), None)
+    if source is None:
+        hint = ": `numpy.stack(x)` makes one array" if isinstance(x, (list, tuple)) else ""
+        raise TypeError(
+            "`x` must be an array, a dictionary of arrays, a tf.data.Dataset, a PyDataset, a PyTorch DataLoader or a "
+            f"generator of batches; received: {type(x).__name__}{hint}"
+        )
     if y is not None or sample_weight is not None:
         raise ValueError(f"`y` and `sample_weight` must be part of the batches of a {type(x).__name__}")
-    if backend.is_tf_dataset(x):
-        return _Dataset(x)
-    if isinstance(x, keras.utils.PyDataset):
-        return _PyDataset(x)
-    if isinstance(x, GeneratorType):
-        return _Generator(x)
-    if backend.is_data_loader(x):
-        return _Loader(x)
-    raise TypeError(
-        "`x` must be an array, a dictionary of arrays, a tf.data.Dataset, a PyDataset, a PyTorch DataLoader or a "
-        f"generator of batches; received: {type(x).__name__}"
-    )
+    return source(x)
 
 
 class Source:
