@@ -234,9 +234,9 @@ class BatchCheck:
         given = set(inputs) - {"image", "encoded"}
         if missing := set(self.conditions) - given:
             extra = sorted(given - set(self.conditions) - self.optional)
-            received = f"; received {extra} in their place" if extra else ""
+            instead = f"; received {extra} in their place" if extra else ""
             raise ValueError(
-                f"data: the network takes the conditions {sorted(self.conditions)}; missing: {sorted(missing)}{received}"
+                f"data: the network takes the conditions {sorted(self.conditions)}; missing: {sorted(missing)}{instead}"
                 ". Give dictionaries such as {'image': ..., 'label': ...}, or labels as `y`."
             )
         if extra := given - set(self.conditions) - self.optional:
