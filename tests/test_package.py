@@ -49,8 +49,9 @@ PATHS = (
         "evaluation",
     ),
     (*FOUNDATIONS, "blocks", "networks"),
+    (*FOUNDATIONS, "blocks", "encoders"),
     (*FOUNDATIONS, "pictures", "scenes", "data"),
-    (*FOUNDATIONS, "blocks", "networks", *MATHEMATICS, "codecs", "averages", "model", "interop"),
+    (*FOUNDATIONS, "blocks", "encoders", "networks", *MATHEMATICS, "codecs", "averages", "model", "interop"),
 )
 BACKENDS = {"tensorflow", "jax", "torch"}
 # Beyond Keras and NumPy, which are all that the core requires. tf.data feeds every backend, so `data` has TensorFlow.
@@ -60,6 +61,7 @@ REQUIREMENTS = {
     "objectives": {"matplotlib"},
     "pictures": {"PIL", "matplotlib"},
     "text": {"tokenizers", "keras_hub"},
+    "encoders": {"tokenizers", "sentencepiece"},
     "interop": {"safetensors", "torch"},
     "callbacks": {"h5py"},  # which Keras requires
     "data": {"PIL", "keras_cv", "sklearn", "tensorflow", "tensorflow_datasets"},

@@ -25,7 +25,7 @@ from kdiff.blocks.magnitude import (
 )
 from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm, LayerNorm, RMSNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
-from kdiff.blocks.patterns import Global, Linear, Neighborhood, Pattern, Window
+from kdiff.blocks.patterns import Causal, Global, Linear, Neighborhood, Pattern, Window
 from kdiff.blocks.positions import RelativePositions, Rotary, SinCos2D
 from kdiff.blocks.resampling import Downsample, FIRDownsample, FIRUpsample, Upsample
 from kdiff.blocks.text import EncodedText, TextEncoder
@@ -35,6 +35,7 @@ __all__ = [
     "AdaptiveNorm",
     "Beside",
     "Block",
+    "Causal",
     "Chain",
     "Condition",
     "Conv2D",
