@@ -62,7 +62,7 @@ def output(network, **conditions):
 def rewrite(folder, change):
     """The weights changed by `change(state)`."""
     file = folder / "diffusion_pytorch_model.safetensors"
-    state = files.read_state(file)
+    state = {name: np.array(array) for name, array in files.read_state(file).items()}
     change(state)
     files.write_safetensors(file, state)
 
@@ -268,7 +268,7 @@ def test_a_shard_with_what_another_should_have(folder):
     state = files.read_state(folder / "diffusion_pytorch_model.safetensors")
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     files.write_safetensors(folder / "a.safetensors", state)
-    files.write_safetensors(folder / "b.safetensors", {"conv_in.bias": state["conv_in.bias"] + 1})
+    files.write_safetensors(folder / "b.safetensors", {"conv_in.bias": np.asarray(state["conv_in.bias"]) + 1})
     index = {"weight_map": dict.fromkeys(state, "a.safetensors")}
     index["weight_map"]["conv_out.bias"] = "b.safetensors"
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))

@@ -22,7 +22,8 @@ from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.resampling import Downsample, Upsample
 from kdiff.blocks.transformer import FeedForward, TransformerBlock, adaptive_block
-from kdiff.interop.files import State, array_of, read_state
+from kdiff.interop.arrays import State, array_of
+from kdiff.interop.files import read_state
 from kdiff.interop.transformers import patch_layout
 from kdiff.interop.weights import Part, Rows, Slot, fill, slots
 from kdiff.networks.dit import DiT
