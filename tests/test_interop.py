@@ -329,7 +329,8 @@ def test_no_value_of_a_network_is_an_error_without_a_name(keys):
 
 DPM = {"_class_name": "DPMSolverMultistepScheduler"}
 WORDS = [
-    ({"_class_name": "PNDMScheduler", "rescale_betas_zero_snr": True}, "`rescale_betas_zero_snr` is unknown to kdiff"),
+    ({"_class_name": "PNDMScheduler", "rescale_betas": True}, "`rescale_betas` is unknown to kdiff; received: True"),
+    ({"_class_name": "DDPMScheduler", "predict_epsilon": False}, "`predict_epsilon` is of an old version"),
     ({"_class_name": "LMSDiscreteScheduler", "num_train_timesteps": 10**24}, r"a whole number in \[1, 100000\]"),
     ({"_class_name": "DDIMScheduler", "clip_sample": 1}, r"`clip_sample` must be one of \[True, False\].*received: 1"),
     ({"_class_name": "DDIMScheduler", "trained_betas": [0.1, 0.2]}, "is 1000, and `trained_betas` are 2"),
@@ -353,11 +354,34 @@ def test_schedulers_that_cannot_be_loaded(config, words):
         schedulers.process(config, "file.json")
 
 
+# As they stand in folders of the Hub: of SDXL, SD 2.1, SD 1.5, SDXL-turbo and google/ddpm-*, written by many versions.
+TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "trained_betas": None}
+CARRIED = [
+    (
+        {**TABLE, "_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", "steps_offset": 1},
+        {"clip_sample": False, "sample_max_value": 1.0, "set_alpha_to_one": False, "skip_prk_steps": True},
+    ),
+    (
+        {**TABLE, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction", "set_alpha_to_one": False},
+        {"skip_prk_steps": True, "tensor_format": "np", "lambda_min_clipped": -5.1, "solver_order": 3},
+    ),
+    ({**TABLE, "_class_name": "PNDMScheduler", "skip_prk_steps": True}, {"clip_sample": True, "clip_sample_range": 2}),
+    (
+        {**TABLE, "_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"},
+        {"interpolation_type": "log_linear", "use_karras_sigmas": True, "algorithm_type": "dpmsolver"},
+    ),
+    (
+        {"_class_name": "DDPMScheduler", "variance_type": "fixed_small"},
+        {"predict_epsilon": True, "set_alpha_to_one": 0},
+    ),
+]
+
+
 @pytest.mark.once
-def test_defaults_of_another_scheduler_are_read_over():
+@pytest.mark.parametrize(("config", "carried"), CARRIED)
+def test_keys_of_another_scheduler_are_read_over(config, carried):
     """A file that diffusers made of another scheduler's has its keys."""
-    config = {"_class_name": "DDIMScheduler", "lambda_min_clipped": -np.inf, "solver_order": 2}
-    assert schedulers.process(config, "") == schedulers.process({"_class_name": "DDIMScheduler"}, "")
+    assert schedulers.process({**config, **carried}, "") == schedulers.process(config, "")
 
 
 # --- what stands around the SimpleUNet of tutorials

@@ -30,6 +30,7 @@ from kdiff.interop.configs import (
     real,
     whole,
 )
+from kdiff.interop.foreign import FOREIGN
 from kdiff.interop.grids import FlowMatching, LinspaceUnrounded, WithFirst, Within, WithoutLast
 from kdiff.interop.solvers import (
     DDIMKeptNoise,
@@ -59,7 +60,6 @@ __all__ = [
     "MULTISTEP",
     "NO_DATA",
     "ORDERED",
-    "OTHERS",
     "PREDICTIONS",
     "SIGMAS",
     "SPACINGS",
@@ -310,9 +310,6 @@ FLOW_MATCHING = {
     "max_image_seq_len": Key(4096, optional(whole(1))),
     "time_shift_type": Key("exponential", one_of("exponential", "linear")),
 }
-# What a file may have from a scheduler that it was made from, where it says what that does anyway.
-OTHERS = {name: key for scheduler in KINDS.values() for name, key in scheduler.keys.items()} | FLOW_MATCHING
-
 # What `timestep_spacing` means: of the schedulers that round, those of a step more, and those that do not round.
 GRIDS = {
     "rounded": {
@@ -343,10 +340,13 @@ def process(config: dict[str, Any], source: Any, learned: bool = False) -> Proce
     """
     name = config.get("_class_name")
     with explained(source):
+        if config.get("predict_epsilon", True) is not True and "prediction_type" not in config:
+            raise ValueError('`predict_epsilon` is of an old version; write `prediction_type` "sample" in its place')
+        config = {key: value for key, value in config.items() if key != "predict_epsilon"}
         if name == "FlowMatchEulerDiscreteScheduler":
-            return _flow_matching(complete(config, FLOW_MATCHING, source, OTHERS))
+            return _flow_matching(complete(config, FLOW_MATCHING, source, FOREIGN))
         scheduler = kind(KINDS, name, source, "_class_name")
-        config = {**complete(config, scheduler.keys, source, OTHERS), "_class_name": name}
+        config = {**complete(config, scheduler.keys, source, FOREIGN), "_class_name": name}
         for wrong, words in _conflicts(scheduler, config, learned):
             if wrong:
                 raise ValueError(words)
