@@ -161,8 +161,7 @@ def test_scheduler(request, name, unets, tmp_path, monkeypatch):
 
 CLASSES = {**{name: kind.keys for name, kind in schedulers.KINDS.items()}, "UNet2DModel": UNET_2D}
 CLASSES |= {"UNet2DConditionModel": UNET_2D_CONDITION, "DiTTransformer2DModel": transformers.DIT}
-CLASSES |= {"FlowMatchEulerDiscreteScheduler": schedulers.FLOW_MATCHING, "Transformer2DModel": transformers.OLD_DIT}
-OURS_ALONE = {"DEISMultistepScheduler": {"final_sigmas_type"}}
+CLASSES |= {"Transformer2DModel": transformers.OLD_DIT}
 
 
 @pytest.mark.once
@@ -170,7 +169,7 @@ OURS_ALONE = {"DEISMultistepScheduler": {"final_sigmas_type"}}
 def test_keys_and_defaults_are_those_of_diffusers(name):
     arguments = list(inspect.signature(getattr(diffusers, name).__init__).parameters.values())[1:]
     theirs = {argument.name: argument.default for argument in arguments}
-    ours = {key: CLASSES[name][key].default for key in CLASSES[name] if key not in OURS_ALONE.get(name, ())}
+    ours = {key: CLASSES[name][key].default for key in CLASSES[name]}
     assert ours == {key: theirs[key] for key in ours}
     assert name == "Transformer2DModel" or ours.keys() == theirs.keys()
 

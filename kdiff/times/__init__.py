@@ -21,7 +21,7 @@ from kdiff.times.grids import (
     UniformLogSNR,
 )
 from kdiff.times.jumps import Jumps
-from kdiff.times.labels import Index, LogSNR, Scaled, TimeLabel
+from kdiff.times.labels import Index, LogSNR, RoundedLabel, Scaled, TimeLabel
 from kdiff.times.samplers import (
     Antithetic,
     Discrete,
@@ -58,6 +58,7 @@ __all__ = [
     "Polyexponential",
     "PowerLaw",
     "Rounded",
+    "RoundedLabel",
     "Scaled",
     "Stratified",
     "Systematic",
