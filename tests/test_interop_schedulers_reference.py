@@ -4,8 +4,10 @@ The network is a function, of data that is one of two Gaussians in each pixel: i
 alone, so that a label that is another one shows.
 """
 
+import importlib
 import itertools
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from keras import ops
 
 from kdiff.denoisers import Denoiser
 from kdiff.interop import schedulers
+from kdiff.interop.solvers import DDIMInverted
 from tests.toys import mostly_once, numpy
 
 pytestmark = [
@@ -41,14 +44,11 @@ def posterior(x, m, centre=0.6, std=0.25):
 
 def network(process, x, label):
     """The output for this input and label."""
-    schedule, prediction = process.schedule, process.prediction
+    prediction = process.prediction
     m = marginal_of(process, ops.convert_to_tensor(label, "float32"))
     x = x / prediction.input_scale(m)
     x_hat = posterior(x, m)
-    if hasattr(prediction, "output"):
-        return prediction.output(x_hat, x, m)
     a, b = prediction.coefficients(m)
-    del schedule
     return a * x_hat + b * (x - m.alpha * x_hat) / m.sigma
 
 
@@ -78,14 +78,26 @@ def theirs(scheduler, process, x, steps, noises, options):
         for t in scheduler.timesteps:
             seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
             output = numpy(network(process, ops.convert_to_tensor(seen.numpy().transpose(0, 2, 3, 1)), float(t)))
-            x = scheduler.step(torch.tensor(output.transpose(0, 3, 1, 2)), t, x, return_dict=False)[0]
+            told = told_of(scheduler, t)
+            x = scheduler.step(torch.tensor(output.transpose(0, 3, 1, 2)), t, x, **told)[0]
     return x.numpy().transpose(0, 2, 3, 1), start
+
+
+def told_of(scheduler, t):
+    """What pipelines tell a scheduler besides."""
+    if isinstance(scheduler, diffusers.UnCLIPScheduler):
+        later = scheduler.timesteps[scheduler.timesteps < t]
+        return {"return_dict": False, "prev_timestep": later[0] if len(later) else None}
+    return {"return_dict": False}
 
 
 def ours(process, x, steps, noises, start):
     """kdiff's solver on kdiff's grid, from diffusers' beginning."""
     given, schedule, sampler = iter(noises), process.schedule, process.sampler.clone(steps=steps)
-    marginals = [schedule.sampled_at(t) for t in sampler.times(schedule).astype("float32")]
+    times = sampler.times(schedule).astype("float32")
+    if isinstance(sampler.solver, DDIMInverted):
+        sampler, times = sampler.inverse(), times[::-1]
+    marginals = [schedule.sampled_at(t) for t in times]
     on_its_scale = float(marginals[0].alpha) if start > 1.0 else 1.0
 
     def denoise(x, m):
@@ -105,12 +117,12 @@ def ours(process, x, steps, noises, start):
     return numpy(x) / (float(marginals[-1].alpha) if start > 1.0 else 1.0), len(marginals) - 1
 
 
-def compare(config, steps, **options):
+def compare(config, steps, noise=1.0, **options):
     """The largest difference of the two, of their size, and how many steps ours took."""
     arguments = {name: value for name, value in config.items() if name != "_class_name"}
     scheduler = getattr(diffusers, config["_class_name"])(**arguments)
     process = schedulers.process(config, "file", tokens=options.pop("tokens", None))
-    noises = [normal(10 + i) for i in range(2 * steps + 2)]
+    noises = [noise * normal(10 + i) for i in range(2 * steps + 2)]
     wanted, start = theirs(scheduler, process, normal(0), steps, noises, options)
     given, made = ours(process, normal(0), steps, noises, start)
     return np.abs(given - wanted).max() / max(1.0, np.abs(wanted).max()), made
@@ -256,3 +268,157 @@ def test_labels_of_dpm2(kind):
     """diffusers rounds the labels of Karras' times, not of those between. Here none is rounded: 1e-3 at most."""
     check(of(kind), (10, 25))
     check(of(kind, **KARRAS), (10, 25), 1e-3)
+
+
+# --- classes
+
+
+FEW = (1, 4, 10, 15, 25, 50)
+
+
+@cases(
+    of("LCM"),
+    of("TCD"),
+    of("LCM", prediction_type="v_prediction", rescale_betas_zero_snr=True),
+    of("LCM", clip_sample=True, timestep_scaling=0.01, original_inference_steps=100),
+    of("TCD", prediction_type="v_prediction", clip_sample=True),
+    everywhere=2,
+)
+def test_distilled(config):
+    check(config, FEW)
+
+
+@cases(
+    of("DPMSolverSinglestep", **TABLE),
+    of("DPMSolverSinglestep", **TABLE, **KARRAS, solver_order=3),
+    of("DPMSolverSinglestep", **TABLE, **ABOVE, solver_type="heun", solver_order=3),
+    of("DPMSolverSinglestep", **TABLE, **ABOVE, solver_type="heun"),
+    of("DPMSolverSinglestep", **TABLE, **ABOVE, algorithm_type="dpmsolver", solver_order=3),
+    of("DPMSolverSinglestep", **TABLE, algorithm_type="sde-dpmsolver++", solver_order=3),
+    of("DPMSolverSinglestep", **TABLE, algorithm_type="sde-dpmsolver++", solver_order=3, solver_type="heun"),
+    of("DPMSolverSinglestep", lambda_min_clipped=-3.1, beta_schedule="squaredcos_cap_v2"),
+    of("DPMSolverSinglestep", **TABLE, solver_order=1),
+)
+def test_singlestep(config):
+    check(config)
+
+
+@cases(
+    of("EDMEuler"),
+    of("EDMEuler", sigma_schedule="exponential", prediction_type="v_prediction", sigma_max=20.0, **ABOVE),
+    of("EDMDPMSolverMultistep"),
+    of("EDMDPMSolverMultistep", sigma_schedule="exponential", solver_order=3, lower_order_final=False),
+    of("EDMDPMSolverMultistep", algorithm_type="sde-dpmsolver++", prediction_type="v_prediction"),
+    of("EulerDiscrete", **TABLE, **KARRAS, timestep_type="continuous", prediction_type="v_prediction"),
+    of(
+        "EulerDiscrete",
+        **KARRAS,
+        sigma_min=0.002,
+        sigma_max=700.0,
+        timestep_type="continuous",
+        prediction_type="v_prediction",
+    ),
+)
+def test_labels_by_the_noise_level(config):
+    check(config)
+
+
+@cases(of("CMStochasticIterative"), of("CMStochasticIterative", clip_denoised=False, sigma_max=20.0))
+def test_consistency_models(config):
+    check(config, (1, 2, 10, 15, 25, 40))
+
+
+SHIFTED = {"shift": 3.0}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+
+
+@cases(
+    of("FlowMatchEulerDiscrete", **SHIFTED),
+    of("FlowMatchHeunDiscrete", **SHIFTED),
+    of("FlowMatchEulerDiscrete", **SHIFTED, **KARRAS),
+    of("FlowMatchEulerDiscrete", **SHIFTED, **EXPONENTIAL),
+    of("FlowMatchEulerDiscrete", **SHIFTED, **BETA),
+    of("FlowMatchEulerDiscrete", shift_terminal=0.1),
+    of("DPMSolverMultistep", **FLOW),
+    of("DPMSolverMultistep", **FLOW, **ABOVE, solver_order=3),
+    of("UniPCMultistep", **FLOW),
+    of("UniPCMultistep", **FLOW, **ABOVE, solver_order=3),
+    of("DEISMultistep", **FLOW),
+    of("DPMSolverSinglestep", **FLOW),
+    of("DPMSolverMultistep", use_flow_sigmas=True, flow_shift=2.0),
+    everywhere=2,
+)
+def test_rectified_flow(config):
+    check(config)
+
+
+@cases(of("FlowMatchEulerDiscrete", stochastic_sampling=True), of("SASolver", **FLOW))
+def test_rectified_flow_with_noise(config):
+    """kdiff draws the schedule 1e-5 short at its ends, which the first estimate of the data feels."""
+    check(config, tolerance=1e-3)
+
+
+@cases(
+    of("FlowMatchEulerDiscrete", use_dynamic_shifting=True),
+    of("FlowMatchEulerDiscrete", use_dynamic_shifting=True, time_shift_type="linear", base_shift=0.4),
+    of("UniPCMultistep", **FLOW, use_dynamic_shifting=True),
+    of("DPMSolverMultistep", **FLOW, use_dynamic_shifting=True),
+)
+def test_the_shift_is_by_the_number_of_tokens(config):
+    mu = float(np.interp(1024, [256, 4096], [config.get("base_shift", 0.5), 1.15]))
+    check(config, tokens=1024, mu=mu)
+
+
+@cases(
+    of("SASolver", **TABLE),
+    of("SASolver", **TABLE, **KARRAS),
+    of("SASolver", **TABLE, predictor_order=3, corrector_order=3, lower_order_final=False),
+    of("IPNDM"),
+    of("DDIMInverse", clip_sample=False),
+    of("DDIMInverse", prediction_type="v_prediction", set_alpha_to_one=False, steps_offset=1),
+    of("DDIMInverse", timestep_spacing="trailing", prediction_type="v_prediction"),
+    of("DDIMParallel"),
+    of("DDPMParallel", variance_type="fixed_large"),
+    everywhere=2,
+)
+def test_other_classes(config):
+    check(config)
+
+
+@cases(of("UnCLIP"), of("UnCLIP", prediction_type="sample", clip_sample_range=5.0))
+def test_unclip(config):
+    """diffusers takes 1 - (1 - r) for an r of 1e-7 in the first step, of which float32 leaves a digit."""
+    check(config, tolerance=1e-3)
+
+
+@cases(of("DPMSolverSDE"), of("DPMSolverSDE", **KARRAS, prediction_type="v_prediction"))
+def test_dpm_solver_sde_but_for_its_noise(config, monkeypatch):
+    """diffusers takes it from a Brownian path, by torchsde; kdiff draws it, of the same distribution. Here is none."""
+    monkeypatch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
+    module = importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde")
+    monkeypatch.setattr(module, "BrownianTreeNoiseSampler", lambda *_: lambda *_: 0.0)
+    monkeypatch.setattr(diffusers, "DPMSolverSDEScheduler", module.DPMSolverSDEScheduler)
+    check(config, (10, 25), noise=0.0)
+
+
+@pytest.mark.parametrize("scaler", [1.0, 0.5, 2.0])
+@pytest.mark.once
+def test_wuerstchen(scaler, monkeypatch):
+    config = of("DDPMWuerstchen", scaler=scaler)
+    scheduler = diffusers.DDPMWuerstchenScheduler(scaler=scaler)
+    process = schedulers.process(config, "file")
+    for steps in STEPS:
+        noises = [normal(10 + i) for i in range(steps)]
+        given = iter(noises)
+        monkeypatch.setattr(
+            "diffusers.schedulers.scheduling_ddpm_wuerstchen.randn_tensor",
+            lambda *_, given=given, **__: torch.tensor(next(given).transpose(0, 3, 1, 2)),
+        )
+        scheduler.set_timesteps(steps)
+        x = torch.tensor(normal(0).transpose(0, 3, 1, 2))
+        for t in scheduler.timesteps[:-1]:
+            output = numpy(network(process, ops.convert_to_tensor(x.numpy().transpose(0, 2, 3, 1)), float(t)))
+            x = scheduler.step(torch.tensor(output.transpose(0, 3, 1, 2)), t.expand(2), x).prev_sample
+        made, count = ours(process, normal(0), steps, noises, 1.0)
+        assert count == steps
+        assert np.abs(made - x.numpy().transpose(0, 2, 3, 1)).max() < TOLERANCE

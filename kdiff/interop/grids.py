@@ -4,16 +4,19 @@ import numpy as np
 from keras import ops
 
 from kdiff.schedules import NoiseSchedule
-from kdiff.times import BetaQuantile, FlowShift, TimeGrid, Trailing
+from kdiff.times import BetaQuantile, FlowShift, Karras, TimeGrid, Trailing
 from kdiff.times.grids import _Sigmas
 
 __all__ = [
     "HAIR",
     "BetaSigmas",
+    "Consistent",
     "Distilled",
     "FlowMatching",
     "FlowSigmas",
     "LinspaceUnrounded",
+    "SineSquared",
+    "Uniform",
     "UpTo",
     "WithFirst",
     "Within",
@@ -93,22 +96,23 @@ class WithFirst(TimeGrid):
     """A grid, and after it the first step of the process: for runs that end there, with `Sampler(to_zero=False)`.
 
     Stable Diffusion's end there (diffusers: `set_alpha_to_one` is false, or `final_sigmas_type` is "sigma_min"). A grid
-    that ends there itself is followed by a time a hair below: diffusers makes a step of length 0 there, in which the
-    network is asked once more and orders fall.
+    that ends there itself, and any grid on a continuous schedule, is followed by a time a hair below: diffusers makes a
+    step of length 0 there, in which the network is asked once more and orders fall.
 
     Args:
         grid: a `TimeGrid` or its name.
+        first: the time that follows, if the grid does not end there; None is the first step of the process.
     """
 
     named = False
 
-    def __init__(self, grid="leading"):
-        self.grid = TimeGrid.get(grid)
+    def __init__(self, grid="leading", first: float | None = None):
+        self.grid, self.first = TimeGrid.get(grid), first
 
     def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
         """The times of the grid, and 1 / T, or a hair below the last."""
-        times, first = self.grid.above_zero(schedule, steps), schedule.first_time
-        return np.append(times, first if times[-1] > first * 1.001 else times[-1] * (1.0 - HAIR))
+        times, first = self.grid.above_zero(schedule, steps), self.first or schedule.first_time
+        return np.append(times, first if first and times[-1] > first * 1.001 else times[-1] * (1.0 - HAIR))
 
 
 class Distilled(TimeGrid):
@@ -242,3 +246,47 @@ class FlowSigmas(TimeGrid):
 def stretched(times: np.ndarray, terminal: float | None) -> np.ndarray:
     """1 - t multiplied so that the last t is `terminal`."""
     return times if terminal is None else 1.0 - (1.0 - times) * (1.0 - terminal) / (1.0 - times[-1])
+
+
+class Consistent(Karras):
+    """Karras' noise levels at some of the `num_steps` that a consistency model was distilled at: the numbers
+    0, T // steps, 2 (T // steps), ..., from `sigma_max` on; fewer of them do not come near `sigma_min`.
+
+    Args:
+        num_steps: T.
+        rho: as of `Karras`.
+        sigma_min: as of `Karras`.
+        sigma_max: as of `Karras`.
+    """
+
+    named = False
+
+    def __init__(self, num_steps: int = 40, rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float = 80.0):
+        super().__init__(rho, sigma_min, sigma_max)
+        self.num_steps = num_steps
+
+    def spaces(self, steps: int, closed: bool) -> np.ndarray:
+        """u, in T - 1 spaces from 1 to 0."""
+        if steps > self.num_steps:
+            raise ValueError(f"Consistent: `steps` must be at most {self.num_steps}; received: {steps}")
+        return 1.0 - np.arange(steps) * (self.num_steps // steps) / (self.num_steps - 1)
+
+
+class SineSquared(TimeGrid):
+    """Times at which sin(pi t / 2) = sin(pi u / 2)^2, u = 1 ... 1 / steps: those of diffusers' IPNDM."""
+
+    named = False
+
+    def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
+        """2 / pi arcsin(sin(pi u / 2)^2)."""
+        return 2.0 / np.pi * np.arcsin(np.sin(np.pi / 2.0 * np.arange(steps, 0, -1) / steps) ** 2)
+
+
+class Uniform(TimeGrid):
+    """1 ... 1 / steps, and a hair above 0, for runs that end there with `Sampler(to_zero=False)`: Wuerstchen's."""
+
+    named = False
+
+    def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
+        """1 ... 1 / steps, 1e-7."""
+        return np.append(np.arange(steps, 0, -1) / steps, 1e-7)

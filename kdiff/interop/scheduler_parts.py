@@ -1,14 +1,17 @@
 """Of the configuration of a scheduler of diffusers with a table of betas: the schedule, the grid, the label, ..."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdiff import guidance, predictions, schedules, times
-from kdiff.interop.grids import BetaSigmas, FlowSigmas, LinspaceUnrounded, UpTo, Within, WithoutLast
+from kdiff import guidance, predictions, schedules, solvers, times
+from kdiff.interop.configs import Keys
+from kdiff.interop.grids import BetaSigmas, Distilled, FlowSigmas, LinspaceUnrounded, UpTo, Within, WithoutLast
 from kdiff.interop.guidance import LowThreshold
 from kdiff.interop.tables import NearlyZeroSNR
+from kdiff.sampling import Sampler
 from kdiff.schedules.wrappers import token_mu
 
 __all__ = [
@@ -19,6 +22,10 @@ __all__ = [
     "PREDICTIONS",
     "ROUNDED",
     "UNROUNDED",
+    "Config",
+    "Kind",
+    "Process",
+    "end_of",
     "grid_of",
     "guidance_of",
     "label_of",
@@ -29,6 +36,35 @@ __all__ = [
 ]
 
 Config = dict[str, Any]
+
+
+class Process(NamedTuple):
+    """What a scheduler is in kdiff."""
+
+    schedule: schedules.NoiseSchedule
+    prediction: predictions.Prediction
+    time_label: times.TimeLabel
+    sampler: Sampler
+
+
+class Kind(NamedTuple):
+    """How one class of schedulers is translated.
+
+    Attributes:
+        keys: of its configuration.
+        solver: of a configuration; None where `make` makes it.
+        spacing: how its `timestep_spacing` is read: "rounded" to steps of the process, or "unrounded"; "shorter",
+            rounded, of a run of one step more without its last time; or "distilled", not at all.
+        make: of a configuration and the number of tokens, all four, for a class that has no table.
+        to_zero: whether its runs go to t = 0; None where keys say so.
+    """
+
+    keys: Keys
+    solver: Callable[[Config], solvers.Solver] | None = None
+    spacing: str = "rounded"
+    make: Callable[[Config, int | None], Process] | None = None
+    to_zero: bool | None = None
+
 
 BETAS = {
     "linear": lambda *table: schedules.LinearBeta(*table),
@@ -62,19 +98,19 @@ ENDS_ABOVE = ("DEISMultistepScheduler", "SASolverScheduler")  # classes whose ru
 def schedule_of(config: Config, spacing: str) -> schedules.NoiseSchedule:
     """The table of betas; of rectified flow, and of continuous times, none."""
     if config.get("use_flow_sigmas"):
-        return schedules.Rectified()
+        return schedules.Rectified(1e-8)  # whose runs begin at an alpha of 1e-6
     if _continuous(config) and noise_grid_of(config) and config["sigma_min"] and config["sigma_max"]:
         # Variance preserving, a hair beyond the ends in sigma / alpha of the runs.
         low, high = -2.0 * math.log(config["sigma_max"]) - 1e-3, -2.0 * math.log(config["sigma_min"]) + 1e-3
         return schedules.Cosine(low, high)
-    if config["trained_betas"] is not None:
+    if config.get("trained_betas") is not None:
         schedule = schedules.BetaTable(config["trained_betas"])
     else:
-        table = (config["num_train_timesteps"], config["beta_start"], config["beta_end"])
+        table = (config["num_train_timesteps"], config.get("beta_start"), config.get("beta_end"))
         schedule = BETAS[config["beta_schedule"]](*table)
     if not config.get("rescale_betas_zero_snr"):
         return schedule
-    return schedules.ZeroTerminalSNR(schedule) if spacing == "rounded" else NearlyZeroSNR(schedule)
+    return schedules.ZeroTerminalSNR(schedule) if spacing in ("rounded", "distilled") else NearlyZeroSNR(schedule)
 
 
 def _continuous(config: Config) -> bool:
@@ -99,6 +135,8 @@ def grid_of(config: Config, spacing: str, tokens: int | None = None) -> times.Ti
     if config.get("use_flow_sigmas"):
         unipc = config["_class_name"] == "UniPCMultistepScheduler"
         return FlowSigmas(shift_of(config, tokens), config["num_train_timesteps"], unipc, config.get("shift_terminal"))
+    if spacing == "distilled":
+        return Distilled(config["original_inference_steps"])
     noise, name = noise_grid_of(config), config.get("timestep_spacing", "linspace")
     if noise and spacing == "shorter":
         return noise
@@ -144,6 +182,17 @@ def shift_of(config: Config, tokens: int | None) -> float:
         ends[i] = ends[i] if config.get(name) is None else config[name]
     mu = token_mu("use_dynamic_shifting", tokens, *base, *ends)
     return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+
+
+def end_of(config: Config) -> float | None:
+    """The last time of a run that does not go to t = 0, where it is not the first step of the process.
+
+    Of rectified flow DPM-Solver takes the first sigma / alpha of the table, which nothing else makes use of, for it.
+    """
+    if not config.get("use_flow_sigmas") or not config["_class_name"].startswith("DPMSolver"):
+        return None
+    table = schedule_of({**config, "use_flow_sigmas": False}, "shorter")
+    return math.exp(-0.5 * float(table.log_snrs[1]))
 
 
 def to_zero_of(config: Config) -> bool:

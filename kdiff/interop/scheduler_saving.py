@@ -10,6 +10,7 @@ from kdiff.interop import multistep, schedulers
 from kdiff.interop.grids import BetaSigmas, FlowMatching
 from kdiff.interop.scheduler_keys import SPACINGS, VARIANCES
 from kdiff.interop.scheduler_parts import PREDICTIONS
+from kdiff.interop.scheduler_tabled import MULTISTEP
 from kdiff.interop.solvers import DDIMKeptNoise, DiffusersPNDM, EvenSteps, NoisyEnd
 from kdiff.interop.tables import NearlyZeroSNR
 from kdiff.times import TimeGrid
@@ -73,7 +74,7 @@ SOLVERS = {
     DDIMKeptNoise: _named("DDIMScheduler"),
     solvers.PNDM: _named("PNDMScheduler", skip_prk_steps=lambda solver: solver.warm == 1),
     DiffusersPNDM: _named("PNDMScheduler", skip_prk_steps=lambda solver: solver.warm == 1),
-    **{kind: _dpm(name) for name, kinds in schedulers.MULTISTEP.items() for kind in kinds},
+    **{kind: _dpm(name) for name, kinds in MULTISTEP.items() for kind in kinds},
     solvers.UniPC: _unipc(),
     multistep.DiffusersUniPC: _unipc(),
     solvers.DEIS: _deis(),

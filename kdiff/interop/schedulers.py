@@ -10,250 +10,32 @@
 A key that would be lost is an error; keys of other classes, which diffusers reads over, are read over.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-from kdiff import predictions, solvers, times
-from kdiff.interop.configs import FLAG, Key, Keys, complete, explained, kind, listed, one_of, only, optional, whole
+from kdiff import predictions
+from kdiff.interop.configs import complete, explained, kind
 from kdiff.interop.foreign import FOREIGN
-from kdiff.interop.grids import FlowMatching, WithFirst
-from kdiff.interop.multistep import (
-    DiffusersDEIS,
-    DiffusersDPMSolver,
-    DiffusersDPMSolverPP,
-    DiffusersDPMSolverPPSDE,
-    DiffusersDPMSolverSDE,
-    DiffusersUniPC,
-)
-from kdiff.interop.scheduler_keys import (
-    CLIPPING,
-    DPM,
-    ENDING,
-    FLOW_MATCHING,
-    LATE,
-    LEADING,
-    LINSPACE,
-    NO_DATA,
-    ORDERED,
-    SIGMA_ENDS,
-    SIGMAS,
-    SWITCH,
-    TABLE,
-    THRESHOLD,
-    VARIANCES,
-    ZERO_SNR,
-)
+from kdiff.interop.grids import WithFirst
 from kdiff.interop.scheduler_parts import (
-    BETAS,
     PREDICTIONS,
+    Kind,
+    Process,
+    end_of,
     grid_of,
     guidance_of,
     label_of,
-    noise_grid_of,
     schedule_of,
-    shift_of,
     to_zero_of,
 )
-from kdiff.interop.solvers import DDIMKeptNoise, DiffusersPNDM, EvenSteps, NoisyEnd, PseudoRungeKutta
+from kdiff.interop.scheduler_tabled import TABLED
+from kdiff.interop.scheduler_untabled import UNTABLED
+from kdiff.interop.solvers import DDIMInverted, DDIMKeptNoise, DiffusersTCD
 from kdiff.sampling import Sampler
-from kdiff.schedules import NoiseSchedule, Rectified
 
-__all__ = ["KINDS", "MULTISTEP", "OF_VARIANCE", "WARMUPS", "Kind", "Process", "process"]
+__all__ = ["ALL_STEPS", "KINDS", "Process", "process"]
 
-
-class Process(NamedTuple):
-    """What a scheduler is in kdiff."""
-
-    schedule: NoiseSchedule
-    prediction: predictions.Prediction
-    time_label: times.TimeLabel
-    sampler: Sampler
-
-
-class Kind(NamedTuple):
-    """How one class of schedulers is translated.
-
-    Attributes:
-        keys: of its configuration.
-        solver: of a configuration.
-        spacing: how its `timestep_spacing` is read: "rounded" to steps of the process, or "unrounded"; or "shorter",
-            rounded, of a run of one step more without its last time.
-        make: of a configuration and the number of tokens, all four, for a class that has no table.
-    """
-
-    keys: Keys
-    solver: Callable[[dict[str, Any]], solvers.Solver]
-    spacing: str = "rounded"
-    make: Callable[[dict[str, Any], int | None], Process] | None = None
-
-
-# --- solvers
-
-OF_VARIANCE = dict(zip(VARIANCES, ("small", "small", "large", "learned"), strict=True))
-WARMUPS = {False: solvers.PNDM(PseudoRungeKutta()), True: solvers.PNDM(solvers.Heun("ratio"), 1)}
-MULTISTEP = {
-    "dpmsolver++": (solvers.DPMSolverPP, DiffusersDPMSolverPP),
-    "dpmsolver": (solvers.DPMSolver, DiffusersDPMSolver),
-    "sde-dpmsolver++": (solvers.DPMSolverPPSDE, DiffusersDPMSolverPPSDE),
-    "sde-dpmsolver": (solvers.DPMSolverSDE, DiffusersDPMSolverSDE),
-}
-
-
-def _ddpm(config):
-    variance = OF_VARIANCE[config["variance_type"]]
-    late = config["timestep_spacing"] == "trailing" or config["steps_offset"]
-    noisy = variance != "small" and late and config["timestep_spacing"] != "linspace"
-    return NoisyEnd(variance) if noisy else solvers.DDPM(variance)
-
-
-def _ddim(config):
-    solver = DDIMKeptNoise(guidance_of(config)) if guidance_of(config) else solvers.DDIM()
-    return solver if config["timestep_spacing"] == "leading" else EvenSteps(solver)
-
-
-def _pndm(config):
-    if config["timestep_spacing"] == "leading" and config["prediction_type"] == "epsilon":
-        return WARMUPS[bool(config["skip_prk_steps"])]
-    return DiffusersPNDM(PREDICTIONS[config["prediction_type"]](), 1 if config["skip_prk_steps"] else 3)
-
-
-def _multistep(config):
-    """kdiff's own solver where it does the same: of the orders 1 and 2, if they fall to 1 in every run or in none."""
-    lower, order, closing = bool(config["lower_order_final"]), config["solver_order"], _closing(config)
-    algorithm = "dpmsolver++" if config["algorithm_type"] == "deis" else config["algorithm_type"]
-    variant = config["solver_type"] if config["solver_type"] in ("midpoint", "heun") else "midpoint"
-    own, theirs = MULTISTEP[algorithm]
-    if order <= 2 and (closing or not lower):
-        return own(order, variant, lower_final=closing)
-    return theirs(order, variant, lower, closing and config["final_sigmas_type"] != "zero")
-
-
-def _closing(config) -> bool:
-    return config["final_sigmas_type"] == "zero" or bool(config["euler_at_final"])
-
-
-def _unipc(config):
-    order, variant = config["solver_order"], config["solver_type"] if config["solver_type"] == "bh1" else "bh2"
-    predicts, lower = "data" if config["predict_x0"] else "noise", bool(config["lower_order_final"])
-    if config["disable_corrector"]:
-        return DiffusersUniPC(order, variant, predicts, lower, tuple(config["disable_corrector"]))
-    return solvers.UniPC(order, variant, predicts=predicts, lower_final=lower)
-
-
-def _deis(config):
-    return (DiffusersDEIS if config["lower_order_final"] else solvers.DEIS)(
-        config["solver_order"], bool(config["lower_order_final"])
-    )
-
-
-# --- classes
-
-
-def _flow_matching(config, tokens) -> Process:
-    shift, terminal = shift_of(config, tokens), config["shift_terminal"]
-    last = 1.0 / config["num_train_timesteps"] if config["use_dynamic_shifting"] else None
-    grid = FlowMatching(shift, config["num_train_timesteps"], last, terminal, noise_grid_of(config))
-    solver = solvers.Consistency() if config["stochastic_sampling"] else solvers.Euler()
-    return _flow(config, Sampler(solver, grid))
-
-
-def _flow(config, sampler) -> Process:
-    return Process(Rectified(), predictions.Flow(), times.Scaled(float(config["num_train_timesteps"])), sampler)
-
-
-KINDS = {
-    "DDPMScheduler": Kind(
-        {
-            **TABLE,
-            **ZERO_SNR,
-            **CLIPPING,
-            **THRESHOLD,
-            **LEADING,
-            "beta_schedule": Key("linear", one_of(*BETAS)),
-            "variance_type": Key("fixed_small", one_of(*VARIANCES)),
-        },
-        _ddpm,
-    ),
-    "DDIMScheduler": Kind(
-        {**TABLE, **ZERO_SNR, **CLIPPING, **THRESHOLD, **LEADING, "set_alpha_to_one": Key(True, FLAG)}, _ddim
-    ),
-    "PNDMScheduler": Kind(
-        {
-            **TABLE,
-            **NO_DATA,
-            **LEADING,
-            "set_alpha_to_one": Key(False, FLAG),
-            "skip_prk_steps": Key(False, SWITCH),
-        },
-        _pndm,
-    ),
-    "DPMSolverMultistepScheduler": Kind(
-        {
-            **ORDERED,
-            **ZERO_SNR,
-            **ENDING,
-            **DPM,
-            "euler_at_final": Key(False, SWITCH),
-            "use_lu_lambdas": Key(False, SWITCH),
-        },
-        _multistep,
-        "shorter",
-    ),
-    "UniPCMultistepScheduler": Kind(
-        {
-            **ORDERED,
-            **ZERO_SNR,
-            **ENDING,
-            **SIGMA_ENDS,
-            "predict_x0": Key(True, SWITCH),
-            "solver_type": Key("bh2", one_of("bh1", "bh2", "midpoint", "heun", "logrho")),
-            "disable_corrector": Key([], optional(listed(whole(0), 0, 1000))),
-            "solver_p": only(None),
-            "shift_terminal": Key(None, FLOW_MATCHING["shift_terminal"].rule),
-        },
-        _unipc,
-        "shorter",
-    ),
-    "DEISMultistepScheduler": Kind(
-        {
-            **ORDERED,
-            "algorithm_type": Key("deis", one_of("deis", "dpmsolver", "dpmsolver++")),
-            "solver_type": Key("logrho", one_of("logrho", "midpoint", "heun", "bh1", "bh2")),
-        },
-        _deis,
-        "shorter",
-    ),
-    "EulerDiscreteScheduler": Kind(
-        {
-            **TABLE,
-            **ZERO_SNR,
-            **LINSPACE,
-            **SIGMAS,
-            **SIGMA_ENDS,
-            **ENDING,
-            "interpolation_type": only("linear"),
-            "timestep_type": Key("discrete", one_of("discrete", "continuous")),
-        },
-        lambda config: solvers.Euler(),
-        "unrounded",
-    ),
-    "EulerAncestralDiscreteScheduler": Kind(
-        {**TABLE, **NO_DATA, **ZERO_SNR, **LINSPACE}, lambda config: solvers.EulerAncestral(), "unrounded"
-    ),
-    "HeunDiscreteScheduler": Kind(
-        {**TABLE, **LATE, **NO_DATA, **LINSPACE, **SIGMAS, **CLIPPING, "clip_sample": Key(False, SWITCH)},
-        lambda config: solvers.Heun("ratio"),
-        "unrounded",
-    ),
-    "LMSDiscreteScheduler": Kind({**TABLE, **LINSPACE, **SIGMAS}, lambda config: solvers.LMS(), "unrounded"),
-    "KDPM2DiscreteScheduler": Kind(
-        {**TABLE, **LATE, **NO_DATA, **LINSPACE, **SIGMAS}, lambda config: solvers.DPM2("ratio"), "unrounded"
-    ),
-    "KDPM2AncestralDiscreteScheduler": Kind(
-        {**TABLE, **LATE, **NO_DATA, **LINSPACE, **SIGMAS}, lambda config: solvers.DPM2Ancestral(), "unrounded"
-    ),
-    "FlowMatchEulerDiscreteScheduler": Kind(FLOW_MATCHING, lambda config: solvers.Euler(), make=_flow_matching),
-}
+KINDS = {**TABLED, **UNTABLED}
+ALL_STEPS = ("DDPMScheduler", "DDPMParallelScheduler")  # classes whose runs have every step, unless told otherwise
 
 
 def process(config: dict[str, Any], source: Any, learned: bool = False, tokens: int | None = None) -> Process:
@@ -295,10 +77,11 @@ def process(config: dict[str, Any], source: Any, learned: bool = False, tokens: 
 def _sampler(scheduler: Kind, config, tokens) -> Sampler:
     solver = scheduler.solver(config)
     grid, to_zero = grid_of(config, scheduler.spacing, tokens), to_zero_of(config)
-    steps = config["num_train_timesteps"] if config["_class_name"] == "DDPMScheduler" else None
-    kept = isinstance(getattr(solver, "solver", solver), DDIMKeptNoise)
+    to_zero = to_zero if scheduler.to_zero is None else scheduler.to_zero
+    steps = config["num_train_timesteps"] if config["_class_name"] in ALL_STEPS else None
+    kept = isinstance(getattr(solver, "solver", solver), (DDIMKeptNoise, DDIMInverted, DiffusersTCD))
     changes = [] if kept else filter(None, [guidance_of(config)])
-    return Sampler(solver, grid if to_zero else WithFirst(grid), steps, tuple(changes), to_zero)
+    return Sampler(solver, grid if to_zero else WithFirst(grid, end_of(config)), steps, tuple(changes), to_zero)
 
 
 def _conflicts(scheduler: Kind, config, learned) -> list[tuple[bool, str]]:
@@ -306,7 +89,8 @@ def _conflicts(scheduler: Kind, config, learned) -> list[tuple[bool, str]]:
     said = config.get
     steps, betas, ending = said("num_train_timesteps"), said("trained_betas"), said("final_sigmas_type")
     algorithm, shorter = said("algorithm_type", ""), scheduler.spacing == "shorter"
-    zero = said("rescale_betas_zero_snr") and config["_class_name"] in ("DDPMScheduler", "DDIMScheduler")
+    zero = said("rescale_betas_zero_snr") and scheduler.spacing in ("rounded", "distilled")
+    first = said("timestep_spacing") != "leading" or scheduler.spacing == "distilled"
     names = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
     sigmas = [name for name in names if said(name)]
     unipc, plain = config["_class_name"] == "UniPCMultistepScheduler", said("solver_type") != "bh1"
@@ -339,9 +123,15 @@ def _conflicts(scheduler: Kind, config, learned) -> list[tuple[bool, str]]:
             "`variance_type` 'learned_range' needs a network with twice as many channels in its output",
         ),
         (
-            bool(zero) and said("prediction_type") == "epsilon" and said("timestep_spacing") != "leading",
+            bool(zero) and said("prediction_type") == "epsilon" and first,
             "`rescale_betas_zero_snr` ends in nothing but noise, of which 'epsilon' tells no data; `prediction_type` "
             "must be 'v_prediction' or 'sample'",
+        ),
+        (
+            config["_class_name"] == "DDIMInverseScheduler"
+            and said("prediction_type") == "sample"
+            and bool(said("set_alpha_to_one")),
+            "`set_alpha_to_one` must be false where `prediction_type` is 'sample': data tells nothing of its noise",
         ),
         (
             said("prediction_type") == "flow_prediction" and not flow,

@@ -13,7 +13,9 @@ from kdiff.solvers.base import noise_of
 from kdiff.solvers.runge_kutta import RK4, Ratio, chosen
 
 __all__ = [
+    "DDIMInverted",
     "DDIMKeptNoise",
+    "DiffusersDDIMInversion",
     "DiffusersIPNDM",
     "DiffusersPNDM",
     "DiffusersTCD",
@@ -22,8 +24,10 @@ __all__ = [
     "NoisyEnd",
     "Outputs",
     "PseudoRungeKutta",
+    "QuietEnd",
     "TimeRatio",
     "below",
+    "noise_from",
     "output_of",
 ]
 
@@ -289,3 +293,68 @@ class FlowLine(Ratio):
     def bend(self, m: Marginal, off, change):
         """d noise_hat - d x_hat, with d noise_hat = (off - alpha d x_hat) / sigma."""
         return (off - (m.alpha + m.sigma) * change) / m.sigma
+
+
+class QuietEnd(DDPM):
+    """`DDPM` of the variance "small" that adds no noise in a step to less than a millionth of the way."""
+
+    named = False
+
+    def __init__(self):
+        super().__init__("small")
+
+    def _sigma(self, now: Marginal, then: Marginal, share):
+        return ops.where(then.t > 1e-6, then.sigma, 0.0)
+
+
+class DDIMInverted(DDIM):
+    """DDIM, whose inverse is diffusers' `DDIMInverseScheduler`: `Sampler.invert` makes noise of data as that does.
+
+    Args:
+        prediction: what the network says.
+        limit: what x_hat is clipped to on the way to noise; None does not clip.
+    """
+
+    named = False
+
+    def __init__(self, prediction="noise", limit: float | None = None):
+        super().__init__()
+        self.prediction, self.limit = Prediction.get(prediction), limit
+
+    def inverse(self, iterations: int = 1) -> Solver:
+        """`DiffusersDDIMInversion`, which asks the network once a step."""
+        return DiffusersDDIMInversion(self.prediction, self.limit)
+
+
+class DiffusersDDIMInversion(Solver):
+    """From data to noise: what the network says at `then` is taken for what it would say T // steps below.
+
+    Args:
+        prediction: what the network says.
+        limit: what x_hat is clipped to; None does not clip.
+    """
+
+    named = False
+
+    def __init__(self, prediction="noise", limit: float | None = None):
+        self.prediction, self.limit = Prediction.get(prediction), limit
+
+    def init(self, x, steps: int):
+        """The number of steps."""
+        return ops.convert_to_tensor(np.int32(steps))
+
+    def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
+        """One step back; arguments and results as in `Solver.step`."""
+        estimate = denoise(x, then)
+        output = output_of(self.prediction, x, estimate.x_hat, then)
+        now = below(schedule, then, now, state)
+        x_hat, noise_hat = self.prediction.denoise(output, x, now), noise_from(self.prediction, output, x, now)
+        if self.limit is not None:
+            x_hat = ops.clip(x_hat, -self.limit, self.limit)
+        return then.alpha * x_hat + then.sigma * noise_hat, estimate._replace(x_hat=x_hat), state
+
+
+def noise_from(prediction: Prediction, output, x, m: Marginal):
+    """The noise that an output implies, (a x - alpha y) / (a sigma - b alpha), also where sigma is 0."""
+    a, b = prediction.coefficients(m)
+    return (a * x - m.alpha * output) / (a * m.sigma - b * m.alpha)
