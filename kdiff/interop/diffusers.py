@@ -19,6 +19,7 @@ import keras
 from kdiff.interop import saving, schedulers, transformers, unets
 from kdiff.interop.configs import Described, explained, kind
 from kdiff.interop.files import read_folder, read_json, write_json, write_safetensors
+from kdiff.interop.scheduler_saving import scheduler_config
 from kdiff.interop.weights import Slot, export, fill
 from kdiff.model import DiffusionModel
 
@@ -113,7 +114,7 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
         _save_network(model, folder, {})
         return
     process = schedulers.Process(model.schedule, model.prediction, model.time_label, model.sampler)
-    scheduler = saving.scheduler_config(process)
+    scheduler = scheduler_config(process)
     averaged = model.averages.pairs(model.network) if model.averages and model.averages.moved else ()
     values = {id(weight): average for weight, average in averaged} if averages else {}
     config = saving.network_config(model.network)
