@@ -22,7 +22,7 @@ from kdiff.interop import (
     saving,
     schedulers,
     transformers,
-    unets,
+    unet_keys,
     weights,
 )
 from kdiff.interop.solvers import DDIMKeptNoise
@@ -314,7 +314,7 @@ def test_no_value_of_a_scheduler_is_an_error_without_a_name(name):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("keys", [unets.UNET_2D, unets.UNET_2D_CONDITION, transformers.DIT])
+@pytest.mark.parametrize("keys", [unet_keys.UNET_2D, unet_keys.UNET_2D_CONDITION, transformers.DIT])
 def test_no_value_of_a_network_is_an_error_without_a_name(keys):
     for key in keys:
         for value in HOSTILE:

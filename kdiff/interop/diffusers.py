@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from kdiff.interop import saving, schedulers, transformers, unets
+from kdiff.interop import saving, saving_networks, schedulers, transformers, unet_names, unets
 from kdiff.interop.configs import Described, explained, kind
 from kdiff.interop.files import read_folder, read_json, write_json, write_safetensors
 from kdiff.interop.weights import Slot, export, fill
@@ -38,8 +38,8 @@ class Model(NamedTuple):
 
 
 MODELS = {
-    "UNet2DModel": Model(unets.unet_2d, unets.unet_slots),
-    "UNet2DConditionModel": Model(unets.unet_2d_condition, unets.unet_slots),
+    "UNet2DModel": Model(unets.unet_2d, unet_names.unet_slots),
+    "UNet2DConditionModel": Model(unets.unet_2d_condition, unet_names.unet_slots),
     "DiTTransformer2DModel": Model(transformers.dit, transformers.dit_slots),
     "Transformer2DModel": Model(transformers.dit, transformers.dit_slots),  # DiT's, in older files
 }
@@ -75,7 +75,7 @@ def _load_network(folder: Path, strict: bool) -> Described:
     model = kind(MODELS, config.get("_class_name"), source, "_class_name")
     with explained(source):
         described = model.network(config, source)
-    shapes, state = {"time": (None,), **described.shapes}, unets.renamed(read_folder(folder))
+    shapes, state = {"time": (None,), **described.shapes}, unet_names.renamed(read_folder(folder))
     fill(described.network, shapes, model.slots, state, folder, strict)
     return described
 
@@ -116,7 +116,7 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
     scheduler = saving.scheduler_config(process)
     averaged = model.averages.pairs(model.network) if model.averages and model.averages.moved else ()
     values = {id(weight): average for weight, average in averaged} if averages else {}
-    config = saving.network_config(model.network)
+    config = saving_networks.network_config(model.network)
     part = "transformer" if "Transformer" in config["_class_name"] else "unet"
     _save_network(model.network, folder / part, values)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
@@ -125,9 +125,9 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
 
 
 def _save_network(network: keras.Model, folder: Path, values: dict[int, Any]) -> None:
-    config = saving.network_config(network)
+    config = saving_networks.network_config(network)
     model = MODELS[config["_class_name"]]
-    saving.check_same(network, model.network(config, folder).network)
+    saving_networks.check_same(network, model.network(config, folder).network)
     state = export(model.slots(network), values)
     write_json(folder / "config.json", config)
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", state)

@@ -12,15 +12,14 @@ from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbe
 from kdiff.blocks.normalization import AdaptiveNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.transformer import TransformerBlock, adaptive_block
-from kdiff.interop import unets
 from kdiff.interop.configs import FLAG, Described, Key, complete, one_of, only, optional, real, whole
-from kdiff.interop.unets import image_shape
+from kdiff.interop.unet_keys import COUNT, image_shape
+from kdiff.interop.unet_names import NAMES as UNET_NAMES
 from kdiff.interop.weights import Layout, Part, Rows, Slot, slots
 from kdiff.networks.dit import DiT
 
-__all__ = ["ACTIVATIONS", "COUNT", "DIT", "NAMES", "OLD_DEFAULTS", "OLD_DIT", "dit", "dit_slots", "patch_layout"]
+__all__ = ["ACTIVATIONS", "DIT", "NAMES", "OLD_DEFAULTS", "OLD_DIT", "dit", "dit_slots", "patch_layout"]
 
-COUNT = whole(1)
 DIT = {
     "num_attention_heads": Key(16, COUNT),
     "attention_head_dim": Key(72, COUNT),
@@ -91,7 +90,7 @@ def patch_layout(layer: Patchify | Unpatchify) -> Layout:
 
 
 NAMES = {
-    **{layer: unets.NAMES[layer] for layer in unets.NAMES if layer is not AdaptiveNorm},
+    **{layer: UNET_NAMES[layer] for layer in UNET_NAMES if layer is not AdaptiveNorm},
     MLPEmbedding: {"linear_1": "hidden", "linear_2": "output_layer"},
     # One dense layer makes shift, scale and gate of the attention, and of the feed-forward layer, in this order.
     TransformerBlock: {

@@ -1,4 +1,4 @@
-"""diffusers' U-Nets: their configuration as ours, and the names of their weights.
+"""diffusers' U-Nets: their configuration as ours.
 
     UNet2DModel             DDPM's U-Net, with or without attention and classes; NCSN++
     UNet2DConditionModel    Stable Diffusion's, with attention to a context, and Stable Diffusion XL's
@@ -7,146 +7,36 @@ Each level must have the same kind of block on its way down and on its way up.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import keras
 
-from kdiff.blocks.attention import MultiHeadAttention, SelfAttention
+from kdiff.blocks.attention import SelfAttention
 from kdiff.blocks.convolution import ResidualBlock
 from kdiff.blocks.embeddings import FourierEmbedding, LabelEmbedding, MLPEmbedding, SinusoidalEmbedding
-from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm
+from kdiff.blocks.normalization import GroupNorm
 from kdiff.blocks.resampling import Downsample, FIRDownsample, FIRUpsample, Upsample
-from kdiff.blocks.transformer import FeedForward, SpatialTransformer, TransformerBlock
-from kdiff.interop.configs import (
-    FLAG,
-    TEXT,
-    Described,
-    Key,
-    complete,
-    each,
-    either,
-    kind,
-    listed,
-    one_of,
-    only,
-    optional,
-    real,
-    whole,
-)
-from kdiff.interop.weights import Slot, slots
+from kdiff.blocks.transformer import SpatialTransformer
+from kdiff.interop.configs import Described, complete, each, kind
+from kdiff.interop.unet_keys import SHARED, UNET_2D, UNET_2D_CONDITION, image_shape
 from kdiff.networks.ncsnpp import InputSkip, NCSNpp, OutputSkip
 from kdiff.networks.published import text_and_numbers
 from kdiff.networks.unet import Level, UNet
 
 __all__ = [
-    "COUNT",
-    "DEPTH",
     "DOWN",
-    "EACH",
     "LARGEST_NETWORK",
-    "MAYBE",
-    "NAMED",
-    "NAMES",
     "NUMBERS",
-    "OLD_NAMES",
-    "ONLY_2D",
     "PADDINGS",
     "RESAMPLERS",
-    "SHARED",
-    "SIZE",
     "SKIP_DOWN",
     "SKIP_UP",
-    "UNET_2D",
-    "UNET_2D_CONDITION",
     "UP",
     "Kind",
-    "image_shape",
-    "renamed",
     "unet_2d",
     "unet_2d_condition",
-    "unet_slots",
 ]
 
-COUNT, MAYBE = whole(1), optional(whole(1))
-NAMED = listed(TEXT, 1, 12)  # one a level
-EACH = either(COUNT, listed(COUNT, 1, 12))
-SIZE = optional(either(COUNT, listed(COUNT, 2, 2)))
-DEPTH = whole(1, 16)
-
-UNET_2D = {
-    "sample_size": Key(None, SIZE),
-    "in_channels": Key(3, COUNT),
-    "out_channels": Key(3, COUNT),
-    "center_input_sample": only(False),
-    "time_embedding_type": Key("positional", one_of("positional", "fourier")),
-    "time_embedding_dim": Key(None, MAYBE),
-    "freq_shift": Key(0, real(0, 1)),
-    "flip_sin_to_cos": Key(True, FLAG),
-    "down_block_types": Key(("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"), NAMED),
-    "mid_block_type": only("UNetMidBlock2D"),
-    "up_block_types": Key(("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"), NAMED),
-    "block_out_channels": Key((224, 448, 672, 896), listed(COUNT, 1, 12)),
-    "layers_per_block": Key(2, DEPTH),
-    "mid_block_scale_factor": Key(1, real(1e-6, 1e6)),
-    "downsample_padding": Key(1, one_of(0, 1)),
-    "downsample_type": Key("conv", one_of("conv", "resnet")),
-    "upsample_type": Key("conv", one_of("conv", "resnet")),
-    "dropout": Key(0.0, real(0.0, 1.0)),
-    "act_fn": only("silu", "swish"),
-    "attention_head_dim": Key(8, MAYBE),
-    "norm_num_groups": Key(32, COUNT),
-    "attn_norm_num_groups": Key(None, MAYBE),
-    "norm_eps": Key(1e-5, real(0.0, 1.0)),
-    "resnet_time_scale_shift": Key("default", one_of("default", "scale_shift")),
-    "add_attention": Key(True, FLAG),
-    "class_embed_type": Key(None, one_of(None, "timestep", "identity")),
-    "num_class_embeds": Key(None, optional(whole(1, 10_000_000))),
-    "num_train_timesteps": Key(None, MAYBE),
-}
-
-ONLY_2D = ("downsample_type", "upsample_type", "add_attention", "attn_norm_num_groups", "num_train_timesteps")
-UNET_2D_CONDITION = {
-    **{name: key for name, key in UNET_2D.items() if name not in ONLY_2D},
-    "in_channels": Key(4, COUNT),
-    "out_channels": Key(4, COUNT),
-    "time_embedding_type": only("positional"),
-    "down_block_types": Key(
-        ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"), NAMED
-    ),
-    "mid_block_type": Key("UNetMidBlock2DCrossAttn", one_of("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")),
-    "up_block_types": Key(("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), NAMED),
-    "block_out_channels": Key((320, 640, 1280, 1280), listed(COUNT, 1, 12)),
-    "layers_per_block": Key(2, either(DEPTH, listed(DEPTH, 1, 12))),
-    "attention_head_dim": Key(8, EACH),
-    "only_cross_attention": only(False),
-    "cross_attention_dim": Key(1280, EACH),
-    "transformer_layers_per_block": Key(1, either(whole(1, 64), listed(whole(1, 64), 1, 12))),
-    "reverse_transformer_layers_per_block": only(None),
-    "encoder_hid_dim": only(None),
-    "encoder_hid_dim_type": only(None),
-    "num_attention_heads": only(None),
-    "dual_cross_attention": only(False),
-    "use_linear_projection": Key(False, FLAG),
-    "addition_embed_type": Key(None, one_of(None, "text_time")),
-    "addition_time_embed_dim": Key(None, MAYBE),
-    "upcast_attention": Key(False, optional(FLAG)),  # float32 logits: kdiff has no others
-    "resnet_skip_time_act": only(False),
-    "resnet_out_scale_factor": only(1.0),
-    "time_embedding_act_fn": only(None),
-    "timestep_post_act": only(None),
-    "time_cond_proj_dim": only(None),
-    "conv_in_kernel": only(3),
-    "conv_out_kernel": only(3),
-    "projection_class_embeddings_input_dim": Key(None, MAYBE),
-    "attention_type": only("default"),
-    "class_embeddings_concat": only(False),
-    "mid_block_only_cross_attention": only(None, False),
-    "cross_attention_norm": only(None),
-    "addition_embed_type_num_heads": Key(64, COUNT),
-}
-# What of the other class's keys is so in every network of this one.
-SHARED = {"downsample_type": "conv", "upsample_type": "conv"}
 LARGEST_NETWORK = 500  # blocks on the way down; Stable Diffusion XL has 30
 NUMBERS = 6  # of "time_ids": two sizes, a corner, each of height and width
 
@@ -386,110 +276,3 @@ def _shapes(config) -> dict[str, tuple]:
         vector = config["projection_class_embeddings_input_dim"] - NUMBERS * config["addition_time_embed_dim"]
         shapes |= {"text_embeds": (None, vector), "time_ids": (None, NUMBERS)}
     return shapes
-
-
-def image_shape(config: dict[str, Any]) -> tuple:
-    """(batch, height, width, channels), with None for what is not said."""
-    size = config["sample_size"]
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return (None, height, width, config["in_channels"])
-
-
-# --- names of weights
-
-NAMES = {
-    MLPEmbedding: {"linear_1": "hidden", "linear_2": "output_layer"},
-    ResidualBlock: {
-        "norm1": "normalization",
-        "conv1": "first",
-        "time_emb_proj": ["projection", "second_normalization.projection"],
-        "norm2": "second_normalization",
-        "conv2": "second",
-        "conv_shortcut": "shortcut",
-    },
-    AdaptiveNorm: {"": "normalization"},
-    SelfAttention: {"group_norm": "normalization", "": "attention"},
-    SpatialTransformer: {
-        "norm": "normalization",
-        "proj_in": "projection_in",
-        "transformer_blocks.*": "blocks",
-        "proj_out": "projection_out",
-    },
-    TransformerBlock: {
-        "norm1": "self_attention.normalization",
-        "attn1": "self_attention.attention",
-        "norm2": "cross_attention.normalization",
-        "attn2": "cross_attention.attention",
-        "norm3": "feed_forward.normalization",
-        "ff": "feed_forward",
-    },
-    FeedForward: {"net.0.proj": "hidden", "net.2": "output_layer"},
-    MultiHeadAttention: {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "output_layer"},
-    Downsample: {"conv": "convolution"},
-    Upsample: {"conv": "last"},
-}
-# Older files have the attention of DDPM under these.
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def unet_slots(network: UNet) -> Iterator[Slot]:
-    """The names of the weights of a U-Net."""
-    for name, layer in _named_layers(network):
-        yield from slots(layer, name, NAMES)
-
-
-def _named_layers(network: UNet) -> Iterator[tuple[str, keras.layers.Layer]]:
-    yield from {"conv_in": network.stem, "time_embedding": network.embedding}.items()
-    yield from (("class_embedding", layer) for name, layer in network.conditions.items() if name == "label")
-    yield "add_embedding", getattr(network.conditions.get("added"), "layer", None)
-    if isinstance(network.embedding.embedding, FourierEmbedding):
-        yield "time_proj", network.embedding.embedding
-    down, up = iter(network.down), iter(network.up)
-    last = len(network.levels) - 1
-    skips = isinstance(network, NCSNpp)
-    for i, level in enumerate(network.levels):
-        for j in range(level.depth):
-            yield from _unit(f"down_blocks.{i}", j, j, next(down).layers, "")
-        if i < last:
-            yield f"down_blocks.{i}.{'resnet_down' if skips else 'downsamplers.0'}", next(down).layers[0]
-    yield from _bridge(network)
-    for i, level in reversed(list(enumerate(network.levels))):
-        plain = 0 if level.up_mixers is None else level.depth + 1 - level.up_mixers
-        for j in range(level.depth + 1):
-            yield from _unit(f"up_blocks.{last - i}", j, j - plain, next(up).layers, "upsamplers.0")
-    yield from _skips(network, last) if skips else ()
-    yield from {"conv_norm_out": network.normalization, "conv_out": network.head}.items()
-
-
-def _unit(name, index, mixer, layers, after):
-    """The layers of a unit: a block; a mixer, if there is one; what changes the size, at the end of a level."""
-    kinds = {SelfAttention: f"attentions.{mixer}", SpatialTransformer: f"attentions.{mixer}"}
-    for layer in layers[1:]:
-        yield f"{name}.{kinds.get(type(layer), after)}", layer
-    yield f"{name}.resnets.{index}", layers[0]
-
-
-def _skips(network: NCSNpp, last: int):
-    """What leads the image down and the output up."""
-    for i, (inner, outer, grow) in enumerate(zip(network.inputs_down, network.outputs_up, network.grow, strict=True)):
-        up = f"up_blocks.{last - 1 - i}"
-        yield f"down_blocks.{i}.skip_conv", inner.convolution
-        yield from {f"{up}.skip_norm": outer.normalization, f"{up}.skip_conv": outer.convolution}.items()
-        yield f"{up}.resnet_up", grow.layers[0]
-
-
-def _bridge(network):
-    step = 1 if network.middle.mixer is None else 2
-    for i, layer in enumerate(network.bridge.layers):
-        yield f"mid_block.{'resnets' if i % step == 0 else 'attentions'}.{i // step}", layer
-
-
-def renamed(state: dict[str, Any]) -> dict[str, Any]:
-    """The state dict with the names of today."""
-    return {".".join(_renamed(name.split("."))): array for name, array in state.items()}
-
-
-def _renamed(words: list[str]) -> list[str]:
-    if "attentions" in words and len(words) > 1:
-        words = [*words[:-2], OLD_NAMES.get(words[-2], words[-2]), words[-1]]
-    return words
