@@ -15,6 +15,7 @@ from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding
 from kdiff.blocks.normalization import GroupNorm
 from kdiff.blocks.transformer import SpatialTransformer
 from kdiff.interop import transformers
+from kdiff.interop.maps import input_shapes, map_conditions
 from kdiff.interop.unets import PADDINGS
 from kdiff.networks.dit import DiT
 from kdiff.networks.ncsnpp import NCSNpp
@@ -181,7 +182,7 @@ def _labels(network: UNet) -> Config:
         MLPEmbedding: lambda: {"class_embed_type": "timestep"},
         keras.layers.Identity: lambda: {"class_embed_type": "identity"},
     }
-    unknown = sorted(set(network.conditions) - {"context", "label", "added"})
+    unknown = sorted(set(network.conditions) - {"context", "label", "added", *map_conditions(network)})
     if unknown or type(layer) not in kinds:
         raise ValueError(f"{network.name}: diffusers has no such conditions: {unknown or {'label': layer}}")
     return kinds[type(layer)]()
@@ -222,9 +223,7 @@ def _dit(network: DiT) -> Config:
 
 
 def _size(network) -> int | list | None:
-    config = network.get_build_config() or {}
-    shapes = config.get("shapes_dict") or config.get("input_shape") or {}
-    sizes = list(shapes["image"][1:3]) if isinstance(shapes, dict) and "image" in shapes else [None, None]
+    sizes = list(input_shapes(network).get("image", (None,) * 4)[1:3])
     return sizes[0] if sizes[0] == sizes[1] else sizes
 
 
