@@ -45,9 +45,9 @@ class Model(NamedTuple):
 
 MODELS = {
     "UNet2DModel": Model(unets.unet_2d, unet_names.unet_slots),
-    "UNet2DConditionModel": Model(unets.unet_2d_condition, unet_names.unet_slots),
-    "DiTTransformer2DModel": Model(transformers.dit, transformers.dit_slots),
-    "Transformer2DModel": Model(transformers.dit, transformers.dit_slots),  # DiT's, in older files
+    "UNet2DConditionModel": Model(unets.unet_2d_condition, unet_names.unet_slots, unets.told),
+    "DiTTransformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),
+    "Transformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),  # DiT's, in older files
 }
 
 

@@ -1,6 +1,7 @@
 """Networks with more channels in than data has: what stands beside x_t there is a condition, a map, here.
 
-diffusers: 9 channels in, x_t, mask and masked image; 4 out      here: image 4, conditions "mask_image" 1 and "masked_image" 4
+diffusers    9 channels in, x_t, a mask and the masked image; 4 out
+here         image 4, conditions "mask_image" 1 and "masked_image" 4; 4 out
 """
 
 from collections.abc import Mapping

@@ -71,7 +71,10 @@ def _unet(network: UNet) -> Config:
 
 def _ncsnpp(network: NCSNpp) -> Config:
     attention = ["" if level.mixer is None else "Attn" for level in network.levels]
-    norm = _attribute(network, network.normalization, "epsilon")
+    norm, first = _attribute(network, network.normalization, "epsilon"), network.normalization.groups
+    _one(network, "groups` of attention's norm on the levels", [32, *_attended_groups(network)])
+    if first is not None:  # None is as many as there can be, up to 32, there too
+        _one(network, "groups` in the middle and at the end", [first, *_middle_groups(network)])
     return {
         "_class_name": "UNet2DModel",
         "sample_size": _size(network),
@@ -83,7 +86,7 @@ def _ncsnpp(network: NCSNpp) -> Config:
         "up_block_types": [f"{kind}SkipUpBlock2D" for kind in attention[::-1]],
         "block_out_channels": [level.width for level in network.levels],
         "layers_per_block": _one(network, "depth", [level.depth for level in network.levels]),
-        "norm_num_groups": network.normalization.groups_used,
+        "norm_num_groups": first,
         "norm_eps": norm,
         "resnet_time_scale_shift": "scale_shift" if network.levels[0].block.scale_shift else "default",
         "dropout": network.levels[0].block.dropout,
@@ -188,6 +191,17 @@ def _labels(network: UNet) -> Config:
     return kinds[type(layer)]()
 
 
+def _attended_groups(network: UNet) -> list[int]:
+    """Of the norms of attention, but for that in the middle."""
+    layers = [layer for i, layer in _mixers(network) if i >= 0 and isinstance(layer, SelfAttention)]
+    return [layer.normalization.groups_used for layer in layers]
+
+
+def _middle_groups(network: UNet) -> list[int]:
+    blocks = [layer for layer in network.bridge.layers if isinstance(layer, ResidualBlock)]
+    return [block.normalization.groups_used for block in blocks]
+
+
 def _groups(network: UNet) -> int:
     """Of all normalisations but that of the attention in the middle, which may have others, and those of templates."""
     own = {id(layer.normalization) for layer in network.bridge.layers if isinstance(layer, SelfAttention)}
@@ -253,7 +267,7 @@ FREE = {"name", "seed", "zero", "trainable", "dtype", "build_config", "groups", 
 FREE_OF = {
     "LabelEmbedding": {"num_classes", "dropout"},
     "MLPEmbedding": set(),
-    "DiT": {"out_channels"},
+    "DiT": {"out_channels", "separate"},
     "UNet": {"out_channels", "levels"},
     "NCSNpp": {"out_channels", "levels"},
 }

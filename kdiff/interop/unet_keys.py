@@ -45,7 +45,7 @@ UNET_2D = {
     "dropout": Key(0.0, real(0.0, 1.0)),
     "act_fn": only("silu", "swish"),
     "attention_head_dim": Key(8, MAYBE),
-    "norm_num_groups": Key(32, COUNT),
+    "norm_num_groups": Key(32, MAYBE),  # None: as many as there can be up to 32, of four channels or more
     "attn_norm_num_groups": Key(None, MAYBE),
     "norm_eps": Key(1e-5, real(0.0, 1.0)),
     "resnet_time_scale_shift": Key("default", one_of("default", "scale_shift")),
@@ -61,6 +61,7 @@ UNET_2D_CONDITION = {
     "in_channels": Key(4, COUNT),
     "out_channels": Key(4, COUNT),
     "time_embedding_type": only("positional"),
+    "norm_num_groups": Key(32, COUNT),
     "down_block_types": Key(
         ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"), NAMED
     ),

@@ -7,6 +7,7 @@ Each level must have the same kind of block on its way down and on its way up.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -18,6 +19,7 @@ from kdiff.blocks.normalization import GroupNorm
 from kdiff.blocks.resampling import Downsample, FIRDownsample, FIRUpsample, Upsample
 from kdiff.blocks.transformer import SpatialTransformer
 from kdiff.interop.configs import Described, complete, each, kind
+from kdiff.interop.files import State
 from kdiff.interop.unet_keys import SHARED, UNET_2D, UNET_2D_CONDITION, image_shape
 from kdiff.networks.ncsnpp import InputSkip, NCSNpp, OutputSkip
 from kdiff.networks.published import text_and_numbers
@@ -28,17 +30,21 @@ __all__ = [
     "LARGEST_NETWORK",
     "NUMBERS",
     "PADDINGS",
+    "RATED",
     "RESAMPLERS",
     "SKIP_DOWN",
     "SKIP_UP",
     "UP",
     "Kind",
+    "told",
     "unet_2d",
     "unet_2d_condition",
 ]
 
 LARGEST_NETWORK = 500  # blocks on the way down; Stable Diffusion XL has 30
-NUMBERS = 6  # of "time_ids": two sizes, a corner, each of height and width
+NUMBERS = 6  # of "time_ids": two sizes, a corner, each of height and width; of XL's refiner 5, with a score last
+
+RATED = "requires_aesthetics_score"
 
 
 class Kind(NamedTuple):
@@ -75,15 +81,29 @@ def unet_2d(config: dict[str, Any], source: Any) -> Described:
     _check_number(config, source)
     if set(config["down_block_types"]) & set(SKIP_DOWN):
         return _ncsnpp(config, source)
-    if config["time_embedding_type"] != "positional":
-        raise ValueError(f"{source}: `time_embedding_type` 'fourier' needs blocks of {list(SKIP_DOWN)}")
+    if config["time_embedding_type"] != "positional" or config["norm_num_groups"] is None:
+        raise ValueError(
+            f"{source}: `time_embedding_type` 'fourier' and `norm_num_groups` None need blocks of {list(SKIP_DOWN)}"
+        )
     mixers = {None: lambda i, width: None, "self": lambda i, width: _self_attention(config, width)}
     network = UNet(_levels(config, mixers, source), _middle(config), _time(config), _classes(config), **_ends(config))
     return Described(network, _shapes(config))
 
 
-def unet_2d_condition(config: dict[str, Any], source: Any) -> Described:
-    """The network that a `UNet2DConditionModel` is: the condition "context" is the tokens of the text, as they come."""
+def told(state: State, index: Mapping[str, Any]) -> dict[str, Any]:
+    """What `model_index.json` says of the numbers in "time_ids"."""
+    return {"numbers": NUMBERS - 1 if index[RATED] else None} if RATED in index else {}
+
+
+def unet_2d_condition(config: dict[str, Any], source: Any, numbers: int | None = None) -> Described:
+    """The network that a `UNet2DConditionModel` is: the condition "context" is the tokens of the text, as they come.
+
+    Args:
+        config: what the file says.
+        source: the file, for errors.
+        numbers: how many there are in "time_ids", if any; None for 5 where so many leave a vector of the text as wide
+            as its tokens, as in the refiner of Stable Diffusion XL, and otherwise 6.
+    """
     config = {**SHARED, **complete(config, UNET_2D_CONDITION, source)}
     count = len(config["block_out_channels"])
     heads = each(config["attention_head_dim"], count, source, "attention_head_dim")
@@ -91,6 +111,7 @@ def unet_2d_condition(config: dict[str, Any], source: Any) -> Described:
     if len(set(each(config["cross_attention_dim"], count, source, "cross_attention_dim"))) > 1:
         received = config["cross_attention_dim"]
         raise ValueError(f"{source}: `cross_attention_dim` must be one number; received: {received}")
+    config["numbers"] = numbers or _numbers(config)
     _check_added(config, source)
     _check_number(config, source, depths)
 
@@ -120,12 +141,18 @@ def _check_number(config, source, depths=()) -> None:
         raise ValueError(f"{source}: more than {LARGEST_NETWORK} blocks cannot be loaded; received: {number}")
 
 
+def _numbers(config) -> int:
+    width, total = (config[f"{name}_dim"] or 0 for name in ("addition_time_embed", "projection_class_embeddings_input"))
+    return NUMBERS - 1 if total - (NUMBERS - 1) * width == config["cross_attention_dim"] else NUMBERS
+
+
 def _check_added(config, source) -> None:
     width, total = (config[f"{name}_dim"] for name in ("addition_time_embed", "projection_class_embeddings_input"))
-    if config["addition_embed_type"] is not None and not (width and total and total > NUMBERS * width):
+    numbers = config["numbers"]
+    if config["addition_embed_type"] is not None and not (width and total and total > numbers * width):
         raise ValueError(
             f"{source}: `addition_embed_type` needs an `addition_time_embed_dim`, and for "
-            f"`projection_class_embeddings_input_dim` more than {NUMBERS} times as much; received: {width} and {total}"
+            f"`projection_class_embeddings_input_dim` more than {numbers} times as much; received: {width} and {total}"
         )
 
 
@@ -232,8 +259,9 @@ def _middle(config) -> Level:
         return Level(width, 2, _block(config, **options))
     groups = config["attn_norm_num_groups"]
     if groups is None and config["resnet_time_scale_shift"] == "default":
-        groups = config["norm_num_groups"]
-    norm = keras.layers.Identity() if groups is None else GroupNorm(groups, config["norm_eps"])
+        norm = _norm(config)
+    else:
+        norm = keras.layers.Identity() if groups is None else GroupNorm(groups, config["norm_eps"])
     return Level(width, 2, _block(config, **options), _self_attention(config, width, norm, **options))
 
 
@@ -273,6 +301,6 @@ def _shapes(config) -> dict[str, tuple]:
     if config["class_embed_type"] or config["num_class_embeds"] is not None:
         shapes["label"] = (None, _time_width(config)) if config["class_embed_type"] == "identity" else (None,)
     if config.get("addition_embed_type"):
-        vector = config["projection_class_embeddings_input_dim"] - NUMBERS * config["addition_time_embed_dim"]
-        shapes |= {"text_embeds": (None, vector), "time_ids": (None, NUMBERS)}
+        vector = config["projection_class_embeddings_input_dim"] - config["numbers"] * config["addition_time_embed_dim"]
+        shapes |= {"text_embeds": (None, vector), "time_ids": (None, config["numbers"])}
     return shapes
