@@ -1,5 +1,6 @@
 """The transformer's encoder block, on tokens and on maps, and a stack of them inside a U-Net."""
 
+from functools import partial
 from typing import Any
 
 import keras
@@ -114,6 +115,7 @@ class TransformerBlock(Block):
         zero: whether the last layer, or the gate, of each residual is zero at first, so that the block starts as the
             identity.
         seed: of the dropouts.
+        only_context: whether the first attention is to the context too, where there is one.
 
     Raises:
         ValueError: if `adaptive` or `gated` and no `embed` is given, or one built with a context is called without.
@@ -138,6 +140,7 @@ class TransformerBlock(Block):
         rescale: float = 1.0,
         zero: bool = True,
         seed: int = 0,
+        only_context: bool = False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -160,13 +163,15 @@ class TransformerBlock(Block):
         self.rescale = rescale
         self.zero = zero
         self.seed = seed
+        self.only_context = only_context
 
     def build(self, x_shape, embed_shape=None, context_shape=None):
         """Builds the two or three residuals."""
         attention = self._arguments("heads", "head_width", "bias", "qk_norm")
         own = self._arguments("pattern", "rotary")
-        self.self_attention = SelfAttention(**attention, **own, **self._shared(0))
         crossed = opened(context_shape)[0] is not None
+        first = CrossAttention if crossed and self.only_context else partial(SelfAttention, **own)
+        self.self_attention = first(**attention, **self._shared(0))
         self.cross_attention = CrossAttention(**attention, **self._shared(1)) if crossed else None
         self.feed_forward = FeedForward(**self._arguments("ratio", "activation", "glu"), **self._shared(2))
         for branch in self._branches():

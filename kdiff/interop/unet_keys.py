@@ -5,11 +5,15 @@ from typing import Any
 from kdiff.interop.configs import FLAG, TEXT, Key, either, listed, one_of, only, optional, real, whole
 
 __all__ = [
+    "ACTIVATION",
+    "ACTIVATIONS",
     "COUNT",
     "DEPTH",
     "EACH",
+    "LAYERS",
     "MAYBE",
     "NAMED",
+    "NESTED",
     "ONLY_2D",
     "SHARED",
     "SIZE",
@@ -22,7 +26,11 @@ COUNT, MAYBE = whole(1), optional(whole(1))
 NAMED = listed(TEXT, 1, 12)  # one a level
 EACH = either(COUNT, listed(COUNT, 1, 12))
 SIZE = optional(either(COUNT, listed(COUNT, 2, 2)))
-DEPTH = whole(1, 16)
+DEPTH, LAYERS = whole(1, 16), whole(1, 64)
+NESTED = listed(either(LAYERS, listed(LAYERS, 1, 17)), 1, 12)  # one a level, or one for each of its blocks
+# Activations by their names there.
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "mish": "mish", "gelu": "gelu", "relu": "relu"}
+ACTIVATION = one_of(*ACTIVATIONS)
 
 UNET_2D = {
     "sample_size": Key(None, SIZE),
@@ -34,7 +42,7 @@ UNET_2D = {
     "freq_shift": Key(0, real(0, 1)),
     "flip_sin_to_cos": Key(True, FLAG),
     "down_block_types": Key(("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"), NAMED),
-    "mid_block_type": only("UNetMidBlock2D"),
+    "mid_block_type": Key("UNetMidBlock2D", one_of("UNetMidBlock2D", None)),
     "up_block_types": Key(("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"), NAMED),
     "block_out_channels": Key((224, 448, 672, 896), listed(COUNT, 1, 12)),
     "layers_per_block": Key(2, DEPTH),
@@ -43,7 +51,7 @@ UNET_2D = {
     "downsample_type": Key("conv", one_of("conv", "resnet")),
     "upsample_type": Key("conv", one_of("conv", "resnet")),
     "dropout": Key(0.0, real(0.0, 1.0)),
-    "act_fn": only("silu", "swish"),
+    "act_fn": Key("silu", ACTIVATION),
     "attention_head_dim": Key(8, MAYBE),
     "norm_num_groups": Key(32, MAYBE),  # None: as many as there can be up to 32, of four channels or more
     "attn_norm_num_groups": Key(None, MAYBE),
@@ -65,35 +73,39 @@ UNET_2D_CONDITION = {
     "down_block_types": Key(
         ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"), NAMED
     ),
-    "mid_block_type": Key("UNetMidBlock2DCrossAttn", one_of("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")),
+    "mid_block_type": Key(
+        "UNetMidBlock2DCrossAttn",
+        one_of("UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn", "UNetMidBlock2D", None),
+    ),
     "up_block_types": Key(("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), NAMED),
     "block_out_channels": Key((320, 640, 1280, 1280), listed(COUNT, 1, 12)),
     "layers_per_block": Key(2, either(DEPTH, listed(DEPTH, 1, 12))),
     "attention_head_dim": Key(8, EACH),
-    "only_cross_attention": only(False),
+    "only_cross_attention": Key(False, either(FLAG, listed(FLAG, 1, 12))),
     "cross_attention_dim": Key(1280, EACH),
-    "transformer_layers_per_block": Key(1, either(whole(1, 64), listed(whole(1, 64), 1, 12))),
-    "reverse_transformer_layers_per_block": only(None),
-    "encoder_hid_dim": only(None),
-    "encoder_hid_dim_type": only(None),
+    "transformer_layers_per_block": Key(1, either(LAYERS, NESTED)),
+    "reverse_transformer_layers_per_block": Key(None, optional(NESTED)),
+    "encoder_hid_dim": Key(None, MAYBE),
+    "encoder_hid_dim_type": Key(None, one_of(None, "text_proj", "image_proj", "text_image_proj")),
     "num_attention_heads": only(None),
     "dual_cross_attention": only(False),
     "use_linear_projection": Key(False, FLAG),
-    "addition_embed_type": Key(None, one_of(None, "text_time")),
+    "class_embed_type": Key(None, one_of(None, "timestep", "identity", "projection", "simple_projection")),
+    "addition_embed_type": Key(None, one_of(None, "text_time", "text", "image", "text_image")),
     "addition_time_embed_dim": Key(None, MAYBE),
     "upcast_attention": Key(False, optional(FLAG)),  # float32 logits: kdiff has no others
-    "resnet_skip_time_act": only(False),
-    "resnet_out_scale_factor": only(1.0),
-    "time_embedding_act_fn": only(None),
+    "resnet_skip_time_act": Key(False, FLAG),
+    "resnet_out_scale_factor": Key(1.0, real(1e-6, 1e6)),
+    "time_embedding_act_fn": Key(None, optional(ACTIVATION)),
     "timestep_post_act": only(None),
-    "time_cond_proj_dim": only(None),
+    "time_cond_proj_dim": Key(None, MAYBE),
     "conv_in_kernel": only(3),
     "conv_out_kernel": only(3),
     "projection_class_embeddings_input_dim": Key(None, MAYBE),
     "attention_type": only("default"),
     "class_embeddings_concat": only(False),
-    "mid_block_only_cross_attention": only(None, False),
-    "cross_attention_norm": only(None),
+    "mid_block_only_cross_attention": Key(None, optional(FLAG)),
+    "cross_attention_norm": Key(None, one_of(None, "layer_norm", "group_norm")),
     "addition_embed_type_num_heads": Key(64, COUNT),
 }
 # What of the other class's keys is so in every network of this one.

@@ -6,8 +6,11 @@ from typing import Any
 import keras
 
 from kdiff.blocks.attention import MultiHeadAttention, SelfAttention
+from kdiff.blocks.base import Chain
+from kdiff.blocks.conditions import VectorAndTokens
+from kdiff.blocks.context_attention import AttentionPool, ContextAttention
 from kdiff.blocks.convolution import ResidualBlock
-from kdiff.blocks.embeddings import FourierEmbedding, MLPEmbedding
+from kdiff.blocks.embeddings import FourierEmbedding, MLPEmbedding, SteeredEmbedding
 from kdiff.blocks.normalization import AdaptiveNorm
 from kdiff.blocks.resampling import Downsample, Upsample
 from kdiff.blocks.transformer import FeedForward, SpatialTransformer, TransformerBlock
@@ -15,10 +18,22 @@ from kdiff.interop.weights import Slot, slots
 from kdiff.networks.ncsnpp import NCSNpp
 from kdiff.networks.unet import UNet
 
-__all__ = ["NAMES", "OLD_NAMES", "renamed", "unet_slots"]
+__all__ = ["MIXERS", "NAMES", "OLD_NAMES", "renamed", "unet_slots"]
 
 NAMES = {
     MLPEmbedding: {"linear_1": "hidden", "linear_2": "output_layer"},
+    SteeredEmbedding: {"linear_1": "hidden", "linear_2": "output_layer", "cond_proj": "steering"},
+    ContextAttention: {
+        "group_norm": "normalization",
+        "norm_cross": "context_normalization",
+        "to_q": "query",
+        "to_k": "key",
+        "to_v": "value",
+        "add_k_proj": "context_key",
+        "add_v_proj": "context_value",
+        "to_out.0": "output_layer",
+    },
+    AttentionPool: {"q_proj": "query", "k_proj": "key", "v_proj": "value"},
     ResidualBlock: {
         "norm1": "normalization",
         "conv1": "first",
@@ -48,6 +63,7 @@ NAMES = {
     Downsample: {"conv": "convolution"},
     Upsample: {"conv": "last"},
 }
+MIXERS = (SelfAttention, SpatialTransformer, ContextAttention)
 # Older files have the attention of DDPM under these.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -56,12 +72,14 @@ def unet_slots(network: UNet) -> Iterator[Slot]:
     """The names of the weights of a U-Net."""
     for name, layer in _named_layers(network):
         yield from slots(layer, name, NAMES)
+        if isinstance(layer, AttentionPool):
+            yield Slot(f"{name}.positional_embedding", layer.position.table)
 
 
 def _named_layers(network: UNet) -> Iterator[tuple[str, keras.layers.Layer]]:
     yield from {"conv_in": network.stem, "time_embedding": network.embedding}.items()
-    yield from (("class_embedding", layer) for name, layer in network.conditions.items() if name == "label")
-    yield "add_embedding", getattr(network.conditions.get("added"), "layer", None)
+    for name, layer in network.conditions.items():
+        yield from _condition(network, name, layer)
     if isinstance(network.embedding.embedding, FourierEmbedding):
         yield "time_proj", network.embedding.embedding
     down, up = iter(network.down), iter(network.up)
@@ -81,11 +99,43 @@ def _named_layers(network: UNet) -> Iterator[tuple[str, keras.layers.Layer]]:
     yield from {"conv_norm_out": network.normalization, "conv_out": network.head}.items()
 
 
+def _condition(network: UNet, name: str, layer: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Layer]]:
+    """The layers of a condition: see `kdiff.interop.unet_conditions`."""
+    both = isinstance(layer, VectorAndTokens)
+    vector, tokens = (layer.vector, layer.tokens) if both else (layer, layer)
+    if name == "label":
+        yield "class_embedding", layer
+    elif name == "added":
+        yield "add_embedding", layer.layer
+    elif name == "context":
+        beside = "image_embeds" in network.conditions and _has_tokens(network.conditions["image_embeds"])
+        yield "encoder_hid_proj.text_proj" if beside else "encoder_hid_proj", tokens
+        if both:
+            words = ("norm1", "pool", "proj", "norm2")
+            yield from ((f"add_embedding.{word}", one) for word, one in zip(words, _layers(vector), strict=True))
+    elif name == "text_embeds":
+        yield from zip(("add_embedding.text_proj", "add_embedding.text_norm"), _layers(layer), strict=True)
+    elif name == "image_embeds":
+        if _has_tokens(layer):
+            first, _, *norm = _layers(tokens)
+            yield from zip(("encoder_hid_proj.image_embeds", "encoder_hid_proj.norm"), (first, *norm), strict=False)
+        if both or not _has_tokens(layer):
+            yield from zip(("add_embedding.image_proj", "add_embedding.image_norm"), _layers(vector), strict=False)
+
+
+def _layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    return layer.layers if isinstance(layer, Chain) else [layer]
+
+
+def _has_tokens(layer: keras.layers.Layer) -> bool:
+    """Whether the layer makes tokens of a vector."""
+    return any(isinstance(one, keras.layers.Reshape) for one in _layers(getattr(layer, "tokens", layer)))
+
+
 def _unit(name, index, mixer, layers, after):
     """The layers of a unit: a block; a mixer, if there is one; what changes the size, at the end of a level."""
-    kinds = {SelfAttention: f"attentions.{mixer}", SpatialTransformer: f"attentions.{mixer}"}
     for layer in layers[1:]:
-        yield f"{name}.{kinds.get(type(layer), after)}", layer
+        yield f"{name}.{f'attentions.{mixer}' if isinstance(layer, MIXERS) else after}", layer
     yield f"{name}.resnets.{index}", layers[0]
 
 
@@ -99,9 +149,11 @@ def _skips(network: NCSNpp, last: int):
 
 
 def _bridge(network):
-    step = 1 if network.middle.mixer is None else 2
-    for i, layer in enumerate(network.bridge.layers):
-        yield f"mid_block.{'resnets' if i % step == 0 else 'attentions'}.{i // step}", layer
+    counts = {"attentions": 0, "resnets": 0}
+    for layer in network.bridge.layers:
+        name = "attentions" if isinstance(layer, MIXERS) else "resnets"
+        yield f"mid_block.{name}.{counts[name]}", layer
+        counts[name] += 1
 
 
 def renamed(state: dict[str, Any]) -> dict[str, Any]:

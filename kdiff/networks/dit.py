@@ -178,13 +178,13 @@ class Steering(ConfigurableLayer, keras.layers.Layer):
 
     def build(self, shapes):
         """Builds the layers, of the shapes of the network's inputs."""
-        time = build_layer(self.embedding, shapes["time"])
+        time = build_layer(self.embedding, given_to(self.embedding, "time", shapes))
         for name, layer in self.conditions.items():
             build_layer(layer, given_to(layer, name, shapes), time, image=shapes["image"])
 
     def call(self, inputs, training=None):
         """The network's inputs by name to (batch, dim)."""
-        embed = apply_layer(self.embedding, inputs["time"], training=training)
+        embed = apply_layer(self.embedding, given_to(self.embedding, "time", inputs), training=training)
         for name, layer in self.conditions.items():
             given, others = given_to(layer, name, inputs), {"training": training, "image": inputs["image"]}
             vector = Encoded.of(apply_layer(layer, given, embed, **others)).vector
