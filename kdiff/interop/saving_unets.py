@@ -19,7 +19,18 @@ from kdiff.interop.unets import PADDINGS
 from kdiff.networks.ncsnpp import NCSNpp
 from kdiff.networks.unet import UNet
 
-__all__ = ["Config", "attribute", "name_of", "ncsnpp_config", "one_of_all", "size_of", "unet_config"]
+__all__ = [
+    "KNOWN",
+    "MIDDLES",
+    "TYPES",
+    "Config",
+    "attribute",
+    "name_of",
+    "ncsnpp_config",
+    "one_of_all",
+    "size_of",
+    "unet_config",
+]
 
 Config = dict[str, Any]
 TYPES = {type(None): "", SelfAttention: "Attn", SpatialTransformer: "CrossAttn", ContextAttention: "SimpleCrossAttn"}
