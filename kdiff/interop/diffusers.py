@@ -6,8 +6,8 @@
     save(model, "mine")                         # diffusers.DDPMPipeline.from_pretrained("mine")
 
 A network takes what it took there, channels last: `network({"image": x, "time": t})`. A model has the schedule, the
-prediction and the sampler of its scheduler. A pipeline on latents gives latents: its autoencoder is not loaded, nor is
-its text encoder; the condition "context" takes what that gives.
+prediction and the sampler of its scheduler, and on latents its autoencoder as codec. Its text encoder is not loaded;
+the condition "context" takes what that gives. The folder of an autoencoder alone makes a `codecs.Latent`.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 
 import keras
 
-from kdiff.interop import saving, schedulers, transformers, unets
+from kdiff.codecs import Latent
+from kdiff.interop import autoencoders, saving, schedulers, transformers, unets
 from kdiff.interop.configs import Described, explained, kind
 from kdiff.interop.files import read_folder, read_json, write_json, write_safetensors
 from kdiff.interop.weights import Slot, export, fill
 from kdiff.model import DiffusionModel
+from kdiff.networks import Autoencoder
 
 __all__ = ["AUTOENCODERS", "MODELS", "NETWORKS", "Model", "load", "save"]
 
@@ -47,12 +49,12 @@ NETWORKS = ("unet", "transformer")
 AUTOENCODERS = ("vae", "vqvae", "movq")
 
 
-def load(folder: str | Path, strict: bool = True, **options: Any) -> keras.Model:
+def load(folder: str | Path, strict: bool = True, **options: Any) -> keras.Model | Latent:
     """What a folder of diffusers holds.
 
     Args:
-        folder: of a model, with `config.json`, which makes a network; or of a pipeline, with `model_index.json`, which
-            makes a `DiffusionModel` whose `sample` is by the pipeline's scheduler.
+        folder: of a model, with `config.json`, which makes a network, or of an autoencoder a codec; or of a pipeline,
+            with `model_index.json`, which makes a `DiffusionModel` whose `sample` is by the pipeline's scheduler.
         strict: whether weights that do not match are an error; otherwise a warning.
         options: for a pipeline, arguments of `DiffusionModel`, in place of what the folder says; such as `ema`, which
             is None if not given.
@@ -66,6 +68,8 @@ def load(folder: str | Path, strict: bool = True, **options: Any) -> keras.Model
         return _load_pipeline(folder, strict, options)
     if options:
         raise ValueError(f"{folder}: {sorted(options)} are arguments for a pipeline, and this is a model's folder")
+    if read_json(folder / "config.json").get("_class_name") in autoencoders.KINDS:
+        return autoencoders.load(folder, strict)
     return _load_network(folder, strict).network
 
 
@@ -89,11 +93,22 @@ def _load_pipeline(folder: Path, strict: bool, options: dict[str, Any]) -> Diffu
     source = folder / "scheduler" / "scheduler_config.json"
     learned = network.out_channels == 2 * shapes["image"][-1]
     process = schedulers.process(read_json(source), source, learned)
-    codec = "identity" if any(name in index for name in AUTOENCODERS) else "pixels"
+    codec = options["codec"] if "codec" in options else _codec(folder, index, strict)
     times = "stratified" if process.schedule.num_steps is None else "discrete"
     model = DiffusionModel(network, **{**process._asdict(), "codec": codec, "times": times, "ema": None, **options})
+    if isinstance(model.codec, Latent):
+        shapes |= {"encoded": shapes["image"], "image": autoencoders.image_shape(model.codec, shapes["image"])}
     model.build(shapes)
     return model
+
+
+def _codec(folder: Path, index: dict[str, Any], strict: bool) -> Any:
+    """The autoencoder of a pipeline; "identity" where its folder was left out."""
+    parts = [name for name in AUTOENCODERS if name in index]
+    if not parts:
+        return "pixels"
+    there = (folder / parts[0] / "config.json").exists()
+    return autoencoders.load(folder / parts[0], strict) if there else "identity"
 
 
 def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
@@ -101,7 +116,8 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
 
     Args:
         model: a network, for `from_pretrained` of its class; or a `DiffusionModel`, for that of a pipeline. Of a model
-            of latents `unet` or `transformer` and `scheduler` are written; the autoencoder has to be put beside them.
+            on latents `unet` or `transformer`, `scheduler` and `vae` are written. A `codecs.Latent` alone is written as
+            its autoencoder.
         folder: to write to; files of the same names are replaced.
         averages: whether to write the averaged weights of a model that has them.
 
@@ -109,6 +125,9 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
         ValueError: if diffusers has no such network, schedule, prediction or sampler.
     """
     folder = Path(folder)
+    if isinstance(model, (Latent, Autoencoder)):
+        autoencoders.save(model, folder)
+        return
     if not isinstance(model, DiffusionModel):
         _save_network(model, folder, {})
         return
@@ -120,7 +139,9 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
     part = "transformer" if "Transformer" in config["_class_name"] else "unet"
     _save_network(model.network, folder / part, values)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    if config["_class_name"] == "UNet2DModel":
+    if isinstance(model.codec, Latent):
+        autoencoders.save(model.codec, folder / "vae")
+    elif config["_class_name"] == "UNet2DModel":
         _save_index(folder, part, config["_class_name"], scheduler["_class_name"])
 
 
