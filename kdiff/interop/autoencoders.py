@@ -28,7 +28,9 @@ from kdiff.networks.autoencoder import VQ, Autoencoder, AutoencoderKL, Convoluti
 from kdiff.networks.autoencoder_tiny import Tiny, TinyBlock
 
 __all__ = [
+    "CLASSES",
     "CONVOLUTIONAL",
+    "DEPTHS",
     "DIFFUSERS_NAMES",
     "DOWN",
     "FIRST_STAGE",
@@ -36,8 +38,10 @@ __all__ = [
     "KL",
     "ORIGINAL_LAYERS",
     "ORIGINAL_NAMES",
+    "SCALE",
     "TINY",
     "UP",
+    "VECTOR",
     "VECTORS",
     "Kind",
     "image_shape",
