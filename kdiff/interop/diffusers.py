@@ -6,8 +6,8 @@
     save(model, "mine")                         # diffusers.DDPMPipeline.from_pretrained("mine")
 
 A network takes what it took there, channels last: `network({"image": x, "time": t})`. A model has the schedule, the
-prediction and the sampler of its scheduler. A pipeline on latents gives latents: its autoencoder is not loaded, nor is
-its text encoder; the condition "context" takes what that gives.
+prediction and the sampler of its scheduler, and on latents its autoencoder as codec. Its text encoder is not loaded;
+the condition "context" takes what that gives. The folder of an autoencoder alone makes a `codecs.Latent`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 
 import keras
 
-from kdiff.interop import folders, maps, saving_networks, schedulers, transformers, unet_names, unets
+from kdiff.codecs import Latent
+from kdiff.interop import autoencoders, folders, maps, saving_networks, schedulers, transformers, unet_names, unets
 from kdiff.interop.configs import Described, explained, kind
 from kdiff.interop.files import State, read_json, write_json, write_safetensors
 from kdiff.interop.scheduler_saving import scheduler_config
 from kdiff.interop.weights import Slot, export, fill
 from kdiff.model import DiffusionModel
+from kdiff.networks import Autoencoder
 
 __all__ = ["MODELS", "Model", "load", "save"]
 
@@ -52,12 +54,12 @@ MODELS = {
 }
 
 
-def load(folder: str | Path, strict: bool = True, variant: str | None = None, **options: Any) -> keras.Model:
+def load(folder: str | Path, strict: bool = True, variant: str | None = None, **options: Any) -> keras.Model | Latent:
     """What a folder of diffusers holds.
 
     Args:
-        folder: of a model, with `config.json`, which makes a network; or of a pipeline, with `model_index.json`, which
-            makes a `DiffusionModel` whose `sample` is by the pipeline's scheduler.
+        folder: of a model, with `config.json`, which makes a network, or of an autoencoder a codec; or of a pipeline,
+            with `model_index.json`, which makes a `DiffusionModel` whose `sample` is by the pipeline's scheduler.
         strict: whether weights that do not match are an error; otherwise a warning.
         variant: of the weights, such as "fp16" or "non_ema"; None for the file without one or, if there is none, for
             the only variant.
@@ -73,6 +75,8 @@ def load(folder: str | Path, strict: bool = True, variant: str | None = None, **
         return _load_pipeline(folder, strict, variant, options)
     if options:
         raise ValueError(f"{folder}: {sorted(options)} are arguments for a pipeline, and this is a model's folder")
+    if read_json(folder / "config.json").get("_class_name") in autoencoders.KINDS:
+        return autoencoders.load(folder, strict, variant)
     return _load_network(folder, strict, variant).network
 
 
@@ -103,11 +107,24 @@ def _load_pipeline(folder: Path, strict: bool, variant: str | None, options: dic
     about = {"_class_name": "", **index, "learned": learned}
     network, shapes = _load_network(folders.config_of(folder, part), strict, variant, about)
     process = schedulers.process(scheduler, source, network.out_channels == 2 * shapes["image"][-1])
-    codec = "identity" if any(folders.has(index, name) for name in folders.AUTOENCODERS) else "pixels"
+    codec = options["codec"] if "codec" in options else _codec(folder, index, strict, variant)
     times = "stratified" if process.schedule.num_steps is None else "discrete"
     model = DiffusionModel(network, **{**process._asdict(), "codec": codec, "times": times, "ema": None, **options})
+    if isinstance(model.codec, Latent):
+        shapes |= {"encoded": shapes["image"], "image": autoencoders.image_shape(model.codec, shapes["image"])}
     model.build(shapes)
     return model
+
+
+def _codec(folder: Path, index: Mapping[str, Any], strict: bool, variant: str | None) -> Any:
+    """The autoencoder of a pipeline; "identity" where its folder was left out."""
+    parts = [name for name in folders.AUTOENCODERS if folders.has(index, name)]
+    if not parts:
+        return "pixels"
+    part = folder / parts[0]
+    if not (part / "config.json").exists():
+        return "identity"
+    return autoencoders.load(part, strict, variant if variant in folders.variants(part) else None)
 
 
 def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
@@ -115,8 +132,8 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
 
     Args:
         model: a network, for `from_pretrained` of its class; or a `DiffusionModel`, for that of a pipeline. Of a model
-            of latents, or of one with an image beside x_t, `unet` or `transformer` and `scheduler` are written; the
-            autoencoder has to be put beside them.
+            on latents `unet` or `transformer`, `scheduler` and `vae` are written; of one with an image beside x_t not
+            the index of the pipeline. A `codecs.Latent` alone is written as its autoencoder.
         folder: to write to; files of the same names are replaced.
         averages: whether to write the averaged weights of a model that has them.
 
@@ -124,6 +141,9 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
         ValueError: if diffusers has no such network, schedule, prediction or sampler.
     """
     folder = Path(folder)
+    if isinstance(model, (Latent, Autoencoder)):
+        autoencoders.save(model, folder)
+        return
     if not isinstance(model, DiffusionModel):
         _save_network(model, folder, {})
         return
@@ -135,7 +155,9 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
     part = "transformer" if "Transformer" in config["_class_name"] else "unet"
     _save_network(model.network, folder / part, values)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    if config["_class_name"] == "UNet2DModel" and not maps.map_conditions(model.network):
+    if isinstance(model.codec, Latent):
+        autoencoders.save(model.codec, folder / "vae")
+    elif config["_class_name"] == "UNet2DModel" and not maps.map_conditions(model.network):
         _save_index(folder, part, config["_class_name"], scheduler["_class_name"])
 
 
