@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from kdiff import closed_edges
+from kdiff import circular_padding
 from kdiff.backend.running import BACKEND
 
 __all__ = [
@@ -89,9 +89,9 @@ def convolution(
     `padding` is "same" or "valid", and the bias may be None. On PyTorch the map is looked at as one of channels first;
     Keras copies it twice.
     """
-    if padding == "same" and closed_edges.is_on():
+    if padding == "same" and circular_padding.is_on():
         zeros = _zeros_around(x.shape[1:-1], kernel.shape[:-2], strides, padding, dilation)
-        x, padding = closed_edges.padded(x, *zeros), "valid"
+        x, padding = circular_padding.padded(x, *zeros), "valid"
     if BACKEND != "torch":
         options = {"strides": strides, "padding": padding, "data_format": "channels_last", "dilation_rate": dilation}
         y = ops.conv(x, kernel, **options)

@@ -3,7 +3,8 @@
 from kdiff.blocks.attention import CrossAttention, MultiHeadAttention, SelfAttention
 from kdiff.blocks.base import Block, Chain, Tokens
 from kdiff.blocks.beside import Beside
-from kdiff.blocks.conditions import Condition, Encoded, Input, Joint, OptionalCondition
+from kdiff.blocks.conditions import Condition, Encoded, Input, Joint, OptionalCondition, VectorAndTokens
+from kdiff.blocks.context_attention import AttentionPool, ContextAttention
 from kdiff.blocks.convolution import ConvBlock, ConvNeXtBlock, ResidualBlock, SimpleBlock
 from kdiff.blocks.embeddings import (
     FourierEmbedding,
@@ -11,6 +12,7 @@ from kdiff.blocks.embeddings import (
     LearnedEmbedding,
     MLPEmbedding,
     SinusoidalEmbedding,
+    SteeredEmbedding,
 )
 from kdiff.blocks.layers import Conv2D, Dense
 from kdiff.blocks.magnitude import (
@@ -33,11 +35,13 @@ from kdiff.blocks.transformer import FeedForward, SpatialTransformer, Transforme
 
 __all__ = [
     "AdaptiveNorm",
+    "AttentionPool",
     "Beside",
     "Block",
     "Causal",
     "Chain",
     "Condition",
+    "ContextAttention",
     "Conv2D",
     "ConvBlock",
     "ConvNeXtBlock",
@@ -77,12 +81,14 @@ __all__ = [
     "SinCos2D",
     "SinusoidalEmbedding",
     "SpatialTransformer",
+    "SteeredEmbedding",
     "TextEncoder",
     "Tokens",
     "TransformerBlock",
     "UnitMagnitude",
     "Unpatchify",
     "Upsample",
+    "VectorAndTokens",
     "Window",
     "adaptive_block",
     "mp_concatenate",

@@ -1,5 +1,6 @@
 """The transformer's encoder block, on tokens and on maps, and a stack of them inside a U-Net."""
 
+from functools import partial
 from typing import Any
 
 import keras
@@ -128,6 +129,7 @@ class TransformerBlock(Block):
             identity.
         seed: of the dropouts.
         output_bias: whether the output layer of the attention, and both layers of the feed-forward layer, have one.
+        only_context: whether the first attention is to the context too, where there is one.
 
     Raises:
         ValueError: if `adaptive` or `gated` and no `embed` is given, or one built with a context is called without.
@@ -153,6 +155,7 @@ class TransformerBlock(Block):
         zero: bool = True,
         seed: int = 0,
         output_bias: bool = True,
+        only_context: bool = False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -176,13 +179,15 @@ class TransformerBlock(Block):
         self.zero = zero
         self.seed = seed
         self.output_bias = output_bias
+        self.only_context = only_context
 
     def build(self, x_shape, embed_shape=None, context_shape=None):
         """Builds the two or three residuals."""
         attention = self._arguments("heads", "head_width", "bias", "qk_norm", "output_bias")
         own = self._arguments("pattern", "rotary")
-        self.self_attention = SelfAttention(**attention, **own, **self._shared(0))
         crossed = opened(context_shape)[0] is not None
+        first = CrossAttention if crossed and self.only_context else partial(SelfAttention, **own)
+        self.self_attention = first(**attention, **self._shared(0))
         self.cross_attention = CrossAttention(**attention, **self._shared(1)) if crossed else None
         hidden = {**self._arguments("ratio", "activation", "glu"), "bias": self.output_bias}
         self.feed_forward = FeedForward(**hidden, **self._shared(2))

@@ -7,7 +7,7 @@ anything is made of it, so that what is built further on need not ask again.
 import contextlib
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -134,7 +134,7 @@ def _same(a: Any, b: Any) -> bool:
 # --- configurations
 
 
-def complete(config: Mapping[str, Any], keys: Keys, source: Any, others: Keys | None = None) -> dict[str, Any]:
+def complete(config: Mapping[str, Any], keys: Keys, source: Any, foreign: Container[str] = ()) -> dict[str, Any]:
     """The configuration with its defaults, in which every value is as its rule says and nothing would be lost.
 
     Keys that begin with an underscore are notes. A key that the table does not have may say None, False or nothing.
@@ -143,7 +143,7 @@ def complete(config: Mapping[str, Any], keys: Keys, source: Any, others: Keys | 
         config: what a file says.
         keys: what it may say.
         source: the file, for errors.
-        others: keys of other classes, which a file may have with their defaults.
+        foreign: keys of other classes, which whoever wrote the file reads over, whatever they say.
 
     Raises:
         ValueError: if a key is unknown, or its value cannot be translated.
@@ -152,9 +152,8 @@ def complete(config: Mapping[str, Any], keys: Keys, source: Any, others: Keys | 
         if name in keys and not keys[name].rule.holds(value):
             words = keys[name].rule.words
             raise ValueError(f"{source}: `{name}` must be {words} to be loaded; received: {shown(value)}")
-        default = [others[name].default] if others and name in others else []
-        empty = any(_same(value, one) for one in (None, False, [], {}, *default))
-        if name not in keys and not name.startswith("_") and not empty:
+        empty = any(_same(value, one) for one in (None, False, [], {}))
+        if name not in keys and name not in foreign and not name.startswith("_") and not empty:
             raise ValueError(f"{source}: the key `{shown(name)[1:-1]}` is unknown to kdiff; received: {shown(value)}")
     return {name: config.get(name, key.default) for name, key in keys.items()}
 

@@ -1,0 +1,193 @@
+"""Configurations of schedulers for diffusers from our objects: of candidates that is taken that reads as them."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from kdiff import guidance, predictions, schedules, solvers, times
+from kdiff.interop import multistep, schedulers
+from kdiff.interop.grids import BetaSigmas, FlowMatching
+from kdiff.interop.scheduler_keys import SPACINGS, VARIANCES
+from kdiff.interop.scheduler_parts import PREDICTIONS
+from kdiff.interop.scheduler_tabled import MULTISTEP
+from kdiff.interop.solvers import DDIMKeptNoise, DiffusersPNDM, EvenSteps, NoisyEnd
+from kdiff.interop.tables import NearlyZeroSNR
+from kdiff.times import TimeGrid
+
+__all__ = ["ENDS", "NAMES_OF_PREDICTIONS", "NOISES", "SCHEDULES", "SOLVERS", "Config", "scheduler_config"]
+
+Config = dict[str, Any]
+
+SCHEDULES = {
+    schedules.LinearBeta: "linear",
+    schedules.ScaledLinearBeta: "scaled_linear",
+    schedules.CosineBeta: "squaredcos_cap_v2",
+    schedules.SigmoidBeta: "sigmoid",
+}
+NAMES_OF_PREDICTIONS = {kind: name for name, kind in PREDICTIONS.items()}
+
+
+def _named(name: str, **options: Callable[[Any], Any]) -> Callable[[Any], Config]:
+    return lambda solver: {"_class_name": name, **{key: value(solver) for key, value in options.items()}}
+
+
+def _dpm(algorithm: str) -> Callable[[Any], Config]:
+    return _named(
+        "DPMSolverMultistepScheduler",
+        algorithm_type=lambda _: algorithm,
+        solver_order=lambda solver: solver.order,
+        solver_type=lambda solver: solver.variant,
+        lower_order_final=lambda solver: solver.lower_final,
+        euler_at_final=lambda solver: getattr(solver, "euler_final", False),
+    )
+
+
+def _ddpm() -> Callable[[Any], Config]:
+    names = dict(zip(("small", "", "large", "learned"), VARIANCES, strict=True))
+    return _named("DDPMScheduler", variance_type=lambda solver: names[solver.variance])
+
+
+def _unipc() -> Callable[[Any], Config]:
+    return _named(
+        "UniPCMultistepScheduler",
+        solver_order=lambda solver: solver.predictor_order,
+        solver_type=lambda solver: solver.variant,
+        predict_x0=lambda solver: solver.predicts == "data",
+        lower_order_final=lambda solver: solver.lower_final,
+        disable_corrector=lambda solver: list(getattr(solver, "uncorrected", ())),
+    )
+
+
+def _deis() -> Callable[[Any], Config]:
+    return _named(
+        "DEISMultistepScheduler",
+        solver_order=lambda solver: solver.order,
+        lower_order_final=lambda solver: solver.lower_final,
+    )
+
+
+SOLVERS = {
+    solvers.DDPM: _ddpm(),
+    NoisyEnd: _ddpm(),
+    solvers.DDIM: _named("DDIMScheduler"),
+    DDIMKeptNoise: _named("DDIMScheduler"),
+    solvers.PNDM: _named("PNDMScheduler", skip_prk_steps=lambda solver: solver.warm == 1),
+    DiffusersPNDM: _named("PNDMScheduler", skip_prk_steps=lambda solver: solver.warm == 1),
+    **{kind: _dpm(name) for name, kinds in MULTISTEP.items() for kind in kinds},
+    solvers.UniPC: _unipc(),
+    multistep.DiffusersUniPC: _unipc(),
+    solvers.DEIS: _deis(),
+    multistep.DiffusersDEIS: _deis(),
+    solvers.Euler: _named("EulerDiscreteScheduler"),
+    solvers.EulerAncestral: _named("EulerAncestralDiscreteScheduler"),
+    solvers.Heun: _named("HeunDiscreteScheduler"),
+    solvers.LMS: _named("LMSDiscreteScheduler"),
+    solvers.DPM2: _named("KDPM2DiscreteScheduler"),
+    solvers.DPM2Ancestral: _named("KDPM2AncestralDiscreteScheduler"),
+}
+ENDS = ({}, {"set_alpha_to_one": True}, {"set_alpha_to_one": False}, {"final_sigmas_type": "sigma_min"})
+NOISES = {
+    times.Karras: ({"use_karras_sigmas": True},),
+    times.Exponential: ({"use_exponential_sigmas": True}, {"use_lu_lambdas": True}),
+    BetaSigmas: ({"use_beta_sigmas": True},),
+}
+
+
+def scheduler_config(wanted: schedulers.Process) -> Config:
+    """The configuration of the scheduler that is read as this process.
+
+    A DDIM of kdiff on `Trailing` is taken for diffusers', which is the same where T is a multiple of the steps.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    learned = isinstance(wanted.prediction, predictions.LearnedVariance)
+    for config in _candidates(wanted):
+        config = {name: value for name, value in config.items() if name == "_class_name" or _known(config, name)}
+        with contextlib.suppress(ValueError):  # what diffusers refuses is no candidate
+            if _comparable(schedulers.process(config, "", learned)) == _comparable(wanted):
+                return config
+    raise ValueError(
+        f"diffusers has no scheduler that is {wanted.schedule!r}, {wanted.prediction!r}, {wanted.time_label!r} and "
+        f"{wanted.sampler!r} at once. Known solvers: {sorted(kind.__name__ for kind in SOLVERS)}; time labels: "
+        "Index(), or Scaled for flow matching; grids: Leading, Trailing, Linspace and those of kdiff.interop.grids"
+    )
+
+
+def _comparable(process: schedulers.Process) -> tuple:
+    """Without the number of steps, which a configuration does not have."""
+    prediction, solver, grid = process.prediction, process.sampler.solver, process.sampler.grid
+    if isinstance(prediction, predictions.LearnedVariance):
+        prediction = prediction.clone(num_steps=None, weight=0.001)
+    if isinstance(solver, EvenSteps) and isinstance(getattr(grid, "grid", grid), times.Trailing):
+        solver = solver.solver
+    return process.schedule, prediction, process.time_label, process.sampler.replaced(solver=solver, steps=None)
+
+
+def _known(config: Config, name: str) -> bool:
+    return name in schedulers.KINDS[config["_class_name"]].keys
+
+
+def _candidates(wanted: schedulers.Process) -> Iterator[Config]:
+    solver, grid = wanted.sampler.solver, wanted.sampler.grid
+    if isinstance(grid, FlowMatching):
+        yield _flow(grid, solver)
+    solver = solver.solver if isinstance(solver, EvenSteps) else solver
+    table, prediction = _table(wanted.schedule), wanted.prediction
+    prediction = NAMES_OF_PREDICTIONS.get(type(getattr(prediction, "prediction", prediction)))
+    if table is None or prediction is None or type(solver) not in SOLVERS:
+        return
+    shared = {**SOLVERS[type(solver)](solver), **table, "prediction_type": prediction}
+    shared |= _changes(wanted.sampler.guidance, solver)
+    inner = list(_inside(grid))
+    offsets = sorted({0, 1, *(one.offset for one in inner if isinstance(one, times.Leading))})
+    noises = [{}]
+    for one in inner:
+        ends = {name: getattr(one, name, None) for name in ("sigma_min", "sigma_max")}
+        noises += [{**names, **ends} for names in NOISES.get(type(one), ())]
+    for spacing, offset, end, noise in itertools.product(SPACINGS, offsets, ENDS, noises):
+        yield {**shared, "timestep_spacing": spacing, "steps_offset": offset, **end, **noise}
+
+
+def _flow(grid: FlowMatching, solver) -> Config:
+    noise = NOISES[type(grid.noise)][0] if type(grid.noise) in NOISES else {}
+    return {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": grid.num_steps,
+        "shift": grid.shift,
+        "shift_terminal": grid.terminal,
+        "stochastic_sampling": isinstance(solver, solvers.Consistency),
+        **noise,
+    }
+
+
+def _inside(grid: TimeGrid) -> Iterator[TimeGrid]:
+    """A grid and those that stand inside of it."""
+    yield grid
+    for name in ("grid", "ends", "noise"):
+        if getattr(grid, name, None) is not None:
+            yield from _inside(getattr(grid, name))
+
+
+def _table(schedule) -> Config | None:
+    rescaled = isinstance(schedule, (schedules.ZeroTerminalSNR, NearlyZeroSNR))
+    schedule = schedule.schedule if rescaled else schedule
+    config = {"num_train_timesteps": schedule.num_steps, "rescale_betas_zero_snr": rescaled}
+    if type(schedule) in SCHEDULES:
+        ends = {name: getattr(schedule, name) for name in ("beta_start", "beta_end") if hasattr(schedule, name)}
+        return {**config, "beta_schedule": SCHEDULES[type(schedule)], **ends}
+    if isinstance(schedule, schedules.BetaTable):
+        return {**config, "trained_betas": [float(beta) for beta in schedule.betas]}
+    return None
+
+
+def _changes(changes, solver) -> Config:
+    config: Config = {"clip_sample": False}
+    for change in [*changes, *([solver.guidance] if isinstance(solver, DDIMKeptNoise) else [])]:
+        if isinstance(change, guidance.Clip):
+            config |= {"clip_sample": True, "clip_sample_range": change.limit}
+        if isinstance(change, guidance.DynamicThreshold):
+            config |= {"thresholding": True, "dynamic_thresholding_ratio": change.quantile}
+            config["sample_max_value"] = change.highest
+    return config
