@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import keras
 
+from kdiff.codecs import Standard
 from kdiff.interop import folders, maps, saving_networks, schedulers, transformers, unet_names, unets
 from kdiff.interop.configs import Described, explained, kind
 from kdiff.interop.files import State, read_json, write_json, write_safetensors
@@ -23,7 +24,7 @@ from kdiff.interop.scheduler_saving import scheduler_config
 from kdiff.interop.weights import Slot, export, fill
 from kdiff.model import DiffusionModel
 
-__all__ = ["MODELS", "Model", "load", "save"]
+__all__ = ["MODELS", "UNIT_PIXELS", "UNIT_SCHEDULERS", "Model", "load", "save"]
 
 
 def _nothing(state: State, index: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,6 +51,9 @@ MODELS = {
     "DiTTransformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),
     "Transformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),  # DiT's, in older files
 }
+
+UNIT_SCHEDULERS = ("ScoreSdeVeScheduler",)  # of networks of pictures in [0, 1], not [-1, 1]
+UNIT_PIXELS = Standard(-1.0, 2.0)
 
 
 def load(folder: str | Path, strict: bool = True, variant: str | None = None, **options: Any) -> keras.Model:
@@ -103,7 +107,8 @@ def _load_pipeline(folder: Path, strict: bool, variant: str | None, options: dic
     about = {"_class_name": "", **index, "learned": learned}
     network, shapes = _load_network(folders.config_of(folder, part), strict, variant, about)
     process = schedulers.process(scheduler, source, network.out_channels == 2 * shapes["image"][-1])
-    codec = "identity" if any(folders.has(index, name) for name in folders.AUTOENCODERS) else "pixels"
+    codec = UNIT_PIXELS if scheduler["_class_name"] in UNIT_SCHEDULERS else "pixels"
+    codec = "identity" if any(folders.has(index, name) for name in folders.AUTOENCODERS) else codec
     times = "stratified" if process.schedule.num_steps is None else "discrete"
     model = DiffusionModel(network, **{**process._asdict(), "codec": codec, "times": times, "ema": None, **options})
     model.build(shapes)
@@ -150,7 +155,8 @@ def _save_network(network: keras.Model, folder: Path, values: dict[int, Any]) ->
 
 
 def _save_index(folder: Path, part: str, network: str, scheduler: str) -> None:
-    pipeline = "DDIMPipeline" if scheduler == "DDIMScheduler" else "DDPMPipeline"
+    pipelines = {"DDIMScheduler": "DDIMPipeline", "ScoreSdeVeScheduler": "ScoreSdeVePipeline"}
+    pipeline = pipelines.get(scheduler, "DDPMPipeline")
     write_json(
         folder / "model_index.json",
         {"_class_name": pipeline, part: ["diffusers", network], "scheduler": ["diffusers", scheduler]},
