@@ -4,6 +4,7 @@ import importlib
 
 from kdiff import (
     analytic,
+    autoencoding,
     blocks,
     codecs,
     conversion,
@@ -35,6 +36,7 @@ __all__ = [
     "Sampler",
     "Step",
     "analytic",
+    "autoencoding",
     "blocks",
     "codecs",
     "conversion",
