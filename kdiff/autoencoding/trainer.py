@@ -14,7 +14,7 @@ from kdiff.base import Configurable, check_choice, check_integer, check_number
 from kdiff.codecs.base import to_unit
 from kdiff.model.feeding import check_examples, unpack
 
-__all__ = ["AutoencoderTrainer", "balanced"]
+__all__ = ["ERRORS", "AutoencoderTrainer", "balanced"]
 
 ERRORS = {"l1": ops.abs, "l2": ops.square}
 
