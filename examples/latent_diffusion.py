@@ -3,9 +3,9 @@
     KERAS_BACKEND=jax python examples/latent_diffusion.py FOLDER --image-size 64        # of images, at any depth
     KERAS_BACKEND=jax python examples/latent_diffusion.py cifar10 --labels --image-size 32 --download
 
-It trains the autoencoder (absolute error, edges, bands of frequencies and local statistics, and after half of its time a
-discriminator of patches), encodes every picture once, trains a DiT on the latents and draws with it. It leaves
-reconstructions and samples, and prints how much faster an epoch is than one of the same network on the pixels.
+It trains the autoencoder (absolute error, edges, bands of frequencies and local statistics, and in the second half of
+its time a discriminator of patches), encodes every picture once, trains a DiT on the latents and draws with it. It
+leaves reconstructions and samples, and prints how much faster training is than that of the same network on the pixels.
 """
 
 import argparse
@@ -62,15 +62,15 @@ class Clock(keras.callbacks.Callback):
         return (time.monotonic() - self.start) / self.seconds
 
 
-def load(options: argparse.Namespace, **changes):
-    source = {"data_dir": options.data_dir, "download": options.download}
-    return data.images(options.dataset, options.image_size, options.batch_size, channels=3, **source, **changes)
+def load(options: argparse.Namespace, batch_size: int | None = None, **changes):
+    source = {"data_dir": options.data_dir, "download": options.download, "channels": 3, **changes}
+    return data.images(options.dataset, options.image_size, batch_size or options.batch_size, **source)
 
 
 def train_autoencoder(options: argparse.Namespace) -> networks.AutoencoderKL:
     """First without a discriminator, then with one: it would have nothing to tell from blurred pictures."""
     dataset = load(options, repeat=None)
-    shown = next(iter(load(options, shuffle=False))).numpy()[:16]
+    shown = next(iter(load(options, 16))).numpy()
     watch = autoencoding.ReconstructionCallback(options.out / "autoencoder", shown, every=5, columns=8)
     autoencoder = networks.AutoencoderKL(options.widths, options.channels, depth=1)
     terms = [Gradients(), Laplacian(3), MSSSIM(2, 7, weight=0.5)]

@@ -201,6 +201,8 @@ class AutoencoderTrainer(Configurable, backend.SafeTraining, keras.Model):
         """
         if hasattr(x, "shape"):
             check_examples(x, 1.0)
+        elif not isinstance(x, (dict, keras.utils.PyDataset)):
+            options.setdefault("shuffle", False)  # Keras cannot shuffle the others, and would warn
         if not self.optimizer.built:
             with backend.strategy_of(self):
                 self.optimizer.build(self.trainable_variables)
