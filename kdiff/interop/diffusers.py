@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from kdiff.codecs import Latent
+from kdiff.codecs import Latent, Standard
 from kdiff.encoders import Prompt
 from kdiff.interop import (
     autoencoders,
@@ -37,7 +37,7 @@ from kdiff.interop.weights import Slot, export, fill
 from kdiff.model import DiffusionModel
 from kdiff.networks import Autoencoder
 
-__all__ = ["MODELS", "Model", "load", "save"]
+__all__ = ["MODELS", "UNIT_PIXELS", "UNIT_SCHEDULERS", "Model", "load", "save"]
 
 
 def _nothing(state: State, index: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,6 +64,9 @@ MODELS = {
     "DiTTransformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),
     "Transformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),  # DiT's, in older files
 }
+
+UNIT_SCHEDULERS = ("ScoreSdeVeScheduler",)  # of networks of pictures in [0, 1], not [-1, 1]
+UNIT_PIXELS = Standard(-1.0, 2.0)
 
 
 def load(
@@ -139,7 +142,9 @@ def _load_pipeline(
     about = {"_class_name": "", **index, "learned": learned}
     network, shapes = _load_network(folders.config_of(folder, part), strict, variant, about, prompt)
     process = schedulers.process(scheduler, source, network.out_channels == 2 * shapes["image"][-1])
+    unit = scheduler["_class_name"] in UNIT_SCHEDULERS
     codec = options["codec"] if "codec" in options else _codec(folder, index, strict, variant)
+    codec = UNIT_PIXELS if unit and codec == "pixels" else codec
     times = "stratified" if process.schedule.num_steps is None else "discrete"
     model = DiffusionModel(network, **{**process._asdict(), "codec": codec, "times": times, "ema": None, **options})
     if isinstance(model.codec, Latent):
@@ -210,7 +215,8 @@ def _save_network(network: keras.Model, folder: Path, values: dict[int, Any]) ->
 
 
 def _save_index(folder: Path, part: str, network: str, scheduler: str) -> None:
-    pipeline = "DDIMPipeline" if scheduler == "DDIMScheduler" else "DDPMPipeline"
+    pipelines = {"DDIMScheduler": "DDIMPipeline", "ScoreSdeVeScheduler": "ScoreSdeVePipeline"}
+    pipeline = pipelines.get(scheduler, "DDPMPipeline")
     write_json(
         folder / "model_index.json",
         {"_class_name": pipeline, part: ["diffusers", network], "scheduler": ["diffusers", scheduler]},

@@ -11,6 +11,7 @@ from kdiff.interop.grids import BetaSigmas, FlowMatching
 from kdiff.interop.scheduler_keys import SPACINGS, VARIANCES
 from kdiff.interop.scheduler_parts import PREDICTIONS
 from kdiff.interop.scheduler_tabled import MULTISTEP
+from kdiff.interop.score_sde import PredictorCorrector
 from kdiff.interop.solvers import DDIMKeptNoise, DiffusersPNDM, EvenSteps, NoisyEnd
 from kdiff.interop.tables import NearlyZeroSNR
 from kdiff.times import TimeGrid
@@ -133,6 +134,9 @@ def _candidates(wanted: schedulers.Process) -> Iterator[Config]:
     solver, grid = wanted.sampler.solver, wanted.sampler.grid
     if isinstance(grid, FlowMatching):
         yield _flow(grid, solver)
+    if isinstance(solver, PredictorCorrector):
+        yield _score_sde(wanted.schedule, solver)
+        return
     solver = solver.solver if isinstance(solver, EvenSteps) else solver
     table, prediction = _table(wanted.schedule), wanted.prediction
     prediction = NAMES_OF_PREDICTIONS.get(type(getattr(prediction, "prediction", prediction)))
@@ -159,6 +163,16 @@ def _flow(grid: FlowMatching, solver) -> Config:
         "shift_terminal": grid.terminal,
         "stochastic_sampling": isinstance(solver, solvers.Consistency),
         **noise,
+    }
+
+
+def _score_sde(schedule, solver: PredictorCorrector) -> Config:
+    return {
+        "_class_name": "ScoreSdeVeScheduler",
+        "snr": solver.snr,
+        "correct_steps": solver.corrections,
+        "sampling_eps": solver.epsilon,
+        **{name: getattr(schedule, name, None) for name in ("sigma_min", "sigma_max")},
     }
 
 
