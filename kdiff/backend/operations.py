@@ -32,8 +32,9 @@ __all__ = [
 def dense(x: Any, kernel: Any, bias: Any = None) -> Any:
     """`x kernel + bias` over the last axis of `x`; the kernel is (channels, width), and the bias may be None.
 
-    On PyTorch's CPU it is a convolution of size 1: the library of its convolutions multiplies a tenth faster than that
-    of its matrix products. On JAX it is a product of two matrices with a gradient of its own (see `_product_of_jax`).
+    On PyTorch's CPU it is, of many rows, a convolution of size 1: the library of its convolutions multiplies a tenth
+    faster than that of its matrix products. On JAX it is a product of two matrices with a gradient of its own (see
+    `_product_of_jax`).
     """
     if BACKEND == "torch":
         return _dense_of_torch(x, ops.convert_to_tensor(kernel), _tensor(bias))
@@ -74,7 +75,9 @@ def _product_of_jax():
 def _dense_of_torch(x, kernel, bias):
     import torch
 
-    if x.ndim < 3 or x.device.type != "cpu":
+    # The convolution copies the kernel, which takes as long as the product of some hundred rows.
+    few = x.numel() < 2048 * x.shape[-1]
+    if few or x.ndim < 3 or x.device.type != "cpu":
         return torch.nn.functional.linear(x, kernel.T, bias)
     pixels = x.reshape(len(x), -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
     y = torch.nn.functional.conv2d(pixels, kernel.T[:, :, None, None], bias)
