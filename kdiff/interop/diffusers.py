@@ -19,11 +19,12 @@ import keras
 from kdiff.interop import saving, schedulers, transformers, unets
 from kdiff.interop.configs import Described, explained, kind
 from kdiff.interop.files import read_folder, read_json, write_json, write_safetensors
+from kdiff.interop.scheduler_files import load_scheduler, save_scheduler
 from kdiff.interop.scheduler_saving import scheduler_config
 from kdiff.interop.weights import Slot, export, fill
 from kdiff.model import DiffusionModel
 
-__all__ = ["AUTOENCODERS", "MODELS", "NETWORKS", "Model", "load", "save"]
+__all__ = ["AUTOENCODERS", "MODELS", "NETWORKS", "Model", "load", "load_scheduler", "save", "save_scheduler"]
 
 
 class Model(NamedTuple):
