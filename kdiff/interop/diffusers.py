@@ -5,6 +5,9 @@
     images = model.sample(16)
     save(model, "mine")                         # diffusers.DDPMPipeline.from_pretrained("mine")
 
+    process = load_scheduler("sd-turbo")        # a schedule, a prediction, a time label and a sampler
+    model = DiffusionModel(network, **process._asdict())
+
 A network takes what it took there, channels last: `network({"image": x, "time": t})`. A model has the schedule, the
 prediction and the sampler of its scheduler. A pipeline on latents gives latents: its autoencoder is not loaded, nor is
 its text encoder; the condition "context" takes what that gives.
@@ -19,12 +22,21 @@ import keras
 from kdiff.interop import saving, schedulers, transformers, unets
 from kdiff.interop.configs import Described, explained, kind
 from kdiff.interop.files import read_folder, read_json, write_json, write_safetensors
-from kdiff.interop.scheduler_files import load_scheduler, save_scheduler
 from kdiff.interop.scheduler_saving import scheduler_config
 from kdiff.interop.weights import Slot, export, fill
 from kdiff.model import DiffusionModel
 
-__all__ = ["AUTOENCODERS", "MODELS", "NETWORKS", "Model", "load", "load_scheduler", "save", "save_scheduler"]
+__all__ = [
+    "AUTOENCODERS",
+    "MODELS",
+    "NETWORKS",
+    "SCHEDULER",
+    "Model",
+    "load",
+    "load_scheduler",
+    "save",
+    "save_scheduler",
+]
 
 
 class Model(NamedTuple):
@@ -46,6 +58,7 @@ MODELS = {
     "Transformer2DModel": Model(transformers.dit, transformers.dit_slots),  # DiT's, in older files
 }
 NETWORKS = ("unet", "transformer")
+SCHEDULER = "scheduler_config.json"
 AUTOENCODERS = ("vae", "vqvae", "movq")
 
 
@@ -141,3 +154,36 @@ def _save_index(folder: Path, part: str, network: str, scheduler: str) -> None:
         folder / "model_index.json",
         {"_class_name": pipeline, part: ["diffusers", network], "scheduler": ["diffusers", scheduler]},
     )
+
+
+def load_scheduler(path: str | Path, learned: bool = False, tokens: int | None = None) -> schedulers.Process:
+    """What a scheduler's file says: a schedule, a prediction, a time label and a sampler.
+
+    Args:
+        path: the file; or its folder, with `scheduler_config.json`; or a pipeline's, with the folder `scheduler`.
+        learned: whether the network predicts the variance as well.
+        tokens: the length of the transformer's sequence, (height / patch) (width / patch), on which the times depend
+            where `use_dynamic_shifting` is true.
+
+    Raises:
+        ValueError: if the file is missing or damaged, or says what kdiff cannot do.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "scheduler" / SCHEDULER if (path / "scheduler" / SCHEDULER).exists() else path / SCHEDULER
+    return schedulers.process(read_json(path), path, learned, tokens)
+
+
+def save_scheduler(process: Any, path: str | Path) -> None:
+    """Writes a file that diffusers' `from_pretrained` of the class reads.
+
+    Args:
+        process: what `load_scheduler` gives; or anything that has its four parts, as a `DiffusionModel`.
+        path: the file, if it ends in ".json"; or its folder. Files of the same name are replaced.
+
+    Raises:
+        ValueError: if diffusers has no such scheduler.
+    """
+    path = Path(path)
+    process = schedulers.Process(*(getattr(process, name) for name in schedulers.Process._fields))
+    write_json(path if path.suffix == ".json" else path / SCHEDULER, scheduler_config(process))
