@@ -21,7 +21,7 @@ from kdiff.interop import (
     original,
     schedulers,
     transformers,
-    unets,
+    unet_keys,
     weights,
 )
 from kdiff.interop.multistep import DiffusersDPMSolverPP
@@ -63,7 +63,7 @@ def output(network, **conditions):
 def rewrite(folder, change):
     """The weights changed by `change(state)`."""
     file = folder / "diffusion_pytorch_model.safetensors"
-    state = files.read_state(file)
+    state = {name: np.array(array) for name, array in files.read_state(file).items()}
     change(state)
     files.write_safetensors(file, state)
 
@@ -155,9 +155,8 @@ def test_config_that_is_not_json(folder):
     [
         ({"_class_name": "UNet3DModel"}, "`_class_name` must be one of .*UNet2DModel.*received: 'UNet3DModel'"),
         ({"down_block_types": ["DownBlock2D", "KDownBlock2D"]}, "`down_block_types` must be one of .*'KDownBlock2D'"),
-        ({"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "must mirror"),
         ({"block_out_channels": [8, 16, 32]}, "must have one length"),
-        ({"act_fn": "gelu"}, "`act_fn` must be one of .*received: 'gelu'"),
+        ({"act_fn": "tanh"}, "`act_fn` must be one of .*received: 'tanh'"),
         ({"center_input_sample": True}, "`center_input_sample` must be one of .*received: True"),
         ({"new_idea": 3}, "the key `new_idea` is unknown to kdiff; received: 3"),
     ],
@@ -269,7 +268,7 @@ def test_a_shard_with_what_another_should_have(folder):
     state = files.read_state(folder / "diffusion_pytorch_model.safetensors")
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     files.write_safetensors(folder / "a.safetensors", state)
-    files.write_safetensors(folder / "b.safetensors", {"conv_in.bias": state["conv_in.bias"] + 1})
+    files.write_safetensors(folder / "b.safetensors", {"conv_in.bias": np.asarray(state["conv_in.bias"]) + 1})
     index = {"weight_map": dict.fromkeys(state, "a.safetensors")}
     index["weight_map"]["conv_out.bias"] = "b.safetensors"
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
@@ -312,7 +311,7 @@ def test_no_value_of_a_scheduler_is_an_error_without_a_name(name):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("keys", [unets.UNET_2D, unets.UNET_2D_CONDITION, transformers.DIT])
+@pytest.mark.parametrize("keys", [unet_keys.UNET_2D, unet_keys.UNET_2D_CONDITION, transformers.DIT])
 def test_no_value_of_a_network_is_an_error_without_a_name(keys):
     for key in keys:
         for value in HOSTILE:

@@ -16,7 +16,7 @@ from kdiff.interop import diffusers as interop
 from kdiff.interop import schedulers, transformers
 from kdiff.interop.files import read_json, write_json
 from kdiff.interop.foreign import FOREIGN
-from kdiff.interop.unets import UNET_2D, UNET_2D_CONDITION
+from kdiff.interop.unet_keys import UNET_2D, UNET_2D_CONDITION
 from tests.test_interop_networks_reference import DDPM, SIZE, SMALL, SMALL_DIT, normal, one_thread, perturbed  # noqa: F401
 from tests.toys import walk
 

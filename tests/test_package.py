@@ -20,7 +20,7 @@ FILES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*
 
 # A part may import what stands before it, on each of these paths that it is on. So mathematics, neural blocks and
 # pipelines meet in nothing but the foundations.
-FOUNDATIONS = ("closed_edges", "backend", "base", "random", "gaussian", "identity_attention", "writing", "text")
+FOUNDATIONS = ("circular_padding", "backend", "base", "random", "gaussian", "identity_attention", "writing", "text")
 MATHEMATICS = (
     "schedules",
     "predictions",
@@ -49,8 +49,9 @@ PATHS = (
         "evaluation",
     ),
     (*FOUNDATIONS, "blocks", "networks"),
+    (*FOUNDATIONS, "blocks", "encoders"),
     (*FOUNDATIONS, "pictures", "scenes", "data"),
-    (*FOUNDATIONS, "blocks", "networks", *MATHEMATICS, "codecs", "averages", "model", "interop"),
+    (*FOUNDATIONS, "blocks", "encoders", "networks", *MATHEMATICS, "codecs", "averages", "model", "interop"),
 )
 BACKENDS = {"tensorflow", "jax", "torch"}
 # Beyond Keras and NumPy, which are all that the core requires. tf.data feeds every backend, so `data` has TensorFlow.
@@ -60,6 +61,7 @@ REQUIREMENTS = {
     "objectives": {"matplotlib"},
     "pictures": {"PIL", "matplotlib"},
     "text": {"tokenizers", "keras_hub"},
+    "encoders": {"tokenizers", "sentencepiece"},
     "interop": {"safetensors", "torch"},
     "callbacks": {"h5py"},  # which Keras requires
     "data": {"PIL", "keras_cv", "sklearn", "tensorflow", "tensorflow_datasets"},
@@ -239,3 +241,14 @@ def test_data_is_found_without_its_own_import():
     code = "import kdiff; kdiff.data.images; assert not hasattr(kdiff, 'dat')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.once
+def test_a_test_file_is_found_from_its_modules_name():
+    """test_room.py, test_room_module.py or test_module.py, and what goes on with an underscore."""
+    of_all = {"backends_agree", "compositions", "examples", "package", "readme"}
+    modules = {"_".join(Path(file).with_suffix("").parts) for file in FILES}
+    modules = {module.removesuffix("___init__") for module in modules} | {Path(file).stem for file in FILES}
+    named = [file.stem.removeprefix("test_") for file in Path(__file__).parent.glob("test_*.py")]
+    lost = [name for name in named if not any(f"{name}_".startswith(f"{module}_") for module in modules)]
+    assert set(lost) == of_all

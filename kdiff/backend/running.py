@@ -14,10 +14,12 @@ from keras import ops, tree
 __all__ = [
     "BACKEND",
     "after_step",
+    "allocate",
     "by_numpy",
     "compiled",
     "concrete",
     "fused",
+    "give",
     "has_numbers",
     "move_towards",
     "needs_no_preparation",
@@ -301,6 +303,32 @@ def unallocated() -> Iterator[None]:
             yield
     finally:
         global_state.set_global_attribute("uninitialized_variables", waiting)
+
+
+def give(variable: keras.Variable, array: np.ndarray) -> None:
+    """Gives a variable the numbers of an array, which stays the caller's own.
+
+    One that was made in `unallocated` has them for its first value, and its initializer is never run.
+    """
+    if variable._value is not None:
+        variable.assign(array)
+        return
+    value = np.array(array, order="C")
+    if BACKEND == "torch":  # Keras would copy it again
+        import torch
+
+        value = torch.from_numpy(value)
+    variable._initialize(ops.convert_to_tensor(value, variable.dtype))
+    variable._initializer = None
+
+
+def allocate(layer: keras.layers.Layer) -> None:
+    """Initializes what a layer that was built in `unallocated` has of variables without a value."""
+    for variable in layer.variables:
+        if variable._value is None:
+            variable._deferred_initialize()
+    for one in layer._flatten_layers():
+        one._post_build()  # by which PyTorch's modules learn of their parameters
 
 
 @contextlib.contextmanager

@@ -59,11 +59,13 @@ class Tokens(NamedTuple):
 
     Attributes:
         values: (batch, tokens, dim); None where the mask is that of `x` itself, as in a joint sequence.
-        mask: (batch, tokens), True for a token that is attended to.
+        mask: (batch, tokens), True for a token that is attended to; None for all.
+        bias: added to the products of self-attention, (batch or 1, heads, queries, keys); None for nothing.
     """
 
     values: Any
     mask: Any
+    bias: Any = None
 
 
 class ConfigurableLayer(Configurable):

@@ -9,106 +9,126 @@
     model = DiffusionModel(network, **process._asdict())
 
 A network takes what it took there, channels last: `network({"image": x, "time": t})`. A model has the schedule, the
-prediction and the sampler of its scheduler. A pipeline on latents gives latents: its autoencoder is not loaded, nor is
-its text encoder; the condition "context" takes what that gives.
+prediction and the sampler of its scheduler, and on latents its autoencoder as codec. Its text encoder is not loaded;
+the condition "context" takes what that gives. The folder of an autoencoder alone makes a `codecs.Latent`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
 
-from kdiff.interop import saving, schedulers, transformers, unets
+from kdiff.codecs import Latent
+from kdiff.interop import autoencoders, folders, maps, saving_networks, schedulers, transformers, unet_names, unets
 from kdiff.interop.configs import Described, explained, kind
-from kdiff.interop.files import read_folder, read_json, write_json, write_safetensors
+from kdiff.interop.files import State, read_json, write_json, write_safetensors
 from kdiff.interop.scheduler_saving import scheduler_config
 from kdiff.interop.weights import Slot, export, fill
 from kdiff.model import DiffusionModel
+from kdiff.networks import Autoencoder
 
-__all__ = [
-    "AUTOENCODERS",
-    "MODELS",
-    "NETWORKS",
-    "SCHEDULER",
-    "Model",
-    "load",
-    "load_scheduler",
-    "save",
-    "save_scheduler",
-]
+__all__ = ["MODELS", "SCHEDULER", "Model", "load", "load_scheduler", "save", "save_scheduler"]
+
+
+def _nothing(state: State, index: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
 
 
 class Model(NamedTuple):
     """How one class of diffusers is translated.
 
     Attributes:
-        network: the network and the shapes of its inputs, from the configuration and its source.
+        network: the network and the shapes of its inputs, from the configuration, its source and what is `told`.
         slots: the names of its weights.
+        told: options of `network` that are not in the configuration: by the weights, and by `model_index.json`.
     """
 
-    network: Callable[[dict[str, Any], Any], Described]
+    network: Callable[..., Described]
     slots: Callable[[keras.Model], Iterator[Slot]]
+    told: Callable[[State, Mapping[str, Any]], dict[str, Any]] = _nothing
 
 
 MODELS = {
-    "UNet2DModel": Model(unets.unet_2d, unets.unet_slots),
-    "UNet2DConditionModel": Model(unets.unet_2d_condition, unets.unet_slots),
-    "DiTTransformer2DModel": Model(transformers.dit, transformers.dit_slots),
-    "Transformer2DModel": Model(transformers.dit, transformers.dit_slots),  # DiT's, in older files
+    "UNet2DModel": Model(unets.unet_2d, unet_names.unet_slots),
+    "UNet2DConditionModel": Model(unets.unet_2d_condition, unet_names.unet_slots, unets.told),
+    "DiTTransformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),
+    "Transformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),  # DiT's, in older files
 }
-NETWORKS = ("unet", "transformer")
 SCHEDULER = "scheduler_config.json"
-AUTOENCODERS = ("vae", "vqvae", "movq")
 
 
-def load(folder: str | Path, strict: bool = True, **options: Any) -> keras.Model:
+def load(folder: str | Path, strict: bool = True, variant: str | None = None, **options: Any) -> keras.Model | Latent:
     """What a folder of diffusers holds.
 
     Args:
-        folder: of a model, with `config.json`, which makes a network; or of a pipeline, with `model_index.json`, which
-            makes a `DiffusionModel` whose `sample` is by the pipeline's scheduler.
+        folder: of a model, with `config.json`, which makes a network, or of an autoencoder a codec; or of a pipeline,
+            with `model_index.json`, which makes a `DiffusionModel` whose `sample` is by the pipeline's scheduler.
         strict: whether weights that do not match are an error; otherwise a warning.
+        variant: of the weights, such as "fp16" or "non_ema"; None for the file without one or, if there is none, for
+            the only variant.
         options: for a pipeline, arguments of `DiffusionModel`, in place of what the folder says; such as `ema`, which
             is None if not given.
 
     Raises:
-        ValueError: if a file is missing or damaged; if a configuration says what kdiff cannot do; if the weights do
-            not match, with a list of all that do not.
+        ValueError: if a file is missing or damaged; if a configuration says what kdiff cannot do; if the pipeline has
+            a further network, such as a ControlNet; if the weights do not match, with a list of all that do not.
     """
     folder = Path(folder)
     if (folder / "model_index.json").exists():
-        return _load_pipeline(folder, strict, options)
+        return _load_pipeline(folder, strict, variant, options)
     if options:
         raise ValueError(f"{folder}: {sorted(options)} are arguments for a pipeline, and this is a model's folder")
-    return _load_network(folder, strict).network
+    if read_json(folder / "config.json").get("_class_name") in autoencoders.KINDS:
+        return autoencoders.load(folder, strict, variant)
+    return _load_network(folder, strict, variant).network
 
 
-def _load_network(folder: Path, strict: bool) -> Described:
-    source = folder / "config.json"
-    config = read_json(source)
+def _load_network(folder: Path, strict: bool, variant: str | None, index: Mapping[str, Any] | None = None) -> Described:
+    """The network of a folder; with the maps beside x_t as conditions if the pipeline that it is of is known."""
+    source, index = folder / "config.json", index or {}
+    config = {name: value for name, value in read_json(source).items() if name not in folders.EMA_NOTES}
     model = kind(MODELS, config.get("_class_name"), source, "_class_name")
+    state = unet_names.renamed(folders.read_weights(folder, variant))
     with explained(source):
-        described = model.network(config, source)
-    shapes, state = {"time": (None,), **described.shapes}, unets.renamed(read_folder(folder))
-    fill(described.network, shapes, model.slots, state, folder, strict)
+        described = model.network(config, source, **model.told(state, index))
+        if index:
+            beside = _maps_of(index, described, source)
+            described, state = maps.with_maps(described, beside), maps.maps_first(state, index["_class_name"], beside)
+    fill(described.network, {"time": (None,), **described.shapes}, model.slots, state, folder, strict)
     return described
 
 
-def _load_pipeline(folder: Path, strict: bool, options: dict[str, Any]) -> DiffusionModel:
-    index = read_json(folder / "model_index.json")
-    parts = [name for name in NETWORKS if name in index]
-    if len(parts) != 1:
-        raise ValueError(f"{folder}: must have one of {list(NETWORKS)} in `model_index.json`; it has: {sorted(index)}")
-    network, shapes = _load_network(folder / parts[0], strict)
-    source = folder / "scheduler" / "scheduler_config.json"
-    learned = network.out_channels == 2 * shapes["image"][-1]
-    process = schedulers.process(read_json(source), source, learned)
-    codec = "identity" if any(name in index for name in AUTOENCODERS) else "pixels"
+def _maps_of(index: Mapping[str, Any], described: Described, source: Path) -> dict[str, int]:
+    inputs, learned = described.shapes["image"][-1], index["learned"]
+    return maps.maps_of(index["_class_name"], inputs, described.network.out_channels or inputs, learned, source)
+
+
+def _load_pipeline(folder: Path, strict: bool, variant: str | None, options: dict[str, Any]) -> DiffusionModel:
+    index, source = read_json(folder / "model_index.json"), folders.scheduler_of(folder)
+    part, scheduler = folders.check_parts(index, folder), read_json(source)
+    learned = str(scheduler.get("variance_type")).startswith("learned")
+    about = {"_class_name": "", **index, "learned": learned}
+    network, shapes = _load_network(folders.config_of(folder, part), strict, variant, about)
+    process = schedulers.process(scheduler, source, network.out_channels == 2 * shapes["image"][-1])
+    codec = options["codec"] if "codec" in options else _codec(folder, index, strict, variant)
     times = "stratified" if process.schedule.num_steps is None else "discrete"
     model = DiffusionModel(network, **{**process._asdict(), "codec": codec, "times": times, "ema": None, **options})
+    if isinstance(model.codec, Latent):
+        shapes |= {"encoded": shapes["image"], "image": autoencoders.image_shape(model.codec, shapes["image"])}
     model.build(shapes)
     return model
+
+
+def _codec(folder: Path, index: Mapping[str, Any], strict: bool, variant: str | None) -> Any:
+    """The autoencoder of a pipeline; "identity" where its folder was left out."""
+    parts = [name for name in folders.AUTOENCODERS if folders.has(index, name)]
+    if not parts:
+        return "pixels"
+    part = folder / parts[0]
+    if not (part / "config.json").exists():
+        return "identity"
+    return autoencoders.load(part, strict, variant if variant in folders.variants(part) else None)
 
 
 def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
@@ -116,7 +136,8 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
 
     Args:
         model: a network, for `from_pretrained` of its class; or a `DiffusionModel`, for that of a pipeline. Of a model
-            of latents `unet` or `transformer` and `scheduler` are written; the autoencoder has to be put beside them.
+            on latents `unet` or `transformer`, `scheduler` and `vae` are written; of one with an image beside x_t not
+            the index of the pipeline. A `codecs.Latent` alone is written as its autoencoder.
         folder: to write to; files of the same names are replaced.
         averages: whether to write the averaged weights of a model that has them.
 
@@ -124,6 +145,9 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
         ValueError: if diffusers has no such network, schedule, prediction or sampler.
     """
     folder = Path(folder)
+    if isinstance(model, (Latent, Autoencoder)):
+        autoencoders.save(model, folder)
+        return
     if not isinstance(model, DiffusionModel):
         _save_network(model, folder, {})
         return
@@ -131,19 +155,22 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
     scheduler = scheduler_config(process)
     averaged = model.averages.pairs(model.network) if model.averages and model.averages.moved else ()
     values = {id(weight): average for weight, average in averaged} if averages else {}
-    config = saving.network_config(model.network)
+    config = saving_networks.network_config(model.network)
     part = "transformer" if "Transformer" in config["_class_name"] else "unet"
     _save_network(model.network, folder / part, values)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    if config["_class_name"] == "UNet2DModel":
+    if isinstance(model.codec, Latent):
+        autoencoders.save(model.codec, folder / "vae")
+    elif config["_class_name"] == "UNet2DModel" and not maps.map_conditions(model.network):
         _save_index(folder, part, config["_class_name"], scheduler["_class_name"])
 
 
 def _save_network(network: keras.Model, folder: Path, values: dict[int, Any]) -> None:
-    config = saving.network_config(network)
-    model = MODELS[config["_class_name"]]
-    saving.check_same(network, model.network(config, folder).network)
+    config = saving_networks.network_config(network)
+    model, beside = MODELS[config["_class_name"]], maps.channels_of(network)
     state = export(model.slots(network), values)
+    again = maps.with_maps(model.network(config, folder, **model.told(state, {})), beside, maps.map_conditions(network))
+    saving_networks.check_same(network, again.network)
     write_json(folder / "config.json", config)
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", state)
 
@@ -170,7 +197,7 @@ def load_scheduler(path: str | Path, learned: bool = False, tokens: int | None =
     """
     path = Path(path)
     if path.is_dir():
-        path = path / "scheduler" / SCHEDULER if (path / "scheduler" / SCHEDULER).exists() else path / SCHEDULER
+        path = folders.scheduler_of(path)
     return schedulers.process(read_json(path), path, learned, tokens)
 
 

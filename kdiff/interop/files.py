@@ -1,6 +1,7 @@
 """Reading and writing foreign files. Nothing in a file is ever executed: a pickle is read for its tensors alone.
 
-A state dict is a dictionary of NumPy arrays by name. Whatever is wrong with a file is a ValueError that names it.
+A state dict is a dictionary of arrays by name, of which those of a `.safetensors` file are not read before they are
+asked for (see `kdiff.interop.arrays`). Whatever is wrong with a file is a ValueError that names it.
 """
 
 import json
@@ -10,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from kdiff.interop.arrays import Array, Opened, State, array_of
+from kdiff.interop.configs import shown
 from kdiff.writing import replacing
 
 __all__ = [
     "FOLDER_READERS",
     "READERS",
-    "State",
-    "array_of",
+    "SAFETENSORS",
     "read_folder",
     "read_json",
     "read_state",
@@ -24,7 +26,13 @@ __all__ = [
     "write_safetensors",
 ]
 
-State = dict[str, np.ndarray]
+# What a safetensors file calls its types, and NumPy.
+SAFETENSORS = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "C64": "complex64"},
+    **{f"{kind}{bits}": f"{name}{bits}" for kind, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"},
+    **{"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"},
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -67,7 +75,7 @@ def read_folder(folder: Path, stem: str = "diffusion_pytorch_model") -> State:
     raise ValueError(f"{folder}: no weights; expected one of {wanted}; found: {_listing(folder)}")
 
 
-def write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:
+def write_safetensors(path: Path, state: Mapping[str, Array]) -> None:
     """Writes a state dict as diffusers does."""
     arrays = {name: np.ascontiguousarray(array) for name, array in state.items()}
     with replacing(path) as new:
@@ -75,11 +83,27 @@ def write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:
 
 
 def _read_safetensors(path: Path) -> State:
+    """The arrays of a file whose header the library has found to be in order, and in accord with the file's length.
+
+    The library itself maps the file, so that what has been read counts as memory, and NumPy gets no float8 of it.
+    """
     library = _safetensors()
     try:
-        return {name: array_of(array, name, path) for name, array in library.numpy.load_file(path).items()}
+        with library.safe_open(path, "np"):
+            pass
+        file = Opened(path)
+        length = int(file.read(0, 8).view("<u8")[0])
+        header = json.loads(file.read(8, length).tobytes())
     except (library.SafetensorError, KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+        raise ValueError(f"{path}: not a whole safetensors file: {_first_line(error)}") from error
+    header.pop("__metadata__", None)
+    unknown = {name: entry["dtype"] for name, entry in header.items() if entry["dtype"] not in SAFETENSORS}
+    if unknown:
+        raise ValueError(f"{path}: the types must be among {list(SAFETENSORS)}; received: {shown(unknown)}")
+    return {
+        name: file.array(entry["shape"], SAFETENSORS[entry["dtype"]], 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
 
 
 def _safetensors():
@@ -142,28 +166,6 @@ def _read_shards(path: Path) -> State:
     if missing:
         raise ValueError(f"{path}: its shards do not hold {missing}")
     return state
-
-
-def array_of(value: Any, name: str, source: Any) -> np.ndarray:
-    """A NumPy array of an array or a tensor of PyTorch: float32 of floating-point numbers, others as they are.
-
-    Raises:
-        ValueError: if it is no plain tensor with numbers, but sparse, quantised or nested, or without any ("meta").
-    """
-    if hasattr(value, "detach"):
-        import torch
-
-        kinds = {"quantised": value.is_quantized, "nested": value.is_nested, "on no device": value.is_meta}
-        kinds["sparse"] = not kinds["nested"] and value.layout != torch.strided
-        found = [kind for kind, so in kinds.items() if so]
-        if found:
-            raise ValueError(f"{source}: {name} must be a plain tensor; it is {found[0]}")
-        value = value.detach().cpu().resolve_conj().resolve_neg()
-        value = (value.to(torch.float32) if value.is_floating_point() else value).numpy()
-    array = np.asarray(value)
-    floating = array.dtype.kind == "f" or array.dtype.name.startswith(("bfloat16", "float8"))
-    with np.errstate(over="ignore"):  # what is too large is found to be infinite
-        return array.astype("float32") if floating else array
 
 
 def _check_there(path: Path) -> None:

@@ -22,7 +22,8 @@ from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.resampling import Downsample, Upsample
 from kdiff.blocks.transformer import FeedForward, TransformerBlock, adaptive_block
-from kdiff.interop.files import State, array_of, read_state
+from kdiff.interop.arrays import State, array_of
+from kdiff.interop.files import read_state
 from kdiff.interop.transformers import patch_layout
 from kdiff.interop.weights import Part, Rows, Slot, fill, slots
 from kdiff.networks.dit import DiT
@@ -178,7 +179,7 @@ def _unet_names(new_order: bool) -> dict[type, dict[str, Any]]:
 def guided(
     source: Source,
     image_size: int,
-    multipliers: Sequence[int],
+    multipliers: Sequence[float],
     attention_at: Sequence[int] = (32, 16, 8),
     heads: int | None = None,
     head_width: int | None = 64,
@@ -191,7 +192,8 @@ def guided(
     Args:
         source: the weights, as of `read`.
         image_size: of the images.
-        multipliers: the channels of each level as multiples of the first convolution's: `channel_mult` there.
+        multipliers: the channels of each level as multiples of the width of the time's waves: `channel_mult` there,
+            of `model_channels`. At 512 the first, and so the first convolution's, is a half.
         attention_at: the sizes of maps with attention: `attention_resolutions` there.
         heads: `num_heads`, if `head_width` is None.
         head_width: `num_head_channels`; None where the number of heads is given.
@@ -200,7 +202,8 @@ def guided(
         strict: whether weights that do not match are an error; otherwise a warning.
     """
     state, name = read(source)
-    width, channels = _shape(state, "input_blocks.0.0.weight", name, 4)[:2]
+    stem, channels = _shape(state, "input_blocks.0.0.weight", name, 4)[:2]
+    inner, width = _shape(state, "time_embed.0.weight", name)
     resampled = any(re.match(r"input_blocks\.\d+\.0\.in_layers", key) for key in _resamplers(state, len(multipliers)))
     norm = GroupNorm(32)
     mixer = SelfAttention(None if head_width else heads or 1, head_width, norm, zero=False)
@@ -209,17 +212,18 @@ def guided(
     up = block.clone(resample=Upsample(convolution=False)) if resampled else Upsample()
     depth = (_count(state, "input_blocks") - len(multipliers)) // len(multipliers)
     levels = [
-        Level(width * multiplier, depth, block, mixer if image_size // 2**i in attention_at else None, down, up)
+        Level(int(width * multiplier), depth, block, mixer if image_size // 2**i in attention_at else None, down, up)
         for i, multiplier in enumerate(multipliers)
     ]
     classes = _shape(state, "label_emb.weight", name)[0] if "label_emb.weight" in state else None
     network = UNet(
         levels,
         Level(levels[-1].width, 2, block, mixer),
-        MLPEmbedding(SinusoidalEmbedding(width), _shape(state, "time_embed.0.weight", name)[0]),
+        MLPEmbedding(SinusoidalEmbedding(width), inner),
         {} if classes is None else {"label": LabelEmbedding(classes)},
         normalization=norm,
         out_channels=_shape(state, "out.2.weight", name, 4)[0],
+        stem_width=None if stem == levels[0].width else stem,
     )
     labels = {} if classes is None else {"label": (None,)}
     shapes = {"image": (None, image_size, image_size, channels), "time": (None,), **labels}

@@ -78,7 +78,7 @@ class Hybrid(Network):
         return zip(self.levels[:-1], self.levels[1:], strict=True)
 
     def _level(self, level, name):
-        return [self._chain(level.unit(), f"{name}_{i}") for i in range(level.depth)]
+        return [self._chain(unit, f"{name}_{i}") for i, unit in enumerate(level.units_down())]
 
     def _resample(self, layer, towards, name):
         width = {"width": towards.width} if "width" in layer.get_config() else {}
