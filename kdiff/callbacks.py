@@ -14,6 +14,7 @@ import numpy as np
 
 from kdiff import pictures
 from kdiff.base import check_choice, check_integer
+from kdiff.codecs import Codec
 from kdiff.sampling import Sampler
 from kdiff.solvers import Solver
 from kdiff.text import is_text, strings
@@ -52,6 +53,7 @@ class SampleCallback(keras.callbacks.Callback):
             commas, if there are any, and `True` demands that there are; `False` shows none; or as many strings.
         class_names: what the captions show in place of the whole numbers 0, 1, ...
         trajectory_gif: whether to write `trajectory.gif`, from noise to images, when training ends.
+        preview: a `Codec` that decodes the steps of `trajectory_gif` in place of the model's own, which may be slow.
         training_gif: whether to write `training.gif`, from the first grid in `folder` to the last, when training ends.
         tensorboard: a folder of TensorBoard logs in which the grids appear too (this needs TensorFlow), or `None`.
 
@@ -78,6 +80,7 @@ class SampleCallback(keras.callbacks.Callback):
         captions: bool | Sequence[str] | None = None,
         class_names: Sequence[str] | None = None,
         trajectory_gif: bool = False,
+        preview: Codec | str | None = None,
         training_gif: bool = False,
         tensorboard: str | os.PathLike | None = None,
     ):
@@ -98,6 +101,7 @@ class SampleCallback(keras.callbacks.Callback):
         self.seed = seed
         self.conditions = _check_conditions(conditions, num_samples)
         self.size, self.draw = size, draw
+        self.preview = None if preview is None else Codec.get(preview)
         self.columns = columns
         self.class_names = _check_names(class_names)
         self.captions = _check_captions(captions, self.conditions, self.class_names, num_samples)
@@ -158,7 +162,7 @@ class SampleCallback(keras.callbacks.Callback):
             _log_image(self._writer, path, number)
 
     def _write_trajectory(self) -> None:
-        steps = self.model.sample_steps(self.num_samples, **self._options())
+        steps = self.model.sample_steps(self.num_samples, preview=self.preview, **self._options())
         drawn = [self._pictures(step.x) for step in steps]
         frames = [pictures.to_uint8(frame) for frame, _, _ in drawn]
         pictures.save_gif(self.folder / "trajectory.gif", frames, drawn[0][1], captions=drawn[0][2])

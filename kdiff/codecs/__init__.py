@@ -1,7 +1,8 @@
 """Codecs: between what people hold and what diffuses."""
 
 from kdiff.codecs.base import Absent, Codec, Identity, Pixels
+from kdiff.codecs.latent import Latent
 from kdiff.codecs.standard import Standard, Transformed
 from kdiff.codecs.wavelets import Haar
 
-__all__ = ["Absent", "Codec", "Haar", "Identity", "Pixels", "Standard", "Transformed"]
+__all__ = ["Absent", "Codec", "Haar", "Identity", "Latent", "Pixels", "Standard", "Transformed"]

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from kdiff.base import check_choice, check_integer
-from kdiff.data import augmentation, encoding, sources
+from kdiff.data import augmentation, encoding, latents, sources
 from kdiff.data._tensorflow import tf
 from kdiff.data.order import Order
 
@@ -31,6 +31,8 @@ def images(
     channels: int | None = None,
     data_dir: str | os.PathLike | None = None,
     download: bool = False,
+    codec: Any = None,
+    flips: bool = False,
     augment: keras.layers.Layer | Callable | Sequence | None = None,
     cache: bool | str | os.PathLike = True,
     shuffle: bool = True,
@@ -41,8 +43,8 @@ def images(
     """A pipeline of image batches: resized, cached, shuffled each epoch, augmented, batched, prefetched.
 
     It yields float32 images in [-1, 1] with shape `(batch, height, width, channels)`, or with `labels` or `text` dicts
-    such as `{"image": images, "label": labels, "text": text}`. Its attribute `class_names` lists the names of the
-    classes, or is `None`.
+    such as `{"image": images, "label": labels, "text": text}`; with a `codec` dicts, `{"encoded": data, ...}`, always.
+    Its attribute `class_names` lists the names of the classes, or is `None`.
 
     Args:
         source: one of
@@ -72,6 +74,10 @@ def images(
             is 3 for a folder.
         data_dir: where TensorFlow Datasets lie; `None` is their default, ~/tensorflow_datasets.
         download: whether a TensorFlow Dataset that is not there may be downloaded.
+        codec: a codec of `kdiff.codecs`, such as `Latent`, that encodes each image once, before the cache, which holds
+            mean and standard deviation in float16; of these every epoch draws anew. The same codec belongs to the
+            model, which decodes with it: `DiffusionModel(network, codec=codec)`.
+        flips: whether a `codec` encodes the mirror image too, of which each epoch takes one of the two at random.
         augment: Keras or keras-cv layers, functions of a TensorFlow tensor, or a list of them. Each gets one float32
             image `(height, width, channels)` in [0, 255], the range that Keras' layers expect, anew in every epoch. A
             function draws from a `tf.random.Generator`: what `tf.random.uniform` gives, tf.data repeats in every epoch
@@ -87,6 +93,7 @@ def images(
             draw for `augment`, which begins anew.
 
     Raises:
+        TypeError: if `codec` is none.
         ValueError: for an unknown source or split, an empty source, fewer images than a batch, images of different
             sizes without `image_size`, an array of the wrong rank, type or range, or with NaN, labels or text that the
             source does not have, and a text encoder without text or that gives something else.
@@ -94,6 +101,7 @@ def images(
     """
     size = _check_arguments(image_size, batch_size, channels, repeat, seed)
     augment = augmentation.steps(augment)
+    latents.check_codec(codec, augment, flips)
     _check_encoder(text_encoder, text)
     found = sources.find(source, size, labels, text, split, data_dir, download)
     channels = channels or found.channels
@@ -104,14 +112,17 @@ def images(
     dataset = found.dataset.map(_conform(size, channels), tf.data.AUTOTUNE)
     if text_encoder is not None:
         dataset = encoding.encoded(dataset, text_encoder)
-    ready = found.in_memory and size in (None, found.shape[:2]) and text_encoder is None
+    if codec is not None:
+        dataset = latents.encoded(dataset, codec, flips)
+    ready = found.in_memory and size in (None, found.shape[:2]) and text_encoder is None and codec is None
     if cache and not (cache is True and ready):
         dataset = dataset.cache() if cache is True else _cached(dataset, Path(cache))
     order = Order(count, count if cache is True else min(count, UNCACHED_SHUFFLE), seed)
     dataset = order.shuffled(dataset, repeat) if shuffle else dataset.repeat(repeat)
     if augment:
         dataset = dataset.map(_augment(augment), tf.data.AUTOTUNE if seed is None else None)
-    dataset = dataset.batch(batch_size, drop_remainder).map(_scale).prefetch(tf.data.AUTOTUNE)
+    finish = _scale if codec is None else latents.drawn(seed)
+    dataset = dataset.batch(batch_size, drop_remainder).map(finish).prefetch(tf.data.AUTOTUNE)
     dataset.class_names = found.class_names
     dataset.order = order
     return dataset

@@ -1,5 +1,5 @@
 """Foreign checkpoints: `diffusers.load(folder)` and `diffusers.save(model, folder)`; `original` for the papers' own."""
 
-from kdiff.interop import diffusers, original
+from kdiff.interop import autoencoders, diffusers, original
 
-__all__ = ["diffusers", "original"]
+__all__ = ["autoencoders", "diffusers", "original"]

@@ -22,9 +22,11 @@ from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.resampling import Downsample, Upsample
 from kdiff.blocks.transformer import FeedForward, TransformerBlock, adaptive_block
-from kdiff.interop.arrays import State, array_of
+from kdiff.interop.arrays import State
+from kdiff.interop.checkpoints import state_of
 from kdiff.interop.files import read_state
 from kdiff.interop.transformers import patch_layout
+from kdiff.interop.unsupported import about_names
 from kdiff.interop.weights import Part, Rows, Slot, fill, slots
 from kdiff.networks.dit import DiT
 from kdiff.networks.simple_unet import SimpleUNet
@@ -50,11 +52,11 @@ def read(source: Source) -> tuple[State, str]:
     """The arrays, from a file or a mapping of arrays by name, and what to call them in an error.
 
     Args:
-        source: a `.safetensors`, `.npz`, or `.pt` file, of which the last needs PyTorch and is read for its tensors
-            alone; or a mapping of arrays.
+        source: a `.safetensors`, `.npz`, or `.pt` file, of which the last is read for its tensors alone; or a mapping
+            of arrays. Of a checkpoint that holds several, it is the averaged weights: see `kdiff.interop.checkpoints`.
     """
     if isinstance(source, Mapping):
-        return {name: array_of(array, name, "the state dict") for name, array in source.items()}, "the state dict"
+        return state_of(source, "the state dict"), "the state dict"
     return read_state(source), str(source)
 
 
@@ -62,6 +64,7 @@ def _shape(state: State, name: str, source: str, rank: int = 2) -> tuple[int, ..
     if name not in state:
         raise ValueError(
             f"{source}: `{name}` is missing, which tells of what size the network is; it has: {list(state)[:5]}"
+            f"{about_names(state)}"
         )
     shape = state[name].shape
     if len(shape) != rank or 0 in shape:

@@ -477,10 +477,11 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
 
 _REPLACEABLE = {"codec": Codec, "schedule": NoiseSchedule, "prediction": Prediction}
 
+_METHODS = (DiffusionModel.sample, DiffusionModel.sample_steps, DiffusionModel.invert)
 # What no condition can be named, for it is an argument of a method that takes conditions, or another input.
 RESERVED = frozenset(
     name
-    for method in (DiffusionModel.sample, DiffusionModel.invert, DiffusionModel._run, DiffusionModel.denoise)
+    for method in (*_METHODS, DiffusionModel._run, DiffusionModel.denoise)
     for name, parameter in inspect.signature(method).parameters.items()
     if parameter.kind is not parameter.VAR_KEYWORD and name != "self"
 ) | {"time", "encoded", "sample_weight"}

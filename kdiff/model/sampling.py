@@ -18,6 +18,7 @@ from keras import ops, tree
 
 from kdiff import backend
 from kdiff.base import check_integer, check_number
+from kdiff.codecs import Codec
 from kdiff.denoisers import Given
 from kdiff.guidance import ClassifierFree, Inpaint
 from kdiff.guidance.base import Run
@@ -182,14 +183,16 @@ class Sampling:
         run = self._run(num_samples, **options, **conditions)
         return run.ends(ops.convert_to_numpy if stop else self._decode, batch_size, verbose)
 
-    def sample_steps(self, num_samples: int, **options) -> Iterator[Step]:
+    def sample_steps(self, num_samples: int, *, preview: Codec | str | None = None, **options) -> Iterator[Step]:
         """The same as `sample`, in one batch, step by step: yields a `Step` whose x and x_hat are decoded arrays.
 
         Args:
             num_samples: how many.
+            preview: a `Codec` that decodes in place of the model's own, such as one that is faster.
             **options: as of `sample`, conditions included, but for `batch_size` and `verbose`.
         """
-        return self._run(num_samples, **options).decoded(self._decode)
+        decode = self._decode if preview is None else partial(self._by_codec, Codec.get(preview).decode)
+        return self._run(num_samples, **options).decoded(decode)
 
     def invert(self, image: Any, *, iterations: int = 1, batch_size: int = 64, **options) -> np.ndarray:
         """The noise from which a deterministic sampler makes these examples: `sample(n, x=noise)` gives them again.

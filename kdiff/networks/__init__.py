@@ -2,6 +2,8 @@
 
 from kdiff.blocks.transformer import adaptive_block
 from kdiff.networks import published
+from kdiff.networks.autoencoder import VQ, Autoencoder, AutoencoderKL
+from kdiff.networks.autoencoder_tiny import Tiny
 from kdiff.networks.base import Network
 from kdiff.networks.counting import flops, parameters, summary
 from kdiff.networks.dit import DiT
@@ -14,6 +16,9 @@ from kdiff.networks.uvit import UViT
 
 __all__ = [
     "MLP",
+    "VQ",
+    "Autoencoder",
+    "AutoencoderKL",
     "DiT",
     "Hybrid",
     "InputResidual",
@@ -23,6 +28,7 @@ __all__ = [
     "Network",
     "OutputSkip",
     "SimpleUNet",
+    "Tiny",
     "UNet",
     "UViT",
     "adaptive_block",

@@ -20,6 +20,7 @@ from keras import ops
 from kdiff import backend
 from kdiff.blocks.base import Block
 from kdiff.blocks.layers import Conv2D, Dense
+from kdiff.networks.autoencoder import Autoencoder
 from kdiff.networks.base import Network
 
 __all__ = ["COUNTS", "Row", "Shape", "flops", "parameters", "rows", "summary"]
@@ -47,8 +48,8 @@ def flops(network: keras.Model, shape: Shape, **conditions: Shape) -> int:
     """The multiply-additions of one call of a network on one image.
 
     Args:
-        network: a `Network`, built or not, of which nothing is allocated; or another built Keras model that meets the
-            contract of networks.
+        network: a `Network` or an `Autoencoder`, built or not, of which nothing is allocated; or another built Keras
+            model that meets the contract of networks.
         shape: of the image, without the batch: (height, width, channels).
         conditions: the shape of each condition, without the batch; of those not given it is (), as of labels.
 
@@ -83,7 +84,9 @@ def rows(network: keras.Model, shape: Shape, **conditions: Shape) -> list[Row]:
         network = _built(network, shapes)
         recorder = _Recorder(network)
         with recorder:
-            keras.Operation.compute_output_spec(network, {k: keras.KerasTensor(v) for k, v in shapes.items()})
+            inputs = {name: keras.KerasTensor(shape) for name, shape in shapes.items()}
+            inputs = inputs["image"] if isinstance(network, Autoencoder) else inputs
+            keras.Operation.compute_output_spec(network, inputs)
     return recorder.rows()
 
 
@@ -91,15 +94,16 @@ def _shapes(network, shape, conditions):
     """The shapes of the inputs by name, for a batch of one."""
     inputs = network.condition_inputs if isinstance(network, Network) else {}
     others = {name: () for name, one in inputs.items() if not one.optional}
-    sizes = {"image": shape, "time": (), **others, **conditions}
+    times = {} if isinstance(network, Autoencoder) else {"time": ()}
+    sizes = {"image": shape, **times, **others, **conditions}
     return {name: (1, *size) for name, size in sizes.items()}
 
 
 def _built(network, shapes):
-    """A copy without values of a `Network`; another network itself."""
-    if isinstance(network, Network):
+    """A copy without values of a `Network` or an `Autoencoder`; another network itself."""
+    if isinstance(network, (Network, Autoencoder)):
         network = network.clone()
-        network.build(shapes)
+        network.build(shapes["image"] if isinstance(network, Autoencoder) else shapes)
     elif not network.built:
         raise ValueError(f"flops: a network that is not a kdiff `Network` must be built; {network.name!r} is not")
     return network
