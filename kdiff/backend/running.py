@@ -311,10 +311,10 @@ def give(variable: keras.Variable, array: np.ndarray) -> None:
 
     One that was made in `unallocated` has them for its first value, and its initializer is never run.
     """
+    value = _packed(array)  # JAX, and PyTorch below, keep the memory of what they are given
     if variable._value is not None:
-        variable.assign(array)
+        variable.assign(value)
         return
-    value = _packed(array)
     if BACKEND == "torch":  # Keras would copy it again
         import torch
 
