@@ -46,6 +46,7 @@ __all__ = [
     "UNIT_PIXELS",
     "UNIT_SCHEDULERS",
     "Model",
+    "assembled",
     "load",
     "load_scheduler",
     "save",
@@ -154,15 +155,32 @@ def _load_pipeline(
     part, scheduler = folders.check_parts(index, folder), read_json(source)
     learned = str(scheduler.get("variance_type")).startswith("learned")
     about = {"_class_name": "", **index, "learned": learned}
-    network, shapes = _load_network(folders.config_of(folder, part), strict, variant, about, prompt)
-    process = schedulers.process(scheduler, source, network.out_channels == 2 * shapes["image"][-1])
+    described = _load_network(folders.config_of(folder, part), strict, variant, about, prompt)
+    learned_too = described.network.out_channels == 2 * described.shapes["image"][-1]
+    process = schedulers.process(scheduler, source, learned_too)
     unit = scheduler["_class_name"] in UNIT_SCHEDULERS
     codec = options["codec"] if "codec" in options else _codec(folder, index, strict, variant)
     codec = UNIT_PIXELS if unit and codec == "pixels" else codec
+    return assembled(described, process, codec, options)
+
+
+def assembled(
+    described: Described, process: schedulers.Process, codec: Any, options: Mapping[str, Any]
+) -> DiffusionModel:
+    """The model of a network that has its weights.
+
+    Args:
+        described: the network, and the shapes of its inputs.
+        process: its schedule, prediction, time label and sampler.
+        codec: of the model; with a `codecs.Latent` the network's image is its latents.
+        options: arguments of `DiffusionModel`, in place of those.
+    """
+    network, shapes = described
     times = "stratified" if process.schedule.num_steps is None else "discrete"
     model = DiffusionModel(network, **{**process._asdict(), "codec": codec, "times": times, "ema": None, **options})
     if isinstance(model.codec, Latent):
-        shapes |= {"encoded": shapes["image"], "image": autoencoders.image_shape(model.codec, shapes["image"])}
+        latents = shapes["image"]
+        shapes = {**shapes, "encoded": latents, "image": autoencoders.image_shape(model.codec, latents)}
     model.build(shapes)
     return model
 
