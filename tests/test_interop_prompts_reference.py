@@ -144,7 +144,7 @@ def refiner(folder):
 PIPELINES = {"sd_1": sd_1, "sd_2": sd_2, "xl": xl, "refiner": refiner}
 
 
-@pytest.fixture(scope="module", params=PIPELINES)
+@pytest.fixture(scope="module", params=mostly_once(PIPELINES, ("xl",)))
 def pair(request, tmp_path_factory):
     """(name, the pipeline, the folder that it has written, the model of that)."""
     folder = tmp_path_factory.mktemp(request.param)

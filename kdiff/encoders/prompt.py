@@ -161,7 +161,6 @@ class Prompt(Condition):
         self._check_shape(values.shape)
         if not np.all(np.isfinite(values)):
             raise ValueError("Prompt: the rows of texts must be finite; received a batch that holds NaN or infinity")
-        _ = self.null  # made here: while a step is traced there is nothing to compute it with
 
     def _rows(self, texts: list[str]) -> np.ndarray:
         if not all(encoder.built for encoder in self.encoders):

@@ -5,6 +5,9 @@
     images = model.sample(16)
     save(model, "mine")                         # diffusers.DDPMPipeline.from_pretrained("mine")
 
+    process = load_scheduler("sd-turbo")        # a schedule, a prediction, a time label and a sampler
+    model = DiffusionModel(network, **process._asdict())
+
 A network takes what it took there, channels last: `network({"image": x, "time": t})`. A model has the schedule, the
 prediction and the sampler of its scheduler, on latents its autoencoder as codec, and the text encoders of Stable
 Diffusion: `model.sample(4, text="a red circle", guidance=7.5)`; of others "context" is what those give. The folder
@@ -37,7 +40,17 @@ from kdiff.interop.weights import Slot, export, fill
 from kdiff.model import DiffusionModel
 from kdiff.networks import Autoencoder
 
-__all__ = ["MODELS", "UNIT_PIXELS", "UNIT_SCHEDULERS", "Model", "load", "save"]
+__all__ = [
+    "MODELS",
+    "SCHEDULER",
+    "UNIT_PIXELS",
+    "UNIT_SCHEDULERS",
+    "Model",
+    "load",
+    "load_scheduler",
+    "save",
+    "save_scheduler",
+]
 
 
 def _nothing(state: State, index: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,6 +77,7 @@ MODELS = {
     "DiTTransformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),
     "Transformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),  # DiT's, in older files
 }
+SCHEDULER = "scheduler_config.json"
 
 UNIT_SCHEDULERS = ("ScoreSdeVeScheduler",)  # of networks of pictures in [0, 1], not [-1, 1]
 UNIT_PIXELS = Standard(-1.0, 2.0)
@@ -221,3 +235,36 @@ def _save_index(folder: Path, part: str, network: str, scheduler: str) -> None:
         folder / "model_index.json",
         {"_class_name": pipeline, part: ["diffusers", network], "scheduler": ["diffusers", scheduler]},
     )
+
+
+def load_scheduler(path: str | Path, learned: bool = False, tokens: int | None = None) -> schedulers.Process:
+    """What a scheduler's file says: a schedule, a prediction, a time label and a sampler.
+
+    Args:
+        path: the file; or its folder, with `scheduler_config.json`; or a pipeline's, with the folder `scheduler`.
+        learned: whether the network predicts the variance as well.
+        tokens: the length of the transformer's sequence, (height / patch) (width / patch), on which the times depend
+            where `use_dynamic_shifting` is true.
+
+    Raises:
+        ValueError: if the file is missing or damaged, or says what kdiff cannot do.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = folders.scheduler_of(path)
+    return schedulers.process(read_json(path), path, learned, tokens)
+
+
+def save_scheduler(process: Any, path: str | Path) -> None:
+    """Writes a file that diffusers' `from_pretrained` of the class reads.
+
+    Args:
+        process: what `load_scheduler` gives; or anything that has its four parts, as a `DiffusionModel`.
+        path: the file, if it ends in ".json"; or its folder. Files of the same name are replaced.
+
+    Raises:
+        ValueError: if diffusers has no such scheduler.
+    """
+    path = Path(path)
+    process = schedulers.Process(*(getattr(process, name) for name in schedulers.Process._fields))
+    write_json(path if path.suffix == ".json" else path / SCHEDULER, scheduler_config(process))
