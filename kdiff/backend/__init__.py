@@ -45,6 +45,7 @@ from kdiff.backend.running import (
     with_fixed_shapes,
     without_gradients,
 )
+from kdiff.backend.saving import serialized, without_tensorflow
 from kdiff.backend.training import SafeTraining, replica, strategy_of
 
 __all__ = [
@@ -82,6 +83,7 @@ __all__ = [
     "replaced",
     "replica",
     "scaled",
+    "serialized",
     "strategy_of",
     "synchronise",
     "unallocated",
@@ -90,4 +92,5 @@ __all__ = [
     "upsample_nearest",
     "with_fixed_shapes",
     "without_gradients",
+    "without_tensorflow",
 ]

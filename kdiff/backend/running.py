@@ -311,10 +311,10 @@ def give(variable: keras.Variable, array: np.ndarray) -> None:
 
     One that was made in `unallocated` has them for its first value, and its initializer is never run.
     """
+    value = _packed(array)  # JAX, and PyTorch below, keep the memory of what they are given
     if variable._value is not None:
-        variable.assign(array)
+        variable.assign(value)
         return
-    value = _packed(array)
     if BACKEND == "torch":  # Keras would copy it again
         import torch
 
@@ -324,7 +324,7 @@ def give(variable: keras.Variable, array: np.ndarray) -> None:
 
 
 def _packed(array: np.ndarray) -> np.ndarray:
-    """A copy in C order. Most are of transposed kernels, which is twice as fast in blocks that a cache holds."""
+    """A copy in C order: of transposed kernels in blocks that a cache holds, 1.3 to 1.8 times as fast as in one."""
     copy = np.empty(array.shape, array.dtype)
     if array.ndim < 2:
         copy[...] = array

@@ -5,6 +5,9 @@
     images = model.sample(16)
     save(model, "mine")                         # diffusers.DDPMPipeline.from_pretrained("mine")
 
+    process = load_scheduler("sd-turbo")        # a schedule, a prediction, a time label and a sampler
+    model = DiffusionModel(network, **process._asdict())
+
 A network takes what it took there, channels last: `network({"image": x, "time": t})`. A model has the schedule, the
 prediction and the sampler of its scheduler, on latents its autoencoder as codec, and the text encoders of Stable
 Diffusion: `model.sample(4, text="a red circle", guidance=7.5)`; of others "context" is what those give. The folder
@@ -37,7 +40,18 @@ from kdiff.interop.weights import Slot, export, fill
 from kdiff.model import DiffusionModel
 from kdiff.networks import Autoencoder
 
-__all__ = ["MODELS", "UNIT_PIXELS", "UNIT_SCHEDULERS", "Model", "load", "save"]
+__all__ = [
+    "MODELS",
+    "SCHEDULER",
+    "UNIT_PIXELS",
+    "UNIT_SCHEDULERS",
+    "Model",
+    "assembled",
+    "load",
+    "load_scheduler",
+    "save",
+    "save_scheduler",
+]
 
 
 def _nothing(state: State, index: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,6 +78,7 @@ MODELS = {
     "DiTTransformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),
     "Transformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),  # DiT's, in older files
 }
+SCHEDULER = "scheduler_config.json"
 
 UNIT_SCHEDULERS = ("ScoreSdeVeScheduler",)  # of networks of pictures in [0, 1], not [-1, 1]
 UNIT_PIXELS = Standard(-1.0, 2.0)
@@ -140,15 +155,32 @@ def _load_pipeline(
     part, scheduler = folders.check_parts(index, folder), read_json(source)
     learned = str(scheduler.get("variance_type")).startswith("learned")
     about = {"_class_name": "", **index, "learned": learned}
-    network, shapes = _load_network(folders.config_of(folder, part), strict, variant, about, prompt)
-    process = schedulers.process(scheduler, source, network.out_channels == 2 * shapes["image"][-1])
+    described = _load_network(folders.config_of(folder, part), strict, variant, about, prompt)
+    learned_too = described.network.out_channels == 2 * described.shapes["image"][-1]
+    process = schedulers.process(scheduler, source, learned_too)
     unit = scheduler["_class_name"] in UNIT_SCHEDULERS
     codec = options["codec"] if "codec" in options else _codec(folder, index, strict, variant)
     codec = UNIT_PIXELS if unit and codec == "pixels" else codec
+    return assembled(described, process, codec, options)
+
+
+def assembled(
+    described: Described, process: schedulers.Process, codec: Any, options: Mapping[str, Any]
+) -> DiffusionModel:
+    """The model of a network that has its weights.
+
+    Args:
+        described: the network, and the shapes of its inputs.
+        process: its schedule, prediction, time label and sampler.
+        codec: of the model; with a `codecs.Latent` the network's image is its latents.
+        options: arguments of `DiffusionModel`, in place of those.
+    """
+    network, shapes = described
     times = "stratified" if process.schedule.num_steps is None else "discrete"
     model = DiffusionModel(network, **{**process._asdict(), "codec": codec, "times": times, "ema": None, **options})
     if isinstance(model.codec, Latent):
-        shapes |= {"encoded": shapes["image"], "image": autoencoders.image_shape(model.codec, shapes["image"])}
+        latents = shapes["image"]
+        shapes = {**shapes, "encoded": latents, "image": autoencoders.image_shape(model.codec, latents)}
     model.build(shapes)
     return model
 
@@ -221,3 +253,36 @@ def _save_index(folder: Path, part: str, network: str, scheduler: str) -> None:
         folder / "model_index.json",
         {"_class_name": pipeline, part: ["diffusers", network], "scheduler": ["diffusers", scheduler]},
     )
+
+
+def load_scheduler(path: str | Path, learned: bool = False, tokens: int | None = None) -> schedulers.Process:
+    """What a scheduler's file says: a schedule, a prediction, a time label and a sampler.
+
+    Args:
+        path: the file; or its folder, with `scheduler_config.json`; or a pipeline's, with the folder `scheduler`.
+        learned: whether the network predicts the variance as well.
+        tokens: the length of the transformer's sequence, (height / patch) (width / patch), on which the times depend
+            where `use_dynamic_shifting` is true.
+
+    Raises:
+        ValueError: if the file is missing or damaged, or says what kdiff cannot do.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = folders.scheduler_of(path)
+    return schedulers.process(read_json(path), path, learned, tokens)
+
+
+def save_scheduler(process: Any, path: str | Path) -> None:
+    """Writes a file that diffusers' `from_pretrained` of the class reads.
+
+    Args:
+        process: what `load_scheduler` gives; or anything that has its four parts, as a `DiffusionModel`.
+        path: the file, if it ends in ".json"; or its folder. Files of the same name are replaced.
+
+    Raises:
+        ValueError: if diffusers has no such scheduler.
+    """
+    path = Path(path)
+    process = schedulers.Process(*(getattr(process, name) for name in schedulers.Process._fields))
+    write_json(path if path.suffix == ".json" else path / SCHEDULER, scheduler_config(process))

@@ -21,6 +21,7 @@ __all__ = [
     "WithFirst",
     "Within",
     "WithoutLast",
+    "stretched",
 ]
 
 # What a step takes off t that diffusers makes of length 0: the network is asked, and nothing moves.

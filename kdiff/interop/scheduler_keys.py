@@ -20,6 +20,7 @@ __all__ = [
     "NO_DATA",
     "ORDERED",
     "PREDICTED",
+    "SIGMA",
     "SIGMAS",
     "SIGMA_ENDS",
     "SPACINGS",

@@ -7,13 +7,14 @@ from typing import Any
 
 from kdiff import guidance, predictions, schedules, solvers, times
 from kdiff.interop import multistep, schedulers
-from kdiff.interop.grids import BetaSigmas, FlowMatching
+from kdiff.interop.grids import BetaSigmas, Consistent, Distilled, FlowMatching, FlowSigmas, UpTo
+from kdiff.interop.guidance import LowThreshold
 from kdiff.interop.scheduler_keys import SPACINGS, VARIANCES
 from kdiff.interop.scheduler_parts import PREDICTIONS
-from kdiff.interop.scheduler_tabled import MULTISTEP
+from kdiff.interop.scheduler_tabled import MULTISTEP, SINGLESTEP
 from kdiff.interop.score_sde import PredictorCorrector
-from kdiff.interop.solvers import DDIMKeptNoise, DiffusersPNDM, EvenSteps, NoisyEnd
-from kdiff.interop.tables import NearlyZeroSNR
+from kdiff.interop.solvers import DDIMInverted, DDIMKeptNoise, DiffusersPNDM, DiffusersTCD, EvenSteps, NoisyEnd
+from kdiff.interop.tables import NearlyZeroSNR, WuerstchenCosine
 from kdiff.times import TimeGrid
 
 __all__ = ["ENDS", "NAMES_OF_PREDICTIONS", "NOISES", "SCHEDULES", "SOLVERS", "Config", "scheduler_config"]
@@ -41,6 +42,16 @@ def _dpm(algorithm: str) -> Callable[[Any], Config]:
         solver_type=lambda solver: solver.variant,
         lower_order_final=lambda solver: solver.lower_final,
         euler_at_final=lambda solver: getattr(solver, "euler_final", False),
+    )
+
+
+def _singlestep(algorithm: str) -> Callable[[Any], Config]:
+    return _named(
+        "DPMSolverSinglestepScheduler",
+        algorithm_type=lambda _: algorithm,
+        solver_order=lambda solver: solver.order,
+        solver_type=lambda solver: solver.variant,
+        lower_order_final=lambda solver: solver.lower_final,
     )
 
 
@@ -86,6 +97,21 @@ SOLVERS = {
     solvers.LMS: _named("LMSDiscreteScheduler"),
     solvers.DPM2: _named("KDPM2DiscreteScheduler"),
     solvers.DPM2Ancestral: _named("KDPM2AncestralDiscreteScheduler"),
+    solvers.LCM: _named("LCMScheduler", timestep_scaling=lambda solver: solver.scaling),
+    DiffusersTCD: _named("TCDScheduler"),
+    **{kind: _singlestep(name) for name, kind in SINGLESTEP.items()},
+    solvers.DPMSolverPPSinglestepSDE: _named("DPMSolverSDEScheduler"),
+    solvers.SASolver: _named(
+        "SASolverScheduler",
+        predictor_order=lambda solver: solver.predictor_order,
+        corrector_order=lambda solver: solver.corrector_order,
+        lower_order_final=lambda solver: solver.lower_final,
+    ),
+    DDIMInverted: _named(
+        "DDIMInverseScheduler",
+        clip_sample=lambda solver: solver.limit is not None,
+        clip_sample_range=lambda solver: solver.limit or 1.0,
+    ),
 }
 ENDS = ({}, {"set_alpha_to_one": True}, {"set_alpha_to_one": False}, {"final_sigmas_type": "sigma_min"})
 NOISES = {
@@ -131,27 +157,81 @@ def _known(config: Config, name: str) -> bool:
 
 
 def _candidates(wanted: schedulers.Process) -> Iterator[Config]:
+    yield from _untabled(wanted)
     solver, grid = wanted.sampler.solver, wanted.sampler.grid
-    if isinstance(grid, FlowMatching):
-        yield _flow(grid, solver)
     if isinstance(solver, PredictorCorrector):
         yield _score_sde(wanted.schedule, solver)
         return
     solver = solver.solver if isinstance(solver, EvenSteps) else solver
-    table, prediction = _table(wanted.schedule), wanted.prediction
+    inner = list(_inside(grid))
+    table, prediction = _table(wanted.schedule, inner), wanted.prediction
     prediction = NAMES_OF_PREDICTIONS.get(type(getattr(prediction, "prediction", prediction)))
     if table is None or prediction is None or type(solver) not in SOLVERS:
         return
     shared = {**SOLVERS[type(solver)](solver), **table, "prediction_type": prediction}
     shared |= _changes(wanted.sampler.guidance, solver)
-    inner = list(_inside(grid))
-    offsets = sorted({0, 1, *(one.offset for one in inner if isinstance(one, times.Leading))})
-    noises = [{}]
+    shared |= {"timestep_type": "continuous"} if isinstance(wanted.time_label, times.LogSNR) else {}
+    offsets, noises, clipped = {0, 1}, [{}], {}
     for one in inner:
         ends = {name: getattr(one, name, None) for name in ("sigma_min", "sigma_max")}
         noises += [{**names, **ends} for names in NOISES.get(type(one), ())]
-    for spacing, offset, end, noise in itertools.product(SPACINGS, offsets, ENDS, noises):
-        yield {**shared, "timestep_spacing": spacing, "steps_offset": offset, **end, **noise}
+        offsets |= {one.offset} if isinstance(one, times.Leading) else set()
+        shared |= {"original_inference_steps": one.original} if isinstance(one, Distilled) else {}
+        clipped = _lowest(wanted.schedule, one.last) if isinstance(one, UpTo) else clipped
+    for spacing, offset, end, noise in itertools.product(SPACINGS, sorted(offsets), ENDS, noises):
+        yield {**shared, **clipped, "timestep_spacing": spacing, "steps_offset": offset, **end, **noise}
+
+
+def _lowest(schedule, last: int) -> Config:
+    """The `lambda_min_clipped` that leaves so many steps of the process."""
+    return {"lambda_min_clipped": 0.25 * float(schedule.log_snrs[last] + schedule.log_snrs[last + 1])}
+
+
+def _untabled(wanted: schedulers.Process) -> Iterator[Config]:
+    """Of the classes without a table."""
+    schedule, grid, solver = wanted.schedule, wanted.sampler.grid, wanted.sampler.solver
+    yield {"_class_name": "IPNDMScheduler"}
+    if isinstance(schedule, WuerstchenCosine):
+        yield {"_class_name": "DDPMWuerstchenScheduler", "scaler": schedule.scaler, "s": schedule.s}
+    if isinstance(grid, FlowMatching):
+        yield _flow(grid, solver)
+        yield {
+            "_class_name": "FlowMatchHeunDiscreteScheduler",
+            **_only(_flow(grid, solver), "num_train_timesteps", "shift"),
+        }
+    if isinstance(schedule, schedules.VarianceExploding):
+        ends = {"sigma_min": schedule.sigma_min, "sigma_max": schedule.sigma_max}
+        yield from _exploding(
+            wanted, {**ends, **_rho(grid), "sigma_data": getattr(wanted.prediction, "sigma_data", 0.5)}
+        )
+
+
+def _exploding(wanted: schedulers.Process, shared: Config) -> Iterator[Config]:
+    """Those of EDM and of consistency models."""
+    grid, solver = wanted.sampler.grid, wanted.sampler.solver
+    if isinstance(grid, Consistent):
+        clip = {"clip_denoised": bool(wanted.sampler.guidance), "num_train_timesteps": grid.num_steps}
+        yield {"_class_name": "CMStochasticIterativeScheduler", **shared, **clip}
+    shared = {
+        **shared,
+        "prediction_type": "v_prediction" if type(wanted.prediction) is predictions.TrigFlow else "epsilon",
+    }
+    if type(solver) not in SOLVERS:
+        return
+    named = {**SOLVERS[type(solver)](solver), **_changes(wanted.sampler.guidance, solver)}
+    for kind, end, noise in itertools.product(
+        ("EDMEuler", "EDMDPMSolverMultistep"), ("zero", "sigma_min"), ("karras", "exponential")
+    ):
+        yield {**named, "_class_name": f"{kind}Scheduler", **shared, "final_sigmas_type": end, "sigma_schedule": noise}
+
+
+def _rho(grid) -> Config:
+    found = [one.rho for one in _inside(grid) if isinstance(one, times.Karras)]
+    return {"rho": found[0]} if found else {}
+
+
+def _only(config: Config, *names: str) -> Config:
+    return {name: config[name] for name in names}
 
 
 def _flow(grid: FlowMatching, solver) -> Config:
@@ -184,7 +264,11 @@ def _inside(grid: TimeGrid) -> Iterator[TimeGrid]:
             yield from _inside(getattr(grid, name))
 
 
-def _table(schedule) -> Config | None:
+def _table(schedule, inner: list[TimeGrid]) -> Config | None:
+    for one in inner:
+        if isinstance(one, FlowSigmas):
+            flow = {"use_flow_sigmas": True, "flow_shift": one.shift, "shift_terminal": one.terminal}
+            return {"num_train_timesteps": one.num_steps, **flow}
     rescaled = isinstance(schedule, (schedules.ZeroTerminalSNR, NearlyZeroSNR))
     schedule = schedule.schedule if rescaled else schedule
     config = {"num_train_timesteps": schedule.num_steps, "rescale_betas_zero_snr": rescaled}
@@ -197,10 +281,14 @@ def _table(schedule) -> Config | None:
 
 
 def _changes(changes, solver) -> Config:
+    if isinstance(solver, DDIMInverted):
+        return {}
     config: Config = {"clip_sample": False}
     for change in [*changes, *([solver.guidance] if isinstance(solver, DDIMKeptNoise) else [])]:
         if isinstance(change, guidance.Clip):
             config |= {"clip_sample": True, "clip_sample_range": change.limit}
+        if isinstance(change, LowThreshold):
+            config |= {"thresholding": True, "sample_max_value": change.limit}
         if isinstance(change, guidance.DynamicThreshold):
             config |= {"thresholding": True, "dynamic_thresholding_ratio": change.quantile}
             config["sample_max_value"] = change.highest

@@ -43,7 +43,7 @@ from kdiff.interop.solvers import (
     PseudoRungeKutta,
 )
 
-__all__ = ["MULTISTEP", "OF_VARIANCE", "SINGLESTEP", "TABLED", "WARMUPS", "multistep"]
+__all__ = ["DISTILLED", "DYNAMIC", "MULTISTEP", "OF_VARIANCE", "SINGLESTEP", "TABLED", "WARMUPS", "multistep"]
 
 OF_VARIANCE = dict(zip(VARIANCES, ("small", "small", "large", "learned"), strict=True))
 WARMUPS = {False: solvers.PNDM(PseudoRungeKutta()), True: solvers.PNDM(solvers.Heun("ratio"), 1)}

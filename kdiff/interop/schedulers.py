@@ -32,7 +32,7 @@ from kdiff.interop.scheduler_untabled import UNTABLED
 from kdiff.interop.solvers import DDIMInverted, DDIMKeptNoise, DiffusersTCD
 from kdiff.sampling import Sampler
 
-__all__ = ["ALL_STEPS", "KINDS", "Process", "process"]
+__all__ = ["ALL_STEPS", "KINDS", "process"]
 
 KINDS = {**TABLED, **UNTABLED}
 ALL_STEPS = ("DDPMScheduler", "DDPMParallelScheduler")  # classes whose runs have every step, unless told otherwise

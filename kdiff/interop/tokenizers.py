@@ -19,7 +19,7 @@ from kdiff.interop.files import read_json, write_json
 from kdiff.text import Tokenizer
 from kdiff.writing import replacing
 
-__all__ = ["FORMS", "load", "save"]
+__all__ = ["FORMS", "load", "padded", "save"]
 
 FORMS = ("tokenizer.json", "vocab.json", "spiece.model")
 
@@ -102,6 +102,31 @@ def _clip(folder: Path, config: Mapping[str, Any], length: int) -> Tokenizer:
 def _sentencepiece(folder: Path, config: Mapping[str, Any], length: int) -> Tokenizer:
     extra = config.get("extra_ids", 100)
     return SentencePiece.read(folder / "spiece.model", length, extra)
+
+
+def padded(tokenizer: JSONTokenizer, padding: int) -> JSONTokenizer:
+    """The tokenizer that fills up with another token, which is then, as in transformers, found in a text as it stands.
+
+    Args:
+        tokenizer: of which the token that fills up now is found no more, unless it begins or ends a text.
+        padding: the number of the token.
+
+    Raises:
+        ValueError: if the vocabulary has no such number.
+    """
+    content = json.loads(tokenizer.model)
+    around = {*tokenizer.start, *tokenizer.end}
+    added = {token["id"]: token for token in content.get("added_tokens") or []}
+    if tokenizer.padding not in around:
+        added.pop(tokenizer.padding, None)
+    if padding not in added:
+        words = {number: word for word, number in content["model"]["vocab"].items()}
+        if padding not in words:
+            raise ValueError(f"padded: the number of a token of the {len(words)} is expected; received: {padding}")
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added[padding] = {"id": padding, "content": words[padding], "special": True, **flags}
+    content["added_tokens"] = [added[number] for number in sorted(added)]
+    return JSONTokenizer(json.dumps(content, ensure_ascii=False), tokenizer.length, padding)
 
 
 def save(tokenizer: Tokenizer, folder: str | Path) -> None:

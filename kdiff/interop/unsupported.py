@@ -10,11 +10,14 @@ from pathlib import Path
 
 __all__ = ["ENDINGS", "FOLDERS", "NAMES", "about_file", "about_folder", "about_names", "check_is_itself", "listing"]
 
-_ONE_FILE = "of diffusers' `from_single_file(file)` `save_pretrained(folder)` makes a folder that kdiff loads"
+_ONE_FILE = "kdiff.interop.single_files reads Stable Diffusion 1, 2 and XL"
 _FLAX = "Flax's weights; diffusers' `from_pretrained(folder, from_flax=True)` and `save_pretrained` convert them"
 # By a pattern of the names of arrays.
 NAMES = {
     r"lora_(up|down|A|B)\b|\.lora\.|hada_w\d": "a LoRA's: changes of another model's weights",
+    r"^(model\.diffusion_model\.)?(double_blocks|single_blocks|joint_blocks|transformer_blocks\.0\.ff_context)\b": (
+        "those of the transformer of Flux or of Stable Diffusion 3"
+    ),
     r"^model\.diffusion_model\.": f"those of Stable Diffusion in one file; {_ONE_FILE}",
     r"^(controlnet_|input_hint_block\.)": "a ControlNet's",
     r"^(emb_params|string_to_param)": "a textual inversion's: vectors for new words of a text encoder",
@@ -23,8 +26,6 @@ NAMES = {
     r"^all_modules\.\d+\.": "those of score_sde_pytorch's networks, which number their layers; diffusers has some of "
     "them as folders, such as google/ncsnpp-ffhq-256",
     r"^(model\.)?(enc|dec)\.\d+x\d+_": "those of EDM's networks (NVlabs)",
-    r"^(double_blocks|single_blocks|transformer_blocks\.0\.ff_context)\.?": "those of the transformer of Flux or of "
-    "Stable Diffusion 3",
     r"\.(absmax|quant_state|SCB|qweight|scale_weight|weight_scale)\b": "numbers with scales beside them, quantised by "
     "another library; use the weights as they were before",
 }
@@ -108,7 +109,7 @@ def check_is_itself(path: Path) -> None:
         return
     folder = path.parent
     if folder.is_file():
-        ending = about_file(folder) or "; a file of weights alone is read by kdiff.interop.original"
+        ending = about_file(folder) or "; a file of weights alone is read by kdiff.interop.original, or single_files"
         raise ValueError(f"{folder}: must be a folder; it is a file{ending}")
     if not folder.exists():
         name = folder.as_posix()

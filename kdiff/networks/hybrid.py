@@ -14,7 +14,7 @@ from kdiff.blocks.layers import Conv2D
 from kdiff.blocks.patterns import Neighborhood, Pattern
 from kdiff.blocks.transformer import adaptive_block
 from kdiff.networks.base import Network, check_size
-from kdiff.networks.unet import Level
+from kdiff.networks.unet import Level, check_depths
 
 __all__ = ["Hybrid"]
 
@@ -59,6 +59,7 @@ class Hybrid(Network):
     ):
         if not levels or not all(isinstance(level, Level) for level in levels):
             raise ValueError(f"Hybrid: `levels` must be one `Level` or more; received: {levels!r}")
+        check_depths("Hybrid", levels)
         embedding = embedding or MLPEmbedding(SinusoidalEmbedding(64), 256)
         super().__init__(embedding, conditions, out_channels, remat, seed, **kwargs)
         self.levels = list(levels)

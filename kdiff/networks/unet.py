@@ -15,7 +15,7 @@ from kdiff.blocks.layers import Conv2D
 from kdiff.blocks.transformer import TransformerBlock
 from kdiff.networks.base import Network, check_size
 
-__all__ = ["Level", "UNet"]
+__all__ = ["Level", "UNet", "check_depths"]
 
 
 class Level(Value):
@@ -156,8 +156,7 @@ class UNet(Network):
         for level in (*levels, *([middle] if middle else [])):
             if not level.widens:
                 raise ValueError(f"UNet: a level's `block` must have an argument `width`; received: {level.block!r}")
-        if not all(level.depth for level in levels):
-            raise ValueError(f"UNet: each of `levels` must have a `depth` of 1 or more; received: {levels!r}")
+        check_depths("UNet", levels)
         embedding = embedding or MLPEmbedding(SinusoidalEmbedding(max(2, stem_width or levels[0].width)))
         super().__init__(embedding, conditions, out_channels, remat, seed, **kwargs)
         self.levels = list(levels)
@@ -336,6 +335,12 @@ class UNet(Network):
         ]
         kwargs = {"middle": Level(made[-1].width, 2, block, mixer), **kwargs}
         return cls(made, **kwargs)
+
+
+def check_depths(owner: str, levels: Sequence[Level]) -> None:
+    """Raises a ValueError for a level without blocks, which the middle alone may be."""
+    if not all(level.depth for level in levels):
+        raise ValueError(f"{owner}: each of `levels` must have a `depth` of 1 or more; received: {levels!r}")
 
 
 def _given(**options):
