@@ -130,7 +130,7 @@ def _conflicts(scheduler: Kind, config, learned) -> list[tuple[bool, str]]:
         (
             config["_class_name"] == "DDIMInverseScheduler"
             and said("prediction_type") == "sample"
-            and bool(said("set_alpha_to_one")),
+            and to_zero_of(config),
             "`set_alpha_to_one` must be false where `prediction_type` is 'sample': data tells nothing of its noise",
         ),
         (
