@@ -4,6 +4,7 @@ import importlib
 
 from kdiff import (
     analytic,
+    autoencoding,
     blocks,
     codecs,
     conversion,
@@ -36,6 +37,7 @@ __all__ = [
     "Sampler",
     "Step",
     "analytic",
+    "autoencoding",
     "blocks",
     "codecs",
     "conversion",

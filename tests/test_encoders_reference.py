@@ -235,15 +235,14 @@ def test_shards_and_variants(dtype, tmp_path):
     check(run(interop.load(tmp_path, variant="fp16"), IDS)[0], wanted, CLIP)
     theirs.save_pretrained(tmp_path / "one", variant="fp16")
     check(run(interop.load(tmp_path / "one", variant="fp16"), IDS)[0], wanted, CLIP)
-    with pytest.raises(ValueError, match=r"no weights; expected .*give `variant`, one of \['fp16'\]"):
-        interop.load(tmp_path / "one")
+    check(run(interop.load(tmp_path / "one"), IDS)[0], wanted, CLIP)  # the only one
     with pytest.raises(ValueError, match="`part` is of a CLIP with text and vision"):
         interop.load(tmp_path / "one", "text", "fp16")
 
 
 BROKEN = {
     "pickle": (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "not read"),
-    "no_file": (lambda folder: (folder / "model.safetensors").unlink(), r"no weights; expected one of \['model"),
+    "no_file": (lambda folder: (folder / "model.safetensors").unlink(), r"no weights; expected one of"),
     "no_config": (lambda folder: (folder / "config.json").unlink(), r"config\.json: no such file"),
     "activation": (lambda folder: change(folder, hidden_act="swish"), r"`hidden_act` must be one of"),
     "class": (lambda folder: change(folder, model_type="bert"), r"`model_type` must be one of .*received: 'bert'"),

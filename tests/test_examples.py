@@ -98,3 +98,14 @@ def test_wavelets_beside_pixels(tmp_path):
     run("benchmarks/wavelets.py", "--toy", "--out", str(tmp_path))
     rows = (tmp_path / "wavelets.md").read_text().splitlines()
     assert len([row for row in rows if "Haar(" in row]) == 3
+
+
+@pytest.mark.data
+@pytest.mark.once
+@pytest.mark.thorough
+def test_latent_diffusion(tmp_path):
+    small = ("--image-size", "16", "--widths", "4", "8", "8", "--width", "64", "--depth", "1", "--batch-size", "16")
+    short = ("--autoencoder-minutes", "0.001", "--minutes", "0.001", "--out", str(tmp_path))
+    assert "times as long" in run("latent_diffusion.py", "digits", *small, *short)
+    for name in ("reconstructions.png", "samples.png", "loss.png"):
+        assert (tmp_path / name).stat().st_size > 5_000

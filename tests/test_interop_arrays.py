@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from kdiff import backend
 from kdiff.blocks import LabelEmbedding
 from kdiff.interop import arrays, diffusers, files, original, weights
 from tests.test_interop import rewrite, unet
@@ -79,7 +80,10 @@ def test_a_loaded_network_has_all_that_a_built_one_has(tmp_path):
 
 
 def test_loaded_weights_are_not_the_arrays_they_were_given(folder):
-    state = {name: np.array(array) for name, array in files.read_folder(folder).items()}
+    state = {
+        name: np.array(array)
+        for name, array in files.read_state(folder / "diffusion_pytorch_model.safetensors").items()
+    }
     network = unet()
     weights.assign(diffusers.MODELS["UNet2DModel"].slots(network), state, "")
     empty = type(network).from_config(network.get_config())
@@ -168,3 +172,23 @@ def test_large_numbers_are_finite():
     for bad in (np.inf, np.nan):
         with pytest.raises(ValueError, match="not finite: a"):
             weights.assign([weights.Slot("a", layer.bias)], {"a": np.array([0, bad, 0], "float32")}, "file")
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (70, 600), (600, 70, 3, 2)])
+def test_a_variable_is_given_a_transposed_array(shape):
+    """Of more than one block of the copy."""
+    array = np.random.default_rng(0).normal(size=shape).astype("float32").T
+    with backend.unallocated():
+        variable = keras.Variable("zeros", array.shape)
+    backend.give(variable, array)
+    np.testing.assert_array_equal(ops.convert_to_numpy(variable), array)
+    backend.give(variable, 2 * array)
+    np.testing.assert_array_equal(ops.convert_to_numpy(variable), 2 * array)
+
+
+def test_a_variable_of_another_precision_is_given_an_array():
+    with backend.unallocated():
+        variable = keras.Variable("zeros", (2,), "bfloat16")
+    backend.give(variable, np.array([1.0, 1 + 2**-10], "float32"))
+    assert keras.backend.standardize_dtype(variable.dtype) == "bfloat16"
+    np.testing.assert_array_equal(ops.convert_to_numpy(variable).astype("float32"), [1, 1])

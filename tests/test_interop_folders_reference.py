@@ -150,3 +150,24 @@ def test_no_network(pipeline):
     configure(pipeline / "model_index.json", unet=["diffusers", "UNet2DModel"])
     with pytest.raises(ValueError, match=r"unet.config\.json: no such file"):
         interop.load(pipeline)
+
+
+def test_pictures_in_0_to_1(tmp_path):
+    """Of score-based models; there and back."""
+    config = {"down_block_types": ("SkipDownBlock2D",) * 2, "up_block_types": ("SkipUpBlock2D",) * 2}
+    config |= {"block_out_channels": (64, 64), "sample_size": SIZE, "layers_per_block": 1, "norm_num_groups": None}
+    unet = perturbed(diffusers.UNet2DModel(**config, attention_head_dim=None, time_embedding_type="fourier"))
+    scheduler = diffusers.ScoreSdeVeScheduler(snr=0.1)
+    unet.save_pretrained(tmp_path / "unet")
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "ScoreSdeVeScheduler"]}
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "ScoreSdeVePipeline", **parts}))
+    model = interop.load(tmp_path)
+    np.testing.assert_allclose(ops.convert_to_numpy(model.codec.encode(np.array([-1.0, 0.0, 1.0]))), [0, 0.5, 1])
+    assert np.isfinite(model.sample(2, steps=3)).all()
+    interop.save(model, tmp_path / "again")
+    again = interop.load(tmp_path / "again")
+    assert again.sampler == model.sampler
+    assert (again.codec, again.schedule) == (model.codec, model.schedule)
+    index = json.loads((tmp_path / "again" / "model_index.json").read_text())
+    assert index["_class_name"] == "ScoreSdeVePipeline"

@@ -7,6 +7,7 @@ import pytest
 from keras import ops
 
 from kdiff import predictions
+from kdiff.guidance import ClassifierFree
 from kdiff.interop import diffusers as interop
 from kdiff.interop import maps
 from tests.test_interop_networks_reference import CROSS, PLAIN, SIZE, SMALL, normal, one_thread, perturbed, theirs  # noqa: F401
@@ -93,3 +94,35 @@ def test_channels(numbers, wanted):
 def test_channels_of_no_network():
     with pytest.raises(ValueError, match=r"^file: the network has 4 channels in and 5 out"):
         maps.maps_of("", 4, 5, False, "file")
+
+
+@pytest.mark.once
+def test_a_whole_pipeline_of_inpainting(tmp_path):
+    """Text, guidance, mask, masked image and autoencoder: the pictures of diffusers."""
+    whole = pytest.importorskip("tests.test_interop_prompts_reference")
+    parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = diffusers.StableDiffusionInpaintPipeline(
+        vae=perturbed(diffusers.AutoencoderKL(**whole.VAE)),
+        text_encoder=whole.text_encoder(eos_token_id=2),
+        tokenizer=whole.words(tmp_path / "words", "<|endoftext|>"),
+        unet=whole.unet(in_channels=9),
+        scheduler=diffusers.DDIMScheduler(**whole.TABLE),
+        **parts,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(tmp_path / "saved")
+    model = interop.load(tmp_path / "saved")
+    mask, masked = (normal(2, SIZE, SIZE, 1, seed=5) > 0).astype("float32"), normal(2, SIZE, SIZE, 4, seed=6)
+    wanted = pipeline(
+        whole.TEXTS,
+        image=torch.zeros(2, 3, 2 * SIZE, 2 * SIZE),
+        mask_image=torch.tensor(mask.transpose(0, 3, 1, 2)).repeat_interleave(2, 2).repeat_interleave(2, 3),
+        masked_image_latents=torch.tensor(masked.transpose(0, 3, 1, 2)),
+        latents=torch.tensor(whole.X.transpose(0, 3, 1, 2)),
+        **{"height": 16, "width": 16, "num_inference_steps": 4, "guidance_scale": 6.0, "strength": 1.0},
+        output_type="np",
+    ).images
+    conditions = {"text": whole.TEXTS, "mask_image": mask, "masked_image": masked}
+    found = model.sample(2, x=whole.X, guidance=ClassifierFree(6.0), steps=4, **conditions)
+    assert wanted.std() > 0.05
+    assert np.abs((found + 1.0) / 2.0 - wanted).max() < 1e-4

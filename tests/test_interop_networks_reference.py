@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 from kdiff.interop import diffusers as interop
+from kdiff.interop import maps
 
 pytestmark = pytest.mark.reference
 torch = pytest.importorskip("torch")
@@ -247,6 +248,8 @@ def test_refiner(request, name, tmp_path):
         (tmp_path / "model_index.json").write_text(json.dumps(index))
     network = interop.load(tmp_path).network if more else interop.load(tmp_path / "unet")
     x, t = normal(2, SIZE, SIZE, 4), np.array([3.0, 977.0], "float32")
+    shapes = maps.input_shapes(network)
+    assert (shapes["text_embeds"][-1], shapes["time_ids"][-1]) == (width, 5)
     given = network({"image": x, "time": t, "context": context, **added})
     wanted = theirs(model, x, t, encoder_hidden_states=context, added_cond_kwargs=added)
     np.testing.assert_allclose(ops.convert_to_numpy(given), wanted, atol=1e-5)

@@ -401,6 +401,35 @@ def test_dpm_solver_sde_but_for_its_noise(config, monkeypatch):
     check(config, (10, 25), noise=0.0)
 
 
+def test_score_sde(monkeypatch):
+    """Its own two methods, a corrector's before a predictor's, as its pipeline calls them; no noise after the last."""
+    options = {"correct_steps": 2, "snr": 0.1, "sigma_max": 40.0}
+    scheduler = diffusers.ScoreSdeVeScheduler(**options)
+    process = schedulers.process(of("ScoreSdeVe", **options), "file")
+    for steps in (10, 25):
+        noises = [normal(10 + i) for i in range(3 * steps)]
+        given = iter(noises)
+        monkeypatch.setattr(
+            "diffusers.schedulers.scheduling_sde_ve.randn_tensor",
+            lambda *_, given=given, **__: torch.tensor(next(given).transpose(0, 3, 1, 2)),
+        )
+
+        def score(x, sigma):
+            x = ops.convert_to_tensor(x.numpy().transpose(0, 2, 3, 1))
+            return torch.tensor(numpy(network(process, x, np.log(float(sigma)))).transpose(0, 3, 1, 2))
+
+        scheduler.set_timesteps(steps)
+        scheduler.set_sigmas(steps)
+        x = torch.tensor(normal(0).transpose(0, 3, 1, 2)) * scheduler.init_noise_sigma
+        for i, t in enumerate(scheduler.timesteps):
+            for _ in range(2):
+                x = scheduler.step_correct(score(x, scheduler.sigmas[i]), x).prev_sample
+            x, mean = scheduler.step_pred(score(x, scheduler.sigmas[i]), t, x, return_dict=False)
+        wanted = mean.numpy().transpose(0, 2, 3, 1)
+        found, _ = ours(process, normal(0), steps, noises, scheduler.init_noise_sigma)
+        assert np.abs(found - wanted).max() < TOLERANCE * max(1.0, np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("scaler", [1.0, 0.5, 2.0])
 @pytest.mark.once
 def test_wuerstchen(scaler, monkeypatch):

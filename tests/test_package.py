@@ -35,6 +35,7 @@ MATHEMATICS = (
     "sampling",
     "analytic",
 )
+LAST = ("pictures", "autoencoding")
 PATHS = (
     (
         *FOUNDATIONS,
@@ -51,7 +52,7 @@ PATHS = (
     (*FOUNDATIONS, "blocks", "networks"),
     (*FOUNDATIONS, "blocks", "encoders"),
     (*FOUNDATIONS, "pictures", "scenes", "data"),
-    (*FOUNDATIONS, "blocks", "encoders", "networks", *MATHEMATICS, "codecs", "averages", "model", "interop"),
+    (*FOUNDATIONS, "blocks", "encoders", "networks", *MATHEMATICS, "codecs", "averages", "model", "interop", *LAST),
 )
 BACKENDS = {"tensorflow", "jax", "torch"}
 # Beyond Keras and NumPy, which are all that the core requires. tf.data feeds every backend, so `data` has TensorFlow.

@@ -49,6 +49,22 @@ def test_networks():
     exec(block, {})
 
 
+@pytest.mark.data
+@pytest.mark.once
+def test_latent_diffusion():
+    import numpy as np
+
+    import kdiff
+
+    (block,) = (block for block in BLOCKS if "AutoencoderTrainer" in block)
+    for long, short in {"(32, 64, 64)": "(4, 8, 8)", "epochs=20": "epochs=1", "epochs=50": "epochs=1"}.items():
+        assert long in block
+        block = block.replace(long, short)
+    names = {"kdiff": kdiff, "images": np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3)).astype("uint8")}
+    exec(block.replace("sample(4)", "sample(4, steps=2)"), names)
+    assert names["pictures"].shape == (4, 32, 32, 3)
+
+
 def test_objects_of_ones_own():
     """They are defined, have names, and work with the rest."""
     import keras

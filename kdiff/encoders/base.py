@@ -23,7 +23,12 @@ class Encoder(ConfigurableLayer, keras.Model):
         projection: the width to which `vector` is projected at the end, without a bias; None for none.
         skip: how many of the last blocks `tokens` leave out.
         kwargs: `name` and `dtype`.
+
+    Attributes:
+        frozen: whether it is a constant of the network that it is a part of: not trained, and not averaged.
     """
+
+    frozen: bool = False
 
     def __init__(self, width: int, depth: int, block: Any, projection: int | None = None, skip: int = 0, **kwargs):
         super().__init__(autocast=False, **kwargs)
@@ -42,6 +47,13 @@ class Encoder(ConfigurableLayer, keras.Model):
         self.blocks = [copy_layer(block, name=f"block_{i}", **policy) for i in range(depth)]
         options = {"use_bias": False, "name": "projection", **policy}
         self.projection_layer = None if projection is None else Dense(projection, **options)
+
+    def freeze(self) -> None:
+        """Makes its weights constants of any network that it is a part of."""
+        # Of a loaded one it is False already, of its parts not; and on TensorFlow Keras sets nothing to what it is.
+        self.trainable = True
+        self.trainable = False
+        self.frozen = True
 
     def _part(self, layer: Any, name: str) -> keras.layers.Layer:
         """A layer of this precision."""

@@ -96,10 +96,10 @@ class CLIPText(Encoder):
             )
         return (shape[0], self.length, self.width)
 
-    def call(self, tokens, mask=None, training=None):
-        """Whole numbers (batch, length) to `Encoded`; what `mask`, (batch, length), hides is not attended to."""
+    def call(self, tokens, padding_mask=None, training=None):
+        """Whole numbers (batch, length) to `Encoded`; `padding_mask`, (batch, length), is False where one is hidden."""
         self._shape(tokens.shape)
-        x, last = self._run(self.positions(self.table(tokens)), mask, training=training)
+        x, last = self._run(self.positions(self.table(tokens)), padding_mask, training=training)
         normed = self.norm(last)
         at = ops.argmax(tokens if self.end is None else ops.cast(ops.equal(tokens, self.end), "int32"), axis=-1)
         vector = ops.take_along_axis(normed, at[:, None, None], axis=1)[:, 0]
@@ -107,7 +107,7 @@ class CLIPText(Encoder):
             x = self.norm(x) if self.skip else normed
         return Encoded(self._projected(vector), x)
 
-    def compute_output_spec(self, tokens, mask=None, training=None):
+    def compute_output_spec(self, tokens, padding_mask=None, training=None):
         """The specification of what `call` gives."""
         return self._spec(self._shape(tokens.shape), vector=True)
 

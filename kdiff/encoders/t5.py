@@ -28,8 +28,8 @@ class T5Text(Encoder):
 
     Section 2.1 of the paper; version 1.1 has GEGLU ("gelu_tanh", `glu`) where the paper has ReLU. No layer has a bias.
     The logits of T5 are `q k^T + bias`, not divided by the square root of a head's width: here the kernel of the
-    queries has this factor. It gives `Encoded` with `tokens`, (batch, length, width), and the `mask` that it was given.
-    The defaults are those of version 1.1 XXL.
+    queries has this factor. It gives `Encoded` with `tokens`, (batch, length, width), and the `mask` of the call. The
+    defaults are those of version 1.1 XXL.
 
     Args:
         vocabulary_size: tokens are 0 ... vocabulary_size - 1.
@@ -93,16 +93,16 @@ class T5Text(Encoder):
             raise ValueError(f"T5Text: tokens must have the shape (batch, length); received the shape: {tuple(shape)}")
         return (*shape, self.width)
 
-    def call(self, tokens, mask=None, training=None):
-        """Whole numbers (batch, length) to `Encoded`; what `mask`, (batch, length), hides is not attended to."""
+    def call(self, tokens, padding_mask=None, training=None):
+        """Whole numbers (batch, length) to `Encoded`; `padding_mask`, (batch, length), is False where one is hidden."""
         self._shape(tokens.shape)
         x = self.table(tokens)
-        x, _ = self._run(x, mask, self.bias(x), training)
-        return Encoded(tokens=self.norm(x), mask=mask)
+        x, _ = self._run(x, padding_mask, self.bias(x), training)
+        return Encoded(tokens=self.norm(x), mask=padding_mask)
 
-    def compute_output_spec(self, tokens, mask=None, training=None):
+    def compute_output_spec(self, tokens, padding_mask=None, training=None):
         """The specification of what `call` gives."""
-        return self._spec(self._shape(tokens.shape), vector=False, mask=mask)
+        return self._spec(self._shape(tokens.shape), vector=False, mask=padding_mask)
 
 
 class RelativeBias(Block):

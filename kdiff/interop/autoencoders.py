@@ -47,6 +47,7 @@ __all__ = [
     "VECTOR",
     "VECTORS",
     "Kind",
+    "from_state",
     "image_shape",
     "load",
     "original",
@@ -430,17 +431,35 @@ def original(
         strict: whether weights that do not match are an error; otherwise a warning.
         options: other arguments of `codecs.Latent`.
     """
-    name = "the state dict" if isinstance(source, Mapping) else str(source)
-    whole = source if isinstance(source, Mapping) else read_state(source)
+    if isinstance(source, Mapping):
+        return from_state(source, "the state dict", scale, shift, groups=groups, strict=strict, **options)
+    return from_state(read_state(source), str(source), scale, shift, groups=groups, strict=strict, **options)
+
+
+def from_state(
+    whole: Mapping[str, Any],
+    name: str,
+    scale: float = 0.18215,
+    shift: float = 0.0,
+    *,
+    groups: int = 32,
+    strict: bool = True,
+    **options: Any,
+) -> Latent:
+    """As `original`, of arrays by name; `name` is of their source, for errors."""
     prefix = FIRST_STAGE if any(key.startswith(FIRST_STAGE) for key in whole) else ""
-    named = {key.removeprefix(prefix): array for key, array in whole.items() if key.startswith(prefix)}
-    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
-    state = {key: array_of(array, key, name) for key, array in named.items() if key.startswith(parts)}
+    parts = tuple(f"{prefix}{part}." for part in ("encoder", "decoder", "quant_conv", "post_quant_conv", "quantize"))
+    state = {key: array_of(array, key, name) for key, array in whole.items() if key.startswith(parts)}
     with explained(name):
-        network = _measured(state, groups)
+        network = _measured({key.removeprefix(prefix): array for key, array in state.items()}, groups)
         codec = Latent(network, scale, shift, **options)
-    fill(network, (None, None, None, network.channels), original_slots, state, name, strict)
+    named = functools.partial(_prefixed, prefix)
+    fill(network, (None, None, None, network.channels), named, state, name, strict)
     return codec
+
+
+def _prefixed(prefix: str, network: Convolutional) -> Iterator[Slot]:
+    return (slot._replace(name=prefix + slot.name) for slot in original_slots(network))
 
 
 def _measured(state: State, groups: int) -> Convolutional:

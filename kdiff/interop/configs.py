@@ -8,9 +8,12 @@ import contextlib
 import math
 import reprlib
 from collections.abc import Callable, Container, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
+
+from kdiff.interop.unsupported import about_folder
 
 __all__ = [
     "FLAG",
@@ -169,7 +172,10 @@ def each(value: Any, count: int, source: Any, name: str) -> list:
 def kind(table: Mapping[str, Any], value: Any, source: Any, name: str) -> Any:
     """The entry of a table."""
     if not isinstance(value, str) or value not in table:
-        raise ValueError(f"{source}: `{name}` must be one of {list(table)} to be loaded; received: {shown(value)}")
+        what = about_folder(Path(source).parent) if value is None else ""
+        raise ValueError(
+            f"{source}: `{name}` must be one of {list(table)} to be loaded; received: {shown(value)}{what}"
+        )
     return table[value]
 
 

@@ -9,8 +9,9 @@
     model = DiffusionModel(network, **process._asdict())
 
 A network takes what it took there, channels last: `network({"image": x, "time": t})`. A model has the schedule, the
-prediction and the sampler of its scheduler, and on latents its autoencoder as codec. Its text encoder is not loaded;
-the condition "context" takes what that gives. The folder of an autoencoder alone makes a `codecs.Latent`.
+prediction and the sampler of its scheduler, on latents its autoencoder as codec, and the text encoders of Stable
+Diffusion: `model.sample(4, text="a red circle", guidance=7.5)`; of others "context" is what those give. The folder
+of an autoencoder alone makes a `codecs.Latent`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,8 +20,19 @@ from typing import Any, NamedTuple
 
 import keras
 
-from kdiff.codecs import Latent
-from kdiff.interop import autoencoders, folders, maps, saving_networks, schedulers, transformers, unet_names, unets
+from kdiff.codecs import Latent, Standard
+from kdiff.encoders import Prompt
+from kdiff.interop import (
+    autoencoders,
+    folders,
+    maps,
+    prompts,
+    saving_networks,
+    schedulers,
+    transformers,
+    unet_names,
+    unets,
+)
 from kdiff.interop.configs import Described, explained, kind
 from kdiff.interop.files import State, read_json, write_json, write_safetensors
 from kdiff.interop.scheduler_saving import scheduler_config
@@ -28,7 +40,18 @@ from kdiff.interop.weights import Slot, export, fill
 from kdiff.model import DiffusionModel
 from kdiff.networks import Autoencoder
 
-__all__ = ["MODELS", "SCHEDULER", "Model", "load", "load_scheduler", "save", "save_scheduler"]
+__all__ = [
+    "MODELS",
+    "SCHEDULER",
+    "UNIT_PIXELS",
+    "UNIT_SCHEDULERS",
+    "Model",
+    "assembled",
+    "load",
+    "load_scheduler",
+    "save",
+    "save_scheduler",
+]
 
 
 def _nothing(state: State, index: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,8 +80,18 @@ MODELS = {
 }
 SCHEDULER = "scheduler_config.json"
 
+UNIT_SCHEDULERS = ("ScoreSdeVeScheduler",)  # of networks of pictures in [0, 1], not [-1, 1]
+UNIT_PIXELS = Standard(-1.0, 2.0)
 
-def load(folder: str | Path, strict: bool = True, variant: str | None = None, **options: Any) -> keras.Model | Latent:
+
+def load(
+    folder: str | Path,
+    strict: bool = True,
+    variant: str | None = None,
+    text: bool = True,
+    clip_skip: int = 0,
+    **options: Any,
+) -> keras.Model | Latent:
     """What a folder of diffusers holds.
 
     Args:
@@ -67,6 +100,9 @@ def load(folder: str | Path, strict: bool = True, variant: str | None = None, **
         strict: whether weights that do not match are an error; otherwise a warning.
         variant: of the weights, such as "fp16" or "non_ema"; None for the file without one or, if there is none, for
             the only variant.
+        text: whether the text encoders of a pipeline are loaded, if it is one of `prompts.PIPELINES`; otherwise it
+            takes what they give, as the conditions "context" and, of Stable Diffusion XL, "text_embeds".
+        clip_skip: how many of the last blocks of the text encoders to leave out.
         options: for a pipeline, arguments of `DiffusionModel`, in place of what the folder says; such as `ema`, which
             is None if not given.
 
@@ -76,7 +112,8 @@ def load(folder: str | Path, strict: bool = True, variant: str | None = None, **
     """
     folder = Path(folder)
     if (folder / "model_index.json").exists():
-        return _load_pipeline(folder, strict, variant, options)
+        prompt = prompts.load(folder, read_json(folder / "model_index.json"), clip_skip, variant) if text else None
+        return _load_pipeline(folder, strict, variant, options, prompt)
     if options:
         raise ValueError(f"{folder}: {sorted(options)} are arguments for a pipeline, and this is a model's folder")
     if read_json(folder / "config.json").get("_class_name") in autoencoders.KINDS:
@@ -84,7 +121,13 @@ def load(folder: str | Path, strict: bool = True, variant: str | None = None, **
     return _load_network(folder, strict, variant).network
 
 
-def _load_network(folder: Path, strict: bool, variant: str | None, index: Mapping[str, Any] | None = None) -> Described:
+def _load_network(
+    folder: Path,
+    strict: bool,
+    variant: str | None,
+    index: Mapping[str, Any] | None = None,
+    prompt: Prompt | None = None,
+) -> Described:
     """The network of a folder; with the maps beside x_t as conditions if the pipeline that it is of is known."""
     source, index = folder / "config.json", index or {}
     config = {name: value for name, value in read_json(source).items() if name not in folders.EMA_NOTES}
@@ -95,6 +138,7 @@ def _load_network(folder: Path, strict: bool, variant: str | None, index: Mappin
         if index:
             beside = _maps_of(index, described, source)
             described, state = maps.with_maps(described, beside), maps.maps_first(state, index["_class_name"], beside)
+        described = described if prompt is None else prompts.conditioned(described, prompt)
     fill(described.network, {"time": (None,), **described.shapes}, model.slots, state, folder, strict)
     return described
 
@@ -104,18 +148,39 @@ def _maps_of(index: Mapping[str, Any], described: Described, source: Path) -> di
     return maps.maps_of(index["_class_name"], inputs, described.network.out_channels or inputs, learned, source)
 
 
-def _load_pipeline(folder: Path, strict: bool, variant: str | None, options: dict[str, Any]) -> DiffusionModel:
+def _load_pipeline(
+    folder: Path, strict: bool, variant: str | None, options: dict[str, Any], prompt: Prompt | None
+) -> DiffusionModel:
     index, source = read_json(folder / "model_index.json"), folders.scheduler_of(folder)
     part, scheduler = folders.check_parts(index, folder), read_json(source)
     learned = str(scheduler.get("variance_type")).startswith("learned")
     about = {"_class_name": "", **index, "learned": learned}
-    network, shapes = _load_network(folders.config_of(folder, part), strict, variant, about)
-    process = schedulers.process(scheduler, source, network.out_channels == 2 * shapes["image"][-1])
+    described = _load_network(folders.config_of(folder, part), strict, variant, about, prompt)
+    learned_too = described.network.out_channels == 2 * described.shapes["image"][-1]
+    process = schedulers.process(scheduler, source, learned_too)
+    unit = scheduler["_class_name"] in UNIT_SCHEDULERS
     codec = options["codec"] if "codec" in options else _codec(folder, index, strict, variant)
+    codec = UNIT_PIXELS if unit and codec == "pixels" else codec
+    return assembled(described, process, codec, options)
+
+
+def assembled(
+    described: Described, process: schedulers.Process, codec: Any, options: Mapping[str, Any]
+) -> DiffusionModel:
+    """The model of a network that has its weights.
+
+    Args:
+        described: the network, and the shapes of its inputs.
+        process: its schedule, prediction, time label and sampler.
+        codec: of the model; with a `codecs.Latent` the network's image is its latents.
+        options: arguments of `DiffusionModel`, in place of those.
+    """
+    network, shapes = described
     times = "stratified" if process.schedule.num_steps is None else "discrete"
     model = DiffusionModel(network, **{**process._asdict(), "codec": codec, "times": times, "ema": None, **options})
     if isinstance(model.codec, Latent):
-        shapes |= {"encoded": shapes["image"], "image": autoencoders.image_shape(model.codec, shapes["image"])}
+        latents = shapes["image"]
+        shapes = {**shapes, "encoded": latents, "image": autoencoders.image_shape(model.codec, latents)}
     model.build(shapes)
     return model
 
@@ -136,8 +201,9 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
 
     Args:
         model: a network, for `from_pretrained` of its class; or a `DiffusionModel`, for that of a pipeline. Of a model
-            on latents `unet` or `transformer`, `scheduler` and `vae` are written; of one with an image beside x_t not
-            the index of the pipeline. A `codecs.Latent` alone is written as its autoencoder.
+            on latents `unet` or `transformer`, `scheduler`, `vae` and the text encoders and tokenizers are written; of
+            one with an image beside x_t not the index of the pipeline. A `codecs.Latent` alone is written as its
+            autoencoder.
         folder: to write to; files of the same names are replaced.
         averages: whether to write the averaged weights of a model that has them.
 
@@ -159,6 +225,9 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
     part = "transformer" if "Transformer" in config["_class_name"] else "unet"
     _save_network(model.network, folder / part, values)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    prompt = prompts.prompt_of(model.network)
+    if prompt is not None:
+        prompts.save(prompt, folder)
     if isinstance(model.codec, Latent):
         autoencoders.save(model.codec, folder / "vae")
     elif config["_class_name"] == "UNet2DModel" and not maps.map_conditions(model.network):
@@ -170,13 +239,16 @@ def _save_network(network: keras.Model, folder: Path, values: dict[int, Any]) ->
     model, beside = MODELS[config["_class_name"]], maps.channels_of(network)
     state = export(model.slots(network), values)
     again = maps.with_maps(model.network(config, folder, **model.told(state, {})), beside, maps.map_conditions(network))
+    prompt = prompts.prompt_of(network)
+    again = again if prompt is None else prompts.conditioned(again, prompt)
     saving_networks.check_same(network, again.network)
     write_json(folder / "config.json", config)
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", state)
 
 
 def _save_index(folder: Path, part: str, network: str, scheduler: str) -> None:
-    pipeline = "DDIMPipeline" if scheduler == "DDIMScheduler" else "DDPMPipeline"
+    pipelines = {"DDIMScheduler": "DDIMPipeline", "ScoreSdeVeScheduler": "ScoreSdeVePipeline"}
+    pipeline = pipelines.get(scheduler, "DDPMPipeline")
     write_json(
         folder / "model_index.json",
         {"_class_name": pipeline, part: ["diffusers", network], "scheduler": ["diffusers", scheduler]},

@@ -20,8 +20,10 @@ from kdiff.blocks.transformer import FeedForward, TransformerBlock
 from kdiff.encoders.base import Encoder
 from kdiff.encoders.clip import CLIPText, CLIPVision
 from kdiff.encoders.t5 import T5Text
+from kdiff.interop.arrays import Array, State, Stored
 from kdiff.interop.configs import LARGEST, Key, Keys, complete, explained, kind, one_of, only, optional, real, whole
-from kdiff.interop.files import FOLDER_READERS, State, read_json, write_json, write_safetensors
+from kdiff.interop.files import read_json, write_json, write_safetensors
+from kdiff.interop.folders import read_weights
 from kdiff.interop.transformers import patch_layout
 from kdiff.interop.weights import Layout, Part, Slot, export, fill, slots
 
@@ -39,7 +41,6 @@ __all__ = [
     "VISION",
     "Foreign",
     "load",
-    "read_weights",
     "save",
 ]
 
@@ -121,7 +122,7 @@ def _vision(config: Mapping[str, Any], state: State) -> dict[str, Any]:
 
 
 def _projection(state: State, name: str) -> int | None:
-    return len(state[name]) if name in state and state[name].ndim else None
+    return state[name].shape[0] if name in state and len(state[name].shape) == 2 else None
 
 
 def _t5(config: Mapping[str, Any], state: State) -> dict[str, Any]:
@@ -222,8 +223,14 @@ def _joined(state: State) -> State:
     for name in [name for name in joined if name.endswith(".wi_0.weight")]:
         value = name.replace(".wi_0.", ".wi_1.")
         if value in joined and joined[value].shape == joined[name].shape:
-            joined[name.replace(".wi_0.", ".wi.")] = np.concatenate([joined.pop(value), joined.pop(name)])
+            joined[name.replace(".wi_0.", ".wi.")] = _one_after_the_other(joined.pop(value), joined.pop(name))
     return joined
+
+
+def _one_after_the_other(first: Array, second: Array) -> Stored:
+    """Two arrays of one shape as one, which are read when it is."""
+    shape = (2 * first.shape[0], *first.shape[1:])
+    return Stored(shape, first.dtype, lambda: np.concatenate([np.asarray(first), np.asarray(second)]))
 
 
 def _split(state: State, encoder: Encoder) -> State:
@@ -284,7 +291,8 @@ def load(
         folder: of `CLIPTextModel`, `CLIPTextModelWithProjection`, `CLIPVisionModel`, `CLIPVisionModelWithProjection`,
             `CLIPModel`, `T5EncoderModel` or a whole T5, whose decoder is left out.
         part: of a `CLIPModel`, "text" or "vision".
-        variant: of the files of weights, such as "fp16" for `model.fp16.safetensors`; None for those without a name.
+        variant: of the weights, such as "fp16" for `model.fp16.safetensors`; None for the file without one or, if there
+            is none, for the only variant.
         strict: whether weights that do not match are an error; otherwise a warning.
         options: arguments of the encoder, in place of what the folder says; such as `skip`, or `dtype`.
 
@@ -303,7 +311,7 @@ def load(
         raise ValueError(f"{source}: `part` is of a CLIP with text and vision; this is: {name!r}; received: {part!r}")
     foreign = kind(ENCODERS, name, source, "model_type")
     config = complete({key: config[key] for key in foreign.keys if key in config}, foreign.keys, source)
-    state = foreign.ours(read_weights(folder, variant))
+    state = foreign.ours(_weights(folder, variant))
     with explained(source):
         encoder = foreign.made(**{**foreign.arguments(config, state), **options})
     fill(encoder, _input_shape(encoder), foreign.slots, state, folder, strict)
@@ -316,27 +324,17 @@ def _input_shape(encoder: Encoder) -> tuple:
     return (None, getattr(encoder, "length", None))
 
 
-def read_weights(folder: Path, variant: str | None = None, stem: str = "model") -> State:
-    """The arrays of `model.safetensors`, or of its shards; or of a variant of them."""
-    ending = "" if variant is None else f".{variant}"
-    names = {
-        f"{stem}{ending}.safetensors": ".safetensors",
-        f"{stem}.safetensors.index{ending}.json": ".safetensors.index.json",
-        f"{stem}{ending}.safetensors.index.json": ".safetensors.index.json",
-    }
-    for name, reader in names.items():
-        if (folder / name).exists():
-            return FOLDER_READERS[reader](folder / name)
-    there = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    hint = ""
-    if any(name.endswith((".bin", ".bin.index.json")) for name in there):
-        hint = (
-            ". A pickle, such as pytorch_model.bin, could run programs and is not read; transformers writes its model "
-            "as safetensors: `AutoModel.from_pretrained(folder).save_pretrained(folder)`"
-        )
-    variants = sorted({name.split(".")[1] for name in there if name.endswith(".safetensors") and name.count(".") == 2})
-    hint = f"; give `variant`, one of {variants}" if variants else hint
-    raise ValueError(f"{folder}: no weights; expected one of {list(names)}; found: {there}{hint}")
+def _weights(folder: Path, variant: str | None) -> State:
+    """The arrays of `folders.read_weights`; where there are pickles alone the error says what to do."""
+    try:
+        return read_weights(folder, variant)
+    except ValueError as error:
+        if not folder.is_dir() or not any(entry.name.startswith("pytorch_model") for entry in folder.iterdir()):
+            raise
+        raise ValueError(
+            f"{error}. A pickle, such as pytorch_model.bin, could run programs and is not read; transformers writes "
+            "its model as safetensors: `AutoModel.from_pretrained(folder).save_pretrained(folder)`"
+        ) from error
 
 
 def save(encoder: Encoder, folder: str | Path) -> None:

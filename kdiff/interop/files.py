@@ -5,21 +5,26 @@ asked for (see `kdiff.interop.arrays`). Whatever is wrong with a file is a Value
 """
 
 import json
+import pickle
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdiff.interop.arrays import Array, Opened, State, array_of
+from kdiff.interop.arrays import Array, Opened, State
+from kdiff.interop.checkpoints import state_of, unwrapped
 from kdiff.interop.configs import shown
+from kdiff.interop.pickles import read_archive
+from kdiff.interop.unsupported import about_file, check_is_itself
 from kdiff.writing import replacing
 
 __all__ = [
     "FOLDER_READERS",
     "READERS",
     "SAFETENSORS",
-    "read_folder",
     "read_json",
     "read_state",
     "write_json",
@@ -37,7 +42,7 @@ SAFETENSORS = {
 
 def read_json(path: Path) -> dict[str, Any]:
     """The dictionary in a JSON file."""
-    _check_there(path)
+    check_is_itself(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not text, not JSON, a number of thousands of digits, lists in lists
@@ -60,19 +65,12 @@ def read_state(path: str | Path) -> State:
         ValueError: if there is no such file, its kind is unknown, or it is damaged.
     """
     path = Path(path)
-    _check_there(path)
+    check_is_itself(path)
     if path.suffix not in READERS:
-        raise ValueError(f"{path}: the name must end in one of {list(READERS)}; received: {path.suffix!r}")
-    return READERS[path.suffix](path)
-
-
-def read_folder(folder: Path, stem: str = "diffusion_pytorch_model") -> State:
-    """The arrays of the one file, or the shards, that hold the weights of the model in a folder."""
-    for ending, read in FOLDER_READERS.items():
-        if (folder / f"{stem}{ending}").exists():
-            return read(folder / f"{stem}{ending}")
-    wanted = [f"{stem}{ending}" for ending in FOLDER_READERS]
-    raise ValueError(f"{folder}: no weights; expected one of {wanted}; found: {_listing(folder)}")
+        raise ValueError(
+            f"{path}: the name must end in one of {list(READERS)}; received: {path.suffix!r}{about_file(path)}"
+        )
+    return unwrapped(READERS[path.suffix](path))
 
 
 def write_safetensors(path: Path, state: Mapping[str, Array]) -> None:
@@ -115,7 +113,19 @@ def _safetensors():
 
 
 def _read_pickle(path: Path) -> State:
-    """The tensors of a file that PyTorch has written. Anything but tensors in containers is refused, not run."""
+    """The tensors of a file that PyTorch has written. What is no tensor is left out, and nothing is run."""
+    try:
+        return state_of(read_archive(path) if zipfile.is_zipfile(path) else _read_old(path), path)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # pickle's, zip's and PyTorch's own errors have no common base
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: not a file of tensors, or a damaged one: {_first_line(error)}") from error
+
+
+def _read_old(path: Path) -> Any:
+    """What PyTorch before 1.6 wrote, which it reads itself, if there is nothing but tensors in containers."""
     try:
         import torch
     except ModuleNotFoundError as error:
@@ -123,27 +133,20 @@ def _read_pickle(path: Path) -> State:
             f"{path}: only PyTorch reads this file; install it, or convert the file to safetensors"
         ) from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle's, zip's and PyTorch's own errors have no common base
-        raise ValueError(f"{path}: not a file of tensors alone, or a damaged one: {_first_line(error)}") from error
-    tensors = {name: value for name, value in _inner(path, content).items() if torch.is_tensor(value)}
-    return {str(name): array_of(value, str(name), path) for name, value in tensors.items()}
-
-
-def _inner(path: Path, content: Any) -> Mapping:
-    """The state dict of a checkpoint that may hold others: averaged weights before trained ones."""
-    if isinstance(content, Mapping):
-        for name in ("ema", "state_dict", "model"):
-            if isinstance(content.get(name), Mapping):
-                return content[name]
-        return content
-    raise ValueError(f"{path}: must hold a dictionary of tensors; received: {type(content).__name__}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        more = f" with an object of {found[1]}" if found else ""
+        raise ValueError(
+            f"{path}: not a file of tensors alone, but one{more} by PyTorch before 1.6, or by no PyTorch; save the "
+            "`state_dict()` with `torch.save`"
+        ) from error
 
 
 def _read_npz(path: Path) -> State:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: array_of(arrays[name], name, path) for name in arrays.files}
+            return state_of({name: arrays[name] for name in arrays.files}, path)
     except Exception as error:  # zip's and NumPy's own errors have no common base
         raise ValueError(f"{path}: not a whole .npz file of numbers: {_first_line(error)}") from error
 
@@ -156,6 +159,7 @@ def _read_shards(path: Path) -> State:
     for name in set(index.values()):
         if Path(name).name != name:
             raise ValueError(f"{path}: a shard must lie beside its index; received: {name!r}")
+    index = unwrapped(index)
     state: State = {}
     for shard in sorted(set(index.values())):
         for name, array in read_state(path.parent / shard).items():
@@ -168,29 +172,18 @@ def _read_shards(path: Path) -> State:
     return state
 
 
-def _check_there(path: Path) -> None:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; its folder holds: {_listing(path.parent)}")
-
-
-def _listing(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-
-
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub("\x1b\\[[0-9;]*m", "", (str(error).splitlines() or [type(error).__name__])[0])
 
 
 READERS = {
     ".safetensors": _read_safetensors,
     ".npz": _read_npz,
-    ".bin": _read_pickle,
-    ".pt": _read_pickle,
-    ".pth": _read_pickle,
+    **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), _read_pickle),
 }
 FOLDER_READERS = {
-    ".safetensors": _read_safetensors,
+    ".safetensors": read_state,
     ".safetensors.index.json": _read_shards,
-    ".bin": _read_pickle,
+    ".bin": read_state,
     ".bin.index.json": _read_shards,
 }

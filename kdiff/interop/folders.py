@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kdiff.interop.files import FOLDER_READERS, State
+from kdiff.interop.arrays import State
+from kdiff.interop.files import FOLDER_READERS
+from kdiff.interop.unsupported import about_folder, listing
 
 __all__ = [
     "AUTOENCODERS",
@@ -103,10 +105,10 @@ def read_weights(folder: Path, variant: str | None = None) -> State:
     found = variants(folder)
     if variant is None and len(found) == 1:
         return read_weights(folder, found[0])
-    listing = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     if found:
         raise ValueError(f"{folder}: `variant` must be one of {found}; received: {variant!r}")
-    raise ValueError(f"{folder}: no weights; expected one of {[name for name, _ in _names(variant)]}; found: {listing}")
+    wanted = [name for name, _ in _names(variant)]
+    raise ValueError(f"{folder}: no weights; expected one of {wanted}; found: {listing(folder)}{about_folder(folder)}")
 
 
 def _names(variant: str | None) -> Iterator[tuple[str, str]]:

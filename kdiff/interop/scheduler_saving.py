@@ -12,6 +12,7 @@ from kdiff.interop.guidance import LowThreshold
 from kdiff.interop.scheduler_keys import SPACINGS, VARIANCES
 from kdiff.interop.scheduler_parts import PREDICTIONS
 from kdiff.interop.scheduler_tabled import MULTISTEP, SINGLESTEP
+from kdiff.interop.score_sde import PredictorCorrector
 from kdiff.interop.solvers import DDIMInverted, DDIMKeptNoise, DiffusersPNDM, DiffusersTCD, EvenSteps, NoisyEnd
 from kdiff.interop.tables import NearlyZeroSNR, WuerstchenCosine
 from kdiff.times import TimeGrid
@@ -158,6 +159,9 @@ def _known(config: Config, name: str) -> bool:
 def _candidates(wanted: schedulers.Process) -> Iterator[Config]:
     yield from _untabled(wanted)
     solver, grid = wanted.sampler.solver, wanted.sampler.grid
+    if isinstance(solver, PredictorCorrector):
+        yield _score_sde(wanted.schedule, solver)
+        return
     solver = solver.solver if isinstance(solver, EvenSteps) else solver
     inner = list(_inside(grid))
     table, prediction = _table(wanted.schedule, inner), wanted.prediction
@@ -239,6 +243,16 @@ def _flow(grid: FlowMatching, solver) -> Config:
         "shift_terminal": grid.terminal,
         "stochastic_sampling": isinstance(solver, solvers.Consistency),
         **noise,
+    }
+
+
+def _score_sde(schedule, solver: PredictorCorrector) -> Config:
+    return {
+        "_class_name": "ScoreSdeVeScheduler",
+        "snr": solver.snr,
+        "correct_steps": solver.corrections,
+        "sampling_eps": solver.epsilon,
+        **{name: getattr(schedule, name, None) for name in ("sigma_min", "sigma_max")},
     }
 
 

@@ -7,6 +7,7 @@ from kdiff.interop.predictions import ConsistencyKarras
 from kdiff.interop.scheduler_keys import ALGORITHMS, EDM, FLOW_MATCHING, STEPS, SWITCH, THRESHOLD
 from kdiff.interop.scheduler_parts import Kind, Process, guidance_of, noise_grid_of, shift_of
 from kdiff.interop.scheduler_tabled import multistep
+from kdiff.interop.score_sde import DownTo, PredictorCorrector
 from kdiff.interop.solvers import DiffusersIPNDM, FlowLine, QuietEnd
 from kdiff.interop.tables import WuerstchenCosine
 from kdiff.sampling import Sampler
@@ -67,6 +68,14 @@ def _wuerstchen(config, tokens) -> Process:
     return Process(schedule, predictions.Noise(), times.Scaled(1.0), Sampler(QuietEnd(), Uniform(), to_zero=False))
 
 
+def _score_sde(config, tokens) -> Process:
+    """Song et al. 2021; its networks are told sigma, of which kdiff's take the logarithm."""
+    epsilon = config["sampling_eps"]
+    solver = PredictorCorrector(config["snr"], config["correct_steps"], epsilon)
+    schedule = schedules.VarianceExploding(config["sigma_min"], config["sigma_max"])
+    return Process(schedule, predictions.Score(), times.LogSNR(-0.5), Sampler(solver, DownTo(epsilon)))
+
+
 UNTABLED = {
     "FlowMatchEulerDiscreteScheduler": Kind(FLOW_MATCHING, make=_flow_matching),
     "FlowMatchHeunDiscreteScheduler": Kind(
@@ -95,6 +104,17 @@ UNTABLED = {
         make=_consistency,
     ),
     "IPNDMScheduler": Kind({"num_train_timesteps": Key(1000, STEPS), "trained_betas": only(None)}, make=_ipndm),
+    "ScoreSdeVeScheduler": Kind(
+        {
+            "num_train_timesteps": Key(2000, STEPS),
+            "snr": Key(0.15, real(1e-6, 1e3)),
+            "sigma_min": Key(0.01, real(1e-6, 1e6)),
+            "sigma_max": Key(1348.0, real(1e-6, 1e6)),
+            "sampling_eps": Key(1e-5, real(1e-12, 0.1)),
+            "correct_steps": Key(1, whole(0, 100)),
+        },
+        make=_score_sde,
+    ),
     "DDPMWuerstchenScheduler": Kind(
         {"scaler": Key(1.0, real(0.01, 100.0)), "s": Key(0.008, real(0.0, 1.0))}, make=_wuerstchen
     ),

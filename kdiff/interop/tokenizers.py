@@ -7,16 +7,19 @@
 What fills up a text, and how long one may be, is in tokenizer_config.json and special_tokens_map.json.
 """
 
+import base64
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kdiff.encoders.tokenizers import CLIP_END, CLIP_START, JSONTokenizer, SentencePiece
 from kdiff.interop.configs import LARGEST, explained, shown
-from kdiff.interop.files import read_json
+from kdiff.interop.files import read_json, write_json
 from kdiff.text import Tokenizer
+from kdiff.writing import replacing
 
-__all__ = ["FORMS", "load"]
+__all__ = ["FORMS", "load", "padded", "save"]
 
 FORMS = ("tokenizer.json", "vocab.json", "spiece.model")
 
@@ -99,6 +102,59 @@ def _clip(folder: Path, config: Mapping[str, Any], length: int) -> Tokenizer:
 def _sentencepiece(folder: Path, config: Mapping[str, Any], length: int) -> Tokenizer:
     extra = config.get("extra_ids", 100)
     return SentencePiece.read(folder / "spiece.model", length, extra)
+
+
+def padded(tokenizer: JSONTokenizer, padding: int) -> JSONTokenizer:
+    """The tokenizer that fills up with another token, which is then, as in transformers, found in a text as it stands.
+
+    Args:
+        tokenizer: of which the token that fills up now is found no more, unless it begins or ends a text.
+        padding: the number of the token.
+
+    Raises:
+        ValueError: if the vocabulary has no such number.
+    """
+    content = json.loads(tokenizer.model)
+    around = {*tokenizer.start, *tokenizer.end}
+    added = {token["id"]: token for token in content.get("added_tokens") or []}
+    if tokenizer.padding not in around:
+        added.pop(tokenizer.padding, None)
+    if padding not in added:
+        words = {number: word for word, number in content["model"]["vocab"].items()}
+        if padding not in words:
+            raise ValueError(f"padded: the number of a token of the {len(words)} is expected; received: {padding}")
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added[padding] = {"id": padding, "content": words[padding], "special": True, **flags}
+    content["added_tokens"] = [added[number] for number in sorted(added)]
+    return JSONTokenizer(json.dumps(content, ensure_ascii=False), tokenizer.length, padding)
+
+
+def save(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Writes a folder that transformers reads: tokenizer.json or spiece.model, and tokenizer_config.json.
+
+    Args:
+        tokenizer: a `JSONTokenizer`, which transformers is told is CLIP's, or a `SentencePiece`, T5's.
+        folder: to write to; files of the same names are replaced.
+
+    Raises:
+        ValueError: if it is another.
+    """
+    folder, config = Path(folder), {"model_max_length": tokenizer.length}
+    if isinstance(tokenizer, JSONTokenizer):
+        content = json.loads(tokenizer.model)
+        numbers = {token["id"]: token["content"] for token in content.get("added_tokens") or []}
+        if tokenizer.padding not in numbers:
+            raise ValueError(f"save: the token that fills up must be one of {numbers}; received: {tokenizer.padding}")
+        special = {"bos_token": CLIP_START, "eos_token": CLIP_END, "unk_token": CLIP_END}
+        config |= {**special, "pad_token": numbers[tokenizer.padding], "tokenizer_class": "CLIPTokenizer"}
+        write_json(folder / "tokenizer.json", content)
+    elif isinstance(tokenizer, SentencePiece):
+        config |= {"extra_ids": tokenizer.extra, "tokenizer_class": "T5Tokenizer"}
+        with replacing(folder / "spiece.model") as new:
+            new.write_bytes(base64.b64decode(tokenizer.model))
+    else:
+        raise ValueError(f"save: transformers has no such tokenizer; received: {tokenizer!r}")
+    write_json(folder / "tokenizer_config.json", config)
 
 
 _READERS = {"tokenizer.json": _json, "vocab.json": _clip, "spiece.model": _sentencepiece}

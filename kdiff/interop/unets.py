@@ -83,7 +83,7 @@ CONTEXT_NORMS: dict[str | None, Callable[[], keras.layers.Layer | None]] = {
 
 def unet_2d(config: dict[str, Any], source: Any) -> Described:
     """The network that a `UNet2DModel` is."""
-    config = complete(config, UNET_2D, source)
+    config = complete(config, UNET_2D, source, UNET_2D_CONDITION)
     _check_number(config, source)
     if set(config["down_block_types"]) & set(SKIP_DOWN):
         return _ncsnpp(config, source)

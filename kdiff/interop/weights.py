@@ -17,8 +17,22 @@ from kdiff.blocks.embeddings import FourierEmbedding, LabelEmbedding, LearnedEmb
 from kdiff.blocks.normalization import GroupNorm, LayerNorm, RMSNorm
 from kdiff.interop.arrays import Array, State
 from kdiff.interop.configs import explained
+from kdiff.interop.unsupported import about_names
 
-__all__ = ["LAYOUTS", "LEAVES", "Layout", "Names", "Part", "Rows", "Slot", "assign", "export", "fill", "slots"]
+__all__ = [
+    "LAYOUTS",
+    "LEAVES",
+    "LISTED",
+    "Layout",
+    "Names",
+    "Part",
+    "Rows",
+    "Slot",
+    "assign",
+    "export",
+    "fill",
+    "slots",
+]
 
 
 class Rows(NamedTuple):
@@ -89,6 +103,9 @@ LEAVES = {
     LearnedEmbedding: (("weight", "table", "same"),),
     FourierEmbedding: (("weight", "frequencies", "same"),),
 }
+
+
+LISTED = 10  # lines of one kind in an error
 
 
 def _moved(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
@@ -180,7 +197,7 @@ def assign(wanted: Iterable[Slot], state: State, source: Any, strict: bool = Tru
     wanted = list(wanted)
     wrong = _mismatches(wanted, state)
     wrong += _given(wanted, state, change=not (wrong and strict))
-    _report(wrong, source, strict)
+    _report(wrong, state, wanted, source, strict)
 
 
 def fill(
@@ -276,13 +293,34 @@ def _layout(slot: Slot) -> Layout:
     return LAYOUTS[slot.layout] if isinstance(slot.layout, str) else slot.layout
 
 
-def _report(wrong: list[str], source: Any, strict: bool) -> None:
+def _report(wrong: list[str], state: State, wanted: list[Slot], source: Any, strict: bool) -> None:
     if not wrong:
         return
-    message = f"{source}: {len(wrong)} arrays do not match the network:\n  " + "\n  ".join(wrong)
+    kinds: dict[str, list[str]] = {}
+    for line in wrong:
+        kinds.setdefault(line.split(":")[0], []).append(line)
+    lines = [line for kind, all_of in kinds.items() for line in _cut(kind, all_of)]
+    listed = "\n  ".join(lines)
+    message = f"{source}: {len(wrong)} arrays do not match the network{_hint(state, wanted)}:\n  {listed}"
     if strict:
         raise ValueError(message)
     warnings.warn(message, stacklevel=4)
+
+
+def _cut(kind: str, lines: list[str]) -> list[str]:
+    return lines if len(lines) <= LISTED else [*lines[:LISTED], f"{kind}: {len(lines) - LISTED} more"]
+
+
+def _hint(state: State, wanted: list[Slot]) -> str:
+    """Why no name matches: something stands before all of them, or they are another network's."""
+    names = {slot.name for slot in wanted}
+    if names & set(state):
+        return ""
+    for name in state:
+        for prefix in (name.removesuffix(one) for one in names if name.endswith("." + one)):
+            if all(prefix + one in state for one in names):
+                return f", whose names stand after {prefix!r} in the file: give a mapping without it"
+    return about_names(state)
 
 
 def export(wanted: Iterable[Slot], values: Mapping[int, Any] | None = None) -> State:

@@ -174,10 +174,12 @@ class Network(ConfigurableLayer, keras.Model):
 
     @property
     def condition_inputs(self) -> dict[str, Input]:
-        """The inputs beside image and time, by name."""
-        layers = {"time": self.embedding, **self.conditions}
-        of_each = (inputs_of(layer, name) for name, layer in layers.items())
-        return {name: one for inputs in of_each for name, one in inputs.items() if name != "time"}
+        """The inputs beside image and time, by name; of one that several conditions take, the first knows its null."""
+        layers, found = {"time": self.embedding, **self.conditions}, {}
+        for name, layer in layers.items():
+            for one, taken in inputs_of(layer, name).items():
+                found.setdefault(one, taken)
+        return {name: one for name, one in found.items() if name != "time"}
 
     def call(self, inputs, training=None):
         """The dictionary of inputs (see the module) to the shape of the image with `out_channels`, float32."""
