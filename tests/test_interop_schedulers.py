@@ -70,7 +70,7 @@ def test_every_class_is_tried():
     known = {name.removesuffix("Scheduler") for name in schedulers.KINDS}
     assert known - tried == {
         *("EulerAncestralDiscrete", "LMSDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete"),
-        *("DDIMParallel", "DDPMParallel"),
+        *("DDIMParallel", "DDPMParallel", "ScoreSdeVe"),
     }
 
 
