@@ -70,7 +70,7 @@ def test_every_class_is_tried():
     known = {name.removesuffix("Scheduler") for name in schedulers.KINDS}
     assert known - tried == {
         *("EulerAncestralDiscrete", "LMSDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete"),
-        *("DDIMParallel", "DDPMParallel"),
+        *("DDIMParallel", "DDPMParallel", "ScoreSdeVe"),
     }
 
 
@@ -86,8 +86,13 @@ def test_a_file_a_folder_and_a_pipeline(tmp_path):
     assert diffusers.load_scheduler(tmp_path / "mine.json") == wanted
     with pytest.raises(ValueError, match="nothing: no such file"):
         diffusers.load_scheduler(tmp_path / "nothing")
-    with pytest.raises(ValueError, match=r"`_class_name` must be one of .*LCMScheduler.*received: 'RePaintScheduler'"):
+    with pytest.raises(ValueError, match=r"`_class_name` must be one of .*LCMScheduler.*received: 'MyScheduler'"):
+        schedulers.process({"_class_name": "MyScheduler"}, "file")
+    with pytest.raises(ValueError, match=r"file: kdiff has no RePaintScheduler: .*guidance\.Inpaint"):
         schedulers.process({"_class_name": "RePaintScheduler"}, "file")
+    beyond = of("EulerDiscrete", use_karras_sigmas=True, sigma_max=700.0)
+    with pytest.raises(ValueError, match=r"file: Karras: .* must lie in"):
+        schedulers.process(beyond, "file")
 
 
 def test_the_scheduler_of_a_model(tmp_path):

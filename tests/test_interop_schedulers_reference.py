@@ -376,7 +376,7 @@ def test_the_shift_is_by_the_number_of_tokens(config):
     of("IPNDM"),
     of("DDIMInverse", clip_sample=False),
     of("DDIMInverse", prediction_type="v_prediction", set_alpha_to_one=False, steps_offset=1),
-    of("DDIMInverse", timestep_spacing="trailing", prediction_type="v_prediction"),
+    of("DDIMInverse", timestep_spacing="trailing", prediction_type="v_prediction", set_alpha_to_zero=False),
     of("DDIMParallel"),
     of("DDPMParallel", variance_type="fixed_large"),
     everywhere=2,

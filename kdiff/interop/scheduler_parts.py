@@ -198,7 +198,8 @@ def end_of(config: Config) -> float | None:
 def to_zero_of(config: Config) -> bool:
     """Whether a run goes to t = 0."""
     ending = config.get("final_sigmas_type", "sigma_min" if config["_class_name"] in ENDS_ABOVE else "zero")
-    return bool(config.get("set_alpha_to_one", True)) and ending == "zero"
+    older, alpha = config.get("set_alpha_to_zero"), config.get("set_alpha_to_one", True)
+    return bool(alpha if older is None else older) and ending == "zero"
 
 
 def guidance_of(config: Config) -> guidance.Guidance | None:

@@ -246,6 +246,7 @@ TABLED = {
             **CLIPPING,
             "timestep_spacing": Key("leading", one_of("leading", "trailing")),
             "set_alpha_to_one": Key(True, FLAG),
+            "set_alpha_to_zero": Key(None, SWITCH),  # an older name of it, which counts where it is given
         },
         _inverted,
     ),

@@ -32,9 +32,18 @@ from kdiff.interop.scheduler_untabled import UNTABLED
 from kdiff.interop.solvers import DDIMInverted, DDIMKeptNoise, DiffusersTCD
 from kdiff.sampling import Sampler
 
-__all__ = ["ALL_STEPS", "KINDS", "process"]
+__all__ = ["ALL_STEPS", "KINDS", "REFUSED", "process"]
 
 KINDS = {**TABLED, **UNTABLED}
+REFUSED = {
+    "DPMSolverMultistepInverseScheduler": "it goes to noise by many values; DDIMInverseScheduler does by one",
+    "CogVideoXDDIMScheduler": "it moves the noise levels of video; DDIMScheduler is for pictures",
+    "CogVideoXDPMScheduler": "it moves the noise levels of video; DPMSolverMultistepScheduler is for pictures",
+    "RePaintScheduler": "it fills holes of pictures; use guidance.Inpaint and times.Jumps with DDPMScheduler",
+    "VQDiffusionScheduler": "it is of discrete tokens",
+    "AmusedScheduler": "it is of discrete tokens",
+    "KarrasVeScheduler": "it is EDM's before there was EDMEulerScheduler; write that",
+}
 ALL_STEPS = ("DDPMScheduler", "DDPMParallelScheduler")  # classes whose runs have every step, unless told otherwise
 
 
@@ -57,6 +66,8 @@ def process(config: dict[str, Any], source: Any, learned: bool = False, tokens: 
         if config.get("predict_epsilon", True) is not True and "prediction_type" not in config:
             raise ValueError('`predict_epsilon` is of an old version; write `prediction_type` "sample" in its place')
         config = {key: value for key, value in config.items() if key != "predict_epsilon"}
+        if name in REFUSED:
+            raise ValueError(f"kdiff has no {name}: {REFUSED[name]}")
         scheduler = kind(KINDS, name, source, "_class_name")
         config = {**complete(config, scheduler.keys, source, FOREIGN), "_class_name": name}
         for wrong, words in _conflicts(scheduler, config, learned):
@@ -71,6 +82,8 @@ def process(config: dict[str, Any], source: Any, learned: bool = False, tokens: 
                 label_of(config, scheduler.spacing),
                 _sampler(scheduler, config, tokens),
             )
+        if config.get("sigma_min") or config.get("sigma_max"):
+            made.sampler.grid(made.schedule, 3)  # an error now, if the table does not go so far
         return made._replace(prediction=predictions.LearnedVariance(made.prediction)) if learned else made
 
 
@@ -130,7 +143,7 @@ def _conflicts(scheduler: Kind, config, learned) -> list[tuple[bool, str]]:
         (
             config["_class_name"] == "DDIMInverseScheduler"
             and said("prediction_type") == "sample"
-            and bool(said("set_alpha_to_one")),
+            and to_zero_of(config),
             "`set_alpha_to_one` must be false where `prediction_type` is 'sample': data tells nothing of its noise",
         ),
         (
