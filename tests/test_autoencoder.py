@@ -10,7 +10,7 @@ from kdiff import networks, random
 from kdiff.codecs import Latent
 from kdiff.networks import VQ, AutoencoderKL, Tiny
 from tests.helpers_gradients import perturb, value_and_gradients
-from tests.toys import draw_weights, images, mostly_once, numpy
+from tests.toys import draw_weights, images, numpy
 
 SMALL = {
     "kl": lambda **options: AutoencoderKL((8, 16), 4, 1, **options),
@@ -76,7 +76,8 @@ def test_both_halves(name, tmp_path):
     assert numpy(network.clone()(X)).shape == y.shape
 
 
-@pytest.mark.parametrize("name", mostly_once(SMALL, ["vq"]))
+@pytest.mark.once
+@pytest.mark.parametrize("name", SMALL)
 def test_every_weight_has_a_gradient(name):
     """The codes have none from the image, only from `lookup`."""
     _, gradients = value_and_gradients(made(name), X)
@@ -100,6 +101,7 @@ def test_series_and_volumes():
     assert AutoencoderKL((8, 16), 4, 1).encode(images(1, (4, 4, 4, 3)))[0].shape == (1, 2, 2, 2, 4)
 
 
+@pytest.mark.once
 def test_codebook():
     network = made("vq")
     table = numpy(network.codebook.table)
