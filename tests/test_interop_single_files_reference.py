@@ -12,8 +12,9 @@ from keras import ops
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from kdiff import predictions
 from kdiff.interop import diffusers as interop
-from kdiff.interop import prompts, single_files
+from kdiff.interop import maps, prompts, schedulers, single_files, tokenizers
 from tests.test_interop_prompts_reference import LENGTH, TABLE, TEXTS, check, embeddings, perturbed, text_encoder, words
 from tests.toys import mostly_once
 
@@ -343,3 +344,176 @@ def test_it_gives_what_diffusers_makes_of_the_file(case):
     assert min(wanted.std(), images.std()) > 0.05
     check(ops.convert_to_numpy(case.model.network(inputs)), wanted, TOLERANCE)
     check(ops.convert_to_numpy(case.model.codec.decode(x[..., :4])), images.clip(-1.0, 1.0), TOLERANCE)
+
+
+# --- without diffusers' pipelines: what is told by names and shapes, and errors
+
+
+@pytest.fixture(scope="module")
+def states():
+    """U-Nets alone, as a state dict."""
+    context = {"cross_attention_dim": 16}
+    linear = {**context, "attention_head_dim": 1, "use_linear_projection": True}
+    made = {
+        "sd_1": unet((32, 64), {1}, attention_head_dim=8, **context),
+        "sd_2": unet((64, 64), {1}, **linear),
+        "xl": xl_unet((64, 64), {0}, 1, projection_class_embeddings_input_dim=6 * 256 + 8, **context),
+    }
+    return {name: prefixed("model.diffusion_model.", unet_in_ldm(one)) for name, one in made.items()}
+
+
+EMPTY = torch.zeros(0)
+KINDS = [
+    ("sd_1", (), {}, predictions.Noise, 64, "PNDM"),
+    ("sd_1", ("v_pred", "ztsnr"), {}, predictions.Velocity, 64, "DDIM"),
+    ("sd_2", (), {"velocity": False}, predictions.Noise, 64, "PNDM"),
+    ("sd_2", (), {"velocity": True}, predictions.Velocity, 96, "DDIM"),
+    ("sd_2", ("v_pred",), {}, predictions.Velocity, 96, "DDIM"),
+    ("xl", (), {}, predictions.Noise, 128, "Euler"),
+    ("xl", ("v_pred", "ztsnr"), {}, predictions.Velocity, 128, "Euler"),
+    (
+        "xl",
+        ("v_pred", "ztsnr"),
+        {"velocity": False, "zero_snr": False, "image_size": 64},
+        predictions.Noise,
+        8,
+        "Euler",
+    ),
+]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("name", "keys", "options", "prediction", "size", "solver"), KINDS)
+def test_the_kind_is_told(states, name, keys, options, prediction, size, solver):
+    """The betas are as diffusers' scheduler has them, and so is whether the first step knows of the data."""
+    model = single_files.load({**states[name], **dict.fromkeys(keys, EMPTY)}, **options)
+    assert type(model.prediction) is prediction
+    context = {"context": (None, None, 16), "text_embeds": (None, 8), "time_ids": (None, 6)}
+    context = context if name == "xl" else {"context": (None, None, 16)}
+    shapes = maps.input_shapes(model.network)
+    assert shapes == {"image": (None, size, size, 4), "time": (None,), **context}
+    classes = {"PNDM": "PNDMScheduler", "DDIM": "DDIMScheduler", "Euler": "EulerDiscreteScheduler"}
+    zero = "ztsnr" in keys and options.get("zero_snr", True)
+    told = {"prediction_type": "v_prediction" if prediction is predictions.Velocity else "epsilon"}
+    told |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero else {}
+    told |= {"PNDM": {"skip_prk_steps": True}, "DDIM": {"set_alpha_to_one": False, "clip_sample": False}}.get(
+        solver, {}
+    )
+    told = {"timestep_spacing": "leading", **told} if solver == "Euler" else told
+    theirs = getattr(diffusers, classes[solver])(**SPREAD, **told)
+    process = schedulers.process({**theirs.config, "_class_name": classes[solver]}, "test")
+    assert (process.schedule, process.sampler) == (model.schedule, model.sampler)
+    at = model.schedule.at(np.float32([1e-3, 0.5, 1.0]))
+    wanted = theirs.alphas_cumprod[[0, 499, 999]].numpy()
+    np.testing.assert_allclose(ops.convert_to_numpy(at.alpha) ** 2, wanted, rtol=1e-3, atol=1e-6)
+    assert (float(at.alpha[-1]) < 1e-3) == zero
+
+
+@pytest.mark.once
+def test_version_2_must_say_what_it_predicts(states):
+    with pytest.raises(ValueError, match=r"the state dict: .* Stable Diffusion 2, .*; give `velocity=True`"):
+        single_files.load(states["sd_2"])
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    inpaint = {**states["sd_2"], key: torch.randn(64, 9, 3, 3)}
+    assert type(single_files.load(inpaint).prediction) is predictions.Noise
+
+
+@pytest.mark.once
+def test_averages(states):
+    """Those of `LitEma`, under names without dots, in place of the others."""
+    plain = states["sd_1"]
+    averages = {"model_ema." + name.removeprefix("model.").replace(".", ""): one + 1.0 for name, one in plain.items()}
+    both = {**plain, **averages, "model_ema.decay": torch.ones(())}
+    given = single_files.load(both), single_files.load(both, averages=False), single_files.load(plain)
+    found, without, wanted = (ops.convert_to_numpy(model.network.head.kernel) for model in given)
+    np.testing.assert_array_equal(without, wanted)
+    np.testing.assert_allclose(found, wanted + 1.0, rtol=1e-6)
+    del both["model_ema.diffusion_modelout2weight"]
+    with pytest.raises(ValueError, match=r"missing: model_ema\.diffusion_modelout2weight"):
+        single_files.load(both)
+
+
+U, V, T = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
+WRONG = {
+    f"missing: {U}out.0.bias": {f"{U}out.0.bias": None},
+    f"`{U}out.2.weight` is missing": {f"{U}out.2.weight": None},
+    f"shape: {U}time_embed.2.bias is (7,)": {f"{U}time_embed.2.bias": torch.zeros(7)},
+    f"not finite: {U}middle_block.1.norm.weight": {f"{U}middle_block.1.norm.weight": torch.full((64,), torch.nan)},
+    "not expected: control_model.input_blocks.0.0.weight (3,)": {
+        "control_model.input_blocks.0.0.weight": torch.ones(3)
+    },
+    "not expected: edm_mean (4,)": {"edm_mean": torch.ones(4)},
+    f"[0, 1, 4, 5] channels more in than out; received: 7 in (`{U}input": {
+        f"{U}input_blocks.0.0.weight": torch.ones(32, 7, 3, 3)
+    },
+    f"missing: {V}quant_conv.bias": {f"{V}quant_conv.bias": None},
+    f"shape: {V}decoder.conv_in.bias is (3,)": {f"{V}decoder.conv_in.bias": torch.zeros(3)},
+    f"missing: {T}encoder.layers.1.mlp.fc1.bias": {f"{T}encoder.layers.1.mlp.fc1.bias": None},
+    f"`{T}embeddings.token_embedding.weight` is missing": {f"{T}embeddings.token_embedding.weight": None},
+    f"not expected: {T}encoder.layers.0.mlp.fc3.bias (2,)": {f"{T}encoder.layers.0.mlp.fc3.bias": torch.ones(2)},
+}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("message", WRONG)
+def test_an_error_names_file_and_key(first, tmp_path, message):
+    changed = {**first.state, **WRONG[message]}
+    file = written({name: one for name, one in changed.items() if one is not None}, tmp_path / "changed.safetensors")
+    with pytest.raises(ValueError, match=rf"(?s)^{re.escape(str(file))}: .*{re.escape(message)}"):
+        first.load(file)
+
+
+@pytest.mark.once
+def test_other_files_are_refused(first, states, tmp_path):
+    flux = {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": torch.ones(2, 2)}
+    with pytest.raises(ValueError, match=r"not Stable Diffusion in one file.* of Flux or of Stable Diffusion 3"):
+        single_files.load(flux)
+    with pytest.raises(ValueError, match=r"there is no text encoder, under none of \['cond_stage_model\."):
+        single_files.load(states["sd_1"], first.options["tokenizer"])
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(first.file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"damaged\.safetensors: not a whole safetensors file"):
+        first.load(damaged)
+    with pytest.warns(UserWarning, match=r"not expected: edm_mean"):
+        single_files.load({**states["sd_1"], "edm_mean": torch.ones(4)}, strict=False)
+
+
+@pytest.mark.once
+def test_strings_in_images_out_and_a_folder_of_it(first, tmp_path):
+    """A list of tokenizers is used as it is; what is loaded is saved as a folder that diffusers reads."""
+    given = tokenizers.load(first.options["tokenizer"])
+    model = first.load(tokenizer=[given])
+    assert prompts.prompt_of(model.network).tokenizers == [given]
+    images = model.sample(2, text=TEXTS, guidance=4.0, steps=2)
+    assert images.shape == (2, SIZE, SIZE, 3)
+    assert np.isfinite(images).all()
+    interop.save(model, tmp_path)
+    saved = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet").state_dict()
+    for name, tensor in first.pipeline.unet.state_dict().items():
+        assert torch.equal(saved[name].reshape(tensor.shape), tensor), name
+    assert (tmp_path / "text_encoder" / "model.safetensors").exists()
+
+
+@pytest.mark.once
+def test_clip_skip(first):
+    """In place of that of diffusers' pipeline, which fails at it with transformers 5."""
+    prompt = prompts.prompt_of(first.load(clip_skip=1).network)
+    wanted = prompts.load(first.folder, {"_class_name": "StableDiffusionPipeline", "text_encoder": ["a", "b"]}, skip=1)
+    np.testing.assert_array_equal(prompt.prepare(TEXTS), wanted.prepare(TEXTS))
+
+
+@pytest.mark.once
+def test_padded(tmp_path):
+    """As if the folder had said so: "!" is found in a text where it fills up, and there alone."""
+    words(tmp_path / "end", "<|endoftext|>").save_pretrained(tmp_path / "end")
+    words(tmp_path / "mark", "!").save_pretrained(tmp_path / "mark")
+    end, mark = (tokenizers.load(tmp_path / name) for name in ("end", "mark"))
+    for made, wanted in (
+        (tokenizers.padded(end, 0), mark),
+        (tokenizers.padded(mark, end.padding), end),
+        (tokenizers.padded(end, end.padding), end),
+    ):
+        np.testing.assert_array_equal(made(TEXTS), wanted(TEXTS))
+    assert not np.array_equal(end(TEXTS), mark(TEXTS))
+    with pytest.raises(ValueError, match="the number of a token of the 56 is expected; received: 99"):
+        tokenizers.padded(end, 99)

@@ -37,7 +37,7 @@ LAYOUTS = {
     "diffusion_flax_model.msgpack": "Flax's weights",
     "openvino_model.xml": "OpenVINO",
     "weights.h5": "weights of Keras or of keras-cv",
-    "v1-5-pruned.ckpt": r"a model in one file; of diffusers' `from_single_file\(file\)`",
+    "v1-5-pruned.ckpt": r"a model in one file; kdiff\.interop\.single_files reads",
     "saved_model.pb": "a SavedModel of TensorFlow",
     "scheduler_config.json": "a scheduler",
     "unet/config.json": r"a folder of models without `model_index\.json`; load one of \['unet'\]",

@@ -86,6 +86,8 @@ class Codec(Value, keras.layers.Layer):
         if not self.built:
             self.build(None)
         self.trainable = False
+        for variable in self.variables:  # TensorFlow: what is False already is not handed on to the layers inside
+            variable.trainable = False
 
     def call(self, examples, key: Any = None, training: bool = False):
         """`encode`, as a layer: within it nothing is in training, whatever the model is."""

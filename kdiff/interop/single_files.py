@@ -45,6 +45,7 @@ from kdiff.networks.unet import UNet
 from kdiff.text import Tokenizer
 
 __all__ = [
+    "AVERAGES",
     "BESIDE",
     "ENCODERS",
     "HEADS",
@@ -60,7 +61,7 @@ __all__ = [
     "unet_slots",
 ]
 
-UNET = "model.diffusion_model."
+UNET, AVERAGES = "model.diffusion_model.", "model_ema.diffusion_model"
 ENCODERS = ("cond_stage_model.", "conditioner.embedders.0.", "conditioner.embedders.1.")
 # What a file may have besides the U-Net: parts that are read elsewhere, averages, constants, and MiDaS, whose depth is
 # given as a map.
@@ -69,7 +70,8 @@ OTHERS = re.compile(
     r"|lvlb_weights|global_step|betas|denoiser\.(sigmas|log_sigmas)"
     r"|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|posterior_\w+)$"
 )
-NOT_WEIGHTS = re.compile(r"\.(position_ids|attn_mask|logit_scale)$")
+# Of CLIP's projection of a vector none of the three makes use.
+NOT_WEIGHTS = re.compile(r"\.(position_ids|attn_mask|logit_scale|transformer\.text_projection\.weight)$")
 # The pipeline of diffusers by the channels beside x_t.
 BESIDE = {
     0: "StableDiffusionPipeline",
@@ -293,11 +295,10 @@ def unet_slots(network: UNet) -> Iterator[Slot]:
 def _fill_unet(described: Described, state: State, name: str, averages: bool, strict: bool) -> None:
     """The weights of the U-Net, with which all is named that is of no part."""
     mine = {key: array for key, array in state.items() if not OTHERS.match(key)}
-    if averages and any(key.startswith("model_ema.diffusion_model") for key in state):
-        mine = {_averaged(key) if key.startswith(UNET) else key: array for key, array in mine.items()}
-        mine |= {key: array for key, array in state.items() if key.startswith("model_ema.diffusion_model")}
-    else:
-        averages = False
+    averages = averages and any(key.startswith(AVERAGES) for key in state)
+    if averages:
+        mine = {key: array for key, array in mine.items() if not key.startswith(UNET)}
+        mine |= {key: array for key, array in state.items() if key.startswith(AVERAGES)}
 
     def named(network):
         found = unet_slots(network)
