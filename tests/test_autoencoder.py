@@ -196,6 +196,8 @@ def test_a_model_on_latents(tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert loaded.codec.scale == 0.1
+    assert len(loaded.trainable_variables) == len(model.trainable_variables) < len(loaded.weights)
+    assert int(numpy(loaded.optimizer.iterations)) == 4
     np.testing.assert_allclose(loaded.sample(2, steps=2), samples, atol=1e-4)
 
 
