@@ -1,5 +1,5 @@
-"""Foreign checkpoints: `diffusers.load(folder)` and `diffusers.save(model, folder)`; `original` for the papers' own."""
+"""Foreign checkpoints: `diffusers.load(folder)`, `diffusers.save(model, folder)`; `original` and `lora` for files."""
 
-from kdiff.interop import autoencoders, diffusers, original
+from kdiff.interop import autoencoders, diffusers, lora, original
 
-__all__ = ["autoencoders", "diffusers", "original"]
+__all__ = ["autoencoders", "diffusers", "lora", "original"]
