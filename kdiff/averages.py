@@ -52,9 +52,10 @@ class Averages(keras.layers.Layer):
 
     @staticmethod
     def of(network: keras.layers.Layer) -> list:
-        """The weights that are averaged: not those of layers that are `frozen`, which never change."""
+        """The weights that are averaged: not those that are `frozen`, or of layers that are, which never change."""
         layers = [layer for layer in network._flatten_layers() if getattr(layer, "frozen", False)]
         frozen = {id(weight) for layer in layers for weight in layer.weights}
+        frozen |= {id(weight) for weight in network.weights if getattr(weight, "frozen", False)}
         return [weight for weight in network.weights if "float" in weight.dtype and id(weight) not in frozen]
 
     def pairs(self, network: keras.layers.Layer) -> list[tuple]:

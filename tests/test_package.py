@@ -42,6 +42,7 @@ PATHS = (
         *MATHEMATICS,
         "codecs",
         "averages",
+        "lora",
         "model",
         "pictures",
         "scenes",
@@ -52,7 +53,19 @@ PATHS = (
     (*FOUNDATIONS, "blocks", "networks"),
     (*FOUNDATIONS, "blocks", "encoders"),
     (*FOUNDATIONS, "pictures", "scenes", "data"),
-    (*FOUNDATIONS, "blocks", "encoders", "networks", *MATHEMATICS, "codecs", "averages", "model", "interop", *LAST),
+    (
+        *FOUNDATIONS,
+        "blocks",
+        "encoders",
+        "networks",
+        *MATHEMATICS,
+        "codecs",
+        "averages",
+        "lora",
+        "model",
+        "interop",
+        *LAST,
+    ),
 )
 BACKENDS = {"tensorflow", "jax", "torch"}
 # Beyond Keras and NumPy, which are all that the core requires. tf.data feeds every backend, so `data` has TensorFlow.

@@ -217,8 +217,12 @@ class Prompt(Condition):
         return Encoded(tokens=keras.KerasTensor((batch, self.length, self.width), self.compute_dtype), mask=mask)
 
     def load_own_variables(self, store) -> None:
-        """Other weights have another empty text."""
+        """Keras' own."""
         super().load_own_variables(store)
+        self.forget()
+
+    def forget(self) -> None:
+        """To be called when the encoders' weights have changed: the row of the empty text is another."""
         self._empty = None
 
 

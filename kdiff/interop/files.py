@@ -26,6 +26,7 @@ __all__ = [
     "READERS",
     "SAFETENSORS",
     "read_json",
+    "read_metadata",
     "read_state",
     "write_json",
     "write_safetensors",
@@ -71,6 +72,12 @@ def read_state(path: str | Path) -> State:
             f"{path}: the name must end in one of {list(READERS)}; received: {path.suffix!r}{about_file(path)}"
         )
     return unwrapped(READERS[path.suffix](path))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the header of a `.safetensors` file says besides its arrays."""
+    with _safetensors().safe_open(path, "np") as file:
+        return file.metadata() or {}
 
 
 def write_safetensors(path: Path, state: Mapping[str, Array]) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 import keras
 
 from kdiff.blocks.conditions import Joint
+from kdiff.encoders.base import Encoder
 from kdiff.encoders.prompt import INPUT, Prompt, PromptVector
 from kdiff.encoders.tokenizers import JSONTokenizer
 from kdiff.interop import encoders, folders, tokenizers
 from kdiff.interop.configs import Described
 
-__all__ = ["CONTEXT", "PARTS", "PIPELINES", "conditioned", "load", "prompt_of", "save"]
+__all__ = ["CONTEXT", "PARTS", "PIPELINES", "conditioned", "encoders_of", "load", "prompt_of", "save"]
 
 # The pipelines whose text is read so; that of others is given as what its encoders make of it.
 PIPELINES = (
@@ -94,6 +95,16 @@ def prompt_of(network: Any) -> Prompt | None:
     return found if isinstance(found, Prompt) else None
 
 
+def encoders_of(prompt: Prompt) -> dict[str, Encoder]:
+    """The text encoders by the names of their folders."""
+    return {name: encoder for (name, _), encoder in zip(_parts(prompt), prompt.encoders, strict=False)}
+
+
+def _parts(prompt: Prompt) -> tuple[tuple[str, str], ...]:
+    second = len(prompt.encoders) == 1 and prompt.vector > 0  # XL's refiner has the second alone
+    return PARTS[1:] if second else PARTS
+
+
 def save(prompt: Prompt, folder: str | Path) -> dict[str, list[str]]:
     """Writes the folders of encoders and tokenizers; returns their entries of `model_index.json`.
 
@@ -101,9 +112,7 @@ def save(prompt: Prompt, folder: str | Path) -> dict[str, list[str]]:
         ValueError: if transformers has no such encoder or tokenizer.
     """
     folder, index = Path(folder), {}
-    second = len(prompt.encoders) == 1 and prompt.vector > 0  # XL's refiner has the second alone
-    parts = PARTS[1:] if second else PARTS
-    for (name, words), encoder, tokenizer in zip(parts, prompt.encoders, prompt.tokenizers, strict=False):
+    for (name, words), encoder, tokenizer in zip(_parts(prompt), prompt.encoders, prompt.tokenizers, strict=False):
         encoders.save(encoder, folder / name)
         tokenizers.save(tokenizer, folder / words)
         kind = f"{type(encoder).__name__}Model{'WithProjection' if encoder.projection else ''}"

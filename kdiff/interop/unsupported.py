@@ -41,7 +41,7 @@ ENDINGS = {
 }
 # By files that a folder has.
 FOLDERS = {
-    "pytorch_lora_weights.*": "a LoRA: changes of another model's weights",
+    "pytorch_lora_weights.*": "a LoRA: changes of another model's weights; `interop.lora.load(model, folder)` adds it",
     "adapter_config.json": "PEFT's adapter: changes of another model's weights",
     "learned_embeds.*": "a textual inversion: vectors for new words of a text encoder",
     "*.onnx": "ONNX, a compiled graph",

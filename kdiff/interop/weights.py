@@ -30,7 +30,9 @@ __all__ = [
     "Slot",
     "assign",
     "export",
+    "export_layout",
     "fill",
+    "read_slot",
     "slots",
 ]
 
@@ -64,12 +66,14 @@ class Slot(NamedTuple):
         variable: the Keras variable.
         layout: how it is laid out there, a `Layout` or a key of `LAYOUTS`.
         rows: which of its rows are meant; None for all.
+        layer: whose variable it is, if it was found by `LEAVES`.
     """
 
     name: str
     variable: Any
     layout: Any = "same"
     rows: Rows | None = None
+    layer: Any = None
 
 
 class Layout(NamedTuple):
@@ -168,7 +172,7 @@ def _leaf(layer, name, entries, part):
         variable = getattr(layer, ours, None)
         if variable is not None:
             changed = part.layout if part.layout and theirs == "weight" else layout
-            yield Slot(_join(name, theirs), variable, changed, part.rows)
+            yield Slot(_join(name, theirs), variable, changed, part.rows, layer)
 
 
 def _join(*names: str) -> str:
@@ -239,7 +243,7 @@ def _mismatches(wanted: list[Slot], state: State) -> list[str]:
 
 def _fits(slot: Slot, array: Array) -> bool:
     """Whether what the slot reads has its variable's shape, found without the numbers."""
-    ours = _read(slot, np.broadcast_to(np.zeros((), "int8"), array.shape)) if array.dtype == np.float32 else None
+    ours = read_slot(slot, np.broadcast_to(np.zeros((), "int8"), array.shape)) if array.dtype == np.float32 else None
     return ours is not None and ours.shape == tuple(slot.variable.shape)
 
 
@@ -258,7 +262,7 @@ def _given(wanted: list[Slot], state: State, change: bool) -> list[str]:
     def given(name):
         array = np.asarray(state[name])
         for slot in groups[name]:
-            ours, key = _read(slot, array), id(slot.variable)
+            ours, key = read_slot(slot, array), id(slot.variable)
             if not _finite(ours):
                 yield f"not finite: {name}"
                 continue
@@ -278,7 +282,8 @@ def _finite(array: np.ndarray) -> bool:
         return bool(np.isfinite(np.sum(array)) or np.all(np.isfinite(array)))
 
 
-def _read(slot: Slot, array: np.ndarray) -> np.ndarray | None:
+def read_slot(slot: Slot, array: np.ndarray) -> np.ndarray | None:
+    """What a slot takes of an array, in our layout; None if the array has other axes than it must."""
     if slot.rows is not None:
         if array.ndim == 0 or array.shape[0] % (slot.rows.groups * slot.rows.of):
             return None
@@ -287,6 +292,11 @@ def _read(slot: Slot, array: np.ndarray) -> np.ndarray | None:
         return _layout(slot).ours(array)
     except ValueError:  # of another number of axes
         return None
+
+
+def export_layout(slot: Slot, array: np.ndarray) -> np.ndarray:
+    """An array of ours in the layout of the slot."""
+    return _layout(slot).theirs(array)
 
 
 def _layout(slot: Slot) -> Layout:
@@ -334,6 +344,6 @@ def export(wanted: Iterable[Slot], values: Mapping[int, Any] | None = None) -> S
     for slot in wanted:
         variable = (values or {}).get(id(slot.variable), slot.variable)
         array = np.asarray(keras.ops.convert_to_numpy(variable), "float32")
-        array = _layout(slot).theirs(array)
+        array = export_layout(slot, array)
         state[slot.name] = array if slot.rows is None else slot.rows.put(array, state.get(slot.name))
     return state

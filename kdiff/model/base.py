@@ -204,19 +204,6 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
     def _counter(self, name: str):
         return self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False, name=name)
 
-    def get_build_config(self) -> dict[str, Any] | None:
-        """What `build` was given."""
-        if self.shapes is None:
-            return None
-        shapes = dict(self.shapes)
-        example = {} if self.example is None else {"image": (None, *self.example)}
-        return {"shapes": {"encoded": shapes.pop("image"), **example, **shapes}}
-
-    def build_from_config(self, config: dict[str, Any]) -> None:
-        """Builds a loaded model."""
-        if config:
-            self.build(config["shapes"])
-
     # Training
 
     def compile(self, optimizer="adam", loss="mse", **options) -> None:

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kdiff import backend
+from kdiff import backend, lora
 from kdiff.codecs import Absent
 from kdiff.writing import replacing
 
@@ -46,6 +46,23 @@ class Saving:
         if not self.codec.saved:
             config["codec"] = keras.saving.serialize_keras_object(Absent(repr(self.codec)))
         return config
+
+    def get_build_config(self) -> dict[str, Any] | None:
+        """What `build` was given, and what `lora.enable` has done since."""
+        if self.shapes is None:
+            return None
+        shapes = dict(self.shapes)
+        example = {} if self.example is None else {"image": (None, *self.example)}
+        changed = lora.plan(self.network)
+        config = {"shapes": {"encoded": shapes.pop("image"), **example, **shapes}}
+        return {**config, "lora": changed} if changed else config
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        """Builds a loaded model."""
+        if config:
+            self.build(config["shapes"])
+            if "lora" in config:
+                lora.restore(self, config["lora"])
 
     def get_compile_config(self) -> dict[str, Any]:
         """The compilation, without what belongs to a machine: jit, steps per execution, PyTorch's optimizer class."""

@@ -1,0 +1,317 @@
+"""Files of LoRA: what changes the kernels of a network and of its text encoders.
+
+    change = load(model, "style.safetensors")                     # W + alpha / rank up down, in the kernels
+    change = load(model, ("style.safetensors", 0.8), ("face.safetensors", 0.5))
+    images = model.sample(4, text="a red circle")
+    change.remove()                                               # the kernels that were there, to the last bit
+
+diffusers', PEFT's and kohya's names are read (see `kdiff.interop.lora_names`), of dense layers and of convolutions,
+LoCon too. `save` writes what `kdiff.lora.enable` has given a network, and `fit` has taught it.
+"""
+
+import json
+import math
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from kdiff import lora
+from kdiff.interop import lora_names, prompts
+from kdiff.interop.arrays import State, array_of
+from kdiff.interop.configs import shown
+from kdiff.interop.files import read_metadata, read_state, write_safetensors
+from kdiff.interop.weights import LISTED, Slot, export_layout, read_slot
+
+__all__ = ["FILE", "Change", "Factors", "Source", "load", "read", "save"]
+
+FILE = "pytorch_lora_weights.safetensors"  # which diffusers looks for in a folder
+Source = str | Path | Mapping[str, Any]
+
+
+class Factors(NamedTuple):
+    """The change of one layer, `scale up down`: outputs first, as PyTorch has them.
+
+    Attributes:
+        down: (rank, inputs, *size).
+        up: (outputs, rank), or (outputs, rank, 1, 1).
+        scale: alpha / rank.
+        middle: (rank, rank, *size) between the two, of a convolution whose `down` then has size 1.
+    """
+
+    down: np.ndarray
+    up: np.ndarray
+    scale: float = 1.0
+    middle: np.ndarray | None = None
+
+    def product(self) -> np.ndarray:
+        """(outputs, inputs, *size)."""
+        up = self.up.reshape(self.up.shape[:2])
+        if self.middle is None:
+            y = up @ self.down.reshape(len(self.down), -1)
+            size = self.down.shape[1:]
+        else:
+            down = self.down.reshape(self.down.shape[:2])
+            y = np.einsum("or,rs...,si->oi...", up, self.middle, down)
+            size = y.shape[1:]
+        return np.float32(self.scale) * y.reshape(-1, *size)
+
+
+class Change:
+    """What `load` has done.
+
+    Attributes:
+        names: the names of the layers that were changed, by part: "unet", "text_encoder".
+    """
+
+    def __init__(self, model: keras.layers.Layer, names: dict[str, list[str]]):
+        self.names = names
+        self._prompt = prompts.prompt_of(getattr(model, "network", model))
+        self._kept: list[tuple[Any, np.ndarray, int]] = []  # (variable, its numbers before, the checksum after)
+
+    def _add(self, variable: Any, change: np.ndarray) -> None:
+        before = ops.convert_to_numpy(variable).copy()
+        variable.assign(before.astype("float32") + change)
+        self._kept.append((variable, before, _checksum(variable)))
+
+    def remove(self) -> None:
+        """Gives the kernels the numbers that they had.
+
+        Raises:
+            ValueError: if they are no longer those that the change had made, as after training, or after another
+                change, which must be removed first; then nothing is done.
+        """
+        if any(_checksum(variable) != after for variable, _, after in self._kept):
+            raise ValueError(
+                "Change.remove: kernels have changed since, by training, or by another LoRA, which is to be removed "
+                "first"
+            )
+        for variable, before, _ in self._kept:
+            variable.assign(before)
+        self._kept = []
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._prompt is not None:
+            self._prompt.forget()
+
+    def __repr__(self) -> str:
+        return f"Change({ ({part: len(names) for part, names in self.names.items()}) })"
+
+
+def load(model: keras.layers.Layer, *sources: Source | tuple[Source, float], strict: bool = True) -> Change:
+    """Adds LoRAs to the kernels of a model: sampling costs what it did without. Averages change by the same.
+
+    Args:
+        model: a `DiffusionModel` or its network, built: a UNet or DiT, with the text encoders that it may have.
+        sources: files, folders with `pytorch_lora_weights.safetensors`, or state dicts; each alone, or with the weight
+            that it is to have, (source, weight).
+        strict: whether parts of a file that the model has no layer for are an error; otherwise they are left out.
+
+    Raises:
+        ValueError: if a file is missing or damaged, or no LoRA; if its names or shapes are not those of the model. Then
+            nothing has been changed.
+    """
+    network = getattr(model, "network", model)
+    if not sources:
+        raise ValueError("lora.load: there must be a file, or several; received none")
+    parts = lora_names.parts_of(model)
+    known = lora_names.normalised(network, parts)
+    changes: dict[tuple[str, str], list[tuple[Factors, float]]] = {}
+    for source, weight in map(_weighted, sources):
+        for place, factors in _placed(source, parts, known, strict).items():
+            changes.setdefault(place, []).append((factors, weight))
+    names = {part: sorted(name for one, name in changes if one == part) for part in parts}
+    change = Change(model, {part: found for part, found in names.items() if found})
+    averages = lora.averages_of(model)
+    for (part, name), several in changes.items():
+        whole = sum(np.float32(weight) * factors.product() for factors, weight in several)
+        for slot in parts[part][name]:
+            ours = read_slot(slot, whole)
+            kernel = slot.layer._kernel
+            change._add(kernel, ours)
+            if id(kernel) in averages:
+                change._add(averages[id(kernel)], ours)
+    change._forget()
+    return change
+
+
+def read(source: Source) -> dict[str, Factors]:
+    """The changes in a file, by the names of layers there.
+
+    Raises:
+        ValueError: if it holds anything else, or what does not fit together.
+    """
+    state, about, where = _opened(source)
+    entries: dict[str, dict[str, np.ndarray]] = {}
+    lost = []
+    for key, array in state.items():
+        found = lora_names.ENTRY.fullmatch(key)
+        if found is None:
+            lost.append(key)
+            continue
+        kind = {"A": "down", "B": "up"}.get(found["kind"], found["kind"]) or "alpha"
+        entries.setdefault(found["name"].replace(".processor.", "."), {})[kind] = np.asarray(array)
+    if lost or not entries:
+        raise ValueError(
+            f"{where}: all arrays must be `down`, `up` and `alpha` of a LoRA; received: {_listed(lost or ['none'])}"
+        )
+    return {name: _factors(name, entry, about, where) for name, entry in entries.items()}
+
+
+def save(model: keras.layers.Layer, path: str | Path, averages: bool = True, convolutions: bool = False) -> None:
+    """Writes A and B of a network, and nothing else, by names that diffusers' `load_lora_weights` reads.
+
+    The scale is in `up`, so that alpha is the rank, which is what readers take it for where a file does not say.
+
+    Args:
+        model: a `DiffusionModel` or its network, with `kdiff.lora.enable`.
+        path: of the file, "mine.safetensors"; or of a folder, for diffusers' name in it.
+        averages: whether to write the averages of A and B, if a model has averages that were moved.
+        convolutions: whether `proj_in` and `proj_out` of the network that diffusers has are convolutions of size 1, as
+            in Stable Diffusion 1, where `use_linear_projection` is false; kdiff's are dense layers, as it saves them.
+
+    Raises:
+        ValueError: if LoRA is not on, or in a layer that has no name there.
+    """
+    path = Path(path)
+    changed = {id(layer) for layer in lora.enabled(model)}
+    if not changed:
+        raise ValueError("lora.save: the network has no LoRA; `kdiff.lora.enable(model, rank)` begins it")
+    averaged = lora.averages_of(model) if averages else {}
+    state: State = {}
+    for part, layers in lora_names.parts_of(model).items():
+        for name, found in layers.items():
+            ours = [slot for slot in found if id(slot.layer) in changed]
+            changed -= {id(slot.layer) for slot in ours}
+            if ours:
+                down, up = _written(ours, averaged)
+                if convolutions and down.ndim == 2 and re.search(r"attentions\.\d+\.proj_(in|out)$", name):
+                    down, up = down[:, :, None, None], up[:, :, None, None]
+                state |= {f"{part}.{name}.lora_A.weight": down, f"{part}.{name}.lora_B.weight": up}
+    if changed:
+        paths = [layer._kernel.path for layer in lora.enabled(model) if id(layer) in changed]
+        raise ValueError(f"lora.save: diffusers has no names for these layers alone: {_listed(paths)}")
+    write_safetensors(path if path.suffix == ".safetensors" else path / FILE, state)
+
+
+def _written(found: list[Slot], averaged: Mapping[int, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """(down, up) of one array of theirs; where several layers are rows of it, their factors stand beside each other."""
+    downs, ups = [], []
+    for slot in found:
+        layer = slot.layer
+        a, b = (
+            np.asarray(ops.convert_to_numpy(averaged.get(id(one), one)), "float32")
+            for one in (layer.lora_kernel_a, layer.lora_kernel_b)
+        )
+        up = np.float32(layer.lora_alpha / layer.lora_rank) * b.T
+        downs.append(export_layout(slot, a))
+        ups.append(up if slot.rows is None else slot.rows.put(up, None))
+    down, up = np.concatenate(downs), np.concatenate(ups, axis=1)
+    return down, up.reshape(*up.shape, *[1] * (down.ndim - 2))
+
+
+def _weighted(source) -> tuple[Source, float]:
+    source, weight = source if isinstance(source, tuple) and len(source) == 2 else (source, 1.0)
+    if not isinstance(source, (str, Path, Mapping)) or isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise TypeError(f"lora.load: must be a file, or (file, weight); received: {source!r}, {weight!r}")
+    if not math.isfinite(weight):
+        raise ValueError(f"lora.load: a weight must be finite; received: {weight!r}")
+    return source, weight
+
+
+def _opened(source: Source) -> tuple[State, dict[str, Any], str]:
+    """(arrays, what the header says of them, the name for errors)."""
+    if isinstance(source, Mapping):
+        return {name: array_of(array, name, "the state dict") for name, array in source.items()}, {}, "the state dict"
+    path = Path(source)
+    path = path / FILE if path.is_dir() else path
+    state = read_state(path)
+    about = read_metadata(path).get("lora_adapter_metadata") if path.suffix == ".safetensors" else None
+    try:
+        return state, json.loads(about) if about else {}, str(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: `lora_adapter_metadata` must be JSON: {error}") from error
+
+
+def _placed(source, parts, known, strict) -> dict[tuple[str, str], Factors]:
+    """The changes in a file by (part, name), which fit the layers."""
+    factors, where = read(source), "the state dict" if isinstance(source, Mapping) else str(source)
+    places = {name: lora_names.place(name, known) for name in factors}
+    wrong = [f"not in the model: {name}" for name, place in places.items() if place is None] if strict else []
+    found: dict[tuple[str, str], Factors] = {}
+    for name, place in places.items():
+        if place is None:
+            continue
+        if place in found:
+            wrong.append(f"twice: {name}")
+        found[place] = factors[name]
+        shape = _shape(factors[name])
+        for slot in parts[place[0]][place[1]]:
+            ours = read_slot(slot, np.broadcast_to(np.float32(0.0), shape))
+            if ours is None or ours.shape != tuple(slot.layer._kernel.shape):
+                wrong.append(f"shape: {name} is of {shape}, which does not make {tuple(slot.layer._kernel.shape)}")
+    if wrong:
+        raise ValueError(f"{where}: {len(wrong)} changes do not fit the model:\n  {_lines(wrong)}")
+    if not found:
+        raise ValueError(f"{where}: no change is of a layer of the model; it has: {_listed(list(factors))}")
+    return found
+
+
+def _shape(factors: Factors) -> tuple[int, ...]:
+    size = factors.down.shape[2:] if factors.middle is None else factors.middle.shape[2:]
+    return (factors.up.shape[0], factors.down.shape[1], *size)
+
+
+def _factors(name: str, entry: Mapping[str, np.ndarray], about: Mapping[str, Any], where: str) -> Factors:
+    missing = [kind for kind in ("down", "up") if kind not in entry]
+    if missing:
+        raise ValueError(f"{where}: {name} must have `down` and `up`; missing: {missing}")
+    down, up, middle = entry["down"], entry["up"], entry.get("mid")
+    rank = len(down) if down.ndim else 0
+    plain = down.ndim >= 2 and up.ndim >= 2 and set(up.shape[2:]) <= {1}
+    if middle is not None:
+        plain = plain and middle.shape[:2] == (up.shape[1], rank) and set(down.shape[2:]) <= {1}
+    if not plain or (up.shape[1] != rank and middle is None) or not rank:
+        shapes = {kind: array.shape for kind, array in entry.items()}
+        raise ValueError(f"{where}: {name} must be (rank, inputs, ...) and (outputs, rank); received: {shapes}")
+    for kind, array in entry.items():
+        alone = kind == "alpha"  # which may be a whole number
+        if array.dtype.kind not in ("fiu" if alone else "f") or not np.all(np.isfinite(array)):
+            raise ValueError(
+                f"{where}: {name}, {kind}: must be finite numbers, in floating point; it is: {array.dtype}"
+            )
+        if alone and array.size != 1:
+            raise ValueError(f"{where}: {name}: alpha must be one number; received: {shown(array.tolist())}")
+    return Factors(down, up, _scale(name, entry.get("alpha"), rank, about), middle)
+
+
+def _scale(name: str, alpha: np.ndarray | None, rank: int, about: Mapping[str, Any]) -> float:
+    """alpha / rank; 1 where nothing is said."""
+    if alpha is not None:
+        return float(alpha.reshape(())) / rank
+    part, _, layer = name.partition(".")
+    said = {key.partition(".")[2]: value for key, value in about.items() if key.startswith(f"{part}.")}
+    said, layer = (said, layer) if said else (dict(about), name)
+    patterns = said.get("alpha_pattern") or {}
+    fits = [value for key, value in patterns.items() if layer == key.lstrip("^") or layer.endswith(f".{key}")]
+    alpha = (fits or [said.get("lora_alpha", rank)])[0]
+    return float(alpha) / (math.sqrt(rank) if said.get("use_rslora") else rank)
+
+
+def _checksum(variable: Any) -> int:
+    return zlib.crc32(np.ascontiguousarray(ops.convert_to_numpy(variable)).view("uint8"))
+
+
+def _listed(names: Iterable[str]) -> str:
+    return shown(list(names)[:LISTED])
+
+
+def _lines(lines: list[str]) -> str:
+    more = [f"{len(lines) - LISTED} more"] if len(lines) > LISTED else []
+    return "\n  ".join([*lines[:LISTED], *more])

@@ -1,0 +1,158 @@
+"""LoRA: a network learns by small changes of some of its kernels, and by nothing else.
+
+    y = x W + scale (x A) B,    scale = alpha / rank,    A (inputs, rank) ~ N(0, 1 / rank^2),  B (rank, outputs) = 0
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2022), section 4.1, with the standard deviation that
+diffusers' training scripts have. A convolution's A has its kernel's size, and its B is one of size 1.
+
+    model = interop.diffusers.load("stable-diffusion-v1-5", ema=0.99)
+    lora.enable(model, rank=8)                    # only A and B learn from now on, and are averaged
+    model.compile(keras.optimizers.Adam(1e-4))
+    model.fit(...)
+    interop.lora.save(model, "mine.safetensors")  # A and B alone, by diffusers' names
+    lora.merge(model)                             # or lora.remove(model): the network has no A and B again
+"""
+
+import re
+from collections.abc import Iterator
+
+import keras
+import numpy as np
+from keras import ops
+
+from kdiff.base import check_integer, check_number
+
+__all__ = ["ATTENTION", "averages_of", "enable", "enabled", "find", "merge", "plan", "remove", "restore"]
+
+ATTENTION = r"attention\w*/(query|key|value|output)$"
+
+
+def find(model: keras.layers.Layer, where: str = ATTENTION) -> dict[str, keras.layers.Layer]:
+    """The layers that LoRA may change, by their paths in Keras.
+
+    Args:
+        model: a `DiffusionModel` or its network, built.
+        where: a regular expression, which is searched for in the paths, such as
+            "u_net/down_0/spatial_transformer/transformer_block/cross_attention/multi_head_attention/key"; "" for all
+            dense layers and convolutions. By default those of attention.
+    """
+    layers = {layer._kernel.path.rpartition("/")[0]: layer for layer in _layers(_network(model))}
+    return {path: layer for path, layer in layers.items() if re.search(where, path)}
+
+
+def enable(model: keras.layers.Layer, rank: int = 4, where: str = ATTENTION, alpha: float | None = None) -> list[str]:
+    """Freezes all weights and gives some layers A and B, which are then all that learns and all that is averaged.
+
+    Call it before `compile`. At first B is zero, and so is the change. What is frozen has no averages.
+
+    Args:
+        model: a `DiffusionModel` or its network, built.
+        rank: of the changes.
+        where: which layers, as of `find`.
+        alpha: scale times rank; None for the rank itself.
+
+    Returns:
+        the paths of the layers.
+
+    Raises:
+        ValueError: if there are no such layers, or LoRA is on already.
+    """
+    check_integer("lora.enable", "rank", rank)
+    if alpha is not None:
+        check_number("lora.enable", "alpha", alpha, 0.0)
+    if enabled(model):
+        raise ValueError(
+            f"lora.enable: LoRA is on already, in {len(enabled(model))} layers; `lora.merge` or `lora.remove` first"
+        )
+    found = find(model, where)
+    if not found:
+        known = list(find(model, ""))
+        shown = known[:10] + [f"... {len(known) - 10} more"] * (len(known) > 10)
+        raise ValueError(f"lora.enable: `where` must be found in the path of a layer, {shown}; received: {where!r}")
+    _enable(model, [(layer, rank, rank if alpha is None else alpha) for layer in found.values()])
+    return list(found)
+
+
+def enabled(model: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """The layers that have A and B."""
+    return [layer for layer in _layers(_network(model)) if layer.lora_enabled]
+
+
+def merge(model: keras.layers.Layer, averages: bool = True) -> None:
+    """Adds scale A B to the kernels and ends LoRA: the network computes as before, and all of it may learn again.
+
+    Args:
+        model: a `DiffusionModel` or its network.
+        averages: whether to merge the averages of A and B, if a model has averages that were moved.
+    """
+    averaged = averages_of(model) if averages else {}
+    for layer in enabled(model):
+        a, b = (_numbers(averaged.get(id(one), one)) for one in (layer.lora_kernel_a, layer.lora_kernel_b))
+        change = np.float32(layer.lora_alpha / layer.lora_rank) * (a @ b)
+        layer._kernel.assign(_numbers(layer._kernel) + change)
+    remove(model)
+
+
+def remove(model: keras.layers.Layer) -> None:
+    """Ends LoRA: the network is as it was before `enable`, to the last bit, and all of it may learn again."""
+    for layer in enabled(model):
+        layer.disable_lora()
+    for weight in _network(model).weights:
+        if getattr(weight, "frozen", False):
+            weight.trainable, weight.frozen = True, False
+    _made_anew(model)
+
+
+def plan(network: keras.layers.Layer) -> list[list[float]]:
+    """[number of the layer, rank, alpha] of each with A and B, which `restore` reads."""
+    layers = enumerate(_layers(network))
+    return [[i, layer.lora_rank, layer.lora_alpha] for i, layer in layers if layer.lora_enabled]
+
+
+def restore(model: keras.layers.Layer, planned: list[list[float]]) -> None:
+    """Gives a network of the same architecture A and B in the same layers."""
+    layers = list(_layers(_network(model)))
+    _enable(model, [(layers[int(i)], int(rank), alpha) for i, rank, alpha in planned])
+
+
+def averages_of(model: keras.layers.Layer) -> dict[int, keras.Variable]:
+    """The averages of a model by the `id` of the network's weights; none if there are none, or they never moved."""
+    averages = getattr(model, "averages", None)
+    moved = averages is not None and averages.moved
+    return {id(weight): average for weight, average in averages.pairs(_network(model))} if moved else {}
+
+
+def _enable(model, layers) -> None:
+    for weight in _network(model).trainable_variables:
+        weight.trainable, weight.frozen = False, True
+    for layer, rank, alpha in layers:
+        if layer.lora_enabled:  # of a configuration
+            layer.lora_alpha = alpha
+        else:
+            layer.enable_lora(rank, alpha)
+        layer.lora_kernel_a.trainable = layer.lora_kernel_b.trainable = True
+    _made_anew(model)
+
+
+def _made_anew(model) -> None:
+    """Averages, graphs and compiled steps of a model are of the weights that it had."""
+    if hasattr(model, "reset_averages") and model.built:
+        model.reset_averages()
+        model._forget_graphs()
+
+
+def _network(model):
+    return getattr(model, "network", model)
+
+
+def _layers(network) -> Iterator[keras.layers.Layer]:
+    """All that can have A and B (`kdiff.blocks.layers.LowRank`), without constants such as text encoders."""
+    constant = [part for part in network._flatten_layers() if getattr(part, "frozen", False)]
+    inside = {id(layer) for part in constant for layer in part._flatten_layers()}
+    for layer in network._flatten_layers():
+        if hasattr(layer, "disable_lora") and layer.built and id(layer) not in inside:
+            yield layer
+
+
+def _numbers(variable) -> np.ndarray:
+    return np.asarray(ops.convert_to_numpy(variable), "float32")
