@@ -5,12 +5,14 @@
                     nothing misses TensorFlow, which is not installed; tests that need it skip themselves
     together        one environment with every extra: the backends compared, and on each the tests marked `data` or
                     `reference`, which the other sessions skip
-    thorough        not by default: on each backend what the sessions above leave out: all that is marked `once`, and
-                    what takes minutes, such as all pairs of guidance rules compiled
+    thorough        not by default: on each backend everything, and what takes minutes, such as all pairs of guidance
+                    rules compiled
     mutation        not by default: is a change of the mathematics noticed? (tests/mutation.py)
 
-What says the same on every backend, tests marked `once`, runs on one of them. `nox -s "tests(jax)"` runs one session,
-`nox -- -k unet` hands what follows `--` to pytest, `nox -R` reuses the environments as they are.
+What says the same on every backend, tests marked `once`, runs on one of them, PyTorch; so does every case of a test
+with many, such as all predictions on all schedules, of which the others run three each, not the same ones.
+`nox -s "tests(jax)"` runs one session, `nox -- -k unet` hands what follows `--` to pytest, `nox -R` reuses the
+environments as they are.
 """
 
 from pathlib import Path
@@ -42,6 +44,7 @@ def pytest(session: nox.Session, backend: str, *files: str, marked: str | None =
     split = () if files else ("-n", "auto", "--dist", "worksteal")
     marks = [f"({marked})"] * bool(marked) + ["not once"] * (backend != ONCE)
     chosen = ("-m", " and ".join(marks)) if marks else ()
+    chosen += ("--cases", "3") if backend != ONCE and not files else ()
     environment = {"KERAS_BACKEND": backend, "JAX_COMPILATION_CACHE_DIR": JAX_CACHE}
     session.run("pytest", *files, *split, *chosen, *session.posargs, env=environment, success_codes=success)
 
@@ -73,10 +76,10 @@ def together(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def thorough(session: nox.Session) -> None:
-    """Run on each backend what the other sessions leave out there."""
+    """Run everything on each backend."""
     install(session, ".[all]")
     for backend in BACKENDS:
-        session.run("pytest", "--thorough", "-m", "thorough or once", *session.posargs, env={"KERAS_BACKEND": backend})
+        session.run("pytest", "--thorough", *session.posargs, env={"KERAS_BACKEND": backend})
 
 
 @nox.session(default=False)

@@ -53,7 +53,7 @@ RECIPES = {
             "weighting": weightings.EDM(1.0),
             "time_label": times.LogSNR(-0.125),
         },
-        Sampler(solvers.Heun("ratio"), times.Karras(7.0), 18),
+        Sampler(solvers.Heun("ratio"), times.Karras(7.0, 0.002, 80.0), 18),
     ),
     "Rectified flow": (
         {"schedule": schedules.Rectified(), "prediction": "flow", "times": times.LogitNormal()},

@@ -52,8 +52,10 @@ class Averages(keras.layers.Layer):
 
     @staticmethod
     def of(network: keras.layers.Layer) -> list:
-        """The weights that are averaged."""
-        return [weight for weight in network.weights if "float" in weight.dtype]
+        """The weights that are averaged: not those of layers that are `frozen`, which never change."""
+        layers = [layer for layer in network._flatten_layers() if getattr(layer, "frozen", False)]
+        frozen = {id(weight) for layer in layers for weight in layer.weights}
+        return [weight for weight in network.weights if "float" in weight.dtype and id(weight) not in frozen]
 
     def pairs(self, network: keras.layers.Layer) -> list[tuple]:
         """(weight, average) of each weight that is averaged.

@@ -25,6 +25,8 @@ from typing import Any, ClassVar, Self
 import keras
 import numpy as np
 
+from kdiff import backend
+
 __all__ = ["Configurable", "Value", "check_choice", "check_integer", "check_number", "needs"]
 
 
@@ -53,7 +55,7 @@ class Configurable:
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, serialised."""
-        return {name: keras.saving.serialize_keras_object(getattr(self, name)) for name in self._argument_defaults()}
+        return {name: backend.serialized(getattr(self, name)) for name in self._argument_defaults()}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
@@ -62,7 +64,7 @@ class Configurable:
 
     def clone(self, **changes: Any) -> Self:
         """A new object with the same constructor arguments, except for `changes`. Weights are not copied."""
-        return type(self).from_config({**self.get_config(), **keras.saving.serialize_keras_object(changes)})
+        return type(self).from_config({**self.get_config(), **backend.serialized(changes)})
 
     @classmethod
     def get(cls, identifier: Any) -> Self:

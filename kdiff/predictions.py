@@ -128,9 +128,12 @@ _HIGHEST_GAIN = 1e6
 def check_beginning(prediction: Prediction, schedule: NoiseSchedule, log_snr) -> None:
     """Raises a ValueError if x_hat of a run that begins at this log-SNR is an error of the network times a million.
 
-    So it is where SNR is 0 and the network says the noise, or the score: x_hat is divided by alpha.
+    So it is where SNR is 0 and the network says the noise, or the score: x_hat is divided by alpha. The error is meant
+    as a part of the target, sqrt(a^2 + b^2) large for x and noise of size 1: the score's is 1 / sigma.
     """
-    gain = float(ops.convert_to_numpy(prediction.gain(schedule.at_log_snr(log_snr))))
+    m = schedule.at_log_snr(log_snr)
+    a, b = (ops.cast(value, "float32") for value in prediction.coefficients(m))
+    gain = float(ops.convert_to_numpy(prediction.gain(m) * ops.sqrt(a**2 + b**2)))
     if not gain <= _HIGHEST_GAIN:
         raise ValueError(
             f"{prediction!r} and {schedule!r} do not go together where the run begins: at a log-SNR of "

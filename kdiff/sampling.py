@@ -27,10 +27,10 @@ from kdiff.denoisers import Denoiser, Given
 from kdiff.guidance import Guidance
 from kdiff.guidance.base import Place, Run, tensors
 from kdiff.schedules import NoiseSchedule
-from kdiff.solvers import Solver
-from kdiff.times import TimeGrid
+from kdiff.solvers import DPMSolverFast, Solver
+from kdiff.times import Exponential, TimeGrid
 
-__all__ = ["Sampler", "State", "Step", "initial_noise"]
+__all__ = ["Sampler", "State", "Step", "dpm_fast", "initial_noise"]
 
 
 class Step(NamedTuple):
@@ -148,6 +148,7 @@ class Sampler(Value):
         times: np.ndarray | None = None,
         seed: int | Sequence[int] = 0,
         first: int = 0,
+        noise: Callable[[int, tuple[int, ...]], Any] | None = None,
     ) -> Iterator[Step]:
         """Runs, and yields every step.
 
@@ -159,13 +160,16 @@ class Sampler(Value):
             times: the times, as of `times`; None for all of the grid.
             seed: names the noise, the same on every backend; or one a sample, of which it is sample `first`.
             first: the number of the first sample, so that batches of one run continue one another.
+            noise: `noise(step, shape)` gives the noise of a step, 0, 1, ..., in place of that of the seed: standard
+                normal numbers, such as another library drew. It is called once for each draw of a solver; most solvers
+                make one a step, and those without noise none. The noise to begin with is `x`.
         """
         denoise = Denoiser.of(denoise)
-        advance = backend.without_gradients(partial(self.advance, denoise.answer, denoise.nulls, schedule))
+        advance = backend.without_gradients(partial(self.advance, denoise.answer, denoise.nulls, schedule, draw=noise))
         times = self.times(schedule) if times is None else times
         given = denoise.given._replace(rows=tensors(self.rows(Run(shape))))
         x = schedule.sampled_at(times[0]).sigma * initial_noise(shape, seed, first) if x is None else x
-        return self.steps_from(x, times, advance, schedule, given, seed, first)
+        return self.steps_from(x, times, advance, schedule, given, seed, first, noise=noise)
 
     def steps_from(
         self,
@@ -177,6 +181,7 @@ class Sampler(Value):
         seed: int | Sequence[int] = 0,
         first: int = 0,
         before: int = 0,
+        noise: Callable[[int, tuple[int, ...]], Any] | None = None,
     ) -> Iterator[Step]:
         """The loop: every step of a run from `x`, the batch at the first of the `times`.
 
@@ -189,6 +194,7 @@ class Sampler(Value):
             seed: names the noise; or one a sample, of which it is sample `first`.
             first: the number of the first sample.
             before: how many steps of the grid were left out: its steps have numbers, and noise, of their own.
+            noise: as of `steps_of`, where a time rises; what `advance` draws it knows itself.
         """
         times, key = times.astype("float32"), random.key_of(seed)
         x = x_hat = ops.convert_to_tensor(x, "float32")
@@ -198,13 +204,26 @@ class Sampler(Value):
         for index, (now, then) in enumerate(pairwise(times)):
             number = before + index
             if then > now and not backwards:
-                x = _noisier(schedule, x, now, then, key, number, first)
+                x = _noisier(schedule, x, now, then, key, number, first, noise)
                 state = state._replace(solver=self.solver.init(x, _steps_from(times, index + 1)))
             else:
                 x, x_hat, state = advance(x, now, then, key, np.int32(number), np.int32(first), state)
             yield Step(index + 1, len(times) - 1, float(then), x, x_hat)
 
-    def advance(self, answer: Callable, nulls, schedule: NoiseSchedule, x, now, then, key, index, first, state: State):
+    def advance(
+        self,
+        answer: Callable,
+        nulls,
+        schedule: NoiseSchedule,
+        x,
+        now,
+        then,
+        key,
+        index,
+        first,
+        state: State,
+        draw: Callable | None = None,
+    ):
         """One step of the loop, noise included: a pure function of its arguments, fit to be compiled.
 
         Args:
@@ -218,6 +237,7 @@ class Sampler(Value):
             index: the number of the step.
             first: the number of the first sample.
             state: what the last step returned.
+            draw: `noise(step, shape)`, as of `steps_of`; where it is given the step cannot be compiled.
 
         Returns:
             `(x, x_hat, state)`: the batch at `then`, and the estimate of the data that led there.
@@ -229,6 +249,8 @@ class Sampler(Value):
         streams = itertools.count(random.STEPS)
 
         def noise():
+            if draw is not None:
+                return _drawn(draw, int(index), tuple(x.shape))
             return random.normal(random.fold(key, index, next(streams)), ops.shape(x), first)
 
         x, estimate, solver = self.solver.step(denoise, schedule, x, place.now, place.then, noise, state.solver)
@@ -264,11 +286,35 @@ class Sampler(Value):
             x = step.x
         return x
 
-    def __call__(self, denoise: Any, schedule: NoiseSchedule, shape: tuple[int, ...], *, x=None, seed: int = 0):
+    def __call__(
+        self, denoise: Any, schedule: NoiseSchedule, shape: tuple[int, ...], *, x=None, seed: int = 0, noise=None
+    ):
         """Runs, and returns the last x. Arguments as of `steps_of`."""
-        for step in self.steps_of(denoise, schedule, shape, x=x, seed=seed):
+        for step in self.steps_of(denoise, schedule, shape, x=x, seed=seed, noise=noise):
             x = step.x
         return x
+
+
+def dpm_fast(evaluations: int, sigma_min: float | None = None, sigma_max: float | None = None) -> Sampler:
+    """k-diffusion's `sample_dpm_fast`: `DPMSolverFast` on as many steps as that many calls of the denoiser make.
+
+    The run ends at `sigma_min`, as there, not at t = 0.
+
+    Args:
+        evaluations: the number of calls, at least 2.
+        sigma_min: the last sigma / alpha; None is that of the first step of a discrete schedule.
+        sigma_max: the first; None is the schedule's.
+    """
+    check_integer("dpm_fast", "evaluations", evaluations, minimum=2)
+    grid = Exponential(sigma_min, sigma_max)
+    return Sampler(DPMSolverFast(evaluations % 3), grid, evaluations // 3 + 2, to_zero=False)
+
+
+def _drawn(draw: Callable, step: int, shape: tuple[int, ...]):
+    noise = ops.convert_to_tensor(draw(step, shape), "float32")
+    if tuple(noise.shape) != shape:
+        raise ValueError(f"Sampler: `noise({step}, {shape})` must have that shape; it has {tuple(noise.shape)}")
+    return noise
 
 
 def initial_noise(shape: tuple[int, ...], seed: int | Sequence[int] = 0, first: int = 0):
@@ -297,11 +343,14 @@ def _steps_from(times: np.ndarray, index: int) -> int:
     return int(np.argmax(signs != signs[0]))
 
 
-def _noisier(schedule: NoiseSchedule, x, now, then, key, index: int, first: int):
+def _noisier(schedule: NoiseSchedule, x, now, then, key, index: int, first: int, draw: Callable | None = None):
     """A draw from q(x_then | x_now) = N(r x_now, sigma_then^2 - r^2 sigma_now^2), r = alpha_then / alpha_now."""
     now, then = schedule.sampled_at(now), schedule.sampled_at(then)
     ratio = then.alpha / now.alpha
-    noise = random.normal(random.fold(key, np.int32(index), random.STEPS), ops.shape(x), np.int32(first))
+    if draw is None:
+        noise = random.normal(random.fold(key, np.int32(index), random.STEPS), ops.shape(x), np.int32(first))
+    else:
+        noise = _drawn(draw, index, tuple(x.shape))
     # sigma_then^2 - r^2 sigma_now^2, without cancellation.
     deviation = then.sigma * ops.sqrt(-ops.expm1(then.log_snr - now.log_snr))
     return ratio * x + deviation * noise

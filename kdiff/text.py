@@ -52,17 +52,20 @@ def strings(texts: Any) -> list[str]:
 class Tokenizer(Value):
     """Text as whole numbers: row n has the tokens of text n, cut or filled up with `padding` to `length`.
 
-    A text without tokens, "", is padding alone. A new tokenizer defines `tokens` and `vocabulary_size`, and calls this
-    constructor.
+    Before and after the tokens of each text stand `start` and `end`, which are never cut off. A text without tokens,
+    "", has them and padding alone. A new tokenizer defines `tokens` and `vocabulary_size`, and calls this constructor.
 
     Args:
         length: the number of tokens of a row.
 
     Attributes:
         padding: the token that fills up, 0.
+        start, end: the tokens that begin and end each text; none.
     """
 
-    padding = 0
+    padding: int = 0
+    start: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
 
     def __init__(self, length: int):
         check_integer(type(self).__name__, "length", length)
@@ -75,7 +78,7 @@ class Tokenizer(Value):
         raise NotImplementedError
 
     def tokens(self, text: str) -> list[int]:
-        """All tokens of one text, each at least 1."""
+        """All tokens of one text, each at least 1 where `padding` is 0, without `start` and `end`."""
         raise NotImplementedError
 
     def __call__(self, texts: Any) -> np.ndarray:
@@ -86,14 +89,24 @@ class Tokenizer(Value):
         Raises:
             TypeError: if `texts` holds anything but `str` and `bytes`.
         """
+        return self._rows(texts)[0]
+
+    def masked(self, texts: Any) -> tuple[np.ndarray, np.ndarray]:
+        """As a call, and a mask of the same shape: True where there is a token, and not what fills up."""
+        rows, counts = self._rows(texts)
+        return rows, np.arange(self.length) < counts[:, None]
+
+    def _rows(self, texts):
         texts = strings(texts)
         found = [self._tokens(text) for text in texts]
+        room = self.length - len(self.start) - len(self.end)
         rows = np.full((len(texts), self.length), self.padding, "int32")
-        for row, tokens in zip(rows, found, strict=True):
-            row[: len(tokens)] = tokens[: self.length]
-        cut = [(text, len(row)) for text, row in zip(texts, found, strict=True) if len(row) > self.length]
-        warn_of_cut(self, self.length, cut)
-        return rows
+        whole = [[*self.start, *tokens[:room], *self.end] for tokens in found]
+        for row, tokens in zip(rows, whole, strict=True):
+            row[: len(tokens)] = tokens
+        cut = [(text, len(row)) for text, row in zip(texts, found, strict=True) if len(row) > room]
+        warn_of_cut(self, room, cut)
+        return rows, np.array([len(tokens) for tokens in whole], "int32")
 
 
 class Bytes(Tokenizer):
@@ -286,7 +299,7 @@ def warn_of_cut(owner: Any, room: int, cut: list[tuple[str, int]]) -> None:
     if cut:
         text, count = cut[0]
         more = f", as are {len(cut) - 1} more" if len(cut) > 1 else ""
-        warnings.warn(f"{owner!r} has room for {room} tokens; {text!r} has {count} and is cut{more}", stacklevel=3)
+        warnings.warn(f"{owner!r} has room for {room} tokens; {text!r} has {count} and is cut{more}", stacklevel=4)
 
 
 def _tokenizers():

@@ -1,5 +1,6 @@
 """Settings that must be made before Keras is imported."""
 
+import itertools
 import os
 import tempfile
 from importlib.util import find_spec
@@ -25,6 +26,9 @@ collect_ignore_glob = [] if find_spec("torch") and find_spec("diffusers") else [
 
 def pytest_addoption(parser):
     parser.addoption("--thorough", action="store_true", help="run also the tests marked `thorough`")
+    parser.addoption(
+        "--cases", type=int, help="so many of the cases of each test, evenly spaced: others on each backend"
+    )
 
 
 def pytest_configure(config):
@@ -35,12 +39,17 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "reference: compares with diffusers; skipped where it or PyTorch is missing")
 
 
+@pytest.hookimpl(trylast=True)  # after `-m` and `-k`
 def pytest_collection_modifyitems(config, items):
-    """Leaves out the thorough tests, unless they are asked for."""
-    if not config.getoption("--thorough"):
-        kept = [item for item in items if not item.get_closest_marker("thorough")]
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-        items[:] = kept
+    """Leaves out the thorough tests, unless they are asked for, and with `--cases` most cases of each test."""
+    kept = [item for item in items if config.getoption("--thorough") or not item.get_closest_marker("thorough")]
+    if most := config.getoption("--cases"):
+        backend = ("jax", "tensorflow", "torch").index(os.environ["KERAS_BACKEND"])
+        tests = [list(cases) for _, cases in itertools.groupby(kept, key=lambda item: (item.path, item.originalname))]
+        steps = [-(-len(cases) // most) for cases in tests]
+        kept = [case for step, cases in zip(steps, tests, strict=True) for case in cases[backend * step // 3 :: step]]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
 
 
 def pytest_runtest_setup(item):

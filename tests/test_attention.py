@@ -22,6 +22,7 @@ CASES = {
         {},
     ),
     "linear": (blocks.SelfAttention(2, pattern="linear", bias=False, rescale=2**0.5), TOKENS, TOKENS, {}),
+    "causal": (blocks.SelfAttention(2, pattern="causal", output_bias=False), TOKENS, TOKENS, {}),
     "rotary": (
         blocks.SelfAttention(2, rotary=blocks.Rotary(frequencies=[1.0]), gated=True, drop_path=0.5, seed=4),
         TOKENS,
@@ -127,12 +128,36 @@ def test_attention_takes_a_mask():
     np.testing.assert_allclose(ops.convert_to_numpy(y), expected, atol=1e-5)
 
 
+def test_causal_sees_what_came_before():
+    qkv = heads(2, 3, 4, 2, 5)
+    np.testing.assert_allclose(applied(blocks.Causal(), qkv), naive(*qkv, lambda i, j: j <= i), atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["global", "causal"])
+@pytest.mark.parametrize("rows", mostly_once([1, 2]))
+def test_a_bias_is_added_to_the_logits(pattern, rows):
+    """Without a mask, and with one that leaves the first example nothing at all."""
+    q, k, v = heads(2, 5, 3, 4)
+    bias = np.random.default_rng(1).standard_normal((rows, 3, 5, 5)).astype("float32")
+    mask = np.array([[0, 0, 0, 0, 0], [0, 1, 1, 0, 1]], bool)
+    for hides in (True, False):
+        allowed = np.tri(5, dtype=bool)[None] | (pattern == "global")
+        allowed = mask[:, None] & allowed if hides else np.repeat(allowed, 2, 0)
+        weights = np.exp(np.einsum("bqhd,bkhd->bhqk", q, k) / 2 + bias) * allowed[:, None]
+        expected = np.einsum("bhqk,bkhd->bqhd", weights / np.maximum(weights.sum(-1, keepdims=True), 1e-30), v)
+        options = {"mask": ops.convert_to_tensor(mask)} if hides else {}
+        y = blocks.Pattern.get(pattern)(
+            *map(ops.convert_to_tensor, (q, k, v)), bias=ops.convert_to_tensor(bias), **options
+        )
+        np.testing.assert_allclose(ops.convert_to_numpy(y), expected, atol=1e-5)
+
+
 @pytest.mark.once
 def test_patterns_are_values_found_by_name():
     assert blocks.Pattern.get("window") == blocks.Window(8)
     assert blocks.Window(4, 2) != blocks.Window(4)
     assert repr(blocks.Neighborhood(5)) == "Neighborhood(size=5)"
-    assert sorted(blocks.Pattern.names()) == ["global", "linear", "neighborhood", "window"]
+    assert sorted(blocks.Pattern.names()) == ["causal", "global", "linear", "neighborhood", "window"]
     assert blocks.RelativePositions.get("rotary") == blocks.Rotary()
     layer = blocks.MultiHeadAttention(
         2, pattern={"class_name": "kdiff.blocks>Window", "config": {"size": 2, "shift": 1}}

@@ -1,4 +1,6 @@
 import errno
+import signal
+import subprocess
 import sys
 import warnings
 from typing import Any, NamedTuple
@@ -293,6 +295,48 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
     assert losses[0] == losses[1] != losses[2]  # two steps were done before
     for a, b in zip(unbroken.weights, model.weights, strict=True):
         np.testing.assert_allclose(numpy(a), numpy(b), rtol=1e-5, atol=1e-6, err_msg=a.path)
+
+
+RUN = """
+import os, signal, sys
+import keras, numpy
+import kdiff
+from kdiff.networks import MLP
+
+folder, steps, place = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+backup = kdiff.BackupCallback(folder, 2, delete_checkpoint=False)
+seen, replace = [], os.replace
+def count(batch, logs):
+    seen.append(batch)
+    if len(seen) == steps:
+        if place == "step":
+            die()
+        os.replace = die if place == "before" else lambda *paths: (replace(*paths), die())
+x = numpy.random.default_rng(0).uniform(-1, 1, (12, 3)).astype("float32")
+keras.utils.set_random_seed(0)
+model = kdiff.DiffusionModel(MLP(8, 1), codec="identity", seed=1)
+model.compile("adam", "mse")
+callbacks = [keras.callbacks.LambdaCallback(on_train_batch_end=count), backup]
+model.fit(x, batch_size=4, epochs=4, shuffle=False, verbose=0, callbacks=callbacks)
+numpy.savez(folder + "/end.npz", *map(keras.ops.convert_to_numpy, model.weights))
+"""
+
+
+@pytest.mark.thorough
+def test_a_process_that_is_killed_goes_on(tmp_path):
+    """By SIGKILL: between two steps, while a backup is written, and just after one has taken its place."""
+
+    def run(folder, steps=0, place="step"):
+        return subprocess.run([sys.executable, "-c", RUN, str(folder), str(steps), place], check=not steps).returncode
+
+    run(tmp_path / "unbroken")
+    for steps, place in ((3, "step"), (3, "before"), (3, "after")):  # of each process
+        assert run(tmp_path / "killed", steps, place) == -signal.SIGKILL
+    run(tmp_path / "killed")
+    one, other = (np.load(tmp_path / name / "end.npz") for name in ("unbroken", "killed"))
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], rtol=1e-6, atol=1e-7)  # TensorFlow sums in no fixed order
 
 
 class Orders:

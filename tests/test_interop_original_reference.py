@@ -170,6 +170,19 @@ def test_guided(request, changes, new_order):
     assert difference < TOLERANCE
 
 
+def test_guided_of_half_a_width(request):
+    """ADM's at 512: the first level has half of the channels of the time's waves."""
+    from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+
+    model = diffusers.UNet2DModel(**{**ADM, "time_embedding_dim": 256})
+    model.time_proj, model.time_embedding = Timesteps(64, True, 0), TimestepEmbedding(64, 256)
+    state = original_adm(arrays(perturbed(model)), 2, True, 16)
+    network = original.guided(state, 16, (0.5, 1), attention_at=(8,), head_width=16)
+    x, labels = normal(2, 16, 16, 3), np.array([1, 4])
+    given = ops.convert_to_numpy(network({"image": x, "time": TIMES, "label": labels}))
+    np.testing.assert_allclose(given, theirs(model, x, TIMES, class_labels=labels), atol=TOLERANCE)
+
+
 # --- the SimpleUNet of tutorials
 
 WIDTHS = (8, 16, 16)

@@ -1,8 +1,10 @@
 """Pipelines of diffusers, made and saved by it, give the same image in kdiff from the same noise."""
 
+import ast
 import importlib
 import inspect
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from kdiff.denoisers import Denoiser, Given
 from kdiff.interop import diffusers as interop
 from kdiff.interop import schedulers, transformers
 from kdiff.interop.files import read_json, write_json
-from kdiff.interop.unets import UNET_2D, UNET_2D_CONDITION
+from kdiff.interop.foreign import FOREIGN
+from kdiff.interop.unet_keys import UNET_2D, UNET_2D_CONDITION
 from tests.test_interop_networks_reference import DDPM, SIZE, SMALL, SMALL_DIT, normal, one_thread, perturbed  # noqa: F401
 from tests.toys import walk
 
@@ -158,8 +161,7 @@ def test_scheduler(request, name, unets, tmp_path, monkeypatch):
 
 CLASSES = {**{name: kind.keys for name, kind in schedulers.KINDS.items()}, "UNet2DModel": UNET_2D}
 CLASSES |= {"UNet2DConditionModel": UNET_2D_CONDITION, "DiTTransformer2DModel": transformers.DIT}
-CLASSES |= {"FlowMatchEulerDiscreteScheduler": schedulers.FLOW_MATCHING, "Transformer2DModel": transformers.OLD_DIT}
-OURS_ALONE = {"DEISMultistepScheduler": {"final_sigmas_type"}}
+CLASSES |= {"Transformer2DModel": transformers.OLD_DIT}
 
 
 @pytest.mark.once
@@ -167,9 +169,20 @@ OURS_ALONE = {"DEISMultistepScheduler": {"final_sigmas_type"}}
 def test_keys_and_defaults_are_those_of_diffusers(name):
     arguments = list(inspect.signature(getattr(diffusers, name).__init__).parameters.values())[1:]
     theirs = {argument.name: argument.default for argument in arguments}
-    ours = {key: CLASSES[name][key].default for key in CLASSES[name] if key not in OURS_ALONE.get(name, ())}
+    ours = {key: CLASSES[name][key].default for key in CLASSES[name]}
     assert ours == {key: theirs[key] for key in ours}
     assert name == "Transformer2DModel" or ours.keys() == theirs.keys()
+
+
+@pytest.mark.once
+def test_keys_of_all_schedulers_are_known():
+    names = set()
+    for file in Path(diffusers.schedulers.__file__).parent.rglob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Scheduler"):
+                made = [one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"]
+                names |= {argument.arg for one in made for argument in one.args.args[1:]}
+    assert names <= FOREIGN
 
 
 @pytest.mark.parametrize("kind", ["DDPM", "DDIM"])

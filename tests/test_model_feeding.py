@@ -85,6 +85,8 @@ def test_labels_that_are_none(labels, message):
         (np.eye(10)[LABELS], r"received: \(None, 10\).*argmax"),
         (np.array(list("abcdefgh")), "LabelEmbedding, takes numbers.*return_inverse"),
         (list("abcdefgh"), "LabelEmbedding, takes numbers.*return_inverse"),
+        (LABELS.astype(object), "`label` holds Python objects"),
+        (np.array([None] * 8), "`label` holds Python objects"),
     ],
 )
 def test_labels_of_another_kind(labels, message):
@@ -129,8 +131,9 @@ def test_pixels_from_zero_to_one_are_said():
 @pytest.mark.once
 def test_what_looks_like_another_layout():
     x = np.repeat(PIXELS, 3, -1).transpose(0, 3, 1, 2)
-    with pytest.raises(ValueError, match=r"channels first.*moveaxis"):
-        model(built=False).fit(x, verbose=0)
+    for picture in (x, x[:, :, :5]):
+        with pytest.raises(ValueError, match=r"channels first.*moveaxis"):
+            model(built=False).fit(picture, verbose=0)
     tf = pytest.importorskip("tensorflow")
     with pytest.raises(ValueError, match=r"one picture.*\.batch\(32\)"):
         model(built=False).fit(tf.data.Dataset.from_tensor_slices(PIXELS), verbose=0)
@@ -161,11 +164,14 @@ def test_sample_weights(weight, message):
     [
         (UNIT.astype(">f4"), r"`image` has the type >f4, in the byte order"),
         ({"image": None}, r"\['image'\] must be arrays; received None"),
+        (np.array([None] * 8), "`image` holds Python objects"),
+        (list(PIXELS), r"received: list: `numpy.stack\(x\)`"),
+        ({"image": PIXELS, "digit": LABELS}, r"missing: \['label'\]; received \['digit'\]"),
     ],
 )
 def test_other_arrays(x, message):
-    with pytest.raises(ValueError, match=message):
-        model().fit(x, verbose=0)
+    with pytest.raises((TypeError, ValueError), match=message):
+        model(labelled=isinstance(x, dict) and "digit" in x).fit(x, verbose=0)
     with pytest.raises(ValueError, match="a batch without examples"):
         model().fit((x for x in [PIXELS[:0]]), verbose=0)
 

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 import kdiff
-from kdiff import Sampler, analytic, blocks, closed_edges, codecs, schedules, times
+from kdiff import Sampler, analytic, blocks, circular_padding, codecs, schedules, times
 from kdiff.guidance import Clip, Inpaint, Seamless
 from kdiff.networks import UNet
 from kdiff.sampling import initial_noise
@@ -175,14 +175,14 @@ def test_the_size_of_examples_is_known_after_loading():
     ],
     ids=lambda layer: layer.name,
 )
-def test_closed_edges(layer):
+def test_circular_padding(layer):
     """A layer moves with what it is given, over the edges too, along the axes that are closed and no others."""
     x = np.random.default_rng(0).normal(size=(1, 6, 8, 2)).astype("float32")
     layer.build(x.shape)
     draw_weights(layer)
 
     def called(x):
-        with closed_edges.switched_on((1,)):
+        with circular_padding.switched_on((1,)):
             return numpy(layer(ops.convert_to_tensor(x)))
 
     there = called(x)

@@ -4,7 +4,7 @@ import pytest
 from keras import ops
 
 from kdiff import blocks
-from kdiff.networks import Level, UNet
+from kdiff.networks import Hybrid, Level, UNet
 from tests.helpers_gradients import perturb, run, value_and_gradients
 from tests.toys import mostly_once
 
@@ -262,7 +262,8 @@ def test_errors_of_arguments():
         (lambda: UNet.basic(multipliers=(1, 2)), "`multipliers` must be 3 numbers"),
         (lambda: UNet.attention(at=(3,)), r"`at` must be within -3 \.\.\. 2; received: 3"),
         (lambda: Level(0), "Level: `width`"),
-        (lambda: Level(8, 0), "Level: `depth`"),
+        (lambda: Level(8, -1), "Level: `depth`"),
+        (lambda: Hybrid([Level(8, 0)]), "Hybrid: each of `levels` must have a `depth` of 1 or more"),
         (lambda: UNet([Level(8, block="layer_norm")]), "must have an argument `width`"),
         (lambda: UNet.basic(out_channels=0), "`out_channels`"),
     ]

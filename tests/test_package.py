@@ -20,7 +20,7 @@ FILES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*
 
 # A part may import what stands before it, on each of these paths that it is on. So mathematics, neural blocks and
 # pipelines meet in nothing but the foundations.
-FOUNDATIONS = ("base", "closed_edges", "backend", "random", "gaussian", "identity_attention", "writing", "text")
+FOUNDATIONS = ("circular_padding", "backend", "base", "random", "gaussian", "identity_attention", "writing", "text")
 MATHEMATICS = (
     "schedules",
     "predictions",
@@ -50,8 +50,9 @@ PATHS = (
         "evaluation",
     ),
     (*FOUNDATIONS, "blocks", "networks"),
+    (*FOUNDATIONS, "blocks", "encoders"),
     (*FOUNDATIONS, "pictures", "scenes", "data"),
-    (*FOUNDATIONS, "blocks", "networks", *MATHEMATICS, "codecs", "averages", "model", "interop", *LAST),
+    (*FOUNDATIONS, "blocks", "encoders", "networks", *MATHEMATICS, "codecs", "averages", "model", "interop", *LAST),
 )
 BACKENDS = {"tensorflow", "jax", "torch"}
 # Beyond Keras and NumPy, which are all that the core requires. tf.data feeds every backend, so `data` has TensorFlow.
@@ -61,6 +62,7 @@ REQUIREMENTS = {
     "objectives": {"matplotlib"},
     "pictures": {"PIL", "matplotlib"},
     "text": {"tokenizers", "keras_hub"},
+    "encoders": {"tokenizers", "sentencepiece"},
     "interop": {"safetensors", "torch"},
     "callbacks": {"h5py"},  # which Keras requires
     "data": {"PIL", "keras_cv", "sklearn", "tensorflow", "tensorflow_datasets"},
@@ -109,6 +111,27 @@ def test_import_leaves_tensorflow_alone():
     result = run(IMPORT_ALL + "\nprint(*sorted(m for m in sys.modules if m.partition('.')[0] == 'tensorflow'))")
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == []
+
+
+MAKE_ALL = """
+import sys
+from kdiff import DiffusionModel, Sampler, schedules
+from kdiff.networks import UNet
+sampler = Sampler("dpm_solver_pp", "karras", guidance="clip")
+assert sampler.clone() == sampler
+model = DiffusionModel(UNet.residual(8, levels=2), schedules.LinearBeta().clone())
+model.build((None, 8, 8, 1))
+print("tensorflow" in sys.modules)
+"""
+
+
+@pytest.mark.data
+@other_backends
+def test_what_is_made_compared_and_copied_leaves_tensorflow_alone():
+    """Keras would import it to serialise any object."""
+    result = run(MAKE_ALL)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["False"]
 
 
 @pytest.mark.once
@@ -219,3 +242,14 @@ def test_data_is_found_without_its_own_import():
     code = "import kdiff; kdiff.data.images; assert not hasattr(kdiff, 'dat')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.once
+def test_a_test_file_is_found_from_its_modules_name():
+    """test_room.py, test_room_module.py or test_module.py, and what goes on with an underscore."""
+    of_all = {"backends_agree", "compositions", "examples", "package", "readme"}
+    modules = {"_".join(Path(file).with_suffix("").parts) for file in FILES}
+    modules = {module.removesuffix("___init__") for module in modules} | {Path(file).stem for file in FILES}
+    named = [file.stem.removeprefix("test_") for file in Path(__file__).parent.glob("test_*.py")]
+    lost = [name for name in named if not any(f"{name}_".startswith(f"{module}_") for module in modules)]
+    assert set(lost) == of_all

@@ -1,11 +1,13 @@
+import keras
 import numpy as np
 import pytest
 
 from kdiff import Sampler, random, schedules
 from kdiff.guidance import Inpaint
+from kdiff.sampling import dpm_fast
 from kdiff.solvers import DDPM, DPMSolverPP, DPMSolverPPSinglestepSDE, Solver
 from kdiff.times import Linspace
-from tests.toys import exact_denoiser, numpy
+from tests.toys import GAUSSIAN, exact_denoiser, numpy
 
 SCHEDULE = schedules.CosineBeta()
 
@@ -107,3 +109,68 @@ def test_bad_steps(steps):
 def test_more_steps_than_there_are():
     with pytest.raises(ValueError, match="at most 10"):
         Sampler(steps=11).times(schedules.LinearBeta(10))
+
+
+def test_noise_may_be_given():
+    """That of the seed, in its place; a step at a time."""
+    key, asked = random.key_of(0), []
+
+    def noise(step, shape):
+        asked.append((step, shape))
+        return numpy(random.normal(random.fold(key, np.int32(step), random.STEPS), shape, np.int32(0)))
+
+    sampler = Sampler("ddpm", steps=5)
+    np.testing.assert_array_equal(sample(sampler, noise=noise), sample(sampler))
+    assert asked == [(step, (4, 3)) for step in range(5)]
+    quiet = sample(sampler, noise=lambda step, shape: np.zeros(shape))
+    assert np.abs(quiet - sample(sampler)).max() > 0.01
+    with pytest.raises(ValueError, match=r"`noise\(0, \(4, 3\)\)` must have that shape; it has \(3,\)"):
+        sample(sampler, noise=lambda step, shape: np.zeros(3))
+
+
+def fast(denoise, x, evaluations, low, high):
+    """DPM-Solver-fast as k-diffusion has it, where t = -log(sigma) and eps = (x - denoise) / sigma, in float64."""
+    count = evaluations // 3 + 1
+    ts = np.linspace(-np.log(high), -np.log(low), count + 1)
+    orders = [3] * (count - 2) + [2, 1] if evaluations % 3 == 0 else [3] * (count - 1) + [evaluations % 3]
+
+    def eps(x, t):
+        return (x - denoise(x, np.exp(-t))) / np.exp(-t)
+
+    for order, t, then in zip(orders, ts, ts[1:], strict=False):
+        h, e = then - t, eps(x, t)
+        end = np.exp(-then)
+        if order == 1:
+            x = x - end * np.expm1(h) * e
+            continue
+        r = 1 / 2 if order == 2 else 1 / 3
+        s = t + r * h
+        e_1 = eps(x - np.exp(-s) * np.expm1(r * h) * e, s)
+        if order == 2:
+            x = x - end * np.expm1(h) * e - end / (2 * r) * np.expm1(h) * (e_1 - e)
+            continue
+        q = 2 / 3
+        s = t + q * h
+        bend = np.exp(-s) * (q / r) * (np.expm1(q * h) / (q * h) - 1) * (e_1 - e)
+        e_2 = eps(x - np.exp(-s) * np.expm1(q * h) * e - bend, s)
+        x = x - end * np.expm1(h) * e - end / q * (np.expm1(h) / h - 1) * (e_2 - e)
+    return x
+
+
+@pytest.mark.parametrize("evaluations", [2, 6, 7, 20])
+def test_dpm_fast(evaluations):
+    """As k-diffusion's `sample_dpm_fast`, in as many calls."""
+    schedule, calls = schedules.VarianceExploding(0.01, 20.0), []
+
+    def denoise(x, m):
+        calls.append(m)
+        return exact_denoiser()(x, m)
+
+    def plain(x, sigma, mean=GAUSSIAN["mean"], std=GAUSSIAN["std"]):
+        return mean + std**2 / (std**2 + sigma**2) * (x - mean)
+
+    x = 20.0 * np.random.default_rng(0).normal(size=(3, 4))
+    given = numpy(dpm_fast(evaluations, 0.02, 20.0)(denoise, schedule, x.shape, x=x))
+    np.testing.assert_allclose(given, fast(plain, x, evaluations, 0.02, 20.0), rtol=1e-4, atol=2e-4)
+    if keras.backend.backend() != "jax":  # there a condition that is not compiled traces both sides
+        assert len(calls) == evaluations

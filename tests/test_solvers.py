@@ -88,7 +88,9 @@ def test_the_measured_order_of_mean_and_covariance_is_the_declared_one(solver):
 
 NARROW = analytic.Gaussian([0.3, 0.3], 0.25)
 EULER = DDIM()
-AT_LEAST_EULER = [s for s in FORWARD if s.order > 1 and not s.stochastic and not isinstance(s, solvers.Adaptive)]
+# `Adaptive` finds itself how many calls it needs; the last steps of `DPMSolverFast` are low, for it is to end above 0.
+OF_OTHER_RUNS = (solvers.Adaptive, solvers.DPMSolverFast)
+AT_LEAST_EULER = [s for s in FORWARD if s.order > 1 and not s.stochastic and not isinstance(s, OF_OTHER_RUNS)]
 AMONG = [
     *(schedule for schedule in SCHEDULES if schedule != LINEAR),
     *(schedules.NoiseSchedule.get(name) for name in ("laplace", "sub_vp", "variance_exploding")),
@@ -110,7 +112,7 @@ def errors(solver, schedule, steps, exact):
 
 @pytest.mark.parametrize("schedule", AMONG if EAGER else [RECTIFIED], ids=repr)
 def test_no_solver_is_worse_than_eulers_method_with_as_many_evaluations(schedule):
-    """On the default grid, on a Gaussian and on a mixture. (How many `Adaptive` needs it finds itself.)
+    """On the default grid, on a Gaussian and on a mixture.
 
     The one that may be, by up to 2.2: DPM-Solver-2 of the noise, whose errors grow as e^h, in 4 steps on an exploding
     schedule, where sigma falls 14 times in each.

@@ -274,7 +274,7 @@ def test_a_sampler_of_ones_own_needs_no_density():
 @pytest.mark.once
 def test_labels():
     m = DISCRETE.at(np.float32([0.001, 0.5, 1.0]))
-    assert set(TimeLabel.names()) == {"scaled", "index", "log_snr"}
+    assert set(TimeLabel.names()) == {"scaled", "index", "log_snr", "rounded_label"}
     np.testing.assert_allclose(numpy(times.Scaled()(DISCRETE, m)), [1, 500, 1000], rtol=1e-6)
     np.testing.assert_allclose(numpy(times.Scaled(1.0)(DISCRETE, m)), [0.001, 0.5, 1], rtol=1e-6)
     np.testing.assert_allclose(numpy(times.Index()(DISCRETE, m)), [0, 499, 999], atol=1e-4)
@@ -284,6 +284,16 @@ def test_labels():
     np.testing.assert_allclose(numpy(times.LogSNR(1.0)(DISCRETE, m)), numpy(m.log_snr))
     with pytest.raises(ValueError, match="continuous"):
         times.Index()(CONTINUOUS, m)
+
+
+@pytest.mark.once
+def test_rounded_labels():
+    m = DISCRETE.at(np.float32([0.0014, 0.0016, 0.9999, 1.0, 0.5]))
+    np.testing.assert_array_equal(numpy(times.RoundedLabel()(DISCRETE, m)), [0, 1, 999, 999, 499])
+    np.testing.assert_array_equal(numpy(times.RoundedLabel(rounding="down")(DISCRETE, m)), [0, 0, 998, 999, 499])
+    np.testing.assert_array_equal(numpy(times.RoundedLabel("scaled")(CONTINUOUS, m)), [1, 2, 1000, 1000, 500])
+    with pytest.raises(ValueError, match="`rounding` must be one of"):
+        times.RoundedLabel(rounding="up")
 
 
 @pytest.mark.once

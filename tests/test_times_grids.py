@@ -1,5 +1,6 @@
 """The times of a sampling run. Other implementations: test_times_reference.py."""
 
+import keras
 import numpy as np
 import pytest
 from scipy import special, stats
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.once
 
 DISCRETE, CONTINUOUS = schedules.LinearBeta(), schedules.Cosine()
 EXPLODING = schedules.VarianceExploding(1e-4, 80.0)
-NAMES = sorted(set(TimeGrid.names()) - {"times", "jumps"})
+NAMES = sorted(set(TimeGrid.names()) - {"times", "jumps", "sigmas"})
 BY_SIGMA = [times.Karras(), times.Exponential(), times.Polyexponential(1.5), times.UniformLogSNR()]
 
 
@@ -143,7 +144,13 @@ def test_noise_levels_do_not_depend_on_the_schedule():
         (lambda: times.BetaQuantile(1.0, 100.0), "beta"),
         (lambda: times.Karras(sigma_max=1e6)(CONTINUOUS, 5), "must lie in"),
         (lambda: times.Karras(sigma_min=1e-9)(DISCRETE, 5), "must lie in"),
-        (lambda: times.Karras(sigma_min=0.002)(schedules.VarianceExploding(), 5), "a last step"),
+        (lambda: times.Karras(sigma_min=0.001)(schedules.VarianceExploding(), 5), "must lie in"),
+        (lambda: times.Sigmas([80.0, 90.0, 0.0]), "must decrease strictly to a last"),
+        (lambda: times.Sigmas([]), "must decrease strictly to a last"),
+        (lambda: times.Sigmas([1.0, np.nan]), "must decrease strictly to a last"),
+        (lambda: times.Sigmas([1.0, -1.0]), "must decrease strictly to a last"),
+        (lambda: times.Sigmas([100.0, 1.0, 0.0])(schedules.VarianceExploding(), 2), "must lie in"),
+        (lambda: times.Sigmas([80.0, 1.0, 0.0])(schedules.VarianceExploding(), 3), "`steps` must be 2"),
         (lambda: times.Exponential()(schedules.Rectified(), 30000), "equal in float32"),
         (lambda: times.BetaQuantile(0.05, 0.05)(CONTINUOUS, 50), "equal in float32"),
         (lambda: times.Rounded("karras")(schedules.CosineBeta(), 20), "too many"),
@@ -216,6 +223,27 @@ def test_times_of_ones_own():
     assert TimeGrid.get(grid.get_config() and times.Times(np.array([0.9, 0.5, 0.1, 0.0]))) == grid
     run = [step.t for step in Sampler("ddim", grid).steps_of(exact_denoiser(), CONTINUOUS, (2, 2))]
     np.testing.assert_allclose(run, [0.5, 0.1, 0.0], atol=1e-7)
+
+
+def test_sigmas_of_ones_own():
+    """Those of EDM (Karras et al. 2022, eq. 5), on the schedule whose ends they have, to 0."""
+    u = np.linspace(1.0, 0.0, 6)
+    sigmas = (0.002 ** (1 / 7) + u * (80.0 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
+    schedule = schedules.VarianceExploding(0.002, 80.0)
+    for grid in (times.Sigmas([*sigmas, 0.0]), times.Sigmas(sigmas), times.Karras(7.0, 0.002, 80.0)):
+        t = grid(schedule, 6)
+        m = schedule.sampled_at(t.astype("float32"))
+        np.testing.assert_allclose(numpy(m.sigma)[:-1], sigmas, rtol=2e-5)
+        assert numpy(m.sigma)[-1] < 1e-8
+    assert times.Sigmas(sigmas).default_steps(schedule) == 6
+    grid = times.Sigmas([14.0, 3.0, 0.5])
+    np.testing.assert_allclose(
+        numpy(DISCRETE.at(grid(DISCRETE, 3)[:-1]).log_snr), -2 * np.log([14.0, 3.0, 0.5]), atol=1e-4
+    )
+    assert TimeGrid.get(keras.saving.serialize_keras_object(grid)) == grid
+    run = [step.t for step in Sampler("ddim", grid).steps_of(exact_denoiser(), schedule, (2, 2))]
+    assert len(run) == 3
+    assert run[-1] == 0.0
 
 
 def test_rounded_times_are_steps():

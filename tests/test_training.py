@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -154,3 +156,31 @@ def test_the_second_interrupt_does_not_wait():
         long()
     assert reached == [1]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+REPLICAS = """
+import keras, numpy, tensorflow as tf
+from kdiff import DiffusionModel
+from kdiff.networks import MLP
+
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+x = numpy.zeros((8, 3), "float32")
+with strategy.scope():
+    model = DiffusionModel(MLP(8, 1), codec="identity")
+    model.compile("adam", "mse")
+parts = lambda values: [numpy.asarray(value) for value in strategy.experimental_local_results(values)]
+model.fit(x, batch_size=4, verbose=0)
+assert int(parts(model.optimizer.iterations.value)[0]) == 2
+target = strategy.run(tf.function(lambda: model(tf.zeros((2, 3))).target))
+one, other = parts(target)
+assert not numpy.intersect1d(one, other).size, "both replicas draw the same noise"
+"""
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="replicas are TensorFlow's")
+def test_replicas_draw_noise_of_their_own():
+    """MirroredStrategy on two virtual CPUs, which must be set before TensorFlow starts; `fit` outside of the scope."""
+    subprocess.run([sys.executable, "-c", REPLICAS], check=True)

@@ -33,6 +33,13 @@ CASES = {
         {},
     ),
     "stable_diffusion": (blocks.TransformerBlock(2, bias=False, glu=True), TOKENS, TOKENS, {"context": CONTEXT}),
+    "clip": (blocks.TransformerBlock(2, activation="quick_gelu", pattern="causal"), TOKENS, TOKENS, {}),
+    "t5": (
+        blocks.TransformerBlock(2, 3, normalization="rms_norm", glu=True, bias=False, output_bias=False),
+        TOKENS,
+        TOKENS,
+        {"context": CONTEXT},
+    ),
     "spatial": (blocks.SpatialTransformer(2, 2), MAP, MAP, {"context": CONTEXT}),
     "spatial_local": (
         blocks.SpatialTransformer(
@@ -43,6 +50,7 @@ CASES = {
         {"embed": EMBED},
     ),
     "patchify": (blocks.Patchify(2, 5), MAP, (2, 2, 2, 5), {}),
+    "patchify_plain": (blocks.Patchify(2, 5, bias=False), MAP, (2, 2, 2, 5), {}),
     "patchify_tokens": (blocks.Patchify(5, 3), TOKENS, (2, 1, 3), {}),
     "unpatchify": (blocks.Unpatchify(3, 2), MAP, (2, 12, 12, 2), {}),
     "unpatchify_tokens": (blocks.Unpatchify(3, 2, zero=True), TOKENS, (2, 15, 2), {}),

@@ -26,10 +26,12 @@ from kdiff.backend.operations import (
 from kdiff.backend.running import (
     BACKEND,
     after_step,
+    allocate,
     by_numpy,
     compiled,
     concrete,
     fused,
+    give,
     has_numbers,
     move_towards,
     needs_no_preparation,
@@ -43,6 +45,7 @@ from kdiff.backend.running import (
     with_fixed_shapes,
     without_gradients,
 )
+from kdiff.backend.saving import serialized, without_tensorflow
 from kdiff.backend.training import SafeTraining, replica, strategy_of
 
 __all__ = [
@@ -50,6 +53,7 @@ __all__ = [
     "HIDDEN",
     "SafeTraining",
     "after_step",
+    "allocate",
     "attention",
     "average_pool",
     "by_numpy",
@@ -61,6 +65,7 @@ __all__ = [
     "dense",
     "fused",
     "gelu_tanh",
+    "give",
     "group_norm",
     "has_numbers",
     "is_data_loader",
@@ -78,6 +83,7 @@ __all__ = [
     "replaced",
     "replica",
     "scaled",
+    "serialized",
     "strategy_of",
     "synchronise",
     "unallocated",
@@ -86,4 +92,5 @@ __all__ = [
     "upsample_nearest",
     "with_fixed_shapes",
     "without_gradients",
+    "without_tensorflow",
 ]

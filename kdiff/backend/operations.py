@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from kdiff import closed_edges
+from kdiff import circular_padding
 from kdiff.backend.running import BACKEND
 
 __all__ = [
@@ -89,9 +89,9 @@ def convolution(
     `padding` is "same" or "valid", and the bias may be None. On PyTorch the map is looked at as one of channels first;
     Keras copies it twice.
     """
-    if padding == "same" and closed_edges.is_on():
+    if padding == "same" and circular_padding.is_on():
         zeros = _zeros_around(x.shape[1:-1], kernel.shape[:-2], strides, padding, dilation)
-        x, padding = closed_edges.padded(x, *zeros), "valid"
+        x, padding = circular_padding.padded(x, *zeros), "valid"
     if BACKEND != "torch":
         options = {"strides": strides, "padding": padding, "data_format": "channels_last", "dilation_rate": dilation}
         y = ops.conv(x, kernel, **options)
@@ -271,23 +271,24 @@ def _gelu_of_tensorflow():
     return gelu
 
 
-def attention(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
-    """`softmax(q k^T / sqrt(width)) v` in each head, for q, k and v of the shape (batch, tokens, heads, width).
+def attention(q: Any, k: Any, v: Any, mask: Any = None, bias: Any = None) -> Any:
+    """`softmax(q k^T / sqrt(width) + bias) v` in each head, for q, k and v of the shape (batch, tokens, heads, width).
 
     Where a `mask`, (batch, query tokens, key tokens) or (batch, 1, key tokens), is False, the weight is 0. With the
     latter, queries that see nothing get 0; with the former each must see something. Logits and softmax are float32,
-    whatever the type of q, k and v: in float16 the products overflow. PyTorch has a kernel that never holds the whole
-    table of weights; JAX has one on accelerators, and goes block by block on a CPU, unless the queries have masks of
-    their own.
+    whatever the type of q, k and v: in float16 the products overflow. The `bias` is (batch or 1, heads, query tokens,
+    key tokens), or None. PyTorch has a kernel that never holds the whole table of weights; JAX has one on accelerators,
+    and goes block by block on a CPU, unless the queries have masks of their own, or a bias.
     """
     if BACKEND == "torch":
-        return _attention_of_torch(q, k, v, mask)
-    if BACKEND == "jax" and _on_cpu() and (mask is None or mask.shape[1] == 1):
+        return _attention_of_torch(q, k, v, mask, bias)
+    if BACKEND == "jax" and _on_cpu() and bias is None and (mask is None or mask.shape[1] == 1):
         y = _attention_by_blocks(q, k, v, mask)
-    elif BACKEND == "jax" and mask is None:
+    elif BACKEND == "jax" and mask is None and bias is None:
         y = ops.dot_product_attention(q, k, v)
     else:
         logits = _float32_product("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k)
+        logits = logits if bias is None else logits + ops.cast(bias, "float32")
         logits = logits if mask is None else ops.where(mask[:, None], logits, HIDDEN)
         y = ops.einsum("bhqk,bkhd->bqhd", ops.cast(_softmax(logits), v.dtype), v)
     # Where all is hidden, the softmax of equal logits is a mean.
@@ -318,16 +319,25 @@ def _softmax(logits: Any) -> Any:
 HIDDEN = -1e30  # the logit of what is masked: not infinite, for the softmax of infinities alone is NaN
 
 
-def _attention_of_torch(q, k, v, mask):
-    """Its kernel, which on a CPU takes longer for heads of 8 channels than of 16: zeros fill them up."""
+def _attention_of_torch(q, k, v, mask, bias):
+    """Its kernel, which on a CPU takes longer for heads of 8 channels than of 16: zeros fill them up.
+
+    It takes a mask or a bias, in one argument.
+    """
     import torch
 
     width = q.shape[-1]
     mask, scale = None if mask is None else mask[:, None], width**-0.5
+    hidden = mask if bias is not None else None
+    if bias is not None:
+        bias = bias.to(q.dtype)
+        mask = bias if mask is None else torch.where(mask, bias, torch.finfo(q.dtype).min)
     if q.device.type == "cpu" and width < 16:
         q, k, v = (torch.nn.functional.pad(x, (0, 16 - width)) for x in (q, k, v))
     q, k, v = (torch.transpose(x, 1, 2) for x in (q, k, v))
     y = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    if hidden is not None and hidden.shape[2] == 1:
+        y = torch.where(torch.any(hidden, dim=-1)[..., None], y, 0)
     return torch.transpose(y[..., :width], 1, 2)
 
 

@@ -3,7 +3,8 @@
 from kdiff.blocks.attention import CrossAttention, MultiHeadAttention, SelfAttention
 from kdiff.blocks.base import Block, Chain, Tokens
 from kdiff.blocks.beside import Beside
-from kdiff.blocks.conditions import Condition, Encoded, Input, Joint, OptionalCondition
+from kdiff.blocks.conditions import Condition, Encoded, Input, Joint, OptionalCondition, VectorAndTokens
+from kdiff.blocks.context_attention import AttentionPool, ContextAttention
 from kdiff.blocks.convolution import ConvBlock, ConvNeXtBlock, ResidualBlock, SimpleBlock
 from kdiff.blocks.embeddings import (
     FourierEmbedding,
@@ -11,6 +12,7 @@ from kdiff.blocks.embeddings import (
     LearnedEmbedding,
     MLPEmbedding,
     SinusoidalEmbedding,
+    SteeredEmbedding,
 )
 from kdiff.blocks.layers import Conv2D, Dense
 from kdiff.blocks.magnitude import (
@@ -25,7 +27,7 @@ from kdiff.blocks.magnitude import (
 )
 from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm, LayerNorm, RMSNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
-from kdiff.blocks.patterns import Global, Linear, Neighborhood, Pattern, Window
+from kdiff.blocks.patterns import Causal, Global, Linear, Neighborhood, Pattern, Window
 from kdiff.blocks.positions import RelativePositions, Rotary, SinCos2D
 from kdiff.blocks.resampling import Downsample, FIRDownsample, FIRUpsample, Upsample
 from kdiff.blocks.text import EncodedText, TextEncoder
@@ -33,10 +35,13 @@ from kdiff.blocks.transformer import FeedForward, SpatialTransformer, Transforme
 
 __all__ = [
     "AdaptiveNorm",
+    "AttentionPool",
     "Beside",
     "Block",
+    "Causal",
     "Chain",
     "Condition",
+    "ContextAttention",
     "Conv2D",
     "ConvBlock",
     "ConvNeXtBlock",
@@ -76,12 +81,14 @@ __all__ = [
     "SinCos2D",
     "SinusoidalEmbedding",
     "SpatialTransformer",
+    "SteeredEmbedding",
     "TextEncoder",
     "Tokens",
     "TransformerBlock",
     "UnitMagnitude",
     "Unpatchify",
     "Upsample",
+    "VectorAndTokens",
     "Window",
     "adaptive_block",
     "mp_concatenate",

@@ -49,12 +49,13 @@ class MultiHeadAttention(Block):
         heads: the number of heads.
         head_width: the channels of a head. Of the two, one that is None follows from the other and the channels of
             `x`; with neither there is one head.
-        bias: whether the projections to queries, keys and values have one. The output layer always has.
+        bias: whether the projections to queries, keys and values have one.
         zero: whether the output layer is zero at first.
         pattern: a `Pattern` or its name: which positions of `x` attend to which. All attend to all of a context.
         qk_norm: a template of the normalisations of each head's queries and keys, such as "rms_norm", or None (Henry
             et al., "Query-Key Normalization for Transformers", 2020; Dehghani et al., 2023, section 2.1).
         rotary: `RelativePositions` or their name, applied after that to queries and keys, or None. A context has none.
+        output_bias: whether the output layer has a bias.
 
     Raises:
         ValueError: if the number given does not divide the channels of `x`, or the pattern or the positions do not suit
@@ -70,6 +71,7 @@ class MultiHeadAttention(Block):
         pattern: Any = "global",
         qk_norm: Any = None,
         rotary: Any = None,
+        output_bias: bool = True,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -77,6 +79,7 @@ class MultiHeadAttention(Block):
         self.heads = heads
         self.head_width = head_width
         self.bias = bias
+        self.output_bias = output_bias
         self.zero = zero
         self.pattern = Pattern.get(pattern)
         self.qk_norm = None if qk_norm is None else copy_layer(qk_norm, name="qk_norm", dtype=self.dtype_policy)
@@ -96,8 +99,8 @@ class MultiHeadAttention(Block):
         self.value = self._dense("value", source, inner, use_bias=self.bias)
         self.query_norm = self._norm("query_norm", x_shape)
         self.key_norm = self._norm("key_norm", source)
-        initializer = kernel_initializer(self.zero)
-        self.output_layer = self._dense("output", (*x_shape[:-1], inner), x_shape[-1], kernel_initializer=initializer)
+        options = {"kernel_initializer": kernel_initializer(self.zero), "use_bias": self.output_bias}
+        self.output_layer = self._dense("output", (*x_shape[:-1], inner), x_shape[-1], **options)
 
     def _check_positions(self, sizes):
         self.pattern.check(sizes)
@@ -119,6 +122,7 @@ class MultiHeadAttention(Block):
 
     def call(self, x, embed=None, context=None, training=None):
         """A map or tokens, with `context` (batch, other tokens, dim), `Tokens` or None, to the shape of `x`."""
+        bias = context.bias if isinstance(context, Tokens) else None
         context, mask = opened(context)
         source = x if context is None else context
         q = self._in_heads(self.query(x), self.query_norm)
@@ -129,8 +133,8 @@ class MultiHeadAttention(Block):
         if context is None and identity_attention.is_on(self.path):
             y = v
         else:
-            masked = {} if mask is None else {"mask": mask}
-            y = (self.pattern if context is None else Global())(q, k, v, **masked)
+            given = {name: one for name, one in {"mask": mask, "bias": bias}.items() if one is not None}
+            y = (self.pattern if context is None else Global())(q, k, v, **given)
         return self.output_layer(ops.reshape(y, (*ops.shape(x)[:-1], math.prod(self._split))))
 
     def _in_heads(self, x, norm=None):
@@ -147,7 +151,7 @@ class MultiHeadAttention(Block):
 
 def opened(context: Any) -> tuple[Any, Any]:
     """(values, mask) of a context, either of which may be None; or their shapes."""
-    return context if isinstance(context, Tokens) else (context, None)
+    return context[:2] if isinstance(context, Tokens) else (context, None)
 
 
 def split_heads(layer: Block, width: int) -> tuple[int, int]:
@@ -262,10 +266,10 @@ class SelfAttention(_Branch):
     """Attention of every position to every position, as a residual: `x + attention(norm(x))`.
 
     Ho et al. (2020), appendix B; heads as in Dhariwal & Nichol (2021), section 3. On a map (batch, height, width,
-    channels) or tokens (batch, tokens, channels). Where `context` is `Tokens(None, mask)`, the mask is that of `x`.
+    channels) or tokens (batch, tokens, channels). Where `context` is `Tokens(None, mask, bias)`, they are those of `x`.
 
     Args:
-        heads, head_width, bias, pattern, qk_norm, rotary: as in `MultiHeadAttention`.
+        heads, head_width, bias, pattern, qk_norm, rotary, output_bias: as in `MultiHeadAttention`.
         normalization: a normalising layer or its name. An `AdaptiveNorm` uses `embed`.
         dropout: the rate of dropout on the residual.
         zero: whether the output layer, or the gate, is zero at first, so that the block starts as the identity.
@@ -289,6 +293,7 @@ class SelfAttention(_Branch):
         pattern: Any = "global",
         qk_norm: Any = None,
         rotary: Any = None,
+        output_bias: bool = True,
         **options,
     ):
         super().__init__(normalization, **options)
@@ -296,13 +301,14 @@ class SelfAttention(_Branch):
         self.heads = heads
         self.head_width = head_width
         self.bias = bias
+        self.output_bias = output_bias
         self.pattern = Pattern.get(pattern)
         self.qk_norm = None if qk_norm is None else copy_layer(qk_norm, name="qk_norm", dtype=self.dtype_policy)
         self.rotary = None if rotary is None else RelativePositions.get(rotary)
 
     def _build_branch(self, x_shape, context_shape):
         check_positions(self, x_shape)
-        options = {name: getattr(self, name) for name in ("pattern", "qk_norm", "rotary")}
+        options = {name: getattr(self, name) for name in ("pattern", "qk_norm", "rotary", "output_bias")}
         self.attention = _attention(self, **options)
         self.attention.build(x_shape)
 
@@ -318,7 +324,7 @@ class CrossAttention(_Branch):
     `x`, a map or tokens; keys and values from `context`, (batch, tokens, dim).
 
     Args:
-        heads, head_width, bias, qk_norm: as in `MultiHeadAttention`.
+        heads, head_width, bias, qk_norm, output_bias: as in `MultiHeadAttention`.
         normalization, dropout, zero, gated, drop_path, rescale, seed: as in `SelfAttention`.
 
     Raises:
@@ -333,6 +339,7 @@ class CrossAttention(_Branch):
         *,
         bias: bool = True,
         qk_norm: Any = None,
+        output_bias: bool = True,
         **options,
     ):
         super().__init__(normalization, **options)
@@ -340,12 +347,13 @@ class CrossAttention(_Branch):
         self.heads = heads
         self.head_width = head_width
         self.bias = bias
+        self.output_bias = output_bias
         self.qk_norm = None if qk_norm is None else copy_layer(qk_norm, name="qk_norm", dtype=self.dtype_policy)
 
     def _build_branch(self, x_shape, context_shape):
         check_given(self, "context", opened(context_shape)[0], "tokens of the shape (batch, tokens, dim)")
         check_positions(self, x_shape)
-        self.attention = _attention(self, qk_norm=self.qk_norm)
+        self.attention = _attention(self, qk_norm=self.qk_norm, output_bias=self.output_bias)
         self.attention.build(x_shape, context_shape)
 
     def _branch(self, x, context):

@@ -22,6 +22,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from kdiff import backend
 from kdiff.base import Configurable
 from kdiff.blocks.initializers import GlorotUniform
 from kdiff.blocks.layers import Dense, Direct
@@ -58,11 +59,13 @@ class Tokens(NamedTuple):
 
     Attributes:
         values: (batch, tokens, dim); None where the mask is that of `x` itself, as in a joint sequence.
-        mask: (batch, tokens), True for a token that is attended to.
+        mask: (batch, tokens), True for a token that is attended to; None for all.
+        bias: added to the products of self-attention, (batch or 1, heads, queries, keys); None for nothing.
     """
 
     values: Any
     mask: Any
+    bias: Any = None
 
 
 class ConfigurableLayer(Configurable):
@@ -70,7 +73,8 @@ class ConfigurableLayer(Configurable):
 
     def get_config(self) -> dict[str, Any]:
         """Keras' own entries (name, trainable, dtype) and the constructor's arguments."""
-        return {**keras.layers.Layer.get_config(self), **super().get_config()}
+        with backend.without_tensorflow():
+            return {**keras.layers.Layer.get_config(self), **super().get_config()}
 
     def clone(self, **changes: Any) -> Self:
         """A new, unbuilt layer with the same constructor arguments, except for `changes`, and a name of its own."""
@@ -136,8 +140,9 @@ def get_layer(identifier: Any) -> keras.layers.Layer:
 def copy_layer(layer: Any, **changes: Any) -> keras.layers.Layer:
     """An unbuilt copy of `layer` (or of the block so named) with a name of its own and the given arguments changed."""
     layer = get_layer(layer)
-    config = {name: value for name, value in layer.get_config().items() if name != "name"}
-    return type(layer).from_config({**config, **keras.saving.serialize_keras_object(changes)})
+    with backend.without_tensorflow():
+        config = {name: value for name, value in layer.get_config().items() if name != "name"}
+    return type(layer).from_config({**config, **backend.serialized(changes)})
 
 
 def apply_layer(

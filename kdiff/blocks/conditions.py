@@ -26,7 +26,17 @@ from kdiff.base import check_integer, check_number
 from kdiff.blocks.base import Block, ConfigurableLayer, apply_layer, build_layer, copy_layer, get_layer, output_shape
 from kdiff.blocks.initializers import Normal
 
-__all__ = ["DROPPING", "Condition", "Encoded", "Input", "Joint", "OptionalCondition", "given_to", "inputs_of"]
+__all__ = [
+    "DROPPING",
+    "Condition",
+    "Encoded",
+    "Input",
+    "Joint",
+    "OptionalCondition",
+    "VectorAndTokens",
+    "given_to",
+    "inputs_of",
+]
 
 DROPPING = 4  # the stream of random numbers, beside those of `kdiff.random`
 
@@ -123,6 +133,40 @@ class Joint(ConfigurableLayer, keras.layers.Layer):
         shapes = [output_shape(part, x[name].shape, width) for name, part in self.parts.items()]
         flat = keras.KerasTensor((shapes[0][0], sum(int(np.prod(shape[1:])) for shape in shapes)))
         return self.layer.compute_output_spec(flat)
+
+
+class VectorAndTokens(ConfigurableLayer, keras.layers.Layer):
+    """One input as a condition of two uses: a vector for `embed`, and tokens for `context`, each by its own layer.
+
+    Kandinsky's image (Shakhmatov et al., 2022), as 32 tokens and beside the time, is
+
+        VectorAndTokens(Dense(1536), Chain([Dense(32 * 768), Reshape((32, 768)), LayerNorm()]))
+
+    Args:
+        vector: the layer that makes the vector.
+        tokens: the layer that makes the tokens.
+    """
+
+    def __init__(self, vector: keras.layers.Layer, tokens: keras.layers.Layer, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.vector = get_layer(vector)
+        self.tokens = get_layer(tokens)
+
+    def build(self, x_shape, embed_shape=None):
+        """Builds the layers."""
+        for layer in (self.vector, self.tokens):
+            build_layer(layer, x_shape, embed_shape)
+
+    def call(self, x, embed=None, training=None):
+        """The input to `Encoded`."""
+        made = [apply_layer(layer, x, embed, training=training) for layer in (self.vector, self.tokens)]
+        return Encoded(vector=made[0], tokens=made[1])
+
+    def compute_output_spec(self, x, embed=None, training=None):
+        """Those of the layers' outputs."""
+        width = None if embed is None else embed.shape
+        shapes = [output_shape(layer, x.shape, width) for layer in (self.vector, self.tokens)]
+        return Encoded(vector=keras.KerasTensor(shapes[0]), tokens=keras.KerasTensor(shapes[1]))
 
 
 class Condition(Block):

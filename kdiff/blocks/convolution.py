@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from kdiff import closed_edges
+from kdiff import circular_padding
 from kdiff.base import check_integer, check_number
 from kdiff.blocks.base import (
     Block,
@@ -103,6 +103,7 @@ class ResidualBlock(Block):
             `Upsample(convolution=False)`; None keeps the size.
         rescale: divides the sum; the square root of 2 keeps the variance of equal halves (Song et al., 2021).
         project: whether a 1x1 convolution stands in the shortcut even where the widths agree.
+        embed_activation: of the embedding, before it is projected; None for `activation`, "linear" for none.
 
     Raises:
         ValueError: if `resample` has weights, or the block is built with an `embed` and called without, or vice versa.
@@ -120,6 +121,7 @@ class ResidualBlock(Block):
         resample: Any = None,
         rescale: float = 1.0,
         project: bool = False,
+        embed_activation: Any = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -138,7 +140,10 @@ class ResidualBlock(Block):
         self.resample = None if resample is None else copy_layer(resample, name="resample", dtype=self.dtype_policy)
         self.rescale = rescale
         self.project = project
+        self.embed_activation = embed_activation
         self._activate = keras.activations.get(activation)
+        self._embed_activation = activation if embed_activation is None else embed_activation
+        self._activate_embed = keras.activations.get(self._embed_activation)
 
     def build(self, x_shape, embed_shape=None):
         """Builds both halves, the projection of the embedding, if there is one, and the shortcut, if it is needed."""
@@ -149,7 +154,7 @@ class ResidualBlock(Block):
         x_shape = self._resampled_shape(x_shape)
         inner_shape = (*x_shape[:-1], width)
         self.first = self._convolution(x_shape, width)
-        self.second_normalization = normalization_of(self, inner_shape, embed_shape, self.activation)
+        self.second_normalization = normalization_of(self, inner_shape, embed_shape, self._embed_activation)
         self.projection = None if self.scale_shift else projection_of(self, embed_shape, width)
         self.drop = dropout_layer(self)
         self.second = self._convolution(inner_shape, width, zero=True)
@@ -191,7 +196,7 @@ class ResidualBlock(Block):
             x, y = self.resample(x), self.resample(y)
         y = self.first(y)
         if self.projection is not None:
-            y = y + over_positions(self.projection(self._activate(embed)), y)
+            y = y + over_positions(self.projection(self._activate_embed(embed)), y)
         y = self._activate(apply_layer(self.second_normalization, y, embed, training=training))
         y = self.second(dropped(self.drop, y, training))
         y = (x if self.shortcut is None else self.shortcut(x)) + y
@@ -278,7 +283,7 @@ class ConvNeXtBlock(Block):
     def call(self, x, embed=None, context=None, training=None):
         """(batch, height, width, channels) to the same with `self.width` channels; `embed` is (batch, dim) or None."""
         check_embed(self, embed)
-        y = closed_edges.around(self.depthwise, x, self.kernel_size // 2)
+        y = circular_padding.around(self.depthwise, x, self.kernel_size // 2)
         if self.projection is not None:
             y = y + over_positions(self.projection(ops.silu(embed)), y)
         y = self.hidden(apply_layer(self.inner_normalization, y, embed, training=training))

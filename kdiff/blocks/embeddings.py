@@ -12,11 +12,18 @@ from keras import ops
 from kdiff import backend
 from kdiff.base import check_integer, check_number
 from kdiff.blocks.base import Block, build_layer, check_given, copy_layer, kernel_initializer
-from kdiff.blocks.conditions import Condition
+from kdiff.blocks.conditions import Condition, Input
 from kdiff.blocks.initializers import Normal
 from kdiff.blocks.layers import Dense
 
-__all__ = ["FourierEmbedding", "LabelEmbedding", "LearnedEmbedding", "MLPEmbedding", "SinusoidalEmbedding"]
+__all__ = [
+    "FourierEmbedding",
+    "LabelEmbedding",
+    "LearnedEmbedding",
+    "MLPEmbedding",
+    "SinusoidalEmbedding",
+    "SteeredEmbedding",
+]
 
 
 class SinusoidalEmbedding(Block):
@@ -161,6 +168,64 @@ class MLPEmbedding(Block):
         """(..., width)."""
         *shape, width = self.embedding.compute_output_shape(x_shape)
         return (*shape, self.width or 4 * width)
+
+
+class SteeredEmbedding(MLPEmbedding):
+    """An `MLPEmbedding` to which a vector is added: `W2 activation(W1 (embedding(t) + C c) + b1) + b2`.
+
+    As of latent consistency models (Luo et al., "Latent Consistency Models", 2023, section 4.3; Meng et al., "On
+    Distillation of Guided Diffusion Models", 2023), whose networks know the scale of guidance w by its waves:
+
+        UNet(..., embedding=SteeredEmbedding(SinusoidalEmbedding(320), "timestep_cond", 256))
+        waves = SinusoidalEmbedding(256, scale=1000, sine_first=True, shift=1)
+        network({"image": x, "time": t, "timestep_cond": waves(w - 1)})
+
+    Args:
+        embedding, width, activation: as of `MLPEmbedding`.
+        name_of_input: what `c`, (batch, size), is called among the inputs of the network. It may be missing: then it is
+            not added.
+        size: of `c`.
+    """
+
+    def __init__(
+        self,
+        embedding: keras.layers.Layer,
+        name_of_input: str,
+        size: int,
+        width: int | None = None,
+        activation: Any = "silu",
+        **kwargs,
+    ):
+        super().__init__(embedding, width, activation, **kwargs)
+        check_integer("SteeredEmbedding", "size", size)
+        self.name_of_input = name_of_input
+        self.size = size
+
+    def inputs_of(self, name: str) -> dict[str, Input]:
+        """The time and the vector, which may be missing."""
+        return {name: Input("time", None), self.name_of_input: Input("vector", None, True)}
+
+    def build(self, x_shape):
+        """Builds the embedding, the matrix `C` and the dense layers."""
+        shape = x_shape["time"] if isinstance(x_shape, dict) else x_shape
+        super().build(shape)
+        width = self.embedding.compute_output_shape(shape)[-1]
+        options = {"kernel_initializer": kernel_initializer(), "dtype": self.dtype_policy}
+        self.steering = Dense(width, use_bias=False, **options)
+        self.steering.build((shape[0], self.size))
+
+    def call(self, x, embed=None, context=None, training=None):
+        """The time, (batch,), or it and the vector in a dictionary, to (batch, width)."""
+        given = x if isinstance(x, dict) else {"time": x}
+        y = self.embedding(given["time"])
+        if given.get("vector") is not None:
+            y = y + ops.cast(self.steering(given["vector"]), y.dtype)
+        return self.output_layer(self.hidden(y))
+
+    def compute_output_spec(self, x, embed=None, context=None, training=None):
+        """(batch, width)."""
+        time = x["time"] if isinstance(x, dict) else x
+        return keras.KerasTensor(self.compute_output_shape(tuple(time.shape)), self.compute_dtype)
 
 
 class LearnedEmbedding(Block):

@@ -20,22 +20,24 @@ class Patchify(Block):
     Args:
         size: of a patch, which must divide height and width.
         width: the channels of the output.
+        bias: whether `b` is there.
 
     Raises:
         ValueError: if `size` does not divide the height or width.
     """
 
-    def __init__(self, size: int, width: int, **kwargs):
+    def __init__(self, size: int, width: int, bias: bool = True, **kwargs):
         super().__init__(**kwargs)
         check_integer("Patchify", "size", size)
         check_integer("Patchify", "width", width)
         self.size = size
         self.width = width
+        self.bias = bias
 
     def build(self, x_shape):
         """Builds the dense layer."""
         _check(self, x_shape)
-        self.projection = _dense(self, self.width)
+        self.projection = _dense(self, self.width, use_bias=self.bias)
         self.projection.build((None, self.size ** (len(x_shape) - 2) * x_shape[-1]))
 
     def call(self, x, embed=None, context=None, training=None):
@@ -108,8 +110,8 @@ def _order(dims):
     return [0, *range(1, 2 * dims, 2), *range(2, 2 * dims + 1, 2), 2 * dims + 1]
 
 
-def _dense(block, width, zero=False):
-    return Dense(width, kernel_initializer=kernel_initializer(zero), dtype=block.dtype_policy)
+def _dense(block, width, zero=False, **options):
+    return Dense(width, kernel_initializer=kernel_initializer(zero), dtype=block.dtype_policy, **options)
 
 
 def _check_rank(block, shape):

@@ -1,6 +1,6 @@
 """Who attends to whom: functions of queries, keys and values in heads.
 
-    y = pattern(q, k, v, mask=None)
+    y = pattern(q, k, v, mask=None, bias=None)
 
 of q, k, v and y with the shape (batch, height, width, heads, head_width), a map, or (batch, tokens, heads, head_width),
 or with the sizes of any other map in their place, where q and k come from the same positions. With `A` the positions
@@ -9,7 +9,8 @@ that position i sees,
     y_i = sum over j in A(i) of softmax_j(q_i k_j / sqrt(head_width)) v_j
 
 or fewer of them: those j for which `mask`, (batch, keys), is True; where none is left, y_i = 0. `Linear` alone has
-other weights. A pattern of your own is `__call__`, and `check` and `keys` where they differ.
+other weights. `Global` and `Causal` alone take a `bias`, (batch or 1, heads, queries, keys), which is added to the
+logits. A pattern of your own is `__call__`, and `check` and `keys` where they differ.
 """
 
 import functools
@@ -22,7 +23,7 @@ from keras import ops
 from kdiff import backend
 from kdiff.base import Value, check_integer
 
-__all__ = ["Global", "Linear", "Neighborhood", "Pattern", "Sizes", "Window"]
+__all__ = ["Causal", "Global", "Linear", "Neighborhood", "Pattern", "Sizes", "Window"]
 
 Sizes = tuple[int | None, ...]
 
@@ -48,10 +49,28 @@ class Global(Pattern):
     Vaswani et al., "Attention Is All You Need" (2017), equation 1.
     """
 
-    def __call__(self, q, k, v, mask=None):
+    def __call__(self, q, k, v, mask=None, bias=None):
         """A map or tokens in heads, of the shape of `q`."""
         seen = None if mask is None else _in_line(mask)[:, None]
-        return ops.reshape(backend.attention(*map(_flat, (q, k, v)), seen), ops.shape(q))
+        return ops.reshape(backend.attention(*map(_flat, (q, k, v)), seen, bias), ops.shape(q))
+
+
+class Causal(Pattern):
+    """Every position attends to itself and to those before it, row after row: A(i) = {j: j <= i}.
+
+    Vaswani et al. (2017), section 3.1: the decoder's; that of CLIP's text (Radford et al., "Learning Transferable
+    Visual Models From Natural Language Supervision", 2021, section 2.4).
+    """
+
+    def __call__(self, q, k, v, mask=None, bias=None):
+        """A map or tokens in heads, of the shape of `q`."""
+        at = ops.arange(math.prod(ops.shape(q)[1:-2]))
+        seen = (at[:, None] >= at)[None]
+        seen = seen if mask is None else seen & _in_line(mask)[:, None]
+        y = backend.attention(*map(_flat, (q, k, v)), seen, bias)
+        if mask is not None:
+            y = ops.where(ops.any(seen, axis=-1)[..., None, None], y, 0)
+        return ops.reshape(y, ops.shape(q))
 
 
 class Linear(Pattern):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import keras
 from keras import ops
 
-from kdiff import backend, closed_edges
+from kdiff import backend, circular_padding
 from kdiff.base import check_choice, check_integer
 from kdiff.blocks.base import Block, check_map, kernel_initializer
 from kdiff.blocks.layers import Conv2D
@@ -94,8 +94,8 @@ class Upsample(Block):
     def call(self, x, embed=None, context=None, training=None):
         """(batch, height, width, channels) to (batch, 2 height, 2 width, self.width)."""
         if self.mode == "transposed":
-            return closed_edges.around(self.last, x, 1, 2)
-        x = closed_edges.around(INTERPOLATIONS[self.mode], x, 1 if self.mode == "bilinear" else 0, 2)
+            return circular_padding.around(self.last, x, 1, 2)
+        x = circular_padding.around(INTERPOLATIONS[self.mode], x, 1 if self.mode == "bilinear" else 0, 2)
         return x if self.last is None else self.last(x)
 
     def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
@@ -244,7 +244,7 @@ def _check_even(block, shape):
 def _padded(x, before, after):
     """Zeros around the map, unless it is closed."""
     axes = len(x.shape) - 2
-    return closed_edges.padded(x, [before] * axes, [after] * axes)
+    return circular_padding.padded(x, [before] * axes, [after] * axes)
 
 
 def _widens(block, x_shape):

@@ -1,5 +1,6 @@
 """The transformer's encoder block, on tokens and on maps, and a stack of them inside a U-Net."""
 
+from functools import partial
 from typing import Any
 
 import keras
@@ -43,9 +44,10 @@ class FeedForward(_Branch):
 
     Args:
         ratio: the hidden width as a multiple of the channels, rounded down.
-        activation: a Keras activation, of which "gelu" is exact, or "gelu_tanh", its approximation.
+        activation: a Keras activation, of which "gelu" is exact, or "gelu_tanh" or "quick_gelu", its approximations.
         normalization: a normalising layer or its name. An `AdaptiveNorm` uses `embed`.
         glu: whether half of the first layer gates the other. The value comes first.
+        bias: whether both layers have one.
         dropout, zero, gated, drop_path, rescale, seed: as in `SelfAttention`; `zero` is of the last layer.
 
     Raises:
@@ -59,6 +61,7 @@ class FeedForward(_Branch):
         normalization: Any = "layer_norm",
         *,
         glu: bool = False,
+        bias: bool = True,
         **options,
     ):
         super().__init__(normalization, **options)
@@ -66,14 +69,15 @@ class FeedForward(_Branch):
         self.ratio = ratio
         self.activation = activation
         self.glu = glu
+        self.bias = bias
         self._activate = get_activation(activation)
 
     def _build_branch(self, x_shape, context_shape):
         width, hidden = x_shape[-1], max(1, int(self.ratio * x_shape[-1]))
         first, last = kernel_initializer(), kernel_initializer(self.starts_at_zero)
-        policy = self.dtype_policy
-        self.hidden = Dense((1 + self.glu) * hidden, kernel_initializer=first, dtype=policy)
-        self.output_layer = Dense(width, kernel_initializer=last, dtype=policy)
+        options = {"use_bias": self.bias, "dtype": self.dtype_policy}
+        self.hidden = Dense((1 + self.glu) * hidden, kernel_initializer=first, **options)
+        self.output_layer = Dense(width, kernel_initializer=last, **options)
         self.hidden.build(x_shape)
         self.output_layer.build((*x_shape[:-1], hidden))
 
@@ -84,8 +88,18 @@ class FeedForward(_Branch):
 
 
 def get_activation(identifier: Any):
-    """A Keras activation, or the approximation of `gelu` by tanh, "gelu_tanh" (Hendrycks & Gimpel, 2016, section 2)."""
-    return backend.gelu_tanh if identifier == "gelu_tanh" else keras.activations.get(identifier)
+    """A Keras activation, or an approximation of `gelu`: by tanh, "gelu_tanh", or `x sigmoid(1.702 x)`, "quick_gelu".
+
+    Both are of Hendrycks & Gimpel, "Gaussian Error Linear Units" (2016), section 2.
+    """
+    approximations = {"gelu_tanh": backend.gelu_tanh, "quick_gelu": _quick_gelu}
+    if isinstance(identifier, str) and identifier in approximations:
+        return approximations[identifier]
+    return keras.activations.get(identifier)
+
+
+def _quick_gelu(x):
+    return x * ops.sigmoid(1.702 * x)
 
 
 def check_ratio(layer: Block, ratio: Any) -> None:
@@ -114,6 +128,8 @@ class TransformerBlock(Block):
         zero: whether the last layer, or the gate, of each residual is zero at first, so that the block starts as the
             identity.
         seed: of the dropouts.
+        output_bias: whether the output layer of the attention, and both layers of the feed-forward layer, have one.
+        only_context: whether the first attention is to the context too, where there is one.
 
     Raises:
         ValueError: if `adaptive` or `gated` and no `embed` is given, or one built with a context is called without.
@@ -138,6 +154,8 @@ class TransformerBlock(Block):
         rescale: float = 1.0,
         zero: bool = True,
         seed: int = 0,
+        output_bias: bool = True,
+        only_context: bool = False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -160,15 +178,19 @@ class TransformerBlock(Block):
         self.rescale = rescale
         self.zero = zero
         self.seed = seed
+        self.output_bias = output_bias
+        self.only_context = only_context
 
     def build(self, x_shape, embed_shape=None, context_shape=None):
         """Builds the two or three residuals."""
-        attention = self._arguments("heads", "head_width", "bias", "qk_norm")
+        attention = self._arguments("heads", "head_width", "bias", "qk_norm", "output_bias")
         own = self._arguments("pattern", "rotary")
-        self.self_attention = SelfAttention(**attention, **own, **self._shared(0))
         crossed = opened(context_shape)[0] is not None
+        first = CrossAttention if crossed and self.only_context else partial(SelfAttention, **own)
+        self.self_attention = first(**attention, **self._shared(0))
         self.cross_attention = CrossAttention(**attention, **self._shared(1)) if crossed else None
-        self.feed_forward = FeedForward(**self._arguments("ratio", "activation", "glu"), **self._shared(2))
+        hidden = {**self._arguments("ratio", "activation", "glu"), "bias": self.output_bias}
+        self.feed_forward = FeedForward(**hidden, **self._shared(2))
         for branch in self._branches():
             build_layer(branch, x_shape, embed_shape, context_shape)
 

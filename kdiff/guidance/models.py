@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kdiff import backend, closed_edges, identity_attention
+from kdiff import backend, circular_padding, identity_attention
 from kdiff.base import check_integer
 from kdiff.conversion import transfer
 from kdiff.denoisers import Denoiser, Estimate
@@ -161,7 +161,7 @@ class Seamless(Guidance):
         self.axes = None if axes is None else tuple(axes)
 
     def guide(self, denoise: Denoiser, x, m: Marginal, here: Here) -> Estimate:
-        with closed_edges.switched_on(self.axes):
+        with circular_padding.switched_on(self.axes):
             estimate = denoise(x, m)
         return estimate.guided(estimate.x_hat)
 

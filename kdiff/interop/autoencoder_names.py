@@ -11,7 +11,7 @@ import keras
 from kdiff.blocks.attention import MultiHeadAttention, SelfAttention
 from kdiff.blocks.convolution import ResidualBlock
 from kdiff.blocks.resampling import Downsample, Upsample
-from kdiff.interop import unets
+from kdiff.interop.unet_names import NAMES
 from kdiff.interop.weights import Part, Slot, slots
 from kdiff.networks.autoencoder import VQ, Convolutional
 from kdiff.networks.autoencoder_tiny import Tiny, TinyBlock
@@ -104,7 +104,7 @@ def original_slots(network: Convolutional) -> Iterator[Slot]:
 
 def diffusers_slots(network: Convolutional) -> Iterator[Slot]:
     """The names of the weights of an `AutoencoderKL` or a `VQModel` of diffusers."""
-    return _slots(network, DIFFUSERS_NAMES, unets.NAMES)
+    return _slots(network, DIFFUSERS_NAMES, NAMES)
 
 
 def tiny_slots(network: Tiny) -> Iterator[Slot]:

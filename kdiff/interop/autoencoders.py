@@ -16,10 +16,13 @@ import numpy as np
 
 from kdiff.blocks.normalization import GroupNorm
 from kdiff.codecs.latent import Latent
-from kdiff.interop import unets
+from kdiff.interop.arrays import array_of
 from kdiff.interop.autoencoder_names import diffusers_slots, original_slots, tiny_slots
 from kdiff.interop.configs import FLAG, Key, Keys, complete, explained, kind, listed, only, optional, real, whole
-from kdiff.interop.files import State, array_of, read_folder, read_json, read_state, write_json, write_safetensors
+from kdiff.interop.files import State, read_json, read_state, write_json, write_safetensors
+from kdiff.interop.folders import read_weights
+from kdiff.interop.unet_keys import COUNT, DEPTH, MAYBE, NAMED, SIZE
+from kdiff.interop.unet_names import renamed
 from kdiff.interop.weights import Slot, export, fill
 from kdiff.networks.autoencoder import VQ, Autoencoder, AutoencoderKL, Convolutional
 from kdiff.networks.autoencoder_tiny import Tiny
@@ -38,6 +41,7 @@ __all__ = [
     "VECTOR",
     "VECTORS",
     "Kind",
+    "from_state",
     "image_shape",
     "load",
     "original",
@@ -49,21 +53,21 @@ VECTOR = optional(listed(real(-1e6, 1e6), 1, 1024))
 DEPTHS = listed(whole(0, 16), 1, 12)
 
 CONVOLUTIONAL: Keys = {
-    "in_channels": Key(3, unets.COUNT),
-    "out_channels": Key(3, unets.COUNT),
-    "down_block_types": Key(("DownEncoderBlock2D",), unets.NAMED),
-    "up_block_types": Key(("UpDecoderBlock2D",), unets.NAMED),
-    "block_out_channels": Key((64,), listed(unets.COUNT, 1, 12)),
-    "layers_per_block": Key(1, unets.DEPTH),
+    "in_channels": Key(3, COUNT),
+    "out_channels": Key(3, COUNT),
+    "down_block_types": Key(("DownEncoderBlock2D",), NAMED),
+    "up_block_types": Key(("UpDecoderBlock2D",), NAMED),
+    "block_out_channels": Key((64,), listed(COUNT, 1, 12)),
+    "layers_per_block": Key(1, DEPTH),
     "act_fn": only("silu", "swish"),
-    "norm_num_groups": Key(32, unets.COUNT),
-    "sample_size": Key(32, unets.SIZE),
+    "norm_num_groups": Key(32, COUNT),
+    "sample_size": Key(32, SIZE),
     "scaling_factor": Key(0.18215, SCALE),
     "mid_block_add_attention": Key(True, FLAG),
 }
 KL: Keys = {
     **CONVOLUTIONAL,
-    "latent_channels": Key(4, unets.COUNT),
+    "latent_channels": Key(4, COUNT),
     "shift_factor": Key(None, optional(real(-1e6, 1e6))),
     "latents_mean": Key(None, VECTOR),
     "latents_std": Key(None, VECTOR),
@@ -73,22 +77,22 @@ KL: Keys = {
 }
 VECTORS: Keys = {
     **CONVOLUTIONAL,
-    "latent_channels": Key(3, unets.COUNT),
+    "latent_channels": Key(3, COUNT),
     "num_vq_embeddings": Key(256, whole(1, 10_000_000)),
-    "vq_embed_dim": Key(None, unets.MAYBE),
+    "vq_embed_dim": Key(None, MAYBE),
     "norm_type": only("group"),
     "lookup_from_codebook": only(False),
     "force_upcast": Key(False, FLAG),
 }
 TINY: Keys = {
-    "in_channels": Key(3, unets.COUNT),
-    "out_channels": Key(3, unets.COUNT),
-    "encoder_block_out_channels": Key((64,) * 4, listed(unets.COUNT, 1, 12)),
-    "decoder_block_out_channels": Key((64,) * 4, listed(unets.COUNT, 1, 12)),
-    "block_out_channels": Key(None, optional(listed(unets.COUNT, 1, 12))),  # a copy that diffusers writes
+    "in_channels": Key(3, COUNT),
+    "out_channels": Key(3, COUNT),
+    "encoder_block_out_channels": Key((64,) * 4, listed(COUNT, 1, 12)),
+    "decoder_block_out_channels": Key((64,) * 4, listed(COUNT, 1, 12)),
+    "block_out_channels": Key(None, optional(listed(COUNT, 1, 12))),  # a copy that diffusers writes
     "act_fn": only("relu"),
     "upsample_fn": only("nearest"),
-    "latent_channels": Key(4, unets.COUNT),
+    "latent_channels": Key(4, COUNT),
     "upsampling_scaling_factor": only(2),
     "num_encoder_blocks": Key((1, 3, 3, 3), DEPTHS),
     "num_decoder_blocks": Key((3, 3, 3, 1), DEPTHS),
@@ -241,12 +245,13 @@ CLASSES = {AutoencoderKL: "AutoencoderKL", VQ: "VQModel", Tiny: "AutoencoderTiny
 # --- folders
 
 
-def load(folder: str | Path, strict: bool = True, **options: Any) -> Latent:
+def load(folder: str | Path, strict: bool = True, variant: str | None = None, **options: Any) -> Latent:
     """The codec of a folder of an `AutoencoderKL`, a `VQModel` or an `AutoencoderTiny` of diffusers.
 
     Args:
         folder: with `config.json` and the weights.
         strict: whether weights that do not match are an error; otherwise a warning.
+        variant: of the weights, as of `diffusers.load`.
         options: arguments of `codecs.Latent` in place of what the folder says.
 
     Raises:
@@ -261,7 +266,7 @@ def load(folder: str | Path, strict: bool = True, **options: Any) -> Latent:
     with explained(source):
         network = model.network(config, source)
         codec = Latent(network, **{"upcast": config["force_upcast"], **_scales(config), **options})
-    state = unets.renamed(read_folder(folder))
+    state = renamed(read_weights(folder, variant))
     fill(network, (None, None, None, network.channels), model.slots, state, folder, strict)
     return codec
 
@@ -326,17 +331,35 @@ def original(
         strict: whether weights that do not match are an error; otherwise a warning.
         options: other arguments of `codecs.Latent`.
     """
-    name = "the state dict" if isinstance(source, Mapping) else str(source)
-    whole = source if isinstance(source, Mapping) else read_state(source)
+    if isinstance(source, Mapping):
+        return from_state(source, "the state dict", scale, shift, groups=groups, strict=strict, **options)
+    return from_state(read_state(source), str(source), scale, shift, groups=groups, strict=strict, **options)
+
+
+def from_state(
+    whole: Mapping[str, Any],
+    name: str,
+    scale: float = 0.18215,
+    shift: float = 0.0,
+    *,
+    groups: int = 32,
+    strict: bool = True,
+    **options: Any,
+) -> Latent:
+    """As `original`, of arrays by name; `name` is of their source, for errors."""
     prefix = FIRST_STAGE if any(key.startswith(FIRST_STAGE) for key in whole) else ""
-    named = {key.removeprefix(prefix): array for key, array in whole.items() if key.startswith(prefix)}
-    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
-    state = {key: array_of(array, key, name) for key, array in named.items() if key.startswith(parts)}
+    parts = tuple(f"{prefix}{part}." for part in ("encoder", "decoder", "quant_conv", "post_quant_conv", "quantize"))
+    state = {key: array_of(array, key, name) for key, array in whole.items() if key.startswith(parts)}
     with explained(name):
-        network = _measured(state, groups)
+        network = _measured({key.removeprefix(prefix): array for key, array in state.items()}, groups)
         codec = Latent(network, scale, shift, **options)
-    fill(network, (None, None, None, network.channels), original_slots, state, name, strict)
+    named = functools.partial(_prefixed, prefix)
+    fill(network, (None, None, None, network.channels), named, state, name, strict)
     return codec
+
+
+def _prefixed(prefix: str, network: Convolutional) -> Iterator[Slot]:
+    return (slot._replace(name=prefix + slot.name) for slot in original_slots(network))
 
 
 def _measured(state: State, groups: int) -> Convolutional:

@@ -7,10 +7,13 @@ anything is made of it, so that what is built further on need not ask again.
 import contextlib
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
+
+from kdiff.interop.unsupported import about_folder
 
 __all__ = [
     "FLAG",
@@ -134,7 +137,7 @@ def _same(a: Any, b: Any) -> bool:
 # --- configurations
 
 
-def complete(config: Mapping[str, Any], keys: Keys, source: Any, others: Keys | None = None) -> dict[str, Any]:
+def complete(config: Mapping[str, Any], keys: Keys, source: Any, foreign: Container[str] = ()) -> dict[str, Any]:
     """The configuration with its defaults, in which every value is as its rule says and nothing would be lost.
 
     Keys that begin with an underscore are notes. A key that the table does not have may say None, False or nothing.
@@ -143,7 +146,7 @@ def complete(config: Mapping[str, Any], keys: Keys, source: Any, others: Keys | 
         config: what a file says.
         keys: what it may say.
         source: the file, for errors.
-        others: keys of other classes, which a file may have with their defaults.
+        foreign: keys of other classes, which whoever wrote the file reads over, whatever they say.
 
     Raises:
         ValueError: if a key is unknown, or its value cannot be translated.
@@ -152,9 +155,8 @@ def complete(config: Mapping[str, Any], keys: Keys, source: Any, others: Keys | 
         if name in keys and not keys[name].rule.holds(value):
             words = keys[name].rule.words
             raise ValueError(f"{source}: `{name}` must be {words} to be loaded; received: {shown(value)}")
-        default = [others[name].default] if others and name in others else []
-        empty = any(_same(value, one) for one in (None, False, [], {}, *default))
-        if name not in keys and not name.startswith("_") and not empty:
+        empty = any(_same(value, one) for one in (None, False, [], {}))
+        if name not in keys and name not in foreign and not name.startswith("_") and not empty:
             raise ValueError(f"{source}: the key `{shown(name)[1:-1]}` is unknown to kdiff; received: {shown(value)}")
     return {name: config.get(name, key.default) for name, key in keys.items()}
 
@@ -170,7 +172,10 @@ def each(value: Any, count: int, source: Any, name: str) -> list:
 def kind(table: Mapping[str, Any], value: Any, source: Any, name: str) -> Any:
     """The entry of a table."""
     if not isinstance(value, str) or value not in table:
-        raise ValueError(f"{source}: `{name}` must be one of {list(table)} to be loaded; received: {shown(value)}")
+        what = about_folder(Path(source).parent) if value is None else ""
+        raise ValueError(
+            f"{source}: `{name}` must be one of {list(table)} to be loaded; received: {shown(value)}{what}"
+        )
     return table[value]
 
 

@@ -5,110 +5,195 @@
     images = model.sample(16)
     save(model, "mine")                         # diffusers.DDPMPipeline.from_pretrained("mine")
 
+    process = load_scheduler("sd-turbo")        # a schedule, a prediction, a time label and a sampler
+    model = DiffusionModel(network, **process._asdict())
+
 A network takes what it took there, channels last: `network({"image": x, "time": t})`. A model has the schedule, the
-prediction and the sampler of its scheduler, and on latents its autoencoder as codec. Its text encoder is not loaded;
-the condition "context" takes what that gives. The folder of an autoencoder alone makes a `codecs.Latent`.
+prediction and the sampler of its scheduler, on latents its autoencoder as codec, and the text encoders of Stable
+Diffusion: `model.sample(4, text="a red circle", guidance=7.5)`; of others "context" is what those give. The folder
+of an autoencoder alone makes a `codecs.Latent`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
 
-from kdiff.codecs import Latent
-from kdiff.interop import autoencoders, saving, schedulers, transformers, unets
+from kdiff.codecs import Latent, Standard
+from kdiff.encoders import Prompt
+from kdiff.interop import (
+    autoencoders,
+    folders,
+    maps,
+    prompts,
+    saving_networks,
+    schedulers,
+    transformers,
+    unet_names,
+    unets,
+)
 from kdiff.interop.configs import Described, explained, kind
-from kdiff.interop.files import read_folder, read_json, write_json, write_safetensors
+from kdiff.interop.files import State, read_json, write_json, write_safetensors
+from kdiff.interop.scheduler_saving import scheduler_config
 from kdiff.interop.weights import Slot, export, fill
 from kdiff.model import DiffusionModel
 from kdiff.networks import Autoencoder
 
-__all__ = ["AUTOENCODERS", "MODELS", "NETWORKS", "Model", "load", "save"]
+__all__ = [
+    "MODELS",
+    "SCHEDULER",
+    "UNIT_PIXELS",
+    "UNIT_SCHEDULERS",
+    "Model",
+    "assembled",
+    "load",
+    "load_scheduler",
+    "save",
+    "save_scheduler",
+]
+
+
+def _nothing(state: State, index: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
 
 
 class Model(NamedTuple):
     """How one class of diffusers is translated.
 
     Attributes:
-        network: the network and the shapes of its inputs, from the configuration and its source.
+        network: the network and the shapes of its inputs, from the configuration, its source and what is `told`.
         slots: the names of its weights.
+        told: options of `network` that are not in the configuration: by the weights, and by `model_index.json`.
     """
 
-    network: Callable[[dict[str, Any], Any], Described]
+    network: Callable[..., Described]
     slots: Callable[[keras.Model], Iterator[Slot]]
+    told: Callable[[State, Mapping[str, Any]], dict[str, Any]] = _nothing
 
 
 MODELS = {
-    "UNet2DModel": Model(unets.unet_2d, unets.unet_slots),
-    "UNet2DConditionModel": Model(unets.unet_2d_condition, unets.unet_slots),
-    "DiTTransformer2DModel": Model(transformers.dit, transformers.dit_slots),
-    "Transformer2DModel": Model(transformers.dit, transformers.dit_slots),  # DiT's, in older files
+    "UNet2DModel": Model(unets.unet_2d, unet_names.unet_slots),
+    "UNet2DConditionModel": Model(unets.unet_2d_condition, unet_names.unet_slots, unets.told),
+    "DiTTransformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),
+    "Transformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),  # DiT's, in older files
 }
-NETWORKS = ("unet", "transformer")
-AUTOENCODERS = ("vae", "vqvae", "movq")
+SCHEDULER = "scheduler_config.json"
+
+UNIT_SCHEDULERS = ("ScoreSdeVeScheduler",)  # of networks of pictures in [0, 1], not [-1, 1]
+UNIT_PIXELS = Standard(-1.0, 2.0)
 
 
-def load(folder: str | Path, strict: bool = True, **options: Any) -> keras.Model | Latent:
+def load(
+    folder: str | Path,
+    strict: bool = True,
+    variant: str | None = None,
+    text: bool = True,
+    clip_skip: int = 0,
+    **options: Any,
+) -> keras.Model | Latent:
     """What a folder of diffusers holds.
 
     Args:
         folder: of a model, with `config.json`, which makes a network, or of an autoencoder a codec; or of a pipeline,
             with `model_index.json`, which makes a `DiffusionModel` whose `sample` is by the pipeline's scheduler.
         strict: whether weights that do not match are an error; otherwise a warning.
+        variant: of the weights, such as "fp16" or "non_ema"; None for the file without one or, if there is none, for
+            the only variant.
+        text: whether the text encoders of a pipeline are loaded, if it is one of `prompts.PIPELINES`; otherwise it
+            takes what they give, as the conditions "context" and, of Stable Diffusion XL, "text_embeds".
+        clip_skip: how many of the last blocks of the text encoders to leave out.
         options: for a pipeline, arguments of `DiffusionModel`, in place of what the folder says; such as `ema`, which
             is None if not given.
 
     Raises:
-        ValueError: if a file is missing or damaged; if a configuration says what kdiff cannot do; if the weights do
-            not match, with a list of all that do not.
+        ValueError: if a file is missing or damaged; if a configuration says what kdiff cannot do; if the pipeline has
+            a further network, such as a ControlNet; if the weights do not match, with a list of all that do not.
     """
     folder = Path(folder)
     if (folder / "model_index.json").exists():
-        return _load_pipeline(folder, strict, options)
+        prompt = prompts.load(folder, read_json(folder / "model_index.json"), clip_skip, variant) if text else None
+        return _load_pipeline(folder, strict, variant, options, prompt)
     if options:
         raise ValueError(f"{folder}: {sorted(options)} are arguments for a pipeline, and this is a model's folder")
     if read_json(folder / "config.json").get("_class_name") in autoencoders.KINDS:
-        return autoencoders.load(folder, strict)
-    return _load_network(folder, strict).network
+        return autoencoders.load(folder, strict, variant)
+    return _load_network(folder, strict, variant).network
 
 
-def _load_network(folder: Path, strict: bool) -> Described:
-    source = folder / "config.json"
-    config = read_json(source)
+def _load_network(
+    folder: Path,
+    strict: bool,
+    variant: str | None,
+    index: Mapping[str, Any] | None = None,
+    prompt: Prompt | None = None,
+) -> Described:
+    """The network of a folder; with the maps beside x_t as conditions if the pipeline that it is of is known."""
+    source, index = folder / "config.json", index or {}
+    config = {name: value for name, value in read_json(source).items() if name not in folders.EMA_NOTES}
     model = kind(MODELS, config.get("_class_name"), source, "_class_name")
+    state = unet_names.renamed(folders.read_weights(folder, variant))
     with explained(source):
-        described = model.network(config, source)
-    shapes, state = {"time": (None,), **described.shapes}, unets.renamed(read_folder(folder))
-    fill(described.network, shapes, model.slots, state, folder, strict)
+        described = model.network(config, source, **model.told(state, index))
+        if index:
+            beside = _maps_of(index, described, source)
+            described, state = maps.with_maps(described, beside), maps.maps_first(state, index["_class_name"], beside)
+        described = described if prompt is None else prompts.conditioned(described, prompt)
+    fill(described.network, {"time": (None,), **described.shapes}, model.slots, state, folder, strict)
     return described
 
 
-def _load_pipeline(folder: Path, strict: bool, options: dict[str, Any]) -> DiffusionModel:
-    index = read_json(folder / "model_index.json")
-    parts = [name for name in NETWORKS if name in index]
-    if len(parts) != 1:
-        raise ValueError(f"{folder}: must have one of {list(NETWORKS)} in `model_index.json`; it has: {sorted(index)}")
-    network, shapes = _load_network(folder / parts[0], strict)
-    source = folder / "scheduler" / "scheduler_config.json"
-    learned = network.out_channels == 2 * shapes["image"][-1]
-    process = schedulers.process(read_json(source), source, learned)
-    codec = options["codec"] if "codec" in options else _codec(folder, index, strict)
+def _maps_of(index: Mapping[str, Any], described: Described, source: Path) -> dict[str, int]:
+    inputs, learned = described.shapes["image"][-1], index["learned"]
+    return maps.maps_of(index["_class_name"], inputs, described.network.out_channels or inputs, learned, source)
+
+
+def _load_pipeline(
+    folder: Path, strict: bool, variant: str | None, options: dict[str, Any], prompt: Prompt | None
+) -> DiffusionModel:
+    index, source = read_json(folder / "model_index.json"), folders.scheduler_of(folder)
+    part, scheduler = folders.check_parts(index, folder), read_json(source)
+    learned = str(scheduler.get("variance_type")).startswith("learned")
+    about = {"_class_name": "", **index, "learned": learned}
+    described = _load_network(folders.config_of(folder, part), strict, variant, about, prompt)
+    learned_too = described.network.out_channels == 2 * described.shapes["image"][-1]
+    process = schedulers.process(scheduler, source, learned_too)
+    unit = scheduler["_class_name"] in UNIT_SCHEDULERS
+    codec = options["codec"] if "codec" in options else _codec(folder, index, strict, variant)
+    codec = UNIT_PIXELS if unit and codec == "pixels" else codec
+    return assembled(described, process, codec, options)
+
+
+def assembled(
+    described: Described, process: schedulers.Process, codec: Any, options: Mapping[str, Any]
+) -> DiffusionModel:
+    """The model of a network that has its weights.
+
+    Args:
+        described: the network, and the shapes of its inputs.
+        process: its schedule, prediction, time label and sampler.
+        codec: of the model; with a `codecs.Latent` the network's image is its latents.
+        options: arguments of `DiffusionModel`, in place of those.
+    """
+    network, shapes = described
     times = "stratified" if process.schedule.num_steps is None else "discrete"
     model = DiffusionModel(network, **{**process._asdict(), "codec": codec, "times": times, "ema": None, **options})
     if isinstance(model.codec, Latent):
-        shapes |= {"encoded": shapes["image"], "image": autoencoders.image_shape(model.codec, shapes["image"])}
+        latents = shapes["image"]
+        shapes = {**shapes, "encoded": latents, "image": autoencoders.image_shape(model.codec, latents)}
     model.build(shapes)
     return model
 
 
-def _codec(folder: Path, index: dict[str, Any], strict: bool) -> Any:
+def _codec(folder: Path, index: Mapping[str, Any], strict: bool, variant: str | None) -> Any:
     """The autoencoder of a pipeline; "identity" where its folder was left out."""
-    parts = [name for name in AUTOENCODERS if name in index]
+    parts = [name for name in folders.AUTOENCODERS if folders.has(index, name)]
     if not parts:
         return "pixels"
-    there = (folder / parts[0] / "config.json").exists()
-    return autoencoders.load(folder / parts[0], strict) if there else "identity"
+    part = folder / parts[0]
+    if not (part / "config.json").exists():
+        return "identity"
+    return autoencoders.load(part, strict, variant if variant in folders.variants(part) else None)
 
 
 def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
@@ -116,8 +201,9 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
 
     Args:
         model: a network, for `from_pretrained` of its class; or a `DiffusionModel`, for that of a pipeline. Of a model
-            on latents `unet` or `transformer`, `scheduler` and `vae` are written. A `codecs.Latent` alone is written as
-            its autoencoder.
+            on latents `unet` or `transformer`, `scheduler`, `vae` and the text encoders and tokenizers are written; of
+            one with an image beside x_t not the index of the pipeline. A `codecs.Latent` alone is written as its
+            autoencoder.
         folder: to write to; files of the same names are replaced.
         averages: whether to write the averaged weights of a model that has them.
 
@@ -132,31 +218,71 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
         _save_network(model, folder, {})
         return
     process = schedulers.Process(model.schedule, model.prediction, model.time_label, model.sampler)
-    scheduler = saving.scheduler_config(process)
+    scheduler = scheduler_config(process)
     averaged = model.averages.pairs(model.network) if model.averages and model.averages.moved else ()
     values = {id(weight): average for weight, average in averaged} if averages else {}
-    config = saving.network_config(model.network)
+    config = saving_networks.network_config(model.network)
     part = "transformer" if "Transformer" in config["_class_name"] else "unet"
     _save_network(model.network, folder / part, values)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    prompt = prompts.prompt_of(model.network)
+    if prompt is not None:
+        prompts.save(prompt, folder)
     if isinstance(model.codec, Latent):
         autoencoders.save(model.codec, folder / "vae")
-    elif config["_class_name"] == "UNet2DModel":
+    elif config["_class_name"] == "UNet2DModel" and not maps.map_conditions(model.network):
         _save_index(folder, part, config["_class_name"], scheduler["_class_name"])
 
 
 def _save_network(network: keras.Model, folder: Path, values: dict[int, Any]) -> None:
-    config = saving.network_config(network)
-    model = MODELS[config["_class_name"]]
-    saving.check_same(network, model.network(config, folder).network)
+    config = saving_networks.network_config(network)
+    model, beside = MODELS[config["_class_name"]], maps.channels_of(network)
     state = export(model.slots(network), values)
+    again = maps.with_maps(model.network(config, folder, **model.told(state, {})), beside, maps.map_conditions(network))
+    prompt = prompts.prompt_of(network)
+    again = again if prompt is None else prompts.conditioned(again, prompt)
+    saving_networks.check_same(network, again.network)
     write_json(folder / "config.json", config)
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", state)
 
 
 def _save_index(folder: Path, part: str, network: str, scheduler: str) -> None:
-    pipeline = "DDIMPipeline" if scheduler == "DDIMScheduler" else "DDPMPipeline"
+    pipelines = {"DDIMScheduler": "DDIMPipeline", "ScoreSdeVeScheduler": "ScoreSdeVePipeline"}
+    pipeline = pipelines.get(scheduler, "DDPMPipeline")
     write_json(
         folder / "model_index.json",
         {"_class_name": pipeline, part: ["diffusers", network], "scheduler": ["diffusers", scheduler]},
     )
+
+
+def load_scheduler(path: str | Path, learned: bool = False, tokens: int | None = None) -> schedulers.Process:
+    """What a scheduler's file says: a schedule, a prediction, a time label and a sampler.
+
+    Args:
+        path: the file; or its folder, with `scheduler_config.json`; or a pipeline's, with the folder `scheduler`.
+        learned: whether the network predicts the variance as well.
+        tokens: the length of the transformer's sequence, (height / patch) (width / patch), on which the times depend
+            where `use_dynamic_shifting` is true.
+
+    Raises:
+        ValueError: if the file is missing or damaged, or says what kdiff cannot do.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = folders.scheduler_of(path)
+    return schedulers.process(read_json(path), path, learned, tokens)
+
+
+def save_scheduler(process: Any, path: str | Path) -> None:
+    """Writes a file that diffusers' `from_pretrained` of the class reads.
+
+    Args:
+        process: what `load_scheduler` gives; or anything that has its four parts, as a `DiffusionModel`.
+        path: the file, if it ends in ".json"; or its folder. Files of the same name are replaced.
+
+    Raises:
+        ValueError: if diffusers has no such scheduler.
+    """
+    path = Path(path)
+    process = schedulers.Process(*(getattr(process, name) for name in schedulers.Process._fields))
+    write_json(path if path.suffix == ".json" else path / SCHEDULER, scheduler_config(process))

@@ -1,35 +1,48 @@
 """Reading and writing foreign files. Nothing in a file is ever executed: a pickle is read for its tensors alone.
 
-A state dict is a dictionary of NumPy arrays by name. Whatever is wrong with a file is a ValueError that names it.
+A state dict is a dictionary of arrays by name, of which those of a `.safetensors` file are not read before they are
+asked for (see `kdiff.interop.arrays`). Whatever is wrong with a file is a ValueError that names it.
 """
 
 import json
+import pickle
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kdiff.interop.arrays import Array, Opened, State
+from kdiff.interop.checkpoints import state_of, unwrapped
+from kdiff.interop.configs import shown
+from kdiff.interop.pickles import read_archive
+from kdiff.interop.unsupported import about_file, check_is_itself
 from kdiff.writing import replacing
 
 __all__ = [
     "FOLDER_READERS",
     "READERS",
-    "State",
-    "array_of",
-    "read_folder",
+    "SAFETENSORS",
     "read_json",
     "read_state",
     "write_json",
     "write_safetensors",
 ]
 
-State = dict[str, np.ndarray]
+# What a safetensors file calls its types, and NumPy.
+SAFETENSORS = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "C64": "complex64"},
+    **{f"{kind}{bits}": f"{name}{bits}" for kind, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"},
+    **{"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"},
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The dictionary in a JSON file."""
-    _check_there(path)
+    check_is_itself(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not text, not JSON, a number of thousands of digits, lists in lists
@@ -52,22 +65,15 @@ def read_state(path: str | Path) -> State:
         ValueError: if there is no such file, its kind is unknown, or it is damaged.
     """
     path = Path(path)
-    _check_there(path)
+    check_is_itself(path)
     if path.suffix not in READERS:
-        raise ValueError(f"{path}: the name must end in one of {list(READERS)}; received: {path.suffix!r}")
-    return READERS[path.suffix](path)
+        raise ValueError(
+            f"{path}: the name must end in one of {list(READERS)}; received: {path.suffix!r}{about_file(path)}"
+        )
+    return unwrapped(READERS[path.suffix](path))
 
 
-def read_folder(folder: Path, stem: str = "diffusion_pytorch_model") -> State:
-    """The arrays of the one file, or the shards, that hold the weights of the model in a folder."""
-    for ending, read in FOLDER_READERS.items():
-        if (folder / f"{stem}{ending}").exists():
-            return read(folder / f"{stem}{ending}")
-    wanted = [f"{stem}{ending}" for ending in FOLDER_READERS]
-    raise ValueError(f"{folder}: no weights; expected one of {wanted}; found: {_listing(folder)}")
-
-
-def write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:
+def write_safetensors(path: Path, state: Mapping[str, Array]) -> None:
     """Writes a state dict as diffusers does."""
     arrays = {name: np.ascontiguousarray(array) for name, array in state.items()}
     with replacing(path) as new:
@@ -75,11 +81,27 @@ def write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:
 
 
 def _read_safetensors(path: Path) -> State:
+    """The arrays of a file whose header the library has found to be in order, and in accord with the file's length.
+
+    The library itself maps the file, so that what has been read counts as memory, and NumPy gets no float8 of it.
+    """
     library = _safetensors()
     try:
-        return {name: array_of(array, name, path) for name, array in library.numpy.load_file(path).items()}
+        with library.safe_open(path, "np"):
+            pass
+        file = Opened(path)
+        length = int(file.read(0, 8).view("<u8")[0])
+        header = json.loads(file.read(8, length).tobytes())
     except (library.SafetensorError, KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+        raise ValueError(f"{path}: not a whole safetensors file: {_first_line(error)}") from error
+    header.pop("__metadata__", None)
+    unknown = {name: entry["dtype"] for name, entry in header.items() if entry["dtype"] not in SAFETENSORS}
+    if unknown:
+        raise ValueError(f"{path}: the types must be among {list(SAFETENSORS)}; received: {shown(unknown)}")
+    return {
+        name: file.array(entry["shape"], SAFETENSORS[entry["dtype"]], 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
 
 
 def _safetensors():
@@ -91,7 +113,19 @@ def _safetensors():
 
 
 def _read_pickle(path: Path) -> State:
-    """The tensors of a file that PyTorch has written. Anything but tensors in containers is refused, not run."""
+    """The tensors of a file that PyTorch has written. What is no tensor is left out, and nothing is run."""
+    try:
+        return state_of(read_archive(path) if zipfile.is_zipfile(path) else _read_old(path), path)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # pickle's, zip's and PyTorch's own errors have no common base
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: not a file of tensors, or a damaged one: {_first_line(error)}") from error
+
+
+def _read_old(path: Path) -> Any:
+    """What PyTorch before 1.6 wrote, which it reads itself, if there is nothing but tensors in containers."""
     try:
         import torch
     except ModuleNotFoundError as error:
@@ -99,27 +133,20 @@ def _read_pickle(path: Path) -> State:
             f"{path}: only PyTorch reads this file; install it, or convert the file to safetensors"
         ) from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle's, zip's and PyTorch's own errors have no common base
-        raise ValueError(f"{path}: not a file of tensors alone, or a damaged one: {_first_line(error)}") from error
-    tensors = {name: value for name, value in _inner(path, content).items() if torch.is_tensor(value)}
-    return {str(name): array_of(value, str(name), path) for name, value in tensors.items()}
-
-
-def _inner(path: Path, content: Any) -> Mapping:
-    """The state dict of a checkpoint that may hold others: averaged weights before trained ones."""
-    if isinstance(content, Mapping):
-        for name in ("ema", "state_dict", "model"):
-            if isinstance(content.get(name), Mapping):
-                return content[name]
-        return content
-    raise ValueError(f"{path}: must hold a dictionary of tensors; received: {type(content).__name__}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        more = f" with an object of {found[1]}" if found else ""
+        raise ValueError(
+            f"{path}: not a file of tensors alone, but one{more} by PyTorch before 1.6, or by no PyTorch; save the "
+            "`state_dict()` with `torch.save`"
+        ) from error
 
 
 def _read_npz(path: Path) -> State:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: array_of(arrays[name], name, path) for name in arrays.files}
+            return state_of({name: arrays[name] for name in arrays.files}, path)
     except Exception as error:  # zip's and NumPy's own errors have no common base
         raise ValueError(f"{path}: not a whole .npz file of numbers: {_first_line(error)}") from error
 
@@ -132,6 +159,7 @@ def _read_shards(path: Path) -> State:
     for name in set(index.values()):
         if Path(name).name != name:
             raise ValueError(f"{path}: a shard must lie beside its index; received: {name!r}")
+    index = unwrapped(index)
     state: State = {}
     for shard in sorted(set(index.values())):
         for name, array in read_state(path.parent / shard).items():
@@ -144,51 +172,18 @@ def _read_shards(path: Path) -> State:
     return state
 
 
-def array_of(value: Any, name: str, source: Any) -> np.ndarray:
-    """A NumPy array of an array or a tensor of PyTorch: float32 of floating-point numbers, others as they are.
-
-    Raises:
-        ValueError: if it is no plain tensor with numbers, but sparse, quantised or nested, or without any ("meta").
-    """
-    if hasattr(value, "detach"):
-        import torch
-
-        kinds = {"quantised": value.is_quantized, "nested": value.is_nested, "on no device": value.is_meta}
-        kinds["sparse"] = not kinds["nested"] and value.layout != torch.strided
-        found = [kind for kind, so in kinds.items() if so]
-        if found:
-            raise ValueError(f"{source}: {name} must be a plain tensor; it is {found[0]}")
-        value = value.detach().cpu().resolve_conj().resolve_neg()
-        value = (value.to(torch.float32) if value.is_floating_point() else value).numpy()
-    array = np.asarray(value)
-    floating = array.dtype.kind == "f" or array.dtype.name.startswith(("bfloat16", "float8"))
-    with np.errstate(over="ignore"):  # what is too large is found to be infinite
-        return array.astype("float32") if floating else array
-
-
-def _check_there(path: Path) -> None:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; its folder holds: {_listing(path.parent)}")
-
-
-def _listing(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-
-
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub("\x1b\\[[0-9;]*m", "", (str(error).splitlines() or [type(error).__name__])[0])
 
 
 READERS = {
     ".safetensors": _read_safetensors,
     ".npz": _read_npz,
-    ".bin": _read_pickle,
-    ".pt": _read_pickle,
-    ".pth": _read_pickle,
+    **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), _read_pickle),
 }
 FOLDER_READERS = {
-    ".safetensors": _read_safetensors,
+    ".safetensors": read_state,
     ".safetensors.index.json": _read_shards,
-    ".bin": _read_pickle,
+    ".bin": read_state,
     ".bin.index.json": _read_shards,
 }

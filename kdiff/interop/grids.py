@@ -4,9 +4,28 @@ import numpy as np
 from keras import ops
 
 from kdiff.schedules import NoiseSchedule
-from kdiff.times import FlowShift, TimeGrid
+from kdiff.times import BetaQuantile, FlowShift, Karras, TimeGrid, Trailing
+from kdiff.times.grids import _Sigmas
 
-__all__ = ["FlowMatching", "LinspaceUnrounded", "WithFirst", "Within", "WithoutLast"]
+__all__ = [
+    "HAIR",
+    "BetaSigmas",
+    "Consistent",
+    "Distilled",
+    "FlowMatching",
+    "FlowSigmas",
+    "LinspaceUnrounded",
+    "SineSquared",
+    "Uniform",
+    "UpTo",
+    "WithFirst",
+    "Within",
+    "WithoutLast",
+    "stretched",
+]
+
+# What a step takes off t that diffusers makes of length 0: the network is asked, and nothing moves.
+HAIR = 2.0**-22
 
 
 class LinspaceUnrounded(TimeGrid):
@@ -52,31 +71,97 @@ class WithoutLast(TimeGrid):
         return self.grid.above_zero(schedule, steps + 1)[:-1]
 
 
-class WithFirst(TimeGrid):
-    """A grid, and after it the first step of the process: for runs that end there, with `Sampler(to_zero=False)`.
+class UpTo(TimeGrid):
+    """A grid by number on the first steps of the process alone, as `lambda_min_clipped` has it in diffusers.
 
-    Stable Diffusion's end there (diffusers: `set_alpha_to_one` is false, or `final_sigmas_type` is "sigma_min").
+    Of these, "trailing" has the spaces of the whole process, so that there may be fewer times than were asked for.
 
     Args:
-        grid: a `TimeGrid` or its name.
+        grid: a `TimeGrid` by number, or its name.
+        last: how many steps of the process there are to take.
     """
 
     named = False
 
-    def __init__(self, grid="leading"):
-        self.grid = TimeGrid.get(grid)
+    def __init__(self, grid="linspace", last: int = 1000):
+        self.grid, self.last = TimeGrid.get(grid), last
+
+    def indices(self, num_steps: int, steps: int) -> np.ndarray:
+        """Those of the grid, of `last` steps."""
+        if isinstance(self.grid, Trailing):
+            return np.round(np.arange(self.last, 0, -num_steps / steps)) - 1
+        return self.grid.indices(self.last, steps)
+
+
+class WithFirst(TimeGrid):
+    """A grid, and after it the first step of the process: for runs that end there, with `Sampler(to_zero=False)`.
+
+    Stable Diffusion's end there (diffusers: `set_alpha_to_one` is false, or `final_sigmas_type` is "sigma_min"). A grid
+    that ends there itself, and any grid on a continuous schedule, is followed by a time a hair below: diffusers makes a
+    step of length 0 there, in which the network is asked once more and orders fall.
+
+    Args:
+        grid: a `TimeGrid` or its name.
+        first: the time that follows, if the grid does not end there; None is the first step of the process.
+    """
+
+    named = False
+
+    def __init__(self, grid="leading", first: float | None = None):
+        self.grid, self.first = TimeGrid.get(grid), first
 
     def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
-        """The times of the grid, and 1 / T if it does not end there."""
-        times, first = self.grid.above_zero(schedule, steps), 1.0 / schedule.num_steps
-        return np.append(times, first) if times[-1] > first * 1.001 else times
+        """The times of the grid, and 1 / T, or a hair below the last."""
+        times, first = self.grid.above_zero(schedule, steps), self.first or schedule.first_time
+        return np.append(times, first if first and times[-1] > first * 1.001 else times[-1] * (1.0 - HAIR))
+
+
+class Distilled(TimeGrid):
+    """The times of LCM and TCD: some of the `original` times that a network was distilled at,
+
+        i = k T // original - 1,  k = original ... 1,     of which the number floor(j original / steps) is taken.
+
+    Args:
+        original: how many there were.
+    """
+
+    named = False
+
+    def __init__(self, original: int = 50):
+        self.original = original
+
+    def indices(self, num_steps: int, steps: int) -> np.ndarray:
+        """i."""
+        if steps > self.original:
+            raise ValueError(
+                f"Distilled: `steps` must be at most {self.original}, those that the network was distilled at "
+                f"(`original_inference_steps`); received: {steps}"
+            )
+        of_training = np.arange(self.original, 0, -1) * (num_steps // self.original) - 1
+        return of_training[np.floor(np.linspace(0, self.original, steps, endpoint=False)).astype(int)]
+
+
+class BetaSigmas(_Sigmas):
+    """s = sigma / alpha at the quantiles of a beta distribution between its ends, with both parameters 0.6; diffusers'
+    `use_beta_sigmas` (after Lee et al. 2024, arXiv:2407.12173, who take times so: `times.BetaQuantile`).
+
+    Args:
+        sigma_min: the last sigma / alpha above zero. None is the schedule's.
+        sigma_max: the first. None is the schedule's.
+    """
+
+    named = False
+
+    def sigmas(self, low: float, high: float, u: np.ndarray) -> np.ndarray:
+        """sigma_min + (sigma_max - sigma_min) q(u)."""
+        return low + BetaQuantile(0.6, 0.6).warp(u) * (high - low)
 
 
 class Within(TimeGrid):
     """A grid of noise levels between the first and the last of another grid, as diffusers' Euler has Karras' sigmas.
 
     Args:
-        noise: the grid of noise, such as `Karras()`: its `sigma_min` and `sigma_max` are set.
+        noise: the grid of noise, such as `Karras()`; a `sigma_min` and a `sigma_max` that it has not are set.
         ends: the grid from which they are.
     """
 
@@ -89,7 +174,8 @@ class Within(TimeGrid):
         """The noise levels."""
         times = self.ends.above_zero(schedule, steps)[[0, -1]].astype("float32")
         high, low = np.exp(-0.5 * ops.convert_to_numpy(schedule.log_snr(times)).astype("float64"))
-        return self.noise.clone(sigma_min=float(low), sigma_max=float(high)).above_zero(schedule, steps)
+        given = {"sigma_min": self.noise.sigma_min or float(low), "sigma_max": self.noise.sigma_max or float(high)}
+        return self.noise.clone(**given).above_zero(schedule, steps)
 
 
 class FlowMatching(TimeGrid):
@@ -100,14 +186,108 @@ class FlowMatching(TimeGrid):
     Args:
         shift: above 1 there are more steps near the noise.
         num_steps: T.
+        last: the last u; None is w(1 / T).
+        terminal: where the last is moved to, with all others, as LTX has it; None leaves them.
+        noise: a grid of noise levels, such as `Karras()`, which are then taken between the first and the last t, as if
+            they were t; None leaves t.
     """
 
     named = False
 
-    def __init__(self, shift: float = 1.0, num_steps: int = 1000):
-        self.shift, self.num_steps = shift, num_steps
+    def __init__(
+        self,
+        shift: float = 1.0,
+        num_steps: int = 1000,
+        last: float | None = None,
+        terminal: float | None = None,
+        noise=None,
+    ):
+        self.shift, self.num_steps, self.last, self.terminal = shift, num_steps, last, terminal
+        self.noise = None if noise is None else TimeGrid.get(noise)
         self._warp = FlowShift(shift).warp
 
     def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
         """w(1 ... w(1 / T))."""
-        return self._warp(np.linspace(1.0, self._warp(np.float64(1.0 / self.num_steps)), steps))
+        last = self._warp(np.float64(1.0 / self.num_steps)) if self.last is None else self.last
+        times = stretched(self._warp(np.linspace(1.0, last, steps)), self.terminal)
+        if self.noise is None:
+            return times
+        return self.noise.sigmas(times[-1], times[0], np.linspace(1.0, 0.0, steps))
+
+
+class FlowSigmas(TimeGrid):
+    """Rectified flow's times as the solvers of diffusers take them that have `use_flow_sigmas`, t = w(u):
+
+        "ends below"     u = 1 - 1 / T ... 0 in `steps` + 1 values, without the last        DPM-Solver, DEIS, SASolver
+        "begins at one"  u = 1 ... 1 / T in `steps` + 1 values, without the last            UniPC; its first is 1 - 1e-6
+
+    Args:
+        shift: of w, as of `FlowMatching`.
+        num_steps: T.
+        from_one: whether it begins at one.
+        terminal: where the last is moved to, with all others, as LTX has it; None leaves them.
+    """
+
+    named = False
+
+    def __init__(
+        self, shift: float = 1.0, num_steps: int = 1000, from_one: bool = False, terminal: float | None = None
+    ):
+        self.shift, self.num_steps, self.from_one, self.terminal = shift, num_steps, from_one, terminal
+        self._warp = FlowShift(shift).warp
+
+    def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
+        """w(u)."""
+        last = 1.0 / self.num_steps
+        ends = (1.0, last) if self.from_one else (1.0 - last, 0.0)
+        times = stretched(self._warp(np.linspace(*ends, steps + 1)[:-1]), self.terminal)
+        return np.minimum(times, 1.0 - 1e-6)
+
+
+def stretched(times: np.ndarray, terminal: float | None) -> np.ndarray:
+    """1 - t multiplied so that the last t is `terminal`."""
+    return times if terminal is None else 1.0 - (1.0 - times) * (1.0 - terminal) / (1.0 - times[-1])
+
+
+class Consistent(Karras):
+    """Karras' noise levels at some of the `num_steps` that a consistency model was distilled at: the numbers
+    0, T // steps, 2 (T // steps), ..., from `sigma_max` on; fewer of them do not come near `sigma_min`.
+
+    Args:
+        num_steps: T.
+        rho: as of `Karras`.
+        sigma_min: as of `Karras`.
+        sigma_max: as of `Karras`.
+    """
+
+    named = False
+
+    def __init__(self, num_steps: int = 40, rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float = 80.0):
+        super().__init__(rho, sigma_min, sigma_max)
+        self.num_steps = num_steps
+
+    def spaces(self, steps: int, closed: bool) -> np.ndarray:
+        """u, in T - 1 spaces from 1 to 0."""
+        if steps > self.num_steps:
+            raise ValueError(f"Consistent: `steps` must be at most {self.num_steps}; received: {steps}")
+        return 1.0 - np.arange(steps) * (self.num_steps // steps) / (self.num_steps - 1)
+
+
+class SineSquared(TimeGrid):
+    """Times at which sin(pi t / 2) = sin(pi u / 2)^2, u = 1 ... 1 / steps: those of diffusers' IPNDM."""
+
+    named = False
+
+    def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
+        """2 / pi arcsin(sin(pi u / 2)^2)."""
+        return 2.0 / np.pi * np.arcsin(np.sin(np.pi / 2.0 * np.arange(steps, 0, -1) / steps) ** 2)
+
+
+class Uniform(TimeGrid):
+    """1 ... 1 / steps, and a hair above 0, for runs that end there with `Sampler(to_zero=False)`: Wuerstchen's."""
+
+    named = False
+
+    def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
+        """1 ... 1 / steps, 1e-7."""
+        return np.append(np.arange(steps, 0, -1) / steps, 1e-7)

@@ -22,8 +22,11 @@ from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.resampling import Downsample, Upsample
 from kdiff.blocks.transformer import FeedForward, TransformerBlock, adaptive_block
-from kdiff.interop.files import State, array_of, read_state
+from kdiff.interop.arrays import State
+from kdiff.interop.checkpoints import state_of
+from kdiff.interop.files import read_state
 from kdiff.interop.transformers import patch_layout
+from kdiff.interop.unsupported import about_names
 from kdiff.interop.weights import Part, Rows, Slot, fill, slots
 from kdiff.networks.dit import DiT
 from kdiff.networks.simple_unet import SimpleUNet
@@ -33,11 +36,15 @@ __all__ = [
     "DIT_NAMES",
     "SIMPLE_NAMES",
     "Source",
+    "count_of",
     "dit",
     "dit_slots",
     "guided",
+    "guided_layers",
+    "guided_names",
     "guided_slots",
     "read",
+    "shape_of",
     "simple_slots",
     "simple_unet",
 ]
@@ -49,18 +56,20 @@ def read(source: Source) -> tuple[State, str]:
     """The arrays, from a file or a mapping of arrays by name, and what to call them in an error.
 
     Args:
-        source: a `.safetensors`, `.npz`, or `.pt` file, of which the last needs PyTorch and is read for its tensors
-            alone; or a mapping of arrays.
+        source: a `.safetensors`, `.npz`, or `.pt` file, of which the last is read for its tensors alone; or a mapping
+            of arrays. Of a checkpoint that holds several, it is the averaged weights: see `kdiff.interop.checkpoints`.
     """
     if isinstance(source, Mapping):
-        return {name: array_of(array, name, "the state dict") for name, array in source.items()}, "the state dict"
+        return state_of(source, "the state dict"), "the state dict"
     return read_state(source), str(source)
 
 
-def _shape(state: State, name: str, source: str, rank: int = 2) -> tuple[int, ...]:
+def shape_of(state: State, name: str, source: str, rank: int = 2) -> tuple[int, ...]:
+    """The shape of an array that must be there, with so many axes."""
     if name not in state:
         raise ValueError(
             f"{source}: `{name}` is missing, which tells of what size the network is; it has: {list(state)[:5]}"
+            f"{about_names(state)}"
         )
     shape = state[name].shape
     if len(shape) != rank or 0 in shape:
@@ -68,7 +77,7 @@ def _shape(state: State, name: str, source: str, rank: int = 2) -> tuple[int, ..
     return shape
 
 
-def _count(state: State, prefix: str) -> int:
+def count_of(state: State, prefix: str) -> int:
     """How many modules there are of a list, from 0 to the first that is missing."""
     found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in state)
     numbers = {int(one[1]) for one in found if one}
@@ -110,12 +119,12 @@ def dit(source: Source, heads: int = 16, image_size: int | None = None, strict: 
         strict: whether weights that do not match are an error; otherwise a warning.
     """
     state, name = read(source)
-    width, channels, patch, _ = _shape(state, "x_embedder.proj.weight", name, 4)
-    outputs = _shape(state, "final_layer.linear.weight", name)[0] // patch**2
-    classes = _shape(state, "y_embedder.embedding_table.weight", name)[0] - 1
+    width, channels, patch, _ = shape_of(state, "x_embedder.proj.weight", name, 4)
+    outputs = shape_of(state, "final_layer.linear.weight", name)[0] // patch**2
+    classes = shape_of(state, "y_embedder.embedding_table.weight", name)[0] - 1
     network = DiT(
         width,
-        _count(state, "blocks"),
+        count_of(state, "blocks"),
         patch,
         adaptive_block(heads),
         embedding=MLPEmbedding(SinusoidalEmbedding(256), width),
@@ -156,7 +165,8 @@ def _heads(new_order: bool):
     return [Part(name, rows=rows(i)) for i, name in enumerate(("query", "key", "value"))]
 
 
-def _unet_names(new_order: bool) -> dict[type, dict[str, Any]]:
+def guided_names(new_order: bool = False) -> dict[type, dict[str, Any]]:
+    """The names of the parts of its layers."""
     return {
         MLPEmbedding: {"0": "hidden", "2": "output_layer"},
         ResidualBlock: {
@@ -178,7 +188,7 @@ def _unet_names(new_order: bool) -> dict[type, dict[str, Any]]:
 def guided(
     source: Source,
     image_size: int,
-    multipliers: Sequence[int],
+    multipliers: Sequence[float],
     attention_at: Sequence[int] = (32, 16, 8),
     heads: int | None = None,
     head_width: int | None = 64,
@@ -191,7 +201,8 @@ def guided(
     Args:
         source: the weights, as of `read`.
         image_size: of the images.
-        multipliers: the channels of each level as multiples of the first convolution's: `channel_mult` there.
+        multipliers: the channels of each level as multiples of the width of the time's waves: `channel_mult` there,
+            of `model_channels`. At 512 the first, and so the first convolution's, is a half.
         attention_at: the sizes of maps with attention: `attention_resolutions` there.
         heads: `num_heads`, if `head_width` is None.
         head_width: `num_head_channels`; None where the number of heads is given.
@@ -200,26 +211,28 @@ def guided(
         strict: whether weights that do not match are an error; otherwise a warning.
     """
     state, name = read(source)
-    width, channels = _shape(state, "input_blocks.0.0.weight", name, 4)[:2]
+    stem, channels = shape_of(state, "input_blocks.0.0.weight", name, 4)[:2]
+    inner, width = shape_of(state, "time_embed.0.weight", name)
     resampled = any(re.match(r"input_blocks\.\d+\.0\.in_layers", key) for key in _resamplers(state, len(multipliers)))
     norm = GroupNorm(32)
     mixer = SelfAttention(None if head_width else heads or 1, head_width, norm, zero=False)
     block = ResidualBlock(None, scale_shift, normalization=norm)
     down = block.clone(resample=Downsample("average")) if resampled else Downsample(padding="symmetric")
     up = block.clone(resample=Upsample(convolution=False)) if resampled else Upsample()
-    depth = (_count(state, "input_blocks") - len(multipliers)) // len(multipliers)
+    depth = (count_of(state, "input_blocks") - len(multipliers)) // len(multipliers)
     levels = [
-        Level(width * multiplier, depth, block, mixer if image_size // 2**i in attention_at else None, down, up)
+        Level(int(width * multiplier), depth, block, mixer if image_size // 2**i in attention_at else None, down, up)
         for i, multiplier in enumerate(multipliers)
     ]
-    classes = _shape(state, "label_emb.weight", name)[0] if "label_emb.weight" in state else None
+    classes = shape_of(state, "label_emb.weight", name)[0] if "label_emb.weight" in state else None
     network = UNet(
         levels,
         Level(levels[-1].width, 2, block, mixer),
-        MLPEmbedding(SinusoidalEmbedding(width), _shape(state, "time_embed.0.weight", name)[0]),
+        MLPEmbedding(SinusoidalEmbedding(width), inner),
         {} if classes is None else {"label": LabelEmbedding(classes)},
         normalization=norm,
-        out_channels=_shape(state, "out.2.weight", name, 4)[0],
+        out_channels=shape_of(state, "out.2.weight", name, 4)[0],
+        stem_width=None if stem == levels[0].width else stem,
     )
     labels = {} if classes is None else {"label": (None,)}
     shapes = {"image": (None, image_size, image_size, channels), "time": (None,), **labels}
@@ -229,19 +242,20 @@ def guided(
 
 def _resamplers(state: State, levels: int) -> list[str]:
     """The names of the weights of the blocks that end a level on the way down."""
-    depth = (_count(state, "input_blocks") - levels) // levels
+    depth = (count_of(state, "input_blocks") - levels) // levels
     ends = tuple(f"input_blocks.{(depth + 1) * i}." for i in range(1, levels))
     return [name for name in state if name.startswith(ends)]
 
 
 def guided_slots(network: UNet, new_order: bool = False) -> Iterator[Slot]:
     """The names of the weights of a U-Net in the code of improved and of guided diffusion."""
-    names = _unet_names(new_order)
-    for name, layer in _named_layers(network):
+    names = guided_names(new_order)
+    for name, layer in guided_layers(network):
         yield from slots(layer, name, names)
 
 
-def _named_layers(network):
+def guided_layers(network: UNet) -> Iterator[tuple[str, Any]]:
+    """The layers of a U-Net by their names in that code, from which latent diffusion has them."""
     yield from {"time_embed": network.embedding, "label_emb": network.conditions.get("label")}.items()
     yield "input_blocks.0.0", network.stem
     for way, chains, first in (("input_blocks", network.down, 1), ("output_blocks", network.up, 0)):
@@ -286,12 +300,12 @@ def simple_unet(source: Source, strict: bool = True) -> SimpleUNet:
     """
     state, name = read(source)
     count = 1 + next(i for i in itertools.count() if f"enc{i + 2}.conv1.weight" not in state)
-    widths = [_shape(state, f"enc{i + 1}.conv1.weight", name, 4)[0] for i in range(count)]
-    channels, outputs = state["enc1.conv1.weight"].shape[1], _shape(state, "out.weight", name, 4)[0]
+    widths = [shape_of(state, f"enc{i + 1}.conv1.weight", name, 4)[0] for i in range(count)]
+    channels, outputs = state["enc1.conv1.weight"].shape[1], shape_of(state, "out.weight", name, 4)[0]
     network = SimpleUNet(
         widths,
-        _shape(state, "mid.conv1.weight", name, 4)[0],
-        _shape(state, "time_mlp.1.weight", name)[0],
+        shape_of(state, "mid.conv1.weight", name, 4)[0],
+        shape_of(state, "time_mlp.1.weight", name)[0],
         out_channels=None if outputs == channels else outputs,
     )
     fill(network, {"image": (None, None, None, channels), "time": (None,)}, simple_slots, state, name, strict)

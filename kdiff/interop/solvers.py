@@ -1,22 +1,34 @@
 """Steps as diffusers makes them, where kdiff's own differ; they have no names to `get` them by."""
 
+from typing import Any, NamedTuple
+
+import numpy as np
 from keras import ops
 
 from kdiff.guidance import Guidance
+from kdiff.predictions import Prediction
 from kdiff.schedules import Marginal, NoiseSchedule, bridge
-from kdiff.solvers import DDIM, DEIS, Denoise, DPMSolver, DPMSolverPP, DPMSolverPPSDE, DPMSolverSDE, Draw
+from kdiff.solvers import DDIM, DDPM, IPNDM, Denoise, Draw, Solver
 from kdiff.solvers.base import noise_of
-from kdiff.solvers.runge_kutta import RK4, Ratio
+from kdiff.solvers.runge_kutta import RK4, Ratio, chosen
 
 __all__ = [
+    "DDIMInverted",
     "DDIMKeptNoise",
-    "DiffusersDEIS",
-    "DiffusersDPMSolver",
-    "DiffusersDPMSolverPP",
-    "DiffusersDPMSolverPPSDE",
-    "DiffusersDPMSolverSDE",
+    "DiffusersDDIMInversion",
+    "DiffusersIPNDM",
+    "DiffusersPNDM",
+    "DiffusersTCD",
+    "EvenSteps",
+    "FlowLine",
+    "NoisyEnd",
+    "Outputs",
     "PseudoRungeKutta",
+    "QuietEnd",
     "TimeRatio",
+    "below",
+    "noise_from",
+    "output_of",
 ]
 
 
@@ -75,49 +87,274 @@ class PseudoRungeKutta(RK4):
     variable = TimeRatio()
 
 
-class _ShortRuns:
-    """A multistep solver whose `lower_final` is of runs of fewer than 15 steps alone."""
+class EvenSteps(Solver):
+    """A solver each of whose steps goes T // steps down in the index, whatever the grid: diffusers' DDIM and PNDM.
+
+    So on "linspace", and on "trailing" where T is no multiple of the number of steps, x is made for another time than
+    the one at which the network is asked next. Below 0 a step goes to the end of the run.
+
+    Args:
+        solver: the `Solver`.
+    """
+
+    named = False
+
+    def __init__(self, solver="ddim"):
+        self.solver = Solver.get(solver)
+        self.order, self.evaluations = self.solver.order, self.solver.evaluations
+        self.stochastic, self.learned = self.solver.stochastic, self.solver.learned
 
     def init(self, x, steps: int):
-        """The history of a run that seems to go on, so that no order falls at its end, unless it is short."""
-        return super().init(x, steps if steps < 15 else steps + self.order)
+        """The solver's state, and the number of steps."""
+        return ops.convert_to_tensor(np.int32(steps)), self.solver.init(x, steps)
+
+    def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
+        """The solver's step; arguments and results as in `Solver.step`."""
+        steps, state = state
+        then = below(schedule, now, then, steps)
+        x, estimate, state = self.solver.step(denoise, schedule, x, now, then, noise, state)
+        return x, estimate, (steps, state)
+
+    def inverse(self, iterations: int = 1):
+        """The solver's."""
+        return self.solver.inverse(iterations)
 
 
-class _Halved(_ShortRuns):
-    """The step to t = 0 is of order 1 in any run, and of order 3 a coefficient is halved (see `kdiff.solvers.dpm`)."""
-
-    _highest = 3
-    _curvature = 0.5
-
-    def _order(self, then: Marginal, state):
-        return ops.where(then.t > 0, super()._order(then, state), 1)
+def below(schedule: NoiseSchedule, now: Marginal, then: Marginal, steps) -> Marginal:
+    """T // steps below `now` in the index; `then` if that is below 0."""
+    index = _index(schedule, now) - schedule.num_steps // steps
+    return chosen(index < 0, then, _of_index(schedule, index))
 
 
-class DiffusersDEIS(_ShortRuns, DEIS):
-    """`DEIS` as diffusers has it: `lower_final` is of runs of fewer than 15 steps alone."""
+def _index(schedule: NoiseSchedule, m: Marginal):
+    return ops.cast(ops.round(m.t * schedule.num_steps), "int32") - 1
+
+
+def _of_index(schedule: NoiseSchedule, index) -> Marginal:
+    index = ops.clip(index, 0, schedule.num_steps - 1)
+    return schedule.at((ops.cast(index, "float32") + 1.0) / schedule.num_steps)
+
+
+class Outputs(NamedTuple):
+    """What `DiffusersPNDM` remembers.
+
+    Attributes:
+        steps: of the run, int32.
+        made: of them, int32.
+        values: the last outputs of the network, the newest first.
+    """
+
+    steps: Any
+    made: Any
+    values: tuple
+
+
+class DiffusersPNDM(Solver):
+    """PNDM (Liu et al. 2022, arXiv:2202.09778) as diffusers has it: it is the outputs of the network that are combined,
+    of whatever prediction, and each step goes T // steps down in the index, whatever the grid (`EvenSteps`).
+
+    Args:
+        prediction: what the outputs are, "noise" or "velocity".
+        warm: as of `PNDM`: 3, by Runge and Kutta; or 1, by a step that is made twice (`skip_prk_steps`).
+    """
+
+    named = False
+    order = 2
+
+    def __init__(self, prediction="noise", warm: int = 3):
+        self.prediction, self.warm = Prediction.get(prediction), warm
+
+    def init(self, x, steps: int) -> Outputs:
+        """No outputs yet."""
+        steps, made = (ops.convert_to_tensor(np.int32(number)) for number in (steps, 0))
+        return Outputs(steps, made, (ops.zeros_like(x),) * 3)
+
+    def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
+        """One step; arguments and results as in `Solver.step`."""
+        estimate = denoise(x, now)
+        output = output_of(self.prediction, x, estimate.x_hat, now)
+        lower = below(schedule, now, then, state.steps)
+        warm = self._runge_kutta if self.warm == 3 else self._twice
+        x = ops.cond(
+            ops.logical_and(state.made < self.warm, state.steps > self.warm),
+            lambda: warm(denoise, schedule, x, now, then, lower, output, state.steps),
+            lambda: self._move(x, now, lower, self._combined(output, state)),
+        )
+        return x, estimate, Outputs(state.steps, state.made + 1, (output, *state.values)[:3])
+
+    def _combined(self, output, state: Outputs):
+        """Adams and Bashforth's, of as many outputs as there are."""
+        a, b, c = state.values
+        found = ops.where(state.made < 2, (3.0 * output - a) / 2.0, (23.0 * output - 16.0 * a + 5.0 * b) / 12.0)
+        found = ops.where(state.made < 3, found, (55.0 * output - 59.0 * a + 37.0 * b - 9.0 * c) / 24.0)
+        return ops.where(state.made < 1, output, found)
+
+    def _move(self, x, now: Marginal, then: Marginal, output):
+        """DDIM's step with this output."""
+        x_hat = self.prediction.denoise(output, x, now)
+        return then.alpha * x_hat + then.sigma * noise_of(x, x_hat, now)
+
+    def _ask(self, denoise, x, m: Marginal):
+        return output_of(self.prediction, x, denoise(x, m).x_hat, m)
+
+    def _twice(self, denoise, schedule, x, now, then, lower, output, steps):
+        second = self._ask(denoise, self._move(x, now, lower, output), then)
+        start = _of_index(schedule, _index(schedule, then) + schedule.num_steps // steps)
+        return self._move(x, start, then, (output + second) / 2.0)
+
+    def _runge_kutta(self, denoise, schedule, x, now, then, lower, output, steps):
+        """Its stages are `way` above the next time of the grid; the first is reached by a step of `way` down."""
+        way = schedule.num_steps // steps // 2
+        middle, first = (
+            _of_index(schedule, one) for one in (_index(schedule, then) + way, _index(schedule, now) - way)
+        )
+        second = self._ask(denoise, self._move(x, now, first, output), middle)
+        third = self._ask(denoise, self._move(x, now, middle, second), middle)
+        lowest = _of_index(schedule, _index(schedule, middle) - way)
+        fourth = self._ask(denoise, self._move(x, now, lowest, third), then)
+        return self._move(x, now, then, (output + 2.0 * second + 2.0 * third + fourth) / 6.0)
+
+
+def output_of(prediction: Prediction, x, x_hat, m: Marginal):
+    """What the network said: a x_hat + b noise_hat."""
+    a, b = prediction.coefficients(m)
+    return a * x_hat + b * noise_of(x, x_hat, m)
+
+
+class NoisyEnd(DDPM):
+    """`DDPM` as diffusers has it where the last step does not begin at the first of the process: it adds noise, of the
+    variance "large" or "learned".
+
+    Args:
+        variance: as of `DDPM`.
+    """
 
     named = False
 
+    def _sigma(self, now: Marginal, then: Marginal, share):
+        small = ops.maximum(then.sigma, 1e-10)  # diffusers: a variance of at least 1e-20
+        return small * (now.sigma / small) ** share if self.learned else now.sigma
 
-class DiffusersDPMSolverPP(_Halved, DPMSolverPP):
-    """`DPMSolverPP` as diffusers has it: the orders at the end, and the third order, are other ones."""
+
+class DiffusersTCD(Solver):
+    """`TCD` as diffusers has it: s is floor((1 - gamma) i) in the index, i that of `then`.
+
+    Args:
+        gamma: in [0, 1].
+    """
+
+    named = False
+    order = 0
+
+    def __init__(self, gamma: float = 0.3):
+        self.gamma = gamma
+        self.stochastic = gamma > 0
+
+    def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
+        """One step; arguments and results as in `Solver.step`."""
+        estimate = denoise(x, now)
+        index = ops.cast(_index(schedule, then), "float32")
+        s = _of_index(schedule, ops.cast(ops.floor((1.0 - self.gamma) * index + 1e-3), "int32"))
+        x_s = s.alpha * estimate.x_hat + s.sigma * noise_of(x, estimate.x_hat, now)
+        if not self.stochastic:
+            return x_s, estimate, state
+        fresh = then.sigma * ops.sqrt(-ops.expm1(then.log_snr - s.log_snr))
+        return then.alpha / s.alpha * x_s + fresh * noise(), estimate, state
+
+
+class DiffusersIPNDM(IPNDM):
+    """`IPNDM` of velocities as diffusers has it: where alpha is 0 the network is not believed, and the data is 0."""
 
     named = False
 
+    def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
+        """One step; arguments and results as in `Solver.step`."""
 
-class DiffusersDPMSolver(_Halved, DPMSolver):
-    """`DPMSolver` as diffusers has it: the orders at the end, and the third order, are other ones."""
+        def believed(x, m):
+            estimate = denoise(x, m)
+            return estimate._replace(x_hat=ops.where(m.alpha < 1e-4, 0.0, 1.0) * estimate.x_hat)
+
+        return super().step(believed, schedule, x, now, then, noise, state)
+
+
+class FlowLine(Ratio):
+    """The variable t of rectified flow, of x itself, whose slope is noise - x: that of diffusers' Heun there."""
+
+    named = False
+
+    def at(self, schedule: NoiseSchedule, now: Marginal, then: Marginal, fraction) -> Marginal:
+        """(1 - fraction) t_now + fraction t_then."""
+        return schedule.at((1.0 - fraction) * now.t + fraction * then.t)
+
+    def length(self, now: Marginal, m: Marginal):
+        """t_m - t_now."""
+        return m.sigma - now.sigma
+
+    def bend(self, m: Marginal, off, change):
+        """d noise_hat - d x_hat, with d noise_hat = (off - alpha d x_hat) / sigma."""
+        return (off - (m.alpha + m.sigma) * change) / m.sigma
+
+
+class QuietEnd(DDPM):
+    """`DDPM` of the variance "small" that adds no noise in a step to less than a millionth of the way."""
 
     named = False
 
+    def __init__(self):
+        super().__init__("small")
 
-class DiffusersDPMSolverPPSDE(_Halved, DPMSolverPPSDE):
-    """`DPMSolverPPSDE` as diffusers has it: the orders at the end are other ones, and there is a third order."""
+    def _sigma(self, now: Marginal, then: Marginal, share):
+        return ops.where(then.t > 1e-6, then.sigma, 0.0)
+
+
+class DDIMInverted(DDIM):
+    """DDIM, whose inverse is diffusers' `DDIMInverseScheduler`: `Sampler.invert` makes noise of data as that does.
+
+    Args:
+        prediction: what the network says.
+        limit: what x_hat is clipped to on the way to noise; None does not clip.
+    """
 
     named = False
 
+    def __init__(self, prediction="noise", limit: float | None = None):
+        super().__init__()
+        self.prediction, self.limit = Prediction.get(prediction), limit
 
-class DiffusersDPMSolverSDE(_ShortRuns, DPMSolverSDE):
-    """`DPMSolverSDE` as diffusers has it: `lower_final` is of runs of fewer than 15 steps alone."""
+    def inverse(self, iterations: int = 1) -> Solver:
+        """`DiffusersDDIMInversion`, which asks the network once a step."""
+        return DiffusersDDIMInversion(self.prediction, self.limit)
+
+
+class DiffusersDDIMInversion(Solver):
+    """From data to noise: what the network says at `then` is taken for what it would say T // steps below.
+
+    Args:
+        prediction: what the network says.
+        limit: what x_hat is clipped to; None does not clip.
+    """
 
     named = False
+
+    def __init__(self, prediction="noise", limit: float | None = None):
+        self.prediction, self.limit = Prediction.get(prediction), limit
+
+    def init(self, x, steps: int):
+        """The number of steps."""
+        return ops.convert_to_tensor(np.int32(steps))
+
+    def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
+        """One step back; arguments and results as in `Solver.step`."""
+        estimate = denoise(x, then)
+        output = output_of(self.prediction, x, estimate.x_hat, then)
+        now = below(schedule, then, now, state)
+        x_hat, noise_hat = self.prediction.denoise(output, x, now), noise_from(self.prediction, output, x, now)
+        if self.limit is not None:
+            x_hat = ops.clip(x_hat, -self.limit, self.limit)
+        return then.alpha * x_hat + then.sigma * noise_hat, estimate._replace(x_hat=x_hat), state
+
+
+def noise_from(prediction: Prediction, output, x, m: Marginal):
+    """The noise that an output implies, (a x - alpha y) / (a sigma - b alpha), also where sigma is 0."""
+    a, b = prediction.coefficients(m)
+    return (a * x - m.alpha * output) / (a * m.sigma - b * m.alpha)

@@ -1,10 +1,12 @@
 """Schedules as diffusers has them, where kdiff's own differ; they have no names to `get` them by."""
 
 import numpy as np
+from keras import ops
 
+from kdiff.base import check_number
 from kdiff.schedules import AlphaBarTable, NoiseSchedule
 
-__all__ = ["NearlyZeroSNR"]
+__all__ = ["NearlyZeroSNR", "WuerstchenCosine"]
 
 
 class NearlyZeroSNR(AlphaBarTable):
@@ -25,3 +27,39 @@ class NearlyZeroSNR(AlphaBarTable):
             alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
         super().__init__(np.maximum(alpha**2, 2.0**-24 * (1.0 + 1e-4 * np.arange(len(alpha))[::-1])))
         self.schedule = schedule
+
+
+class WuerstchenCosine(NoiseSchedule):
+    """The cosine schedule of Wuerstchen and Stable Cascade (Pernias et al. 2023, arXiv:2306.00637), continuous:
+
+        alpha^2 = cos^2((u + s) / (1 + s) pi / 2) / cos^2(s / (1 + s) pi / 2), from 1e-4 to 0.9999,
+        u = 1 - (1 - t)^scaler  where `scaler` is above 1, else t^scaler.
+
+    Args:
+        scaler: the power.
+        s: the offset.
+    """
+
+    named = False
+
+    def __init__(self, scaler: float = 1.0, s: float = 0.008):
+        super().__init__()
+        check_number("WuerstchenCosine", "scaler", scaler, 0.01, 100.0)
+        check_number("WuerstchenCosine", "s", s, 0.0, 1.0)
+        self.scaler, self.s = scaler, s
+        self.first = float(s / (1.0 + s) * np.pi / 2)
+
+    def log_snr(self, t):
+        """log(alpha^2 / sigma^2), with sigma^2 = sin(w - w_0) sin(w + w_0) / cos^2(w_0), which does not cancel."""
+        t = ops.convert_to_tensor(t, "float32")
+        u = 1.0 - (1.0 - t) ** self.scaler if self.scaler > 1 else t**self.scaler
+        way = u * (np.pi / 2 - self.first)
+        square = ops.sin(way) * ops.sin(way + 2.0 * self.first) / np.cos(self.first) ** 2
+        alpha = ops.clip(1.0 - square, 1e-4, 0.9999)
+        return ops.log(alpha) - ops.log(ops.clip(square, 1e-4, 0.9999))
+
+    def time(self, log_snr):
+        """The inverse, where alpha^2 is within its bounds."""
+        alpha = ops.sqrt(ops.sigmoid(ops.convert_to_tensor(log_snr, "float32"))) * np.cos(self.first)
+        u = ops.clip((ops.arccos(alpha) - self.first) / (np.pi / 2 - self.first), 0.0, 1.0)
+        return 1.0 - (1.0 - u) ** (1.0 / self.scaler) if self.scaler > 1 else u ** (1.0 / self.scaler)

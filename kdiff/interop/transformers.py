@@ -5,22 +5,25 @@
 In older files the class is `Transformer2DModel`.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbedding
 from kdiff.blocks.normalization import AdaptiveNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.transformer import TransformerBlock, adaptive_block
-from kdiff.interop import unets
 from kdiff.interop.configs import FLAG, Described, Key, complete, one_of, only, optional, real, whole
-from kdiff.interop.unets import image_shape
+from kdiff.interop.files import State
+from kdiff.interop.unet_keys import COUNT, image_shape
+from kdiff.interop.unet_names import NAMES as UNET_NAMES
 from kdiff.interop.weights import Layout, Part, Rows, Slot, slots
 from kdiff.networks.dit import DiT
 
-__all__ = ["ACTIVATIONS", "COUNT", "DIT", "NAMES", "OLD_DEFAULTS", "OLD_DIT", "dit", "dit_slots", "patch_layout"]
+__all__ = ["ACTIVATIONS", "DIT", "NAMES", "OLD_DEFAULTS", "OLD_DIT", "dit", "dit_slots", "patch_layout", "told"]
 
-COUNT = whole(1)
 DIT = {
     "num_attention_heads": Key(16, COUNT),
     "attention_head_dim": Key(72, COUNT),
@@ -61,8 +64,14 @@ OLD_DIT = {
 ACTIVATIONS = {"gelu-approximate": "gelu_tanh", "gelu": "gelu"}
 
 
-def dit(config: dict[str, Any], source: Any) -> Described:
-    """The network that a `DiTTransformer2DModel` is: the condition "label" is a class, or their number for none."""
+def dit(config: dict[str, Any], source: Any, separate: bool = False) -> Described:
+    """The network that a `DiTTransformer2DModel` is: the condition "label" is a class, or their number for none.
+
+    Args:
+        config: what the file says.
+        source: the file, for errors.
+        separate: whether the blocks' embeddings have numbers of their own, as where diffusers has trained it.
+    """
     config = complete(config, OLD_DIT if config.get("_class_name") == "Transformer2DModel" else DIT, source)
     heads, width = config["num_attention_heads"], config["num_attention_heads"] * config["attention_head_dim"]
     options = {"bias": config["attention_bias"], "dropout": config["dropout"]}
@@ -74,8 +83,16 @@ def dit(config: dict[str, Any], source: Any) -> Described:
         embedding=MLPEmbedding(SinusoidalEmbedding(256, shift=1), width),
         conditions={"label": LabelEmbedding(config["num_embeds_ada_norm"], dropout=0.1)},
         out_channels=config["out_channels"] or config["in_channels"],
+        separate=separate,
     )
     return Described(network, {"image": image_shape(config), "label": (None,)})
+
+
+def told(state: State, index: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether the blocks' embeddings differ, which the weights alone say."""
+    found = [(name, re.fullmatch(r"transformer_blocks\.\d+\.(norm1\.emb\..+)", name)) for name in state]
+    pairs = [(state[name], state.get(f"transformer_blocks.0.{one[1]}")) for name, one in found if one]
+    return {"separate": any(a is not None and not np.array_equal(a, b) for a, b in pairs)}
 
 
 # --- names of weights
@@ -91,7 +108,7 @@ def patch_layout(layer: Patchify | Unpatchify) -> Layout:
 
 
 NAMES = {
-    **{layer: unets.NAMES[layer] for layer in unets.NAMES if layer is not AdaptiveNorm},
+    **{layer: UNET_NAMES[layer] for layer in UNET_NAMES if layer is not AdaptiveNorm},
     MLPEmbedding: {"linear_1": "hidden", "linear_2": "output_layer"},
     # One dense layer makes shift, scale and gate of the attention, and of the feed-forward layer, in this order.
     TransformerBlock: {
@@ -111,7 +128,7 @@ NAMES = {
 
 
 def dit_slots(network: DiT) -> Iterator[Slot]:
-    """The names of the weights of a DiT. Each block holds a copy of the embeddings of time and class."""
+    """The names of the weights of a DiT. A block holds embeddings of time and class, or copies of the first's."""
     for name, layer in _named_layers(network):
         yield from slots(layer, name, NAMES)
 
@@ -120,6 +137,7 @@ def _named_layers(network):
     yield "pos_embed.proj", network.patchify
     for i, chain in enumerate(network.blocks):
         yield f"transformer_blocks.{i}", chain.layers[0]
-        yield f"transformer_blocks.{i}.norm1.emb.timestep_embedder", network.embedding
-        yield f"transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table", network.conditions["label"]
+        own = network.steering[i - 1] if i and network.separate else network
+        yield f"transformer_blocks.{i}.norm1.emb.timestep_embedder", own.embedding
+        yield f"transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table", own.conditions["label"]
     yield from {"proj_out_1": network.last, "proj_out_2": network.head}.items()

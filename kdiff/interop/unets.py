@@ -1,242 +1,147 @@
-"""diffusers' U-Nets: their configuration as ours, and the names of their weights.
+"""diffusers' U-Nets: their configuration as ours.
 
     UNet2DModel             DDPM's U-Net, with or without attention and classes; NCSN++
-    UNet2DConditionModel    Stable Diffusion's, with attention to a context, and Stable Diffusion XL's
+    UNet2DConditionModel    Stable Diffusion's, with attention to a context, and Stable Diffusion XL's; those of
+                            DeepFloyd IF, Karlo and Kandinsky, whose attention joins the context to the image
 
-Each level must have the same kind of block on its way down and on its way up.
+The way up may have other blocks than the way down.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import keras
 
-from kdiff.blocks.attention import MultiHeadAttention, SelfAttention
+from kdiff.blocks.attention import SelfAttention
+from kdiff.blocks.context_attention import ContextAttention
 from kdiff.blocks.convolution import ResidualBlock
-from kdiff.blocks.embeddings import FourierEmbedding, LabelEmbedding, MLPEmbedding, SinusoidalEmbedding
-from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm
+from kdiff.blocks.embeddings import FourierEmbedding, MLPEmbedding
+from kdiff.blocks.normalization import GroupNorm, LayerNorm
 from kdiff.blocks.resampling import Downsample, FIRDownsample, FIRUpsample, Upsample
-from kdiff.blocks.transformer import FeedForward, SpatialTransformer, TransformerBlock
-from kdiff.interop.configs import (
-    FLAG,
-    TEXT,
-    Described,
-    Key,
-    complete,
-    each,
-    either,
-    kind,
-    listed,
-    one_of,
-    only,
-    optional,
-    real,
-    whole,
-)
-from kdiff.interop.weights import Slot, slots
+from kdiff.blocks.transformer import SpatialTransformer, TransformerBlock
+from kdiff.interop import unet_conditions as parts
+from kdiff.interop.configs import Described, complete, each, kind
+from kdiff.interop.files import State
+from kdiff.interop.unet_keys import ACTIVATIONS, SHARED, UNET_2D, UNET_2D_CONDITION
 from kdiff.networks.ncsnpp import InputSkip, NCSNpp, OutputSkip
-from kdiff.networks.published import text_and_numbers
 from kdiff.networks.unet import Level, UNet
 
 __all__ = [
-    "COUNT",
-    "DEPTH",
+    "CONTEXT_NORMS",
     "DOWN",
-    "EACH",
     "LARGEST_NETWORK",
-    "MAYBE",
-    "NAMED",
-    "NAMES",
-    "NUMBERS",
-    "OLD_NAMES",
-    "ONLY_2D",
     "PADDINGS",
+    "RATED",
     "RESAMPLERS",
-    "SHARED",
-    "SIZE",
     "SKIP_DOWN",
     "SKIP_UP",
-    "UNET_2D",
-    "UNET_2D_CONDITION",
     "UP",
     "Kind",
-    "image_shape",
-    "renamed",
+    "told",
     "unet_2d",
     "unet_2d_condition",
-    "unet_slots",
 ]
 
-COUNT, MAYBE = whole(1), optional(whole(1))
-NAMED = listed(TEXT, 1, 12)  # one a level
-EACH = either(COUNT, listed(COUNT, 1, 12))
-SIZE = optional(either(COUNT, listed(COUNT, 2, 2)))
-DEPTH = whole(1, 16)
-
-UNET_2D = {
-    "sample_size": Key(None, SIZE),
-    "in_channels": Key(3, COUNT),
-    "out_channels": Key(3, COUNT),
-    "center_input_sample": only(False),
-    "time_embedding_type": Key("positional", one_of("positional", "fourier")),
-    "time_embedding_dim": Key(None, MAYBE),
-    "freq_shift": Key(0, real(0, 1)),
-    "flip_sin_to_cos": Key(True, FLAG),
-    "down_block_types": Key(("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"), NAMED),
-    "mid_block_type": only("UNetMidBlock2D"),
-    "up_block_types": Key(("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"), NAMED),
-    "block_out_channels": Key((224, 448, 672, 896), listed(COUNT, 1, 12)),
-    "layers_per_block": Key(2, DEPTH),
-    "mid_block_scale_factor": Key(1, real(1e-6, 1e6)),
-    "downsample_padding": Key(1, one_of(0, 1)),
-    "downsample_type": Key("conv", one_of("conv", "resnet")),
-    "upsample_type": Key("conv", one_of("conv", "resnet")),
-    "dropout": Key(0.0, real(0.0, 1.0)),
-    "act_fn": only("silu", "swish"),
-    "attention_head_dim": Key(8, MAYBE),
-    "norm_num_groups": Key(32, COUNT),
-    "attn_norm_num_groups": Key(None, MAYBE),
-    "norm_eps": Key(1e-5, real(0.0, 1.0)),
-    "resnet_time_scale_shift": Key("default", one_of("default", "scale_shift")),
-    "add_attention": Key(True, FLAG),
-    "class_embed_type": Key(None, one_of(None, "timestep", "identity")),
-    "num_class_embeds": Key(None, optional(whole(1, 10_000_000))),
-    "num_train_timesteps": Key(None, MAYBE),
-}
-
-ONLY_2D = ("downsample_type", "upsample_type", "add_attention", "attn_norm_num_groups", "num_train_timesteps")
-UNET_2D_CONDITION = {
-    **{name: key for name, key in UNET_2D.items() if name not in ONLY_2D},
-    "in_channels": Key(4, COUNT),
-    "out_channels": Key(4, COUNT),
-    "time_embedding_type": only("positional"),
-    "down_block_types": Key(
-        ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"), NAMED
-    ),
-    "mid_block_type": Key("UNetMidBlock2DCrossAttn", one_of("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")),
-    "up_block_types": Key(("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), NAMED),
-    "block_out_channels": Key((320, 640, 1280, 1280), listed(COUNT, 1, 12)),
-    "layers_per_block": Key(2, either(DEPTH, listed(DEPTH, 1, 12))),
-    "attention_head_dim": Key(8, EACH),
-    "only_cross_attention": only(False),
-    "cross_attention_dim": Key(1280, EACH),
-    "transformer_layers_per_block": Key(1, either(whole(1, 64), listed(whole(1, 64), 1, 12))),
-    "reverse_transformer_layers_per_block": only(None),
-    "encoder_hid_dim": only(None),
-    "encoder_hid_dim_type": only(None),
-    "num_attention_heads": only(None),
-    "dual_cross_attention": only(False),
-    "use_linear_projection": Key(False, FLAG),
-    "addition_embed_type": Key(None, one_of(None, "text_time")),
-    "addition_time_embed_dim": Key(None, MAYBE),
-    "upcast_attention": Key(False, optional(FLAG)),  # float32 logits: kdiff has no others
-    "resnet_skip_time_act": only(False),
-    "resnet_out_scale_factor": only(1.0),
-    "time_embedding_act_fn": only(None),
-    "timestep_post_act": only(None),
-    "time_cond_proj_dim": only(None),
-    "conv_in_kernel": only(3),
-    "conv_out_kernel": only(3),
-    "projection_class_embeddings_input_dim": Key(None, MAYBE),
-    "attention_type": only("default"),
-    "class_embeddings_concat": only(False),
-    "mid_block_only_cross_attention": only(None, False),
-    "cross_attention_norm": only(None),
-    "addition_embed_type_num_heads": Key(64, COUNT),
-}
-# What of the other class's keys is so in every network of this one.
-SHARED = {"downsample_type": "conv", "upsample_type": "conv"}
 LARGEST_NETWORK = 500  # blocks on the way down; Stable Diffusion XL has 30
-NUMBERS = 6  # of "time_ids": two sizes, a corner, each of height and width
+RATED = "requires_aesthetics_score"
 
 
 class Kind(NamedTuple):
     """What a type of block says: the mixer after each residual block, and how the size changes.
 
     Attributes:
-        mixer: a key of the mixers, or None.
+        mixer: "self", "cross", "simple", or None.
         resample: "conv", "resnet"; None for as the configuration says.
+        tuned: whether `resnet_out_scale_factor` and `resnet_skip_time_act` are of effect on it.
     """
 
     mixer: str | None = None
     resample: str | None = "conv"
+    tuned: bool = False
 
 
-DOWN = {
-    "DownBlock2D": Kind(),
-    "AttnDownBlock2D": Kind("self", None),
-    "ResnetDownsampleBlock2D": Kind(None, "resnet"),
-    "CrossAttnDownBlock2D": Kind("cross"),
-}
-UP = {
-    "UpBlock2D": Kind(),
-    "AttnUpBlock2D": Kind("self", None),
-    "ResnetUpsampleBlock2D": Kind(None, "resnet"),
-    "CrossAttnUpBlock2D": Kind("cross"),
-}
+def _table(way: str) -> dict[str, Kind]:
+    return {
+        f"{way}Block2D": Kind(),
+        f"Attn{way}Block2D": Kind("self", None),
+        f"Resnet{way}sampleBlock2D": Kind(None, "resnet", True),
+        f"CrossAttn{way}Block2D": Kind("cross"),
+        f"SimpleCrossAttn{way}Block2D": Kind("simple", "resnet", True),
+    }
+
+
+DOWN, UP = _table("Down"), _table("Up")
 SKIP_DOWN = {"SkipDownBlock2D": Kind(), "AttnSkipDownBlock2D": Kind("self")}
 SKIP_UP = {"SkipUpBlock2D": Kind(), "AttnSkipUpBlock2D": Kind("self")}
+CONTEXT_NORMS: dict[str | None, Callable[[], keras.layers.Layer | None]] = {
+    None: lambda: None,
+    "layer_norm": LayerNorm,
+    "group_norm": lambda: GroupNorm(32),
+}
 
 
 def unet_2d(config: dict[str, Any], source: Any) -> Described:
     """The network that a `UNet2DModel` is."""
-    config = complete(config, UNET_2D, source)
+    config = complete(config, UNET_2D, source, UNET_2D_CONDITION)
     _check_number(config, source)
     if set(config["down_block_types"]) & set(SKIP_DOWN):
         return _ncsnpp(config, source)
-    if config["time_embedding_type"] != "positional":
-        raise ValueError(f"{source}: `time_embedding_type` 'fourier' needs blocks of {list(SKIP_DOWN)}")
-    mixers = {None: lambda i, width: None, "self": lambda i, width: _self_attention(config, width)}
-    network = UNet(_levels(config, mixers, source), _middle(config), _time(config), _classes(config), **_ends(config))
-    return Described(network, _shapes(config))
+    if config["time_embedding_type"] != "positional" or config["norm_num_groups"] is None:
+        raise ValueError(
+            f"{source}: `time_embedding_type` 'fourier' and `norm_num_groups` None need blocks of {list(SKIP_DOWN)}"
+        )
+    network = UNet(
+        _levels(config, source), _middle(config), parts.time(config), parts.classes(config), **_ends(config, "silu")
+    )
+    return Described(network, parts.shapes(config))
 
 
-def unet_2d_condition(config: dict[str, Any], source: Any) -> Described:
-    """The network that a `UNet2DConditionModel` is: the condition "context" is the tokens of the text, as they come."""
-    config = {**SHARED, **complete(config, UNET_2D_CONDITION, source)}
+def told(state: State, index: Mapping[str, Any]) -> dict[str, Any]:
+    """What `model_index.json` says of the numbers in "time_ids"."""
+    return {"numbers": parts.NUMBERS - 1 if index[RATED] else None} if RATED in index else {}
+
+
+def unet_2d_condition(config: dict[str, Any], source: Any, numbers: int | None = None) -> Described:
+    """The network that a `UNet2DConditionModel` is; for its conditions see `kdiff.interop.unet_conditions`.
+
+    Args:
+        config: what the file says.
+        source: the file, for errors.
+        numbers: how many there are in "time_ids", if any; None for 5 where so many leave a vector of the text as wide
+            as its tokens, as in the refiner of Stable Diffusion XL, and otherwise 6.
+    """
+    config = {**SHARED, **complete(config, UNET_2D_CONDITION, source, UNET_2D)}
     count = len(config["block_out_channels"])
-    heads = each(config["attention_head_dim"], count, source, "attention_head_dim")
-    depths = each(config["transformer_layers_per_block"], count, source, "transformer_layers_per_block")
-    if len(set(each(config["cross_attention_dim"], count, source, "cross_attention_dim"))) > 1:
+    only = config["only_cross_attention"]  # in the middle, too, if one value is said for all
+    if config["mid_block_only_cross_attention"] is None:
+        config["mid_block_only_cross_attention"] = only if isinstance(only, bool) else False
+    for name in ("attention_head_dim", "transformer_layers_per_block", "only_cross_attention", "cross_attention_dim"):
+        config[name] = each(config[name], count, source, name)
+    if len(set(config["cross_attention_dim"])) > 1:
         received = config["cross_attention_dim"]
         raise ValueError(f"{source}: `cross_attention_dim` must be one number; received: {received}")
-    _check_added(config, source)
-    _check_number(config, source, depths)
-
-    def cross(i, width):
-        return _spatial(config, depths[i], heads[i], width)
-
-    def attention(i, width):
-        return _self_attention({**config, "attention_head_dim": heads[i]}, width)
-
-    levels = _levels(config, {None: lambda i, width: None, "self": attention, "cross": cross}, source)
-    width = config["block_out_channels"][-1]
-    crossed, block = config["mid_block_type"] == "UNetMidBlock2DCrossAttn", _block(config, **_rescaled(config))
-    middle = Level(width, 2, block, cross(-1, width)) if crossed else Level(width, 1, block)
-    conditions = {"context": keras.layers.Identity(), **_classes(config)}
-    if config["addition_embed_type"] is not None:
-        waves = _waves(config, config["addition_time_embed_dim"])
-        conditions["added"] = text_and_numbers(waves, _time_width(config))
-    return Described(UNet(levels, middle, _time(config), conditions, **_ends(config)), _shapes(config))
+    config["cross_attention_dim"] = config["cross_attention_dim"][0]
+    if config["encoder_hid_dim"] and not config["encoder_hid_dim_type"]:
+        config["encoder_hid_dim_type"] = "text_proj"
+    config["numbers"] = numbers or parts.numbers_of(config)
+    parts.check_added(config, source)
+    _check_number(config, source)
+    levels, middle = _levels(config, source), _middle_of_context(config)
+    activation = ACTIVATIONS[config["act_fn"]]
+    network = UNet(levels, middle, parts.time(config), parts.conditions(config), **_ends(config, activation))
+    return Described(network, parts.shapes(config))
 
 
-def _check_number(config, source, depths=()) -> None:
+def _check_number(config, source) -> None:
     """Before any is made."""
     widths = config["block_out_channels"]
     layers = each(config["layers_per_block"], len(widths), source, "layers_per_block")
-    number = sum(count * (1 + depth) for count, depth in zip(layers, depths or layers, strict=True))
+    depths = config.get("transformer_layers_per_block", [1] * len(widths))
+    depths = [max(depth) if isinstance(depth, (list, tuple)) else depth for depth in depths]
+    number = sum(count * (1 + depth) for count, depth in zip(layers, depths, strict=True))
     if number > LARGEST_NETWORK:
         raise ValueError(f"{source}: more than {LARGEST_NETWORK} blocks cannot be loaded; received: {number}")
-
-
-def _check_added(config, source) -> None:
-    width, total = (config[f"{name}_dim"] for name in ("addition_time_embed", "projection_class_embeddings_input"))
-    if config["addition_embed_type"] is not None and not (width and total and total > NUMBERS * width):
-        raise ValueError(
-            f"{source}: `addition_embed_type` needs an `addition_time_embed_dim`, and for "
-            f"`projection_class_embeddings_input_dim` more than {NUMBERS} times as much; received: {width} and {total}"
-        )
 
 
 def _ncsnpp(config, source) -> Described:
@@ -247,70 +152,113 @@ def _ncsnpp(config, source) -> Described:
             f"{source}: with blocks of {list(SKIP_DOWN)}, `time_embedding_type` must be 'fourier' and 64 must divide "
             f"`block_out_channels`; received: {config['time_embedding_type']!r} and {widths}"
         )
+    if ACTIVATIONS[config["act_fn"]] != "silu":
+        raise ValueError(f"{source}: with blocks of {list(SKIP_DOWN)}, `act_fn` must be 'silu'")
     own, rescale = GroupNorm(epsilon=config["norm_eps"]), {"rescale": math.sqrt(2)}
     block = _block(config, **rescale).clone(normalization=own)
-    mixers = [one.mixer for one in _kinds(config, len(widths), source, SKIP_DOWN, SKIP_UP)[0]]
-    attention = [
-        _self_attention(config, width, GroupNorm(32, config["norm_eps"]), **rescale) if mixer else None
-        for mixer, width in zip(mixers, widths, strict=True)
-    ]
-    down = block.clone(resample=FIRDownsample(), project=True)
-    up = block.clone(resample=FIRUpsample(), project=True)
-    depth = config["layers_per_block"]
-    network = NCSNpp(
-        [Level(width, depth, block, attention[i], down, up, up_mixers=1) for i, width in enumerate(widths)],
-        _middle(config),
-        MLPEmbedding(FourierEmbedding(2 * widths[0], 16.0, sine_first=True), _time_width(config)),
-        _classes(config),
-        **_ends(config),
-        progressive_input=InputSkip(),
-        progressive_output=OutputSkip(normalization=own),
-        divide=True,
-    )
-    return Described(network, _shapes(config))
-
-
-def _levels(config, mixers, source) -> list[Level]:
-    widths = list(config["block_out_channels"])
-    down, up = _kinds(config, len(widths), source)
-    depths = each(config["layers_per_block"], len(widths), source, "layers_per_block")
-    levels = []
-    for i, width in enumerate(widths):
-        coarser = up[min(i + 1, len(up) - 1)]  # whose block it is that ends in this level's upsampling
-        downsample = _resampler("down", down[i].resample or config["downsample_type"], config)
-        upsample = _resampler("up", coarser.resample or config["upsample_type"], config)
-        levels.append(Level(width, depths[i], _block(config), mixers[down[i].mixer](i, width), downsample, upsample))
-    return levels
-
-
-def _ends(config) -> dict[str, Any]:
-    return {"normalization": _norm(config), "out_channels": config["out_channels"]}
-
-
-def _kinds(config, count, source, down_kinds=DOWN, up_kinds=UP):
-    """(down, up): the kinds of the levels, both from the finest."""
-    down = [kind(down_kinds, one, source, "down_block_types") for one in config["down_block_types"]]
-    up = [kind(up_kinds, one, source, "up_block_types") for one in config["up_block_types"]][::-1]
-    if not len(down) == len(up) == count:
-        raise ValueError(
-            f"{source}: `block_out_channels`, `down_block_types` and `up_block_types` must have one length; received: "
-            f"{count}, {len(down)} and {len(up)}"
-        )
+    down, up = _kinds(config, source, SKIP_DOWN, SKIP_UP)
     if [one.mixer for one in down] != [one.mixer for one in up]:
         raise ValueError(
             f"{source}: `up_block_types` must mirror `down_block_types`, with attention at the same levels; received: "
             f"{config['down_block_types']} and {config['up_block_types']}"
         )
+    attention = [
+        _self_attention(config, width, GroupNorm(32, config["norm_eps"]), **rescale) if one.mixer else None
+        for one, width in zip(down, widths, strict=True)
+    ]
+    shrink = block.clone(resample=FIRDownsample(), project=True)
+    grow = block.clone(resample=FIRUpsample(), project=True)
+    depth = config["layers_per_block"]
+    network = NCSNpp(
+        [Level(width, depth, block, attention[i], shrink, grow, up_mixers=1) for i, width in enumerate(widths)],
+        _middle(config),
+        MLPEmbedding(FourierEmbedding(2 * widths[0], 16.0, sine_first=True), parts.time_width(config)),
+        parts.classes(config),
+        **_ends(config, "silu"),
+        progressive_input=InputSkip(),
+        progressive_output=OutputSkip(normalization=own),
+        divide=True,
+    )
+    return Described(network, parts.shapes(config))
+
+
+def _levels(config, source) -> list[Level]:
+    widths = list(config["block_out_channels"])
+    down, up = _kinds(config, source)
+    _check_tuned(config, down, up, source)
+    depths = each(config["layers_per_block"], len(widths), source, "layers_per_block")
+    levels = []
+    for i, width in enumerate(widths):
+        coarser = up[min(i + 1, len(up) - 1)]  # whose block it is that ends in this level's upsampling
+        plans = [_plan(config, down[i].mixer, i, j, False, source) for j in range(depths[i])]
+        plans_up = [_plan(config, up[i].mixer, i, j, True, source) for j in range(depths[i] + 1)]
+        same = len({*plans, *plans_up}) == 1
+        level = Level(
+            width,
+            depths[i],
+            _block(config, down[i].tuned),
+            _mixers(config, plans, width),
+            _resampler("down", down[i], config),
+            _resampler("up", coarser, config),
+            up_mixer="same" if same else _mixers(config, plans_up, width),
+        )
+        levels.append(level)
+    return levels
+
+
+def _ends(config, activation) -> dict[str, Any]:
+    return {"normalization": _norm(config), "activation": activation, "out_channels": config["out_channels"]}
+
+
+def _kinds(config, source, down_kinds=DOWN, up_kinds=UP) -> tuple[list[Kind], list[Kind]]:
+    """(down, up): the kinds of the levels, both from the finest."""
+    names = [[one.removeprefix("UNetRes") for one in config[f"{way}_block_types"]] for way in ("down", "up")]
+    down = [kind(down_kinds, one, source, "down_block_types") for one in names[0]]
+    up = [kind(up_kinds, one, source, "up_block_types") for one in names[1]][::-1]
+    count = len(config["block_out_channels"])
+    if not len(down) == len(up) == count:
+        raise ValueError(
+            f"{source}: `block_out_channels`, `down_block_types` and `up_block_types` must have one length; received: "
+            f"{count}, {len(down)} and {len(up)}"
+        )
     return down, up
+
+
+def _check_tuned(config, down, up, source) -> None:
+    """Raises a ValueError for settings of some blocks that would have to be of others too."""
+    settings = {name: config.get(name) for name in ("resnet_skip_time_act", "time_embedding_act_fn")}
+    changed = any(settings.values()) or config.get("resnet_out_scale_factor", 1.0) != 1
+    if changed and any(a.tuned != b.tuned for a, b in zip(down, up, strict=True)):
+        raise ValueError(
+            f"{source}: with `resnet_out_scale_factor`, `resnet_skip_time_act` or `time_embedding_act_fn`, blocks of "
+            f"a level must be of one kind on both ways; received: {config['down_block_types']} and "
+            f"{config['up_block_types']}"
+        )
+    plain = [one for one in down if not one.tuned]
+    middle = config["mid_block_type"] not in (None, "UNetMidBlock2DSimpleCrossAttn")
+    if config.get("time_embedding_act_fn") and (not settings["resnet_skip_time_act"] or plain or middle):
+        raise ValueError(
+            f"{source}: `time_embedding_act_fn` must be null unless `resnet_skip_time_act` is true and all blocks are "
+            "Resnet- or SimpleCrossAttn-; others would activate the embedding twice, which kdiff cannot"
+        )
+
+
+# --- blocks
 
 
 def _norm(config) -> GroupNorm:
     return GroupNorm(config["norm_num_groups"], config["norm_eps"])
 
 
-def _block(config, **options) -> ResidualBlock:
-    shift = config["resnet_time_scale_shift"] == "scale_shift"
-    return ResidualBlock(None, shift, config["dropout"], normalization=_norm(config), **options)
+def _block(config, tuned: bool = False, **options) -> ResidualBlock:
+    shift, activation = config["resnet_time_scale_shift"] == "scale_shift", ACTIVATIONS[config["act_fn"]]
+    options = {"activation": activation, "normalization": _norm(config), **options}
+    if tuned and config.get("resnet_out_scale_factor", 1.0) != 1:
+        options = {"rescale": float(config["resnet_out_scale_factor"]), **options}
+    if tuned and config.get("resnet_skip_time_act"):
+        before = ACTIVATIONS.get(config["time_embedding_act_fn"], "linear")
+        options["embed_activation"] = None if before == activation else before
+    return ResidualBlock(None, shift, config["dropout"], **options)
 
 
 def _self_attention(config, width, norm=None, **options) -> SelfAttention:
@@ -318,178 +266,115 @@ def _self_attention(config, width, norm=None, **options) -> SelfAttention:
     return SelfAttention(max(1, width // head_width), head_width, norm or _norm(config), zero=False, **options)
 
 
-def _spatial(config, depth, heads, width) -> SpatialTransformer:
-    return SpatialTransformer(depth, heads, width // heads, normalization=GroupNorm(config["norm_num_groups"], 1e-6))
+def _plan(config, mixer: str | None, i: int, j: int, up: bool, source) -> tuple | None:
+    """What `_mixer` makes after block j of level i."""
+    if mixer is None:
+        return None
+    heads = config["attention_head_dim"]
+    if mixer == "self" and not isinstance(heads, list):
+        return (mixer, heads)
+    if mixer in ("self", "simple"):  # whose list, on the way up, is not turned round
+        heads = heads[-1 - i if up else i]
+        return (mixer, heads) if mixer == "self" else (mixer, heads, config["only_cross_attention"][i])
+    turned = config["reverse_transformer_layers_per_block"]
+    nested = [isinstance(depth, (list, tuple)) for depth in config["transformer_layers_per_block"]]
+    if up and turned is None and any(nested):
+        raise ValueError(
+            f"{source}: lists in `transformer_layers_per_block` need `reverse_transformer_layers_per_block`"
+        )
+    name = "transformer_layers_per_block" if turned is None or not up else "reverse_transformer_layers_per_block"
+    depths = config[name] if name.startswith("transformer") else turned[::-1]
+    count = len(config["block_out_channels"])
+    depth = each(depths, count, source, name)[i]
+    layers = each(config["layers_per_block"], count, source, "layers_per_block")[i] + up
+    depth = each(depth, layers, source, name)[j]
+    return (mixer, depth, heads[i], config["only_cross_attention"][i])
 
 
-def _resampler(direction, how, config) -> keras.layers.Layer:
-    return RESAMPLERS[direction, how](config)
+def _mixers(config, plans, width):
+    """A layer, or None, for all blocks, or a list of one each."""
+    if len(set(plans)) == 1:
+        return _mixer(config, plans[0], width)
+    return [_mixer(config, plan, width) for plan in plans]
+
+
+def _mixer(config, plan, width) -> keras.layers.Layer | None:
+    if plan is None:
+        return None
+    name, *values = plan
+    return {"self": _attending_to_itself, "cross": _spatial, "simple": _joining}[name](config, width, *values)
+
+
+def _attending_to_itself(config, width, head_width) -> SelfAttention:
+    return _self_attention({**config, "attention_head_dim": head_width}, width)
+
+
+def _spatial(config, width, depth, heads, only_context=False) -> SpatialTransformer:
+    norm = GroupNorm(config["norm_num_groups"], 1e-6)
+    block = TransformerBlock(bias=False, glu=True, zero=False, only_context=True) if only_context else None
+    return SpatialTransformer(depth, heads, width // heads, block, normalization=norm)
+
+
+def _joining(config, width, head_width, only_context) -> ContextAttention:
+    return ContextAttention(
+        width // head_width,
+        head_width,
+        GroupNorm(config["norm_num_groups"]),
+        context_normalization=CONTEXT_NORMS[config["cross_attention_norm"]](),
+        only_context=only_context,
+    )
+
+
+def _resampler(direction, level: Kind, config) -> keras.layers.Layer:
+    how = level.resample or config[f"{direction}sample_type"]
+    return RESAMPLERS[direction, how]({**config, "tuned": level.tuned})
 
 
 RESAMPLERS = {
     ("down", "conv"): lambda config: Downsample(padding=PADDINGS[config["downsample_padding"]]),
-    ("down", "resnet"): lambda config: _block(config, resample=Downsample("average")),
+    ("down", "resnet"): lambda config: _block(config, config["tuned"], resample=Downsample("average")),
     ("up", "conv"): lambda config: Upsample(),
-    ("up", "resnet"): lambda config: _block(config, resample=Upsample(convolution=False)),
+    ("up", "resnet"): lambda config: _block(config, config["tuned"], resample=Upsample(convolution=False)),
 }
 PADDINGS = {0: "same", 1: "symmetric"}
+
+
+# --- the middle
 
 
 def _middle(config) -> Level:
     """Two blocks, with attention between them, whose normalisation may have groups of its own, or be left out."""
     width, options = config["block_out_channels"][-1], _rescaled(config)
+    if config["mid_block_type"] is None:
+        return Level(width, 0, _block(config))
     if not config["add_attention"]:
         return Level(width, 2, _block(config, **options))
     groups = config["attn_norm_num_groups"]
     if groups is None and config["resnet_time_scale_shift"] == "default":
-        groups = config["norm_num_groups"]
-    norm = keras.layers.Identity() if groups is None else GroupNorm(groups, config["norm_eps"])
+        norm = _norm(config)
+    else:
+        norm = keras.layers.Identity() if groups is None else GroupNorm(groups, config["norm_eps"])
     return Level(width, 2, _block(config, **options), _self_attention(config, width, norm, **options))
+
+
+def _middle_of_context(config) -> Level:
+    width, name, options = config["block_out_channels"][-1], config["mid_block_type"], _rescaled(config)
+    depth, heads = config["transformer_layers_per_block"][-1], config["attention_head_dim"][-1]
+    depth = depth[0] if isinstance(depth, (list, tuple)) else depth
+    only = config["mid_block_only_cross_attention"]
+    makers = {
+        None: lambda: Level(width, 0, _block(config)),
+        "UNetMidBlock2D": lambda: Level(width, 1, _block(config, **options)),
+        "UNetMidBlock2DCrossAttn": lambda: Level(
+            width, 2, _block(config, **options), _spatial(config, width, depth, heads)
+        ),
+        "UNetMidBlock2DSimpleCrossAttn": lambda: Level(
+            width, 2, _block(config, tuned=True, **{"rescale": 1.0, **options}), _joining(config, width, heads, only)
+        ),
+    }
+    return makers[name]()
 
 
 def _rescaled(config) -> dict[str, float]:
     rescale = config["mid_block_scale_factor"]
     return {} if rescale == 1 else {"rescale": rescale}
-
-
-def _waves(config, width) -> SinusoidalEmbedding:
-    return SinusoidalEmbedding(width, sine_first=not config["flip_sin_to_cos"], shift=config["freq_shift"])
-
-
-def _time(config) -> MLPEmbedding:
-    return MLPEmbedding(_waves(config, config["block_out_channels"][0]), _time_width(config))
-
-
-def _time_width(config) -> int:
-    return config["time_embedding_dim"] or 4 * config["block_out_channels"][0]
-
-
-def _classes(config) -> dict[str, keras.layers.Layer]:
-    if config["class_embed_type"] is None and config["num_class_embeds"] is None:
-        return {}
-    kinds = {
-        None: lambda: LabelEmbedding(config["num_class_embeds"]),
-        "timestep": lambda: _time(config),
-        "identity": keras.layers.Identity,
-    }
-    return {"label": kinds[config["class_embed_type"]]()}
-
-
-def _shapes(config) -> dict[str, tuple]:
-    """Of the inputs. Texts have 77 tokens, as CLIP's, but a call may bring any number."""
-    shapes = {"image": image_shape(config)}
-    if config.get("cross_attention_dim"):
-        shapes["context"] = (None, None, each(config["cross_attention_dim"], 1, "", "cross_attention_dim")[0])
-    if config["class_embed_type"] or config["num_class_embeds"] is not None:
-        shapes["label"] = (None, _time_width(config)) if config["class_embed_type"] == "identity" else (None,)
-    if config.get("addition_embed_type"):
-        vector = config["projection_class_embeddings_input_dim"] - NUMBERS * config["addition_time_embed_dim"]
-        shapes |= {"text_embeds": (None, vector), "time_ids": (None, NUMBERS)}
-    return shapes
-
-
-def image_shape(config: dict[str, Any]) -> tuple:
-    """(batch, height, width, channels), with None for what is not said."""
-    size = config["sample_size"]
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return (None, height, width, config["in_channels"])
-
-
-# --- names of weights
-
-NAMES = {
-    MLPEmbedding: {"linear_1": "hidden", "linear_2": "output_layer"},
-    ResidualBlock: {
-        "norm1": "normalization",
-        "conv1": "first",
-        "time_emb_proj": ["projection", "second_normalization.projection"],
-        "norm2": "second_normalization",
-        "conv2": "second",
-        "conv_shortcut": "shortcut",
-    },
-    AdaptiveNorm: {"": "normalization"},
-    SelfAttention: {"group_norm": "normalization", "": "attention"},
-    SpatialTransformer: {
-        "norm": "normalization",
-        "proj_in": "projection_in",
-        "transformer_blocks.*": "blocks",
-        "proj_out": "projection_out",
-    },
-    TransformerBlock: {
-        "norm1": "self_attention.normalization",
-        "attn1": "self_attention.attention",
-        "norm2": "cross_attention.normalization",
-        "attn2": "cross_attention.attention",
-        "norm3": "feed_forward.normalization",
-        "ff": "feed_forward",
-    },
-    FeedForward: {"net.0.proj": "hidden", "net.2": "output_layer"},
-    MultiHeadAttention: {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "output_layer"},
-    Downsample: {"conv": "convolution"},
-    Upsample: {"conv": "last"},
-}
-# Older files have the attention of DDPM under these.
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def unet_slots(network: UNet) -> Iterator[Slot]:
-    """The names of the weights of a U-Net."""
-    for name, layer in _named_layers(network):
-        yield from slots(layer, name, NAMES)
-
-
-def _named_layers(network: UNet) -> Iterator[tuple[str, keras.layers.Layer]]:
-    yield from {"conv_in": network.stem, "time_embedding": network.embedding}.items()
-    yield from (("class_embedding", layer) for name, layer in network.conditions.items() if name == "label")
-    yield "add_embedding", getattr(network.conditions.get("added"), "layer", None)
-    if isinstance(network.embedding.embedding, FourierEmbedding):
-        yield "time_proj", network.embedding.embedding
-    down, up = iter(network.down), iter(network.up)
-    last = len(network.levels) - 1
-    skips = isinstance(network, NCSNpp)
-    for i, level in enumerate(network.levels):
-        for j in range(level.depth):
-            yield from _unit(f"down_blocks.{i}", j, j, next(down).layers, "")
-        if i < last:
-            yield f"down_blocks.{i}.{'resnet_down' if skips else 'downsamplers.0'}", next(down).layers[0]
-    yield from _bridge(network)
-    for i, level in reversed(list(enumerate(network.levels))):
-        plain = 0 if level.up_mixers is None else level.depth + 1 - level.up_mixers
-        for j in range(level.depth + 1):
-            yield from _unit(f"up_blocks.{last - i}", j, j - plain, next(up).layers, "upsamplers.0")
-    yield from _skips(network, last) if skips else ()
-    yield from {"conv_norm_out": network.normalization, "conv_out": network.head}.items()
-
-
-def _unit(name, index, mixer, layers, after):
-    """The layers of a unit: a block; a mixer, if there is one; what changes the size, at the end of a level."""
-    kinds = {SelfAttention: f"attentions.{mixer}", SpatialTransformer: f"attentions.{mixer}"}
-    for layer in layers[1:]:
-        yield f"{name}.{kinds.get(type(layer), after)}", layer
-    yield f"{name}.resnets.{index}", layers[0]
-
-
-def _skips(network: NCSNpp, last: int):
-    """What leads the image down and the output up."""
-    for i, (inner, outer, grow) in enumerate(zip(network.inputs_down, network.outputs_up, network.grow, strict=True)):
-        up = f"up_blocks.{last - 1 - i}"
-        yield f"down_blocks.{i}.skip_conv", inner.convolution
-        yield from {f"{up}.skip_norm": outer.normalization, f"{up}.skip_conv": outer.convolution}.items()
-        yield f"{up}.resnet_up", grow.layers[0]
-
-
-def _bridge(network):
-    step = 1 if network.middle.mixer is None else 2
-    for i, layer in enumerate(network.bridge.layers):
-        yield f"mid_block.{'resnets' if i % step == 0 else 'attentions'}.{i // step}", layer
-
-
-def renamed(state: dict[str, Any]) -> dict[str, Any]:
-    """The state dict with the names of today."""
-    return {".".join(_renamed(name.split("."))): array for name, array in state.items()}
-
-
-def _renamed(words: list[str]) -> list[str]:
-    if "attentions" in words and len(words) > 1:
-        words = [*words[:-2], OLD_NAMES.get(words[-2], words[-2]), words[-1]]
-    return words

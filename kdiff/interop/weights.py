@@ -4,6 +4,7 @@ A `Slot` pairs one array of a state dict, or some of its rows, with one variable
 writes them. PyTorch keeps kernels with the outputs first, (out, in, height, width) and (out, in); Keras last.
 """
 
+import collections
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
@@ -14,10 +15,24 @@ import numpy as np
 from kdiff import backend
 from kdiff.blocks.embeddings import FourierEmbedding, LabelEmbedding, LearnedEmbedding
 from kdiff.blocks.normalization import GroupNorm, LayerNorm, RMSNorm
+from kdiff.interop.arrays import Array, State
 from kdiff.interop.configs import explained
-from kdiff.interop.files import State
+from kdiff.interop.unsupported import about_names
 
-__all__ = ["LAYOUTS", "LEAVES", "Layout", "Names", "Part", "Rows", "Slot", "assign", "export", "fill", "slots"]
+__all__ = [
+    "LAYOUTS",
+    "LEAVES",
+    "LISTED",
+    "Layout",
+    "Names",
+    "Part",
+    "Rows",
+    "Slot",
+    "assign",
+    "export",
+    "fill",
+    "slots",
+]
 
 
 class Rows(NamedTuple):
@@ -88,6 +103,9 @@ LEAVES = {
     LearnedEmbedding: (("weight", "table", "same"),),
     FourierEmbedding: (("weight", "frequencies", "same"),),
 }
+
+
+LISTED = 10  # lines of one kind in an error
 
 
 def _moved(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
@@ -164,7 +182,7 @@ def _follow(layer: Any, path: str) -> Any:
 
 
 def assign(wanted: Iterable[Slot], state: State, source: Any, strict: bool = True) -> None:
-    """Gives every variable its numbers.
+    """Gives every variable its numbers, array by array: one alone is held beside the variables.
 
     Args:
         wanted: the slots. A variable with several, which hold copies, must find the same numbers in each.
@@ -173,10 +191,13 @@ def assign(wanted: Iterable[Slot], state: State, source: Any, strict: bool = Tru
         strict: whether whatever does not match is an error; otherwise it is a warning, and the rest is assigned.
 
     Raises:
-        ValueError: with the list of all that is missing, is not expected, has another shape, or differs from its copy.
+        ValueError: with the list of all that is missing, is not expected or has another shape, and then no variable
+            has been changed; or of all that is not finite, or differs from its copy.
     """
-    for slot, array in _checked(wanted, state, source, strict):
-        slot.variable.assign(array)
+    wanted = list(wanted)
+    wrong = _mismatches(wanted, state)
+    wrong += _given(wanted, state, change=not (wrong and strict))
+    _report(wrong, state, wanted, source, strict)
 
 
 def fill(
@@ -187,7 +208,9 @@ def fill(
     source: Any,
     strict: bool = True,
 ) -> None:
-    """Builds a network of kdiff and gives it its weights: what does not match is found before memory is asked for.
+    """Builds a network of kdiff and gives it its weights.
+
+    What does not match is found before memory is asked for, and no weight is drawn at random that the file has.
 
     Args:
         network: not built.
@@ -195,24 +218,10 @@ def fill(
         slots_of: the slots of a built one.
         state, source, strict: as of `assign`, whose error is raised.
     """
-    if strict:
-        with backend.unallocated(), explained(source):
-            trial = network.clone()
-            trial.build(shapes)
-        _checked(slots_of(trial), state, source, strict)
-    with explained(source):
+    with backend.unallocated(), explained(source):
         network.build(shapes)
     assign(slots_of(network), state, source, strict)
-
-
-def _checked(wanted: Iterable[Slot], state: State, source: Any, strict: bool) -> list[tuple[Slot, np.ndarray]]:
-    """For each variable a slot, and what it reads there."""
-    wanted = list(wanted)
-    found: dict[int, tuple[Slot, np.ndarray]] = {}
-    wrong = _mismatches(wanted, state)
-    wrong += [line for slot in wanted if slot.name in state for line in _take(slot, state[slot.name], found)]
-    _report(wrong, source, strict)
-    return list(found.values())
+    backend.allocate(network)
 
 
 def _mismatches(wanted: list[Slot], state: State) -> list[str]:
@@ -220,28 +229,53 @@ def _mismatches(wanted: list[Slot], state: State) -> list[str]:
     wrong = [f"missing: {slot.name}" for slot in wanted if slot.name not in state]
     wrong += [f"not expected: {name} {state[name].shape}" for name in sorted(set(state) - {s.name for s in wanted})]
     for slot in (slot for slot in wanted if slot.name in state):
-        array, shape = state[slot.name], tuple(slot.variable.shape)
+        array = state[slot.name]
         if array.dtype != np.float32:
             wrong.append(f"type: {slot.name} is {array.dtype}, and must be of floating-point numbers")
         elif not _fits(slot, array):
-            wrong.append(f"shape: {slot.name} is {array.shape}, which does not make {shape}")
+            wrong.append(f"shape: {slot.name} is {array.shape}, which does not make {tuple(slot.variable.shape)}")
     return wrong
 
 
-def _fits(slot: Slot, array: np.ndarray) -> bool:
-    ours = _read(slot, array) if array.dtype == np.float32 else None
+def _fits(slot: Slot, array: Array) -> bool:
+    """Whether what the slot reads has its variable's shape, found without the numbers."""
+    ours = _read(slot, np.broadcast_to(np.zeros((), "int8"), array.shape)) if array.dtype == np.float32 else None
     return ours is not None and ours.shape == tuple(slot.variable.shape)
 
 
-def _take(slot: Slot, array: np.ndarray, found: dict) -> list[str]:
-    """Adds to `found` what the slot reads, if it fits; returns what is wrong with its numbers."""
-    if not _fits(slot, array):
-        return []
-    ours = _read(slot, array)
-    if not np.all(np.isfinite(ours)):
-        return [f"not finite: {slot.name}"]
-    first, before = found.setdefault(id(slot.variable), (slot, ours))
-    return [] if np.array_equal(before, ours) else [f"differs: {slot.name} from {first.name}, whose copy it should be"]
+def _given(wanted: list[Slot], state: State, change: bool) -> list[str]:
+    """Gives each variable what its first slot reads, if it fits and is finite; returns what is wrong with the numbers.
+
+    Without `change` the numbers are looked at alone.
+    """
+    copies = collections.Counter(id(slot.variable) for slot in wanted)
+    first: dict[int, tuple[str, np.ndarray]] = {}  # what variables with copies were given; those are small
+    groups: dict[str, list[Slot]] = {}  # the slots of each array, which is read once
+    for slot in wanted:
+        if slot.name in state and _fits(slot, state[slot.name]):
+            groups.setdefault(slot.name, []).append(slot)
+
+    def given(name):
+        array = np.asarray(state[name])
+        for slot in groups[name]:
+            ours, key = _read(slot, array), id(slot.variable)
+            if not _finite(ours):
+                yield f"not finite: {name}"
+                continue
+            if change and key not in first:
+                backend.give(slot.variable, ours)
+            if copies[key] > 1:
+                other, before = first.setdefault(key, (name, ours.copy()))
+                if not np.array_equal(before, ours):
+                    yield f"differs: {name} from {other}, whose copy it should be"
+
+    return [line for name in groups for line in given(name)]
+
+
+def _finite(array: np.ndarray) -> bool:
+    """Whether all numbers are; a finite sum says so in one pass without a second array."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(np.sum(array)) or np.all(np.isfinite(array)))
 
 
 def _read(slot: Slot, array: np.ndarray) -> np.ndarray | None:
@@ -259,13 +293,34 @@ def _layout(slot: Slot) -> Layout:
     return LAYOUTS[slot.layout] if isinstance(slot.layout, str) else slot.layout
 
 
-def _report(wrong: list[str], source: Any, strict: bool) -> None:
+def _report(wrong: list[str], state: State, wanted: list[Slot], source: Any, strict: bool) -> None:
     if not wrong:
         return
-    message = f"{source}: {len(wrong)} arrays do not match the network:\n  " + "\n  ".join(wrong)
+    kinds: dict[str, list[str]] = {}
+    for line in wrong:
+        kinds.setdefault(line.split(":")[0], []).append(line)
+    lines = [line for kind, all_of in kinds.items() for line in _cut(kind, all_of)]
+    listed = "\n  ".join(lines)
+    message = f"{source}: {len(wrong)} arrays do not match the network{_hint(state, wanted)}:\n  {listed}"
     if strict:
         raise ValueError(message)
-    warnings.warn(message, stacklevel=5)
+    warnings.warn(message, stacklevel=4)
+
+
+def _cut(kind: str, lines: list[str]) -> list[str]:
+    return lines if len(lines) <= LISTED else [*lines[:LISTED], f"{kind}: {len(lines) - LISTED} more"]
+
+
+def _hint(state: State, wanted: list[Slot]) -> str:
+    """Why no name matches: something stands before all of them, or they are another network's."""
+    names = {slot.name for slot in wanted}
+    if names & set(state):
+        return ""
+    for name in state:
+        for prefix in (name.removesuffix(one) for one in names if name.endswith("." + one)):
+            if all(prefix + one in state for one in names):
+                return f", whose names stand after {prefix!r} in the file: give a mapping without it"
+    return about_names(state)
 
 
 def export(wanted: Iterable[Slot], values: Mapping[int, Any] | None = None) -> State:

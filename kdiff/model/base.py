@@ -11,36 +11,35 @@ gradient accumulation and clipping are untouched.
 
 import inspect
 import math
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from kdiff import backend, random
-from kdiff.averages import Averages
 from kdiff.base import Configurable, check_number
-from kdiff.codecs import Absent, Codec
+from kdiff.codecs import Codec
 from kdiff.conversion import moved
 from kdiff.denoisers import Estimate, Given
 from kdiff.model import feeding
+from kdiff.model.averaging import Averaging
 from kdiff.model.condition_inputs import condition_names
 from kdiff.model.sampling import Sampling, as_sampler
+from kdiff.model.saving import Saving
+from kdiff.model.sources import source_of
 from kdiff.objectives import Objective, Problem
 from kdiff.predictions import Prediction, check_invertible
 from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.times import TimeLabel, TimeSampler
 from kdiff.weightings import Weighting
-from kdiff.writing import replacing
 
 __all__ = ["RESERVED", "DiffusionModel"]
 
 
-class DiffusionModel(Configurable, Sampling, backend.SafeTraining, keras.Model):
+class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTraining, keras.Model):
     """A diffusion model.
 
     Args:
@@ -202,13 +201,6 @@ class DiffusionModel(Configurable, Sampling, backend.SafeTraining, keras.Model):
                 }
             )
 
-    def _new_averages(self) -> Averages | None:
-        if self.ema is None:
-            return None
-        averages = Averages(self.ema)
-        averages.follow(self.network)
-        return averages
-
     def _counter(self, name: str):
         return self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False, name=name)
 
@@ -311,51 +303,6 @@ class DiffusionModel(Configurable, Sampling, backend.SafeTraining, keras.Model):
         x, sample_weight = feeding.unpack(data)
         return super().test_step(*state, (x, None, sample_weight))
 
-    def reset_averages(self) -> None:
-        """Sets the averages to the weights as they are now, as after loading weights into the network.
-
-        If the network has other weights than before, as after `enable_lora`, the averages are new ones.
-        """
-        if not self.averages:
-            return
-        if self.averages.fits(self.network):
-            self.averages.reset(self.network)
-            return
-        with backend.strategy_of(self), backend.replaced(self, self.averages):
-            self.averages = self._new_averages()
-        self._forget_graphs()
-
-    @backend.uninterrupted
-    def update_averages(self) -> None:
-        """Moves the averages once towards the weights, as `fit` does after each step of the optimizer.
-
-        Call it after each step of a training loop of your own:
-
-            loss.backward(); optimizer.step(); model.update_averages()       # on PyTorch, for instance
-
-        Averages that were never moved are not used: `sample` and `evaluate` compute with the weights themselves.
-        """
-        if self.averages:
-            backend.without_gradients(lambda: self.averages.update(self.network))()
-            self._use_averages(True)
-
-    def _follow_averages(self) -> bool:
-        """Whether the averages are used, which is so from the first time that they are moved."""
-        self._follow_averages_of_others()
-        self._use_averages(self.averages is not None and self.averages.moved)
-        return self._averaging
-
-    def _follow_averages_of_others(self) -> None:
-        """Of the models that are part of this one, as a teacher that its objective asks."""
-        for part in self._flatten_layers(include_self=False):
-            if isinstance(part, DiffusionModel):
-                part._follow_averages()
-
-    def _use_averages(self, used: bool) -> None:
-        """Graphs cannot ask: they are traced with an answer, and traced again when it changes."""
-        if used != self._averaging:
-            self._averaging, self.test_function = used, None
-
     def _forget_graphs(self) -> None:
         """What is compiled for the model as it was."""
         self.train_function = self.test_function = None
@@ -457,7 +404,7 @@ class DiffusionModel(Configurable, Sampling, backend.SafeTraining, keras.Model):
 
     def _checked(self, x, y=None, sample_weight=None, check: feeding.BatchCheck | None = None):
         """(x, check): the data, prepared and checked on its way; the model is built for it if it was not."""
-        source = feeding.source_of(x, y, sample_weight).prepared(self.network)
+        source = source_of(x, y, sample_weight).prepared(self.network)
         shapes = source.shapes(None if self.built else self.codec)
         if check is None:
             certain = self.built and not self._on_trial
@@ -479,10 +426,6 @@ class DiffusionModel(Configurable, Sampling, backend.SafeTraining, keras.Model):
         """What the network is given."""
         label = ops.broadcast_to(self.time_label(self.schedule, m), ops.shape(x_t)[:1])
         return {"image": self.prediction.input_scale(m.like(x_t)) * x_t, "time": label, **conditions}
-
-    def _weights(self, averages: bool):
-        """The scope in which the network computes with the averaged weights, if there are and it is asked for."""
-        return self.averages.scope(self.network) if averages and self._averaging and self.averages else nullcontext()
 
     def _checked_output(self, output, x_t):
         """The network's output, float32."""
@@ -530,74 +473,6 @@ class DiffusionModel(Configurable, Sampling, backend.SafeTraining, keras.Model):
         if averages and self.averages and backend.concrete(self.averages.updates.value) is not None:
             self._follow_averages()  # else it is a part of a graph, which does that first
         return self._answer(averages, self.schedule, Given(conditions), x_t, m).x_hat
-
-    # Saving
-
-    def save(self, filepath, overwrite=True, zipped=None, **options) -> None:
-        """Keras' `save`, to a file that is written beside `filepath` and then moved there.
-
-        A kill or a full disk leaves the file that stood there. Folders are made as needed.
-
-        Raises:
-            ValueError: if the file is to be HDF5: it cannot hold schedules, codecs and the like.
-        """
-        if str(filepath).endswith((".h5", ".hdf5")):
-            raise ValueError(
-                "save: the model is saved as 'model.keras', its weights alone by save_weights('model.weights.h5'); "
-                f"received: {str(filepath)!r}"
-            )
-        with _new_file(filepath, overwrite) as new:
-            super().save(new, overwrite, zipped, **options)
-
-    def save_weights(self, filepath, overwrite=True, max_shard_size=None) -> None:
-        """Keras' `save_weights`, to a file that is moved into place as that of `save` is; several files are not."""
-        several = max_shard_size is not None
-        with nullcontext(filepath) if several else _new_file(filepath, overwrite) as new:
-            super().save_weights(new, overwrite, max_shard_size)
-
-    def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, serialised; of a codec that is not saved, what it was."""
-        config = super().get_config()
-        if not self.codec.saved:
-            config["codec"] = keras.saving.serialize_keras_object(Absent(repr(self.codec)))
-        return config
-
-    def get_compile_config(self) -> dict[str, Any]:
-        """The compilation, without what belongs to a machine: jit, steps per execution, PyTorch's optimizer class."""
-        config = super().get_compile_config()
-        config = {key: value for key, value in config.items() if key not in ("jit_compile", "steps_per_execution")}
-        if isinstance(config.get("optimizer"), dict):
-            config["optimizer"] = backend.portable_optimizer(config["optimizer"])
-        return config
-
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compiles a loaded model, and makes the optimizer's variables, which are loaded next."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.built:
-            self.optimizer.build(self.trainable_variables)
-
-    def save_own_variables(self, store) -> None:
-        """Keras' own, and the states of random layers, which Keras leaves out."""
-        super().save_own_variables(store)
-        for index, state in enumerate(self._random_states()):
-            store[f"random_state_{index}"] = ops.convert_to_numpy(state)
-
-    def load_own_variables(self, store) -> None:
-        """Keras' own, and the states of random layers."""
-        names = list(store.keys())
-        super().load_own_variables({name: store[name] for name in names if not name.startswith("random_state_")})
-        for index, state in enumerate(self._random_states()):
-            state.assign(np.asarray(store[f"random_state_{index}"]))
-
-    def _random_states(self) -> list:
-        weights = {id(weight) for weight in self.network.weights}
-        return [variable for variable in self.network.variables if id(variable) not in weights]
-
-
-def _new_file(path: Any, overwrite: bool) -> AbstractContextManager:
-    """The file to write in place of `path`: beside it; `path` itself where Keras is to ask, or it is no local file."""
-    local = isinstance(path, (str, os.PathLike)) and "://" not in str(path)
-    return replacing(path) if local and (overwrite or not os.path.exists(path)) else nullcontext(path)
 
 
 _REPLACEABLE = {"codec": Codec, "schedule": NoiseSchedule, "prediction": Prediction}

@@ -4,19 +4,12 @@ Examples come alone, as a pair with labels, or in a dictionary with named condit
 `keras.utils.PyDataset`, PyTorch `DataLoader` or generator. All become one dictionary, {"image": ..., "label": ...}, or
 {"encoded": ..., ...} of examples that the codec has encoded already. Every batch is looked at before the model sees it,
 so that one bad batch is an error and not a ruined network.
-
-    source = source_of(x, y).prepared(network)      one class for each kind of data
-    source.shapes()                                 of the inputs, by name
-    source.checked(check)                           what Keras is given
 """
 
 import contextlib
-import copy
-import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import GeneratorType
-from typing import Any, Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -24,7 +17,6 @@ import numpy as np
 from kdiff import backend
 from kdiff.codecs import Codec, Pixels
 from kdiff.model.condition_inputs import (
-    Preparation,
     as_numpy,
     check_values,
     condition_layers,
@@ -42,12 +34,11 @@ __all__ = [
     "TOLERANCE",
     "BatchCheck",
     "Orders",
-    "Source",
+    "check_axes",
     "check_end",
     "check_examples",
     "data_shape",
     "packed",
-    "source_of",
     "unpack",
 ]
 
@@ -140,7 +131,7 @@ def _check_byte_order(name: str, value: Any) -> None:
         )
 
 
-def _check_axes(image: Any, codec: Codec) -> None:
+def check_axes(image: Any, codec: Codec) -> None:
     """Raises a ValueError for what looks like pictures with channels first, or like one picture and not a batch.
 
     A model that is built already, for such shapes, takes them.
@@ -149,7 +140,7 @@ def _check_axes(image: Any, codec: Codec) -> None:
     if not isinstance(codec, Pixels) or None in shape[1:]:
         return
     few = (1, 3, 4)
-    if len(shape) == 4 and shape[1] in few and shape[2] == shape[3] > 4:
+    if len(shape) == 4 and shape[1] in few and min(shape[2:]) > 4:
         raise ValueError(
             f"`image` of the shape {shape} looks like pictures with channels first; kdiff's are (batch, height, width, "
             "channels): `numpy.moveaxis(x, 1, -1)`. If it is right, call `model.build(shape)` before"
@@ -233,9 +224,11 @@ class BatchCheck:
             return
         given = set(inputs) - {"image", "encoded"}
         if missing := set(self.conditions) - given:
+            extra = sorted(given - set(self.conditions) - self.optional)
+            instead = f"; received {extra} in their place" if extra else ""
             raise ValueError(
-                f"data: the network takes the conditions {sorted(self.conditions)}; missing: {sorted(missing)}. "
-                "Give dictionaries such as {'image': ..., 'label': ...}, or labels as `y`."
+                f"data: the network takes the conditions {sorted(self.conditions)}; missing: {sorted(missing)}{instead}"
+                ". Give dictionaries such as {'image': ..., 'label': ...}, or labels as `y`."
             )
         if extra := given - set(self.conditions) - self.optional:
             raise ValueError(f"data: the network takes no {sorted(extra)}; it takes {sorted(self.conditions)}")
@@ -291,225 +284,3 @@ class BatchCheck:
                 f"`{name}` holds {null}, which stands for none; classes are 0..{null - 1}: subtract 1 if yours begin "
                 "at 1"
             )
-
-
-def source_of(x: Any, y: Any = None, sample_weight: Any = None) -> "Source":
-    """The source of the batches in `x`; `y` and `sample_weight` go with arrays alone.
-
-    Raises:
-        TypeError: if `x` is of no type that Keras trains on.
-        ValueError: if `y` or `sample_weight` is given beside anything but arrays.
-    """
-    y = np.asarray(y) if isinstance(y, (list, tuple)) else y
-    sample_weight = np.asarray(sample_weight) if isinstance(sample_weight, (list, tuple)) else sample_weight
-    if isinstance(x, dict) or all(hasattr(x, name) for name in ("shape", "dtype", "__getitem__")):
-        return _Arrays((x, y, sample_weight))
-    if y is not None or sample_weight is not None:
-        raise ValueError(f"`y` and `sample_weight` must be part of the batches of a {type(x).__name__}")
-    if backend.is_tf_dataset(x):
-        return _Dataset(x)
-    if isinstance(x, keras.utils.PyDataset):
-        return _PyDataset(x)
-    if isinstance(x, GeneratorType):
-        return _Generator(x)
-    if backend.is_data_loader(x):
-        return _Loader(x)
-    raise TypeError(
-        "`x` must be an array, a dictionary of arrays, a tf.data.Dataset, a PyDataset, a PyTorch DataLoader or a "
-        f"generator of batches; received: {type(x).__name__}"
-    )
-
-
-class Source:
-    """Batches of one kind. A subclass defines `mapped` and `first`."""
-
-    def __init__(self, data: Any):
-        self.data = data
-
-    def mapped(self, function: Callable[[Any], Any]) -> Self:
-        """The same batches after `function`, of arrays on the host."""
-        raise NotImplementedError
-
-    def first(self) -> Any:
-        """One batch, of which none is lost; None if there is none."""
-        raise NotImplementedError
-
-    def prepared(self, network: keras.layers.Layer) -> Self:
-        """The same with numbers in place of text."""
-        return self.mapped(Preparation(network))
-
-    def shapes(self, codec: Codec | None = None) -> dict[str, tuple]:
-        """The shapes of the inputs, {"image": (None, 32, 32, 3), ...}.
-
-        Args:
-            codec: that of a model that is to be built for these shapes.
-
-        Raises:
-            ValueError: if there is nothing in it, or something has no rank; if the images for a codec of pictures look
-                like others.
-        """
-        batch = self.first()
-        if batch is None:
-            raise ValueError(f"`x` is empty: {self._empty}")
-        inputs, _ = unpack(tuple(batch) if isinstance(batch, list) else batch)
-        for name, array in inputs.items():
-            shape = getattr(array, "shape", None)
-            if shape is None or getattr(shape, "rank", 0) is None or len(shape) == 0:
-                raise ValueError(
-                    f"`{name}` must be a batch of known rank; received the shape {shape}. Of single examples make "
-                    "batches: `dataset.batch(32)`"
-                )
-        if codec is not None and "image" in inputs:
-            _check_axes(inputs["image"], codec)
-        return {name: (None, *tuple(array.shape)[1:]) for name, array in inputs.items()}
-
-    def checked(self, check: BatchCheck) -> Any:
-        """The data for Keras, with `check` called on every batch; labels and weights are put beside the images."""
-        return self.mapped(_Packed(check)).data
-
-
-class _Packed:
-    """A check whose batches have the form that Keras asks of generators; a class, so that worker processes get it."""
-
-    def __init__(self, check: BatchCheck):
-        self.check = check
-
-    def __call__(self, batch):
-        return (self.check(batch),)
-
-
-class _Arrays(Source):
-    """Arrays, `(x, y, sample_weight)`, which are checked as a whole."""
-
-    _empty = "it has no example"
-
-    def mapped(self, function):
-        x, y, sample_weight = self.data
-        batch = function((x, y, sample_weight))
-        return _Arrays((*batch, None, None)[:3])
-
-    def first(self):
-        inputs, _ = unpack(self.data)
-        return self.data if len(next(iter(inputs.values()))) else None
-
-    def checked(self, check):
-        return check(self.data)
-
-
-class _Generator(Source):
-    """A generator of batches."""
-
-    _empty = "the generator yields no batch"
-
-    def mapped(self, function):
-        return _Generator(function(batch) for batch in self.data)
-
-    def first(self):
-        first = next(self.data, None)
-        if first is not None:
-            self.data = _chained(first, self.data)
-        return first
-
-
-def _chained(first: Any, rest: Iterator) -> Iterator:
-    """A generator again, as Keras tells generators by their type."""
-    yield from itertools.chain([first], rest)
-
-
-class _PyDataset(Source):
-    """A `keras.utils.PyDataset`."""
-
-    _empty = "the PyDataset has no batch"
-
-    def mapped(self, function):
-        return _PyDataset(_MappedPyDataset(self.data, function))
-
-    def first(self):
-        return None if self.data.num_batches == 0 else self.data[0]
-
-
-class _MappedPyDataset(keras.utils.PyDataset):
-    def __init__(self, dataset: keras.utils.PyDataset, function: Callable):
-        super().__init__(dataset.workers, dataset.use_multiprocessing, dataset.max_queue_size)
-        self.dataset, self.function = dataset, function
-
-    @property
-    def num_batches(self):
-        return self.dataset.num_batches
-
-    def __getitem__(self, index):
-        return self.function(self.dataset[index])
-
-    def on_epoch_begin(self):
-        self.dataset.on_epoch_begin()
-
-    def on_epoch_end(self):
-        self.dataset.on_epoch_end()
-
-
-class _Loader(Source):
-    """A PyTorch `DataLoader`."""
-
-    _empty = "the DataLoader has no batch"
-
-    def mapped(self, function):
-        loader = copy.copy(self.data)
-        loader.collate_fn = _MappedCollation(loader.collate_fn, function)
-        return _Loader(loader)
-
-    def first(self):
-        return next(iter(copy.copy(self.data)), None)  # workers that persist would keep the loader's own collation
-
-
-class _MappedCollation:
-    def __init__(self, collate, function: Callable):
-        self.collate, self.function = collate, function
-
-    def __call__(self, samples):
-        batch = self.collate(samples)
-        return backend.loader_batch(self.function(tuple(batch) if isinstance(batch, list) else batch))
-
-
-class _Dataset(Source):
-    """A `tf.data.Dataset`, which is mapped by graphs, and whose shapes are known without a batch."""
-
-    _empty = "the tf.data.Dataset has no batch"
-
-    def first(self):
-        count = int(self.data.cardinality())  # below 0 if it is endless (-1) or not known (-2)
-        if count == 0 or (count == -2 and next(iter(self.data.take(1)), None) is None):
-            return None
-        return self.data.element_spec
-
-    def prepared(self, network):
-        """Static shapes and types of what was text are those of a null, or of the first batch."""
-        prepare, texts = Preparation(network), []
-        columns = set()
-
-        def look(name, spec):
-            if is_text(spec):
-                texts.append(name)
-            elif hasattr(prepare.layers.get(name), "rows") and spec.shape.rank == 2 and spec.shape[1] == 1:
-                columns.add(name)
-
-        prepare.mapped(self.data.element_spec, look)
-        if not texts and not columns:
-            return self
-        nulls = {name: getattr(prepare.layers[name], "null", None) for name in texts if name in prepare.layers}
-        rows = {name: np.asarray(null) for name, null in nulls.items() if null is not None}
-        if rows.keys() != nulls.keys() and (first := next(iter(self.data.take(1)), None)) is not None:
-            prepare.mapped(first, lambda name, v: name in nulls and rows.update({name: prepare.value(name, v)[0]}))
-
-        def value(name, tensor):
-            if name in columns:
-                return tensor[:, 0]
-            if name not in rows or not is_text(tensor):
-                return tensor
-            shape = (tensor.shape[0], *rows[name].shape)
-            return backend.on_host(lambda array: prepare.value(name, array), tensor, shape, rows[name].dtype)
-
-        return _Dataset(self.data.map(lambda *batch: prepare.mapped(batch if len(batch) > 1 else batch[0], value)))
-
-    def checked(self, check):
-        checked = backend.checked_dataset(self.data, check)
-        return checked.map(lambda *batch: (packed(batch if len(batch) > 1 else batch[0]),))

@@ -19,6 +19,7 @@ from kdiff.base import check_integer
 from kdiff.blocks.attention import CrossAttention
 from kdiff.blocks.base import Chain, ConfigurableLayer, Tokens, apply_layer, build_layer, copy_layer, derive_seed
 from kdiff.blocks.conditions import Encoded, Input, given_to, inputs_of
+from kdiff.blocks.context_attention import ContextAttention
 
 __all__ = ["AXES", "Network", "check_size", "joined"]
 
@@ -30,7 +31,7 @@ class Network(ConfigurableLayer, keras.Model):
     """Time and conditions to `embed`, `context` and maps beside the image; the body, by a subclass, does the rest.
 
     Args:
-        embedding: the layer that makes `embed`, (batch, dim), of the time.
+        embedding: the layer that makes `embed`, (batch, dim), of the time, and of what else it takes (`inputs_of`).
         conditions: a layer for each condition, by its name in the input, such as `{"label": LabelEmbedding(10)}`. What
             it gives (see `kdiff.blocks.Encoded`) is added to `embed` if it is a vector, (batch, dim), is a part of
             `context` if it is tokens, (batch, tokens, dim), and is joined to the channels of the image if it is a map.
@@ -112,7 +113,7 @@ class Network(ConfigurableLayer, keras.Model):
         shapes = self._checked({name: tuple(shape) for name, shape in input_shape.items()})
         *sizes, channels = image = shapes["image"]
         self._channels = self.out_channels or channels
-        time = build_layer(self.embedding, shapes["time"])
+        time = build_layer(self.embedding, given_to(self.embedding, "time", shapes))
         encoded = {
             name: Encoded.of(build_layer(layer, given_to(layer, name, shapes), time, image=image))
             for name, layer in self.conditions.items()
@@ -160,7 +161,11 @@ class Network(ConfigurableLayer, keras.Model):
         conditions = {id(layer) for top in self.conditions.values() for layer in top._flatten_layers()}
         layers = [layer for layer in self._flatten_layers(include_self=False) if id(layer) not in conditions]
         own = all(type(layer).__module__.split(".")[0] in ("kdiff", "keras") for layer in layers)
-        if context is not None and own and not any(isinstance(layer, CrossAttention) for layer in layers):
+        if (
+            context is not None
+            and own
+            and not any(isinstance(layer, (CrossAttention, ContextAttention)) for layer in layers)
+        ):
             raise ValueError(
                 f"{type(self).__name__}: conditions give tokens, and no layer attends to them: compose the network of "
                 "blocks with attention to a context, such as `TransformerBlock`, or give a vector, as of "
@@ -169,9 +174,12 @@ class Network(ConfigurableLayer, keras.Model):
 
     @property
     def condition_inputs(self) -> dict[str, Input]:
-        """The inputs beside image and time, by name."""
-        of_each = (inputs_of(layer, name) for name, layer in self.conditions.items())
-        return {name: one for inputs in of_each for name, one in inputs.items()}
+        """The inputs beside image and time, by name; of one that several conditions take, the first knows its null."""
+        layers, found = {"time": self.embedding, **self.conditions}, {}
+        for name, layer in layers.items():
+            for one, taken in inputs_of(layer, name).items():
+                found.setdefault(one, taken)
+        return {name: one for name, one in found.items() if name != "time"}
 
     def call(self, inputs, training=None):
         """The dictionary of inputs (see the module) to the shape of the image with `out_channels`, float32."""
@@ -181,7 +189,7 @@ class Network(ConfigurableLayer, keras.Model):
         """What `call` gives; `options` are of `_body`."""
         self._checked({name: tuple(value.shape) for name, value in inputs.items()})
         image = inputs["image"]
-        time = apply_layer(self.embedding, inputs["time"], training=training)
+        time = apply_layer(self.embedding, given_to(self.embedding, "time", inputs), training=training)
         encoded = {
             name: Encoded.of(apply_layer(layer, given_to(layer, name, inputs), time, training=training, image=image))
             for name, layer in self.conditions.items()

@@ -4,17 +4,19 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import keras
+from keras import ops
 
 from kdiff.base import check_integer
 from kdiff.blocks.attention import usual_heads
-from kdiff.blocks.base import apply_layer, build_layer, copy_layer, get_layer
+from kdiff.blocks.base import ConfigurableLayer, apply_layer, build_layer, copy_layer, get_layer
+from kdiff.blocks.conditions import Encoded, given_to
 from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbedding
 from kdiff.blocks.normalization import AdaptiveNorm, LayerNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.transformer import adaptive_block
 from kdiff.networks.base import Network, check_size
 
-__all__ = ["DiT"]
+__all__ = ["DiT", "Steering"]
 
 
 class DiT(Network):
@@ -44,6 +46,9 @@ class DiT(Network):
         out_channels: of the output; None for those of the image, twice those for a learned variance.
         remat: whether the inside of each block is computed again for the gradient, to save memory.
         seed: from which each copied layer that has a `seed` gets one of its own.
+        separate: whether each block but the first has copies of `embedding` and of `conditions` to itself, with numbers
+            of their own, whose vectors steer it; the last layer is steered by the first block's. So do networks differ
+            from the paper's that diffusers has trained. Tokens and maps are those of `conditions`.
         kwargs: `name` and `dtype`.
 
     Raises:
@@ -64,6 +69,7 @@ class DiT(Network):
         out_channels: int | None = None,
         remat: bool = False,
         seed: int = 0,
+        separate: bool = False,
         **kwargs,
     ):
         for name, value in {"width": width, "depth": depth, "patch": patch}.items():
@@ -79,6 +85,18 @@ class DiT(Network):
         self.patchify = Patchify(patch, width, dtype=self.dtype_policy, name="patchify")
         self.blocks = [self._chain([copy_layer(layer)], f"block_{i}") for i, layer in enumerate(self._turns())]
         self.last = AdaptiveNorm(self.normalization, dtype=self.dtype_policy, name="last")
+        self.separate = separate
+        self.steering = [Steering(self.embedding, self.conditions) for _ in self.blocks[1:]] if separate else []
+
+    def build(self, input_shape):
+        """As in `Network`."""
+        super().build(input_shape)
+        for one in self.steering:
+            build_layer(one, {name: tuple(shape) for name, shape in input_shape.items()})
+
+    def call(self, inputs, training=None):
+        """As in `Network`."""
+        return self._output(inputs, training, **({"given": inputs} if self.separate else {}))
 
     def _turns(self):
         templates = self.block if isinstance(self.block, list) else [self.block]
@@ -94,12 +112,13 @@ class DiT(Network):
         self.head = Unpatchify(self.patch, self._channels, zero=True, dtype="float32", name="head")
         build_layer(self.head, x)
 
-    def _body(self, x, embed, context, training):
+    def _body(self, x, embed, context, training, given=None):
         x = self.patchify(x)
         if self.positions is not None:
             x = apply_layer(self.positions, x, training=training)
-        for block in self.blocks:
-            x = self._run(block, x, embed, context, training)
+        vectors = [embed, *(one(given, training=training) for one in self.steering)]
+        for i, block in enumerate(self.blocks):
+            x = self._run(block, x, vectors[i if self.separate else 0], context, training)
         return self.head(self.last(x, embed=embed))
 
     def _check_image(self, shape):
@@ -140,6 +159,37 @@ class DiT(Network):
         """
         published = {"conditions": {"label": LabelEmbedding(1000, dropout=0.1)}, "out_channels": 8}
         return cls(width, depth, patch, adaptive_block(heads), **{**published, **options})
+
+
+class Steering(ConfigurableLayer, keras.layers.Layer):
+    """A vector of time and conditions, (batch, dim): the sum of an embedding and of the conditions that give vectors.
+
+    Args:
+        embedding: a template of the layer of the time.
+        conditions: a template for each condition, by its name in the input.
+    """
+
+    def __init__(
+        self, embedding: keras.layers.Layer, conditions: Mapping[str, keras.layers.Layer] | None = None, **kwargs
+    ):
+        super().__init__(autocast=False, **kwargs)
+        self.embedding = copy_layer(embedding)
+        self.conditions = {name: copy_layer(layer) for name, layer in (conditions or {}).items()}
+
+    def build(self, shapes):
+        """Builds the layers, of the shapes of the network's inputs."""
+        time = build_layer(self.embedding, given_to(self.embedding, "time", shapes))
+        for name, layer in self.conditions.items():
+            build_layer(layer, given_to(layer, name, shapes), time, image=shapes["image"])
+
+    def call(self, inputs, training=None):
+        """The network's inputs by name to (batch, dim)."""
+        embed = apply_layer(self.embedding, given_to(self.embedding, "time", inputs), training=training)
+        for name, layer in self.conditions.items():
+            given, others = given_to(layer, name, inputs), {"training": training, "image": inputs["image"]}
+            vector = Encoded.of(apply_layer(layer, given, embed, **others)).vector
+            embed = embed if vector is None else embed + ops.cast(vector, embed.dtype)
+        return embed
 
 
 def _templates(block: Any) -> Any:

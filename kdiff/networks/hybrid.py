@@ -14,7 +14,7 @@ from kdiff.blocks.layers import Conv2D
 from kdiff.blocks.patterns import Neighborhood, Pattern
 from kdiff.blocks.transformer import adaptive_block
 from kdiff.networks.base import Network, check_size
-from kdiff.networks.unet import Level
+from kdiff.networks.unet import Level, check_depths
 
 __all__ = ["Hybrid"]
 
@@ -59,6 +59,7 @@ class Hybrid(Network):
     ):
         if not levels or not all(isinstance(level, Level) for level in levels):
             raise ValueError(f"Hybrid: `levels` must be one `Level` or more; received: {levels!r}")
+        check_depths("Hybrid", levels)
         embedding = embedding or MLPEmbedding(SinusoidalEmbedding(64), 256)
         super().__init__(embedding, conditions, out_channels, remat, seed, **kwargs)
         self.levels = list(levels)
@@ -78,7 +79,7 @@ class Hybrid(Network):
         return zip(self.levels[:-1], self.levels[1:], strict=True)
 
     def _level(self, level, name):
-        return [self._chain(level.unit(), f"{name}_{i}") for i in range(level.depth)]
+        return [self._chain(unit, f"{name}_{i}") for i, unit in enumerate(level.units_down())]
 
     def _resample(self, layer, towards, name):
         width = {"width": towards.width} if "width" in layer.get_config() else {}

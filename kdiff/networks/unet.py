@@ -15,7 +15,7 @@ from kdiff.blocks.layers import Conv2D
 from kdiff.blocks.transformer import TransformerBlock
 from kdiff.networks.base import Network, check_size
 
-__all__ = ["Level", "UNet"]
+__all__ = ["Level", "UNet", "check_depths"]
 
 
 class Level(Value):
@@ -23,12 +23,15 @@ class Level(Value):
 
     Args:
         width: the channels at this level.
-        depth: the number of blocks on the way down; on the way up there is one more.
+        depth: the number of blocks on the way down; on the way up there is one more. Of the middle it may be 0.
         block: a block; where it has an argument `width`, the network sets it, and a UNet needs that.
-        mixer: a layer that follows each block, such as `SelfAttention()`; None for none.
+        mixer: a layer that follows each block, such as `SelfAttention()`; None for none; or a list of `depth` of these,
+            one a block.
         downsample: the layer that leads from here to the next, coarser level, at half the size.
         upsample: the layer that leads back from there, at twice the size.
         up_mixers: the number of mixers on the way up, after the last of the blocks; None for one after each.
+        up_mixer: what follows each block on the way up: "same" for `mixer`, else a layer, None or a list of `depth + 1`
+            of these.
     """
 
     def __init__(
@@ -40,30 +43,50 @@ class Level(Value):
         downsample: Any = "downsample",
         upsample: Any = "upsample",
         up_mixers: int | None = None,
+        up_mixer: Any = "same",
     ):
         check_integer("Level", "width", width)
-        check_integer("Level", "depth", depth)
+        check_integer("Level", "depth", depth, 0)
         if up_mixers is not None:
             check_integer("Level", "up_mixers", up_mixers, 0)
         self.width = width
         self.depth = depth
         self.block = get_layer(block)
-        self.mixer = None if mixer is None else get_layer(mixer)
+        self.mixer = _mixers(mixer, depth)
         self.downsample = get_layer(downsample)
         self.upsample = get_layer(upsample)
         self.up_mixers = up_mixers
+        self.up_mixer = up_mixer if isinstance(up_mixer, str) and up_mixer == "same" else _mixers(up_mixer, depth + 1)
 
-    def unit(self, *after: keras.layers.Layer, mixed: bool = True) -> list[keras.layers.Layer]:
-        """Copies of the block, at this level's width, of the mixer, if there is one, and of the layers `after`."""
-        mixers = [self.mixer] if mixed and self.mixer is not None else []
+    def unit(self, mixer: keras.layers.Layer | None, *after: keras.layers.Layer) -> list[keras.layers.Layer]:
+        """Copies of the block, at this level's width, of a mixer, if there is one, and of the layers `after`."""
         width = {"width": self.width} if self.widens else {}
+        mixers = [] if mixer is None else [mixer]
         return [copy_layer(self.block, **width), *map(copy_layer, [*mixers, *after])]
+
+    @property
+    def mixers_down(self) -> list[keras.layers.Layer | None]:
+        """What follows each block on the way down."""
+        return self.mixer if isinstance(self.mixer, list) else [self.mixer] * self.depth
+
+    @property
+    def mixers_up(self) -> list[keras.layers.Layer | None]:
+        """What follows each block on the way up."""
+        mixer, count = self.mixer if isinstance(self.up_mixer, str) else self.up_mixer, self.depth + 1
+        if isinstance(mixer, list) and isinstance(self.up_mixer, str):
+            raise ValueError("Level: a list of mixers for the way down needs an `up_mixer` for the way up")
+        mixers = mixer if isinstance(mixer, list) else [mixer] * count
+        plain = 0 if self.up_mixers is None else max(0, count - self.up_mixers)
+        return [None] * plain + mixers[plain:]
+
+    def units_down(self) -> list[list[keras.layers.Layer]]:
+        """The `depth` units of the way down."""
+        return [self.unit(mixer) for mixer in self.mixers_down]
 
     def units_up(self, *after: keras.layers.Layer) -> list[list[keras.layers.Layer]]:
         """The units of the way up, one more than `depth`, the last with the layers `after`."""
-        plain = self.depth + 1 - (self.depth + 1 if self.up_mixers is None else self.up_mixers)
-        units = [self.unit(mixed=i >= plain) for i in range(self.depth)]
-        return [*units, self.unit(*after, mixed=self.depth >= plain)]
+        *mixers, last = self.mixers_up
+        return [*(self.unit(mixer) for mixer in mixers), self.unit(last, *after)]
 
     @property
     def widens(self) -> bool:
@@ -89,7 +112,7 @@ class UNet(Network):
     Args:
         levels: the `Level`s, from the finest to the coarsest.
         middle: a Level of which `depth` blocks, with a mixer between each two, stand between the way down and the way
-            up; None for two blocks of the coarsest level, and its mixer.
+            up, none if that is 0; None for two blocks of the coarsest level, and its mixer.
         embedding: the layer that makes `embed`, (batch, dim), of the time; None for an MLPEmbedding of a
             SinusoidalEmbedding as wide as the first convolution.
         conditions: a layer for each condition, by its name in the input, such as `{"label": LabelEmbedding(10)}`. What
@@ -133,10 +156,11 @@ class UNet(Network):
         for level in (*levels, *([middle] if middle else [])):
             if not level.widens:
                 raise ValueError(f"UNet: a level's `block` must have an argument `width`; received: {level.block!r}")
+        check_depths("UNet", levels)
         embedding = embedding or MLPEmbedding(SinusoidalEmbedding(max(2, stem_width or levels[0].width)))
         super().__init__(embedding, conditions, out_channels, remat, seed, **kwargs)
         self.levels = list(levels)
-        self.middle = middle or Level(levels[-1].width, 2, levels[-1].block, levels[-1].mixer)
+        self.middle = middle or Level(levels[-1].width, 2, levels[-1].block, levels[-1].mixers_down[-1])
         self.normalization = self._copy(normalization, "normalization")
         self.activation = activation
         self._activate = keras.activations.get(activation)
@@ -313,6 +337,12 @@ class UNet(Network):
         return cls(made, **kwargs)
 
 
+def check_depths(owner: str, levels: Sequence[Level]) -> None:
+    """Raises a ValueError for a level without blocks, which the middle alone may be."""
+    if not all(level.depth for level in levels):
+        raise ValueError(f"{owner}: each of `levels` must have a `depth` of 1 or more; received: {levels!r}")
+
+
 def _given(**options):
     """Those that are not None."""
     return {name: value for name, value in options.items() if value is not None}
@@ -321,15 +351,25 @@ def _given(**options):
 def _way_down(levels):
     """Lists of layers; the output of each is kept for the way up."""
     for level in levels:
-        yield from (level.unit() for _ in range(level.depth))
+        yield from level.units_down()
         if level is not levels[-1]:
             yield [copy_layer(level.downsample)]
 
 
 def _between(level):
     """`depth` blocks with a mixer between each two."""
-    units = [layer for _ in range(level.depth) for layer in level.unit()]
-    return units if level.mixer is None or level.depth == 1 else units[:-1]
+    *units, last = level.units_down() or [[]]
+    units.append(last if level.depth == 1 else last[:1])
+    return [layer for unit in units for layer in unit]
+
+
+def _mixers(given, count):
+    """A template, None, or a list of so many."""
+    if isinstance(given, (list, tuple)):
+        if len(given) != count:
+            raise ValueError(f"Level: a list of mixers must have {count}, one a block; received: {len(given)}")
+        return [None if one is None else get_layer(one) for one in given]
+    return None if given is None else get_layer(given)
 
 
 def _index(argument, index, length):

@@ -12,6 +12,7 @@ from kdiff.solvers.dpm_sde import (
     DPMSolverPPSinglestepSDE,
     DPMSolverSDE,
 )
+from kdiff.solvers.fast import DPMSolverFast
 from kdiff.solvers.multistep import DEIS, IPNDM, LMS, PNDM
 from kdiff.solvers.runge_kutta import DPM2, RK4, Angle, DPM2Ancestral, Euler, EulerAncestral, Heun, Ratio
 from kdiff.solvers.sa import SASolver, Tau, Within
@@ -34,6 +35,7 @@ __all__ = [
     "DDIMInversion",
     "DPM2Ancestral",
     "DPMSolver",
+    "DPMSolverFast",
     "DPMSolverPP",
     "DPMSolverPP2SAncestral",
     "DPMSolverPP3MSDE",

@@ -45,8 +45,12 @@ class Control(NamedTuple):
 
 
 class Adaptive(Solver):
-    """DPM-Solver-23, or -12, with error control (Lu et al. 2022, arXiv:2206.00927, appendix C; k-diffusion's
-    `sample_dpm_adaptive`).
+    """DPM-Solver-23, or -12, with error control (Lu et al. 2022, arXiv:2206.00927, appendix C).
+
+    k-diffusion's `sample_dpm_adaptive` is the same pair of methods, but not the same solver: it integrates noise_hat,
+    where this integrates x_hat and so may go to t = 0; it measures the error by the root mean square over the whole
+    batch, absolute in the scale of x / alpha, where this takes the worst sample, in units of the size of its z; and its
+    next sub-step is by error^(-1 / order) alone, limited by an arctangent. At an equal tolerance they differ.
 
     A step of the grid is cut into sub-steps. The error of each is taken to be the difference of the methods of order
     `order` and `order` - 1, and measured in units of the tolerance,

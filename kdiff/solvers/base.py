@@ -50,6 +50,7 @@ class Solver(Value):
         "dpmpp3msde": "dpm_solver_pp_3m_sde",
         "dpmpp2sa": "dpm_solver_pp_2s_ancestral",
         "dpm2a": "dpm2_ancestral",
+        "dpmfast": "dpm_solver_fast",
         "eulera": "euler_ancestral",
         "keuler": "euler",
         "keulera": "euler_ancestral",

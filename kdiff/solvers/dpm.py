@@ -137,12 +137,14 @@ class _Multistep(Solver):
         x_hat = estimate.x_hat
         value = self.value(x, x_hat, now)
         frozen = self.frozen(x, x_hat, value, now, then)
-        single = half(frozen.h) if self.variant == "midpoint" else None
-        places, count = state.places(now, then), self._order(then, state) - 1
-        x = frozen.plus(weights(frozen.h, places, count, single, self._curvature), [value, *state.values])
+        count = self._order(then, state) - 1
+        x = frozen.plus(self._weights(frozen.h, state.places(now, then), count), [value, *state.values])
         if self.stochastic:
             x = x + frozen.spread * noise()
         return x, estimate, state.add(value, now)
+
+    def _weights(self, h, places: list, count) -> list:
+        return weights(h, places, count, half(h) if self.variant == "midpoint" else None, self._curvature)
 
     def _length(self) -> int:
         return self.order - 1

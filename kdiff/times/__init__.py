@@ -15,13 +15,14 @@ from kdiff.times.grids import (
     Linspace,
     Polyexponential,
     Rounded,
+    Sigmas,
     TimeGrid,
     Times,
     Trailing,
     UniformLogSNR,
 )
 from kdiff.times.jumps import Jumps
-from kdiff.times.labels import Index, LogSNR, Scaled, TimeLabel
+from kdiff.times.labels import Index, LogSNR, RoundedLabel, Scaled, TimeLabel
 from kdiff.times.samplers import (
     Antithetic,
     Discrete,
@@ -58,7 +59,9 @@ __all__ = [
     "Polyexponential",
     "PowerLaw",
     "Rounded",
+    "RoundedLabel",
     "Scaled",
+    "Sigmas",
     "Stratified",
     "Systematic",
     "TimeGrid",

@@ -33,6 +33,7 @@ __all__ = [
     "Linspace",
     "Polyexponential",
     "Rounded",
+    "Sigmas",
     "TimeGrid",
     "Times",
     "Trailing",
@@ -310,12 +311,16 @@ class FlowShift(_Warped):
         return self.shift * u / (1.0 + (self.shift - 1.0) * u)
 
 
+_LEAST = 1e-7  # a time that is not 0, where the noise is as good as at 0
+
+
 class _Sigmas(TimeGrid):
     """Times at which s = sigma / alpha has given values, from `sigma_max` to `sigma_min`. A new one defines `sigmas`.
 
     An end that is None is the schedule's: t = 1, and the first step of a discrete schedule. The clean end of a
-    continuous schedule is t = 0 itself, so there the `steps` + 1 values from one end to the other are the grid, and a
-    `sigma_min` of one's own must lie above it, as EDM's 0.002 does on `VarianceExploding(1e-4, 80.0)`.
+    continuous schedule is t = 0 itself, so there the `steps` + 1 values from one end to the other are the grid. A
+    `sigma_min` of one's own comes before the last step, which goes from there to t = 0, as EDM's does; where it is the
+    schedule's own, as 0.002 is of `VarianceExploding()`, it is taken at a t of 1e-7, for 0 is the data itself.
     """
 
     def __init__(self, sigma_min: float | None = None, sigma_max: float | None = None):
@@ -329,9 +334,8 @@ class _Sigmas(TimeGrid):
 
     def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
         low, high = self._ends(schedule)
-        sigmas = self.sigmas(low, high, _spaces(steps, closed=self.sigma_min is not None or schedule.first_time > 0))
-        log_snr = ops.convert_to_tensor(-2.0 * np.log(sigmas), "float32")
-        times = np.clip(ops.convert_to_numpy(schedule.time(log_snr)).astype("float64"), 0.0, 1.0)
+        sigmas = self.sigmas(low, high, self.spaces(steps, self.sigma_min is not None or schedule.first_time > 0))
+        times = _times_at(schedule, sigmas)
         # `time` may miss the ends by its rounding.
         times[0] = 1.0 if self.sigma_max is None else times[0]
         if self.sigma_min is None and steps > 1:
@@ -342,22 +346,68 @@ class _Sigmas(TimeGrid):
         """s at u, increasing from `low` at u = 0 to `high` at u = 1."""
         raise NotImplementedError
 
+    def spaces(self, steps: int, closed: bool) -> np.ndarray:
+        """u, falling from 1; to 0, if `closed`."""
+        return _spaces(steps, closed)
+
     def _ends(self, schedule: NoiseSchedule) -> tuple[float, float]:
         """(sigma_min, sigma_max), inside of the schedule's own."""
-        lowest, highest = (math.exp(-0.5 * float(ops.convert_to_numpy(end))) for end in schedule.log_snr_ends())
+        lowest, highest = _ends_of(schedule)
         low = lowest if self.sigma_min is None else self.sigma_min
         high = highest if self.sigma_max is None else self.sigma_max
-        if schedule.num_steps is None and self.sigma_min is not None and low < lowest * 1.0001:
-            raise ValueError(
-                f"{type(self).__name__}: `sigma_min` must lie above {lowest:.6g}, where {schedule!r} ends with t = 0; "
-                f"received: {low:.6g}. None ends there; a schedule that goes further leaves room for a last step"
-            )
-        if not lowest * 0.9999 <= low < high <= highest * 1.0001:  # of the ends only float32 is known
-            raise ValueError(
-                f"{type(self).__name__}: `sigma_min` < `sigma_max` must lie in [{lowest:.6g}, {highest:.6g}], the "
-                f"sigma / alpha of {schedule!r}; received: {low:.6g} and {high:.6g}"
-            )
+        _check_within(type(self).__name__, schedule, low, high)
         return low, high
+
+
+def _ends_of(schedule: NoiseSchedule) -> list[float]:
+    """The least and the largest sigma / alpha."""
+    return [math.exp(-0.5 * float(ops.convert_to_numpy(end))) for end in schedule.log_snr_ends()]
+
+
+def _check_within(name: str, schedule: NoiseSchedule, low: float, high: float) -> None:
+    lowest, highest = _ends_of(schedule)
+    if not lowest * 0.9999 <= low <= high <= highest * 1.0001:  # of the ends only float32 is known
+        raise ValueError(
+            f"{name}: `sigma_min` < `sigma_max` must lie in [{lowest:.6g}, {highest:.6g}], the sigma / alpha of "
+            f"{schedule!r}; received: {low:.6g} and {high:.6g}"
+        )
+
+
+def _times_at(schedule: NoiseSchedule, sigmas: np.ndarray) -> np.ndarray:
+    """Times above 0 at which sigma / alpha has these values."""
+    log_snr = ops.convert_to_tensor(-2.0 * np.log(sigmas), "float32")
+    return np.clip(ops.convert_to_numpy(schedule.time(log_snr)).astype("float64"), _LEAST, 1.0)
+
+
+class Sigmas(TimeGrid):
+    """Noise levels of your own, s = sigma / alpha, as users of EDM and k-diffusion have them: of any schedule.
+
+    Args:
+        sigmas: strictly decreasing, above zero, with as many values as there are steps; a last 0 may stand after them.
+
+    Raises:
+        ValueError: if they are not; and, when called, if the run has another number of steps, or the schedule does not
+            have such levels.
+    """
+
+    def __init__(self, sigmas: Sequence[float]):
+        s = np.asarray(sigmas, "float64").ravel()
+        above = s[:-1] if len(s) and s[-1] == 0 else s
+        if not (len(above) and np.all(np.isfinite(above)) and above[-1] > 0 and np.all(np.diff(above) < 0)):
+            raise ValueError(
+                f"Sigmas: `sigmas` must decrease strictly to a last above 0, or to 0; received: {sigmas!r}"
+            )
+        self.sigmas = tuple(float(one) for one in s)
+        self._above = above
+
+    def default_steps(self, schedule: NoiseSchedule) -> int:
+        return len(self._above)
+
+    def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
+        if steps != len(self._above):
+            raise ValueError(f"Sigmas: `steps` must be {len(self._above)}, to use every value; received: {steps}")
+        _check_within("Sigmas", schedule, self._above[-1], self._above[0])
+        return _times_at(schedule, self._above)
 
 
 class Karras(_Sigmas):

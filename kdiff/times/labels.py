@@ -1,9 +1,11 @@
 """TimeLabel: what a network sees as time."""
 
-from kdiff.base import Value, check_number
+from keras import ops
+
+from kdiff.base import Value, check_choice, check_number
 from kdiff.schedules import Marginal, NoiseSchedule
 
-__all__ = ["Index", "LogSNR", "Scaled", "TimeLabel"]
+__all__ = ["Index", "LogSNR", "RoundedLabel", "Scaled", "TimeLabel"]
 
 
 class TimeLabel(Value):
@@ -51,3 +53,21 @@ class LogSNR(TimeLabel):
 
     def __call__(self, schedule: NoiseSchedule, m: Marginal):
         return self.scale * m.log_snr
+
+
+class RoundedLabel(TimeLabel):
+    """A label as a whole number: what a network is told that was trained at whole numbers, at times that lie between.
+
+    Args:
+        label: a `TimeLabel` or its name.
+        rounding: "nearest", a half being rounded to the even number; or "down". A label that is whole to float32's
+            precision, 0.001, stays what it is.
+    """
+
+    def __init__(self, label="index", rounding: str = "nearest"):
+        check_choice("RoundedLabel", "rounding", rounding, ("nearest", "down"))
+        self.label, self.rounding = TimeLabel.get(label), rounding
+
+    def __call__(self, schedule: NoiseSchedule, m: Marginal):
+        label = self.label(schedule, m)
+        return ops.round(label) if self.rounding == "nearest" else ops.floor(label + 1e-3)

@@ -45,6 +45,10 @@ NETWORKS = {
         ),
         (4, 4, 2),
     ),
+    "dit_separate": (
+        lambda: DiT(16, 3, 2, networks.adaptive_block(2), conditions=label(), separate=True),
+        (4, 4, 2),
+    ),
     "dit_sequence": (
         lambda: DiT(16, 1, 2, networks.adaptive_block(2), positions="learned_embedding"),
         (8, 2),

@@ -1,6 +1,6 @@
 """A switch by which maps close: at an edge the convolutions of kdiff see the opposite edge in place of zeros.
 
-with closed_edges.switched_on():
+with circular_padding.switched_on():
     output = network(inputs)
 
 Every layer that looks past an edge asks here what is there.
@@ -15,7 +15,7 @@ from keras import ops
 
 __all__ = ["around", "is_on", "padded", "switched_on"]
 
-_closed: ContextVar = ContextVar("closed_edges", default=None)
+_closed: ContextVar = ContextVar("circular_padding", default=None)
 
 
 @contextlib.contextmanager

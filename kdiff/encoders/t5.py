@@ -1,0 +1,161 @@
+"""T5's encoder (Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",
+2020), without its decoder, which diffusion models have no use for.
+
+    encoder = T5Text()                         # of T5 v1.1 XXL, which Imagen, Stable Diffusion 3 and Flux have
+    text = encoder(tokens, mask)               # (batch, length) whole numbers; True where there is a token
+    text.tokens                                # (batch, length, 4096)
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from kdiff.base import check_integer
+from kdiff.blocks.base import Block, build_layer
+from kdiff.blocks.conditions import Encoded
+from kdiff.blocks.embeddings import LearnedEmbedding
+from kdiff.blocks.normalization import RMSNorm
+from kdiff.blocks.transformer import TransformerBlock
+from kdiff.encoders.base import Encoder, ratio_of
+
+__all__ = ["RelativeBias", "T5Text", "buckets_of"]
+
+
+class T5Text(Encoder):
+    """T5's encoder of text: `norm(blocks(table[token]))`, in which attention is to all, by `RelativeBias`.
+
+    Section 2.1 of the paper; version 1.1 has GEGLU ("gelu_tanh", `glu`) where the paper has ReLU. No layer has a bias.
+    The logits of T5 are `q k^T + bias`, not divided by the square root of a head's width: here the kernel of the
+    queries has this factor. It gives `Encoded` with `tokens`, (batch, length, width), and the `mask` of the call. The
+    defaults are those of version 1.1 XXL.
+
+    Args:
+        vocabulary_size: tokens are 0 ... vocabulary_size - 1.
+        width: of a token.
+        depth: the number of blocks.
+        heads: of the attention.
+        head_width: the channels of a head.
+        hidden: the hidden width of the feed-forward layers.
+        activation: "relu", or "gelu_tanh" of version 1.1.
+        glu: whether half of the first feed-forward layer gates the other, as in version 1.1.
+        buckets: of distances between tokens, for `RelativeBias`.
+        furthest: the distance from which on all are in one bucket.
+        epsilon: of the normalisations.
+        kwargs: `name` and `dtype`.
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int = 32128,
+        width: int = 4096,
+        depth: int = 24,
+        heads: int = 64,
+        head_width: int = 64,
+        hidden: int = 10240,
+        activation: Any = "gelu_tanh",
+        glu: bool = True,
+        buckets: int = 32,
+        furthest: int = 128,
+        epsilon: float = 1e-6,
+        **kwargs,
+    ):
+        check_integer("T5Text", "hidden", hidden)
+        norm = RMSNorm(epsilon)
+        options = {"bias": False, "glu": glu, "zero": False, "output_bias": False}
+        block = TransformerBlock(heads, head_width, ratio_of(hidden, width), activation, norm, **options)
+        super().__init__(width, depth, block, **kwargs)
+        self.vocabulary_size = vocabulary_size
+        self.heads = heads
+        self.head_width = head_width
+        self.hidden = hidden
+        self.activation = activation
+        self.glu = glu
+        self.buckets = buckets
+        self.furthest = furthest
+        self.epsilon = epsilon
+        self.table = self._part(LearnedEmbedding(vocabulary_size, width), "table")
+        self.bias = self._part(RelativeBias(heads, buckets, furthest), "bias")
+        self.norm = self._part(norm, "norm")
+
+    def build(self, input_shape):
+        """Makes all weights, for tokens (batch, length)."""
+        shape = self._shape(input_shape)
+        build_layer(self.table, shape[:2])
+        build_layer(self.bias, shape)
+        self._build_blocks(shape)
+        build_layer(self.norm, shape)
+
+    def _shape(self, shape):
+        """Of the tokens' embeddings."""
+        if len(shape) != 2:
+            raise ValueError(f"T5Text: tokens must have the shape (batch, length); received the shape: {tuple(shape)}")
+        return (*shape, self.width)
+
+    def call(self, tokens, padding_mask=None, training=None):
+        """Whole numbers (batch, length) to `Encoded`; `padding_mask`, (batch, length), is False where one is hidden."""
+        self._shape(tokens.shape)
+        x = self.table(tokens)
+        x, _ = self._run(x, padding_mask, self.bias(x), training)
+        return Encoded(tokens=self.norm(x), mask=padding_mask)
+
+    def compute_output_spec(self, tokens, padding_mask=None, training=None):
+        """The specification of what `call` gives."""
+        return self._spec(self._shape(tokens.shape), vector=False, mask=padding_mask)
+
+
+class RelativeBias(Block):
+    """Numbers for the logits of attention, by head and by the distance of two tokens: `table[bucket(key - query)]`.
+
+    Raffel et al. (2020), section 2.1. Half of the buckets are for keys before the query, half for those after it; of
+    either half, the first half has one for each distance, and the others grow with the distance, up to `furthest`.
+
+    Args:
+        heads: of the attention.
+        buckets: their number.
+        furthest: the distance from which on all are in the last bucket.
+    """
+
+    def __init__(self, heads: int, buckets: int = 32, furthest: int = 128, **kwargs):
+        super().__init__(**kwargs)
+        check_integer("RelativeBias", "heads", heads)
+        check_integer("RelativeBias", "buckets", buckets, 4)
+        check_integer("RelativeBias", "furthest", furthest, buckets // 4 + 1)
+        self.heads = heads
+        self.buckets = buckets
+        self.furthest = furthest
+        distances = np.arange(-furthest, furthest + 1)
+        self._buckets = buckets_of(distances, buckets, furthest).astype("int32")
+        self.table = LearnedEmbedding(buckets, heads, name="table", dtype=self.dtype_policy)
+
+    def build(self, x_shape):
+        """Makes the table, (buckets, heads)."""
+        build_layer(self.table, (None, None))
+
+    def call(self, x, embed=None, context=None, training=None):
+        """Tokens (batch, length, dim) to (1, heads, length, length), queries before keys."""
+        at = ops.arange(ops.shape(x)[1])
+        distances = ops.clip(at[None, :] - at[:, None], -self.furthest, self.furthest)
+        buckets = ops.take(ops.convert_to_tensor(self._buckets), distances + self.furthest, axis=0)
+        return ops.transpose(self.table(buckets), (2, 0, 1))[None]
+
+    def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
+        """(1, heads, length, length)."""
+        return (1, self.heads, x_shape[1], x_shape[1])
+
+
+def buckets_of(distances: np.ndarray, buckets: int, furthest: int) -> np.ndarray:
+    """The bucket of each distance, key - query: with n = buckets / 2 and e = n / 2, and n more where it is above 0,
+
+        |d| if |d| < e, else min(n - 1, e + floor((n - e) log(|d| / e) / log(furthest / e)))
+
+    In float32, as T5 was trained with: where the logarithm is a whole number, rounding decides.
+    """
+    half = buckets // 2
+    exact = half // 2
+    size = np.abs(distances)
+    logarithm = np.log(np.maximum(size, 1).astype("float32") / np.float32(exact))
+    grown = logarithm / np.float32(math.log(furthest / exact)) * np.float32(half - exact)
+    large = np.minimum(exact + grown.astype("int64"), half - 1)
+    return np.where(size < exact, size, large) + half * (distances > 0)

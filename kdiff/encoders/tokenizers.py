@@ -1,0 +1,171 @@
+"""Tokens of encoders that have learned already: the vocabularies of CLIP and T5, in the forms in which they are kept.
+
+    JSONTokenizer      the JSON of a `tokenizers.Tokenizer`, as transformers writes it; CLIP's is made of its words
+    SentencePiece      the file of a sentencepiece model, as T5's
+
+The numbers are those of the vocabulary, and each text has the tokens that begin and end it. A vocabulary is a part of
+the configuration, and so of a saved model. They need the packages `tokenizers` and `sentencepiece`, the extra `text`.
+"""
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from kdiff.base import check_integer, needs
+from kdiff.text import Tokenizer
+
+__all__ = ["CLIP_END", "CLIP_START", "CLIP_WORDS", "JSONTokenizer", "SentencePiece"]
+
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class JSONTokenizer(Tokenizer):
+    """The tokenizer that the JSON of a `tokenizers.Tokenizer` describes, with what that puts before and after a text.
+
+    Args:
+        model: the JSON, as `tokenizers.Tokenizer.to_str` or a file tokenizer.json gives it.
+        length: the number of tokens of a row.
+        padding: the token that fills up, a number of the vocabulary.
+
+    Raises:
+        ImportError: if `tokenizers` is missing.
+        ValueError: if `model` is no such JSON, or there is no room between the tokens that begin and end a text.
+    """
+
+    def __init__(self, model: str, length: int = 77, padding: int = 0):
+        super().__init__(length)
+        with needs("text", "JSONTokenizer needs tokenizers"):
+            import tokenizers
+        try:
+            self._encoder = tokenizers.Tokenizer.from_str(model)
+        except Exception as error:  # `tokenizers` raises nothing more precise
+            raise ValueError(
+                f"JSONTokenizer: `model` must be the JSON of a tokenizer: {error}; received: {model!r:.60}"
+            ) from None
+        self._encoder.no_padding()
+        self._encoder.no_truncation()
+        self.model = model
+        check_integer("JSONTokenizer", "padding", padding, 0)
+        self.padding = padding
+        self.start, self.end = self._around()
+        check_integer("JSONTokenizer", "length", length, len(self.start) + len(self.end) + 1)
+
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The tokens that the JSON has before and after each text: those around that of a letter."""
+        inside, whole = self.tokens("a"), self._encoder.encode("a").ids
+        for at in range(len(whole) - len(inside) + 1):
+            if whole[at : at + len(inside)] == inside:
+                return tuple(whole[:at]), tuple(whole[at + len(inside) :])
+        raise ValueError("JSONTokenizer: the JSON changes the tokens of a text where it puts others around it")
+
+    @classmethod
+    def clip(
+        cls,
+        vocabulary: Mapping[str, int],
+        merges: Sequence[tuple[str, str]],
+        length: int = 77,
+        padding: str = CLIP_END,
+        special: Mapping[str, bool] | None = None,
+    ) -> Self:
+        """CLIP's: byte pairs of words in small letters (Radford et al. 2021, section 2.4).
+
+        Args:
+            vocabulary: the number of each token, as in vocab.json.
+            merges: pairs of tokens that make one, the first first, as in merges.txt.
+            length: the number of tokens of a row.
+            padding: the token that fills up: that of the end, or "!" of OpenCLIP.
+            special: tokens that are found in a text as they stand, and whether also in other letters (`<|EndOfText|>`);
+                None for those of the start, the end and the padding, as they stand.
+
+        Raises:
+            ValueError: if a token of these is not in the vocabulary.
+        """
+        special = dict.fromkeys((CLIP_START, CLIP_END, padding), False) if special is None else dict(special)
+        for token in (CLIP_START, CLIP_END, padding, *special):
+            if token not in vocabulary:
+                raise ValueError(f"JSONTokenizer: {token!r} must be in the vocabulary of CLIP; it is not")
+        with needs("text", "JSONTokenizer needs tokenizers"):
+            import tokenizers
+        normalizers, before = tokenizers.normalizers, tokenizers.pre_tokenizers
+        options = {"end_of_word_suffix": "</w>", "unk_token": CLIP_END}
+        encoder = tokenizers.Tokenizer(tokenizers.models.BPE(dict(vocabulary), list(merges), **options))
+        space = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+        encoder.normalizer = normalizers.Sequence([normalizers.NFC(), space, normalizers.Lowercase()])
+        words = before.Split(tokenizers.Regex(CLIP_WORDS), "removed", invert=True)
+        encoder.pre_tokenizer = before.Sequence([words, before.ByteLevel(add_prefix_space=False)])
+        around = [(token, vocabulary[token]) for token in (CLIP_END, CLIP_START)]
+        encoder.post_processor = tokenizers.processors.RobertaProcessing(*around, False, False)
+        added = [tokenizers.AddedToken(token, special=True, normalized=any_case) for token, any_case in special.items()]
+        encoder.add_special_tokens(added)
+        return cls(encoder.to_str(), length, vocabulary[padding])
+
+    @property
+    def vocabulary_size(self) -> int:
+        """The tokens of the vocabulary."""
+        return self._encoder.get_vocab_size()
+
+    def tokens(self, text: str) -> list[int]:
+        """Their numbers in the vocabulary."""
+        return self._encoder.encode(text, add_special_tokens=False).ids
+
+
+class SentencePiece(Tokenizer):
+    """The tokenizer of a sentencepiece model (Kudo & Richardson, 2018, arXiv:1808.06226), such as T5's.
+
+        SentencePiece.read("tokenizer/spiece.model", length=512)
+
+    As in transformers, the model's control tokens, such as "</s>", and T5's <extra_id_0> ... <extra_id_99>, which
+    follow the vocabulary, the last first, are found in a text as they stand.
+
+    Args:
+        model: the content of the file, in base64.
+        length: the number of tokens of a row.
+        extra: the number of tokens that follow those of the model.
+
+    Raises:
+        ImportError: if `sentencepiece` is missing.
+        ValueError: if `model` is no such file, or has no token for the end or for padding.
+    """
+
+    def __init__(self, model: str, length: int = 512, extra: int = 100):
+        super().__init__(length)
+        check_integer("SentencePiece", "length", length, 2)
+        check_integer("SentencePiece", "extra", extra, 0)
+        with needs("text", "SentencePiece needs sentencepiece"):
+            import sentencepiece
+        try:
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(model, validate=True))
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"SentencePiece: `model` must be a model of sentencepiece in base64: {error}; received: {model!r:.60}"
+            ) from None
+        size = self._pieces.get_piece_size()
+        if self._pieces.eos_id() < 0 or self._pieces.pad_id() < 0:
+            raise ValueError("SentencePiece: the model must have a token for the end, and one for padding")
+        self.model = model
+        self.extra = extra
+        self.padding, self.end = self._pieces.pad_id(), (self._pieces.eos_id(),)
+        control = {n for n in range(size) if self._pieces.is_control(n)} | {self._pieces.unk_id()}
+        self._special = {self._pieces.id_to_piece(number): number for number in control}
+        self._special |= {f"<extra_id_{i}>": size + extra - 1 - i for i in range(extra)}
+        self._split = re.compile(f"({'|'.join(map(re.escape, sorted(self._special, key=len, reverse=True)))})")
+
+    @classmethod
+    def read(cls, path: Any, length: int = 512, extra: int = 100) -> Self:
+        """The tokenizer of a file, spiece.model."""
+        with open(path, "rb") as file:
+            return cls(base64.b64encode(file.read()).decode(), length, extra)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """The tokens of the model and those that follow."""
+        return self._pieces.get_piece_size() + self.extra
+
+    def tokens(self, text: str) -> list[int]:
+        """Their numbers in the vocabulary."""
+        found = []
+        for part in self._split.split(text):
+            found += [self._special[part]] if part in self._special else self._pieces.encode(part)
+        return found

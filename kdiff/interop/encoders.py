@@ -1,0 +1,410 @@
+"""transformers' folders of encoders and tokenizers: CLIP's of text and of images, and T5's of text.
+
+    encoder = load("stable-diffusion-v1-5/text_encoder")        # config.json, model.safetensors
+    tokenizer = load_tokenizer("stable-diffusion-v1-5/tokenizer")     # vocab.json, merges.txt, or another form
+    text = encoder(tokenizer(["a red circle"]))                 # Encoded: tokens (1, 77, 768), vector (1, 768)
+
+Folders of transformers 4 and 5 are read, in safetensors alone: one file, shards, or a variant of a precision. What a
+configuration says besides the keys of the tables below, transformers does not use for these encoders either.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kdiff.blocks.attention import MultiHeadAttention
+from kdiff.blocks.transformer import FeedForward, TransformerBlock
+from kdiff.encoders.base import Encoder
+from kdiff.encoders.clip import CLIPText, CLIPVision
+from kdiff.encoders.t5 import T5Text
+from kdiff.interop.arrays import Array, State, Stored
+from kdiff.interop.configs import LARGEST, Key, Keys, complete, explained, kind, one_of, only, optional, real, whole
+from kdiff.interop.files import read_json, write_json, write_safetensors
+from kdiff.interop.folders import read_weights
+from kdiff.interop.transformers import patch_layout
+from kdiff.interop.weights import Layout, Part, Slot, export, fill, slots
+
+__all__ = [
+    "ACTIVATIONS",
+    "CLIP",
+    "CLIP_NAMES",
+    "COUNT",
+    "ENCODERS",
+    "FEED_FORWARDS",
+    "PARTS",
+    "T5",
+    "T5_NAMES",
+    "TEXT",
+    "VISION",
+    "Foreign",
+    "load",
+    "save",
+]
+
+# --- configurations
+
+COUNT = whole(1)
+ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+CLIP = {
+    "intermediate_size": Key(2048, COUNT),
+    "num_hidden_layers": Key(12, whole(1, 256)),
+    "hidden_act": Key("quick_gelu", one_of(*ACTIVATIONS)),
+    "layer_norm_eps": Key(1e-5, real(0.0, 1.0)),
+}
+TEXT = {
+    **CLIP,
+    "vocab_size": Key(49408, whole(1, 10_000_000)),
+    "hidden_size": Key(512, COUNT),
+    "num_attention_heads": Key(8, COUNT),
+    "max_position_embeddings": Key(77, COUNT),
+    "eos_token_id": Key(49407, optional(whole(0, 10_000_000))),
+}
+VISION = {
+    **CLIP,
+    "intermediate_size": Key(3072, COUNT),
+    "hidden_size": Key(768, COUNT),
+    "num_attention_heads": Key(12, COUNT),
+    "num_channels": Key(3, COUNT),
+    "image_size": Key(224, COUNT),
+    "patch_size": Key(32, COUNT),
+}
+FEED_FORWARDS = {"relu": ("relu", False), "gated-gelu": ("gelu_tanh", True), "gated-silu": ("silu", True)}
+T5 = {
+    "vocab_size": Key(32128, whole(1, 10_000_000)),
+    "d_model": Key(512, COUNT),
+    "d_kv": Key(64, COUNT),
+    "d_ff": Key(2048, COUNT),
+    "num_layers": Key(6, whole(1, 256)),
+    "num_heads": Key(8, COUNT),
+    "relative_attention_num_buckets": Key(32, whole(4, LARGEST)),
+    "relative_attention_max_distance": Key(128, whole(2, LARGEST)),
+    "layer_norm_epsilon": Key(1e-6, real(0.0, 1.0)),
+    "feed_forward_proj": Key("relu", one_of(*FEED_FORWARDS)),
+    "is_decoder": only(False),
+}
+
+
+def _clip(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the two encoders of CLIP share."""
+    return {
+        "width": config["hidden_size"],
+        "depth": config["num_hidden_layers"],
+        "heads": config["num_attention_heads"],
+        "hidden": config["intermediate_size"],
+        "activation": ACTIVATIONS[config["hidden_act"]],
+        "epsilon": config["layer_norm_eps"],
+    }
+
+
+def _text(config: Mapping[str, Any], state: State) -> dict[str, Any]:
+    # Files from before the number of the end was mended say 2, and mean the largest token.
+    end = config["eos_token_id"]
+    return {
+        **_clip(config),
+        "vocabulary_size": config["vocab_size"],
+        "length": config["max_position_embeddings"],
+        "projection": _projection(state, "text_projection.weight"),
+        "end": None if end in (None, 2) else end,
+    }
+
+
+def _vision(config: Mapping[str, Any], state: State) -> dict[str, Any]:
+    return {
+        **_clip(config),
+        "size": config["image_size"],
+        "patch": config["patch_size"],
+        "channels": config["num_channels"],
+        "projection": _projection(state, "visual_projection.weight"),
+    }
+
+
+def _projection(state: State, name: str) -> int | None:
+    return state[name].shape[0] if name in state and len(state[name].shape) == 2 else None
+
+
+def _t5(config: Mapping[str, Any], state: State) -> dict[str, Any]:
+    activation, glu = FEED_FORWARDS[config["feed_forward_proj"]]
+    return {
+        "vocabulary_size": config["vocab_size"],
+        "width": config["d_model"],
+        "depth": config["num_layers"],
+        "heads": config["num_heads"],
+        "head_width": config["d_kv"],
+        "hidden": config["d_ff"],
+        "activation": activation,
+        "glu": glu,
+        "buckets": config["relative_attention_num_buckets"],
+        "furthest": config["relative_attention_max_distance"],
+        "epsilon": config["layer_norm_epsilon"],
+    }
+
+
+# --- names of weights
+
+CLIP_NAMES = {
+    CLIPText: {
+        "embeddings.token_embedding": "table",
+        "embeddings.position_embedding": "positions",
+        "encoder.layers.*": "blocks",
+        "final_layer_norm": "norm",
+        "text_projection": "projection_layer",
+    },
+    CLIPVision: {
+        "embeddings.patch_embedding": Part("patchify.projection", lambda encoder: patch_layout(encoder.patchify)),
+        "embeddings.position_embedding": "positions",
+        "pre_layrnorm": "first_norm",
+        "encoder.layers.*": "blocks",
+        "post_layernorm": "norm",
+        "visual_projection": "projection_layer",
+    },
+    TransformerBlock: {
+        "layer_norm1": "self_attention.normalization",
+        "self_attn": "self_attention.attention",
+        "layer_norm2": "feed_forward.normalization",
+        "mlp": "feed_forward",
+    },
+    MultiHeadAttention: {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "output_layer"},
+    FeedForward: {"fc1": "hidden", "fc2": "output_layer"},
+}
+
+
+def _query_layout(layer: MultiHeadAttention) -> Layout:
+    """The kernel of T5's queries: its logits are not divided by the square root of the width of a head."""
+    factor = np.float32(math.sqrt(layer._split[1]))
+    return Layout(lambda array: array.T * factor, lambda array: array.T / factor)
+
+
+T5_NAMES = {
+    T5Text: {
+        "shared": "table",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias": "bias.table",
+        "encoder.block.*": "blocks",
+        "encoder.final_layer_norm": "norm",
+    },
+    TransformerBlock: {
+        "layer.0.layer_norm": "self_attention.normalization",
+        "layer.0.SelfAttention": "self_attention.attention",
+        "layer.1.layer_norm": "feed_forward.normalization",
+        "layer.1.DenseReluDense": "feed_forward",
+    },
+    MultiHeadAttention: {"q": Part("query", _query_layout), "k": "key", "v": "value", "o": "output_layer"},
+    FeedForward: {"wi": "hidden", "wo": "output_layer"},
+}
+
+
+def _clip_slots(encoder: Encoder) -> Iterator[Slot]:
+    yield from slots(encoder, "", CLIP_NAMES)
+    if isinstance(encoder, CLIPVision):
+        yield Slot("embeddings.class_embedding", encoder.first)
+
+
+def _t5_slots(encoder: Encoder) -> Iterator[Slot]:
+    return slots(encoder, "", T5_NAMES)
+
+
+def _without(state: State, prefix: str, projection: str) -> State:
+    """CLIP's arrays of one encoder, without its prefix, which transformers 5 does not always write."""
+    inner = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
+    whole = any(name.startswith(other) for name in state for other in ("text_model.", "vision_model."))
+    inner = inner if whole else dict(state)
+    inner |= {name: array for name, array in state.items() if name == projection}
+    return {name: array for name, array in inner.items() if not name.endswith("position_ids")}
+
+
+def _joined(state: State) -> State:
+    """T5's encoder alone, with one table of tokens, and the two halves of a gated layer as one: value, gate."""
+    joined = {name: array for name, array in state.items() if not name.startswith(("decoder.", "lm_head."))}
+    table = joined.pop("encoder.embed_tokens.weight", None)
+    if table is not None and not np.array_equal(table, joined.setdefault("shared.weight", table)):
+        joined["encoder.embed_tokens.weight"] = table  # which is not expected
+    for name in [name for name in joined if name.endswith(".wi_0.weight")]:
+        value = name.replace(".wi_0.", ".wi_1.")
+        if value in joined and joined[value].shape == joined[name].shape:
+            joined[name.replace(".wi_0.", ".wi.")] = _one_after_the_other(joined.pop(value), joined.pop(name))
+    return joined
+
+
+def _one_after_the_other(first: Array, second: Array) -> Stored:
+    """Two arrays of one shape as one, which are read when it is."""
+    shape = (2 * first.shape[0], *first.shape[1:])
+    return Stored(shape, first.dtype, lambda: np.concatenate([np.asarray(first), np.asarray(second)]))
+
+
+def _split(state: State, encoder: Encoder) -> State:
+    """The inverse of `_joined`."""
+    parts: State = {}
+    for name, array in state.items():
+        if encoder.glu and name.endswith(".wi.weight"):
+            value, gate = np.split(array, 2)
+            parts |= {name.replace(".wi.", ".wi_0."): gate, name.replace(".wi.", ".wi_1."): value}
+        else:
+            parts[name] = array
+    return parts
+
+
+# --- folders
+
+
+class Foreign(NamedTuple):
+    """How one kind of model of transformers is translated.
+
+    Attributes:
+        made: the encoder's class.
+        keys: of its configuration.
+        arguments: of the class, from the configuration and the arrays.
+        slots: the names of its weights.
+        ours: the arrays by those names, from those of a file.
+    """
+
+    made: type[Encoder]
+    keys: Keys
+    arguments: Callable[[Mapping[str, Any], State], dict[str, Any]]
+    slots: Callable[[Encoder], Iterator[Slot]]
+    ours: Callable[[State], State]
+
+
+ENCODERS = {
+    "clip_text_model": Foreign(
+        CLIPText, TEXT, _text, _clip_slots, lambda state: _without(state, "text_model.", "text_projection.weight")
+    ),
+    "clip_vision_model": Foreign(
+        CLIPVision,
+        VISION,
+        _vision,
+        _clip_slots,
+        lambda state: _without(state, "vision_model.", "visual_projection.weight"),
+    ),
+    "t5": Foreign(T5Text, T5, _t5, _t5_slots, _joined),
+}
+PARTS = {"text": ("clip_text_model", "text_config"), "vision": ("clip_vision_model", "vision_config")}
+
+
+def load(
+    folder: str | Path, part: str | None = None, variant: str | None = None, strict: bool = True, **options: Any
+) -> Encoder:
+    """The encoder in a folder of transformers, with `config.json` and weights in safetensors.
+
+    Args:
+        folder: of `CLIPTextModel`, `CLIPTextModelWithProjection`, `CLIPVisionModel`, `CLIPVisionModelWithProjection`,
+            `CLIPModel`, `T5EncoderModel` or a whole T5, whose decoder is left out.
+        part: of a `CLIPModel`, "text" or "vision".
+        variant: of the weights, such as "fp16" for `model.fp16.safetensors`; None for the file without one or, if there
+            is none, for the only variant.
+        strict: whether weights that do not match are an error; otherwise a warning.
+        options: arguments of the encoder, in place of what the folder says; such as `skip`, or `dtype`.
+
+    Raises:
+        ValueError: if a file is missing or damaged; if the configuration says what kdiff cannot do; if the weights do
+            not match, with a list of all that do not.
+    """
+    folder = Path(folder)
+    source = folder / "config.json"
+    config = read_json(source)
+    name = config.get("model_type")
+    if name == "clip":
+        name, inner = kind(PARTS, part, source, "part")
+        config = config.get(inner) or {}
+    elif part is not None:
+        raise ValueError(f"{source}: `part` is of a CLIP with text and vision; this is: {name!r}; received: {part!r}")
+    foreign = kind(ENCODERS, name, source, "model_type")
+    config = complete({key: config[key] for key in foreign.keys if key in config}, foreign.keys, source)
+    state = foreign.ours(_weights(folder, variant))
+    with explained(source):
+        encoder = foreign.made(**{**foreign.arguments(config, state), **options})
+    fill(encoder, _input_shape(encoder), foreign.slots, state, folder, strict)
+    return encoder
+
+
+def _input_shape(encoder: Encoder) -> tuple:
+    if isinstance(encoder, CLIPVision):
+        return (None, encoder.size, encoder.size, encoder.channels)
+    return (None, getattr(encoder, "length", None))
+
+
+def _weights(folder: Path, variant: str | None) -> State:
+    """The arrays of `folders.read_weights`; where there are pickles alone the error says what to do."""
+    try:
+        return read_weights(folder, variant)
+    except ValueError as error:
+        if not folder.is_dir() or not any(entry.name.startswith("pytorch_model") for entry in folder.iterdir()):
+            raise
+        raise ValueError(
+            f"{error}. A pickle, such as pytorch_model.bin, could run programs and is not read; transformers writes "
+            "its model as safetensors: `AutoModel.from_pretrained(folder).save_pretrained(folder)`"
+        ) from error
+
+
+def save(encoder: Encoder, folder: str | Path) -> None:
+    """Writes a folder that transformers 4 and 5 read: `config.json` and `model.safetensors`.
+
+    Args:
+        encoder: a `CLIPText`, `CLIPVision` or `T5Text`.
+        folder: to write to; files of the same names are replaced.
+
+    Raises:
+        ValueError: if transformers has no such encoder.
+    """
+    folder = Path(folder)
+    name = next((name for name, foreign in ENCODERS.items() if isinstance(encoder, foreign.made)), None)
+    if name is None or not encoder.built:
+        known = sorted(foreign.made.__name__ for foreign in ENCODERS.values())
+        raise ValueError(f"save: an encoder must be one of {known}, and built; received: {encoder!r}")
+    foreign = ENCODERS[name]
+    state = export(foreign.slots(encoder))
+    config = _config(encoder, name)
+    read = complete({key: config[key] for key in foreign.keys if key in config}, foreign.keys, folder)
+    differences = {
+        key: (getattr(encoder, key), value)
+        for key, value in foreign.arguments(read, state).items()
+        if getattr(encoder, key) != value
+    }
+    if differences:
+        raise ValueError(f"save: transformers has no such {type(encoder).__name__}; would be changed: {differences}")
+    if isinstance(encoder, T5Text):
+        state = _split(state, encoder)
+    else:
+        prefix = "text_model." if isinstance(encoder, CLIPText) else "vision_model."
+        state = {key if key.endswith("_projection.weight") else prefix + key: array for key, array in state.items()}
+    write_json(folder / "config.json", config)
+    write_safetensors(folder / "model.safetensors", state)
+
+
+def _config(encoder: Encoder, name: str) -> dict[str, Any]:
+    if isinstance(encoder, T5Text):
+        feed_forward = {pair: key for key, pair in FEED_FORWARDS.items()}.get((encoder.activation, encoder.glu))
+        return {
+            "model_type": name,
+            "architectures": ["T5EncoderModel"],
+            "vocab_size": encoder.vocabulary_size,
+            "d_model": encoder.width,
+            "d_kv": encoder.head_width,
+            "d_ff": encoder.hidden,
+            "num_layers": encoder.depth,
+            "num_heads": encoder.heads,
+            "relative_attention_num_buckets": encoder.buckets,
+            "relative_attention_max_distance": encoder.furthest,
+            "layer_norm_epsilon": encoder.epsilon,
+            "feed_forward_proj": feed_forward,
+            "tie_word_embeddings": False,
+        }
+    text = isinstance(encoder, CLIPText)
+    config = {
+        "model_type": name,
+        "architectures": [f"CLIP{'Text' if text else 'Vision'}Model{'WithProjection' if encoder.projection else ''}"],
+        "hidden_size": encoder.width,
+        "intermediate_size": encoder.hidden,
+        "num_hidden_layers": encoder.depth,
+        "num_attention_heads": encoder.heads,
+        "hidden_act": {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}.get(encoder.activation),
+        "layer_norm_eps": encoder.epsilon,
+        **({"projection_dim": encoder.projection} if encoder.projection else {}),
+    }
+    if text:
+        end = 2 if encoder.end is None else encoder.end
+        own = {"vocab_size": encoder.vocabulary_size, "max_position_embeddings": encoder.length, "eos_token_id": end}
+    else:
+        own = {"image_size": encoder.size, "patch_size": encoder.patch, "num_channels": encoder.channels}
+    return {**config, **own}

@@ -1,0 +1,137 @@
+"""Folders as diffusers and its users lay them out: where a part lies, which file has its weights, what else there is.
+
+model_index.json, unet/config.json, unet/diffusion_pytorch_model.safetensors, scheduler/scheduler_config.json
+model_index.json, config.json, diffusion_pytorch_model.safetensors, scheduler_config.json           google/ddpm-*
+config.json, diffusion_pytorch_model.fp16.safetensors                                               a variant
+config.json, model.safetensors                                                                      Accelerate's name
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kdiff.interop.arrays import State
+from kdiff.interop.files import FOLDER_READERS
+from kdiff.interop.unsupported import about_folder, listing
+
+__all__ = [
+    "AUTOENCODERS",
+    "EMA_NOTES",
+    "HARMLESS",
+    "NETWORKS",
+    "STEMS",
+    "check_parts",
+    "config_of",
+    "has",
+    "read_weights",
+    "scheduler_of",
+    "variants",
+]
+
+STEMS = ("diffusion_pytorch_model", "model")
+NETWORKS = ("unet", "transformer")
+AUTOENCODERS = ("vae", "vqvae", "movq")
+# What `EMAModel.save_pretrained` writes of itself among the keys of the network.
+EMA_NOTES = (
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
+)
+# Parts of a pipeline that stand before or after its network and change nothing of it.
+HARMLESS = ("bert", "feature_extractor", "image_normalizer", "image_processor", "safety_checker", "watermarker")
+
+
+def has(index: Mapping[str, Any], name: str) -> bool:
+    """Whether a pipeline has a part: `[null, null]` is none."""
+    entry = index.get(name)
+    return isinstance(entry, (list, tuple)) and (len(entry) != 2 or entry[1] is not None)
+
+
+def check_parts(index: Mapping[str, Any], folder: Path) -> str:
+    """The name of the one network of a pipeline.
+
+    Raises:
+        ValueError: if there is not one; if there is another part without which the pipeline would be another, such as
+            a ControlNet.
+    """
+    parts = [name for name in NETWORKS if has(index, name)]
+    if len(parts) != 1:
+        raise ValueError(f"{folder}: must have one of {list(NETWORKS)} in `model_index.json`; it has: {sorted(index)}")
+    others = [name for name in index if not name.startswith("_") and has(index, name)]
+    lost = {name: index[name][-1] for name in others if name not in parts and not _stands_apart(name, index[name])}
+    if lost:
+        raise ValueError(
+            f"{folder}: the pipeline has {lost}, which kdiff does not load, and without which it would be another; its "
+            f"network alone is loaded by `load({str(folder / parts[0])!r})`"
+        )
+    return parts[0]
+
+
+def _stands_apart(name: str, entry: Any) -> bool:
+    library, kind = (str(one) for one in entry) if len(entry) == 2 else ("", "Scheduler")
+    return name in (*HARMLESS, *AUTOENCODERS) or library == "transformers" or kind.endswith("Scheduler")
+
+
+def config_of(folder: Path, part: str) -> Path:
+    """The folder of a pipeline's network: one of its own, or the pipeline's."""
+    inside = (folder / part / "config.json").is_file() or not (folder / "config.json").is_file()
+    return folder / part if inside else folder
+
+
+def scheduler_of(folder: Path) -> Path:
+    """The file of a pipeline's scheduler."""
+    inside, beside = folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"
+    return beside if beside.is_file() and not inside.is_file() else inside
+
+
+def read_weights(folder: Path, variant: str | None = None) -> State:
+    """The arrays of the file, or of the shards, that hold the weights of the model in a folder.
+
+    Args:
+        folder: of one model.
+        variant: such as "fp16" or "non_ema"; None for the file without one or, if there is none, for the only variant.
+
+    Raises:
+        ValueError: if there is no such file, or there are several variants and none is asked for.
+    """
+    for name, kind in _names(variant):
+        if (folder / name).is_file():
+            return FOLDER_READERS[kind](folder / name)
+    found = variants(folder)
+    if variant is None and len(found) == 1:
+        return read_weights(folder, found[0])
+    if found:
+        raise ValueError(f"{folder}: `variant` must be one of {found}; received: {variant!r}")
+    wanted = [name for name, _ in _names(variant)]
+    raise ValueError(f"{folder}: no weights; expected one of {wanted}; found: {listing(folder)}{about_folder(folder)}")
+
+
+def _names(variant: str | None) -> Iterator[tuple[str, str]]:
+    """The names that the file may have, the preferred first, each with its kind in `FOLDER_READERS`."""
+    for stem in STEMS:
+        for kind in FOLDER_READERS:
+            file, index, _ = kind.partition(".index.json")
+            if variant is None:
+                yield f"{stem}{kind}", kind
+                continue
+            yield f"{stem}.{variant}{kind}", kind
+            if index:
+                yield f"{stem}{file}.index.{variant}.json", kind
+
+
+_VARIANT = re.compile(
+    rf"(?:{'|'.join(STEMS)})(?:\.(?P<file>[^.]+)\.(?:safetensors|bin)(?:\.index\.json)?"
+    r"|\.(?:safetensors|bin)\.index\.(?P<index>[^.]+)\.json)"
+)
+
+
+def variants(folder: Path) -> list[str]:
+    """Those of the weights in a folder, without shards, whose index has the name."""
+    found = [_VARIANT.fullmatch(entry.name) for entry in folder.iterdir()] if folder.is_dir() else []
+    names = {one["file"] or one["index"] for one in found if one}
+    return sorted(name for name in names if not re.search(r"-\d+-of-\d+$", name))

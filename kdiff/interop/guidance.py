@@ -1,0 +1,28 @@
+"""Guidance as diffusers has it, where kdiff's own differs; it has no name to `get` it by."""
+
+from keras import ops
+
+from kdiff.base import check_number
+from kdiff.guidance import Guidance
+
+__all__ = ["LowThreshold"]
+
+
+class LowThreshold(Guidance):
+    """diffusers' dynamic thresholding with a `sample_max_value` below 1, which alone then counts:
+
+        x_hat <- clip(x_hat, -limit, limit) / limit.
+
+    Args:
+        limit: `sample_max_value`.
+    """
+
+    named = False
+
+    def __init__(self, limit: float = 0.5):
+        check_number("LowThreshold", "limit", limit, 1e-6, 1.0)
+        self.limit = limit
+
+    def change(self, x_hat):
+        """clip(x_hat, -limit, limit) / limit."""
+        return ops.clip(x_hat, -self.limit, self.limit) / self.limit

@@ -1,0 +1,118 @@
+"""Networks with more channels in than data has: what stands beside x_t there is a condition, a map, here.
+
+diffusers    9 channels in, x_t, a mask and the masked image; 4 out
+here         image 4, conditions "mask_image" 1 and "masked_image" 4; 4 out
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from kdiff.blocks.beside import Beside
+from kdiff.interop.configs import Described
+from kdiff.interop.files import State
+
+__all__ = [
+    "ANY",
+    "BEFORE",
+    "MAPS",
+    "channels_of",
+    "input_shapes",
+    "map_conditions",
+    "maps_first",
+    "maps_of",
+    "with_maps",
+]
+
+ANY = "beside"  # the name of a condition of which a pipeline does not say what it is
+# The maps beside x_t by pipeline, in their order, with their channels; None for as many as data has.
+_INPAINT, _OTHER_INPAINT, _LOW = {"mask_image": 1, "masked_image": 4}, {"masked_image": 4, "mask_image": 1}, {"low": 3}
+MAPS: dict[str, Mapping[str, int | None]] = {
+    "StableDiffusionInpaintPipeline": _INPAINT,
+    "StableDiffusionXLInpaintPipeline": _INPAINT,
+    "KandinskyInpaintPipeline": _OTHER_INPAINT,
+    "KandinskyV22InpaintPipeline": _OTHER_INPAINT,
+    "StableDiffusionInstructPix2PixPipeline": {"source": 4},
+    "StableDiffusionXLInstructPix2PixPipeline": {"source": 4},
+    "StableDiffusionDepth2ImgPipeline": {"depth": 1},
+    "StableDiffusionUpscalePipeline": _LOW,
+    "LDMSuperResolutionPipeline": _LOW,
+    "IFSuperResolutionPipeline": {"low": None},
+    "IFImg2ImgSuperResolutionPipeline": {"low": None},
+    "IFInpaintingSuperResolutionPipeline": {"low": None},
+    "MarigoldDepthPipeline": {"picture": 4},
+    "MarigoldNormalsPipeline": {"picture": 4},
+    "MarigoldIntrinsicsPipeline": {"picture": 4},
+}
+BEFORE = tuple(name for name in MAPS if name.startswith("Marigold"))  # the map's channels come before those of x_t
+
+
+def maps_of(pipeline: str, inputs: int, outputs: int, learned: bool, source: Any) -> dict[str, int]:
+    """The channels of each map beside x_t.
+
+    Args:
+        pipeline: its class.
+        inputs, outputs: the channels of the network.
+        learned: whether the scheduler says that half of the output is a variance.
+        source: for errors.
+
+    Raises:
+        ValueError: if the numbers of channels are those of no such network.
+    """
+    known = MAPS.get(pipeline, {})
+    halves = None in known.values() and inputs % 2 == 0
+    sizes = {name: inputs // 2 if one is None else one for name, one in known.items()}
+    data = inputs - sum(sizes.values())
+    if known and data > 0 and outputs in (data, 2 * data) and (halves or inputs != outputs):
+        return sizes
+    data = outputs // 2 if learned and outputs % 2 == 0 else inputs if outputs == 2 * inputs else outputs
+    if data > inputs:
+        raise ValueError(
+            f"{source}: the network has {inputs} channels in and {outputs} out, and kdiff has only networks with as "
+            "many out as data has, or twice as many for a variance, and as many in or more"
+        )
+    return {ANY: inputs - data} if inputs > data else {}
+
+
+def with_maps(described: Described, maps: Mapping[str, int], layers: Mapping[str, Beside] | None = None) -> Described:
+    """The network with the last channels of its image as conditions.
+
+    Args:
+        described: a network, not built.
+        maps: the channels of each condition by name, in their order.
+        layers: of the conditions; None for `Beside`, of a mask the "nearest".
+    """
+    if not maps:
+        return described
+    layers = layers or {name: Beside("nearest" if name == "mask_image" else "bilinear") for name in maps}
+    network = described.network.clone(conditions={**described.network.conditions, **layers})
+    *sizes, channels = described.shapes["image"]
+    image = {"image": (*sizes, channels - sum(maps.values()))}
+    return Described(network, {**described.shapes, **image, **{name: (*sizes, n) for name, n in maps.items()}})
+
+
+def maps_first(state: State, pipeline: str, maps: Mapping[str, int]) -> State:
+    """The weights with the channels of x_t before those of the maps, as kdiff joins them."""
+    name = "conv_in.weight"
+    if pipeline not in BEFORE or name not in state or state[name].ndim != 4:
+        return state
+    return {**state, name: np.roll(state[name], -sum(maps.values()), axis=1)}
+
+
+def map_conditions(network: Any) -> dict[str, Beside]:
+    """The conditions of a network that are maps alone."""
+    return {name: one for name, one in network.conditions.items() if isinstance(one, Beside) and one.noise is None}
+
+
+def channels_of(network: Any) -> dict[str, int]:
+    """The channels of the maps of a built network."""
+    shapes = input_shapes(network)
+    return {name: shapes[name][-1] for name in map_conditions(network)}
+
+
+def input_shapes(network: Any) -> dict[str, tuple]:
+    """The shapes by name that a network was built with; none if it was built otherwise."""
+    config = network.get_build_config() or {}
+    shapes = config.get("shapes_dict") or config.get("input_shape") or {}
+    return shapes if isinstance(shapes, dict) else {}

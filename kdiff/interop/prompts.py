@@ -1,0 +1,112 @@
+"""The text of diffusers' folders: encoders and tokenizers as one condition of the network beside them.
+
+text_encoder, tokenizer        Stable Diffusion 1 and 2: the last state, after the last norm
+text_encoder_2, tokenizer_2    XL's second, beside the first: of both the state before the last, without the norm,
+                               and of the second the vector; its refiner has the second alone
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from kdiff.blocks.conditions import Joint
+from kdiff.encoders.prompt import INPUT, Prompt, PromptVector
+from kdiff.encoders.tokenizers import JSONTokenizer
+from kdiff.interop import encoders, folders, tokenizers
+from kdiff.interop.configs import Described
+
+__all__ = ["CONTEXT", "PARTS", "PIPELINES", "conditioned", "load", "prompt_of", "save"]
+
+# The pipelines whose text is read so; that of others is given as what its encoders make of it.
+PIPELINES = (
+    "LatentConsistencyModelPipeline",
+    "LatentConsistencyModelImg2ImgPipeline",
+    *(
+        f"StableDiffusion{name}Pipeline"
+        for name in ("", "Img2Img", "Inpaint", "InstructPix2Pix", "Depth2Img", "Upscale")
+    ),
+    *(f"StableDiffusionXL{name}Pipeline" for name in ("", "Img2Img", "Inpaint", "InstructPix2Pix")),
+)
+PARTS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+CONTEXT = "context"  # the condition of a network that takes the text's tokens
+
+
+def load(folder: str | Path, index: Mapping[str, Any], skip: int = 0, variant: str | None = None) -> Prompt | None:
+    """The text of the folder of a pipeline; None if it is not one of `PIPELINES`, or its encoders were left out.
+
+    Args:
+        folder: of the pipeline.
+        index: its `model_index.json`.
+        skip: how many of the last blocks to leave out besides, "clip skip".
+        variant: of the weights, as in `encoders.load`, where an encoder has it.
+
+    Raises:
+        ValueError: as of `encoders.load` and `tokenizers.load`, and of `Prompt`.
+    """
+    folder = Path(folder)
+    parts = [pair for pair in PARTS if folders.has(index, pair[0])]
+    known = index.get("_class_name") in PIPELINES and parts
+    if not known or not all((folder / encoder / "config.json").exists() for encoder, _ in parts):
+        return None
+    xl = PARTS[1] in parts
+    options = {"skip": skip + 1, "normalized": False} if xl else {"skip": skip}
+    there = {encoder: variant if variant in folders.variants(folder / encoder) else None for encoder, _ in parts}
+    made = [encoders.load(folder / encoder, variant=variant, **options) for encoder, variant in there.items()]
+    words = [tokenizers.load(folder / tokenizer) for _, tokenizer in parts]
+    return Prompt(made, words, zeros=index.get("force_zeros_for_empty_prompt") is True)
+
+
+def conditioned(described: Described, prompt: Prompt) -> Described:
+    """A network that is not built, whose context, and vector, are those of the text: its input is "text" for both.
+
+    Raises:
+        ValueError: if the network takes none, or of another width.
+    """
+    network, shapes = described.network, dict(described.shapes)
+    conditions = dict(network.conditions)
+    if not isinstance(conditions.get(CONTEXT), keras.layers.Identity):
+        raise ValueError(
+            f"the network must take a text's tokens as they are, as {CONTEXT!r}; its conditions: {conditions}; with "
+            "`text=False` they are given as they come"
+        )
+    given = {CONTEXT: prompt.width, "text_embeds": prompt.vector}
+    for name, width in given.items():
+        if (name == CONTEXT or name in shapes) and shapes.get(name, (None,))[-1] != width:
+            raise ValueError(
+                f"the network must take the text's numbers, {width}, as {name!r}; it takes: {shapes.get(name)}"
+            )
+    conditions[CONTEXT] = prompt
+    if "text_embeds" in shapes and "added" in conditions:
+        parts = {**conditions["added"].parts, "text_embeds": PromptVector(prompt.vector)}
+        conditions["added"] = Joint(
+            {INPUT if name == "text_embeds" else name: part for name, part in parts.items()}, conditions["added"].layer
+        )
+    network.conditions = conditions
+    shapes = {name: shape for name, shape in shapes.items() if name not in given}
+    return Described(network, {**shapes, INPUT: (None, *prompt.row)})
+
+
+def prompt_of(network: Any) -> Prompt | None:
+    """The condition that `conditioned` gave the network."""
+    found = getattr(network, "conditions", {}).get(CONTEXT)
+    return found if isinstance(found, Prompt) else None
+
+
+def save(prompt: Prompt, folder: str | Path) -> dict[str, list[str]]:
+    """Writes the folders of encoders and tokenizers; returns their entries of `model_index.json`.
+
+    Raises:
+        ValueError: if transformers has no such encoder or tokenizer.
+    """
+    folder, index = Path(folder), {}
+    second = len(prompt.encoders) == 1 and prompt.vector > 0  # XL's refiner has the second alone
+    parts = PARTS[1:] if second else PARTS
+    for (name, words), encoder, tokenizer in zip(parts, prompt.encoders, prompt.tokenizers, strict=False):
+        encoders.save(encoder, folder / name)
+        tokenizers.save(tokenizer, folder / words)
+        kind = f"{type(encoder).__name__}Model{'WithProjection' if encoder.projection else ''}"
+        index[name] = ["transformers", kind.replace("T5TextModel", "T5EncoderModel")]
+        index[words] = ["transformers", "CLIPTokenizer" if isinstance(tokenizer, JSONTokenizer) else "T5Tokenizer"]
+    return index

@@ -1,0 +1,82 @@
+"""diffusers' sampling of score-based models by the variance exploding equation, with a predictor and a corrector."""
+
+import numpy as np
+from keras import ops
+
+from kdiff.base import check_integer, check_number
+from kdiff.schedules import Marginal, NoiseSchedule
+from kdiff.solvers import Denoise, Draw, Solver
+from kdiff.times import TimeGrid
+
+__all__ = ["DownTo", "PredictorCorrector", "norm"]
+
+
+class DownTo(TimeGrid):
+    """Times in equal spaces from 1 to a last one above 0, and 0.
+
+    Args:
+        last: the last time above 0.
+    """
+
+    named = False
+
+    def __init__(self, last: float = 1e-5):
+        check_number("DownTo", "last", last, 0, 1)
+        self.last = last
+
+    def __call__(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
+        """(steps + 1,) times."""
+        return np.append(np.linspace(1.0, self.last, steps), 0.0)
+
+
+class PredictorCorrector(Solver):
+    """A step of the reverse equation after steps of Langevin dynamics (Song et al. 2021, arXiv:2011.13456, algorithms 2
+    and 4), with the score g = (x_hat - x) / sigma^2:
+
+        corrector    x + 2 r g + 2 sqrt(r) z,                          r = (snr |z| / |g|)^2, of means over the batch
+        predictor    x + (s^2 - s'^2) g + sqrt(s^2 - s'^2) z,          without z in the last step
+
+    where s and s', 0 in the last step, are sigma now and then on a grid from 1 to 0: on `DownTo(epsilon)` diffusers has
+    its network told of slightly more noise.
+
+    Args:
+        snr: of each step of the corrector.
+        corrections: their number.
+        epsilon: the last time of the grid above 0.
+    """
+
+    named = False
+    order = 1
+    stochastic = True
+
+    def __init__(self, snr: float = 0.15, corrections: int = 1, epsilon: float = 1e-5):
+        check_number("PredictorCorrector", "snr", snr, 0)
+        check_integer("PredictorCorrector", "corrections", corrections, 0)
+        check_number("PredictorCorrector", "epsilon", epsilon, 0, 1)
+        self.snr, self.corrections, self.epsilon = snr, corrections, epsilon
+        self.evaluations = 1 + corrections
+
+    def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
+        """The corrections, then the prediction; arguments and results as in `Solver.step`."""
+        for _ in range(self.corrections):
+            g, z = self._score(denoise(x, now).x_hat, x, now), noise()
+            r = ops.square(self.snr * norm(z) / norm(g))
+            x = x + 2.0 * r * g + 2.0 * ops.sqrt(r) * z
+        estimate = denoise(x, now)
+        s, s_then = self._sigma(schedule, now), ops.where(then.t > 0, self._sigma(schedule, then), 0.0)
+        step = (s - s_then) * (s + s_then)
+        x = x + step * self._score(estimate.x_hat, x, now)
+        return x + ops.where(then.t > 0, ops.sqrt(step), 0.0) * noise(), estimate, state
+
+    @staticmethod
+    def _score(x_hat, x, m):
+        return (x_hat - x) / ops.square(m.sigma)
+
+    def _sigma(self, schedule, m):
+        t = ops.maximum((m.t - self.epsilon) / (1.0 - self.epsilon), 0.0)
+        return schedule.at(t).sigma
+
+
+def norm(x):
+    """The mean over the batch of each example's length."""
+    return ops.mean(ops.sqrt(ops.sum(ops.square(x), axis=tuple(range(1, len(x.shape))))))

@@ -1,0 +1,160 @@
+"""transformers' folders of tokenizers, of CLIP and T5: `load` reads whichever form a folder has.
+
+    tokenizer.json             all of it, as transformers writes it now
+    vocab.json, merges.txt     CLIP's words
+    spiece.model               T5's, of sentencepiece
+
+What fills up a text, and how long one may be, is in tokenizer_config.json and special_tokens_map.json.
+"""
+
+import base64
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kdiff.encoders.tokenizers import CLIP_END, CLIP_START, JSONTokenizer, SentencePiece
+from kdiff.interop.configs import LARGEST, explained, shown
+from kdiff.interop.files import read_json, write_json
+from kdiff.text import Tokenizer
+from kdiff.writing import replacing
+
+__all__ = ["FORMS", "load", "padded", "save"]
+
+FORMS = ("tokenizer.json", "vocab.json", "spiece.model")
+
+
+def load(folder: str | Path, length: int | None = None) -> Tokenizer:
+    """The tokenizer in a folder of transformers.
+
+    Args:
+        folder: with one of `FORMS`; of several the first counts, as in transformers.
+        length: the number of tokens of a row; None for the most that the folder allows.
+
+    Raises:
+        ImportError: if `tokenizers` or `sentencepiece`, the extra `text`, is missing.
+        ValueError: if a file is missing or damaged, or the folder does not say what is needed.
+    """
+    folder = Path(folder)
+    there = [name for name in FORMS if (folder / name).is_file()]
+    if not there:
+        found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        raise ValueError(f"{folder}: no tokenizer; expected one of {list(FORMS)}; found: {found}")
+    config = _config(folder)
+    length = _length(folder, config) if length is None else length
+    with explained(folder / there[0]):
+        return _READERS[there[0]](folder, config, length)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """What both files say; of the names of special tokens the map has the last word where the other has none."""
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            config |= read_json(folder / name)
+    return config
+
+
+def _length(folder: Path, config: Mapping[str, Any]) -> int:
+    length = config.get("model_max_length")
+    if not isinstance(length, int) or isinstance(length, bool) or not 0 < length <= LARGEST:
+        raise ValueError(
+            f"{folder}: tokenizer_config.json does not say how long a text may be (`model_max_length`: "
+            f"{shown(length)}); give `length`, such as 77 of CLIP"
+        )
+    return length
+
+
+def _word(folder: Path, config: Mapping[str, Any], name: str, default: str) -> tuple[str, bool]:
+    """A special token, and whether it is also found in other letters: a text as it stands, or with its options."""
+    token = config.get(name, default)
+    word = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(word, str) or not word:
+        raise ValueError(f"{folder}: `{name}` must be a token; received: {shown(token)}")
+    return word, isinstance(token, dict) and bool(token.get("normalized", False))
+
+
+def _json(folder: Path, config: Mapping[str, Any], length: int) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    content = read_json(path)
+    word, _ = _word(folder, config, "pad_token", "")
+    added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+    if word not in added:
+        raise ValueError(f"{path}: the token that fills up must be one of {sorted(added)}; received: {word!r}")
+    return JSONTokenizer(path.read_text(encoding="utf-8"), length, added[word])
+
+
+def _clip(folder: Path, config: Mapping[str, Any], length: int) -> Tokenizer:
+    vocabulary = read_json(folder / "vocab.json")
+    path = folder / "merges.txt"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; CLIP's words are in vocab.json and merges.txt")
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if not line.startswith("#version")]
+    merges = [tuple(line.split()) for line in lines if line.strip()]
+    if not all(len(pair) == 2 for pair in merges) or not all(isinstance(n, int) for n in vocabulary.values()):
+        raise ValueError(f"{folder}: vocab.json must have a number for each token, merges.txt two tokens in each line")
+    defaults = {"bos_token": CLIP_START, "eos_token": CLIP_END, "unk_token": CLIP_END, "pad_token": CLIP_END}
+    special = dict(_word(folder, config, name, default) for name, default in defaults.items())
+    padding, _ = _word(folder, config, "pad_token", CLIP_END)
+    return JSONTokenizer.clip(vocabulary, merges, length, padding, special)
+
+
+def _sentencepiece(folder: Path, config: Mapping[str, Any], length: int) -> Tokenizer:
+    extra = config.get("extra_ids", 100)
+    return SentencePiece.read(folder / "spiece.model", length, extra)
+
+
+def padded(tokenizer: JSONTokenizer, padding: int) -> JSONTokenizer:
+    """The tokenizer that fills up with another token, which is then, as in transformers, found in a text as it stands.
+
+    Args:
+        tokenizer: of which the token that fills up now is found no more, unless it begins or ends a text.
+        padding: the number of the token.
+
+    Raises:
+        ValueError: if the vocabulary has no such number.
+    """
+    content = json.loads(tokenizer.model)
+    around = {*tokenizer.start, *tokenizer.end}
+    added = {token["id"]: token for token in content.get("added_tokens") or []}
+    if tokenizer.padding not in around:
+        added.pop(tokenizer.padding, None)
+    if padding not in added:
+        words = {number: word for word, number in content["model"]["vocab"].items()}
+        if padding not in words:
+            raise ValueError(f"padded: the number of a token of the {len(words)} is expected; received: {padding}")
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added[padding] = {"id": padding, "content": words[padding], "special": True, **flags}
+    content["added_tokens"] = [added[number] for number in sorted(added)]
+    return JSONTokenizer(json.dumps(content, ensure_ascii=False), tokenizer.length, padding)
+
+
+def save(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Writes a folder that transformers reads: tokenizer.json or spiece.model, and tokenizer_config.json.
+
+    Args:
+        tokenizer: a `JSONTokenizer`, which transformers is told is CLIP's, or a `SentencePiece`, T5's.
+        folder: to write to; files of the same names are replaced.
+
+    Raises:
+        ValueError: if it is another.
+    """
+    folder, config = Path(folder), {"model_max_length": tokenizer.length}
+    if isinstance(tokenizer, JSONTokenizer):
+        content = json.loads(tokenizer.model)
+        numbers = {token["id"]: token["content"] for token in content.get("added_tokens") or []}
+        if tokenizer.padding not in numbers:
+            raise ValueError(f"save: the token that fills up must be one of {numbers}; received: {tokenizer.padding}")
+        special = {"bos_token": CLIP_START, "eos_token": CLIP_END, "unk_token": CLIP_END}
+        config |= {**special, "pad_token": numbers[tokenizer.padding], "tokenizer_class": "CLIPTokenizer"}
+        write_json(folder / "tokenizer.json", content)
+    elif isinstance(tokenizer, SentencePiece):
+        config |= {"extra_ids": tokenizer.extra, "tokenizer_class": "T5Tokenizer"}
+        with replacing(folder / "spiece.model") as new:
+            new.write_bytes(base64.b64decode(tokenizer.model))
+    else:
+        raise ValueError(f"save: transformers has no such tokenizer; received: {tokenizer!r}")
+    write_json(folder / "tokenizer_config.json", config)
+
+
+_READERS = {"tokenizer.json": _json, "vocab.json": _clip, "spiece.model": _sentencepiece}

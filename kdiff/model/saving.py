@@ -1,0 +1,85 @@
+"""How a model is saved: to files that are moved into place, with the states of random layers."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from kdiff import backend
+from kdiff.codecs import Absent
+from kdiff.writing import replacing
+
+__all__ = ["Saving"]
+
+
+class Saving:
+    """The part of `DiffusionModel` that saves and loads it."""
+
+    def save(self, filepath, overwrite=True, zipped=None, **options) -> None:
+        """Keras' `save`, to a file that is written beside `filepath` and then moved there.
+
+        A kill or a full disk leaves the file that stood there. Folders are made as needed.
+
+        Raises:
+            ValueError: if the file is to be HDF5: it cannot hold schedules, codecs and the like.
+        """
+        if str(filepath).endswith((".h5", ".hdf5")):
+            raise ValueError(
+                "save: the model is saved as 'model.keras', its weights alone by save_weights('model.weights.h5'); "
+                f"received: {str(filepath)!r}"
+            )
+        with _new_file(filepath, overwrite) as new:
+            super().save(new, overwrite, zipped, **options)
+
+    def save_weights(self, filepath, overwrite=True, max_shard_size=None) -> None:
+        """Keras' `save_weights`, to a file that is moved into place as that of `save` is; several files are not."""
+        several = max_shard_size is not None
+        with nullcontext(filepath) if several else _new_file(filepath, overwrite) as new:
+            super().save_weights(new, overwrite, max_shard_size)
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, serialised; of a codec that is not saved, what it was."""
+        config = super().get_config()
+        if not self.codec.saved:
+            config["codec"] = keras.saving.serialize_keras_object(Absent(repr(self.codec)))
+        return config
+
+    def get_compile_config(self) -> dict[str, Any]:
+        """The compilation, without what belongs to a machine: jit, steps per execution, PyTorch's optimizer class."""
+        config = super().get_compile_config()
+        config = {key: value for key, value in config.items() if key not in ("jit_compile", "steps_per_execution")}
+        if isinstance(config.get("optimizer"), dict):
+            config["optimizer"] = backend.portable_optimizer(config["optimizer"])
+        return config
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles a loaded model, and makes the optimizer's variables, which are loaded next."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
+
+    def save_own_variables(self, store) -> None:
+        """Keras' own, and the states of random layers, which Keras leaves out."""
+        super().save_own_variables(store)
+        for index, state in enumerate(self._random_states()):
+            store[f"random_state_{index}"] = ops.convert_to_numpy(state)
+
+    def load_own_variables(self, store) -> None:
+        """Keras' own, and the states of random layers."""
+        names = list(store.keys())
+        super().load_own_variables({name: store[name] for name in names if not name.startswith("random_state_")})
+        for index, state in enumerate(self._random_states()):
+            state.assign(np.asarray(store[f"random_state_{index}"]))
+
+    def _random_states(self) -> list:
+        weights = {id(weight) for weight in self.network.weights}
+        return [variable for variable in self.network.variables if id(variable) not in weights]
+
+
+def _new_file(path: Any, overwrite: bool) -> AbstractContextManager:
+    """The file to write in place of `path`: beside it; `path` itself where Keras is to ask, or it is no local file."""
+    local = isinstance(path, (str, os.PathLike)) and "://" not in str(path)
+    return replacing(path) if local and (overwrite or not os.path.exists(path)) else nullcontext(path)

@@ -1,0 +1,72 @@
+"""DPM-Solver-fast: singlestep steps of order 3, and at the end lower ones, so that the calls come out even."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import ops
+
+from kdiff.base import check_choice
+from kdiff.schedules import Marginal, NoiseSchedule
+from kdiff.solvers.base import Denoise, Draw, Solver
+from kdiff.solvers.dpm import DPMSolverSinglestep
+
+__all__ = ["DPMSolverFast", "Orders"]
+
+
+class Orders(NamedTuple):
+    """What `DPMSolverFast` carries: the orders of all steps, int32, and how many were made."""
+
+    orders: Any
+    made: Any
+
+
+class DPMSolverFast(Solver):
+    """DPM-Solver-fast (Lu et al. 2022, arXiv:2206.00927, section 3.4 and appendix D), k-diffusion's `sample_dpm_fast`:
+
+        3, 3, ..., 3, 2, 1     the orders of the steps where the calls are 3 (steps - 1),            `rest` 0;
+        3, 3, ..., 3, rest     where they are 3 (steps - 1) + rest,                                  `rest` 1 or 2,
+
+    each step `DPMSolverSinglestep` of its order, of the noise. Its grid is uniform in log-SNR, and ends above t = 0:
+    `sampling.dpm_fast(20)` is the sampler that calls the denoiser 20 times.
+
+    Args:
+        rest: how many calls there are beyond 3 (steps - 1).
+
+    Raises:
+        ValueError: if `rest` is not 0, 1 or 2.
+    """
+
+    evaluations = 3
+
+    def __init__(self, rest: int = 0):
+        check_choice("DPMSolverFast", "rest", rest, (0, 1, 2))
+        self.rest = rest
+        self.order = 3 if rest == 2 else 2  # that of the last step, and one more
+        self._solvers = [DPMSolverSinglestep(order) for order in (1, 2, 3)]
+
+    def orders(self, steps: int) -> list[int]:
+        """Of each step."""
+        last = [2, 1] if self.rest == 0 else [self.rest]
+        return ([3] * steps + last)[-steps:]
+
+    def init(self, x, steps: int) -> Orders:
+        """The orders, and no step made."""
+        orders, made = np.array(self.orders(steps), "int32"), np.int32(0)
+        return Orders(ops.convert_to_tensor(orders), ops.convert_to_tensor(made))
+
+    def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
+        """One step; arguments and results as in `Solver.step`."""
+        estimate, order = denoise(x, now), ops.take(state.orders, state.made)
+
+        def by(solver):
+            answers = iter([estimate])  # the first question of a step is that at its beginning, for all of them
+
+            def known(x, m):
+                return next(answers, None) or denoise(x, m)
+
+            return lambda: solver.step(known, schedule, x, now, then, noise, ())[0]
+
+        first, second, third = self._solvers
+        # `cond` runs one of the two.
+        x = ops.cond(ops.equal(order, 3), by(third), lambda: ops.cond(ops.equal(order, 2), by(second), by(first)))
+        return x, estimate, Orders(state.orders, state.made + 1)
