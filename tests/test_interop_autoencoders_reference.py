@@ -240,7 +240,7 @@ def test_original_layout(name):
     close(codec.autoencoder.decode(mean), last(model.decode(first(mean)).sample), "images")
     assert codec.autoencoder.depth == model.config.layers_per_block
     state = {key: value for key, value in state.items() if "mid.block_2.conv1.bias" not in key}
-    with pytest.raises(ValueError, match=r"missing: (de|en)coder.mid.block_2.conv1.bias"):
+    with pytest.raises(ValueError, match=r"missing: .*(de|en)coder.mid.block_2.conv1.bias"):
         autoencoders.original(state, groups=4)
 
 
@@ -306,7 +306,7 @@ def test_wrong_weights_and_networks(tmp_path):
     diffusers.AutoencoderKL(**SMALL).save_pretrained(tmp_path)
     config = read_json(tmp_path / "config.json")
     write_json(tmp_path / "config.json", {**config, "block_out_channels": [8, 8]})
-    with pytest.raises(ValueError, match=r"shape: encoder\.down_blocks\.1\.resnets\.0\.conv1\.weight"):
+    with pytest.raises(ValueError, match=r"shape: encoder\.conv_norm_out\.weight is"):
         autoencoders.load(tmp_path)
     network = networks.AutoencoderKL((8, 32), depth=1)
     network.build()
