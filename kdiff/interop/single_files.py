@@ -51,6 +51,7 @@ __all__ = [
     "HEADS",
     "HEAD_WIDTH",
     "LDM_NAMES",
+    "NOT_WEIGHTS",
     "NUMBER_WIDTH",
     "OPEN_CLIP_BLOCKS",
     "OPEN_CLIP_NAMES",
