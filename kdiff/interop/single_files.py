@@ -51,6 +51,7 @@ __all__ = [
     "HEADS",
     "HEAD_WIDTH",
     "LDM_NAMES",
+    "NOT_WEIGHTS",
     "NUMBER_WIDTH",
     "OPEN_CLIP_BLOCKS",
     "OPEN_CLIP_NAMES",
@@ -71,7 +72,7 @@ OTHERS = re.compile(
     r"|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|posterior_\w+)$"
 )
 # Of CLIP's projection of a vector none of the three makes use.
-_NOT_WEIGHTS = re.compile(r"\.(position_ids|attn_mask|logit_scale|transformer\.text_projection\.weight)$")
+NOT_WEIGHTS = re.compile(r"\.(position_ids|attn_mask|logit_scale|transformer\.text_projection\.weight)$")
 # The pipeline of diffusers by the channels beside x_t.
 BESIDE = {
     0: "StableDiffusionPipeline",
@@ -402,4 +403,4 @@ def open_clip_slots(encoder: CLIPText, prefix: str = "") -> Iterator[Slot]:
 
 
 def _weights(state: State, prefix: str) -> State:
-    return {key: array for key, array in state.items() if key.startswith(prefix) and not _NOT_WEIGHTS.search(key)}
+    return {key: array for key, array in state.items() if key.startswith(prefix) and not NOT_WEIGHTS.search(key)}
