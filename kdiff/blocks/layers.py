@@ -2,7 +2,6 @@
 
 import keras
 import numpy as np
-from keras import ops
 
 from kdiff import backend
 from kdiff.blocks.initializers import Normal
@@ -73,7 +72,7 @@ class LowRank:
             self.lora_kernel_b.assign(values["lora_kernel_b"])
             self.lora_alpha = float(values["lora_scale"]) * self.lora_rank
         else:
-            self.lora_kernel_b.assign(ops.zeros_like(self.lora_kernel_b))
+            self.lora_kernel_b.assign(np.zeros(self.lora_kernel_b.shape, "float32"))
         self._kernel.assign(kernel)
         if self.bias is not None:
             self.bias.assign(values["1"])
