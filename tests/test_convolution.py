@@ -126,8 +126,9 @@ def test_aligned_upsampling_keeps_the_corners():
     np.testing.assert_array_equal(_numpy(one), np.full((1, 2, 2, 1), 3.0))
 
 
-def test_symmetric_padding_is_the_formula():
-    x, layer = _random(2, 4, 6, 3), Downsample(width=5, padding="symmetric")
+@pytest.mark.parametrize("sizes", [(4, 6), (2, 2)])
+def test_symmetric_padding_is_the_formula(sizes):
+    x, layer = _random(2, *sizes, 3), Downsample(width=5, padding="symmetric")
     y = _numpy(layer(x))
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))[:, ::2, ::2]

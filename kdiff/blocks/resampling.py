@@ -254,5 +254,5 @@ def _widens(block, x_shape):
 def _convolution(block, x_shape, kernel_size, layer=Conv2D, **options):
     options = {"kernel_initializer": kernel_initializer(), "dtype": block.dtype_policy, "padding": "same", **options}
     made = layer(block.width or x_shape[-1], kernel_size, **options)
-    made.build(x_shape)
+    made.build((*[None] * (len(x_shape) - 1), x_shape[-1]))  # a map that is padded first may be smaller than the kernel
     return made
