@@ -32,12 +32,12 @@ __all__ = [
 def dense(x: Any, kernel: Any, bias: Any = None) -> Any:
     """`x kernel + bias` over the last axis of `x`; the kernel is (channels, width), and the bias may be None.
 
-    On PyTorch's CPU it is, of many rows, a convolution of size 1: the library of its convolutions multiplies a tenth
-    faster than that of its matrix products. On JAX it is a product of two matrices with a gradient of its own (see
-    `_product_of_jax`).
+    On JAX it is a product of two matrices with a gradient of its own (see `_product_of_jax`).
     """
     if BACKEND == "torch":
-        return _dense_of_torch(x, ops.convert_to_tensor(kernel), _tensor(bias))
+        import torch
+
+        return torch.nn.functional.linear(x, ops.convert_to_tensor(kernel).T, _tensor(bias))
     if BACKEND == "jax" and None not in x.shape and _on_cpu():
         y = _product_of_jax()(ops.reshape(x, (-1, x.shape[-1])), ops.convert_to_tensor(kernel))
         y = ops.reshape(y, (*x.shape[:-1], y.shape[-1]))
@@ -70,18 +70,6 @@ def _product_of_jax():
 
     product.defvjp(lambda x, kernel: (barrier(x) @ kernel, (x, kernel)), gradient)
     return product
-
-
-def _dense_of_torch(x, kernel, bias):
-    import torch
-
-    # The convolution copies the kernel, which takes as long as the product of some hundred rows.
-    few = x.numel() < 2048 * x.shape[-1]
-    if few or x.ndim < 3 or x.device.type != "cpu":
-        return torch.nn.functional.linear(x, kernel.T, bias)
-    pixels = x.reshape(len(x), -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    y = torch.nn.functional.conv2d(pixels, kernel.T[:, :, None, None], bias)
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
 def convolution(
