@@ -20,6 +20,8 @@ def of(name, **options):
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 CONFIGS = [
     of("DDPM", timestep_spacing="trailing", variance_type="fixed_large"),
+    of("DDPM", beta_schedule="laplace", rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+    of("HeunDiscrete", beta_schedule="exp"),
     of("DDIM", timestep_spacing="linspace", thresholding=True, clip_sample=False, sample_max_value=0.5),
     of("PNDM", prediction_type="v_prediction", skip_prk_steps=True),
     of("DPMSolverMultistep", solver_order=3, use_karras_sigmas=True, final_sigmas_type="sigma_min"),

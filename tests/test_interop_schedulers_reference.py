@@ -187,6 +187,16 @@ def test_ddpm_adds_noise_in_its_last_step(config):
     check(config)
 
 
+@cases(
+    of("DDPM", beta_schedule="laplace"),
+    of("DDPM", beta_schedule="laplace", prediction_type="v_prediction", rescale_betas_zero_snr=True),
+    of("DDPMParallel", beta_schedule="laplace", variance_type="fixed_large"),
+    of("HeunDiscrete", beta_schedule="exp"),
+)
+def test_tables_of_a_few_classes(config):
+    check(config)
+
+
 ABOVE = {"final_sigmas_type": "sigma_min"}
 KARRAS, EXPONENTIAL, LU, BETA = (
     {f"use_{name}": True} for name in ("karras_sigmas", "exponential_sigmas", "lu_lambdas", "beta_sigmas")

@@ -10,7 +10,7 @@ from kdiff import guidance, predictions, schedules, solvers, times
 from kdiff.interop.configs import Keys
 from kdiff.interop.grids import BetaSigmas, Distilled, FlowSigmas, LinspaceUnrounded, UpTo, Within, WithoutLast
 from kdiff.interop.guidance import LowThreshold
-from kdiff.interop.tables import NearlyZeroSNR
+from kdiff.interop.tables import ExponentialBeta, LaplaceBeta, NearlyZeroSNR
 from kdiff.sampling import Sampler
 from kdiff.schedules.wrappers import token_mu
 
@@ -71,6 +71,8 @@ BETAS = {
     "scaled_linear": lambda *table: schedules.ScaledLinearBeta(*table),
     "squaredcos_cap_v2": lambda steps, start, end: schedules.CosineBeta(steps),
     "sigmoid": lambda *table: schedules.SigmoidBeta(*table),
+    "laplace": lambda steps, start, end: LaplaceBeta(steps),
+    "exp": lambda steps, start, end: ExponentialBeta(steps),
 }
 PREDICTIONS = {
     "epsilon": predictions.Noise,

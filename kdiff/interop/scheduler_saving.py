@@ -14,7 +14,7 @@ from kdiff.interop.scheduler_parts import PREDICTIONS
 from kdiff.interop.scheduler_tabled import MULTISTEP, SINGLESTEP
 from kdiff.interop.score_sde import PredictorCorrector
 from kdiff.interop.solvers import DDIMInverted, DDIMKeptNoise, DiffusersPNDM, DiffusersTCD, EvenSteps, NoisyEnd
-from kdiff.interop.tables import NearlyZeroSNR, WuerstchenCosine
+from kdiff.interop.tables import ExponentialBeta, LaplaceBeta, NearlyZeroSNR, WuerstchenCosine
 from kdiff.times import TimeGrid
 
 __all__ = ["ENDS", "NAMES_OF_PREDICTIONS", "NOISES", "SCHEDULES", "SOLVERS", "Config", "scheduler_config"]
@@ -26,6 +26,8 @@ SCHEDULES = {
     schedules.ScaledLinearBeta: "scaled_linear",
     schedules.CosineBeta: "squaredcos_cap_v2",
     schedules.SigmoidBeta: "sigmoid",
+    LaplaceBeta: "laplace",
+    ExponentialBeta: "exp",
 }
 NAMES_OF_PREDICTIONS = {kind: name for name, kind in PREDICTIONS.items()}
 

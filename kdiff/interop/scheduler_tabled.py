@@ -15,6 +15,7 @@ from kdiff.interop.multistep import (
 )
 from kdiff.interop.scheduler_keys import (
     ANY,
+    BETA_SCHEDULES,
     CLIPPING,
     DPM,
     ENDING,
@@ -32,7 +33,7 @@ from kdiff.interop.scheduler_keys import (
     VARIANCES,
     ZERO_SNR,
 )
-from kdiff.interop.scheduler_parts import BETAS, PREDICTIONS, Kind, guidance_of
+from kdiff.interop.scheduler_parts import PREDICTIONS, Kind, guidance_of
 from kdiff.interop.solvers import (
     DDIMInverted,
     DDIMKeptNoise,
@@ -156,7 +157,7 @@ TABLED = {
             **CLIPPING,
             **THRESHOLD,
             **LEADING,
-            "beta_schedule": Key("linear", one_of(*BETAS)),
+            "beta_schedule": Key("linear", one_of(*BETA_SCHEDULES, "sigmoid", "laplace")),
             "variance_type": Key("fixed_small", one_of(*VARIANCES)),
         },
         _ddpm,
@@ -228,7 +229,16 @@ TABLED = {
         {**TABLE, **NO_DATA, **ZERO_SNR, **LINSPACE}, lambda config: solvers.EulerAncestral(), "unrounded"
     ),
     "HeunDiscreteScheduler": Kind(
-        {**TABLE, **LATE, **NO_DATA, **LINSPACE, **SIGMAS, **CLIPPING, "clip_sample": Key(False, SWITCH)},
+        {
+            **TABLE,
+            **LATE,
+            **NO_DATA,
+            **LINSPACE,
+            **SIGMAS,
+            **CLIPPING,
+            "beta_schedule": Key("linear", one_of(*BETA_SCHEDULES, "exp")),
+            "clip_sample": Key(False, SWITCH),
+        },
         lambda config: solvers.Heun("ratio"),
         "unrounded",
     ),
