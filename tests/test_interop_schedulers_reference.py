@@ -15,6 +15,7 @@ from keras import ops
 
 from kdiff.denoisers import Denoiser
 from kdiff.interop import schedulers
+from kdiff.interop.multistep import BothWays
 from kdiff.interop.solvers import DDIMInverted
 from tests.toys import EAGER, mostly_once, numpy
 
@@ -95,7 +96,7 @@ def ours(process, x, steps, noises, start):
     """kdiff's solver on kdiff's grid, from diffusers' beginning."""
     given, schedule, sampler = iter(noises), process.schedule, process.sampler.clone(steps=steps)
     times = sampler.times(schedule).astype("float32")
-    if isinstance(sampler.solver, DDIMInverted):
+    if isinstance(sampler.solver, (BothWays, DDIMInverted)):
         sampler, times = sampler.inverse(), times[::-1]
     marginals = [schedule.sampled_at(t) for t in times]
     on_its_scale = float(marginals[0].alpha) if start > 1.0 else 1.0
@@ -392,6 +393,18 @@ def test_the_shift_is_by_the_number_of_tokens(config):
     everywhere=2,
 )
 def test_other_classes(config):
+    check(config)
+
+
+@cases(
+    of("DPMSolverMultistepInverse", **TABLE),
+    of("DPMSolverMultistepInverse", **TABLE, solver_order=3, euler_at_final=True, lower_order_final=False),
+    of("DPMSolverMultistepInverse", **TABLE, solver_type="heun", timestep_spacing="leading", steps_offset=1),
+    of("DPMSolverMultistepInverse", **TABLE, algorithm_type="dpmsolver", prediction_type="v_prediction"),
+    of("DPMSolverMultistepInverse", lambda_min_clipped=-3.1, beta_schedule="squaredcos_cap_v2"),
+    of("DPMSolverMultistepInverse", thresholding=True, solver_order=1, prediction_type="sample", **TABLE),
+)
+def test_to_noise_by_dpm_solver(config):
     check(config)
 
 

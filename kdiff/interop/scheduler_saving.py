@@ -7,7 +7,7 @@ from typing import Any
 
 from kdiff import guidance, predictions, schedules, solvers, times
 from kdiff.interop import multistep, schedulers
-from kdiff.interop.grids import BetaSigmas, Consistent, Distilled, FlowMatching, FlowSigmas, UpTo
+from kdiff.interop.grids import BetaSigmas, Consistent, Distilled, FlowMatching, FlowSigmas, UpTo, Upwards
 from kdiff.interop.guidance import LowThreshold
 from kdiff.interop.scheduler_keys import SPACINGS, VARIANCES
 from kdiff.interop.scheduler_parts import PREDICTIONS
@@ -115,6 +115,10 @@ SOLVERS = {
         clip_sample_range=lambda solver: solver.limit or 1.0,
     ),
 }
+SOLVERS[multistep.BothWays] = lambda solver: {
+    **SOLVERS[type(solver.solver)](solver.solver),
+    "_class_name": "DPMSolverMultistepInverseScheduler",
+}
 ENDS = ({}, {"set_alpha_to_one": True}, {"set_alpha_to_one": False}, {"final_sigmas_type": "sigma_min"})
 NOISES = {
     times.Karras: ({"use_karras_sigmas": True},),
@@ -179,7 +183,8 @@ def _candidates(wanted: schedulers.Process) -> Iterator[Config]:
         noises += [{**names, **ends} for names in NOISES.get(type(one), ())]
         offsets |= {one.offset} if isinstance(one, times.Leading) else set()
         shared |= {"original_inference_steps": one.original} if isinstance(one, Distilled) else {}
-        clipped = _lowest(wanted.schedule, one.last) if isinstance(one, UpTo) else clipped
+        if isinstance(one, (UpTo, Upwards)) and one.last < wanted.schedule.num_steps:
+            clipped = _lowest(wanted.schedule, one.last)
     for spacing, offset, end, noise in itertools.product(SPACINGS, sorted(offsets), ENDS, noises):
         yield {**shared, **clipped, "timestep_spacing": spacing, "steps_offset": offset, **end, **noise}
 

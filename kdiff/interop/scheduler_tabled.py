@@ -3,6 +3,7 @@
 from kdiff import solvers
 from kdiff.interop.configs import FLAG, Key, listed, one_of, only, optional, real, whole
 from kdiff.interop.multistep import (
+    BothWays,
     DiffusersDEIS,
     DiffusersDPMSolver,
     DiffusersDPMSolverPP,
@@ -107,6 +108,14 @@ def _inverted(config):
     return DDIMInverted(
         PREDICTIONS[config["prediction_type"]](), config["clip_sample_range"] if config["clip_sample"] else None
     )
+
+
+def _both_ways(config):
+    """Only the orders of a short run fall; the run ends where there is noise."""
+    kind = MULTISTEP["dpmsolver++" if config["algorithm_type"] == "deis" else config["algorithm_type"]][1]
+    variant = config["solver_type"] if config["solver_type"] in ("midpoint", "heun") else "midpoint"
+    lower, euler = bool(config["lower_order_final"]), bool(config["euler_at_final"])
+    return BothWays(kind(config["solver_order"], variant, lower, euler))
 
 
 def _singlestep(config):
@@ -259,6 +268,23 @@ TABLED = {
             "set_alpha_to_zero": Key(None, SWITCH),  # an older name of it, which counts where it is given
         },
         _inverted,
+    ),
+    "DPMSolverMultistepInverseScheduler": Kind(
+        {
+            **TABLE,
+            **THRESHOLD,
+            **DPM,
+            # On "trailing", and with noise levels, diffusers' last step has length 0; with noise it is not a number.
+            "timestep_spacing": Key("linspace", one_of("linspace", "leading")),
+            "algorithm_type": Key("dpmsolver++", one_of("dpmsolver++", "dpmsolver", "deis")),
+            "solver_order": ORDERED["solver_order"],
+            "lower_order_final": ORDERED["lower_order_final"],
+            "euler_at_final": Key(False, SWITCH),
+            **{name: only(False, None) for name in (*SIGMAS, "use_flow_sigmas")},
+        },
+        _both_ways,
+        "upwards",
+        to_zero=False,
     ),
     "LCMScheduler": Kind(
         DISTILLED, lambda config: solvers.LCM(0.5, config["timestep_scaling"]), "distilled", to_zero=True
