@@ -51,6 +51,7 @@ CONFIGS = [
     of("FlowMatchEulerDiscrete", shift_terminal=0.1, use_karras_sigmas=True),
     of("FlowMatchHeunDiscrete", shift=2.0),
     of("IPNDM"),
+    of("ScoreSdeVp", beta_max=15.0, num_train_timesteps=1000),
     of("UnCLIP", clip_sample_range=5.0),
     of("DDPMWuerstchen", scaler=2.0),
 ]

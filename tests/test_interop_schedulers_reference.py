@@ -453,6 +453,26 @@ def test_score_sde(monkeypatch):
         assert np.abs(found - wanted).max() < TOLERANCE * max(1.0, np.abs(wanted).max())
 
 
+def test_score_sde_of_preserved_variance(monkeypatch):
+    """As its pipeline called it, whose images are without the last noise; in float64, for of 1 - exp(-B) float32 leaves
+    three digits at the end.
+    """
+    module = importlib.import_module("diffusers.schedulers.deprecated.scheduling_sde_vp")
+    scheduler = module.ScoreSdeVpScheduler(beta_max=15.0)
+    process = schedulers.process(of("ScoreSdeVp", beta_max=15.0), "file")
+    for steps in STEPS:
+        noises = [normal(10 + i) for i in range(steps)]
+        given = iter(noises)
+        monkeypatch.setattr(module, "randn_tensor", lambda *_, given=given, **__: torch.tensor(next(given)))
+        scheduler.set_timesteps(steps)
+        x = torch.tensor(normal(0)).double()
+        for t in scheduler.timesteps.double():
+            output = numpy(network(process, ops.convert_to_tensor(x.numpy().astype("float32")), float(1999.0 * t)))
+            x, mean = scheduler.step_pred(torch.tensor(output).double(), x, t)
+        found, _ = ours(process, normal(0), steps, noises, 1.0)
+        assert np.abs(found - mean.numpy()).max() < TOLERANCE * max(1.0, np.abs(mean.numpy()).max())
+
+
 @pytest.mark.parametrize("scaler", [1.0, 0.5, 2.0])
 @pytest.mark.once
 def test_wuerstchen(scaler, monkeypatch):

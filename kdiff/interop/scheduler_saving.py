@@ -12,7 +12,7 @@ from kdiff.interop.guidance import LowThreshold
 from kdiff.interop.scheduler_keys import SPACINGS, VARIANCES
 from kdiff.interop.scheduler_parts import PREDICTIONS
 from kdiff.interop.scheduler_tabled import MULTISTEP, SINGLESTEP
-from kdiff.interop.score_sde import PredictorCorrector
+from kdiff.interop.score_sde import EulerMaruyama, PredictorCorrector
 from kdiff.interop.solvers import DDIMInverted, DDIMKeptNoise, DiffusersPNDM, DiffusersTCD, EvenSteps, NoisyEnd
 from kdiff.interop.tables import ExponentialBeta, LaplaceBeta, NearlyZeroSNR, WuerstchenCosine
 from kdiff.times import TimeGrid
@@ -198,6 +198,14 @@ def _untabled(wanted: schedulers.Process) -> Iterator[Config]:
     """Of the classes without a table."""
     schedule, grid, solver = wanted.schedule, wanted.sampler.grid, wanted.sampler.solver
     yield {"_class_name": "IPNDMScheduler"}
+    if isinstance(solver, EulerMaruyama) and isinstance(schedule, schedules.LinearVP):
+        ends = {
+            "beta_min": schedule.beta_min,
+            "beta_max": schedule.beta_max,
+            "sampling_eps": getattr(grid, "last", 1e-3),
+        }
+        steps = round(getattr(wanted.time_label, "scale", 999.0)) + 1
+        yield {"_class_name": "ScoreSdeVpScheduler", "num_train_timesteps": steps, **ends}
     if isinstance(schedule, WuerstchenCosine):
         yield {"_class_name": "DDPMWuerstchenScheduler", "scaler": schedule.scaler, "s": schedule.s}
     if isinstance(grid, FlowMatching):
