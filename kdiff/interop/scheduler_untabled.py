@@ -77,7 +77,7 @@ def _score_sde(config, tokens) -> Process:
 
 
 def _score_sde_vp(config, tokens) -> Process:
-    """Song et al. 2021; its networks are told (T - 1) t, as in training: the run's own T in the pipelines there were."""
+    """Song et al. 2021; its networks are told (T - 1) t, as in training; in old pipelines T is the run's."""
     schedule = schedules.LinearVP(float(config["beta_min"]), float(config["beta_max"]), 1e-8)
     label = times.Scaled(config["num_train_timesteps"] - 1.0)
     return Process(schedule, predictions.Noise(), label, Sampler(EulerMaruyama(), DownTo(config["sampling_eps"])))

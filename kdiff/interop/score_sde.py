@@ -1,4 +1,4 @@
-"""diffusers' sampling of score-based models: variance exploding, by a predictor and a corrector; variance preserving."""
+"""diffusers' sampling of score-based models: variance exploding by predictor and corrector; variance preserving."""
 
 import numpy as np
 from keras import ops
