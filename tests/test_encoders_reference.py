@@ -240,8 +240,33 @@ def test_shards_and_variants(dtype, tmp_path):
         interop.load(tmp_path / "one", "text", "fp16")
 
 
+@pytest.mark.once
+def test_pickles(tmp_path):
+    """One, and shards, as transformers 4 wrote them; safetensors beside them come first."""
+    theirs = text_model("quick_gelu")
+    theirs.save_pretrained(tmp_path)
+    wanted = run(interop.load(tmp_path), IDS)[0]
+    file = tmp_path / "pytorch_model.bin"
+    weights = {name: torch.as_tensor(array) for name, array in old(theirs.state_dict()).items()}
+    torch.save({name: 0.0 * tensor for name, tensor in weights.items()}, file)
+    np.testing.assert_array_equal(run(interop.load(tmp_path), IDS)[0], wanted)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, file)
+    np.testing.assert_array_equal(run(interop.load(tmp_path), IDS)[0], wanted)
+    file.unlink()
+    shards = {f"pytorch_model-0000{i + 1}-of-00002.bin": sorted(weights)[i::2] for i in range(2)}
+    for shard, names in shards.items():
+        torch.save({name: weights[name] for name in names}, tmp_path / shard)
+    index = {"weight_map": {name: shard for shard, names in shards.items() for name in names}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    np.testing.assert_array_equal(run(interop.load(tmp_path), IDS)[0], wanted)
+
+
 BROKEN = {
-    "pickle": (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "not read"),
+    "pickle": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        r"pytorch_model\.bin: not a file of tensors",
+    ),
     "no_file": (lambda folder: (folder / "model.safetensors").unlink(), r"no weights; expected one of"),
     "no_config": (lambda folder: (folder / "config.json").unlink(), r"config\.json: no such file"),
     "activation": (lambda folder: change(folder, hidden_act="swish"), r"`hidden_act` must be one of"),

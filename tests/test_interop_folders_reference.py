@@ -152,6 +152,19 @@ def test_no_network(pipeline):
         interop.load(pipeline)
 
 
+def test_times_by_the_number_of_tokens(pipeline):
+    """`use_dynamic_shifting` asks for it."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.save_pretrained(pipeline / "scheduler")
+    with pytest.raises(ValueError, match="give `tokens`, the length"):
+        interop.load(pipeline)
+    model = interop.load(pipeline, tokens=256)
+    scheduler.set_timesteps(10, mu=0.5)
+    np.testing.assert_allclose(model.sampler.clone(steps=10).times(model.schedule), scheduler.sigmas, atol=1e-6)
+    with pytest.raises(ValueError, match=r"\['tokens'\] are arguments for a pipeline"):
+        interop.load(pipeline / "unet", tokens=256)
+
+
 def test_pictures_in_0_to_1(tmp_path):
     """Of score-based models; there and back."""
     config = {"down_block_types": ("SkipDownBlock2D",) * 2, "up_block_types": ("SkipUpBlock2D",) * 2}

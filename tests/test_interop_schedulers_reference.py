@@ -15,6 +15,7 @@ from keras import ops
 
 from kdiff.denoisers import Denoiser
 from kdiff.interop import schedulers
+from kdiff.interop.multistep import BothWays
 from kdiff.interop.solvers import DDIMInverted
 from tests.toys import EAGER, mostly_once, numpy
 
@@ -95,7 +96,7 @@ def ours(process, x, steps, noises, start):
     """kdiff's solver on kdiff's grid, from diffusers' beginning."""
     given, schedule, sampler = iter(noises), process.schedule, process.sampler.clone(steps=steps)
     times = sampler.times(schedule).astype("float32")
-    if isinstance(sampler.solver, DDIMInverted):
+    if isinstance(sampler.solver, (BothWays, DDIMInverted)):
         sampler, times = sampler.inverse(), times[::-1]
     marginals = [schedule.sampled_at(t) for t in times]
     on_its_scale = float(marginals[0].alpha) if start > 1.0 else 1.0
@@ -184,6 +185,16 @@ def test_pndm_combines_outputs(config):
     of("DDPM", timestep_spacing="trailing", variance_type="fixed_small_log"),
 )
 def test_ddpm_adds_noise_in_its_last_step(config):
+    check(config)
+
+
+@cases(
+    of("DDPM", beta_schedule="laplace"),
+    of("DDPM", beta_schedule="laplace", prediction_type="v_prediction", rescale_betas_zero_snr=True),
+    of("DDPMParallel", beta_schedule="laplace", variance_type="fixed_large"),
+    of("HeunDiscrete", beta_schedule="exp"),
+)
+def test_tables_of_a_few_classes(config):
     check(config)
 
 
@@ -385,6 +396,18 @@ def test_other_classes(config):
     check(config)
 
 
+@cases(
+    of("DPMSolverMultistepInverse", **TABLE),
+    of("DPMSolverMultistepInverse", **TABLE, solver_order=3, euler_at_final=True, lower_order_final=False),
+    of("DPMSolverMultistepInverse", **TABLE, solver_type="heun", timestep_spacing="leading", steps_offset=1),
+    of("DPMSolverMultistepInverse", **TABLE, algorithm_type="dpmsolver", prediction_type="v_prediction"),
+    of("DPMSolverMultistepInverse", lambda_min_clipped=-3.1, beta_schedule="squaredcos_cap_v2"),
+    of("DPMSolverMultistepInverse", thresholding=True, solver_order=1, prediction_type="sample", **TABLE),
+)
+def test_to_noise_by_dpm_solver(config):
+    check(config)
+
+
 @cases(of("UnCLIP"), of("UnCLIP", prediction_type="sample", clip_sample_range=5.0))
 def test_unclip(config):
     """diffusers takes 1 - (1 - r) for an r of 1e-7 in the first step, of which float32 leaves a digit."""
@@ -428,6 +451,26 @@ def test_score_sde(monkeypatch):
         wanted = mean.numpy().transpose(0, 2, 3, 1)
         found, _ = ours(process, normal(0), steps, noises, scheduler.init_noise_sigma)
         assert np.abs(found - wanted).max() < TOLERANCE * max(1.0, np.abs(wanted).max())
+
+
+def test_score_sde_of_preserved_variance(monkeypatch):
+    """As its pipeline called it, whose images are without the last noise; in float64, for of 1 - exp(-B) float32 leaves
+    three digits at the end.
+    """
+    module = importlib.import_module("diffusers.schedulers.deprecated.scheduling_sde_vp")
+    scheduler = module.ScoreSdeVpScheduler(beta_max=15.0)
+    process = schedulers.process(of("ScoreSdeVp", beta_max=15.0), "file")
+    for steps in STEPS:
+        noises = [normal(10 + i) for i in range(steps)]
+        given = iter(noises)
+        monkeypatch.setattr(module, "randn_tensor", lambda *_, given=given, **__: torch.tensor(next(given)))
+        scheduler.set_timesteps(steps)
+        x = torch.tensor(normal(0)).double()
+        for t in scheduler.timesteps.double():
+            output = numpy(network(process, ops.convert_to_tensor(x.numpy().astype("float32")), float(1999.0 * t)))
+            x, mean = scheduler.step_pred(torch.tensor(output).double(), x, t)
+        found, _ = ours(process, normal(0), steps, noises, 1.0)
+        assert np.abs(found - mean.numpy()).max() < TOLERANCE * max(1.0, np.abs(mean.numpy()).max())
 
 
 @pytest.mark.parametrize("scaler", [1.0, 0.5, 2.0])

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 import kdiff
-from kdiff import Sampler, analytic, blocks, circular_padding, codecs, schedules, times
+from kdiff import Sampler, analytic, blocks, circular_padding, codecs, random, schedules, times
 from kdiff.guidance import Clip, Inpaint, Seamless
 from kdiff.networks import UNet
 from kdiff.sampling import initial_noise
@@ -70,6 +70,26 @@ def test_noise_of_ones_own(model):
     noisy = float(m.alpha) * image + float(m.sigma) * noise
     received = model.sample(2, noise=noise, image=image, strength=0.5)
     np.testing.assert_allclose(received, model.sample(2, x=noisy, start=0.5), atol=1e-5)
+
+
+def test_noise_of_each_step(model):
+    """A function's, as `Sampler` takes it: that of the seed in its place is the same run; all samples are one batch."""
+    key, asked = random.key_of(3), []
+
+    def noise(step, shape):
+        asked.append((step, shape))
+        return numpy(random.normal(random.fold(key, np.int32(step), random.STEPS), shape, np.int32(0)))
+
+    options = {"sampler": "ddpm", "steps": 3, "seed": 3}
+    wanted = model.sample(2, **options)
+    np.testing.assert_allclose(model.sample(2, noise=noise, **options), wanted, atol=1e-5)
+    assert asked == [(step, (2, *SHAPE)) for step in range(3)]
+    *_, last = model.sample_steps(2, noise=noise, x=numpy(initial_noise((2, *SHAPE), 3)), **options)
+    np.testing.assert_allclose(last.x, wanted, atol=1e-3)  # sigma(1) is 1
+    assert np.abs(model.sample(2, noise=lambda step, shape: np.zeros(shape), **options) - wanted).max() > 0.01
+    np.testing.assert_array_equal(model.sample(2, **options), wanted)  # it is not kept
+    with pytest.raises(ValueError, match="all 2 samples at once: `batch_size` must be as large; received: 1"):
+        model.sample(2, noise=noise, batch_size=1, **options)
 
 
 def test_a_strength_a_pixel(model):

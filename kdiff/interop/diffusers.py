@@ -90,6 +90,7 @@ def load(
     variant: str | None = None,
     text: bool = True,
     clip_skip: int = 0,
+    tokens: int | None = None,
     **options: Any,
 ) -> keras.Model | Latent:
     """What a folder of diffusers holds.
@@ -103,6 +104,7 @@ def load(
         text: whether the text encoders of a pipeline are loaded, if it is one of `prompts.PIPELINES`; otherwise it
             takes what they give, as the conditions "context" and, of Stable Diffusion XL, "text_embeds".
         clip_skip: how many of the last blocks of the text encoders to leave out.
+        tokens: of a pipeline, as of `load_scheduler`: the sampler's times are then those of samples of that size.
         options: for a pipeline, arguments of `DiffusionModel`, in place of what the folder says; such as `ema`, which
             is None if not given.
 
@@ -113,7 +115,8 @@ def load(
     folder = Path(folder)
     if (folder / "model_index.json").exists():
         prompt = prompts.load(folder, read_json(folder / "model_index.json"), clip_skip, variant) if text else None
-        return _load_pipeline(folder, strict, variant, options, prompt)
+        return _load_pipeline(folder, strict, variant, options, prompt, tokens)
+    options |= {} if tokens is None else {"tokens": tokens}
     if options:
         raise ValueError(f"{folder}: {sorted(options)} are arguments for a pipeline, and this is a model's folder")
     if read_json(folder / "config.json").get("_class_name") in autoencoders.KINDS:
@@ -149,7 +152,12 @@ def _maps_of(index: Mapping[str, Any], described: Described, source: Path) -> di
 
 
 def _load_pipeline(
-    folder: Path, strict: bool, variant: str | None, options: dict[str, Any], prompt: Prompt | None
+    folder: Path,
+    strict: bool,
+    variant: str | None,
+    options: dict[str, Any],
+    prompt: Prompt | None,
+    tokens: int | None,
 ) -> DiffusionModel:
     index, source = read_json(folder / "model_index.json"), folders.scheduler_of(folder)
     part, scheduler = folders.check_parts(index, folder), read_json(source)
@@ -157,7 +165,7 @@ def _load_pipeline(
     about = {"_class_name": "", **index, "learned": learned}
     described = _load_network(folders.config_of(folder, part), strict, variant, about, prompt)
     learned_too = described.network.out_channels == 2 * described.shapes["image"][-1]
-    process = schedulers.process(scheduler, source, learned_too)
+    process = schedulers.process(scheduler, source, learned_too, tokens)
     unit = scheduler["_class_name"] in UNIT_SCHEDULERS
     codec = options["codec"] if "codec" in options else _codec(folder, index, strict, variant)
     codec = UNIT_PIXELS if unit and codec == "pixels" else codec

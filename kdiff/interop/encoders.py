@@ -4,8 +4,9 @@
     tokenizer = load_tokenizer("stable-diffusion-v1-5/tokenizer")     # vocab.json, merges.txt, or another form
     text = encoder(tokenizer(["a red circle"]))                 # Encoded: tokens (1, 77, 768), vector (1, 768)
 
-Folders of transformers 4 and 5 are read, in safetensors alone: one file, shards, or a variant of a precision. What a
-configuration says besides the keys of the tables below, transformers does not use for these encoders either.
+Folders of transformers 4 and 5 are read: one file, shards, or a variant of a precision, in safetensors or, where there
+are none, PyTorch's pickles, of which nothing is run (`interop.pickles`). What a configuration says besides the keys of
+the tables below, transformers does not use for these encoders either.
 """
 
 import math
@@ -285,7 +286,7 @@ PARTS = {"text": ("clip_text_model", "text_config"), "vision": ("clip_vision_mod
 def load(
     folder: str | Path, part: str | None = None, variant: str | None = None, strict: bool = True, **options: Any
 ) -> Encoder:
-    """The encoder in a folder of transformers, with `config.json` and weights in safetensors.
+    """The encoder in a folder of transformers: `config.json`, and weights in safetensors or as PyTorch writes them.
 
     Args:
         folder: of `CLIPTextModel`, `CLIPTextModelWithProjection`, `CLIPVisionModel`, `CLIPVisionModelWithProjection`,
@@ -311,7 +312,7 @@ def load(
         raise ValueError(f"{source}: `part` is of a CLIP with text and vision; this is: {name!r}; received: {part!r}")
     foreign = kind(ENCODERS, name, source, "model_type")
     config = complete({key: config[key] for key in foreign.keys if key in config}, foreign.keys, source)
-    state = foreign.ours(_weights(folder, variant))
+    state = foreign.ours(read_weights(folder, variant))
     with explained(source):
         encoder = foreign.made(**{**foreign.arguments(config, state), **options})
     fill(encoder, _input_shape(encoder), foreign.slots, state, folder, strict)
@@ -322,19 +323,6 @@ def _input_shape(encoder: Encoder) -> tuple:
     if isinstance(encoder, CLIPVision):
         return (None, encoder.size, encoder.size, encoder.channels)
     return (None, getattr(encoder, "length", None))
-
-
-def _weights(folder: Path, variant: str | None) -> State:
-    """The arrays of `folders.read_weights`; where there are pickles alone the error says what to do."""
-    try:
-        return read_weights(folder, variant)
-    except ValueError as error:
-        if not folder.is_dir() or not any(entry.name.startswith("pytorch_model") for entry in folder.iterdir()):
-            raise
-        raise ValueError(
-            f"{error}. A pickle, such as pytorch_model.bin, could run programs and is not read; transformers writes "
-            "its model as safetensors: `AutoModel.from_pretrained(folder).save_pretrained(folder)`"
-        ) from error
 
 
 def save(encoder: Encoder, folder: str | Path) -> None:

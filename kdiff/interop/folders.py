@@ -3,7 +3,7 @@
 model_index.json, unet/config.json, unet/diffusion_pytorch_model.safetensors, scheduler/scheduler_config.json
 model_index.json, config.json, diffusion_pytorch_model.safetensors, scheduler_config.json           google/ddpm-*
 config.json, diffusion_pytorch_model.fp16.safetensors                                               a variant
-config.json, model.safetensors                                                                      Accelerate's name
+config.json, model.safetensors; pytorch_model.bin                      Accelerate's names, and those of transformers
 """
 
 import re
@@ -29,7 +29,7 @@ __all__ = [
     "variants",
 ]
 
-STEMS = ("diffusion_pytorch_model", "model")
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 NETWORKS = ("unet", "transformer")
 AUTOENCODERS = ("vae", "vqvae", "movq")
 # What `EMAModel.save_pretrained` writes of itself among the keys of the network.

@@ -18,6 +18,7 @@ __all__ = [
     "SineSquared",
     "Uniform",
     "UpTo",
+    "Upwards",
     "WithFirst",
     "Within",
     "WithoutLast",
@@ -114,6 +115,32 @@ class WithFirst(TimeGrid):
         """The times of the grid, and 1 / T, or a hair below the last."""
         times, first = self.grid.above_zero(schedule, steps), self.first or schedule.first_time
         return np.append(times, first if first and times[-1] > first * 1.001 else times[-1] * (1.0 - HAIR))
+
+
+class Upwards(TimeGrid):
+    """A grid by number of a run to noise, read downwards, for `Sampler(to_zero=False)`: the noisiest of the steps that
+    there are to take, and those that a run to noise comes by on its way there:
+
+        "linspace"    round(k (last - 1) / steps)            k = steps ... 0
+        "leading"     last - 1;  k floor(last / (steps + 1)) + offset,    k = steps - 1 ... 0
+
+    Args:
+        grid: a `Leading` or a `Linspace`.
+        last: how many steps of the process there are to take.
+    """
+
+    named = False
+
+    def __init__(self, grid="linspace", last: int = 1000):
+        self.grid, self.last = TimeGrid.get(grid), last
+
+    def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
+        """The times, one more than `steps`."""
+        return super().above_zero(schedule, steps + 1)
+
+    def indices(self, num_steps: int, steps: int) -> np.ndarray:
+        """i, for one step less than these times."""
+        return np.append(self.last - 1, self.grid.indices(self.last, steps)[1:])
 
 
 class Distilled(TimeGrid):

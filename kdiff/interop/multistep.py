@@ -17,6 +17,7 @@ from kdiff.solvers.exponential import half, integrals, moments, weights
 
 __all__ = [
     "SHORT",
+    "BothWays",
     "DiffusersDEIS",
     "DiffusersDPMSolver",
     "DiffusersDPMSolverPP",
@@ -148,6 +149,34 @@ class DiffusersUniPC(UniPC):
     def _order_of(self, last):
         history = last.history._replace(made=last.history.made - 1, left=last.history.left + 1)
         return history.order(self.predictor_order, self.lower_final)
+
+
+class BothWays(Solver):
+    """A solver that is its own inverse, on the times of the run backwards: diffusers' `DPMSolverMultistepInverse`.
+
+    Unlike `DDIM`'s inverse it asks the network where a step begins, not where it ends.
+
+    Args:
+        solver: the `Solver`; without noise.
+    """
+
+    named = False
+
+    def __init__(self, solver="dpm_solver_pp"):
+        self.solver = Solver.get(solver)
+        self.order, self.evaluations, self.learned = self.solver.order, self.solver.evaluations, self.solver.learned
+
+    def init(self, x, steps: int):
+        """The solver's."""
+        return self.solver.init(x, steps)
+
+    def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
+        """The solver's step; arguments and results as in `Solver.step`."""
+        return self.solver.step(denoise, schedule, x, now, then, noise, state)
+
+    def inverse(self, iterations: int = 1) -> Solver:
+        """The solver, which asks the network once a step."""
+        return self.solver
 
 
 class Stages(NamedTuple):

@@ -8,6 +8,7 @@ __all__ = [
     "ALGORITHMS",
     "ANY",
     "BETA",
+    "BETA_SCHEDULES",
     "CLIPPING",
     "DPM",
     "EDM",
@@ -42,11 +43,12 @@ STEPS = whole(1)
 BETA = real(0.0, 1.0)
 SIGMA = optional(real(1e-8, 1e8))
 
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # of each class; others are of a few
 TABLE = {
     "num_train_timesteps": Key(1000, STEPS),
     "beta_start": Key(0.0001, BETA),
     "beta_end": Key(0.02, BETA),
-    "beta_schedule": Key("linear", one_of("linear", "scaled_linear", "squaredcos_cap_v2")),
+    "beta_schedule": Key("linear", one_of(*BETA_SCHEDULES)),
     "trained_betas": Key(None, optional(listed(BETA, 1, LARGEST))),
     "prediction_type": Key("epsilon", one_of(*PREDICTED)),
     "steps_offset": Key(0, whole(0)),

@@ -8,9 +8,9 @@ import numpy as np
 
 from kdiff import guidance, predictions, schedules, solvers, times
 from kdiff.interop.configs import Keys
-from kdiff.interop.grids import BetaSigmas, Distilled, FlowSigmas, LinspaceUnrounded, UpTo, Within, WithoutLast
+from kdiff.interop.grids import BetaSigmas, Distilled, FlowSigmas, LinspaceUnrounded, UpTo, Upwards, Within, WithoutLast
 from kdiff.interop.guidance import LowThreshold
-from kdiff.interop.tables import NearlyZeroSNR
+from kdiff.interop.tables import ExponentialBeta, LaplaceBeta, NearlyZeroSNR
 from kdiff.sampling import Sampler
 from kdiff.schedules.wrappers import token_mu
 
@@ -54,7 +54,8 @@ class Kind(NamedTuple):
         keys: of its configuration.
         solver: of a configuration; None where `make` makes it.
         spacing: how its `timestep_spacing` is read: "rounded" to steps of the process, or "unrounded"; "shorter",
-            rounded, of a run of one step more without its last time; or "distilled", not at all.
+            rounded, of a run of one step more without its last time; "upwards", rounded, of a run to noise; or
+            "distilled", not at all.
         make: of a configuration and the number of tokens, all four, for a class that has no table.
         to_zero: whether its runs go to t = 0; None where keys say so.
     """
@@ -71,6 +72,8 @@ BETAS = {
     "scaled_linear": lambda *table: schedules.ScaledLinearBeta(*table),
     "squaredcos_cap_v2": lambda steps, start, end: schedules.CosineBeta(steps),
     "sigmoid": lambda *table: schedules.SigmoidBeta(*table),
+    "laplace": lambda steps, start, end: LaplaceBeta(steps),
+    "exp": lambda steps, start, end: ExponentialBeta(steps),
 }
 PREDICTIONS = {
     "epsilon": predictions.Noise,
@@ -142,6 +145,8 @@ def grid_of(config: Config, spacing: str, tokens: int | None = None) -> times.Ti
         return noise
     grid = (UNROUNDED if spacing == "unrounded" else ROUNDED)[name](config.get("steps_offset", 0))
     last = _last(config)
+    if spacing == "upwards":
+        return Upwards(grid, last)
     if last < config["num_train_timesteps"]:
         grid = UpTo(grid, last)
     if spacing == "shorter" and name != "trailing":

@@ -7,14 +7,14 @@ from typing import Any
 
 from kdiff import guidance, predictions, schedules, solvers, times
 from kdiff.interop import multistep, schedulers
-from kdiff.interop.grids import BetaSigmas, Consistent, Distilled, FlowMatching, FlowSigmas, UpTo
+from kdiff.interop.grids import BetaSigmas, Consistent, Distilled, FlowMatching, FlowSigmas, UpTo, Upwards
 from kdiff.interop.guidance import LowThreshold
 from kdiff.interop.scheduler_keys import SPACINGS, VARIANCES
 from kdiff.interop.scheduler_parts import PREDICTIONS
 from kdiff.interop.scheduler_tabled import MULTISTEP, SINGLESTEP
-from kdiff.interop.score_sde import PredictorCorrector
+from kdiff.interop.score_sde import EulerMaruyama, PredictorCorrector
 from kdiff.interop.solvers import DDIMInverted, DDIMKeptNoise, DiffusersPNDM, DiffusersTCD, EvenSteps, NoisyEnd
-from kdiff.interop.tables import NearlyZeroSNR, WuerstchenCosine
+from kdiff.interop.tables import ExponentialBeta, LaplaceBeta, NearlyZeroSNR, WuerstchenCosine
 from kdiff.times import TimeGrid
 
 __all__ = ["ENDS", "NAMES_OF_PREDICTIONS", "NOISES", "SCHEDULES", "SOLVERS", "Config", "scheduler_config"]
@@ -26,6 +26,8 @@ SCHEDULES = {
     schedules.ScaledLinearBeta: "scaled_linear",
     schedules.CosineBeta: "squaredcos_cap_v2",
     schedules.SigmoidBeta: "sigmoid",
+    LaplaceBeta: "laplace",
+    ExponentialBeta: "exp",
 }
 NAMES_OF_PREDICTIONS = {kind: name for name, kind in PREDICTIONS.items()}
 
@@ -113,6 +115,10 @@ SOLVERS = {
         clip_sample_range=lambda solver: solver.limit or 1.0,
     ),
 }
+SOLVERS[multistep.BothWays] = lambda solver: {
+    **SOLVERS[type(solver.solver)](solver.solver),
+    "_class_name": "DPMSolverMultistepInverseScheduler",
+}
 ENDS = ({}, {"set_alpha_to_one": True}, {"set_alpha_to_one": False}, {"final_sigmas_type": "sigma_min"})
 NOISES = {
     times.Karras: ({"use_karras_sigmas": True},),
@@ -177,7 +183,8 @@ def _candidates(wanted: schedulers.Process) -> Iterator[Config]:
         noises += [{**names, **ends} for names in NOISES.get(type(one), ())]
         offsets |= {one.offset} if isinstance(one, times.Leading) else set()
         shared |= {"original_inference_steps": one.original} if isinstance(one, Distilled) else {}
-        clipped = _lowest(wanted.schedule, one.last) if isinstance(one, UpTo) else clipped
+        if isinstance(one, (UpTo, Upwards)) and one.last < wanted.schedule.num_steps:
+            clipped = _lowest(wanted.schedule, one.last)
     for spacing, offset, end, noise in itertools.product(SPACINGS, sorted(offsets), ENDS, noises):
         yield {**shared, **clipped, "timestep_spacing": spacing, "steps_offset": offset, **end, **noise}
 
@@ -191,6 +198,14 @@ def _untabled(wanted: schedulers.Process) -> Iterator[Config]:
     """Of the classes without a table."""
     schedule, grid, solver = wanted.schedule, wanted.sampler.grid, wanted.sampler.solver
     yield {"_class_name": "IPNDMScheduler"}
+    if isinstance(solver, EulerMaruyama) and isinstance(schedule, schedules.LinearVP):
+        ends = {
+            "beta_min": schedule.beta_min,
+            "beta_max": schedule.beta_max,
+            "sampling_eps": getattr(grid, "last", 1e-3),
+        }
+        steps = round(getattr(wanted.time_label, "scale", 999.0)) + 1
+        yield {"_class_name": "ScoreSdeVpScheduler", "num_train_timesteps": steps, **ends}
     if isinstance(schedule, WuerstchenCosine):
         yield {"_class_name": "DDPMWuerstchenScheduler", "scaler": schedule.scaler, "s": schedule.s}
     if isinstance(grid, FlowMatching):

@@ -3,6 +3,7 @@
 from kdiff import solvers
 from kdiff.interop.configs import FLAG, Key, listed, one_of, only, optional, real, whole
 from kdiff.interop.multistep import (
+    BothWays,
     DiffusersDEIS,
     DiffusersDPMSolver,
     DiffusersDPMSolverPP,
@@ -15,6 +16,7 @@ from kdiff.interop.multistep import (
 )
 from kdiff.interop.scheduler_keys import (
     ANY,
+    BETA_SCHEDULES,
     CLIPPING,
     DPM,
     ENDING,
@@ -32,7 +34,7 @@ from kdiff.interop.scheduler_keys import (
     VARIANCES,
     ZERO_SNR,
 )
-from kdiff.interop.scheduler_parts import BETAS, PREDICTIONS, Kind, guidance_of
+from kdiff.interop.scheduler_parts import PREDICTIONS, Kind, guidance_of
 from kdiff.interop.solvers import (
     DDIMInverted,
     DDIMKeptNoise,
@@ -108,6 +110,14 @@ def _inverted(config):
     )
 
 
+def _both_ways(config):
+    """Only the orders of a short run fall; the run ends where there is noise."""
+    kind = MULTISTEP["dpmsolver++" if config["algorithm_type"] == "deis" else config["algorithm_type"]][1]
+    variant = config["solver_type"] if config["solver_type"] in ("midpoint", "heun") else "midpoint"
+    lower, euler = bool(config["lower_order_final"]), bool(config["euler_at_final"])
+    return BothWays(kind(config["solver_order"], variant, lower, euler))
+
+
 def _singlestep(config):
     """diffusers cuts the last block also where it does not come out even, or the run goes to t = 0."""
     kind = SINGLESTEP["dpmsolver++" if config["algorithm_type"] == "deis" else config["algorithm_type"]]
@@ -156,7 +166,7 @@ TABLED = {
             **CLIPPING,
             **THRESHOLD,
             **LEADING,
-            "beta_schedule": Key("linear", one_of(*BETAS)),
+            "beta_schedule": Key("linear", one_of(*BETA_SCHEDULES, "sigmoid", "laplace")),
             "variance_type": Key("fixed_small", one_of(*VARIANCES)),
         },
         _ddpm,
@@ -228,7 +238,16 @@ TABLED = {
         {**TABLE, **NO_DATA, **ZERO_SNR, **LINSPACE}, lambda config: solvers.EulerAncestral(), "unrounded"
     ),
     "HeunDiscreteScheduler": Kind(
-        {**TABLE, **LATE, **NO_DATA, **LINSPACE, **SIGMAS, **CLIPPING, "clip_sample": Key(False, SWITCH)},
+        {
+            **TABLE,
+            **LATE,
+            **NO_DATA,
+            **LINSPACE,
+            **SIGMAS,
+            **CLIPPING,
+            "beta_schedule": Key("linear", one_of(*BETA_SCHEDULES, "exp")),
+            "clip_sample": Key(False, SWITCH),
+        },
         lambda config: solvers.Heun("ratio"),
         "unrounded",
     ),
@@ -249,6 +268,23 @@ TABLED = {
             "set_alpha_to_zero": Key(None, SWITCH),  # an older name of it, which counts where it is given
         },
         _inverted,
+    ),
+    "DPMSolverMultistepInverseScheduler": Kind(
+        {
+            **TABLE,
+            **THRESHOLD,
+            **DPM,
+            # On "trailing", and with noise levels, diffusers' last step has length 0; with noise it is not a number.
+            "timestep_spacing": Key("linspace", one_of("linspace", "leading")),
+            "algorithm_type": Key("dpmsolver++", one_of("dpmsolver++", "dpmsolver", "deis")),
+            "solver_order": ORDERED["solver_order"],
+            "lower_order_final": ORDERED["lower_order_final"],
+            "euler_at_final": Key(False, SWITCH),
+            **{name: only(False, None) for name in (*SIGMAS, "use_flow_sigmas")},
+        },
+        _both_ways,
+        "upwards",
+        to_zero=False,
     ),
     "LCMScheduler": Kind(
         DISTILLED, lambda config: solvers.LCM(0.5, config["timestep_scaling"]), "distilled", to_zero=True

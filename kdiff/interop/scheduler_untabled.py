@@ -7,7 +7,7 @@ from kdiff.interop.predictions import ConsistencyKarras
 from kdiff.interop.scheduler_keys import ALGORITHMS, EDM, FLOW_MATCHING, STEPS, SWITCH, THRESHOLD
 from kdiff.interop.scheduler_parts import Kind, Process, guidance_of, noise_grid_of, shift_of
 from kdiff.interop.scheduler_tabled import multistep
-from kdiff.interop.score_sde import DownTo, PredictorCorrector
+from kdiff.interop.score_sde import DownTo, EulerMaruyama, PredictorCorrector
 from kdiff.interop.solvers import DiffusersIPNDM, FlowLine, QuietEnd
 from kdiff.interop.tables import WuerstchenCosine
 from kdiff.sampling import Sampler
@@ -76,6 +76,13 @@ def _score_sde(config, tokens) -> Process:
     return Process(schedule, predictions.Score(), times.LogSNR(-0.5), Sampler(solver, DownTo(epsilon)))
 
 
+def _score_sde_vp(config, tokens) -> Process:
+    """Song et al. 2021; its networks are told (T - 1) t, as in training; in old pipelines T is the run's."""
+    schedule = schedules.LinearVP(float(config["beta_min"]), float(config["beta_max"]), 1e-8)
+    label = times.Scaled(config["num_train_timesteps"] - 1.0)
+    return Process(schedule, predictions.Noise(), label, Sampler(EulerMaruyama(), DownTo(config["sampling_eps"])))
+
+
 UNTABLED = {
     "FlowMatchEulerDiscreteScheduler": Kind(FLOW_MATCHING, make=_flow_matching),
     "FlowMatchHeunDiscreteScheduler": Kind(
@@ -114,6 +121,15 @@ UNTABLED = {
             "correct_steps": Key(1, whole(0, 100)),
         },
         make=_score_sde,
+    ),
+    "ScoreSdeVpScheduler": Kind(
+        {
+            "num_train_timesteps": Key(2000, whole(2)),
+            "beta_min": Key(0.1, real(1e-4, 100.0)),
+            "beta_max": Key(20, real(1e-4, 100.0)),
+            "sampling_eps": Key(1e-3, real(1e-6, 0.1)),
+        },
+        make=_score_sde_vp,
     ),
     "DDPMWuerstchenScheduler": Kind(
         {"scaler": Key(1.0, real(0.01, 100.0)), "s": Key(0.008, real(0.0, 1.0))}, make=_wuerstchen

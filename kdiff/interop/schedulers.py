@@ -36,7 +36,6 @@ __all__ = ["ALL_STEPS", "KINDS", "REFUSED", "process"]
 
 KINDS = {**TABLED, **UNTABLED}
 REFUSED = {
-    "DPMSolverMultistepInverseScheduler": "it goes to noise by many values; DDIMInverseScheduler does by one",
     "CogVideoXDDIMScheduler": "it moves the noise levels of video; DDIMScheduler is for pictures",
     "CogVideoXDPMScheduler": "it moves the noise levels of video; DPMSolverMultistepScheduler is for pictures",
     "RePaintScheduler": "it fills holes of pictures; use guidance.Inpaint and times.Jumps with DDPMScheduler",
@@ -94,14 +93,15 @@ def _sampler(scheduler: Kind, config, tokens) -> Sampler:
     steps = config["num_train_timesteps"] if config["_class_name"] in ALL_STEPS else None
     kept = isinstance(getattr(solver, "solver", solver), (DDIMKeptNoise, DDIMInverted, DiffusersTCD))
     changes = [] if kept else filter(None, [guidance_of(config)])
-    return Sampler(solver, grid if to_zero else WithFirst(grid, end_of(config)), steps, tuple(changes), to_zero)
+    ends = to_zero or scheduler.spacing == "upwards"
+    return Sampler(solver, grid if ends else WithFirst(grid, end_of(config)), steps, tuple(changes), to_zero)
 
 
 def _conflicts(scheduler: Kind, config, learned) -> list[tuple[bool, str]]:
     """What keys say that do not go together, each with whether it is so here."""
     said = config.get
     steps, betas, ending = said("num_train_timesteps"), said("trained_betas"), said("final_sigmas_type")
-    algorithm, shorter = said("algorithm_type", ""), scheduler.spacing == "shorter"
+    algorithm, shorter = said("algorithm_type", ""), scheduler.spacing in ("shorter", "upwards")
     zero = said("rescale_betas_zero_snr") and scheduler.spacing in ("rounded", "distilled")
     first = said("timestep_spacing") != "leading" or scheduler.spacing == "distilled"
     names = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")

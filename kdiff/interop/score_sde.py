@@ -1,4 +1,4 @@
-"""diffusers' sampling of score-based models by the variance exploding equation, with a predictor and a corrector."""
+"""diffusers' sampling of score-based models: variance exploding by predictor and corrector; variance preserving."""
 
 import numpy as np
 from keras import ops
@@ -6,9 +6,10 @@ from keras import ops
 from kdiff.base import check_integer, check_number
 from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.solvers import Denoise, Draw, Solver
+from kdiff.solvers.base import noise_of
 from kdiff.times import TimeGrid
 
-__all__ = ["DownTo", "PredictorCorrector", "norm"]
+__all__ = ["DownTo", "EulerMaruyama", "PredictorCorrector", "norm"]
 
 
 class DownTo(TimeGrid):
@@ -75,6 +76,31 @@ class PredictorCorrector(Solver):
     def _sigma(self, schedule, m):
         t = ops.maximum((m.t - self.epsilon) / (1.0 - self.epsilon), 0.0)
         return schedule.at(t).sigma
+
+
+class EulerMaruyama(Solver):
+    """A step of the reverse variance preserving equation (Song et al. 2021, arXiv:2011.13456, algorithm 3), with the
+    score g = -noise_hat / sigma:
+
+        x + beta / N (x / 2 + g) + sqrt(beta / N) z,    without z in the last step.
+
+    diffusers takes 1 / N, N the steps of the run, for the length of each, whatever the grid.
+    """
+
+    named = False
+    order = 1
+    stochastic = True
+
+    def init(self, x, steps: int):
+        """1 / N."""
+        return ops.convert_to_tensor(np.float32(1.0 / steps))
+
+    def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
+        """One step; arguments and results as in `Solver.step`."""
+        estimate = denoise(x, now)
+        beta = -schedule.slope(now.t) * ops.square(now.sigma) * state
+        x = x + beta * (0.5 * x - noise_of(x, estimate.x_hat, now) / now.sigma)
+        return x + ops.where(then.t > 0, ops.sqrt(beta), 0.0) * noise(), estimate, state
 
 
 def norm(x):

@@ -3,10 +3,10 @@
 import numpy as np
 from keras import ops
 
-from kdiff.base import check_number
-from kdiff.schedules import AlphaBarTable, NoiseSchedule
+from kdiff.base import check_integer, check_number
+from kdiff.schedules import AlphaBarTable, BetaTable, NoiseSchedule
 
-__all__ = ["NearlyZeroSNR", "WuerstchenCosine"]
+__all__ = ["ExponentialBeta", "LaplaceBeta", "NearlyZeroSNR", "WuerstchenCosine"]
 
 
 class NearlyZeroSNR(AlphaBarTable):
@@ -27,6 +27,42 @@ class NearlyZeroSNR(AlphaBarTable):
             alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
         super().__init__(np.maximum(alpha**2, 2.0**-24 * (1.0 + 1e-4 * np.arange(len(alpha))[::-1])))
         self.schedule = schedule
+
+
+class _Sampled(BetaTable):
+    """A table of f, which falls with u: beta_i = 1 - f((i + 1) / T) / f(i / T), at most 0.999, so that alpha_bar is f
+    but for a factor.
+
+    Args:
+        num_steps: the number of steps T.
+    """
+
+    named = False
+
+    def __init__(self, num_steps: int = 1000):
+        check_integer(type(self).__name__, "num_steps", num_steps)
+        log_f = self._log_f(np.arange(num_steps + 1) / num_steps)
+        super().__init__(np.minimum(-np.expm1(np.diff(log_f)), 0.999))
+
+
+class LaplaceBeta(_Sampled):
+    """What diffusers calls "laplace" (after Hang et al. 2024, arXiv:2407.03297), of f = sqrt(r / (1 + r)),
+
+        log(r) = -sgn(0.5 - u) / 2 log(1 - 2 |0.5 - u| + 1e-6).
+
+    The root is not in the paper: its alpha_bar is r / (1 + r), as in `schedules.Laplace(b=0.5)`.
+    """
+
+    def _log_f(self, u):
+        log_r = -0.5 * np.copysign(1.0, 0.5 - u) * np.log(1.0 - 2.0 * np.abs(0.5 - u) + 1e-6)
+        return -0.5 * np.logaddexp(0.0, -log_r)
+
+
+class ExponentialBeta(_Sampled):
+    """What diffusers calls "exp", of f = e^(-12 u): all betas are the same."""
+
+    def _log_f(self, u):
+        return -12.0 * u
 
 
 class WuerstchenCosine(NoiseSchedule):

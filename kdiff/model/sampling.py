@@ -49,6 +49,7 @@ class _Run(NamedTuple):
         given: the conditions, and the arrays of each guidance.
         advance: a compiled step.
         seed: names the noise; or one a sample.
+        draw: the noise of each step, as of `Sampler.steps_of`; None for that of the seed.
     """
 
     sampler: Sampler
@@ -61,6 +62,7 @@ class _Run(NamedTuple):
     given: Given
     advance: Callable
     seed: int | np.ndarray
+    draw: Callable | None = None
 
     def steps(self, rows: np.ndarray | None = None) -> Iterator[Step]:
         """The steps of some of the samples, consecutive ones; None for all."""
@@ -78,13 +80,18 @@ class _Run(NamedTuple):
         given = tree.map_structure(lambda value: ops.convert_to_tensor(value[rows]), self.given)
         yield Step(0, len(self.times) - 1, float(self.times[0]), x, x)
         following = (self.times, self.advance, self.schedule, given, seed, first, self.before)
-        yield from self.sampler.steps_from(x, *following)
+        yield from self.sampler.steps_from(x, *following, noise=self.draw)
 
     def ends(self, decode: Callable, batch_size: int, verbose: bool = False) -> np.ndarray:
         """The last x of each sample, decoded, in batches."""
         check_integer("sample", "batch_size", batch_size)
         count = self.shape[0]
         size = min(batch_size, count)
+        if self.draw is not None and size < count:
+            raise ValueError(
+                f"sample: a function for `noise` is asked for all {count} samples at once: `batch_size` must be as "
+                f"large; received: {batch_size}"
+            )
         progress = keras.utils.Progbar((len(self.times) - 1) * -(-count // size)) if verbose else None
         ends = []
         for first in range(0, count, size):
@@ -151,7 +158,9 @@ class Sampling:
             x: a noisy batch to begin from, at the run's first time, such as `invert` or a run with a `stop` returns;
                 one a sample or one for all.
             noise: in place of what the run would draw to begin with: standard normal, of the shape of the data; one a
-                sample or one for all. What a stochastic solver draws on its way is of `seed`.
+                sample or one for all. What a stochastic solver draws on its way is of `seed`. Or a function,
+                `noise(step, shape)`, of what the solver draws in place of that: as of `Sampler.steps_of`; the steps are
+                then not compiled, and all samples are one batch. What the run begins with is then `x`, or of `seed`.
             start: the time at which `x` is, in (0, 1].
             stop: the time at which the run ends, in [0, 1). Above 0 the noisy data is returned as it is, not decoded,
                 for another model to go on from: `refiner.sample(8, x=base.sample(8, stop=0.2), start=0.2)`. With the
@@ -259,6 +268,7 @@ class Sampling:
             raise ValueError("sample: a `strength` needs an `image` to begin from")
         if x is None and start != 1.0:
             raise ValueError("sample: a `start` needs a noisy `x`, which is at that time; an `image` has a `strength`")
+        draw, noise = (noise, None) if callable(noise) else (None, noise)
         if x is not None and noise is not None:
             raise ValueError("sample: `noise` is added to an `image`, or to nothing; `x` has its noise")
         if mask is not None and known is None:
@@ -286,8 +296,8 @@ class Sampling:
             x = x if data is None else x + float(begin.alpha) * data
         sampler = sampler if iterations is None else sampler.inverse(iterations)
         self._check_beginning(schedule, times)
-        step = self._step(sampler, schedule, averages)
-        return _Run(sampler, schedule, times, shape, data, x, before, given, step, seed)
+        step = self._step(sampler, schedule, averages, draw)
+        return _Run(sampler, schedule, times, shape, data, x, before, given, step, seed, draw)
 
     @staticmethod
     def _seeds(seed, num_samples: int):
@@ -314,19 +324,23 @@ class Sampling:
             raise ValueError(f"{sampler.solver!r} needs the prediction LearnedVariance; this is {self.prediction!r}")
         return sampler
 
-    def _step(self, sampler: Sampler, schedule: NoiseSchedule, averages: bool) -> Callable:
-        """A compiled `Sampler.advance`, made once: seed, times, conditions and arrays are arguments of it."""
+    def _step(self, sampler: Sampler, schedule: NoiseSchedule, averages: bool, draw: Callable | None) -> Callable:
+        """A compiled `Sampler.advance`, made once: seed, times, conditions and arrays are arguments of it.
+
+        With a function that draws it is not compiled.
+        """
         models = (self, *sampler.models)
         for model in models:
             backend.synchronise(model)
         averaging = tuple(model._follow_averages() for model in models if isinstance(model, Sampling))
         weights = tuple(id(variable) for model in models for variable in model.variables)
         key = (sampler.key(), schedule, averages, averaging, weights, self.schedule, self.prediction, self.time_label)
+        step = (partial(self._answer, averages, schedule), condition_nulls(self.network), schedule)
+        if draw is not None:
+            return backend.without_gradients(partial(sampler.advance, *step, draw=draw))
         advance = self._compiled_steps.pop(key, None)
         if advance is None:
-            answer = partial(self._answer, averages, schedule)
-            advance = partial(sampler.advance, answer, condition_nulls(self.network), schedule)
-            advance = backend.compiled(advance, *models)
+            advance = backend.compiled(partial(sampler.advance, *step), *models)
         self._compiled_steps[key] = advance  # the last to be forgotten
         while len(self._compiled_steps) > COMPILED_STEPS:
             del self._compiled_steps[next(iter(self._compiled_steps))]
