@@ -28,6 +28,7 @@ ARGUMENTS = {
     "Shifted": (schedules.Cosine(), 1.0),
     "ZeroTerminalSNR": (schedules.LinearBeta(),),
     "Times": ([1.0, 0.7, 0.5, 0.2, 0.0],),
+    "Sigmas": ([3.0, 2.0, 1.0, 0.5, 0.0],),
 }
 
 
@@ -141,7 +142,7 @@ def through(prediction):
 @combined("schedule, solver, grid, prediction, to_zero", SCHEDULES, SOLVERS, GRIDS, PREDICTIONS, [False, True])
 def test_samples_are_sound(schedule, solver, grid, prediction, to_zero):
     """A short run ends among the data, far from the noise that it began with."""
-    steps = 4 if isinstance(grid, times.Times) else 12
+    steps = 4 if isinstance(grid, (times.Times, times.Sigmas)) else 12
     if isinstance(grid, times.Times) and (not to_zero or schedule.num_steps):
         to_zero, schedule = True, schedules.Cosine()
     denoise = through(prediction)
@@ -152,7 +153,7 @@ def test_samples_are_sound(schedule, solver, grid, prediction, to_zero):
             return plain(x_t, m), ops.full_like(x_t, 0.5)
 
     sampler = Sampler(solver, grid, steps, to_zero=to_zero)
-    if isinstance(schedule, schedules.Laplace) and not isinstance(grid, (times.Trailing, times.Times)):
+    if isinstance(schedule, schedules.Laplace) and not isinstance(grid, (times.Trailing, times.Times, times.Sigmas)):
         schedule = schedules.Cosine()  # whose ends float32 can tell from 0 and 1: some grids say by an error if not
     x = numpy(sampler(denoise, schedule, (16, 2)))
     assert np.all(np.isfinite(x))

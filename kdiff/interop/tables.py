@@ -53,6 +53,8 @@ class LaplaceBeta(_Sampled):
     The root is not in the paper: its alpha_bar is r / (1 + r), as in `schedules.Laplace(b=0.5)`.
     """
 
+    named = False
+
     def _log_f(self, u):
         log_r = -0.5 * np.copysign(1.0, 0.5 - u) * np.log(1.0 - 2.0 * np.abs(0.5 - u) + 1e-6)
         return -0.5 * np.logaddexp(0.0, -log_r)
@@ -60,6 +62,8 @@ class LaplaceBeta(_Sampled):
 
 class ExponentialBeta(_Sampled):
     """What diffusers calls "exp", of f = e^(-12 u): all betas are the same."""
+
+    named = False
 
     def _log_f(self, u):
         return -12.0 * u
