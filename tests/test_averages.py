@@ -103,7 +103,7 @@ def test_a_network_that_changes():
 def test_compiled_steps_are_forgotten():
     model = kdiff.DiffusionModel(tiny_network((4, 4, 1)))
     model.build((None, 4, 4, 1))
-    step = lambda solver: model._step(kdiff.Sampler(solver), model.schedule, True)  # noqa: E731
+    step = lambda solver: model._step(kdiff.Sampler(solver), model.schedule, True, None)  # noqa: E731
     first, last = step("ddim"), step("euler")
     for order in range(COMPILED_STEPS - 1):
         step(kdiff.solvers.DDIM(eta=(1 + order) / COMPILED_STEPS))

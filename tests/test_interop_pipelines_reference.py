@@ -173,7 +173,8 @@ def test_keys_and_defaults_are_those_of_diffusers(name, monkeypatch):
         monkeypatch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
         module = importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde")
         monkeypatch.setattr(diffusers, name, module.DPMSolverSDEScheduler)
-    arguments = list(inspect.signature(getattr(diffusers, name).__init__).parameters.values())[1:]
+    kind = getattr(diffusers, name, None) or getattr(diffusers.schedulers.deprecated, name)
+    arguments = list(inspect.signature(kind.__init__).parameters.values())[1:]
     theirs = {argument.name: argument.default for argument in arguments if argument.name != "kwargs"}
     ours = {key: CLASSES[name][key].default for key in CLASSES[name] if key != "set_alpha_to_zero"}  # one of `kwargs`
     assert ours == {key: theirs[key] for key in ours}

@@ -13,7 +13,7 @@ from keras import ops
 
 from kdiff import backend, schedules
 from kdiff.denoisers import Denoiser
-from kdiff.interop.schedulers import WARMUPS
+from kdiff.interop.scheduler_tabled import WARMUPS
 from kdiff.solvers.multistep import DEIS, IPNDM, LMS
 from kdiff.solvers.runge_kutta import DPM2, DPM2Ancestral, Euler, EulerAncestral, Heun
 from tests.toys import MIXTURE, numpy, walk

@@ -81,6 +81,10 @@ def _deis() -> Callable[[Any], Config]:
     )
 
 
+def _inverse(both: multistep.BothWays) -> Config:
+    return {**SOLVERS[type(both.solver)](both.solver), "_class_name": "DPMSolverMultistepInverseScheduler"}
+
+
 SOLVERS = {
     solvers.DDPM: _ddpm(),
     NoisyEnd: _ddpm(),
@@ -114,10 +118,7 @@ SOLVERS = {
         clip_sample=lambda solver: solver.limit is not None,
         clip_sample_range=lambda solver: solver.limit or 1.0,
     ),
-}
-SOLVERS[multistep.BothWays] = lambda solver: {
-    **SOLVERS[type(solver.solver)](solver.solver),
-    "_class_name": "DPMSolverMultistepInverseScheduler",
+    multistep.BothWays: _inverse,
 }
 ENDS = ({}, {"set_alpha_to_one": True}, {"set_alpha_to_one": False}, {"final_sigmas_type": "sigma_min"})
 NOISES = {
