@@ -191,9 +191,11 @@ def test_ncsnpp(request, attention, groups, tmp_path):
     network = interop.load(tmp_path)
     x, sigma = normal(2, SIZE, SIZE, 3), np.array([0.5, 30.0], "float32")
     given = ops.convert_to_numpy(network({"image": x, "time": np.log(sigma)}))
-    difference = np.abs(given - theirs(model, x, sigma)).max()
+    wanted = theirs(model, x, sigma)
+    difference = np.abs(given - wanted).max()
     print(f"DIFFERENCE {request.node.name} {difference:.1e}")
-    assert difference < TOLERANCE
+    # Of their scale: a network of 128 channels gives several units, and on JAX is 2.7e-5 off at its largest.
+    assert difference < TOLERANCE * max(1.0, np.abs(wanted).max())
     interop.save(network, tmp_path / "again")
     again = diffusers.UNet2DModel.from_pretrained(tmp_path / "again").eval()
     np.testing.assert_allclose(theirs(again, x, sigma), theirs(model, x, sigma), atol=TOLERANCE)
