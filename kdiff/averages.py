@@ -28,13 +28,17 @@ class Averages(keras.layers.Layer):
         """Makes an average of each weight of `network`, which must be built, with the weight's value."""
         self.updates = self._counter("updates")
         self.last_iteration = self._counter("last_iteration")
-        self.values = [self._average_of(weight) for weight in self.of(network)]
-        self.followed = [id(weight) for weight in self.of(network)]
+        weights = self.of(network)
+        self.values = [self._average_of(weight) for weight in weights]
+        self.followed = [id(weight) for weight in weights]
         self.built = True
 
     def fits(self, network: keras.layers.Layer) -> bool:
         """Whether the network has the weights that it had when the averages were made."""
-        return self.followed == [id(weight) for weight in self.of(network)]
+        return self._are_followed(self.of(network))
+
+    def _are_followed(self, weights: list) -> bool:
+        return self.followed == [id(weight) for weight in weights]
 
     def _counter(self, name: str):
         return self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False, name=name)
@@ -52,11 +56,8 @@ class Averages(keras.layers.Layer):
 
     @staticmethod
     def of(network: keras.layers.Layer) -> list:
-        """The weights that are averaged: not those that are `frozen`, or of layers that are, which never change."""
-        layers = [layer for layer in network._flatten_layers() if getattr(layer, "frozen", False)]
-        frozen = {id(weight) for layer in layers for weight in layer.weights}
-        frozen |= {id(weight) for weight in network.weights if getattr(weight, "frozen", False)}
-        return [weight for weight in network.weights if "float" in weight.dtype and id(weight) not in frozen]
+        """The weights that are averaged: not those with `averaged = False`, such as of frozen encoders, which stay."""
+        return [weight for weight in network.weights if "float" in weight.dtype and getattr(weight, "averaged", True)]
 
     def pairs(self, network: keras.layers.Layer) -> list[tuple]:
         """(weight, average) of each weight that is averaged.
@@ -65,7 +66,7 @@ class Averages(keras.layers.Layer):
             ValueError: if the network has other weights than when the averages were made.
         """
         weights = self.of(network)
-        if not self.fits(network):
+        if not self._are_followed(weights):
             raise ValueError(
                 f"the network has changed since its averages were made: it has {len(weights)} weights that are not "
                 f"all those of the {len(self.values)} averages. Call `model.reset_averages()`, which makes averages of "

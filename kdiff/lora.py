@@ -99,7 +99,7 @@ def remove(model: keras.layers.Layer) -> None:
         layer.disable_lora()
     for weight in _network(model).weights:
         if getattr(weight, "frozen", False):
-            weight.trainable, weight.frozen = True, False
+            weight.trainable, weight.frozen, weight.averaged = True, False, True
     _made_anew(model)
 
 
@@ -124,7 +124,7 @@ def averages_of(model: keras.layers.Layer) -> dict[int, keras.Variable]:
 
 def _enable(model, layers) -> None:
     for weight in _network(model).trainable_variables:
-        weight.trainable, weight.frozen = False, True
+        weight.trainable, weight.frozen, weight.averaged = False, True, False
     for layer, rank, alpha in layers:
         if layer.lora_enabled:  # of a configuration
             layer.lora_alpha = alpha

@@ -194,8 +194,8 @@ def test_ncsnpp(request, attention, groups, tmp_path):
     wanted = theirs(model, x, sigma)
     difference = np.abs(given - wanted).max()
     print(f"DIFFERENCE {request.node.name} {difference:.1e}")
-    # Of their scale: a network of 128 channels gives several units, and on JAX is 2.7e-5 off at its largest.
-    assert difference < TOLERANCE * max(1.0, np.abs(wanted).max())
+    # Of their scale: these outputs go up to 5, where float32 is 2.7e-5 off on JAX.
+    assert difference < 1e-5 * max(1.0, np.abs(wanted).max())
     interop.save(network, tmp_path / "again")
     again = diffusers.UNet2DModel.from_pretrained(tmp_path / "again").eval()
     np.testing.assert_allclose(theirs(again, x, sigma), theirs(model, x, sigma), atol=TOLERANCE)

@@ -14,21 +14,21 @@ import keras
 
 __all__ = ["serialized", "without_tensorflow"]
 
-_LIBRARY = "keras.src.saving.serialization_lib"
+_LIBRARY = sys.modules.get("keras.src.saving.serialization_lib")
+_LAZY = getattr(_LIBRARY, "tf", None)  # looked up once: two threads may be in such blocks
 
 
 @contextlib.contextmanager
 def without_tensorflow() -> Iterator[None]:
     """Has Keras' serialisation in the block do without TensorFlow, unless it was imported already."""
-    library = sys.modules.get(_LIBRARY)
-    if "tensorflow" in sys.modules or not hasattr(library, "tf"):
+    if "tensorflow" in sys.modules or _LAZY is None:
         yield
         return
-    lazy, library.tf = library.tf, SimpleNamespace(available=False)
+    _LIBRARY.tf = SimpleNamespace(available=False)
     try:
         yield
     finally:
-        library.tf = lazy
+        _LIBRARY.tf = _LAZY
 
 
 def serialized(value: Any) -> Any:

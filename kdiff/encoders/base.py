@@ -54,6 +54,8 @@ class Encoder(ConfigurableLayer, keras.Model):
         self.trainable = True
         self.trainable = False
         self.frozen = True
+        for weight in self.weights:
+            weight.averaged = False
 
     def _part(self, layer: Any, name: str) -> keras.layers.Layer:
         """A layer of this precision."""

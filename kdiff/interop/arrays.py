@@ -99,17 +99,16 @@ def array_of(value: Any, name: str, source: Any) -> Array:
         return value
     if not hasattr(value, "detach"):
         return _single(np.asarray(value))
-    import torch
 
     kinds = {"quantised": value.is_quantized, "nested": value.is_nested, "on no device": value.is_meta}
-    kinds["sparse"] = not kinds["nested"] and value.layout != torch.strided
+    kinds["sparse"] = not kinds["nested"] and str(value.layout) != "torch.strided"
     found = [kind for kind, so in kinds.items() if so]
     if found:
         raise ValueError(f"{source}: {name} must be a plain tensor; it is {found[0]}")
 
     def read():
         tensor = value.detach().cpu().resolve_conj().resolve_neg()
-        return (tensor.to(torch.float32) if tensor.is_floating_point() else tensor).numpy()
+        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
     floating = value.is_floating_point()
     return Stored(tuple(value.shape), "float32" if floating else str(value.dtype).removeprefix("torch."), read)
