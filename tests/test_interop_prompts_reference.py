@@ -216,7 +216,7 @@ def test_images(pair, negative):
 @pytest.mark.once
 def test_saved_again(pair, tmp_path):
     """transformers reads encoders and tokenizers that kdiff has written, and the network has its conditions again."""
-    _, theirs, folder, model = pair
+    name, theirs, folder, model = pair
     interop.save(model, tmp_path)
     prompt = prompts.prompt_of(model.network)
     for part, tokenizer in prompts.PARTS:
@@ -234,6 +234,14 @@ def test_saved_again(pair, tmp_path):
     unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet")
     for (key, one), (_, other) in zip(unet.state_dict().items(), theirs.unet.state_dict().items(), strict=True):
         assert torch.equal(one.reshape(other.shape), other), key  # a dense layer, or a convolution of size 1
+    again = type(theirs).from_pretrained(tmp_path)  # of which whole pipelines make the same images
+    again.set_progress_bar_config(disable=True)
+    own = {"image": torch.zeros(2, 3, 16, 16)} if name == "refiner" else {"height": 16, "width": 16}
+    one, other = (
+        pipe(TEXTS, num_inference_steps=4, output_type="np", generator=torch.manual_seed(0), **own).images
+        for pipe in (theirs, again)
+    )
+    np.testing.assert_allclose(one, other, atol=1e-5)
     index = json.loads((folder / "model_index.json").read_text())
     assert prompts.save(prompt, tmp_path) == {
         part: index[part] for pair in prompts.PARTS for part in pair if index.get(part, [None])[0] is not None

@@ -209,9 +209,9 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
 
     Args:
         model: a network, for `from_pretrained` of its class; or a `DiffusionModel`, for that of a pipeline. Of a model
-            on latents `unet` or `transformer`, `scheduler`, `vae` and the text encoders and tokenizers are written; of
-            one with an image beside x_t not the index of the pipeline. A `codecs.Latent` alone is written as its
-            autoencoder.
+            on latents `unet` or `transformer`, `scheduler`, `vae` and the text encoders and tokenizers are written. The
+            index of the pipeline is, for pixels without conditions and for Stable Diffusion with its text, unless there
+            is an image beside x_t. A `codecs.Latent` alone is written as its autoencoder.
         folder: to write to; files of the same names are replaced.
         averages: whether to write the averaged weights of a model that has them.
 
@@ -233,13 +233,18 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
     part = "transformer" if "Transformer" in config["_class_name"] else "unet"
     _save_network(model.network, folder / part, values)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    prompt = prompts.prompt_of(model.network)
-    if prompt is not None:
-        prompts.save(prompt, folder)
+    parts = {part: ["diffusers", config["_class_name"]], "scheduler": ["diffusers", scheduler["_class_name"]]}
     if isinstance(model.codec, Latent):
         autoencoders.save(model.codec, folder / "vae")
-    elif config["_class_name"] == "UNet2DModel" and not maps.map_conditions(model.network):
-        _save_index(folder, part, config["_class_name"], scheduler["_class_name"])
+        parts["vae"] = ["diffusers", autoencoders.CLASSES[type(model.codec.autoencoder)]]
+    prompt = prompts.prompt_of(model.network)
+    index = {} if prompt is None else {**prompts.save(prompt, folder), **prompts.pipeline_of(prompt)}
+    if maps.map_conditions(model.network):  # which pipeline it is of is not known
+        return
+    if prompt is None and config["_class_name"] == "UNet2DModel" and "vae" not in parts:
+        index = {"_class_name": _PIPELINES.get(scheduler["_class_name"], "DDPMPipeline")}
+    if "_class_name" in index:
+        write_json(folder / "model_index.json", {**index, **parts})
 
 
 def _save_network(network: keras.Model, folder: Path, values: dict[int, Any]) -> None:
@@ -254,13 +259,8 @@ def _save_network(network: keras.Model, folder: Path, values: dict[int, Any]) ->
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", state)
 
 
-def _save_index(folder: Path, part: str, network: str, scheduler: str) -> None:
-    pipelines = {"DDIMScheduler": "DDIMPipeline", "ScoreSdeVeScheduler": "ScoreSdeVePipeline"}
-    pipeline = pipelines.get(scheduler, "DDPMPipeline")
-    write_json(
-        folder / "model_index.json",
-        {"_class_name": pipeline, part: ["diffusers", network], "scheduler": ["diffusers", scheduler]},
-    )
+# Of pixels, by their scheduler.
+_PIPELINES = {"DDIMScheduler": "DDIMPipeline", "ScoreSdeVeScheduler": "ScoreSdeVePipeline"}
 
 
 def load_scheduler(path: str | Path, learned: bool = False, tokens: int | None = None) -> schedulers.Process:

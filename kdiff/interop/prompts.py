@@ -18,7 +18,7 @@ from kdiff.encoders.tokenizers import JSONTokenizer
 from kdiff.interop import encoders, folders, tokenizers
 from kdiff.interop.configs import Described
 
-__all__ = ["CONTEXT", "PARTS", "PIPELINES", "conditioned", "encoders_of", "load", "prompt_of", "save"]
+__all__ = ["CONTEXT", "PARTS", "PIPELINES", "conditioned", "encoders_of", "load", "pipeline_of", "prompt_of", "save"]
 
 # The pipelines whose text is read so; that of others is given as what its encoders make of it.
 PIPELINES = (
@@ -103,6 +103,19 @@ def encoders_of(prompt: Prompt) -> dict[str, Encoder]:
 def _parts(prompt: Prompt) -> tuple[tuple[str, str], ...]:
     second = len(prompt.encoders) == 1 and prompt.vector > 0  # XL's refiner has the second alone
     return PARTS[1:] if second else PARTS
+
+
+def pipeline_of(prompt: Prompt) -> dict[str, Any]:
+    """What `model_index.json` says of a pipeline with this text beside its parts: its class, and what it has not."""
+    names, zeros = _parts(prompt)[: len(prompt.encoders)], {"force_zeros_for_empty_prompt": prompt.zeros}
+    if PARTS[1] not in names:
+        kind, absent, more = "StableDiffusionPipeline", ("safety_checker",), {"requires_safety_checker": False}
+    elif PARTS[0] in names:
+        kind, absent, more = "StableDiffusionXLPipeline", (), zeros
+    else:
+        kind, absent, more = "StableDiffusionXLImg2ImgPipeline", PARTS[0], {"requires_aesthetics_score": True, **zeros}
+    absent = {name: [None, None] for name in (*absent, "feature_extractor", "image_encoder")}
+    return {"_class_name": kind, **absent, **more}
 
 
 def save(prompt: Prompt, folder: str | Path) -> dict[str, list[str]]:
