@@ -6,6 +6,7 @@ from kdiff.blocks.beside import Beside
 from kdiff.blocks.conditions import Condition, Encoded, Input, Joint, OptionalCondition, VectorAndTokens
 from kdiff.blocks.context_attention import AttentionPool, ContextAttention
 from kdiff.blocks.convolution import ConvBlock, ConvNeXtBlock, ResidualBlock, SimpleBlock
+from kdiff.blocks.embedded import ImageEmbedding, MaskedTokens, Projected
 from kdiff.blocks.embeddings import (
     FourierEmbedding,
     LabelEmbedding,
@@ -56,6 +57,7 @@ __all__ = [
     "FourierEmbedding",
     "Global",
     "GroupNorm",
+    "ImageEmbedding",
     "Input",
     "Joint",
     "LabelEmbedding",
@@ -67,11 +69,13 @@ __all__ = [
     "MPDense",
     "MPFourierEmbedding",
     "MagnitudePreservingBlock",
+    "MaskedTokens",
     "MultiHeadAttention",
     "Neighborhood",
     "OptionalCondition",
     "Patchify",
     "Pattern",
+    "Projected",
     "RMSNorm",
     "RelativePositions",
     "ResidualBlock",

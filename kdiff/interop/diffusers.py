@@ -26,6 +26,7 @@ from kdiff.interop import (
     autoencoders,
     folders,
     maps,
+    priors,
     prompts,
     saving_networks,
     schedulers,
@@ -65,11 +66,13 @@ class Model(NamedTuple):
         network: the network and the shapes of its inputs, from the configuration, its source and what is `told`.
         slots: the names of its weights.
         told: options of `network` that are not in the configuration: by the weights, and by `model_index.json`.
+        others: arrays that are not the network's.
     """
 
     network: Callable[..., Described]
     slots: Callable[[keras.Model], Iterator[Slot]]
     told: Callable[[State, Mapping[str, Any]], dict[str, Any]] = _nothing
+    others: tuple[str, ...] = ()
 
 
 MODELS = {
@@ -77,6 +80,7 @@ MODELS = {
     "UNet2DConditionModel": Model(unets.unet_2d_condition, unet_names.unet_slots, unets.told),
     "DiTTransformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),
     "Transformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),  # DiT's, in older files
+    "PriorTransformer": Model(priors.prior, priors.prior_slots, others=priors.OF_CODEC),
 }
 SCHEDULER = "scheduler_config.json"
 
@@ -136,6 +140,7 @@ def _load_network(
     config = {name: value for name, value in read_json(source).items() if name not in folders.EMA_NOTES}
     model = kind(MODELS, config.get("_class_name"), source, "_class_name")
     state = unet_names.renamed(folders.read_weights(folder, variant))
+    state = {name: array for name, array in state.items() if name not in model.others}
     with explained(source):
         described = model.network(config, source, **model.told(state, index))
         if index:
