@@ -8,6 +8,7 @@ from kdiff import (
     blocks,
     codecs,
     conversion,
+    degradations,
     encoders,
     guidance,
     interop,
@@ -27,11 +28,13 @@ from kdiff import (
 )
 from kdiff.base import Configurable
 from kdiff.callbacks import BackupCallback, SampleCallback
+from kdiff.cascade import Cascade
 from kdiff.model import DiffusionModel
 from kdiff.sampling import Sampler, Step
 
 __all__ = [
     "BackupCallback",
+    "Cascade",
     "Configurable",
     "DiffusionModel",
     "SampleCallback",
@@ -42,6 +45,7 @@ __all__ = [
     "blocks",
     "codecs",
     "conversion",
+    "degradations",
     "encoders",
     "guidance",
     "interop",

@@ -30,8 +30,8 @@ class Operator(Value):
         """A x, (batch, ...), of a batch of examples (batch, ...), float32. It must be linear."""
         raise NotImplementedError
 
-    def __call__(self, x):
-        """A x, of tensors or arrays."""
+    def __call__(self, x, key=None):
+        """A x, of tensors or arrays. `key`, of random numbers, is for `kdiff.degradations`; here it is not used."""
         x = ops.convert_to_tensor(x, "float32")
         self.check(tuple(x.shape[1:]))
         return self.forward(x)

@@ -145,7 +145,8 @@ def _load_network(
         described = model.network(config, source, **model.told(state, index))
         if index:
             beside = _maps_of(index, described, source)
-            described, state = maps.with_maps(described, beside), maps.maps_first(state, index["_class_name"], beside)
+            described = maps.with_maps(described, beside, noise=index.get("noising"))
+            state = maps.maps_first(state, index["_class_name"], beside)
         described = described if prompt is None else prompts.conditioned(described, prompt)
     fill(described.network, {"time": (None,), **described.shapes}, model.slots, state, folder, strict)
     return described
@@ -167,7 +168,7 @@ def _load_pipeline(
     index, source = read_json(folder / "model_index.json"), folders.scheduler_of(folder)
     part, scheduler = folders.check_parts(index, folder), read_json(source)
     learned = str(scheduler.get("variance_type")).startswith("learned")
-    about = {"_class_name": "", **index, "learned": learned}
+    about = {"_class_name": "", **index, "learned": learned, "noising": _noising(folder, index)}
     described = _load_network(folders.config_of(folder, part), strict, variant, about, prompt)
     learned_too = described.network.out_channels == 2 * described.shapes["image"][-1]
     process = schedulers.process(scheduler, source, learned_too, tokens)
@@ -175,6 +176,12 @@ def _load_pipeline(
     codec = options["codec"] if "codec" in options else _codec(folder, index, strict, variant)
     codec = UNIT_PIXELS if unit and codec == "pixels" else codec
     return assembled(described, process, codec, options)
+
+
+def _noising(folder: Path, index: Mapping[str, Any]) -> Any:
+    """The schedule by which a picture beside x_t is noised; None if it is not."""
+    source = folder / maps.NOISING / SCHEDULER
+    return load_scheduler(source).schedule if folders.has(index, maps.NOISING) else None
 
 
 def assembled(

@@ -3,6 +3,8 @@
 text_encoder, tokenizer        Stable Diffusion 1 and 2: the last state, after the last norm
 text_encoder_2, tokenizer_2    XL's second, beside the first: of both the state before the last, without the norm,
                                and of the second the vector; its refiner has the second alone
+text_encoder, tokenizer        DeepFloyd IF's T5: 77 tokens in small letters, of which the encoder alone hides what
+                               fills up a text
 """
 
 from collections.abc import Mapping
@@ -11,17 +13,22 @@ from typing import Any
 
 import keras
 
-from kdiff.blocks.conditions import Joint
+from kdiff.blocks.conditions import Joint, VectorAndTokens
+from kdiff.blocks.layers import Dense
 from kdiff.encoders.base import Encoder
 from kdiff.encoders.prompt import INPUT, Prompt, PromptVector
 from kdiff.encoders.tokenizers import JSONTokenizer
 from kdiff.interop import encoders, folders, tokenizers
 from kdiff.interop.configs import Described
 
-__all__ = ["CONTEXT", "PARTS", "PIPELINES", "conditioned", "encoders_of", "load", "pipeline_of", "prompt_of", "save"]
+__all__ = ["CONTEXT", "IF", "IF_LENGTH", "PARTS", "PIPELINES", "conditioned", "encoders_of", "load", "pipeline_of", "prompt_of", "save"]
 
+IF = tuple(f"IF{name}Pipeline" for name in ("", "Img2Img", "Inpainting"))
+IF += tuple(f"{name.removesuffix('Pipeline')}SuperResolutionPipeline" for name in IF)
+IF_LENGTH = 77  # of texts, whatever the folder of its tokenizer says
 # The pipelines whose text is read so; that of others is given as what its encoders make of it.
 PIPELINES = (
+    *IF,
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
     *(
@@ -51,11 +58,13 @@ def load(folder: str | Path, index: Mapping[str, Any], skip: int = 0, variant: s
     known = index.get("_class_name") in PIPELINES and parts
     if not known or not all((folder / encoder / "config.json").exists() for encoder, _ in parts):
         return None
-    xl = PARTS[1] in parts
+    xl, deepfloyd = PARTS[1] in parts, index["_class_name"] in IF
     options = {"skip": skip + 1, "normalized": False} if xl else {"skip": skip}
     there = {encoder: variant if variant in folders.variants(folder / encoder) else None for encoder, _ in parts}
     made = [encoders.load(folder / encoder, variant=variant, **options) for encoder, variant in there.items()]
-    words = [tokenizers.load(folder / tokenizer) for _, tokenizer in parts]
+    words = [tokenizers.load(folder / tokenizer, IF_LENGTH if deepfloyd else None) for _, tokenizer in parts]
+    if deepfloyd:
+        return Prompt(made, words, masked=True, padded=True, lower=True)
     return Prompt(made, words, zeros=index.get("force_zeros_for_empty_prompt") is True)
 
 
@@ -67,9 +76,10 @@ def conditioned(described: Described, prompt: Prompt) -> Described:
     """
     network, shapes = described.network, dict(described.shapes)
     conditions = dict(network.conditions)
-    if not isinstance(conditions.get(CONTEXT), keras.layers.Identity):
+    layer = conditions.get(CONTEXT)
+    if not isinstance(layer, (keras.layers.Identity, Dense, VectorAndTokens)):
         raise ValueError(
-            f"the network must take a text's tokens as they are, as {CONTEXT!r}; its conditions: {conditions}; with "
+            f"the network must take a text's tokens as {CONTEXT!r}; its conditions: {conditions}; with "
             "`text=False` they are given as they come"
         )
     given = {CONTEXT: prompt.width, "text_embeds": prompt.vector}
@@ -78,7 +88,7 @@ def conditioned(described: Described, prompt: Prompt) -> Described:
             raise ValueError(
                 f"the network must take the text's numbers, {width}, as {name!r}; it takes: {shapes.get(name)}"
             )
-    conditions[CONTEXT] = prompt
+    conditions[CONTEXT] = prompt if isinstance(layer, keras.layers.Identity) else prompt.through(layer)
     if "text_embeds" in shapes and "added" in conditions:
         parts = {**conditions["added"].parts, "text_embeds": PromptVector(prompt.vector)}
         conditions["added"] = Joint(
