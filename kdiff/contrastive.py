@@ -39,7 +39,7 @@ LARGEST_SCALE = 100.0  # without the bound training becomes unstable (section 2.
 
 
 class Contrastive(SafeFiles, Configurable, backend.SafeTraining, keras.Model):
-    """Two encoders in contrastive training, the symmetric InfoNCE of CLIP (Radford et al., 2021, section 2.3, figure 3):
+    """Two encoders in contrastive training, the symmetric InfoNCE of CLIP (Radford et al., 2021, figure 3):
 
         u_i = f(image_i) / |f(image_i)|,  v_j = g(text_j) / |g(text_j)|,  s_ij = exp(log_scale) u_i v_j
         loss = mean_i (-s_ii + log sum_j exp(s_ij)) / 2 + mean_j (-s_jj + log sum_i exp(s_ij)) / 2
@@ -143,8 +143,10 @@ class Contrastive(SafeFiles, Configurable, backend.SafeTraining, keras.Model):
         if config:
             self.build(config["shapes"])
 
-    def get_compile_config(self) -> dict[str, Any]:
-        """The optimizer, without what belongs to a backend."""
+    def get_compile_config(self) -> dict[str, Any] | None:
+        """The optimizer, without what belongs to a backend; None before `compile`."""
+        if not self.compiled:
+            return None
         config = {"optimizer": keras.saving.serialize_keras_object(self.optimizer)}
         return {name: backend.portable_optimizer(one) for name, one in config.items()}
 

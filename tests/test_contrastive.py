@@ -82,7 +82,7 @@ def test_it_learns_and_loads(policy, tmp_path):
     model.compile(keras.optimizers.Adam(1e-2))
     model.fit({"image": x, "text": words}, batch_size=8, epochs=25, verbose=0)
     found = model.evaluate({"image": x, "text": words}, batch_size=8, verbose=0, return_dict=True)
-    assert found["image_to_text"] > 0.7 and found["text_to_image"] > 0.7
+    assert min(found["image_to_text"], found["text_to_image"]) > 0.7
     assert model.evaluate(x, labels, classes=WORDS, return_dict=True)["accuracy"] > 0.7
     assert model.evaluate(x, labels[::-1], classes=WORDS) < 0.5
     both = [[word, f"{word}."] for word in WORDS]
@@ -126,5 +126,5 @@ def test_what_it_refuses():
     model = built()
     with pytest.raises(ValueError, match=r"missing: \['text'\]"):
         model.evaluate({"image": images(2, (8, 8, 3))})
-    with pytest.raises(ValueError, match="each in 0..7"):
+    with pytest.raises(ValueError, match=r"each in 0\.\.7"):
         model.evaluate(pictures(2)[0], [0, 8], classes=WORDS)

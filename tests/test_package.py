@@ -65,6 +65,8 @@ PATHS = (
         "lora",
         "model",
         "cascade",
+        "contrastive",
+        "unclip",
         "interop",
         *LAST,
     ),

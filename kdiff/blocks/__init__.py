@@ -6,7 +6,7 @@ from kdiff.blocks.beside import Beside
 from kdiff.blocks.conditions import Condition, Encoded, Input, Joint, OptionalCondition, VectorAndTokens
 from kdiff.blocks.context_attention import AttentionPool, ContextAttention
 from kdiff.blocks.convolution import ConvBlock, ConvNeXtBlock, ResidualBlock, SimpleBlock
-from kdiff.blocks.embedded import ImageEmbedding, MaskedTokens, Projected
+from kdiff.blocks.embedded import ImageEmbedding, MaskedTokens
 from kdiff.blocks.embeddings import (
     FourierEmbedding,
     LabelEmbedding,
@@ -75,7 +75,6 @@ __all__ = [
     "OptionalCondition",
     "Patchify",
     "Pattern",
-    "Projected",
     "RMSNorm",
     "RelativePositions",
     "ResidualBlock",

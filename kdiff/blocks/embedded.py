@@ -6,11 +6,11 @@ import keras
 from keras import ops
 
 from kdiff.base import check_integer
-from kdiff.blocks.base import ConfigurableLayer, apply_layer, build_layer, get_layer, kernel_initializer, output_shape
-from kdiff.blocks.conditions import Encoded, Input, OptionalCondition, given_to, inputs_of
+from kdiff.blocks.base import ConfigurableLayer, kernel_initializer
+from kdiff.blocks.conditions import Encoded, Input, OptionalCondition
 from kdiff.blocks.layers import Dense
 
-__all__ = ["ImageEmbedding", "MaskedTokens", "Projected"]
+__all__ = ["ImageEmbedding", "MaskedTokens"]
 
 
 class ImageEmbedding(OptionalCondition):
@@ -96,45 +96,3 @@ class MaskedTokens(ConfigurableLayer, keras.layers.Layer):
         """The specification of what `call` gives."""
         mask = None if x.get("mask") is None else keras.KerasTensor(x["mask"].shape, "bool")
         return Encoded(tokens=keras.KerasTensor(x["tokens"].shape, self.compute_dtype), mask=mask)
-
-
-class Projected(ConfigurableLayer, keras.layers.Layer):
-    """The tokens that the layer of a condition gives, through another layer; vector and mask stay as they are.
-
-        Projected(Prompt(encoder, tokenizer, masked=True), Chain([Dense(1536), LayerNorm()]))
-
-    Args:
-        condition: the layer of the condition. It is used as it is, and knows what stands for no condition.
-        layer: of its tokens, (batch, length, dim).
-    """
-
-    def __init__(self, condition: keras.layers.Layer, layer: Any, **kwargs):
-        super().__init__(autocast=False, **kwargs)
-        self.condition = get_layer(condition)
-        self.layer = get_layer(layer)
-
-    def inputs_of(self, name: str) -> dict[str, Input]:
-        """Those of the condition, in a dictionary."""
-        return {one: part._replace(key=one) for one, part in inputs_of(self.condition, name).items()}
-
-    def build(self, x_shape, embed_shape=None):
-        """Builds both layers."""
-        made = Encoded.of(build_layer(self.condition, self._given(x_shape), embed_shape))
-        if made.tokens is None:
-            raise ValueError(f"Projected: the condition must give tokens; it gives: {made}")
-        build_layer(self.layer, made.tokens)
-
-    def _given(self, x):
-        """What the condition is called with, of what this is called with by the names of the network's inputs."""
-        return given_to(self.condition, next(iter(x)), x)
-
-    def call(self, x, embed=None, training=None):
-        """The inputs by name to `Encoded`."""
-        made = Encoded.of(apply_layer(self.condition, self._given(x), embed, training=training))
-        return made._replace(tokens=apply_layer(self.layer, made.tokens, training=training))
-
-    def compute_output_spec(self, x, embed=None, training=None):
-        """The specification of what `call` gives."""
-        made = Encoded.of(self.condition.compute_output_spec(self._given(x)))
-        shape = output_shape(self.layer, made.tokens.shape)
-        return made._replace(tokens=keras.KerasTensor(shape, self.layer.compute_dtype))
