@@ -8,7 +8,15 @@ from keras import layers, ops
 import kdiff
 from kdiff import Sampler, backend, identity_attention, schedules
 from kdiff.blocks import LabelEmbedding, MultiHeadAttention
-from kdiff.guidance import Autoguidance, ClassifierFree, ClassifierGuidance, Inpaint, PerturbedAttention, PiGDM
+from kdiff.guidance import (
+    Autoguidance,
+    ClassifierFree,
+    ClassifierGuidance,
+    DynamicThreshold,
+    Inpaint,
+    PerturbedAttention,
+    PiGDM,
+)
 from kdiff.networks import UNet
 from tests.test_guidance import LABELS, MIXTURE, POINTS, at, by_conditions, in_a_run
 from tests.toys import draw_weights, images, numpy, tiny_network

@@ -19,7 +19,6 @@ from kdiff.interop.files import read_json, write_json
 from tests.test_interop_networks_reference import SMALL
 from tests.test_interop_prompts_reference import perturbed
 from tests.test_interop_unets_reference import IF, IF_2
-from tests.toys import mostly_once
 
 pytestmark = [
     pytest.mark.reference,
@@ -196,7 +195,9 @@ def test_saved_again(stages, stage, tmp_path, monkeypatch):
     np.testing.assert_allclose(one, other, atol=1e-5)
     read = interop.load(tmp_path)
     options = own_options(stage, guidance=5.0)
-    np.testing.assert_allclose(read.sample(2, **options), model.sample(2, **own_options(stage, guidance=5.0)), atol=1e-5)
+    np.testing.assert_allclose(
+        read.sample(2, **options), model.sample(2, **own_options(stage, guidance=5.0)), atol=1e-5
+    )
 
 
 @pytest.mark.once

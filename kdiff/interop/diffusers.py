@@ -10,8 +10,9 @@
 
 A network takes what it took there, channels last: `network({"image": x, "time": t})`. A model has the schedule, the
 prediction and the sampler of its scheduler, on latents its autoencoder as codec, and the text encoders of Stable
-Diffusion: `model.sample(4, text="a red circle", guidance=7.5)`; of others "context" is what those give. The folder
-of an autoencoder alone makes a `codecs.Latent`.
+Diffusion and DeepFloyd IF: `model.sample(4, text="a red circle", guidance=7.5)`; of others "context" is what those
+give. The two stages of IF are one `Cascade([load("IF-I"), load("IF-II")])`. The folder of an autoencoder alone makes a
+`codecs.Latent`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -40,6 +41,9 @@ from kdiff.interop.scheduler_saving import scheduler_config
 from kdiff.interop.weights import Slot, export, fill
 from kdiff.model import DiffusionModel
 from kdiff.networks import Autoencoder
+from kdiff.predictions import Noise
+from kdiff.sampling import Sampler
+from kdiff.times import Index
 
 __all__ = [
     "MODELS",
@@ -222,8 +226,9 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
     Args:
         model: a network, for `from_pretrained` of its class; or a `DiffusionModel`, for that of a pipeline. Of a model
             on latents `unet` or `transformer`, `scheduler`, `vae` and the text encoders and tokenizers are written. The
-            index of the pipeline is, for pixels without conditions and for Stable Diffusion with its text, unless there
-            is an image beside x_t. A `codecs.Latent` alone is written as its autoencoder.
+            index of the pipeline is, for pixels without conditions, for Stable Diffusion with its text, unless there is
+            an image beside x_t, and for both stages of DeepFloyd IF with theirs. A `codecs.Latent` alone is written as
+            its autoencoder.
         folder: to write to; files of the same names are replaced.
         averages: whether to write the averaged weights of a model that has them.
 
@@ -250,8 +255,15 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
         autoencoders.save(model.codec, folder / "vae")
         parts["vae"] = ["diffusers", autoencoders.CLASSES[type(model.codec.autoencoder)]]
     prompt = prompts.prompt_of(model.network)
-    index = {} if prompt is None else {**prompts.save(prompt, folder), **prompts.pipeline_of(prompt)}
-    if maps.map_conditions(model.network):  # which pipeline it is of is not known
+    beside = maps.map_conditions(model.network)
+    noised = [one.noise for one in beside.values() if one.noise is not None]
+    known = not beside or (prompt is not None and set(beside) == {"low"} and bool(noised))
+    index = {} if prompt is None else {**prompts.save(prompt, folder), **prompts.pipeline_of(prompt, bool(noised))}
+    if noised:
+        added = schedulers.Process(noised[0], Noise(), Index(), Sampler("ddpm", "all"))
+        save_scheduler(added, folder / maps.NOISING)
+        parts[maps.NOISING] = ["diffusers", read_json(folder / maps.NOISING / SCHEDULER)["_class_name"]]
+    if not known:  # which pipeline it is of is not known
         return
     if prompt is None and config["_class_name"] == "UNet2DModel" and "vae" not in parts:
         index = {"_class_name": _PIPELINES.get(scheduler["_class_name"], "DDPMPipeline")}

@@ -3,8 +3,8 @@
 diffusers    9 channels in, x_t, a mask and the masked image; 4 out
 here         image 4, conditions "mask_image" 1 and "masked_image" 4; 4 out
 
-DeepFloyd IF's second stage has a picture beside x_t that is noised at step n of `image_noising_scheduler`, the number of
-which it takes as a label: here it is a `Beside` with `noise`, at the level (n + 1) / T.
+DeepFloyd IF's second stage has a picture beside x_t that is noised at step n of `image_noising_scheduler`, which it is
+told as a label: here it is a `Beside` with `noise`, at the level (n + 1) / T.
 """
 
 from collections.abc import Mapping

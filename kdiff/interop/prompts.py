@@ -17,11 +17,23 @@ from kdiff.blocks.conditions import Joint, VectorAndTokens
 from kdiff.blocks.layers import Dense
 from kdiff.encoders.base import Encoder
 from kdiff.encoders.prompt import INPUT, Prompt, PromptVector
-from kdiff.encoders.tokenizers import JSONTokenizer
+from kdiff.encoders.t5 import T5Text
 from kdiff.interop import encoders, folders, tokenizers
 from kdiff.interop.configs import Described
 
-__all__ = ["CONTEXT", "IF", "IF_LENGTH", "PARTS", "PIPELINES", "conditioned", "encoders_of", "load", "pipeline_of", "prompt_of", "save"]
+__all__ = [
+    "CONTEXT",
+    "IF",
+    "IF_LENGTH",
+    "PARTS",
+    "PIPELINES",
+    "conditioned",
+    "encoders_of",
+    "load",
+    "pipeline_of",
+    "prompt_of",
+    "save",
+]
 
 IF = tuple(f"IF{name}Pipeline" for name in ("", "Img2Img", "Inpainting"))
 IF += tuple(f"{name.removesuffix('Pipeline')}SuperResolutionPipeline" for name in IF)
@@ -115,8 +127,17 @@ def _parts(prompt: Prompt) -> tuple[tuple[str, str], ...]:
     return PARTS[1:] if second else PARTS
 
 
-def pipeline_of(prompt: Prompt) -> dict[str, Any]:
-    """What `model_index.json` says of a pipeline with this text beside its parts: its class, and what it has not."""
+def pipeline_of(prompt: Prompt, noised: bool = False) -> dict[str, Any]:
+    """What `model_index.json` says of a pipeline with this text beside its parts: its class, and what it has not.
+
+    Args:
+        prompt: the text.
+        noised: whether there is a noised picture beside x_t.
+    """
+    if isinstance(prompt.encoders[0], T5Text):  # DeepFloyd IF's
+        absent = {name: [None, None] for name in ("feature_extractor", "safety_checker", "watermarker")}
+        kind = "IFSuperResolutionPipeline" if noised else "IFPipeline"
+        return {"_class_name": kind, **absent, "requires_safety_checker": False}
     names, zeros = _parts(prompt)[: len(prompt.encoders)], {"force_zeros_for_empty_prompt": prompt.zeros}
     if PARTS[1] not in names:
         kind, absent, more = "StableDiffusionPipeline", ("safety_checker",), {"requires_safety_checker": False}
@@ -137,8 +158,9 @@ def save(prompt: Prompt, folder: str | Path) -> dict[str, list[str]]:
     folder, index = Path(folder), {}
     for (name, words), encoder, tokenizer in zip(_parts(prompt), prompt.encoders, prompt.tokenizers, strict=False):
         encoders.save(encoder, folder / name)
-        tokenizers.save(tokenizer, folder / words)
+        t5 = isinstance(encoder, T5Text)
+        tokenizers.save(tokenizer, folder / words, t5)
         kind = f"{type(encoder).__name__}Model{'WithProjection' if encoder.projection else ''}"
         index[name] = ["transformers", kind.replace("T5TextModel", "T5EncoderModel")]
-        index[words] = ["transformers", "CLIPTokenizer" if isinstance(tokenizer, JSONTokenizer) else "T5Tokenizer"]
+        index[words] = ["transformers", "T5Tokenizer" if t5 else "CLIPTokenizer"]
     return index

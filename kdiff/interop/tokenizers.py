@@ -129,12 +129,13 @@ def padded(tokenizer: JSONTokenizer, padding: int) -> JSONTokenizer:
     return JSONTokenizer(json.dumps(content, ensure_ascii=False), tokenizer.length, padding)
 
 
-def save(tokenizer: Tokenizer, folder: str | Path) -> None:
+def save(tokenizer: Tokenizer, folder: str | Path, t5: bool = False) -> None:
     """Writes a folder that transformers reads: tokenizer.json or spiece.model, and tokenizer_config.json.
 
     Args:
         tokenizer: a `JSONTokenizer`, which transformers is told is CLIP's, or a `SentencePiece`, T5's.
         folder: to write to; files of the same names are replaced.
+        t5: whether a `JSONTokenizer` is T5's.
 
     Raises:
         ValueError: if it is another.
@@ -146,7 +147,9 @@ def save(tokenizer: Tokenizer, folder: str | Path) -> None:
         if tokenizer.padding not in numbers:
             raise ValueError(f"save: the token that fills up must be one of {numbers}; received: {tokenizer.padding}")
         special = {"bos_token": CLIP_START, "eos_token": CLIP_END, "unk_token": CLIP_END}
-        config |= {**special, "pad_token": numbers[tokenizer.padding], "tokenizer_class": "CLIPTokenizer"}
+        special = {"eos_token": numbers[tokenizer.end[-1]], "unk_token": "<unk>"} if t5 else special
+        kind = "T5Tokenizer" if t5 else "CLIPTokenizer"
+        config |= {**special, "pad_token": numbers[tokenizer.padding], "tokenizer_class": kind}
         write_json(folder / "tokenizer.json", content)
     elif isinstance(tokenizer, SentencePiece):
         config |= {"extra_ids": tokenizer.extra, "tokenizer_class": "T5Tokenizer"}

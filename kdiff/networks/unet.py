@@ -104,10 +104,10 @@ class UNet(Network):
     outputs of the first convolution, of every block and of every downsampling on the way down are each concatenated to
     the input of one block on the way up. The last convolution is zero at first.
 
-    Height and width may be any multiple of `2 ** (len(levels) - 1)`, and may change from call to call. So may the
-    length of a series (batch, length, channels) and the sizes of a volume (batch, depth, height, width, channels),
-    which the network takes as well: its rank is that of what it is built for. `time` is what the embedding takes: a
-    SinusoidalEmbedding wants it to span some hundreds, as 0 ... 999.
+    Height and width may be any multiple of `2 ** (len(levels) - 1)`, of twice that with `shrink`, and may change from
+    call to call. So may the length of a series (batch, length, channels) and the sizes of a volume (batch, depth,
+    height, width, channels), which the network takes as well: its rank is that of what it is built for. `time` is what
+    the embedding takes: a SinusoidalEmbedding wants it to span some hundreds, as 0 ... 999.
 
     Args:
         levels: the `Level`s, from the finest to the coarsest.
@@ -124,6 +124,8 @@ class UNet(Network):
         remat: whether the inside of each block is computed again for the gradient, to save memory.
         seed: from which each copied layer that has a `seed` gets one of its own.
         stem_width: the channels of the first convolution; None for those of the first level.
+        shrink, grow: layers around the levels, after the first convolution at half the size, and before the last at
+            twice the size, such as "downsample" and "upsample": no block works at the size of the image. None for none.
         kwargs: `name` and `dtype`. The precision is that of every layer made from a template; `embedding` and
             `conditions` keep theirs.
 
@@ -144,6 +146,8 @@ class UNet(Network):
         remat: bool = False,
         seed: int = 0,
         stem_width: int | None = None,
+        shrink: Any = None,
+        grow: Any = None,
         **kwargs,
     ):
         if isinstance(levels, int):
@@ -157,6 +161,8 @@ class UNet(Network):
             if not level.widens:
                 raise ValueError(f"UNet: a level's `block` must have an argument `width`; received: {level.block!r}")
         check_depths("UNet", levels)
+        if (shrink is None) != (grow is None):
+            raise ValueError(f"UNet: `shrink` and `grow` go together; received: {shrink!r} and {grow!r}")
         embedding = embedding or MLPEmbedding(SinusoidalEmbedding(max(2, stem_width or levels[0].width)))
         super().__init__(embedding, conditions, out_channels, remat, seed, **kwargs)
         self.levels = list(levels)
@@ -167,6 +173,8 @@ class UNet(Network):
         if stem_width is not None:
             check_integer("UNet", "stem_width", stem_width)
         self.stem_width = stem_width
+        self.shrink = None if shrink is None else self._copy(shrink, "shrink")
+        self.grow = None if grow is None else self._copy(grow, "grow")
         options = {"kernel_initializer": kernel_initializer(), "dtype": self.dtype_policy, "name": "stem"}
         self.stem = Conv2D(stem_width or levels[0].width, 3, padding="same", **options)
         self.down = [self._chain(unit, f"down_{i}") for i, unit in enumerate(_way_down(self.levels))]
@@ -180,6 +188,7 @@ class UNet(Network):
 
     def _build_body(self, x_shape, embed_shape, context_shape):
         x = build_layer(self.stem, x_shape)
+        x = x if self.shrink is None else build_layer(self.shrink, x, embed_shape)
         skips = [x]
         for unit in self.down:
             x = build_layer(unit, x, embed_shape, context_shape)
@@ -187,6 +196,7 @@ class UNet(Network):
         x = build_layer(self.bridge, x, embed_shape, context_shape)
         for unit in self.up:
             x = build_layer(unit, (*x[:-1], x[-1] + skips.pop()[-1]), embed_shape, context_shape)
+        x = x if self.grow is None else build_layer(self.grow, x, embed_shape)
         build_layer(self.normalization, x)
         self.head = self._head(Conv2D, 3, padding="same")
         self.head.build(x)
@@ -209,6 +219,7 @@ class UNet(Network):
 
     def _body(self, x, embed, context, training, skips=None, middle=None):
         x = self.stem(x)
+        x = x if self.shrink is None else apply_layer(self.shrink, x, embed, training=training)
         kept = [x]
         for unit in self.down:
             x = self._run(unit, x, embed, context, training)
@@ -217,6 +228,7 @@ class UNet(Network):
         x, kept = self._with_additions(x, kept, skips, middle)
         for unit in self.up:
             x = self._run(unit, ops.concatenate([x, kept.pop()], axis=-1), embed, context, training)
+        x = x if self.grow is None else apply_layer(self.grow, x, embed, training=training)
         return self.head(self._activate(apply_layer(self.normalization, x, training=training)))
 
     def _with_additions(self, x, kept, skips, middle):
@@ -228,7 +240,8 @@ class UNet(Network):
 
     def _check_image(self, shape):
         super()._check_image(shape)
-        check_size(self, shape, 2 ** (len(self.levels) - 1), f"{len(self.levels)} levels need")
+        halved = len(self.levels) - (self.shrink is None)
+        check_size(self, shape, 2**halved, f"{len(self.levels)} levels need")
 
     @classmethod
     def basic(cls, width: int = 64, levels: int = 3, depth: int = 2, **options) -> Self:
