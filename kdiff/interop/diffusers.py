@@ -32,6 +32,7 @@ from kdiff.interop import (
     saving_networks,
     schedulers,
     transformers,
+    unclip,
     unet_names,
     unets,
 )
@@ -122,6 +123,8 @@ def load(
     """
     folder = Path(folder)
     if (folder / "model_index.json").exists():
+        if read_json(folder / "model_index.json").get("_class_name") == unclip.PIPELINE:
+            return unclip.load(folder, strict, variant)
         prompt = prompts.load(folder, read_json(folder / "model_index.json"), clip_skip, variant) if text else None
         return _load_pipeline(folder, strict, variant, options, prompt, tokens)
     options |= {} if tokens is None else {"tokens": tokens}
