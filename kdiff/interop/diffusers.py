@@ -263,7 +263,7 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
     known = not beside or (prompt is not None and set(beside) == {"low"} and bool(noised))
     index = {} if prompt is None else {**prompts.save(prompt, folder), **prompts.pipeline_of(prompt, bool(noised))}
     if noised:
-        added = schedulers.Process(noised[0], Noise(), Index(), Sampler("ddpm", "all"))
+        added = schedulers.Process(noised[0], Noise(), Index(), Sampler("ddpm", "leading", noised[0].num_steps))
         save_scheduler(added, folder / maps.NOISING)
         parts[maps.NOISING] = ["diffusers", read_json(folder / maps.NOISING / SCHEDULER)["_class_name"]]
     if not known:  # which pipeline it is of is not known

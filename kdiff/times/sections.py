@@ -68,6 +68,8 @@ class Sections(TimeGrid):
             own = size + (part < more)
             if count > own:
                 raise ValueError(f"Sections: part {part} has {own} steps; received a count of {count}")
-            taken.append(first + np.round(np.arange(count) * ((own - 1) / max(1, count - 1))))
+            distances = np.full(count - 1, (own - 1) / max(1, count - 1))
+            # Sums, not products: on halves the published lists have what these round to.
+            taken.append(first + np.round(np.append(0.0, np.cumsum(distances))))
             first += own
         return np.concatenate(taken)[::-1]
