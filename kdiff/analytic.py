@@ -20,7 +20,6 @@ from keras import ops
 from kdiff import random
 from kdiff.base import Value, check_integer
 from kdiff.denoisers import Denoiser, Estimate, Given
-from kdiff.operators import Operator
 from kdiff.schedules import Marginal, NoiseSchedule
 
 __all__ = ["Gaussian", "GaussianMixture", "Points"]
@@ -185,7 +184,7 @@ class Gaussian(GaussianMixture):
         super().__init__(mean[None], covariance if covariance.ndim == 0 else covariance[None])
         self.mean, self.covariance = mean, covariance
 
-    def restored(self, x_t, m: Marginal, y, level: Marginal, operator: Operator):
+    def restored(self, x_t, m: Marginal, y, level: Marginal, matrix):
         """E[x | x_t, y], y = alpha_y A x + sigma_y noise: the best denoiser of super-resolution, whose y is noised.
 
             H = [alpha I; alpha_y A],  S = H cov H^T + diag(sigma^2 I, sigma_y^2 I)
@@ -196,11 +195,9 @@ class Gaussian(GaussianMixture):
             m: its marginal; the fields have shape `()` or `(batch,)`.
             y: what is measured, with the shape of A x.
             level: the marginal of `y`, as `m`.
-            operator: A.
+            matrix: A, an array with shape `(size of y, size of x)`, as `operators.Downsample(2).matrix((8, 8, 1))`.
         """
-        size = self.mean.size
-        eye = np.eye(size).reshape(size, *self.mean.shape)
-        a = ops.convert_to_numpy(operator(eye)).reshape(size, -1).T
+        size, a = self.mean.size, np.asarray(matrix, "float64")
         cov = self.covariance if self.covariance.ndim == 2 else np.eye(size) * self.covariance
         batch = ops.shape(x_t)[0]
 

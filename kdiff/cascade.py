@@ -35,10 +35,9 @@ from kdiff.model.saving import SafeFiles
 from kdiff.schedules import NoiseSchedule
 from kdiff.text import is_text, strings
 
-__all__ = ["OWN", "STAGES", "Cascade", "stage_seed"]
+__all__ = ["STAGES", "Cascade", "stage_seed"]
 
 STAGES = -2  # the stream of random numbers that the stages after the first take theirs from
-OWN = ("sampler", "guidance", "steps", "schedule", "averages")  # the arguments that each stage has for itself
 
 
 class _Noising(NamedTuple):

@@ -48,6 +48,12 @@ class Operator(Value):
         self.check(shape)
         return tuple(self.forward(ops.zeros((1, *shape))).shape[1:])
 
+    def matrix(self, shape: Shape) -> np.ndarray:
+        """A as a matrix, (size of A x, size of x), for examples of this small shape, flat."""
+        size = int(np.prod(shape))
+        columns = ops.convert_to_numpy(self(np.eye(size, dtype="float32").reshape(size, *shape)))
+        return columns.reshape(size, -1).T
+
     def adjoint(self, y, shape: Shape):
         """A^T y, for examples of this shape: <A x, y> = <x, A^T y>."""
         y = ops.convert_to_tensor(y, "float32")

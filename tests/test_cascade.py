@@ -1,7 +1,6 @@
 import keras
 import numpy as np
 import pytest
-from keras import ops
 
 from kdiff import Cascade, DiffusionModel, Sampler, analytic, degradations, operators, schedules
 from kdiff.blocks import Beside, Dense, LabelEmbedding, SinusoidalEmbedding, TransformerBlock
@@ -28,14 +27,8 @@ MEAN = np.array([0.4, -0.2, 0.1, 0.3]).reshape(2, 2, 1)
 ROOT = np.random.default_rng(3).standard_normal((4, 4))
 COVARIANCE = 0.2 * ROOT @ ROOT.T + 0.1 * np.eye(4)
 LARGE = analytic.Gaussian(MEAN, COVARIANCE)
-ROW = np.full((1, 4), 0.25)
-
-
-class Enlarged(operators.Operator):
-    """What a stage sees of the small picture that is noised after it is enlarged."""
-
-    def forward(self, x):
-        return ops.ones_like(x) * SMALL.forward(x)
+ROW = np.full((1, 4), 0.25)  # SMALL, as a matrix
+ENLARGED = np.full((4, 4), 0.25)  # what a stage sees of the small picture that is noised after it is enlarged
 
 
 class Exact(keras.layers.Layer):
@@ -60,8 +53,8 @@ class Exact(keras.layers.Layer):
             mean, variance = float(MEAN.mean()), float((ROW @ COVARIANCE @ ROW.T)[0, 0])
             return analytic.Gaussian(np.full((1, 1, 1), mean), variance)(x, m)
         z = apply_layer(self.low, given_to(self.low, "low", inputs), None, training=training, image=x).map
-        known, operator = (z[:, :1, :1], SMALL) if self.low.noise_first else (z, Enlarged())
-        return LARGE.restored(x, m, known, NOISE.at(inputs["low_level"]), operator)
+        known, matrix = (z[:, :1, :1], ROW) if self.low.noise_first else (z, ENLARGED)
+        return LARGE.restored(x, m, known, NOISE.at(inputs["low_level"]), matrix)
 
 
 def exact(noise_first):
