@@ -5,8 +5,8 @@
 Ramesh et al., "Hierarchical Text-Conditional Image Generation with CLIP Latents" (2022). A text goes through CLIP and
 the prior, which makes the embedding of an image of it; the decoder makes images of the embedding. Each part is checked
 by itself: CLIP by retrieval among 64 captions, the prior by how near its embeddings are to those of the true pictures,
-the decoder by a program that reads its pictures. Then come variations of a picture, what lies between two, and a picture
-changed by words. --minutes are those of a core; the rest takes two or three more.
+the decoder by a program that reads its pictures. Then come variations of a picture, what lies between two, and a
+picture changed by words. --minutes are those of a core; the rest takes two or three more.
 """
 
 import argparse

@@ -106,7 +106,8 @@ def load(
 
     Args:
         folder: of a model, with `config.json`, which makes a network, or of an autoencoder a codec; or of a pipeline,
-            with `model_index.json`, which makes a `DiffusionModel` whose `sample` is by the pipeline's scheduler.
+            with `model_index.json`, which makes a `DiffusionModel` whose `sample` is by the pipeline's scheduler, of
+            Karlo's an `UnCLIP` (`interop.unclip`), for which `strict` and `variant` are the arguments.
         strict: whether weights that do not match are an error; otherwise a warning.
         variant: of the weights, such as "fp16" or "non_ema"; None for the file without one or, if there is none, for
             the only variant.
