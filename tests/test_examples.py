@@ -79,17 +79,6 @@ def test_text_to_image(tmp_path):
     assert "prompts.png" in run("text_to_image.py", "--model", str(tmp_path / "model.keras"), *first)
 
 
-@pytest.mark.once  # minutes of compilation elsewhere; what it uses is tested on each backend
-def test_dalle2(tmp_path):
-    pytest.importorskip("tokenizers")
-    small = ("--minutes", "0.001", "--pictures", "64", "--width", "8", "--test", "8", "--out", str(tmp_path))
-    output = run("dalle2.py", *small)
-    assert "of the prior's" in output
-    assert "in variations of pictures" in output
-    for name in ("decoded.png", "variations.png", "between.png", "edited.png"):
-        assert (tmp_path / name).stat().st_size > 1_000
-
-
 @pytest.mark.data
 @pytest.mark.once  # minutes of compilation elsewhere; what it uses is tested on each backend
 @pytest.mark.parametrize(
