@@ -92,7 +92,7 @@ def test_what_fills_up_may_be_seen_and_texts_be_made_small_letters():
 
 def test_a_layer_makes_a_vector_and_tokens_of_the_text(tmp_path):
     """As DeepFloyd IF has it: pooled for the time, and through a dense layer. It is trained, the encoder is not."""
-    layer = VectorAndTokens(Chain([LayerNorm(), AttentionPool(2), Dense(16)]), Dense(6))
+    layer = VectorAndTokens(Chain([LayerNorm(), AttentionPool(2), Dense(8)]), Dense(6))
     prompt = Prompt(t5(), Bytes(5), masked=True, layer=layer)
     model = model_of(prompt)
     before = [numpy(w) for w in prompt.encoders[0].weights]
@@ -100,7 +100,7 @@ def test_a_layer_makes_a_vector_and_tokens_of_the_text(tmp_path):
     assert all(id(w) in trainable for w in prompt.layer.weights)
     draw_weights(prompt.layer)
     encoded = prompt(ops.convert_to_tensor(prompt.prepare(TEXTS)))
-    assert (tuple(encoded.vector.shape), tuple(encoded.tokens.shape)) == ((4, 16), (4, 5, 6))
+    assert (tuple(encoded.vector.shape), tuple(encoded.tokens.shape)) == ((4, 8), (4, 5, 6))
     assert encoded.mask is not None
     kernel = numpy(prompt.layer.tokens.kernel)
     model.fit({"image": images(4), "text": TEXTS}, batch_size=2, verbose=0)
