@@ -4,6 +4,7 @@ from kdiff.guidance.base import Clip, DynamicThreshold, Guidance, Here
 from kdiff.guidance.classifier_free import AdaptiveProjected, CFGPlusPlus, CFGZeroStar, ClassifierFree
 from kdiff.guidance.inverse import DPS, Inpaint, PiGDM
 from kdiff.guidance.models import Autoguidance, ClassifierGuidance, PerturbedAttention, Seamless
+from kdiff.guidance.successive import Successive
 
 __all__ = [
     "DPS",
@@ -21,4 +22,5 @@ __all__ = [
     "PerturbedAttention",
     "PiGDM",
     "Seamless",
+    "Successive",
 ]
