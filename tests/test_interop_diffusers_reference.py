@@ -1,17 +1,10 @@
 """Whole pipelines of diffusers, each of its kind, made and saved by it: kdiff loads them and makes the same images."""
 
-import gzip
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
-from keras import ops
 
-from kdiff import Sampler
-from kdiff.guidance import ClassifierFree, Inpaint, Successive
+from kdiff.guidance import Successive
 from kdiff.interop import diffusers as interop
-from kdiff.interop import prompts
 from tests import test_interop_prompts_reference as whole
 from tests.test_interop_networks_reference import SMALL_DIT, one_thread  # noqa: F401
 from tests.toys import mostly_once
@@ -25,6 +18,7 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 TEXTS, X, TABLE = whole.TEXTS, whole.X, whole.TABLE
+EULER = {name: TABLE[name] for name in ("beta_start", "beta_end", "beta_schedule")} | {"timestep_spacing": "trailing"}
 STEPS = 3
 NONE = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 PICTURES = np.random.default_rng(1).uniform(-1, 1, (2, 16, 16, 3)).astype("float32")
@@ -66,15 +60,14 @@ def lcm(folder):
 
 
 def turbo(folder):
-    scheduler = diffusers.EulerDiscreteScheduler(**{**TABLE, "timestep_spacing": "trailing"})
     pipeline = whole.sd_1(folder)
-    pipeline.scheduler = scheduler
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler(**EULER)
     return pipeline
 
 
 def xl_turbo(folder):
     pipeline = whole.xl(folder)
-    pipeline.scheduler = diffusers.EulerDiscreteScheduler(**{**TABLE, "timestep_spacing": "trailing"})
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler(**EULER)
     return pipeline
 
 
@@ -180,9 +173,7 @@ def of_lcm(theirs, model, monkeypatch):
     draws(monkeypatch, theirs, *noises)
     wanted = theirs(TEXTS, latents=first(X), guidance_scale=4.0, num_inference_steps=STEPS, output_type="np").images
     steps = iter(noises)
-    return wanted, model.sample(
-        2, text=TEXTS, timestep_cond=4.0, x=X, steps=STEPS, noise=lambda *a: next(steps)
-    )
+    return wanted, model.sample(2, text=TEXTS, timestep_cond=4.0, x=X, steps=STEPS, noise=lambda *a: next(steps))
 
 
 def of_turbo(theirs, model, monkeypatch):
@@ -220,15 +211,24 @@ def of_depth(theirs, model, monkeypatch):
     near = normal(2, 16, 16, seed=3)
     draws(monkeypatch, theirs, X)
     options = {"guidance_scale": 6.0, "num_inference_steps": 4, "strength": 0.5, "output_type": "np"}
-    draw = lambda posterior, generator=None: posterior.mode()  # noqa: E731
-    monkeypatch.setattr(diffusers.models.autoencoders.vae.DiagonalGaussianDistribution, "sample", draw)
+    without_draws(monkeypatch)
     wanted = theirs(TEXTS, image=source_of(PICTURES), depth_map=torch.tensor(near), **options).images
     small = torch.nn.functional.interpolate(torch.tensor(near)[:, None], (8, 8), mode="bicubic")
     low, high = small.amin((1, 2, 3), True), small.amax((1, 2, 3), True)
     small = last(2 * (small - low) / (high - low) - 1)
-    return wanted, model.sample(
-        2, text=TEXTS, depth=small, guidance=6.0, image=PICTURES, noise=X, strength=0.5, steps=4
-    )
+    begin = {"image": PICTURES, "noise": X, "strength": strength_of(model, 4, 0.5)}
+    return wanted, model.sample(2, text=TEXTS, depth=small, guidance=6.0, steps=4, **begin)
+
+
+def without_draws(monkeypatch):
+    """kdiff begins from the mean of an image's latents, diffusers from one that is drawn."""
+    kind = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution
+    monkeypatch.setattr(kind, "sample", lambda posterior, generator=None: posterior.mode())
+
+
+def strength_of(model, steps, strength):
+    """The time of the first of the last `int(steps strength)` steps, which are those that diffusers makes."""
+    return float(model.sampler.replaced(steps=steps).times(model.schedule)[steps - int(steps * strength)])
 
 
 def of_variations(theirs, model, monkeypatch):

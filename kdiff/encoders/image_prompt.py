@@ -1,7 +1,7 @@
 """A picture as a condition in place of a text, by CLIP's encoder of images, frozen inside of the network.
 
-    network = UNet.transformer(64, conditions={"picture": ImagePrompt(CLIPVision(projection=768))})
-    model.sample(4, picture=photo, guidance=3.0)
+network = UNet.transformer(64, conditions={"picture": ImagePrompt(CLIPVision(projection=768))})
+model.sample(4, picture=photo, guidance=3.0)
 """
 
 import functools

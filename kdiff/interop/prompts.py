@@ -23,7 +23,18 @@ from kdiff.interop import encoders, folders, tokenizers
 from kdiff.interop.configs import Described
 from kdiff.interop.files import read_json, write_json
 
-__all__ = ["BERT", "CONTEXT", "PARTS", "PIPELINES", "VARIATIONS", "conditioned", "encoders_of", "load", "pipeline_of", "prompt_of", "save"]
+__all__ = [
+    "BERT",
+    "CONTEXT",
+    "PARTS",
+    "PIPELINES",
+    "VARIATIONS",
+    "conditioned",
+    "encoders_of",
+    "load",
+    "prompt_of",
+    "save",
+]
 
 # The pipelines whose text is read so; that of others is given as what its encoders make of it.
 VARIATIONS = "StableDiffusionImageVariationPipeline"
@@ -140,30 +151,40 @@ def _parts(prompt: Prompt) -> tuple[tuple[str, str], ...]:
     return PARTS[1:] if second else PARTS
 
 
-def pipeline_of(prompt: Prompt) -> dict[str, Any]:
-    """What `model_index.json` says of a pipeline with this text beside its parts: its class, and what it has not."""
-    names, zeros = _parts(prompt)[: len(prompt.encoders)], {"force_zeros_for_empty_prompt": prompt.zeros}
-    if PARTS[1] not in names:
-        kind, absent, more = "StableDiffusionPipeline", ("safety_checker",), {"requires_safety_checker": False}
-    elif PARTS[0] in names:
-        kind, absent, more = "StableDiffusionXLPipeline", (), zeros
-    else:
-        kind, absent, more = "StableDiffusionXLImg2ImgPipeline", PARTS[0], {"requires_aesthetics_score": True, **zeros}
-    absent = {name: [None, None] for name in (*absent, "feature_extractor", "image_encoder")}
-    return {"_class_name": kind, **absent, **more}
-
-
-def save(prompt: Prompt, folder: str | Path) -> dict[str, list[str]]:
+def save(prompt: Prompt | ImagePrompt, folder: str | Path) -> dict[str, list[str]]:
     """Writes the folders of encoders and tokenizers; returns their entries of `model_index.json`.
 
     Raises:
         ValueError: if transformers has no such encoder or tokenizer.
     """
-    folder, index = Path(folder), {}
+    folder = Path(folder)
+    if isinstance(prompt, ImagePrompt):
+        return _save_picture(prompt, folder)
+    index = {}
     for (name, words), encoder, tokenizer in zip(_parts(prompt), prompt.encoders, prompt.tokenizers, strict=False):
         encoders.save(encoder, folder / name)
         tokenizers.save(tokenizer, folder / words)
         kind = f"{type(encoder).__name__}Model{'WithProjection' if encoder.projection else ''}"
         index[name] = ["transformers", kind.replace("T5TextModel", "T5EncoderModel")]
-        index[words] = ["transformers", "CLIPTokenizer" if isinstance(tokenizer, JSONTokenizer) else "T5Tokenizer"]
+        if isinstance(encoder, LDMText):
+            index[name] = ["latent_diffusion", "LDMBertModel"]
+        json = "BertTokenizer" if tokenizers.is_bert(tokenizer) else "CLIPTokenizer"
+        index[words] = ["transformers", json if isinstance(tokenizer, JSONTokenizer) else "T5Tokenizer"]
     return index
+
+
+def _save_picture(prompt: ImagePrompt, folder: Path) -> dict[str, list[str]]:
+    encoders.save(prompt.encoder, folder / "image_encoder")
+    size = prompt.encoder.size
+    config = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
+        "image_mean": list(prompt.mean),
+        "image_std": list(prompt.std),
+    }
+    write_json(folder / "feature_extractor" / "preprocessor_config.json", config)
+    return {
+        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    }
