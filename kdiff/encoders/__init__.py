@@ -1,4 +1,4 @@
-"""Encoders that have learned already, of text and of images: the transformers of CLIP, T5 and latent diffusion, of kdiff's own blocks.
+"""Encoders that have learned already, of text and of images: those of CLIP, T5 and latent diffusion, of kdiff's blocks.
 
 `kdiff.interop.encoders` reads them from folders of transformers, `kdiff.interop.tokenizers` their tokenizers.
 """

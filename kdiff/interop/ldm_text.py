@@ -1,4 +1,4 @@
-"""The text encoder of latent diffusion's text to image in a folder of diffusers, "bert": its keys and names of weights."""
+"""The text encoder of latent diffusion's text to image, "bert" in a folder of diffusers: keys and names of weights."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
