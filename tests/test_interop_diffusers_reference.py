@@ -1,12 +1,19 @@
 """Whole pipelines of diffusers, each of its kind, made and saved by it: kdiff loads them and makes the same images."""
 
+import json
+from functools import partial
+
 import numpy as np
 import pytest
+from keras import ops
 
-from kdiff.guidance import Successive
+from kdiff import lora
+from kdiff.guidance import ClassifierFree, Successive
 from kdiff.interop import diffusers as interop
+from kdiff.interop import prompts
 from tests import test_interop_prompts_reference as whole
-from tests.test_interop_networks_reference import SMALL_DIT, one_thread  # noqa: F401
+from tests.test_encoders_tokenizers_reference import clip  # noqa: F401
+from tests.test_interop_networks_reference import DDPM, SMALL, SMALL_DIT, one_thread, theirs  # noqa: F401
 from tests.toys import mostly_once
 
 pytestmark = [
@@ -311,7 +318,7 @@ def test_saved_again(pair, tmp_path, monkeypatch):
     name, theirs, _, model = pair
     interop.save(model, tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["_class_name"] == ("StableDiffusionXLPipeline" if name == "xl_turbo" else type(theirs).__name__)
+    assert index["_class_name"] == type(theirs).__name__.replace("DiffusionImg2Img", "Diffusion")
     parts = {part: getattr(theirs, part) for part in ABSENT.get(name, ())}
     again = type(theirs).from_pretrained(tmp_path, **parts)
     again.set_progress_bar_config(disable=True)
@@ -321,3 +328,81 @@ def test_saved_again(pair, tmp_path, monkeypatch):
             runs.append(RUNS[name](one, model, patch)[0])
     np.testing.assert_allclose(*runs, atol=1e-5)
     assert interop.load(tmp_path).shapes == model.shapes
+
+
+@pytest.mark.parametrize("pair", mostly_once(["xl_turbo", "pix2pix"]), indirect=True)
+def test_other_sizes(pair, monkeypatch):
+    """Than those of the folder: the numbers that XL has of them follow, and what stands for no picture is as large."""
+    name, pipeline, _, model = pair
+    x, size = normal(2, 12, 16, 4), {"height": 24, "width": 32}
+    options = {"num_inference_steps": 2, "guidance_scale": 5.0, "latents": first(x), "output_type": "np"}
+    if name == "xl_turbo":
+        wanted = pipeline(TEXTS, **size, **options).images
+        found = model.sample(2, text=TEXTS, guidance=5.0, noise=x, steps=2, **size)
+    else:
+        pictures = np.random.default_rng(1).uniform(-1, 1, (2, 24, 32, 3)).astype("float32")
+        source = last(pipeline.vae.encode(first(pictures)).latent_dist.mode())
+        wanted = pipeline(TEXTS, image=source_of(pictures), **options).images
+        guidance = Successive({"text": 5.0, "source": 1.5})
+        found = model.sample(2, text=TEXTS, source=source, guidance=guidance, x=x, steps=2)
+    check(found, wanted)
+    assert model.sample(
+        1, text="a cat", steps=1, **size, **({"source": source[:1]} if name == "pix2pix" else {})
+    ).shape == (
+        1,
+        24,
+        32,
+        3,
+    )
+
+
+@pytest.mark.once
+def test_the_real_vocabulary(clip, tmp_path):  # noqa: F811
+    """CLIP's 49,408 tokens, texts of 77, a caption in each of which there is something to take apart."""
+    config = {"model_max_length": 77, "pad_token": "<|endoftext|>", "tokenizer_class": "CLIPTokenizer"}
+    (clip / "tokenizer_config.json").write_text(json.dumps(config))
+    real = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 49406, "eos_token_id": 49407}
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae(),
+        whole.text_encoder(**real),
+        transformers.CLIPTokenizer.from_pretrained(clip),
+        whole.unet(),
+        ddim(),
+        **NONE,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(tmp_path)
+    model = interop.load(tmp_path)
+    texts = ["A photo of two astronauts, riding horses: 4k!", "Ünïcödé 🙂 it's " + "very " * 90 + "long"]
+    (tokens, _), (none, _) = whole.embeddings(pipeline, texts)
+    prompt = prompts.prompt_of(model.network)
+    with pytest.warns(UserWarning, match="tokens"):
+        whole.check(prompt.prepare(texts), tokens, 2e-6)
+    whole.check(np.stack([prompt.null] * 2), none, 2e-6)
+    options = {"num_inference_steps": STEPS, "guidance_scale": 7.5, "height": 16, "width": 16}
+    wanted = pipeline(texts, latents=first(X), output_type="np", **options).images
+    check(model.sample(2, text=prompt.prepare(texts), guidance=7.5, x=X, steps=STEPS), wanted)
+
+
+@pytest.mark.parametrize("averages", mostly_once([True, False]))
+def test_averages_and_lora_are_exported(averages, tmp_path):
+    """The averages, or what was trained, each with LoRA's changes, which the model itself keeps apart."""
+    unet = whole.perturbed(diffusers.UNet2DModel(**SMALL, **DDPM))
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "theirs")
+    model = interop.load(tmp_path / "theirs", ema=0.5)
+    lora.enable(model, rank=2, where="(query|resid.*conv.*)$|conv_in")
+    changed = lora.enabled(model)
+    for seed in (0, 1):  # the averages lie between the two
+        for i, layer in enumerate(changed):
+            for j, one in enumerate((layer.lora_kernel_a, layer.lora_kernel_b)):
+                one.assign(0.3 * normal(*one.shape, seed=100 * seed + 2 * i + j))
+        model.update_averages()
+    interop.save(model, tmp_path / "again", averages)
+    again = type(unet).from_pretrained(tmp_path / "again" / "unet").eval()
+    x, t = normal(2, 8, 8, 3), np.array([3.0, 977.0], "float32")
+    plain = theirs(unet, x, t)
+    assert lora.enabled(model) == changed
+    lora.merge(model, averages)
+    wanted = ops.convert_to_numpy(model.network({"image": x, "time": t}))
+    np.testing.assert_allclose(theirs(again, x, t), wanted, atol=2e-5)
+    assert np.abs(wanted - plain).max() > 0.01

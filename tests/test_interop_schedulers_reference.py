@@ -4,10 +4,12 @@ The network is a function, of data that is one of two Gaussians in each pixel: i
 alone, so that a label that is another one shows.
 """
 
+import ast
 import importlib
 import itertools
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -284,6 +286,16 @@ def test_labels_of_dpm2(kind):
 # --- classes
 
 
+@pytest.mark.once
+def test_each_class_loads_or_is_refused_with_its_reason():
+    files = Path(diffusers.schedulers.__file__).parent.rglob("scheduling_*.py")
+    nodes = [node for file in files for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)]
+    names = {node.name for node in nodes if node.name.endswith("Scheduler")}
+    assert names - schedulers.KINDS.keys() == schedulers.REFUSED.keys()
+    with pytest.raises(ValueError, match="kdiff has no SCMScheduler: it is of networks distilled"):
+        schedulers.process({"_class_name": "SCMScheduler"}, "file")
+
+
 FEW = (1, 4, *STEPS)
 
 
@@ -363,7 +375,11 @@ def test_rectified_flow(config):
     check(config)
 
 
-@cases(of("FlowMatchEulerDiscrete", stochastic_sampling=True), of("SASolver", **FLOW))
+@cases(
+    of("FlowMatchEulerDiscrete", stochastic_sampling=True),
+    of("SASolver", **FLOW),
+    of("FlowMatchLCM", shift=3.0, shift_terminal=0.1),
+)
 def test_rectified_flow_with_noise(config):
     """kdiff draws the schedule 1e-5 short at its ends, which the first estimate of the data feels."""
     check(config, tolerance=1e-3)
