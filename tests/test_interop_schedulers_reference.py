@@ -366,6 +366,7 @@ FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shi
     of("DPMSolverMultistep", **FLOW, **ABOVE, solver_order=3),
     of("UniPCMultistep", **FLOW),
     of("UniPCMultistep", **FLOW, **ABOVE, solver_order=3),
+    of("UniPCMultistep", **FLOW, shift_terminal=0.1),
     of("DEISMultistep", **FLOW),
     of("DPMSolverSinglestep", **FLOW),
     of("DPMSolverMultistep", use_flow_sigmas=True, flow_shift=2.0),
