@@ -275,8 +275,7 @@ def test_a_last_step_of_length_zero_adds_noise_of_a_hair():
     check(of("DPMSolverMultistep", **TABLE, **KARRAS, **ABOVE, algorithm_type="sde-dpmsolver"), (10,), 3e-4)
 
 
-@pytest.mark.once
-@pytest.mark.parametrize("kind", ["KDPM2Discrete", "KDPM2AncestralDiscrete"])
+@pytest.mark.parametrize("kind", mostly_once(["KDPM2Discrete", "KDPM2AncestralDiscrete"]))
 def test_labels_of_dpm2(kind):
     """diffusers rounds the labels of Karras' times, not of those between. Here none is rounded: 1e-3 at most."""
     check(of(kind), (10, 25))
