@@ -140,8 +140,8 @@ def check_beginning(prediction: Prediction, schedule: NoiseSchedule, log_snr) ->
         raise ValueError(
             f"{prediction!r} and {schedule!r} do not go together where the run begins: at a log-SNR of "
             f"{float(ops.convert_to_numpy(log_snr)):.4g} the estimate of the data is the network's error, "
-            f"as a part of its output, times {gain:.1e}. Choose a prediction that tells the data there, such as `Velocity()`, or a grid that begins "
-            "lower, such as `UniformLogSNR(min_log_snr=-10.0)`"
+            f"as a part of its output, times {gain:.1e}. Choose a prediction that tells the data there, such as "
+            "`Velocity()`, or a grid that begins lower, such as `UniformLogSNR(min_log_snr=-10.0)`"
         )
 
 
