@@ -130,7 +130,7 @@ class ImagePrompt(Condition):
         height, width, size = *x.shape[1:3], self.encoder.size
         shorter = min(height, width)
         sizes = tuple(size if side == shorter else int(size * side / shorter) for side in (height, width))
-        x = ops.clip(resized(x, sizes, "bicubic"), 0.0, 1.0)
+        x = np.clip(ops.convert_to_numpy(resized(x, sizes, "bicubic")), 0.0, 1.0)
         top, left = ((side - size) // 2 for side in sizes)
         x = x[:, top : top + size, left : left + size]
         return (x - np.asarray(self.mean, "float32")) / np.asarray(self.std, "float32")

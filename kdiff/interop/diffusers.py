@@ -12,6 +12,21 @@ A network takes what it took there, channels last: `network({"image": x, "time":
 prediction and the sampler of its scheduler, on latents its autoencoder as codec, and the text encoders of Stable
 Diffusion: `model.sample(4, text="a red circle", guidance=7.5)`; of others "context" is what those give. The folder
 of an autoencoder alone makes a `codecs.Latent`.
+
+| pipeline of diffusers | what `sample` takes, beside or in place of the text |
+|---|---|
+| LatentConsistencyModel | `timestep_cond=8.5`, the scale of guidance, which the network is told |
+| SD-turbo, SDXL-turbo | no guidance; `steps=1` |
+| StableDiffusionXL | `time_ids`, six numbers; by default the size of the samples without a crop; five of the refiner |
+| ...Inpaint, of 9 channels | `mask_image`, 1 where it is painted; `masked_image`, latents: `model.codec.encode` |
+| ...InstructPix2Pix | `source`, latents without their scale, with `guidance=Successive({"text": 7.5, "source": 1.5})` |
+| ...Upscale | `low`, the small picture with the noise of level `label` |
+| ...Depth2Img | `depth`, from -1 to 1; and `image`, `strength` |
+| ...ImageVariation | `picture`, of any size |
+| DiT | `label` |
+
+A `strength` is a time here. diffusers begins at the first of its last int(steps strength) steps, whose time is
+`model.sampler.replaced(steps=steps).times(model.schedule)[steps - int(steps * strength)]`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
