@@ -384,7 +384,8 @@ def test_the_real_vocabulary(clip, tmp_path):  # noqa: F811
     check(model.sample(2, text=prompt.prepare(texts), guidance=7.5, x=X, steps=STEPS), wanted)
 
 
-@pytest.mark.parametrize("averages", mostly_once([True, False]))
+@pytest.mark.once
+@pytest.mark.parametrize("averages", [True, False])
 def test_averages_and_lora_are_exported(averages, tmp_path):
     """The averages, or what was trained, each with LoRA's changes, which the model itself keeps apart."""
     unet = whole.perturbed(diffusers.UNet2DModel(**SMALL, **DDPM))
