@@ -50,7 +50,7 @@ PATHS = (
         "callbacks",
         "evaluation",
     ),
-    (*FOUNDATIONS, "blocks", "networks"),
+    (*FOUNDATIONS, "blocks", "networks", "control"),
     (*FOUNDATIONS, "blocks", "encoders"),
     (*FOUNDATIONS, "pictures", "scenes", "data"),
     (
@@ -58,6 +58,7 @@ PATHS = (
         "blocks",
         "encoders",
         "networks",
+        "control",
         *MATHEMATICS,
         "codecs",
         "averages",
