@@ -24,6 +24,7 @@ from kdiff.codecs import Latent, Standard
 from kdiff.encoders import Prompt
 from kdiff.interop import (
     autoencoders,
+    control,
     folders,
     maps,
     prompts,
@@ -38,7 +39,7 @@ from kdiff.interop.files import State, read_json, write_json, write_safetensors
 from kdiff.interop.scheduler_saving import scheduler_config
 from kdiff.interop.weights import Slot, export, fill
 from kdiff.model import DiffusionModel
-from kdiff.networks import Autoencoder
+from kdiff.networks import Autoencoder, Controlled, ControlNet
 
 __all__ = [
     "MODELS",
@@ -75,6 +76,7 @@ class Model(NamedTuple):
 MODELS = {
     "UNet2DModel": Model(unets.unet_2d, unet_names.unet_slots),
     "UNet2DConditionModel": Model(unets.unet_2d_condition, unet_names.unet_slots, unets.told),
+    "ControlNetModel": Model(control.control_net, control.control_slots),
     "DiTTransformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),
     "Transformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),  # DiT's, in older files
 }
@@ -91,6 +93,7 @@ def load(
     text: bool = True,
     clip_skip: int = 0,
     tokens: int | None = None,
+    controlnet: control.Controls | None = None,
     **options: Any,
 ) -> keras.Model | Latent:
     """What a folder of diffusers holds.
@@ -105,18 +108,21 @@ def load(
             takes what they give, as the conditions "context" and, of Stable Diffusion XL, "text_embeds".
         clip_skip: how many of the last blocks of the text encoders to leave out.
         tokens: of a pipeline, as of `load_scheduler`: the sampler's times are then those of samples of that size.
+        controlnet: folders of ControlNets for a pipeline of a U-Net, by the names of their pictures: with
+            `{"edges": folder}` `sample` takes `edges=picture`, see `networks.Controlled`. The picture of one folder is
+            "control", those of a list "control", "control_1" and so on. None for those of the pipeline itself.
         options: for a pipeline, arguments of `DiffusionModel`, in place of what the folder says; such as `ema`, which
             is None if not given.
 
     Raises:
         ValueError: if a file is missing or damaged; if a configuration says what kdiff cannot do; if the pipeline has
-            a further network, such as a ControlNet; if the weights do not match, with a list of all that do not.
+            a further network, such as a T2I-Adapter; if the weights do not match, with a list of all that do not.
     """
     folder = Path(folder)
     if (folder / "model_index.json").exists():
         prompt = prompts.load(folder, read_json(folder / "model_index.json"), clip_skip, variant) if text else None
-        return _load_pipeline(folder, strict, variant, options, prompt, tokens)
-    options |= {} if tokens is None else {"tokens": tokens}
+        return _load_pipeline(folder, strict, variant, options, prompt, tokens, controlnet)
+    options |= {name: one for name, one in {"tokens": tokens, "controlnet": controlnet}.items() if one is not None}
     if options:
         raise ValueError(f"{folder}: {sorted(options)} are arguments for a pipeline, and this is a model's folder")
     if read_json(folder / "config.json").get("_class_name") in autoencoders.KINDS:
@@ -158,12 +164,15 @@ def _load_pipeline(
     options: dict[str, Any],
     prompt: Prompt | None,
     tokens: int | None,
+    controlnet: control.Controls | None,
 ) -> DiffusionModel:
     index, source = read_json(folder / "model_index.json"), folders.scheduler_of(folder)
     part, scheduler = folders.check_parts(index, folder), read_json(source)
     learned = str(scheduler.get("variance_type")).startswith("learned")
     about = {"_class_name": "", **index, "learned": learned}
     described = _load_network(folders.config_of(folder, part), strict, variant, about, prompt)
+    pictures = control.folders_of(folder, index, controlnet)
+    described = control.with_controls(described, pictures, strict, variant, prompt)
     learned_too = described.network.out_channels == 2 * described.shapes["image"][-1]
     process = schedulers.process(scheduler, source, learned_too, tokens)
     unit = scheduler["_class_name"] in UNIT_SCHEDULERS
@@ -209,9 +218,9 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
 
     Args:
         model: a network, for `from_pretrained` of its class; or a `DiffusionModel`, for that of a pipeline. Of a model
-            on latents `unet` or `transformer`, `scheduler`, `vae` and the text encoders and tokenizers are written. The
-            index of the pipeline is, for pixels without conditions and for Stable Diffusion with its text, unless there
-            is an image beside x_t. A `codecs.Latent` alone is written as its autoencoder.
+            on latents `unet` or `transformer`, `scheduler`, `vae`, ControlNets and the text encoders and tokenizers are
+            written. The index of the pipeline is, for pixels without conditions and for Stable Diffusion with its text,
+            unless there is an image beside x_t. A `codecs.Latent` alone is written as its autoencoder.
         folder: to write to; files of the same names are replaced.
         averages: whether to write the averaged weights of a model that has them.
 
@@ -222,6 +231,9 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
     if isinstance(model, (Latent, Autoencoder)):
         autoencoders.save(model, folder)
         return
+    if isinstance(model, ControlNet):
+        control.save(model, folder)
+        return
     if not isinstance(model, DiffusionModel):
         _save_network(model, folder, {})
         return
@@ -229,22 +241,24 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
     scheduler = scheduler_config(process)
     averaged = model.averages.pairs(model.network) if model.averages and model.averages.moved else ()
     values = {id(weight): average for weight, average in averaged} if averages else {}
-    config = saving_networks.network_config(model.network)
+    network = model.network.network if isinstance(model.network, Controlled) else model.network
+    config = saving_networks.network_config(network)
     part = "transformer" if "Transformer" in config["_class_name"] else "unet"
-    _save_network(model.network, folder / part, values)
+    _save_network(network, folder / part, values)
+    controls = control.save_all(model.network, folder, values)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     parts = {part: ["diffusers", config["_class_name"]], "scheduler": ["diffusers", scheduler["_class_name"]]}
     if isinstance(model.codec, Latent):
         autoencoders.save(model.codec, folder / "vae")
         parts["vae"] = ["diffusers", autoencoders.CLASSES[type(model.codec.autoencoder)]]
-    prompt = prompts.prompt_of(model.network)
-    index = {} if prompt is None else {**prompts.save(prompt, folder), **prompts.pipeline_of(prompt)}
-    if maps.map_conditions(model.network):  # which pipeline it is of is not known
+    prompt = prompts.prompt_of(network)
+    index = {} if prompt is None else {**prompts.save(prompt, folder), **prompts.pipeline_of(prompt, bool(controls))}
+    if maps.map_conditions(network):  # which pipeline it is of is not known
         return
     if prompt is None and config["_class_name"] == "UNet2DModel" and "vae" not in parts:
         index = {"_class_name": _PIPELINES.get(scheduler["_class_name"], "DDPMPipeline")}
     if "_class_name" in index:
-        write_json(folder / "model_index.json", {**index, **parts})
+        write_json(folder / "model_index.json", {**index, **parts, **controls})
 
 
 def _save_network(network: keras.Model, folder: Path, values: dict[int, Any]) -> None:

@@ -5,6 +5,7 @@ text_encoder_2, tokenizer_2    XL's second, beside the first: of both the state 
                                and of the second the vector; its refiner has the second alone
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ PIPELINES = (
         for name in ("", "Img2Img", "Inpaint", "InstructPix2Pix", "Depth2Img", "Upscale")
     ),
     *(f"StableDiffusionXL{name}Pipeline" for name in ("", "Img2Img", "Inpaint", "InstructPix2Pix")),
+    *(f"StableDiffusion{xl}ControlNet{name}Pipeline" for xl in ("", "XL") for name in ("", "Img2Img", "Inpaint")),
 )
 PARTS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
 CONTEXT = "context"  # the condition of a network that takes the text's tokens
@@ -105,8 +107,13 @@ def _parts(prompt: Prompt) -> tuple[tuple[str, str], ...]:
     return PARTS[1:] if second else PARTS
 
 
-def pipeline_of(prompt: Prompt) -> dict[str, Any]:
-    """What `model_index.json` says of a pipeline with this text beside its parts: its class, and what it has not."""
+def pipeline_of(prompt: Prompt, controlled: bool = False) -> dict[str, Any]:
+    """What `model_index.json` says of a pipeline with this text beside its parts: its class, and what it has not.
+
+    Args:
+        prompt: the text.
+        controlled: whether there are ControlNets.
+    """
     names, zeros = _parts(prompt)[: len(prompt.encoders)], {"force_zeros_for_empty_prompt": prompt.zeros}
     if PARTS[1] not in names:
         kind, absent, more = "StableDiffusionPipeline", ("safety_checker",), {"requires_safety_checker": False}
@@ -114,6 +121,8 @@ def pipeline_of(prompt: Prompt) -> dict[str, Any]:
         kind, absent, more = "StableDiffusionXLPipeline", (), zeros
     else:
         kind, absent, more = "StableDiffusionXLImg2ImgPipeline", PARTS[0], {"requires_aesthetics_score": True, **zeros}
+    if controlled:
+        kind = re.sub("(Img2Img)?Pipeline", r"ControlNet\g<0>", kind)
     absent = {name: [None, None] for name in (*absent, "feature_extractor", "image_encoder")}
     return {"_class_name": kind, **absent, **more}
 
