@@ -171,13 +171,13 @@ def _load_pipeline(
     learned = str(scheduler.get("variance_type")).startswith("learned")
     about = {"_class_name": "", **index, "learned": learned}
     described = _load_network(folders.config_of(folder, part), strict, variant, about, prompt)
-    pictures = control.folders_of(folder, index, controlnet)
-    described = control.with_controls(described, pictures, strict, variant, prompt)
     learned_too = described.network.out_channels == 2 * described.shapes["image"][-1]
     process = schedulers.process(scheduler, source, learned_too, tokens)
     unit = scheduler["_class_name"] in UNIT_SCHEDULERS
     codec = options["codec"] if "codec" in options else _codec(folder, index, strict, variant)
     codec = UNIT_PIXELS if unit and codec == "pixels" else codec
+    pictures = control.folders_of(folder, index, controlnet)
+    described = control.with_controls(described, pictures, strict, variant, prompt)
     return assembled(described, process, codec, options)
 
 
