@@ -193,7 +193,8 @@ def test_written_again(one, tmp_path):
     np.testing.assert_allclose(images(again, kind, [PICTURE]), images(theirs, kind, [PICTURE]), atol=1e-5)
 
 
-@pytest.mark.parametrize("given", mostly_once(["its own", "folders"]))
+@pytest.mark.once
+@pytest.mark.parametrize("given", ["its own", "folders"])
 def test_two_at_once(given, tmp_path):
     """Each with its own scale and part of the run, of the pipeline or of folders beside it."""
     theirs = pipeline("sd_2", tmp_path, control_net(use_linear_projection=True), control_net(1, layers_per_block=1))

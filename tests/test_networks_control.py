@@ -9,7 +9,7 @@ import kdiff
 from kdiff import blocks, control
 from kdiff.guidance import ClassifierFree, Control
 from kdiff.networks import Controlled, ControlNet, Hint, UNet
-from tests.toys import draw_weights, numpy
+from tests.toys import draw_weights, mostly_once, numpy
 
 RNG = np.random.default_rng(0)
 X = RNG.uniform(-1, 1, (4, 8, 8, 2)).astype("float32")
@@ -69,7 +69,7 @@ def test_a_new_control_changes_nothing():
             np.testing.assert_array_equal(numpy(weight), numpy(other))
 
 
-@pytest.mark.parametrize("scale", ["one", "each"])
+@pytest.mark.parametrize("scale", mostly_once(["each", "one"]))
 def test_the_maps_are_those_of_the_equations(scale):
     """Layer by layer, with the scale of each map and sample."""
     model = with_control(model_of())
@@ -99,7 +99,7 @@ def test_the_maps_are_those_of_the_equations(scale):
     assert np.abs(found - numpy(ops.stop_gradient(unet(inputs, training=False)))).max() > 1e-2
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("dtype", mostly_once(["mixed_bfloat16", "float32"]))
 def test_only_the_control_learns_and_is_averaged(dtype, tmp_path):
     model = with_control(model_of(dtype=dtype), draw=False)
     unet, one = model.network.network, model.network.controls["edges"]
@@ -125,6 +125,7 @@ def test_only_the_control_learns_and_is_averaged(dtype, tmp_path):
     assert again.fit(data(edges=EDGES), epochs=1, verbose=0).history["loss"][0] > 0
 
 
+@pytest.mark.once
 def test_several_controls():
     """What they give is added, and each has its own scale; another may come later, and the first stays."""
     model = with_control(model_of(), edges={}, depth={"remat": True})
@@ -137,6 +138,7 @@ def test_several_controls():
     np.testing.assert_allclose(sample(model, edges=EDGES[0], lines=EDGES[2]), alone, atol=1e-6)
 
 
+@pytest.mark.once
 def test_the_averages_that_there_were_are_the_frozen_weights():
     model = model_of()
     for average in model.averages.values:

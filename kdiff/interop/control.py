@@ -241,8 +241,7 @@ def save_all(network: Any, folder: Path, values: Mapping[int, Any]) -> dict[str,
     controls = list(network.controls.values()) if isinstance(network, Controlled) else []
     for i, one in enumerate(controls):
         save(one, folder / (f"{PART}_{i}" if i else PART), values)
-    library = "diffusers" if len(controls) == 1 else "multicontrolnet"
-    return {PART: [library, CONTROLS[len(controls) > 1]]} if controls else {}
+    return {PART: ["diffusers", CONTROLS[len(controls) > 1]]} if controls else {}
 
 
 def _listed(value):
