@@ -117,9 +117,10 @@ def fit(model: kdiff.DiffusionModel, data: dict[str, np.ndarray], options: argpa
     size = min(options.batch_size, len(data["image"]))
     schedule = keras.optimizers.schedules.CosineDecay(options.rate, steps)
     model.compile(keras.optimizers.Adam(schedule, clipnorm=1.0))
-    a_pass = len(data["image"]) // size
-    rows = slice(0, a_pass * size)  # batches of one size
-    model.fit({name: one[rows] for name, one in data.items()}, batch_size=size, epochs=-(-steps // a_pass), verbose=0)
+    a_pass = min(steps, len(data["image"]) // size)
+    rows = slice(0, len(data["image"]) // size * size)  # batches of one size
+    options = {"batch_size": size, "epochs": -(-steps // a_pass), "steps_per_epoch": a_pass, "verbose": 0}
+    model.fit({name: one[rows] for name, one in data.items()}, **options)
 
 
 def tune_style(model: kdiff.DiffusionModel, options: argparse.Namespace) -> None:
@@ -132,9 +133,7 @@ def tune_style(model: kdiff.DiffusionModel, options: argparse.Namespace) -> None
         weight.assign(average)  # what is frozen has none
     layers = lora.enable(model, options.rank, lora.ATTENTION if large else r"u_net\w*/(down|bridge|up)")
     learned = sum(int(np.prod(weight.shape)) for weight in model.trainable_variables)
-    print(
-        f"LoRA of rank {options.rank} in {len(layers)} layers: {learned:,} of {model.network.count_params():,} weights"
-    )
+    print(f"LoRA in {len(layers)} layers: {learned:,} weights beside {model.network.count_params() - learned:,}")
     fit(model, data, options, options.steps or 300)
     after = model.sample(len(prompts), text=prompts)
     rows = np.stack([one.reshape(-1, 8, *one.shape[1:]) for one in (before, after)], axis=1)
