@@ -15,7 +15,7 @@ RNG = np.random.default_rng(0)
 X = RNG.uniform(-1, 1, (4, 8, 8, 2)).astype("float32")
 EDGES = RNG.uniform(-1, 1, (4, 8, 8, 3)).astype("float32")
 LABEL = np.int32([0, 1, 2, 0])
-TEXT = RNG.integers(1, 20, (4, 5)).astype("int32")
+TEXT = RNG.integers(1, 20, (4, 5)).astype("int32") * np.int32([1, 1, 1, 0, 0])  # the rest is hidden by a mask
 DATA = {"image": X, "label": LABEL, "text": TEXT}
 ASKED = {"label": 1, "text": TEXT[0], "steps": 2}
 
