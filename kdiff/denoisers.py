@@ -99,8 +99,14 @@ class Denoiser(functools.partial):
         return self.given.conditions
 
     def each(self, x, m: Marginal, *conditions: Mapping[str, Any]) -> list[Estimate]:
-        """The estimates under each of these conditions, asked in one batch."""
+        """The estimates under each of these conditions, asked in one batch.
+
+        Raises:
+            ValueError: if one has conditions that another has not.
+        """
         count = len(conditions)
+        if alone := {name for some in conditions for name in some.keys() ^ conditions[0].keys()}:
+            raise ValueError(f"Guidance: {sorted(alone)} must be given to all questions of a batch, or to none")
 
         def repeated(rows):
             return ops.concatenate([rows] * count)

@@ -110,3 +110,14 @@ def test_latent_diffusion(tmp_path):
     assert "times as long" in run("latent_diffusion.py", "digits", *small, *short)
     for name in ("reconstructions.png", "samples.png", "loss.png"):
         assert (tmp_path / name).stat().st_size > 5_000
+
+
+@pytest.mark.once  # minutes of compilation elsewhere; what it uses is tested on each backend
+def test_finetune(tmp_path):
+    pytest.importorskip("PIL")
+    small = ("--base-minutes", "0.001", "--width", "8", "--steps", "2", "--out", str(tmp_path))
+    assert "The loss on the pictures was" in run("finetune.py", *small)
+    tuned = ("--model", str(tmp_path / "base.keras"), "--control", "edges", *small)
+    assert "with them have" in run("finetune.py", *tuned)
+    for name in ("lora.png", "edges.png", "pictures.png"):
+        assert (tmp_path / name).stat().st_size > 1_000

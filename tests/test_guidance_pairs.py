@@ -75,6 +75,7 @@ def rules(classifier):
         guidance.ClassifierGuidance(classifier, [0.0, 0.5, 1.0]),
         guidance.PerturbedAttention([0.0, 1.0, 2.0]),
         guidance.Clip(0.9),
+        guidance.Control("picture", [0.0, 0.5, 1.0], begin=0.9),
         guidance.DynamicThreshold(0.8),
         guidance.Inpaint(image, mask),
         guidance.DPS(operators.Mask(mask), image, [0.1, 0.2, 0.3]),

@@ -2,6 +2,7 @@
 
 from kdiff.guidance.base import Clip, DynamicThreshold, Guidance, Here
 from kdiff.guidance.classifier_free import AdaptiveProjected, CFGPlusPlus, CFGZeroStar, ClassifierFree
+from kdiff.guidance.control import Control
 from kdiff.guidance.inverse import DPS, Inpaint, PiGDM
 from kdiff.guidance.models import Autoguidance, ClassifierGuidance, PerturbedAttention, Seamless
 from kdiff.guidance.successive import Successive
@@ -15,6 +16,7 @@ __all__ = [
     "ClassifierFree",
     "ClassifierGuidance",
     "Clip",
+    "Control",
     "DynamicThreshold",
     "Guidance",
     "Here",

@@ -39,6 +39,7 @@ from kdiff.codecs import Latent, Standard
 from kdiff.encoders import Prompt
 from kdiff.interop import (
     autoencoders,
+    control,
     folders,
     maps,
     prompts,
@@ -55,7 +56,7 @@ from kdiff.interop.scheduler_saving import scheduler_config
 from kdiff.interop.weights import Slot, export, fill
 from kdiff.lora import averages_of
 from kdiff.model import DiffusionModel
-from kdiff.networks import Autoencoder
+from kdiff.networks import Autoencoder, Controlled, ControlNet
 
 __all__ = [
     "MODELS",
@@ -92,6 +93,7 @@ class Model(NamedTuple):
 MODELS = {
     "UNet2DModel": Model(unets.unet_2d, unet_names.unet_slots),
     "UNet2DConditionModel": Model(unets.unet_2d_condition, unet_names.unet_slots, unets.told),
+    "ControlNetModel": Model(control.control_net, control.control_slots),
     "DiTTransformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),
     "Transformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),  # DiT's, in older files
 }
@@ -108,6 +110,7 @@ def load(
     text: bool = True,
     clip_skip: int = 0,
     tokens: int | None = None,
+    controlnet: control.Controls | None = None,
     **options: Any,
 ) -> keras.Model | Latent:
     """What a folder of diffusers holds.
@@ -122,18 +125,21 @@ def load(
             takes what they give, as the conditions "context" and, of Stable Diffusion XL, "text_embeds".
         clip_skip: how many of the last blocks of the text encoders to leave out.
         tokens: of a pipeline, as of `load_scheduler`: the sampler's times are then those of samples of that size.
+        controlnet: folders of ControlNets for a pipeline of a U-Net, by the names of their pictures: with
+            `{"edges": folder}` `sample` takes `edges=picture`, see `networks.Controlled`. The picture of one folder is
+            "control", those of a list "control", "control_1" and so on. None for those of the pipeline itself.
         options: for a pipeline, arguments of `DiffusionModel`, in place of what the folder says; such as `ema`, which
             is None if not given.
 
     Raises:
         ValueError: if a file is missing or damaged; if a configuration says what kdiff cannot do; if the pipeline has
-            a further network, such as a ControlNet; if the weights do not match, with a list of all that do not.
+            a further network, such as a T2I-Adapter; if the weights do not match, with a list of all that do not.
     """
     folder = Path(folder)
     if (folder / "model_index.json").exists():
         prompt = prompts.load(folder, read_json(folder / "model_index.json"), clip_skip, variant) if text else None
-        return _load_pipeline(folder, strict, variant, options, prompt, tokens)
-    options |= {} if tokens is None else {"tokens": tokens}
+        return _load_pipeline(folder, strict, variant, options, prompt, tokens, controlnet)
+    options |= {name: one for name, one in {"tokens": tokens, "controlnet": controlnet}.items() if one is not None}
     if options:
         raise ValueError(f"{folder}: {sorted(options)} are arguments for a pipeline, and this is a model's folder")
     if read_json(folder / "config.json").get("_class_name") in autoencoders.KINDS:
@@ -175,6 +181,7 @@ def _load_pipeline(
     options: dict[str, Any],
     prompt: Prompt | None,
     tokens: int | None,
+    controlnet: control.Controls | None,
 ) -> DiffusionModel:
     index, source = read_json(folder / "model_index.json"), folders.scheduler_of(folder)
     part, scheduler = folders.check_parts(index, folder), read_json(source)
@@ -186,6 +193,8 @@ def _load_pipeline(
     unit = scheduler["_class_name"] in UNIT_SCHEDULERS
     codec = options["codec"] if "codec" in options else _codec(folder, index, strict, variant)
     codec = UNIT_PIXELS if unit and codec == "pixels" else codec
+    pictures = control.folders_of(folder, index, controlnet)
+    described = control.with_controls(described, pictures, strict, variant, prompt)
     return assembled(described, process, codec, options)
 
 
@@ -226,9 +235,9 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
 
     Args:
         model: a network, for `from_pretrained` of its class; or a `DiffusionModel`, for that of a pipeline: `unet` or
-            `transformer`, `scheduler`, the autoencoder and the encoders with their tokenizers. The index of the
-            pipeline is written where diffusers has one, by the table of `interop.pipelines`; without it `load` does
-            not know what an image beside x_t was called. A `codecs.Latent` alone is written as its autoencoder.
+            `transformer`, `scheduler`, the autoencoder, ControlNets and the encoders with their tokenizers. The index
+            of the pipeline is written where diffusers has one, by the table of `interop.pipelines`; without it `load`
+            does not know what an image beside x_t was called. A `codecs.Latent` alone is written as its autoencoder.
         folder: to write to; files of the same names are replaced.
         averages: whether to write the averaged weights of a model that has them, if they have moved. Either way a
             kernel with LoRA is written with its change, as `lora.merge` would leave it, and the model keeps its own.
@@ -240,25 +249,31 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
     if isinstance(model, (Latent, Autoencoder)):
         autoencoders.save(model, folder)
         return
+    if isinstance(model, ControlNet):
+        control.save(model, folder)
+        return
     if not isinstance(model, DiffusionModel):
         _save_network(model, folder, {})
         return
     process = schedulers.Process(model.schedule, model.prediction, model.time_label, model.sampler)
     scheduler = scheduler_config(process)
     values = averages_of(model) if averages else {}
-    config = saving_networks.network_config(model.network)
+    network = model.network.network if isinstance(model.network, Controlled) else model.network
+    config = saving_networks.network_config(network)
     part = "transformer" if "Transformer" in config["_class_name"] else "unet"
-    _save_network(model.network, folder / part, values)
+    _save_network(network, folder / part, values)
+    controls = control.save_all(model.network, folder, values)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     parts = {part: ["diffusers", config["_class_name"]], "scheduler": ["diffusers", scheduler["_class_name"]]}
-    index, autoencoder = pipeline_of(model.network, config["_class_name"], scheduler["_class_name"], model.codec)
+    classes = (config["_class_name"], scheduler["_class_name"])
+    index, autoencoder = pipeline_of(network, *classes, model.codec, controlled=bool(controls))
     if isinstance(model.codec, Latent):
         autoencoders.save(model.codec, folder / autoencoder)
         parts[autoencoder] = ["diffusers", autoencoders.CLASSES[type(model.codec.autoencoder)]]
-    prompt = prompts.prompt_of(model.network)
+    prompt = prompts.prompt_of(network)
     parts |= {} if prompt is None else prompts.save(prompt, folder)
     if "_class_name" in index:
-        write_json(folder / "model_index.json", {**index, **parts})
+        write_json(folder / "model_index.json", {**index, **parts, **controls})
 
 
 def _save_network(network: keras.Model, folder: Path, values: dict[int, Any]) -> None:

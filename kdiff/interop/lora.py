@@ -71,7 +71,7 @@ class Change:
 
     def __init__(self, model: keras.layers.Layer, names: dict[str, list[str]]):
         self.names = names
-        self._prompt = prompts.prompt_of(getattr(model, "network", model))
+        self._prompt = prompts.prompt_of(lora_names.network_of(model))
         self._kept: list[tuple[Any, np.ndarray, int]] = []  # (variable, its numbers before, the checksum after)
 
     def _add(self, variable: Any, change: np.ndarray) -> None:
@@ -117,7 +117,7 @@ def load(model: keras.layers.Layer, *sources: Source | tuple[Source, float], str
         ValueError: if a file is missing or damaged, or no LoRA; if its names or shapes are not those of the model. Then
             nothing has been changed.
     """
-    network = getattr(model, "network", model)
+    network = lora_names.network_of(model)
     if not sources:
         raise ValueError("lora.load: there must be a file, or several; received none")
     parts = lora_names.parts_of(model)

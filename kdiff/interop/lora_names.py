@@ -18,10 +18,11 @@ from kdiff.blocks.layers import LowRank
 from kdiff.blocks.resampling import Downsample, Upsample
 from kdiff.interop import encoders, prompts, transformers, unet_names
 from kdiff.interop.weights import Slot, slots
+from kdiff.networks.control import Controlled
 from kdiff.networks.dit import DiT
 from kdiff.networks.unet import UNet
 
-__all__ = ["ALIASES", "ENTRY", "Layers", "layers_of", "normalised", "parts_of", "place"]
+__all__ = ["ALIASES", "ENTRY", "Layers", "layers_of", "network_of", "normalised", "parts_of", "place"]
 
 Layers = dict[str, list[Slot]]  # the kernels that are parts of the array that a name is of
 
@@ -51,14 +52,19 @@ _ONE_FILE = {
 }
 
 
+def network_of(model: keras.layers.Layer) -> keras.layers.Layer:
+    """The network of a model, without the ControlNets that it may have."""
+    network = getattr(model, "network", model)
+    return network.network if isinstance(network, Controlled) else network
+
+
 def parts_of(model: keras.layers.Layer) -> dict[str, Layers]:
     """The layers of each part of a model or network, by diffusers' names.
 
     Raises:
         ValueError: if there are none for its network.
     """
-    network = getattr(model, "network", model)
-    parts = {}
+    network, parts = network_of(model), {}
     if isinstance(network, UNet):
         parts["unet"] = layers_of(unet_names.unet_slots(network))
     elif isinstance(network, DiT):

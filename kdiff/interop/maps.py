@@ -31,6 +31,8 @@ _INPAINT, _OTHER_INPAINT, _LOW = {"mask_image": 1, "masked_image": 4}, {"masked_
 MAPS: dict[str, Mapping[str, int | None]] = {
     "StableDiffusionInpaintPipeline": _INPAINT,
     "StableDiffusionXLInpaintPipeline": _INPAINT,
+    "StableDiffusionControlNetInpaintPipeline": _INPAINT,
+    "StableDiffusionXLControlNetInpaintPipeline": _INPAINT,
     "KandinskyInpaintPipeline": _OTHER_INPAINT,
     "KandinskyV22InpaintPipeline": _OTHER_INPAINT,
     "StableDiffusionInstructPix2PixPipeline": {"source": 4},

@@ -16,6 +16,7 @@ A part that kdiff has not, `diffusers.Pipeline.from_pretrained` wants as an argu
 scheduler by which the upscaler noises its input.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -70,10 +71,13 @@ _PIXELS = {
     "ScoreSdeVeScheduler": "ScoreSdeVe",
     "CMStochasticIterativeScheduler": "ConsistencyModel",
 }
+_CONTROLLED = tuple(
+    f"StableDiffusion{name}Pipeline" for name in ("", "Inpaint", "XL", "XLImg2Img", "XLInpaint")
+)  # the classes that have one with a ControlNet
 _LABELLED = ("ConsistencyModel",)  # those that take a class
 
 
-def pipeline_of(network: keras.Model, kind: str, scheduler: str, codec: Codec) -> Pipeline:
+def pipeline_of(network: keras.Model, kind: str, scheduler: str, codec: Codec, controlled: bool = False) -> Pipeline:
     """The pipeline of a model.
 
     Args:
@@ -81,7 +85,19 @@ def pipeline_of(network: keras.Model, kind: str, scheduler: str, codec: Codec) -
         kind: the class of diffusers that the network is.
         scheduler: that of its scheduler.
         codec: of the model.
+        controlled: whether there are ControlNets, with which Stable Diffusion's have classes of their own.
     """
+    pipeline = _without_controls(network, kind, scheduler, codec)
+    if not controlled:
+        return pipeline
+    name = pipeline.index.get("_class_name", "")
+    if name not in _CONTROLLED:
+        return Pipeline({})
+    index = {**pipeline.index, "_class_name": re.sub("(Img2Img|Inpaint)?Pipeline", r"ControlNet\g<0>", name)}
+    return pipeline._replace(index=index)
+
+
+def _without_controls(network: keras.Model, kind: str, scheduler: str, codec: Codec) -> Pipeline:
     prompt, beside = prompts.prompt_of(network), tuple(sorted(maps.map_conditions(network)))
     latent = isinstance(codec, Latent)
     if isinstance(prompt, ImagePrompt):

@@ -48,6 +48,7 @@ PIPELINES = (
         for name in ("", "Img2Img", "Inpaint", "InstructPix2Pix", "Depth2Img", "Upscale")
     ),
     *(f"StableDiffusionXL{name}Pipeline" for name in ("", "Img2Img", "Inpaint", "InstructPix2Pix")),
+    *(f"StableDiffusion{xl}ControlNet{name}Pipeline" for xl in ("", "XL") for name in ("", "Img2Img", "Inpaint")),
 )
 PARTS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
 BERT = (("bert", "tokenizer"),)

@@ -12,7 +12,7 @@ from kdiff.interop import transformers
 from kdiff.interop.saving_unets import Config, name_of, ncsnpp_config, size_of, unet_config
 from kdiff.networks.dit import DiT
 from kdiff.networks.ncsnpp import NCSNpp
-from kdiff.networks.unet import UNet
+from kdiff.networks.unet import UNet, WayDown
 
 __all__ = ["FREE", "FREE_OF", "check_same", "network_config"]
 
@@ -72,6 +72,7 @@ FREE_OF = {
     "DiT": {"out_channels", "separate"},
     "UNet": {"out_channels", "levels"},
     "NCSNpp": {"out_channels", "levels"},
+    "ControlNet": {"levels"},
 }
 
 
@@ -84,11 +85,13 @@ def check_same(network: keras.Model, again: keras.Model) -> None:
 
 def _differences(network, again):
     yield from _compare("", _plain(network), _plain(again))
-    if isinstance(network, UNet):
+    if isinstance(network, WayDown):
         pairs = list(zip(network.levels, again.levels, strict=True))
+        both = isinstance(network, UNet)
         for i, (a, b) in enumerate(pairs):
-            ways = ("mixers_down", "mixers_up")
-            names = ("block", *ways, *(("downsample", "upsample") if i < len(pairs) - 1 else ()))
+            ways = ("mixers_down", "mixers_up") if both else ("mixers_down",)
+            resamplers = ("downsample", "upsample") if both else ("downsample",)
+            names = ("block", *ways, *(resamplers if i < len(pairs) - 1 else ()))
             for name in names:
                 yield from _compare(f"levels[{i}].{name}", _plain(getattr(a, name)), _plain(getattr(b, name)))
 

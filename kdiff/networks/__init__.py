@@ -5,6 +5,7 @@ from kdiff.networks import published
 from kdiff.networks.autoencoder import VQ, Autoencoder, AutoencoderKL
 from kdiff.networks.autoencoder_tiny import Tiny
 from kdiff.networks.base import Network
+from kdiff.networks.control import Controlled, ControlNet, Hint
 from kdiff.networks.counting import flops, parameters, summary
 from kdiff.networks.dit import DiT
 from kdiff.networks.hybrid import Hybrid
@@ -19,7 +20,10 @@ __all__ = [
     "VQ",
     "Autoencoder",
     "AutoencoderKL",
+    "ControlNet",
+    "Controlled",
     "DiT",
+    "Hint",
     "Hybrid",
     "InputResidual",
     "InputSkip",
