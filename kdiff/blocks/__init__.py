@@ -14,6 +14,7 @@ from kdiff.blocks.embeddings import (
     SinusoidalEmbedding,
     SteeredEmbedding,
 )
+from kdiff.blocks.joint import JointBlock
 from kdiff.blocks.layers import Conv2D, Dense
 from kdiff.blocks.magnitude import (
     MagnitudePreservingBlock,
@@ -28,7 +29,7 @@ from kdiff.blocks.magnitude import (
 from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm, LayerNorm, RMSNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.patterns import Causal, Global, Linear, Neighborhood, Pattern, Window
-from kdiff.blocks.positions import RelativePositions, Rotary, SinCos2D
+from kdiff.blocks.positions import PositionTable, RelativePositions, Rotary, SinCos2D
 from kdiff.blocks.resampling import Downsample, FIRDownsample, FIRUpsample, Upsample
 from kdiff.blocks.text import EncodedText, TextEncoder
 from kdiff.blocks.transformer import FeedForward, SpatialTransformer, TransformerBlock, adaptive_block
@@ -58,6 +59,7 @@ __all__ = [
     "GroupNorm",
     "Input",
     "Joint",
+    "JointBlock",
     "LabelEmbedding",
     "LayerNorm",
     "LearnedEmbedding",
@@ -72,6 +74,7 @@ __all__ = [
     "OptionalCondition",
     "Patchify",
     "Pattern",
+    "PositionTable",
     "RMSNorm",
     "RelativePositions",
     "ResidualBlock",
