@@ -26,6 +26,7 @@ from kdiff.interop import (
     autoencoders,
     folders,
     maps,
+    mmdit,
     prompts,
     saving_networks,
     schedulers,
@@ -76,6 +77,7 @@ MODELS = {
     "UNet2DModel": Model(unets.unet_2d, unet_names.unet_slots),
     "UNet2DConditionModel": Model(unets.unet_2d_condition, unet_names.unet_slots, unets.told),
     "DiTTransformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),
+    "SD3Transformer2DModel": Model(mmdit.mmdit, mmdit.mmdit_slots),
     "Transformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),  # DiT's, in older files
 }
 SCHEDULER = "scheduler_config.json"

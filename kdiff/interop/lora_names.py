@@ -16,9 +16,10 @@ import keras
 from kdiff.blocks.convolution import ResidualBlock
 from kdiff.blocks.layers import LowRank
 from kdiff.blocks.resampling import Downsample, Upsample
-from kdiff.interop import encoders, prompts, transformers, unet_names
+from kdiff.interop import encoders, mmdit, prompts, transformers, unet_names
 from kdiff.interop.weights import Slot, slots
 from kdiff.networks.dit import DiT
+from kdiff.networks.mmdit import MMDiT
 from kdiff.networks.unet import UNet
 
 __all__ = ["ALIASES", "ENTRY", "Layers", "layers_of", "normalised", "parts_of", "place"]
@@ -61,11 +62,13 @@ def parts_of(model: keras.layers.Layer) -> dict[str, Layers]:
     parts = {}
     if isinstance(network, UNet):
         parts["unet"] = layers_of(unet_names.unet_slots(network))
+    elif isinstance(network, MMDiT):
+        parts["transformer"] = layers_of(mmdit.mmdit_slots(network))
     elif isinstance(network, DiT):
         parts["transformer"] = layers_of(transformers.dit_slots(network))
     else:
         raise ValueError(
-            f"LoRA: only the layers of a UNet and of a DiT have names of diffusers; received: {type(network).__name__}"
+            f"LoRA: only the layers of a UNet, a DiT and an MMDiT have names of diffusers; received: {type(network).__name__}"
         )
     prompt = prompts.prompt_of(network)
     for name, encoder in prompts.encoders_of(prompt).items() if prompt else ():
