@@ -32,6 +32,7 @@ ALIASES = {
     "transformer": ("transformer.", "lora_transformer_"),
     "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_"),
     "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
+    "text_encoder_3": ("text_encoder_3.", "lora_te3_"),
 }
 ENTRY = re.compile(
     r"(?:base_model\.model\.)?(?P<name>.+?)(?:(?:[._]lora(?:_linear_layer)?)?\.(?P<alpha>alpha)"

@@ -3,6 +3,8 @@
 text_encoder, tokenizer        Stable Diffusion 1 and 2: the last state, after the last norm
 text_encoder_2, tokenizer_2    XL's second, beside the first: of both the state before the last, without the norm,
                                and of the second the vector; its refiner has the second alone
+text_encoder_3, tokenizer_3    3's third, T5, whose tokens follow those of the two, which are as in XL, with the vectors of
+                               both; without it zeros do
 """
 
 from collections.abc import Mapping
@@ -13,13 +15,16 @@ import keras
 
 from kdiff.blocks.conditions import Joint
 from kdiff.encoders.base import Encoder
+from kdiff.encoders.joint_prompt import JointPrompt
 from kdiff.encoders.prompt import INPUT, Prompt, PromptVector
-from kdiff.encoders.tokenizers import JSONTokenizer
 from kdiff.interop import encoders, folders, tokenizers
-from kdiff.interop.configs import Described
+from kdiff.interop.configs import Described, explained
+from kdiff.interop.files import read_json
 
-__all__ = ["CONTEXT", "PARTS", "PIPELINES", "conditioned", "encoders_of", "load", "pipeline_of", "prompt_of", "save"]
+__all__ = ["CONTEXT", "PARTS", "PIPELINES", "SD3", "SD3_LENGTH", "conditioned", "encoders_of", "load", "pipeline_of", "prompt_of", "save"]
 
+SD3 = tuple(f"StableDiffusion3{name}Pipeline" for name in ("", "Img2Img"))
+SD3_LENGTH = 256  # tokens of T5, as in diffusers' pipelines
 # The pipelines whose text is read so; that of others is given as what its encoders make of it.
 PIPELINES = (
     "LatentConsistencyModelPipeline",
@@ -28,14 +33,17 @@ PIPELINES = (
         f"StableDiffusion{name}Pipeline"
         for name in ("", "Img2Img", "Inpaint", "InstructPix2Pix", "Depth2Img", "Upscale")
     ),
+    *SD3,
     *(f"StableDiffusionXL{name}Pipeline" for name in ("", "Img2Img", "Inpaint", "InstructPix2Pix")),
 )
-PARTS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+PARTS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"), ("text_encoder_3", "tokenizer_3"))
 CONTEXT = "context"  # the condition of a network that takes the text's tokens
 
 
 def load(folder: str | Path, index: Mapping[str, Any], skip: int = 0, variant: str | None = None) -> Prompt | None:
     """The text of the folder of a pipeline; None if it is not one of `PIPELINES`, or its encoders were left out.
+
+    Of Stable Diffusion 3 the folder of T5 alone may be left out: zeros stand for its tokens then.
 
     Args:
         folder: of the pipeline.
@@ -48,14 +56,22 @@ def load(folder: str | Path, index: Mapping[str, Any], skip: int = 0, variant: s
     """
     folder = Path(folder)
     parts = [pair for pair in PARTS if folders.has(index, pair[0])]
+    parts = [pair for pair in parts if pair != PARTS[2] or (folder / pair[0]).exists()]  # T5 may be left out
     known = index.get("_class_name") in PIPELINES and parts
     if not known or not all((folder / encoder / "config.json").exists() for encoder, _ in parts):
         return None
     xl = PARTS[1] in parts
-    options = {"skip": skip + 1, "normalized": False} if xl else {"skip": skip}
+    clip = {"skip": skip + 1, "normalized": False} if xl else {"skip": skip}
     there = {encoder: variant if variant in folders.variants(folder / encoder) else None for encoder, _ in parts}
-    made = [encoders.load(folder / encoder, variant=variant, **options) for encoder, variant in there.items()]
-    words = [tokenizers.load(folder / tokenizer) for _, tokenizer in parts]
+    made = [
+        encoders.load(folder / encoder, variant=variant, **({} if encoder == PARTS[2][0] else clip))
+        for encoder, variant in there.items()
+    ]
+    words = [tokenizers.load(folder / word, SD3_LENGTH if word == PARTS[2][1] else None) for _, word in parts]
+    if index["_class_name"] in SD3:
+        width = read_json(folder / "transformer" / "config.json").get("joint_attention_dim", 4096)
+        with explained(folder):
+            return JointPrompt(made, words, width, SD3_LENGTH)
     return Prompt(made, words, zeros=index.get("force_zeros_for_empty_prompt") is True)
 
 
@@ -108,6 +124,9 @@ def _parts(prompt: Prompt) -> tuple[tuple[str, str], ...]:
 def pipeline_of(prompt: Prompt) -> dict[str, Any]:
     """What `model_index.json` says of a pipeline with this text beside its parts: its class, and what it has not."""
     names, zeros = _parts(prompt)[: len(prompt.encoders)], {"force_zeros_for_empty_prompt": prompt.zeros}
+    if isinstance(prompt, JointPrompt):
+        absent = ("image_encoder", "feature_extractor", *(PARTS[2] if PARTS[2] not in names else ()))
+        return {"_class_name": SD3[0], **{name: [None, None] for name in absent}}
     if PARTS[1] not in names:
         kind, absent, more = "StableDiffusionPipeline", ("safety_checker",), {"requires_safety_checker": False}
     elif PARTS[0] in names:
@@ -130,5 +149,5 @@ def save(prompt: Prompt, folder: str | Path) -> dict[str, list[str]]:
         tokenizers.save(tokenizer, folder / words)
         kind = f"{type(encoder).__name__}Model{'WithProjection' if encoder.projection else ''}"
         index[name] = ["transformers", kind.replace("T5TextModel", "T5EncoderModel")]
-        index[words] = ["transformers", "CLIPTokenizer" if isinstance(tokenizer, JSONTokenizer) else "T5Tokenizer"]
+        index[words] = ["transformers", tokenizers.class_of(tokenizer)]
     return index

@@ -19,7 +19,7 @@ from kdiff.interop.files import read_json, write_json
 from kdiff.text import Tokenizer
 from kdiff.writing import replacing
 
-__all__ = ["FORMS", "load", "padded", "save"]
+__all__ = ["FORMS", "class_of", "load", "padded", "save"]
 
 FORMS = ("tokenizer.json", "vocab.json", "spiece.model")
 
@@ -129,11 +129,23 @@ def padded(tokenizer: JSONTokenizer, padding: int) -> JSONTokenizer:
     return JSONTokenizer(json.dumps(content, ensure_ascii=False), tokenizer.length, padding)
 
 
+def class_of(tokenizer: Tokenizer) -> str:
+    """Its class in transformers."""
+    if isinstance(tokenizer, SentencePiece):
+        return "T5Tokenizer"
+    return "T5TokenizerFast" if _is_t5(tokenizer) else "CLIPTokenizer"
+
+
+def _is_t5(tokenizer: JSONTokenizer) -> bool:
+    """Whether its model is a unigram one, as T5's, and not of byte pairs."""
+    return json.loads(tokenizer.model)["model"].get("type") == "Unigram"
+
+
 def save(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Writes a folder that transformers reads: tokenizer.json or spiece.model, and tokenizer_config.json.
 
     Args:
-        tokenizer: a `JSONTokenizer`, which transformers is told is CLIP's, or a `SentencePiece`, T5's.
+        tokenizer: a `JSONTokenizer`, CLIP's or T5's, or a `SentencePiece`, T5's.
         folder: to write to; files of the same names are replaced.
 
     Raises:
@@ -146,10 +158,11 @@ def save(tokenizer: Tokenizer, folder: str | Path) -> None:
         if tokenizer.padding not in numbers:
             raise ValueError(f"save: the token that fills up must be one of {numbers}; received: {tokenizer.padding}")
         special = {"bos_token": CLIP_START, "eos_token": CLIP_END, "unk_token": CLIP_END}
-        config |= {**special, "pad_token": numbers[tokenizer.padding], "tokenizer_class": "CLIPTokenizer"}
+        special = {"eos_token": numbers[tokenizer.end[-1]], "unk_token": "<unk>"} if _is_t5(tokenizer) else special
+        config |= {**special, "pad_token": numbers[tokenizer.padding], "tokenizer_class": class_of(tokenizer)}
         write_json(folder / "tokenizer.json", content)
     elif isinstance(tokenizer, SentencePiece):
-        config |= {"extra_ids": tokenizer.extra, "tokenizer_class": "T5Tokenizer"}
+        config |= {"extra_ids": tokenizer.extra, "tokenizer_class": class_of(tokenizer)}
         with replacing(folder / "spiece.model") as new:
             new.write_bytes(base64.b64decode(tokenizer.model))
     else:
