@@ -140,15 +140,15 @@ def t5():
     return perturbed(transformers.T5EncoderModel(transformers.T5Config(**sizes, feed_forward_proj="gated-gelu")))
 
 
-def pipeline(folder, third):
+def pipeline(folder, third, heads=2, **options):
     coder = {"scaling_factor": 1.5, "shift_factor": 0.06, "use_quant_conv": False, "use_post_quant_conv": False}
     return diffusers.StableDiffusion3Pipeline(
-        transformer=transformer(),
+        transformer=transformer(**options),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=perturbed(diffusers.AutoencoderKL(**VAE, **coder)),
-        text_encoder=text_encoder("CLIPTextModelWithProjection"),
+        text_encoder=text_encoder("CLIPTextModelWithProjection", num_attention_heads=heads),
         tokenizer=words(folder / "words", "<|endoftext|>"),
-        text_encoder_2=text_encoder("CLIPTextModelWithProjection", hidden_act="gelu"),
+        text_encoder_2=text_encoder("CLIPTextModelWithProjection", hidden_act="gelu", num_attention_heads=heads),
         tokenizer_2=words(folder / "words_2", "!"),
         text_encoder_3=t5() if third else None,
         tokenizer_3=t5_words(folder / "words_3") if third else None,
