@@ -127,6 +127,8 @@ def load(
     options: Mapping[str, Any],
     codec: Latent | None = None,
     shift: float = 3.0,
+    heads: int | None = None,
+    following: int = prompts.SD3_LENGTH,
 ) -> DiffusionModel:
     """The model of a file; arguments as of `single_files.load`.
 
@@ -141,6 +143,8 @@ def load(
         options: arguments of `DiffusionModel`.
         codec: in place of the file's.
         shift: of the times of `sample`.
+        heads: of the attention; None for those that the weights show, or as published.
+        following: without T5, how many zeros stand for its tokens.
 
     Raises:
         ValueError: as of `single_files.load`.
@@ -149,9 +153,12 @@ def load(
     if codec is None and first and "codec" not in options:
         codec = autoencoders.from_state(state, name, SCALE, SHIFT, upcast=True, strict=strict)
     config = sd3_config(state, name, image_size // (codec.factor if isinstance(codec, Latent) else FACTOR))
+    if heads is not None:
+        width = config["caption_projection_dim"]
+        config |= {"num_attention_heads": heads, "attention_head_dim": width // heads}
     prompt = None
     if tokenizer is not None:
-        prompt = _prompt(state, name, tokenizer, config["joint_attention_dim"], clip_skip, strict)
+        prompt = _prompt(state, name, tokenizer, config["joint_attention_dim"], clip_skip, strict, following)
     with explained(name):
         described = mmdit(config, name)
         described = described if prompt is None else prompts.conditioned(described, prompt)
@@ -166,7 +173,9 @@ def load(
 # --- text
 
 
-def _prompt(state: State, name: str, tokenizer: Any, width: int, skip: int, strict: bool) -> JointPrompt:
+def _prompt(
+    state: State, name: str, tokenizer: Any, width: int, skip: int, strict: bool, following: int
+) -> JointPrompt:
     parts = [{key.removeprefix(place): state[key] for key in state if key.startswith(place)} for place in TEXT]
     if not parts[0] or not parts[1]:
         raise ValueError(
@@ -182,8 +191,7 @@ def _prompt(state: State, name: str, tokenizer: Any, width: int, skip: int, stri
     if len(words) == 3:
         made.append(_t5(parts[2], f"{name}, {TEXT[2]}", strict))
     with explained(name):
-        following = words[2].length if len(words) == 3 else prompts.SD3_LENGTH
-        return JointPrompt(made, words, width, following)
+        return JointPrompt(made, words, width, words[2].length if len(words) == 3 else following)
 
 
 def _tokenizers(given: Any) -> list[Tokenizer]:
