@@ -24,7 +24,6 @@ from tests.test_interop_prompts_reference import (
     VAE,
     X,
     check,
-    embeddings,
     perturbed,
     text_encoder,
     words,

@@ -68,7 +68,9 @@ def test_whole_file(whole, third, monkeypatch):
     for name, value in {"SCALE": codec.scale, "SHIFT": codec.shift}.items():
         monkeypatch.setattr(single_files_sd3, name, value)
     monkeypatch.setattr(
-        autoencoders, "_measured", lambda state, groups, made=autoencoders._measured: made(state, VAE["norm_num_groups"])
+        autoencoders,
+        "_measured",
+        lambda state, groups, made=autoencoders._measured: made(state, VAE["norm_num_groups"]),
     )
     found = single_files.load(state, tokenizers_of(folder, 3 if third else 2), image_size=16)
     rows, wanted = (prompts.prompt_of(one.network).prepare(TEXTS) for one in (found, model))

@@ -108,7 +108,9 @@ def made(name):
     return network, inputs
 
 
-@pytest.fixture(scope="module", params=mostly_once(NETWORKS, ("dit_local", "dit_rotary", "mmdit", "uvit", "hybrid", "mlp")))
+@pytest.fixture(
+    scope="module", params=mostly_once(NETWORKS, ("dit_local", "dit_rotary", "mmdit", "uvit", "hybrid", "mlp"))
+)
 def perturbed(request):
     network, inputs = made(request.param)
     zero = run(network, inputs)

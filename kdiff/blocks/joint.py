@@ -119,7 +119,10 @@ class JointBlock(Block):
         if self.last:
             attention, normed = self.text_attention, apply_layer(self.text_norm, tokens, embed, training=training)
         else:
-            attention, normed = self.text.self_attention.attention, self.text.self_attention.normed(tokens, embed, training)
+            attention, normed = (
+                self.text.self_attention.attention,
+                self.text.self_attention.normed(tokens, embed, training),
+            )
         return attention.projected(normed, normed)
 
     def _attended(self, x, of_text, mask):

@@ -9,4 +9,13 @@ from kdiff.encoders.prompt import Prompt, PromptVector
 from kdiff.encoders.t5 import T5Text
 from kdiff.encoders.tokenizers import JSONTokenizer, SentencePiece
 
-__all__ = ["CLIPText", "CLIPVision", "JSONTokenizer", "JointPrompt", "Prompt", "PromptVector", "SentencePiece", "T5Text"]
+__all__ = [
+    "CLIPText",
+    "CLIPVision",
+    "JSONTokenizer",
+    "JointPrompt",
+    "Prompt",
+    "PromptVector",
+    "SentencePiece",
+    "T5Text",
+]

@@ -68,7 +68,9 @@ class JointPrompt(Prompt):
         after = [isinstance(encoder, T5Text) for encoder in self.encoders]
         if after[0] or any(after[:-1]):
             kinds = [type(encoder).__name__ for encoder in self.encoders]
-            raise ValueError(f"JointPrompt: `encoders` must be CLIPText, and T5Text at the end or not; received: {kinds}")
+            raise ValueError(
+                f"JointPrompt: `encoders` must be CLIPText, and T5Text at the end or not; received: {kinds}"
+            )
         count = len(after) - after[-1]
         groups = {self.tokenizers[0].length: range(count)} | ({self._following: [-1]} if after[-1] else {})
         for length, group in groups.items():
@@ -76,7 +78,9 @@ class JointPrompt(Prompt):
                 self._check_length(i, length)
         wide = max(sum(encoder.width for encoder in self.encoders[:count]), self.encoders[-1].width)
         if wide > self._width:
-            raise ValueError(f"JointPrompt: `width` must be at least that of the tokens, {wide}; received: {self._width}")
+            raise ValueError(
+                f"JointPrompt: `width` must be at least that of the tokens, {wide}; received: {self._width}"
+            )
 
     def _check_length(self, i, length):
         lengths = {self.tokenizers[i].length, getattr(self.encoders[i], "length", length)}

@@ -54,7 +54,9 @@ CLIP = {
     r"clip_encoder_layer(_\d+)?/dense_([12])": r"encoder.layers.#.mlp.fc\2",
 }
 _RESNET = {"residual_projection": "nin_shortcut"}
-_ATTENTION = {"group_norm": "norm", "output_conv2d": "proj_out"} | {f"{n}_conv2d": n[0] for n in ("query", "key", "value")}
+_ATTENTION = {"group_norm": "norm", "output_conv2d": "proj_out"} | {
+    f"{n}_conv2d": n[0] for n in ("query", "key", "value")
+}
 VAE = {
     r"input_projection": "conv_in",
     r"output_norm": "norm_out",

@@ -21,7 +21,19 @@ from kdiff.interop import encoders, folders, tokenizers
 from kdiff.interop.configs import Described, explained
 from kdiff.interop.files import read_json
 
-__all__ = ["CONTEXT", "PARTS", "PIPELINES", "SD3", "SD3_LENGTH", "conditioned", "encoders_of", "load", "pipeline_of", "prompt_of", "save"]
+__all__ = [
+    "CONTEXT",
+    "PARTS",
+    "PIPELINES",
+    "SD3",
+    "SD3_LENGTH",
+    "conditioned",
+    "encoders_of",
+    "load",
+    "pipeline_of",
+    "prompt_of",
+    "save",
+]
 
 SD3 = tuple(f"StableDiffusion3{name}Pipeline" for name in ("", "Img2Img"))
 SD3_LENGTH = 256  # tokens of T5, as in diffusers' pipelines

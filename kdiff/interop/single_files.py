@@ -162,7 +162,9 @@ def load(
     state, name = read(source)
     if single_files_sd3.is_one(state):
         if velocity is not None or zero_snr is not None:
-            raise ValueError(f"{name}: is Stable Diffusion 3, of which `velocity` and `zero_snr` say nothing; leave them out")
+            raise ValueError(
+                f"{name}: is Stable Diffusion 3, of which `velocity` and `zero_snr` say nothing; leave them out"
+            )
         image_size = 1024 if image_size is None else image_size
         check_integer("single_files.load", "image_size", image_size)
         return single_files_sd3.load(state, name, tokenizer, image_size, clip_skip, strict, options)
