@@ -269,5 +269,5 @@ def test_a_prompt_of_encoders_in_another_order_is_refused(pair):
             JointPrompt(encoders[::-1], tokenizers[::-1], WIDTH)
         with pytest.raises(ValueError, match="texts of T5Text must have 300 tokens"):
             JointPrompt(encoders, tokenizers, WIDTH, following=300)
-    with pytest.raises(ValueError, match="`width` must be at least that of the tokens, (36|32); received: 20"):
+    with pytest.raises(ValueError, match=r"`width` must be at least that of the tokens, (36|32); received: 20"):
         JointPrompt(encoders, tokenizers, 20)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 in one file, against diffusers' own conversion of its names, and against the folder of the same."""
+"""Stable Diffusion 3 in one file, against diffusers' own conversion of its names, and the folder of the same."""
 
 import numpy as np
 import pytest
@@ -86,7 +86,7 @@ def test_whole_file(whole, third, monkeypatch):
 @pytest.mark.once
 def test_clip_without_a_projection(whole):
     """The published file has none in its first encoder: the identity stands for it."""
-    model, state, folder = whole
+    _, state, folder = whole
     prefix = single_files_sd3.TEXT[0]
     changed = dict(state)
     projection = changed.pop(f"{prefix}text_projection.weight")
@@ -99,7 +99,7 @@ def test_clip_without_a_projection(whole):
 
 @pytest.mark.once
 def test_what_does_not_fit_is_refused(whole):
-    model, state, folder = whole
+    _, state, folder = whole
     with pytest.raises(ValueError, match="`velocity` and `zero_snr` say nothing"):
         single_files.load(state, velocity=True)
     bare = {name: array for name, array in state.items() if not name.startswith("text_encoders.")}
@@ -108,6 +108,6 @@ def test_what_does_not_fit_is_refused(whole):
     name = f"{single_files_sd3.UNET}joint_blocks.1.context_block.attn.qkv.weight"
     with pytest.raises(ValueError, match=f"missing: {name}"):
         single_files.load({key: array for key, array in bare.items() if key != name}, codec="identity", image_size=64)
+    without = {key: array for key, array in state.items() if not key.startswith(single_files_sd3.TEXT[2])}
     with pytest.raises(ValueError, match="tokenizer of T5, and no encoder"):
-        without = {key: array for key, array in state.items() if not key.startswith(single_files_sd3.TEXT[2])}
         single_files.load(without, tokenizers_of(folder, 3), codec="identity")

@@ -77,9 +77,9 @@ class PositionTable(Block):
 
         x_ij + table[(size - height) // 2 + i, (size - width) // 2 + j]
 
-    Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (2024), section 5.3.2, so that
-    one network draws images of any shape. The table is kept with the weights, as files of Stable Diffusion 3 have it, in
-    float32; it is not trained.
+    Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (2024), section 5.3.2, so
+    that one network draws images of any shape. The table is kept with the weights, as files of Stable Diffusion 3 have
+    it, in float32; it is not trained.
 
     Args:
         size: of the table, the largest height and width of a map.

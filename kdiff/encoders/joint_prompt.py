@@ -19,9 +19,9 @@ class JointPrompt(Prompt):
 
         [ [CLIP_1, CLIP_2, zeros] ; [T5, zeros] ],   each (length of the group, width)
 
-    Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (2024), section 4. The encoders
-    before T5's stand side by side, filled up with zeros to `width` channels. Without T5 there are as many zeros as it has
-    tokens, as in diffusers: the published networks have learned both. Nothing is masked.
+    Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (2024), section 4. The
+    encoders before T5's stand side by side, filled up with zeros to `width` channels. Without T5 there are as many
+    zeros as it has tokens, as in diffusers: the published networks have learned both. Nothing is masked.
 
     Args:
         encoders: `CLIPText`, one or more, and after them a `T5Text`, or none.
@@ -86,8 +86,8 @@ class JointPrompt(Prompt):
         lengths = {self.tokenizers[i].length, getattr(self.encoders[i], "length", length)}
         if lengths != {length}:
             raise ValueError(
-                f"JointPrompt: texts of {type(self.encoders[i]).__name__} must have {length} tokens; tokenizer and encoder "
-                f"have {sorted(lengths)}"
+                f"JointPrompt: texts of {type(self.encoders[i]).__name__} must have {length} tokens; tokenizer and "
+                f"encoder have {sorted(lengths)}"
             )
 
     def _tokens_of(self, found: list[Any]) -> Any:

@@ -4,8 +4,8 @@
     images = model.sample(4, text="a red circle", guidance=7.0)
 
 It is the `DiffusionModel` that `single_files.load` makes of the published file of the same weights: each array is given
-the name that it has there. The presets have both encoders of CLIP, and not T5, in whose place KerasHub has 77 zeros, and
-so has this model. CLIP's last norm has the epsilon that CLIP has, 1e-5; KerasHub's has 1e-6.
+the name that it has there. The presets have both encoders of CLIP, and not T5, in whose place KerasHub has 77 zeros,
+and so has this model. CLIP's last norm has the epsilon that CLIP has, 1e-5; KerasHub's has 1e-6.
 """
 
 import re
@@ -88,8 +88,8 @@ def load(
         options: arguments of `DiffusionModel`, in place of what the preset says.
 
     Raises:
-        ValueError: if a file is missing or damaged; if it is the preset of another model, or has a T5; if weights do not
-            match, with a list of all that do not.
+        ValueError: if a file is missing or damaged; if it is the preset of another model, or has a T5; if weights do
+            not match, with a list of all that do not.
     """
     folder = Path(folder)
     source = folder / "config.json"

@@ -69,7 +69,8 @@ def parts_of(model: keras.layers.Layer) -> dict[str, Layers]:
         parts["transformer"] = layers_of(transformers.dit_slots(network))
     else:
         raise ValueError(
-            f"LoRA: only the layers of a UNet, a DiT and an MMDiT have names of diffusers; received: {type(network).__name__}"
+            "LoRA: only the layers of a UNet, a DiT and an MMDiT have names of diffusers; received: "
+            f"{type(network).__name__}"
         )
     prompt = prompts.prompt_of(network)
     for name, encoder in prompts.encoders_of(prompt).items() if prompt else ():

@@ -1,7 +1,7 @@
 """Stable Diffusion 3's transformer: diffusers' configuration as ours and back, and the names of its weights.
 
-    SD3Transformer2DModel    joint blocks of image and text, on latents; of 3.5 with normalised queries and keys, and, of
-                             "medium", a second attention of the image in some blocks
+    SD3Transformer2DModel    joint blocks of image and text, on latents; of 3.5 with normalised queries and keys, and,
+                             of "medium", a second attention of the image in some blocks
 
 The table of positions is among the weights, and is read as it stands there.
 """

@@ -3,8 +3,8 @@
 text_encoder, tokenizer        Stable Diffusion 1 and 2: the last state, after the last norm
 text_encoder_2, tokenizer_2    XL's second, beside the first: of both the state before the last, without the norm,
                                and of the second the vector; its refiner has the second alone
-text_encoder_3, tokenizer_3    3's third, T5, whose tokens follow those of the two, which are as in XL, with the vectors of
-                               both; without it zeros do
+text_encoder_3, tokenizer_3    3's third, T5, whose tokens follow those of the two, which are as in XL, with the vectors
+                               of both; without it zeros do
 """
 
 from collections.abc import Mapping

@@ -36,7 +36,8 @@ def network_config(network: keras.Model) -> Config:
     if isinstance(network, UNet):
         return unet_config(network)
     raise ValueError(
-        f"{network.name}: only a UNet, a DiT and an MMDiT can be saved for diffusers; this is a {type(network).__name__}"
+        f"{network.name}: only a UNet, a DiT and an MMDiT can be saved for diffusers; this is a "
+        f"{type(network).__name__}"
     )
 
 

@@ -149,7 +149,8 @@ def load(
             version 1 or XL, or of version 2 with something beside x_t, which predict noise.
         zero_snr: whether nothing of the data is left at T, where samples begin then (Lin et al. 2023,
             arXiv:2305.08891); None for whether there is a "ztsnr". Version 3 has neither `velocity` nor `zero_snr`.
-        image_size: of samples, if `sample` is not told; None for 512, of version 2 with velocities 768, of XL and 3 1024.
+        image_size: of samples, if `sample` is not told; None for 512, of version 2 with velocities 768, of XL and 3
+            1024.
         averages: whether to take the averaged weights of the U-Net, if there are any.
         clip_skip: how many of the last blocks of the text encoders to leave out.
         strict: whether weights that do not match are an error; otherwise a warning.

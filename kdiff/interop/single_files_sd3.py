@@ -2,12 +2,12 @@
 
     model.diffusion_model.                         the MMDiT: x_embedder, joint_blocks.0.x_block, .context_block, ...
     first_stage_model.                             the autoencoder
-    text_encoders.clip_l.transformer.text_model.   CLIP's encoders, and T5's, in the layout of transformers; not in every file
+    text_encoders.clip_l.transformer.text_model.   CLIP's encoders, and T5's, in the layout of transformers, if any
     text_encoders.clip_g.transformer.text_model.
     text_encoders.t5xxl.transformer.
 
-`single_files.load` reads such a file. Sizes are read off the weights; what these do not show is as published: heads of 64
-channels where no queries are normalised, a shift of 3, the scale and shift of the latents, and 256 tokens of T5.
+`single_files.load` reads such a file. Sizes are read off the weights; what these do not show is as published: heads of
+64 channels where no queries are normalised, a shift of 3, the scale and shift of the latents, and 256 tokens of T5.
 """
 
 import math
@@ -179,7 +179,8 @@ def _prompt(
     parts = [{key.removeprefix(place): state[key] for key in state if key.startswith(place)} for place in TEXT]
     if not parts[0] or not parts[1]:
         raise ValueError(
-            f"{name}: there are no text encoders, under {list(TEXT[:2])}; without a `tokenizer` the model takes embeddings"
+            f"{name}: there are no text encoders, under {list(TEXT[:2])}; without a `tokenizer` the model takes "
+            "embeddings"
         )
     words = _tokenizers(tokenizer)
     if len(words) == 3 and not parts[2]:

@@ -1,4 +1,4 @@
-"""The multimodal diffusion transformer: image and text as two sequences with weights of their own, and one attention."""
+"""The multimodal diffusion transformer: image and text, two sequences with weights of their own, and one attention."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,8 +21,8 @@ class MMDiT(DiT):
         network({"image": (batch, height, width, channels), "time": (batch,), **conditions})
             -> (batch, height, width, out_channels), float32
 
-    Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (2024), section 4: the tokens
-    of the conditions, the `context`, are projected to `width` and go with the patches through `depth` blocks of
+    Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (2024), section 4: the
+    tokens of the conditions, the `context`, are projected to `width` and go with the patches through `depth` blocks of
     `JointBlock`, the last of which gives no more text. Vectors of conditions are added to that of the time.
 
         MMDiT(384, 6, conditions={"text": TextEncoder(kdiff.text.Bytes(80), dropout=0.1)})
@@ -34,11 +34,11 @@ class MMDiT(DiT):
         patch: the height and width of a patch, which must divide those of the image.
         block: a template of the `TransformerBlock` that image and text have each, in every block; None for
             `adaptive_block`, with as many heads of 64 channels or more as there can be.
-        dual: the numbers of the blocks, from 0, in which the image attends to itself alone besides, as in Stable Diffusion
-            3.5 medium.
+        dual: the numbers of the blocks, from 0, in which the image attends to itself alone besides, as in Stable
+            Diffusion 3.5 medium.
         positions: a layer that adds positions to the patches, such as `PositionTable(192)`; None for none.
-        embedding, conditions, normalization, out_channels, remat, seed: as of `DiT`. One of the conditions, or more, must
-            give tokens.
+        embedding, conditions, normalization, out_channels, remat, seed: as of `DiT`. One of the conditions, or more,
+            must give tokens.
         kwargs: `name` and `dtype`.
 
     Raises:

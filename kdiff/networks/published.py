@@ -225,8 +225,8 @@ STABLE_DIFFUSION_3 = {
 
 
 def stable_diffusion_3(version: str = "3-medium", depth: int | None = None, **options: Any) -> MMDiT:
-    """Stable Diffusion 3 or 3.5, for latent images of 16 channels: a `context`, such as (batch, 333, 4096), of text, and
-    "text_embeds", (batch, 2048), a vector of the text. `time` is 0 ... 1000.
+    """Stable Diffusion 3 or 3.5, for latent images of 16 channels: a `context`, such as (batch, 333, 4096), of text,
+    and "text_embeds", (batch, 2048), a vector of the text. `time` is 0 ... 1000.
 
     The numbers of parameters are without the table of positions, which is not learned.
 
