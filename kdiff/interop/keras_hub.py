@@ -165,10 +165,10 @@ def renamed(arrays: Mapping[str, Stored], counts: Mapping[str, list[int]], sourc
     return state
 
 
-Find = tuple[str, str, Callable[[str], str | None]]
+_Find = tuple[str, str, Callable[[str], str | None]]
 
 
-def _places(counts) -> Iterator[Find]:
+def _places(counts) -> Iterator[_Find]:
     """(KerasHub's prefix, the prefix of the one file, the names inside)."""
     yield "mm_di_t/layers/adjustable_position_embedding", f"{UNET}pos_embed", lambda rest: "" if not rest else None
     yield "mm_di_t/layers/", UNET, lambda rest: _by(MMDIT, rest)
@@ -181,7 +181,7 @@ def _places(counts) -> Iterator[Find]:
         yield f"vae_{side}/", inner, lambda rest, side=side, levels=levels: _coder(rest, side, levels)
 
 
-def _renamed(place: str, find: Find) -> str | None:
+def _renamed(place: str, find: _Find) -> str | None:
     before, after, inside = find
     name = inside(place.removeprefix(before)) if place.startswith(before) else None
     return None if name is None else after + name

@@ -38,7 +38,19 @@ from kdiff.model import DiffusionModel
 from kdiff.networks.mmdit import MMDiT
 from kdiff.text import Tokenizer
 
-__all__ = ["FACTOR", "NAMES", "SCALE", "SHIFT", "TEXT", "UNET", "is_one", "load", "sd3_config", "sd3_slots"]
+__all__ = [
+    "FACTOR",
+    "HEAD_WIDTH",
+    "NAMES",
+    "SCALE",
+    "SHIFT",
+    "TEXT",
+    "UNET",
+    "is_one",
+    "load",
+    "sd3_config",
+    "sd3_slots",
+]
 
 UNET = "model.diffusion_model."
 TEXT = ("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer.", "text_encoders.t5xxl.transformer.")
