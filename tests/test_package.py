@@ -77,7 +77,7 @@ REQUIREMENTS = {
     "pictures": {"PIL", "matplotlib"},
     "text": {"tokenizers", "keras_hub"},
     "encoders": {"tokenizers", "sentencepiece"},
-    "interop": {"safetensors", "torch"},
+    "interop": {"h5py", "safetensors", "torch"},
     "callbacks": {"h5py"},  # which Keras requires
     "data": {"PIL", "keras_cv", "sklearn", "tensorflow", "tensorflow_datasets"},
 }

@@ -15,6 +15,7 @@ from kdiff.blocks.embeddings import (
     SizeWaves,
     SteeredEmbedding,
 )
+from kdiff.blocks.joint import JointBlock
 from kdiff.blocks.layers import Conv2D, Dense
 from kdiff.blocks.magnitude import (
     MagnitudePreservingBlock,
@@ -29,7 +30,7 @@ from kdiff.blocks.magnitude import (
 from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm, LayerNorm, RMSNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.patterns import Causal, Global, Linear, Neighborhood, Pattern, Window
-from kdiff.blocks.positions import RelativePositions, Rotary, SinCos2D
+from kdiff.blocks.positions import PositionTable, RelativePositions, Rotary, SinCos2D
 from kdiff.blocks.resampling import Downsample, FIRDownsample, FIRUpsample, Upsample
 from kdiff.blocks.text import EncodedText, TextEncoder
 from kdiff.blocks.transformer import FeedForward, SpatialTransformer, TransformerBlock, adaptive_block
@@ -59,6 +60,7 @@ __all__ = [
     "GroupNorm",
     "Input",
     "Joint",
+    "JointBlock",
     "LabelEmbedding",
     "LayerNorm",
     "LearnedEmbedding",
@@ -73,6 +75,7 @@ __all__ = [
     "OptionalCondition",
     "Patchify",
     "Pattern",
+    "PositionTable",
     "RMSNorm",
     "RelativePositions",
     "ResidualBlock",

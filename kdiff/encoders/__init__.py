@@ -5,6 +5,7 @@
 
 from kdiff.encoders.clip import CLIPText, CLIPVision
 from kdiff.encoders.image_prompt import ImagePrompt
+from kdiff.encoders.joint_prompt import JointPrompt
 from kdiff.encoders.ldm import LDMText
 from kdiff.encoders.prompt import Prompt, PromptVector
 from kdiff.encoders.t5 import T5Text
@@ -15,6 +16,7 @@ __all__ = [
     "CLIPVision",
     "ImagePrompt",
     "JSONTokenizer",
+    "JointPrompt",
     "LDMText",
     "Prompt",
     "PromptVector",

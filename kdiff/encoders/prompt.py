@@ -90,8 +90,11 @@ class Prompt(Condition):
                     f"Prompt: {tokenizer!r} has {tokenizer.vocabulary_size} tokens, and its encoder, "
                     f"{type(encoder).__name__}, {encoder.vocabulary_size}"
                 )
-        lengths = [tokenizer.length for tokenizer in tokenizers]
-        lengths += [encoder.length for encoder in encoders if hasattr(encoder, "length")]
+        self._check_lengths()
+
+    def _check_lengths(self):
+        lengths = [tokenizer.length for tokenizer in self.tokenizers]
+        lengths += [encoder.length for encoder in self.encoders if hasattr(encoder, "length")]
         if len(set(lengths)) > 1:
             raise ValueError(f"Prompt: texts must have one length, of tokenizers and encoders; received: {lengths}")
 
@@ -128,8 +131,8 @@ class Prompt(Condition):
             raise ValueError(
                 f"Prompt: the vectors, of {self.vector} numbers, must not be wider than tokens, {self.width}"
             )
-        for encoder in self.encoders:
-            build_layer(encoder, (None, self.length))
+        for encoder, tokenizer in zip(self.encoders, self.tokenizers, strict=True):
+            build_layer(encoder, (None, tokenizer.length))
             encoder.freeze()  # with the variables that it has now
 
     def _check_shape(self, shape):
@@ -186,7 +189,7 @@ class Prompt(Condition):
                 encoder(ids, mask if self.masked else None, training=False)
                 for encoder, ids, mask in zip(self.encoders, tokens, masks, strict=True)
             ]
-            rows = ops.concatenate([ops.cast(one.tokens, "float32") for one in found], axis=-1)
+            rows = self._tokens_of(found)
             if self.masked:
                 seen = functools.reduce(ops.logical_or, masks)
                 rows = ops.concatenate([rows, ops.cast(seen, "float32")[..., None]], axis=-1)
@@ -199,6 +202,10 @@ class Prompt(Condition):
             return ops.concatenate([rows, vector[:, None]], axis=1)
 
         return backend.compiled(run, *self.encoders)
+
+    def _tokens_of(self, found: list[Encoded]) -> Any:
+        """What the encoders gave, side by side."""
+        return ops.concatenate([ops.cast(one.tokens, "float32") for one in found], axis=-1)
 
     # In the network
 

@@ -42,6 +42,7 @@ from kdiff.interop import (
     control,
     folders,
     maps,
+    mmdit,
     prompts,
     saving_networks,
     schedulers,
@@ -95,6 +96,7 @@ MODELS = {
     "UNet2DConditionModel": Model(unets.unet_2d_condition, unet_names.unet_slots, unets.told),
     "ControlNetModel": Model(control.control_net, control.control_slots),
     "DiTTransformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),
+    "SD3Transformer2DModel": Model(mmdit.mmdit, mmdit.mmdit_slots),
     "Transformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),  # DiT's, in older files
 }
 SCHEDULER = "scheduler_config.json"

@@ -16,10 +16,11 @@ import keras
 from kdiff.blocks.convolution import ResidualBlock
 from kdiff.blocks.layers import LowRank
 from kdiff.blocks.resampling import Downsample, Upsample
-from kdiff.interop import encoders, prompts, transformers, unet_names
+from kdiff.interop import encoders, mmdit, prompts, transformers, unet_names
 from kdiff.interop.weights import Slot, slots
 from kdiff.networks.control import Controlled
 from kdiff.networks.dit import DiT
+from kdiff.networks.mmdit import MMDiT
 from kdiff.networks.unet import UNet
 
 __all__ = ["ALIASES", "ENTRY", "Layers", "layers_of", "network_of", "normalised", "parts_of", "place"]
@@ -32,6 +33,7 @@ ALIASES = {
     "transformer": ("transformer.", "lora_transformer_"),
     "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_"),
     "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
+    "text_encoder_3": ("text_encoder_3.", "lora_te3_"),
 }
 ENTRY = re.compile(
     r"(?:base_model\.model\.)?(?P<name>.+?)(?:(?:[._]lora(?:_linear_layer)?)?\.(?P<alpha>alpha)"
@@ -67,11 +69,14 @@ def parts_of(model: keras.layers.Layer) -> dict[str, Layers]:
     network, parts = network_of(model), {}
     if isinstance(network, UNet):
         parts["unet"] = layers_of(unet_names.unet_slots(network))
+    elif isinstance(network, MMDiT):
+        parts["transformer"] = layers_of(mmdit.mmdit_slots(network))
     elif isinstance(network, DiT):
         parts["transformer"] = layers_of(transformers.dit_slots(network))
     else:
         raise ValueError(
-            f"LoRA: only the layers of a UNet and of a DiT have names of diffusers; received: {type(network).__name__}"
+            "LoRA: only the layers of a UNet, a DiT and an MMDiT have names of diffusers; received: "
+            f"{type(network).__name__}"
         )
     prompt = prompts.prompt_of(network)
     for name, encoder in prompts.encoders_of(prompt).items() if prompt else ():

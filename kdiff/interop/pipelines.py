@@ -3,6 +3,7 @@
 | text | beside x_t | class |
 |---|---|---|
 | one encoder; two | nothing | StableDiffusion; StableDiffusionXL; of XL's second alone the refiner, XLImg2Img |
+| CLIP's two, and T5 or zeros | nothing | StableDiffusion3 |
 | one encoder, steered by the scale of guidance | nothing | LatentConsistencyModel |
 | one encoder; two | "mask_image", "masked_image" | StableDiffusionInpaint; StableDiffusionXLInpaint |
 | one encoder; two | "source" | StableDiffusionInstructPix2Pix; StableDiffusionXLInstructPix2Pix |
@@ -25,6 +26,7 @@ import keras
 from kdiff.blocks.embeddings import SteeredEmbedding
 from kdiff.codecs import Codec, Latent
 from kdiff.encoders.image_prompt import ImagePrompt
+from kdiff.encoders.joint_prompt import JointPrompt
 from kdiff.encoders.ldm import LDMText
 from kdiff.interop import maps, prompts
 
@@ -100,6 +102,8 @@ def pipeline_of(network: keras.Model, kind: str, scheduler: str, codec: Codec, c
 def _without_controls(network: keras.Model, kind: str, scheduler: str, codec: Codec) -> Pipeline:
     prompt, beside = prompts.prompt_of(network), tuple(sorted(maps.map_conditions(network)))
     latent = isinstance(codec, Latent)
+    if isinstance(prompt, JointPrompt):
+        return _of_sd3(prompt) if latent and not beside else Pipeline({})
     if isinstance(prompt, ImagePrompt):
         return _named("StableDiffusionImageVariation", _UNSAFE) if latent and not beside else Pipeline({})
     if prompt is not None:
@@ -119,6 +123,11 @@ def _without_controls(network: keras.Model, kind: str, scheduler: str, codec: Co
 
 def _named(name: str, more: Mapping[str, Any], autoencoder: str = "vae") -> Pipeline:
     return Pipeline({"_class_name": f"{name}Pipeline", **more}, autoencoder)
+
+
+def _of_sd3(prompt: JointPrompt) -> Pipeline:
+    absent = prompts.PARTS[2] if prompts.PARTS[2][0] not in prompts.encoders_of(prompt) else ()
+    return _named("StableDiffusion3", {**_XL, **{name: [None, None] for name in absent}})
 
 
 def _of_text(network, prompt, beside) -> Pipeline:

@@ -3,6 +3,8 @@
 text_encoder, tokenizer        Stable Diffusion 1 and 2: the last state, after the last norm
 text_encoder_2, tokenizer_2    XL's second, beside the first: of both the state before the last, without the norm,
                                and of the second the vector; its refiner has the second alone
+text_encoder_3, tokenizer_3    3's third, T5, whose tokens follow those of the two, which are as in XL, with the vectors
+                               of both; without it zeros do
 bert, tokenizer                latent diffusion's text to image: the last state
 image_encoder                  image variations: the vector of a picture is its one token
 """
@@ -16,11 +18,11 @@ import keras
 from kdiff.blocks.conditions import Joint
 from kdiff.encoders.base import Encoder
 from kdiff.encoders.image_prompt import ImagePrompt
+from kdiff.encoders.joint_prompt import JointPrompt
 from kdiff.encoders.ldm import LDMText
 from kdiff.encoders.prompt import INPUT, Prompt, PromptVector
-from kdiff.encoders.tokenizers import JSONTokenizer
 from kdiff.interop import encoders, folders, tokenizers
-from kdiff.interop.configs import Described
+from kdiff.interop.configs import Described, explained
 from kdiff.interop.files import read_json, write_json
 
 __all__ = [
@@ -28,6 +30,8 @@ __all__ = [
     "CONTEXT",
     "PARTS",
     "PIPELINES",
+    "SD3",
+    "SD3_LENGTH",
     "VARIATIONS",
     "conditioned",
     "encoders_of",
@@ -36,6 +40,8 @@ __all__ = [
     "save",
 ]
 
+SD3 = tuple(f"StableDiffusion3{name}Pipeline" for name in ("", "Img2Img"))
+SD3_LENGTH = 256  # tokens of T5, as in diffusers' pipelines
 # The pipelines whose text is read so; that of others is given as what its encoders make of it.
 VARIATIONS = "StableDiffusionImageVariationPipeline"
 PIPELINES = (
@@ -47,10 +53,11 @@ PIPELINES = (
         f"StableDiffusion{name}Pipeline"
         for name in ("", "Img2Img", "Inpaint", "InstructPix2Pix", "Depth2Img", "Upscale")
     ),
+    *SD3,
     *(f"StableDiffusionXL{name}Pipeline" for name in ("", "Img2Img", "Inpaint", "InstructPix2Pix")),
     *(f"StableDiffusion{xl}ControlNet{name}Pipeline" for xl in ("", "XL") for name in ("", "Img2Img", "Inpaint")),
 )
-PARTS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+PARTS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"), ("text_encoder_3", "tokenizer_3"))
 BERT = (("bert", "tokenizer"),)
 CONTEXT = "context"  # the condition of a network that takes the text's tokens
 
@@ -59,6 +66,8 @@ def load(
     folder: str | Path, index: Mapping[str, Any], skip: int = 0, variant: str | None = None
 ) -> Prompt | ImagePrompt | None:
     """The text, or picture, of the folder of a pipeline; None if it is not one of `PIPELINES`, or has no encoder.
+
+    Of Stable Diffusion 3 the folder of T5 alone may be left out: zeros stand for its tokens then.
 
     Args:
         folder: of the pipeline.
@@ -73,22 +82,30 @@ def load(
     folder, name = Path(folder), index.get("_class_name")
     known = [("image_encoder", "")] if name == VARIATIONS else [*PARTS, *BERT]
     parts = [pair for pair in known if folders.has(index, pair[0])]
+    parts = [pair for pair in parts if pair != PARTS[2] or (folder / pair[0]).exists()]  # T5 may be left out
     if name not in PIPELINES or not parts or not all((folder / part / "config.json").exists() for part, _ in parts):
         return None
     own = parts[0][0] in ("text_encoder", "text_encoder_2")
     if skip and not own:
         raise ValueError(f"{folder}: `clip_skip` is of CLIP's encoder of text; the pipeline has {parts[0][0]!r}")
     xl = PARTS[1] in parts
-    options = ({"skip": skip + 1, "normalized": False} if xl else {"skip": skip}) if own else {}
+    clip = {"skip": skip + 1, "normalized": False} if xl else {"skip": skip}
     there = {encoder: variant if variant in folders.variants(folder / encoder) else None for encoder, _ in parts}
-    made = [encoders.load(folder / encoder, variant=variant, **options) for encoder, variant in there.items()]
+    made = [
+        encoders.load(folder / encoder, variant=variant, **(clip if own and encoder != PARTS[2][0] else {}))
+        for encoder, variant in there.items()
+    ]
     if name == VARIATIONS:
         return ImagePrompt(made[0], **_pixels_of(folder / "feature_extractor"))
     # BERT's own tokenizer may say that a text is longer than what this encoder takes.
     words = [
-        tokenizers.load(folder / tokenizer, None if own else encoder.length)
-        for (_, tokenizer), encoder in zip(parts, made, strict=True)
+        tokenizers.load(folder / tokenizer, SD3_LENGTH if part == PARTS[2][0] else None if own else encoder.length)
+        for (part, tokenizer), encoder in zip(parts, made, strict=True)
     ]
+    if name in SD3:
+        width = read_json(folder / "transformer" / "config.json").get("joint_attention_dim", 4096)
+        with explained(folder):
+            return JointPrompt(made, words, width, SD3_LENGTH)
     return Prompt(made, words, zeros=index.get("force_zeros_for_empty_prompt") is True)
 
 
@@ -169,8 +186,7 @@ def save(prompt: Prompt | ImagePrompt, folder: str | Path) -> dict[str, list[str
         index[name] = ["transformers", kind.replace("T5TextModel", "T5EncoderModel")]
         if isinstance(encoder, LDMText):
             index[name] = ["latent_diffusion", "LDMBertModel"]
-        json = "BertTokenizer" if tokenizers.is_bert(tokenizer) else "CLIPTokenizer"
-        index[words] = ["transformers", json if isinstance(tokenizer, JSONTokenizer) else "T5Tokenizer"]
+        index[words] = ["transformers", tokenizers.class_of(tokenizer)]
     return index
 
 

@@ -20,7 +20,7 @@ from kdiff.interop.files import read_json, write_json
 from kdiff.text import Tokenizer
 from kdiff.writing import replacing
 
-__all__ = ["BERT", "FORMS", "is_bert", "load", "padded", "save"]
+__all__ = ["BERT", "FORMS", "class_of", "load", "padded", "save"]
 
 FORMS = ("tokenizer.json", "vocab.json", "spiece.model", "vocab.txt")
 BERT = {
@@ -28,13 +28,9 @@ BERT = {
     "sep_token": BERT_END,
     "unk_token": "[UNK]",
     "mask_token": "[MASK]",
-    "tokenizer_class": "BertTokenizer",
 }
-
-
-def is_bert(tokenizer: Tokenizer) -> bool:
-    """Whether its texts are pieces of words, as BERT's."""
-    return isinstance(tokenizer, JSONTokenizer) and json.loads(tokenizer.model)["model"].get("type") == "WordPiece"
+# The classes of transformers by the kind of the model of a tokenizer.json; of others it is CLIP's.
+_CLASSES = {"Unigram": "T5TokenizerFast", "WordPiece": "BertTokenizer"}
 
 
 def load(folder: str | Path, length: int | None = None) -> Tokenizer:
@@ -148,12 +144,18 @@ def padded(tokenizer: JSONTokenizer, padding: int) -> JSONTokenizer:
     return JSONTokenizer(json.dumps(content, ensure_ascii=False), tokenizer.length, padding)
 
 
+def class_of(tokenizer: Tokenizer) -> str:
+    """Its class in transformers."""
+    if isinstance(tokenizer, SentencePiece):
+        return "T5Tokenizer"
+    return _CLASSES.get(json.loads(tokenizer.model)["model"].get("type"), "CLIPTokenizer")
+
+
 def save(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Writes a folder that transformers reads: tokenizer.json or spiece.model, and tokenizer_config.json.
 
     Args:
-        tokenizer: a `JSONTokenizer`, which transformers is told is CLIP's, or BERT's if its tokens are, or a
-            `SentencePiece`, T5's.
+        tokenizer: a `JSONTokenizer`, CLIP's, T5's or BERT's by the kind of its model, or a `SentencePiece`, T5's.
         folder: to write to; files of the same names are replaced.
 
     Raises:
@@ -166,11 +168,14 @@ def save(tokenizer: Tokenizer, folder: str | Path) -> None:
         if tokenizer.padding not in numbers:
             raise ValueError(f"save: the token that fills up must be one of {numbers}; received: {tokenizer.padding}")
         special = {"bos_token": CLIP_START, "eos_token": CLIP_END, "unk_token": CLIP_END}
-        special = BERT if is_bert(tokenizer) else {**special, "tokenizer_class": "CLIPTokenizer"}
-        config |= {**special, "pad_token": numbers[tokenizer.padding]}
+        special = {
+            "BertTokenizer": BERT,
+            "T5TokenizerFast": {"eos_token": numbers.get(tokenizer.end[-1]), "unk_token": "<unk>"},
+        }.get(class_of(tokenizer), special)
+        config |= {**special, "pad_token": numbers[tokenizer.padding], "tokenizer_class": class_of(tokenizer)}
         write_json(folder / "tokenizer.json", content)
     elif isinstance(tokenizer, SentencePiece):
-        config |= {"extra_ids": tokenizer.extra, "tokenizer_class": "T5Tokenizer"}
+        config |= {"extra_ids": tokenizer.extra, "tokenizer_class": class_of(tokenizer)}
         with replacing(folder / "spiece.model") as new:
             new.write_bytes(base64.b64decode(tokenizer.model))
     else:

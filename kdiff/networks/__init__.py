@@ -10,6 +10,7 @@ from kdiff.networks.counting import flops, parameters, summary
 from kdiff.networks.dit import DiT
 from kdiff.networks.hybrid import Hybrid
 from kdiff.networks.mlp import MLP
+from kdiff.networks.mmdit import MMDiT
 from kdiff.networks.ncsnpp import InputResidual, InputSkip, NCSNpp, OutputSkip
 from kdiff.networks.simple_unet import SimpleUNet
 from kdiff.networks.unet import Level, UNet
@@ -28,6 +29,7 @@ __all__ = [
     "InputResidual",
     "InputSkip",
     "Level",
+    "MMDiT",
     "NCSNpp",
     "Network",
     "OutputSkip",

@@ -20,6 +20,7 @@ from kdiff.blocks.attention import CrossAttention
 from kdiff.blocks.base import Chain, ConfigurableLayer, Tokens, apply_layer, build_layer, copy_layer, derive_seed
 from kdiff.blocks.conditions import Encoded, Input, given_to, inputs_of
 from kdiff.blocks.context_attention import ContextAttention
+from kdiff.blocks.joint import JointBlock
 
 __all__ = ["AXES", "Network", "check_size", "joined"]
 
@@ -169,7 +170,7 @@ class Network(ConfigurableLayer, keras.Model):
         if (
             context is not None
             and own
-            and not any(isinstance(layer, (CrossAttention, ContextAttention)) for layer in layers)
+            and not any(isinstance(layer, (CrossAttention, ContextAttention, JointBlock)) for layer in layers)
         ):
             raise ValueError(
                 f"{type(self).__name__}: conditions give tokens, and no layer attends to them: compose the network of "
