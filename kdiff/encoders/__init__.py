@@ -4,8 +4,18 @@
 """
 
 from kdiff.encoders.clip import CLIPText, CLIPVision
+from kdiff.encoders.image_prompt import ImagePrompt
 from kdiff.encoders.prompt import Prompt, PromptVector
 from kdiff.encoders.t5 import T5Text
 from kdiff.encoders.tokenizers import JSONTokenizer, SentencePiece
 
-__all__ = ["CLIPText", "CLIPVision", "JSONTokenizer", "Prompt", "PromptVector", "SentencePiece", "T5Text"]
+__all__ = [
+    "CLIPText",
+    "CLIPVision",
+    "ImagePrompt",
+    "JSONTokenizer",
+    "Prompt",
+    "PromptVector",
+    "SentencePiece",
+    "T5Text",
+]
