@@ -107,9 +107,9 @@ def close(found, wanted, tolerance=1e-5):
     assert difference < tolerance
 
 
-@pytest.mark.parametrize("form", mostly_once(["1 of Keras 2", "2 of Keras 2", "1 of Keras 3", "2 of Keras 3"]))
+@pytest.mark.parametrize("form", mostly_once(["v1_keras_2", "v2_keras_2", "v1_keras_3", "v2_keras_3"]))
 def test_each_part_gives_what_it_gives_there(form, tmp_path):
-    version, old = int(form[0]), form.endswith("2")
+    version, old = int(form[1]), form.endswith("2")
     models = parts(version)
     paths = written(models, tmp_path, old)
     model = keras_cv.load(*reversed(paths), tokenizer=JSONTokenizer.clip(WORDS, MERGES, LENGTH))

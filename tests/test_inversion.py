@@ -18,6 +18,7 @@ pytest.importorskip("tokenizers", reason="the extra `text` is not installed")
 WORDS = ["!", *"abct", *(f"{letter}</w>" for letter in "!abct"), "<|startoftext|>", "<|endoftext|>"]
 WORDS = {word: i for i, word in enumerate(WORDS)}
 LENGTH = 6
+JIT = False if keras.backend.backend() == "torch" else "auto"
 TEXTS = ["a toy", "<toy>", "b <toy> a", ""]
 
 
@@ -47,7 +48,7 @@ def model_of(prompt=None, ema=0.9, optimizer=None, **options):
     )
     conditions = {"words": prompt, **({"added": added} if prompt.vector else {})}
     network = DiT(8, 1, 4, kdiff.blocks.TransformerBlock(2), conditions=conditions, **options)
-    model = compiled_model(network, optimizer or keras.optimizers.AdamW(1e-2, weight_decay=0.1), ema=ema)
+    model = compiled_model(network, optimizer or keras.optimizers.AdamW(1e-2, weight_decay=0.1), jit=JIT, ema=ema)
     sizes = {"numbers": (None, 1)} if prompt.vector else {}
     model.build({"image": (None, 8, 8, 1), "text": (None, *prompt.row), **sizes})
     draw_weights(network)
@@ -133,7 +134,7 @@ def test_lora_of_the_encoders(tmp_path):
     paths = lora.enable(model, 2, text=True)
     assert sum("clip_text" in path or "second" in path for path in paths) == 8
     np.testing.assert_allclose(sampled(model, "a b"), plain, atol=1e-5)
-    model.compile(keras.optimizers.Adam(3e-2))
+    model.compile(keras.optimizers.Adam(3e-2), jit_compile=JIT)
     model.fit(data(texts, prompt), epochs=3, batch_size=2, verbose=0)
     for weight in model.network.weights:
         if id(weight) in before:
@@ -190,7 +191,7 @@ def test_in_mixed_precision():
     lora.enable(model, 2, text=True)
     assert len(model.trainable_variables) == 1 + 2 * len(lora.enabled(model))
     before = [numpy(weight).copy() for weight in model.trainable_variables]
-    model.compile(keras.optimizers.Adam(3e-2))
+    model.compile(keras.optimizers.Adam(3e-2), jit_compile=JIT)
     model.fit(data(TEXTS, prompt), epochs=2, batch_size=2, verbose=0)
     for weight, old in zip(model.trainable_variables, before, strict=True):
         assert weight.dtype == "float32"

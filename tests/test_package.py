@@ -78,7 +78,7 @@ REQUIREMENTS = {
     "pictures": {"PIL", "matplotlib"},
     "text": {"tokenizers", "keras_hub"},
     "encoders": {"tokenizers", "sentencepiece"},
-    "interop": {"safetensors", "torch"},
+    "interop": {"safetensors", "torch", "h5py"},  # of which Keras requires the last
     "callbacks": {"h5py"},  # which Keras requires
     "data": {"PIL", "keras_cv", "sklearn", "tensorflow", "tensorflow_datasets"},
 }

@@ -218,7 +218,7 @@ def _class_of(name: str) -> str:
 
 
 def _of_keras_2(file: h5py.File) -> Iterator[tuple[str, list[list[Any]]]]:
-    """(class, arrays of each layer inside) of the layers with weights, which are in the order that they were made in."""
+    """(class, arrays of each layer inside) of the layers with weights, in the order that they were made in."""
     for name in file.attrs["layer_names"]:
         group = file[name]
         arrays = [group[one] for one in group.attrs["weight_names"]]
