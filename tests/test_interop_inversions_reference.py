@@ -22,7 +22,7 @@ diffusers = pytest.importorskip("diffusers")
 library = pytest.importorskip("safetensors.torch")
 
 VECTORS = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
-TEXTS = ["a <toy> b", "<Toy>s, a<toy>"]
+TEXTS = ["a <toy> b", "<toy>s, a<toy>"]
 
 
 def one(folder):

@@ -143,8 +143,8 @@ def test_images_of_another_size(tmp_path):
         wanted = extractor(Image.fromarray(image), return_tensors="np").pixel_values.transpose(0, 2, 3, 1)
         found = condition._prepared(image[None])
         assert found.shape == wanted.shape
-        assert np.abs(found - wanted).max() < 2.1 / 255 / 0.26  # Pillow rounds between the two axes
-        assert np.abs(found - wanted).mean() < 0.3 / 255 / 0.26
+        assert np.abs(found - wanted).max() < 1.1 / 255 / 0.26
+        assert np.abs(found - wanted).mean() < 0.01 / 255 / 0.26
     floats = IMAGES / 127.5 - 1.0
     np.testing.assert_allclose(condition.rows(floats), condition.rows(IMAGES), atol=1e-4)
     np.testing.assert_allclose(condition.rows(IMAGES[0]), condition.rows(IMAGES)[0], atol=1e-5)
@@ -205,7 +205,7 @@ def test_files_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"`skip=1`; received 24, and skip=0"):
         ip_adapters.load(model, path, encoders.load(folder))
     few = {name: one for name, one in state.items() if not name.startswith("ip_adapter.") or ".1." in name}
-    with pytest.raises(ValueError, match="attends to text 1 times; this does 4 times"):
+    with pytest.raises(ValueError, match="attends to its text 1 times; this does 4 times"):
         ip_adapters.load(model, few, folder)
     with pytest.raises(ValueError, match="must have `image_proj` and `ip_adapter`"):
         ip_adapters.load(model, {"image_proj.latents": torch.ones(2)}, folder)

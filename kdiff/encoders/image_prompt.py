@@ -98,7 +98,7 @@ class ImagePrompt(Condition):
         _, count, width = self._tokens_shape()
         for one in attentions:
             beside = DecoupledAttention(*one.split, dtype=one.dtype_policy, name="image")
-            build_layer(beside, (None, count, width))
+            beside.build((None, count, width))
             one.attend_beside(beside, count)
 
     def _tokens_shape(self):
@@ -140,9 +140,11 @@ class ImagePrompt(Condition):
         size, (height, width) = self.encoder.size, images.shape[1:3]
         short = min(height, width)
         sizes = (size * height // short, size * width // short)
-        levels = images.astype("float32") if whole else 127.5 * (images + 1)
-        y = ops.convert_to_numpy(resized(levels, sizes, "bicubic"))
-        y = np.clip(np.round(y) if whole else y, 0, 255) / 255
+        y = images.astype("float32") if whole else 127.5 * (images + 1)
+        for shape in ((height, sizes[1]), sizes):  # as Pillow, which keeps whole numbers between the two
+            y = np.clip(ops.convert_to_numpy(resized(y, shape, "bicubic")), 0, 255)
+            y = np.round(y) if whole else y
+        y = y / 255
         top, left = (sizes[0] - size) // 2, (sizes[1] - size) // 2
         y = y[:, top : top + size, left : left + size]
         return ((y - np.float32(MEAN)) / np.float32(STD)).astype("float32")
