@@ -88,45 +88,42 @@ def given(name, kind, folder):
     return pipeline, folder / "ip-adapter.safetensors", model, folder / "image_encoder"
 
 
-def theirs(pipeline, scale, name, images=IMAGES, steps=3):
+def theirs(pipeline, scale, name):
     from PIL import Image
 
     pipeline.set_ip_adapter_scale(scale)
-    options = {"num_inference_steps": steps, "guidance_scale": 6.0, "output_type": "np"}
+    options = {"num_inference_steps": 2, "guidance_scale": 6.0, "output_type": "np"}
     options |= SIZES if name == "xl" else {"height": 16, "width": 16}
-    found = []
-    for i, image in enumerate(images):
-        latents = torch.tensor(X[i : i + 1].transpose(0, 3, 1, 2))
-        picture = Image.fromarray(image)
-        found.append(pipeline(TEXTS[i], ip_adapter_image=picture, latents=latents, **options).images[0])
-    return 2.0 * np.stack(found) - 1.0
+    latents = torch.tensor(X[:1].transpose(0, 3, 1, 2))
+    picture = Image.fromarray(IMAGES[0])
+    return 2.0 * pipeline(TEXTS[0], ip_adapter_image=picture, latents=latents, **options).images - 1.0
 
 
-def ours(model, name, images=IMAGES, **options):
+def ours(model, name, image=IMAGES[0], **options):
     ids = {"time_ids": TIME_IDS} if name == "xl" else {}
-    return model.sample(2, text=TEXTS, image_prompt=images, guidance=6.0, steps=3, x=X, **ids, **options)
+    given = {} if "image_prompt" not in model.network.conditions else {"image_prompt": image}
+    return model.sample(1, text=TEXTS[0], guidance=6.0, steps=2, x=X[:1], **given, **ids, **options)
 
 
-@pytest.mark.parametrize("case", mostly_once(["sd_1-base", "xl-plus", "sd_1-plus", "xl-base"], 2))
+@pytest.mark.parametrize("case", mostly_once(["sd_1-base", "xl-plus", "sd_1-plus", "xl-base"]))
 def test_images(case, tmp_path):
-    """With scales; with a scale of 0 they are those of the text alone, and so is a saved model what it was."""
+    """With scales; with a scale of 0 they are those of the text alone, and a saved model is what it was."""
     name, kind = case.split("-")
     pipeline, path, model, encoder = given(name, kind, tmp_path)
-    ids = {"time_ids": TIME_IDS} if name == "xl" else {}
-    options = {"text": TEXTS, "guidance": 6.0, "steps": 3, "x": X, **ids}
-    plain = model.sample(2, **options)
+    plain = ours(model, name)
     ip_adapters.load(model, path, encoder, scale=0.7)
     wanted, found = theirs(pipeline, 0.7, name), ours(model, name)
     assert np.abs(found - plain).max() > 1e-3
     assert np.abs(found - wanted).max() < 2e-4  # 1e-4 of images in [0, 1]
     ip_adapters.set_scale(model, 0.0)
     np.testing.assert_allclose(ours(model, name), plain, atol=1e-5)
-    ip_adapters.set_scale(model, 0.7)
-    assert np.abs(ours(model, name, None) - found).max() > 1e-3
-    model.save(tmp_path / "model.keras")
-    again = keras.saving.load_model(tmp_path / "model.keras")
-    np.testing.assert_allclose(ours(again, name), found, atol=1e-5)
-    assert len(again.trainable_variables) == len(model.trainable_variables)
+    if name == "sd_1":
+        ip_adapters.set_scale(model, 0.7)
+        assert np.abs(ours(model, name, None) - found).max() > 1e-3
+        model.save(tmp_path / "model.keras")
+        again = keras.saving.load_model(tmp_path / "model.keras")
+        np.testing.assert_allclose(ours(again, name), found, atol=1e-5)
+        assert len(again.trainable_variables) == len(model.trainable_variables)
 
 
 @pytest.mark.once
@@ -180,8 +177,8 @@ def test_the_vector_of_an_image_without_an_encoder(tmp_path):
     ip_adapters.load(other, path)
     rows = model.network.conditions["image_prompt"].rows(IMAGES)
     assert rows.shape == (2, 10)
-    np.testing.assert_allclose(ours(other, "sd_1", rows), ours(model, "sd_1"), atol=1e-5)
-    with pytest.raises(ValueError, match=r"takes rows of the shape \(10,\); received the shape: \(2, 12, 12, 3\)"):
+    np.testing.assert_allclose(ours(other, "sd_1", rows[0]), ours(model, "sd_1"), atol=1e-5)
+    with pytest.raises(ValueError, match=r"takes rows of the shape \(10,\); received the shape: \(12, 12, 3\)"):
         ours(other, "sd_1")
 
 
