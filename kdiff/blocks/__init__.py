@@ -3,6 +3,7 @@
 from kdiff.blocks.attention import CrossAttention, MultiHeadAttention, SelfAttention
 from kdiff.blocks.base import Block, Chain, Tokens
 from kdiff.blocks.beside import Beside
+from kdiff.blocks.beside_context import DecoupledAttention, Resampler
 from kdiff.blocks.conditions import Condition, Encoded, Input, Joint, OptionalCondition, VectorAndTokens
 from kdiff.blocks.context_attention import AttentionPool, ContextAttention
 from kdiff.blocks.convolution import ConvBlock, ConvNeXtBlock, ResidualBlock, SimpleBlock
@@ -48,6 +49,7 @@ __all__ = [
     "ConvBlock",
     "ConvNeXtBlock",
     "CrossAttention",
+    "DecoupledAttention",
     "Dense",
     "Downsample",
     "Encoded",
@@ -78,6 +80,7 @@ __all__ = [
     "PositionTable",
     "RMSNorm",
     "RelativePositions",
+    "Resampler",
     "ResidualBlock",
     "Rotary",
     "SelfAttention",

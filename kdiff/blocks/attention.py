@@ -87,6 +87,21 @@ class MultiHeadAttention(Block):
         self.pattern = Pattern.get(pattern)
         self.qk_norm = None if qk_norm is None else copy_layer(qk_norm, name="qk_norm", dtype=self.dtype_policy)
         self.rotary = None if rotary is None else RelativePositions.get(rotary)
+        self.beside, self.beside_count = None, 0
+
+    @property
+    def split(self) -> tuple[int, int]:
+        """(heads, channels of a head) of a built one."""
+        return self._split
+
+    def attend_beside(self, layer: keras.layers.Layer, count: int) -> None:
+        """Lets a layer, `layer(q, tokens)`, add to the heads what it makes of the last `count` tokens of a context.
+
+        The attention itself is then to the others. Call it once, when this is built.
+        """
+        self._tracker.unlock()
+        self.beside, self.beside_count = layer, count
+        self._tracker.lock()
 
     def build(self, x_shape, context_shape=None):
         """Builds the four projections and the normalisations."""
@@ -128,6 +143,9 @@ class MultiHeadAttention(Block):
         """A map or tokens, with `context` (batch, other tokens, dim), `Tokens` or None, to the shape of `x`."""
         bias = context.bias if isinstance(context, Tokens) else None
         context, mask = opened(context)
+        tokens, count = context, -self.beside_count
+        if self.beside is not None:
+            context, mask = context[:, :count], None if mask is None else mask[:, :count]
         source = x if context is None else context
         q, k, v = self.projected(x, source)
         if context is None and self.rotary is not None:
@@ -137,6 +155,8 @@ class MultiHeadAttention(Block):
         else:
             given = {name: one for name, one in {"mask": mask, "bias": bias}.items() if one is not None}
             y = (self.pattern if context is None else Global())(q, k, v, **given)
+        if self.beside is not None:
+            y = y + self.beside(q, tokens[:, count:])
         return self.merged(y, x)
 
     def projected(self, x, source):

@@ -7,6 +7,7 @@ from kdiff.encoders.clip import CLIPText, CLIPVision
 from kdiff.encoders.image_prompt import ImagePrompt
 from kdiff.encoders.joint_prompt import JointPrompt
 from kdiff.encoders.ldm import LDMText
+from kdiff.encoders.picture_prompt import PicturePrompt
 from kdiff.encoders.prompt import Prompt, PromptVector
 from kdiff.encoders.t5 import T5Text
 from kdiff.encoders.tokenizers import JSONTokenizer, SentencePiece
@@ -18,6 +19,7 @@ __all__ = [
     "JSONTokenizer",
     "JointPrompt",
     "LDMText",
+    "PicturePrompt",
     "Prompt",
     "PromptVector",
     "SentencePiece",

@@ -1,10 +1,13 @@
-"""A picture as a condition in place of a text, by CLIP's encoder of images, frozen inside of the network.
+"""An image as a condition by an encoder that has learned already, to which a network attends beside its text.
 
-network = UNet.transformer(64, conditions={"picture": ImagePrompt(CLIPVision(projection=768))})
-model.sample(4, picture=photo, guidance=3.0)
+    model.sample(4, text="a cat", image_prompt=image, guidance=7.5)
+
+Ye et al., "IP-Adapter: Text Compatible Image Prompt Adapter for Text-to-Image Diffusion Models" (2023). As of a
+`Prompt`, the input of the network is what the encoder gives, made on the host before the first step.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -12,158 +15,165 @@ import numpy as np
 from keras import ops
 
 from kdiff import backend
-from kdiff.base import check_integer
-from kdiff.blocks.base import build_layer
-from kdiff.blocks.conditions import Condition, Encoded, Input
+from kdiff.blocks.base import build_layer, copy_layer, output_shape
+from kdiff.blocks.beside_context import DecoupledAttention
+from kdiff.blocks.conditions import Condition, Encoded
 from kdiff.blocks.resizing import resized
 from kdiff.encoders.clip import CLIPVision
 
-__all__ = ["MEAN", "PICTURE", "STD", "ImagePrompt"]
+__all__ = ["MEAN", "STD", "ImagePrompt"]
 
-PICTURE = "picture"  # the input of the network, whatever the condition's name
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of pixels in [0, 1]
+# Of the images that CLIP has seen, by channel, in [0, 1].
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ImagePrompt(Condition):
-    """The vector of a picture by CLIP, as the one token of the context: Stable Diffusion's image variations.
+    """The tokens of an image, to which each attention to the context attends beside it (`blocks.DecoupledAttention`).
 
-    `fit` and `sample` take pictures as "picture", whatever the name of the condition: (height, width, channels) each,
-    whole numbers in 0 ... 255 or floating-point ones in [-1, 1], of any size; or vectors, as `rows` makes them. A
-    picture is brought to the encoder's size by its shorter side, cut to a square in the middle, and normalised.
+    It must be the last condition of its network, which it changes. `fit` and `sample` take images, uint8 or in [-1, 1],
+    of any size, (batch, height, width, 3) or one for all, or what `rows` makes of them. All of it is constant.
 
-    A vector of zeros stands for no picture. In training it takes the place of one with probability `dropout`.
+    No condition is a vector of zeros or, of tokens, those of a black image after normalisation.
 
     Args:
-        encoder: a built `CLIPVision` with a `projection`. It is used as it is, not copied, and frozen.
-        mean, std: of pixels in [0, 1], by channel, that the encoder was trained with.
+        layer: the layer, or its name, from the encoder's vector, (batch, dim), or tokens, (batch, tokens, dim), to the
+            tokens that are attended to.
+        encoder: a built `CLIPVision`, which is used as it is; None if images are given as what it gives.
+        row: the shape of what the encoder gives of one image; None for that of `encoder`.
+        of_tokens: whether the tokens of the encoder are taken, not its vector.
         dropout, seed: as in `Condition`.
-        batch_size: how many are encoded at once.
 
     Raises:
-        TypeError: if the encoder is another.
-        ValueError: if it has no projection, or `mean` and `std` are not of its channels.
+        ValueError: if the shape of a row is not known.
     """
+
+    frozen = True
 
     def __init__(
         self,
-        encoder: CLIPVision,
-        mean: Any = MEAN,
-        std: Any = STD,
+        layer: Any,
+        encoder: CLIPVision | None = None,
+        row: Sequence[int] | None = None,
+        of_tokens: bool = False,
         dropout: float = 0.0,
         seed: int = 0,
-        batch_size: int = 16,
         **kwargs,
     ):
         super().__init__(dropout, seed, **kwargs)
-        check_integer("ImagePrompt", "batch_size", batch_size)
-        if not isinstance(encoder, CLIPVision):
-            raise TypeError(f"ImagePrompt: `encoder` must be a CLIPVision; received: {encoder!r}")
-        if encoder.projection is None:
-            raise ValueError("ImagePrompt: the encoder must have a `projection`")
-        self.encoder, self.batch_size = encoder, batch_size
-        self.mean, self.std = (tuple(float(one) for one in values) for values in (mean, std))
-        if not len(self.mean) == len(self.std) == encoder.channels or min(self.std) <= 0:
-            raise ValueError(
-                f"ImagePrompt: `mean` and `std` must be {encoder.channels} numbers, `std` above 0; received: {mean} "
-                f"and {std}"
-            )
-        encoder.freeze()
+        if encoder is None and row is None:
+            raise ValueError("ImagePrompt: without an `encoder` the shape of a `row` must be given")
+        self.layer = copy_layer(layer, name="layer", dtype=self.dtype_policy)
+        self.encoder = encoder
+        self.of_tokens = of_tokens
+        self.row = tuple(row) if encoder is None else self._row_of(encoder)
+        if encoder is not None:
+            encoder.freeze()
+        self._nothing: np.ndarray | None = None
 
-    input = PICTURE
-    vector = 0  # beside the token
-
-    @property
-    def width(self) -> int:
-        """Channels of the token."""
-        return self.encoder.projection
-
-    @property
-    def row(self) -> tuple[int]:
-        """The shape of what `rows` makes of one picture."""
-        return (self.width,)
-
-    def inputs_of(self, name: str) -> dict[str, Input]:
-        """One, "picture"."""
-        return {PICTURE: Input(PICTURE, self)}
+    def _row_of(self, encoder):
+        tokens = 1 + (encoder.size // encoder.patch) ** 2
+        return (tokens, encoder.width) if self.of_tokens else (encoder.projection or encoder.width,)
 
     def build(self, x_shape, embed_shape=None):
-        """Builds the encoder if it is not."""
-        self._check_shape(_taken(x_shape))
-        build_layer(self.encoder, (None, self.encoder.size, self.encoder.size, self.encoder.channels))
-        self.encoder.freeze()  # with the variables that it has now
+        """Builds the layers, all constant."""
+        build_layer(self.layer, (None, *self.row))
+        if self.encoder is not None and not self.encoder.built:
+            build_layer(self.encoder, (None, self.encoder.size, self.encoder.size, self.encoder.channels))
+        self.trainable = True
+        self.trainable = False
+        for weight in self.weights:
+            weight.averaged = weight.trainable = False
 
-    def _check_shape(self, shape):
-        if tuple(shape)[1:] not in (self.row, (None,)):
-            raise ValueError(
-                f"ImagePrompt: pictures (height, width, {self.encoder.channels}), or vectors of {self.width} numbers "
-                f"as `rows` makes them, are expected; received the shape: {tuple(shape)}"
-            )
+    def get_build_config(self):
+        """The row that it takes."""
+        return {"row": self.row} if self.built else None
+
+    def build_from_config(self, config):
+        """Builds a loaded layer."""
+        self.build((None, *config["row"]))
+
+    def attach(self, attentions: Sequence[keras.layers.Layer]) -> None:
+        """Gives each `MultiHeadAttention` to the context its attention to the tokens."""
+        _, count, width = self._tokens_shape()
+        for one in attentions:
+            beside = DecoupledAttention(*one.split, dtype=one.dtype_policy, name="image")
+            beside.build((None, count, width))
+            one.attend_beside(beside, count)
+
+    def _tokens_shape(self):
+        return output_shape(self.layer, (None, *self.row))
 
     # On the host
 
     @property
     def null(self) -> np.ndarray:
-        """Zeros."""
-        return np.zeros(self.row, "float32")
+        """What stands for no image."""
+        if self._nothing is None:
+            if self.of_tokens and self.encoder is not None:
+                size = self.encoder.size
+                self._nothing = self._given(np.zeros((1, size, size, self.encoder.channels), "float32"))[0]
+            else:
+                self._nothing = np.zeros(self.row, "float32")
+        return self._nothing
 
-    def rows(self, pictures: Any) -> Any:
-        """Pictures, one or a batch, to vectors, (count, width), or one; vectors are left as they are."""
-        shape = tuple(pictures.shape)
-        if len(shape) not in (3, 4) or shape[-1] != self.encoder.channels:
-            return pictures
-        if not self.encoder.built:
-            raise ValueError("ImagePrompt: the encoder has no weights yet; build it, or the model")
-        pictures = ops.convert_to_numpy(pictures)
-        batch = pictures[None] if len(shape) == 3 else pictures
-        size = min(self.batch_size, 2 ** (len(batch) - 1).bit_length())
-        found = []
-        for first in range(0, len(batch), size):  # the last is filled up: another size would be compiled again
-            at = np.minimum(np.arange(first, first + size), len(batch) - 1)
-            found.append(ops.convert_to_numpy(self._encode(self._pixels(batch[at]))))
-        vectors = np.concatenate(found)[: len(batch)]
-        return vectors[0] if len(shape) == 3 else vectors
+    def rows(self, images: Any) -> np.ndarray:
+        """Images, uint8 or in [-1, 1], to what the encoder gives, one row an image; such rows are left as they are."""
+        images = images if isinstance(images, np.ndarray) else ops.convert_to_numpy(images)
+        rank = len(self.row)
+        if images.shape[-rank:] == self.row and images.ndim in (rank, rank + 1):
+            return images
+        if images.ndim not in (3, 4) or self.encoder is None or images.shape[-1] != self.encoder.channels:
+            taken = "" if self.encoder is None else f"images (batch, height, width, {self.encoder.channels}), or "
+            raise ValueError(
+                f"ImagePrompt: it takes {taken}rows of the shape {self.row}; received the shape: {images.shape}"
+            )
+        several = images[None] if images.ndim == 3 else images
+        if several.dtype.kind not in "iu" and np.abs(several).max() > 1.001:
+            raise ValueError(f"ImagePrompt: images must be uint8 or in [-1, 1]; received: {np.abs(several).max()}")
+        found = [self._given(self._prepared(several[i : i + 1])) for i in range(len(several))]
+        return np.concatenate(found)[0] if images.ndim == 3 else np.concatenate(found)
 
-    def _pixels(self, pictures: np.ndarray) -> Any:
-        """As the encoder takes them, (batch, size, size, channels)."""
-        whole = pictures.dtype.kind in "iu"
-        x = pictures.astype("float32") / 255.0 if whole else 0.5 * pictures.astype("float32") + 0.5
-        height, width, size = *x.shape[1:3], self.encoder.size
-        shorter = min(height, width)
-        sizes = tuple(size if side == shorter else int(size * side / shorter) for side in (height, width))
-        x = np.clip(ops.convert_to_numpy(resized(x, sizes, "bicubic")), 0.0, 1.0)
-        top, left = ((side - size) // 2 for side in sizes)
-        x = x[:, top : top + size, left : left + size]
-        return (x - np.asarray(self.mean, "float32")) / np.asarray(self.std, "float32")
+    def _prepared(self, images):
+        """Of the size of the encoder, by the shorter side and without what lies outside, and normalised."""
+        whole = images.dtype.kind in "iu"
+        size, (height, width) = self.encoder.size, images.shape[1:3]
+        short = min(height, width)
+        sizes = (size * height // short, size * width // short)
+        y = images.astype("float32") if whole else 127.5 * (images + 1)
+        for shape in ((height, sizes[1]), sizes):  # as Pillow, which keeps whole numbers between the two
+            y = np.clip(ops.convert_to_numpy(resized(y, shape, "bicubic")), 0, 255)
+            y = np.round(y) if whole else y
+        y = y / 255
+        top, left = (sizes[0] - size) // 2, (sizes[1] - size) // 2
+        y = y[:, top : top + size, left : left + size]
+        return ((y - np.float32(MEAN)) / np.float32(STD)).astype("float32")
+
+    def _given(self, images):
+        return ops.convert_to_numpy(self._encode(images))
 
     @functools.cached_property
     def _encode(self):
-        """The compiled encoder."""
-
-        def run(pixels):
-            return ops.cast(self.encoder(pixels, training=False).vector, "float32")
+        def run(images):
+            found = self.encoder(images, training=False)
+            return ops.cast(found.tokens if self.of_tokens else found.vector, "float32")
 
         return backend.compiled(run, self.encoder)
 
     def check(self, values) -> None:
-        """Raises a ValueError for rows of another shape."""
-        self._check_shape(values.shape)
+        """Raises a ValueError for rows that are not finite."""
+        if not np.all(np.isfinite(values)):
+            raise ValueError(
+                "ImagePrompt: the rows of images must be finite; received a batch that holds NaN or infinity"
+            )
 
     # In the network
 
-    def call(self, x, embed=None, context=None, training=None):
-        """Rows to what `encode` gives."""
-        return super().call(_taken(x), embed, context, training)
-
     def encode(self, x, embed, training):
-        """Vectors to tokens, (batch, 1, width)."""
-        self._check_shape(x.shape)
-        return Encoded(tokens=ops.cast(x, self.compute_dtype)[:, None])
+        """Rows to tokens."""
+        return Encoded(tokens=self.layer(ops.cast(x, self.compute_dtype)))
 
     def compute_output_spec(self, x, embed=None, context=None, training=None):
-        """The specification of what `encode` gives."""
-        return Encoded(tokens=keras.KerasTensor((_taken(x).shape[0], 1, self.width), self.compute_dtype))
-
-
-def _taken(x):
-    """The rows, of a dictionary of inputs too; or their shape, or symbol."""
-    return x[PICTURE] if isinstance(x, dict) else x
+        """That of the tokens."""
+        _, count, width = self._tokens_shape()
+        return Encoded(tokens=keras.KerasTensor((x.shape[0], count, width), self.compute_dtype))

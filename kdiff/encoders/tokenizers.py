@@ -3,11 +3,15 @@
     JSONTokenizer      the JSON of a `tokenizers.Tokenizer`, as transformers writes it; CLIP's and BERT's of their words
     SentencePiece      the file of a sentencepiece model, as T5's
 
+A token that was added to a vocabulary and is followed there by its name with "_1", "_2" and so on stands for all of
+them, as diffusers has it for textual inversions of several vectors.
+
 The numbers are those of the vocabulary, and each text has the tokens that begin and end it. A vocabulary is a part of
 the configuration, and so of a saved model. They need the packages `tokenizers` and `sentencepiece`, the extra `text`.
 """
 
 import base64
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -48,10 +52,49 @@ class JSONTokenizer(Tokenizer):
         self._encoder.no_padding()
         self._encoder.no_truncation()
         self.model = model
+        self._several = self._of_several()
         check_integer("JSONTokenizer", "padding", padding, 0)
         self.padding = padding
         self.start, self.end = self._around()
         check_integer("JSONTokenizer", "length", length, len(self.start) + len(self.end) + 1)
+
+    def _of_several(self) -> dict[int, list[int]]:
+        """The numbers of all tokens that an added one stands for, by its number, if they are several."""
+        added = {token.content: number for number, token in self._encoder.get_added_tokens_decoder().items()}
+        found: dict[int, list[int]] = {}
+        for word, number in added.items():
+            names = itertools.takewhile(added.__contains__, (f"{word}_{i}" for i in itertools.count(1)))
+            more = [added[name] for name in names]
+            if more:
+                found[number] = [number, *more]
+        return found
+
+    def with_token(self, token: str, count: int = 1) -> tuple[Self, list[int]]:
+        """This tokenizer with one more token, and its number; or with `count`, which the first stands for.
+
+        Raises:
+            ValueError: if the vocabulary has one of these.
+        """
+        names = [token, *(f"{token}_{i}" for i in range(1, count))]
+        with needs("text", "JSONTokenizer needs tokenizers"):
+            import tokenizers
+        encoder = tokenizers.Tokenizer.from_str(self.model)
+        known = [name for name in (*names, f"{token}_{count}") if encoder.token_to_id(name) is not None]
+        if known or not token.strip():
+            raise ValueError(
+                f"JSONTokenizer: a new token must be a word that the vocabulary does not have; received: {token!r}"
+                + (f", and it has {known}" if known else "")
+            )
+        encoder.add_tokens([tokenizers.AddedToken(name, normalized=True) for name in names])
+        numbers = [encoder.token_to_id(name) for name in names]
+        return type(self)(encoder.to_str(), self.length, self.padding), numbers
+
+    def numbers_of(self, token: str) -> list[int] | None:
+        """The number of a token that was added, or of all that it stands for; None if there is none."""
+        number = self._encoder.token_to_id(token)
+        if number is None or number not in self._encoder.get_added_tokens_decoder():
+            return None
+        return self._several.get(number, [number])
 
     def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The tokens that the JSON has before and after each text: those around that of a letter."""
@@ -138,7 +181,8 @@ class JSONTokenizer(Tokenizer):
 
     def tokens(self, text: str) -> list[int]:
         """Their numbers in the vocabulary."""
-        return self._encoder.encode(text, add_special_tokens=False).ids
+        numbers = self._encoder.encode(text, add_special_tokens=False).ids
+        return [one for number in numbers for one in self._several.get(number, (number,))]
 
 
 class SentencePiece(Tokenizer):

@@ -98,7 +98,7 @@ class Change:
 
     def _forget(self) -> None:
         if self._prompt is not None:
-            self._prompt.forget()
+            self._prompt.changed()
 
     def __repr__(self) -> str:
         return f"Change({ ({part: len(names) for part, names in self.names.items()}) })"
@@ -193,7 +193,8 @@ def save(model: keras.layers.Layer, path: str | Path, averages: bool = True, con
                 down, up = _written(ours, averaged)
                 if convolutions and down.ndim == 2 and re.search(r"attentions\.\d+\.proj_(in|out)$", name):
                     down, up = down[:, :, None, None], up[:, :, None, None]
-                state |= {f"{part}.{name}.lora_A.weight": down, f"{part}.{name}.lora_B.weight": up}
+                name = lora_names.saved(part, name)
+                state |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     if changed:
         paths = [layer._kernel.path for layer in lora.enabled(model) if id(layer) in changed]
         raise ValueError(f"lora.save: diffusers has no names for these layers alone: {_listed(paths)}")

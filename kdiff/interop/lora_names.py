@@ -23,7 +23,7 @@ from kdiff.networks.dit import DiT
 from kdiff.networks.mmdit import MMDiT
 from kdiff.networks.unet import UNet
 
-__all__ = ["ALIASES", "ENTRY", "Layers", "layers_of", "network_of", "normalised", "parts_of", "place"]
+__all__ = ["ALIASES", "ENTRY", "Layers", "layers_of", "network_of", "normalised", "parts_of", "place", "saved"]
 
 Layers = dict[str, list[Slot]]  # the kernels that are parts of the array that a name is of
 
@@ -120,6 +120,11 @@ def place(name: str, known: dict[str, tuple[str, str]]) -> tuple[str, str] | Non
         if _flat(one) in known:
             return known[_flat(one)]
     return None
+
+
+def saved(part: str, name: str) -> str:
+    """What diffusers calls a layer in a file: CLIP's encoders have a prefix there, with transformers 5 too."""
+    return f"{part}.text_model.{name}" if name.startswith("encoder.layers.") else f"{part}.{name}"
 
 
 def _flat(name: str) -> str:

@@ -25,9 +25,9 @@ import keras
 
 from kdiff.blocks.embeddings import SteeredEmbedding
 from kdiff.codecs import Codec, Latent
-from kdiff.encoders.image_prompt import ImagePrompt
 from kdiff.encoders.joint_prompt import JointPrompt
 from kdiff.encoders.ldm import LDMText
+from kdiff.encoders.picture_prompt import PicturePrompt
 from kdiff.interop import maps, prompts
 
 __all__ = ["Pipeline", "pipeline_of"]
@@ -104,7 +104,7 @@ def _without_controls(network: keras.Model, kind: str, scheduler: str, codec: Co
     latent = isinstance(codec, Latent)
     if isinstance(prompt, JointPrompt):
         return _of_sd3(prompt) if latent and not beside else Pipeline({})
-    if isinstance(prompt, ImagePrompt):
+    if isinstance(prompt, PicturePrompt):
         return _named("StableDiffusionImageVariation", _UNSAFE) if latent and not beside else Pipeline({})
     if prompt is not None:
         return _of_text(network, prompt, beside) if latent else Pipeline({})

@@ -17,9 +17,9 @@ import keras
 
 from kdiff.blocks.conditions import Joint
 from kdiff.encoders.base import Encoder
-from kdiff.encoders.image_prompt import ImagePrompt
 from kdiff.encoders.joint_prompt import JointPrompt
 from kdiff.encoders.ldm import LDMText
+from kdiff.encoders.picture_prompt import PicturePrompt
 from kdiff.encoders.prompt import INPUT, Prompt, PromptVector
 from kdiff.interop import encoders, folders, tokenizers
 from kdiff.interop.configs import Described, explained
@@ -64,7 +64,7 @@ CONTEXT = "context"  # the condition of a network that takes the text's tokens
 
 def load(
     folder: str | Path, index: Mapping[str, Any], skip: int = 0, variant: str | None = None
-) -> Prompt | ImagePrompt | None:
+) -> Prompt | PicturePrompt | None:
     """The text, or picture, of the folder of a pipeline; None if it is not one of `PIPELINES`, or has no encoder.
 
     Of Stable Diffusion 3 the folder of T5 alone may be left out: zeros stand for its tokens then.
@@ -96,7 +96,7 @@ def load(
         for encoder, variant in there.items()
     ]
     if name == VARIATIONS:
-        return ImagePrompt(made[0], **_pixels_of(folder / "feature_extractor"))
+        return PicturePrompt(made[0], **_pixels_of(folder / "feature_extractor"))
     # BERT's own tokenizer may say that a text is longer than what this encoder takes.
     words = [
         tokenizers.load(folder / tokenizer, SD3_LENGTH if part == PARTS[2][0] else None if own else encoder.length)
@@ -117,7 +117,7 @@ def _pixels_of(folder: Path) -> dict[str, Any]:
     return {name: config[key] for name, key in names.items() if isinstance(config.get(key), list)}
 
 
-def conditioned(described: Described, prompt: Prompt | ImagePrompt) -> Described:
+def conditioned(described: Described, prompt: Prompt | PicturePrompt) -> Described:
     """A network that is not built, whose context, and vector, are those of the text: its input is "text" for both.
 
     Of a picture the input is "picture".
@@ -149,15 +149,15 @@ def conditioned(described: Described, prompt: Prompt | ImagePrompt) -> Described
     return Described(network, {**shapes, prompt.input: (None, *prompt.row)})
 
 
-def prompt_of(network: Any) -> Prompt | ImagePrompt | None:
+def prompt_of(network: Any) -> Prompt | PicturePrompt | None:
     """The condition that `conditioned` gave the network."""
     found = getattr(network, "conditions", {}).get(CONTEXT)
-    return found if isinstance(found, (Prompt, ImagePrompt)) else None
+    return found if isinstance(found, (Prompt, PicturePrompt)) else None
 
 
-def encoders_of(prompt: Prompt | ImagePrompt) -> dict[str, Encoder]:
+def encoders_of(prompt: Prompt | PicturePrompt) -> dict[str, Encoder]:
     """The encoders by the names of their folders."""
-    if isinstance(prompt, ImagePrompt):
+    if isinstance(prompt, PicturePrompt):
         return {"image_encoder": prompt.encoder}
     return {name: encoder for (name, _), encoder in zip(_parts(prompt), prompt.encoders, strict=False)}
 
@@ -169,14 +169,14 @@ def _parts(prompt: Prompt) -> tuple[tuple[str, str], ...]:
     return PARTS[1:] if second else PARTS
 
 
-def save(prompt: Prompt | ImagePrompt, folder: str | Path) -> dict[str, list[str]]:
+def save(prompt: Prompt | PicturePrompt, folder: str | Path) -> dict[str, list[str]]:
     """Writes the folders of encoders and tokenizers; returns their entries of `model_index.json`.
 
     Raises:
         ValueError: if transformers has no such encoder or tokenizer.
     """
     folder = Path(folder)
-    if isinstance(prompt, ImagePrompt):
+    if isinstance(prompt, PicturePrompt):
         return _save_picture(prompt, folder)
     index = {}
     for (name, words), encoder, tokenizer in zip(_parts(prompt), prompt.encoders, prompt.tokenizers, strict=False):
@@ -190,7 +190,7 @@ def save(prompt: Prompt | ImagePrompt, folder: str | Path) -> dict[str, list[str
     return index
 
 
-def _save_picture(prompt: ImagePrompt, folder: Path) -> dict[str, list[str]]:
+def _save_picture(prompt: PicturePrompt, folder: Path) -> dict[str, list[str]]:
     encoders.save(prompt.encoder, folder / "image_encoder")
     size = prompt.encoder.size
     config = {

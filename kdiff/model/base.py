@@ -26,7 +26,7 @@ from kdiff.conversion import moved
 from kdiff.denoisers import Estimate, Given
 from kdiff.model import feeding
 from kdiff.model.averaging import Averaging
-from kdiff.model.condition_inputs import condition_names
+from kdiff.model.condition_inputs import condition_layers, condition_names
 from kdiff.model.sampling import Sampling, as_sampler
 from kdiff.model.saving import Saving
 from kdiff.model.sources import source_of
@@ -289,6 +289,13 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
         *state, data = args
         x, sample_weight = feeding.unpack(data)
         return super().test_step(*state, (x, None, sample_weight))
+
+    def _take_rows_anew(self) -> None:
+        """To be called when layers of conditions take other rows than before, as texts whose encoders learn."""
+        layers = {name: layer for name, layer in condition_layers(self.network).items() if hasattr(layer, "row")}
+        rows = {name: (None, *layer.row) for name, layer in layers.items() if name in (self.shapes or {})}
+        self.shapes = {**self.shapes, **rows} if rows else self.shapes
+        self._forget_graphs()
 
     def _forget_graphs(self) -> None:
         """What is compiled for the model as it was."""

@@ -334,8 +334,20 @@ class Sampling:
             backend.synchronise(model)
         averaging = tuple(model._follow_averages() for model in models if isinstance(model, Sampling))
         weights = tuple(id(variable) for model in models for variable in model.variables)
-        key = (sampler.key(), schedule, averages, averaging, weights, self.schedule, self.prediction, self.time_label)
-        step = (partial(self._answer, averages, schedule), condition_nulls(self.network), schedule)
+        nulls = condition_nulls(self.network)  # which are constants of the step
+        rows = tuple((name, np.asarray(null).tobytes()) for name, null in nulls.items())
+        key = (
+            sampler.key(),
+            schedule,
+            averages,
+            averaging,
+            weights,
+            self.schedule,
+            self.prediction,
+            self.time_label,
+            rows,
+        )
+        step = (partial(self._answer, averages, schedule), nulls, schedule)
         if draw is not None:
             return backend.without_gradients(partial(sampler.advance, *step, draw=draw))
         advance = self._compiled_steps.pop(key, None)

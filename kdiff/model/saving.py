@@ -48,14 +48,15 @@ class Saving:
         return config
 
     def get_build_config(self) -> dict[str, Any] | None:
-        """What `build` was given, and what `lora.enable` has done since."""
+        """What `build` was given, and what `lora.enable` has done since; no layers if a token alone learns."""
         if self.shapes is None:
             return None
         shapes = dict(self.shapes)
         example = {} if self.example is None else {"image": (None, *self.example)}
-        changed = lora.plan(self.network)
         config = {"shapes": {"encoded": shapes.pop("image"), **example, **shapes}}
-        return {**config, "lora": changed} if changed else config
+        changed = lora.plan(self.network)
+        adapted = changed or any(getattr(weight, "adapts", False) for weight in self.network.weights)
+        return {**config, "lora": changed} if adapted else config
 
     def build_from_config(self, config: dict[str, Any]) -> None:
         """Builds a loaded model."""

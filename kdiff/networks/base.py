@@ -120,6 +120,34 @@ class Network(ConfigurableLayer, keras.Model):
         channels += sum(one.map[-1] for one in encoded.values() if one.map is not None)
         self._build_body((*sizes, channels), embed, context)
         self._check_attended(context)
+        for name, layer in self.conditions.items():
+            if hasattr(layer, "attach"):  # to what attends to its tokens
+                self._attach(name, layer)
+
+    def add_condition(self, name: str, layer: keras.layers.Layer, shapes: Mapping[str, tuple]) -> None:
+        """Gives a built network one more condition, which changes nothing of its other weights.
+
+        Args:
+            name: of the condition.
+            layer: which has `attach`, as `kdiff.encoders.ImagePrompt`.
+            shapes: of all inputs by name, its own included.
+        """
+        time = build_layer(self.embedding, given_to(self.embedding, "time", shapes))
+        build_layer(layer, given_to(layer, name, shapes), time)
+        self._tracker.unlock()
+        self.conditions = {**self.conditions, name: layer}
+        self._tracker.lock()
+        self._build_shapes_dict = {"input_shape": dict(shapes)}
+        self._attach(name, layer)
+
+    def _attach(self, name, layer):
+        if list(self.conditions)[-1] != name:
+            raise ValueError(
+                f"{type(self).__name__}: {name!r} must be the last of `conditions`; it is not: {self.conditions}"
+            )
+        inside = {id(one) for top in self.conditions.values() for one in top._flatten_layers()}
+        layers = [one for one in self._flatten_layers() if isinstance(one, CrossAttention) and id(one) not in inside]
+        layer.attach([one.attention for one in layers if one.built])
 
     def encoded_shapes(self, shapes: Mapping[str, tuple]) -> tuple[Any, dict[str, Encoded]]:
         """The shapes of what `encoded` gives, of inputs of these shapes; what is not built yet is built."""
@@ -204,6 +232,9 @@ class Network(ConfigurableLayer, keras.Model):
     def encoded(self, inputs, training=None) -> tuple[Any, dict[str, Encoded]]:
         """What the embedding makes of the time, and the layer of each condition of its inputs, by name."""
         self._checked({name: tuple(value.shape) for name, value in inputs.items()})
+        for layer in self.conditions.values():
+            if hasattr(layer, "unfolded"):  # what encoders that learn make of tokens, once for all that take it
+                inputs = layer.unfolded(inputs, training)
         image = inputs["image"]
         time = apply_layer(self.embedding, given_to(self.embedding, "time", inputs), training=training)
         encoded = {

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import kdiff
-from kdiff.encoders import CLIPText, CLIPVision, ImagePrompt
-from kdiff.encoders.image_prompt import MEAN, STD
+from kdiff.encoders import CLIPText, CLIPVision, PicturePrompt
+from kdiff.encoders.picture_prompt import MEAN, STD
 from tests.toys import draw_weights, images, numpy
 
 
@@ -21,7 +21,7 @@ PICTURES = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3)).astype("uin
 
 def test_rows_are_the_encoders_vectors():
     """Of bytes and of numbers in [-1, 1]; of a picture of the encoder's size nothing is resized."""
-    prompt = ImagePrompt(encoder())
+    prompt = PicturePrompt(encoder())
     small = PICTURES[:, :8, :8]
     wanted = prompt.encoder((small / 255.0 - np.array(MEAN)) / np.array(STD)).vector
     np.testing.assert_allclose(prompt.rows(small), numpy(wanted), atol=1e-5)
@@ -34,7 +34,7 @@ def test_rows_are_the_encoders_vectors():
 @pytest.mark.once
 def test_other_sizes_are_cut_to_the_middle():
     """The shorter side counts: what lies beyond the square does not."""
-    prompt = ImagePrompt(encoder())
+    prompt = PicturePrompt(encoder())
     wide = np.concatenate([PICTURES[:, :, :8], PICTURES, PICTURES[:, :, :8]], axis=2)
     changed = wide.copy()
     changed[:, :, :4] = 0  # and the filter does not reach so far
@@ -44,7 +44,7 @@ def test_other_sizes_are_cut_to_the_middle():
 
 def test_it_trains_and_is_saved_with_the_model(tmp_path):
     """The encoder is not trained, nothing is a picture of zeros, and a loaded model makes the same images."""
-    prompt = ImagePrompt(encoder(), dropout=0.5)
+    prompt = PicturePrompt(encoder(), dropout=0.5)
     network = kdiff.networks.UNet.transformer(8, levels=1, depth=1, conditions={"context": prompt})
     model = kdiff.DiffusionModel(network, ema=None)
     model.build({"image": (None, 4, 4, 3), "picture": (None, 6)})
@@ -66,9 +66,9 @@ def test_it_trains_and_is_saved_with_the_model(tmp_path):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: ImagePrompt(CLIPText(10, 4, 8, 1, 2, 16)), TypeError, "must be a CLIPVision"),
-        (lambda: ImagePrompt(CLIPVision(8, 4, width=8, depth=1, heads=2, hidden=16)), ValueError, "a `projection`"),
-        (lambda: ImagePrompt(encoder(), mean=(0.5,)), ValueError, "must be 3 numbers"),
+        (lambda: PicturePrompt(CLIPText(10, 4, 8, 1, 2, 16)), TypeError, "must be a CLIPVision"),
+        (lambda: PicturePrompt(CLIPVision(8, 4, width=8, depth=1, heads=2, hidden=16)), ValueError, "a `projection`"),
+        (lambda: PicturePrompt(encoder(), mean=(0.5,)), ValueError, "must be 3 numbers"),
     ],
 )
 def test_bad_arguments(make, error, message):
