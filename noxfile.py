@@ -4,7 +4,7 @@
     tests(backend)  the suite where `kdiff[backend]` is all there is: the extra is enough, and on JAX and PyTorch
                     nothing misses TensorFlow, which is not installed; tests that need it skip themselves
     together        one environment with every extra: the backends compared, and on each the tests marked `data` or
-                    `reference`, which the other sessions skip
+                    `reference` that the other sessions skip
     thorough        not by default: on each backend everything, and what takes minutes, such as all pairs of guidance
                     rules compiled
     mutation        not by default: is a change of the mathematics noticed? (tests/mutation.py)
@@ -71,7 +71,8 @@ def together(session: nox.Session) -> None:
     install(session, ".[all]")
     pytest(session, "tensorflow", "tests/test_backends_agree.py")
     for backend in BACKENDS:
-        pytest(session, backend, marked="data or reference")
+        # PyTorch, diffusers and transformers are all that `reference` needs: tests(torch) has run those on PyTorch.
+        pytest(session, backend, marked="data" if backend == ONCE else "data or reference")
 
 
 @nox.session(default=False)
