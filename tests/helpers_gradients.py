@@ -1,6 +1,7 @@
-"""A layer or model as a function, on JAX compiled, which is slow otherwise, and its gradients, on TensorFlow compiled too.
+"""A layer or model as a function, and its gradients: compiled on JAX, which is slow otherwise.
 
-So on TensorFlow the two are also a comparison of a graph with operations one by one, which for one call are faster.
+On TensorFlow the gradients are of a graph, and a call alone is of operations one by one, which are faster: tests that
+compare the two say that both are the same.
 """
 
 import keras

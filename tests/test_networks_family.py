@@ -213,7 +213,7 @@ def test_series_whose_lengths_vary():
 
 
 def test_trains_in_a_diffusion_model():
-    network = NETWORKS["dit"][0]()
+    network = TRAINED["dit"][0]()
     model = DiffusionModel(network, schedule="cosine", prediction="velocity")
     model.compile("adam")
     inputs = {"image": np.zeros((4, 8, 4, 2), "float32"), "label": np.arange(4) % 3}
