@@ -11,8 +11,8 @@
 
 What says the same on every backend, tests marked `once`, runs on one of them, PyTorch; so does every case of a test
 with many, such as all predictions on all schedules, of which the others run two each, not the same ones.
-`nox -s "tests(jax)"` runs one session, `nox -- -k unet` hands what follows `--` to pytest (`--cases 1`: one case of each
-test), `nox -R` reuses the environments as they are.
+`nox -s "tests(jax)"` runs one session, `nox -- -k unet` hands what follows `--` to pytest, where `--cases 1` is one
+case of each test, `nox -R` reuses the environments as they are.
 """
 
 from pathlib import Path

@@ -31,9 +31,7 @@ collect_ignore_glob = [] if find_spec("torch") and find_spec("diffusers") else [
 
 def pytest_addoption(parser):
     parser.addoption("--thorough", action="store_true", help="run also the tests marked `thorough`")
-    parser.addoption(
-        "--cases", type=int, help="so many of the cases of each test, evenly spaced: others on TensorFlow"
-    )
+    parser.addoption("--cases", type=int, help="so many of the cases of each test, evenly spaced: others on TensorFlow")
 
 
 def pytest_configure(config):
