@@ -162,8 +162,8 @@ def test_mixed_precision(perturbed, policy):
 
 
 def trained(name, remat, steps=3):
-    """The losses of some steps of Adam."""
-    make, shape = NETWORKS[name]
+    """The losses of some steps."""
+    make, shape = TRAINED[name]
     keras.utils.set_random_seed(1)
     network = make().clone(remat=remat)
     inputs = arrays(network, shape, 4)
@@ -174,7 +174,15 @@ def trained(name, remat, steps=3):
     return network.fit(inputs, target, batch_size=2, epochs=steps, shuffle=False, verbose=0).history["loss"]
 
 
-@pytest.mark.parametrize("name", mostly_once(["unet", "dit", "uvit", "mlp"], 2))
+TRAINED = {  # no larger than it takes: remat is of each of the layers
+    "unet": (lambda: UNet.residual(8, 1, 1, dropout=0.2, conditions=label()), (8, 8, 2)),
+    "dit": (lambda: NETWORKS["dit"][0]().clone(depth=1), (8, 4, 2)),
+    "uvit": NETWORKS["uvit"],
+    "mlp": NETWORKS["mlp"],
+}
+
+
+@pytest.mark.parametrize("name", mostly_once(TRAINED, ("unet", "dit")))
 def test_remat_changes_nothing_but_memory(name):
     """Not the random numbers of dropout either, whose second pass must drop the same."""
     np.testing.assert_allclose(trained(name, True), trained(name, False), rtol=1e-5)
@@ -220,7 +228,7 @@ def test_series_whose_lengths_vary():
 
 
 def test_trains_in_a_diffusion_model():
-    network = NETWORKS["dit"][0]()
+    network = TRAINED["dit"][0]()
     model = DiffusionModel(network, schedule="cosine", prediction="velocity")
     model.compile("adam")
     inputs = {"image": np.zeros((4, 8, 4, 2), "float32"), "label": np.arange(4) % 3}
