@@ -2,7 +2,7 @@
 
 from kdiff.guidance.base import Clip, DynamicThreshold, Guidance, Here
 from kdiff.guidance.classifier_free import AdaptiveProjected, CFGPlusPlus, CFGZeroStar, ClassifierFree
-from kdiff.guidance.inverse import DPS, Inpaint, PiGDM
+from kdiff.guidance.inverse import DPS, Inpaint, MomentMatching, PiGDM
 from kdiff.guidance.models import Autoguidance, ClassifierGuidance, PerturbedAttention, Seamless
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Guidance",
     "Here",
     "Inpaint",
+    "MomentMatching",
     "PerturbedAttention",
     "PiGDM",
     "Seamless",
