@@ -10,7 +10,7 @@ from pathlib import Path
 
 __all__ = ["remove_leftovers", "replacing"]
 
-HOUR = 3600.0
+_HOUR = 3600.0
 
 
 @contextlib.contextmanager
@@ -53,7 +53,7 @@ def remove_leftovers(path: Path) -> None:
     pattern = re.compile(rf"\.partial-[^-]+-{re.escape(path.name)}")
     for old in [old for old in path.parent.iterdir() if pattern.fullmatch(old.name)]:
         with contextlib.suppress(OSError):  # it is gone, or another's
-            if time.time() - old.stat().st_mtime > HOUR:
+            if time.time() - old.stat().st_mtime > _HOUR:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
