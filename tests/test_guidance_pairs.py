@@ -70,6 +70,7 @@ def rules(classifier):
         guidance.AdaptiveProjected([2.0, 3.0, 4.0], drop=("label",), radius=1.0),
         guidance.CFGPlusPlus([0.3, 0.6, 0.9]),
         guidance.CFGZeroStar([1.5, 2.0, 2.5], negative={"label": np.int32([0, 1, 1])}),
+        guidance.Successive({"a": [1.0, 2.0, 3.0], "label": 1.5}),
         guidance.Autoguidance(lambda x, m: 0.5 * x, [1.0, 1.5, 2.0]),
         guidance.ClassifierGuidance(classifier, [0.0, 0.5, 1.0]),
         guidance.PerturbedAttention([0.0, 1.0, 2.0]),

@@ -288,7 +288,7 @@ def test_pipeline(tmp_path):
         ("AutoencoderKL", {"act_fn": "relu"}, "`act_fn` must be one of"),
         ("AutoencoderKL", {"up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]}, "must mirror"),
         ("AutoencoderKL", {"latent_channels": 0}, "`latent_channels` must be a whole number"),
-        ("VQModel", {"norm_type": "spatial"}, "`norm_type` must be one of"),
+        ("VQModel", {"norm_type": "spatial"}, "`norm_type` must be .*steered by the latents"),
         ("AutoencoderTiny", {"decoder_block_out_channels": [4, 8, 8]}, "one width"),
         ("AutoencoderOobleck", {}, "`_class_name` must be one of"),
     ],

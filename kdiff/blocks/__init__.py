@@ -12,6 +12,7 @@ from kdiff.blocks.embeddings import (
     LearnedEmbedding,
     MLPEmbedding,
     SinusoidalEmbedding,
+    SizeWaves,
     SteeredEmbedding,
 )
 from kdiff.blocks.layers import Conv2D, Dense
@@ -80,6 +81,7 @@ __all__ = [
     "SimpleBlock",
     "SinCos2D",
     "SinusoidalEmbedding",
+    "SizeWaves",
     "SpatialTransformer",
     "SteeredEmbedding",
     "TextEncoder",

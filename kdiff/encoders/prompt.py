@@ -95,6 +95,8 @@ class Prompt(Condition):
         if len(set(lengths)) > 1:
             raise ValueError(f"Prompt: texts must have one length, of tokenizers and encoders; received: {lengths}")
 
+    input = INPUT
+
     @property
     def length(self) -> int:
         """Tokens of a text."""
@@ -229,7 +231,7 @@ class Prompt(Condition):
 class PromptVector(Block):
     """The vector of the rows of a `Prompt`: the first numbers of the last row. Stable Diffusion XL adds it to the time:
 
-        Joint({"text": PromptVector(1280), "time_ids": SinusoidalEmbedding(256)}, MLPEmbedding(Identity(), 1280))
+        Joint({"text": PromptVector(1280), "time_ids": SizeWaves(256)}, MLPEmbedding(Identity(), 1280))
 
     Args:
         width: of the vector, `Prompt.vector`.

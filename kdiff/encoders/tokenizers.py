@@ -1,6 +1,6 @@
-"""Tokens of encoders that have learned already: the vocabularies of CLIP and T5, in the forms in which they are kept.
+"""Tokens of encoders that have learned already: the vocabularies of CLIP, T5 and BERT, in the forms that they are in.
 
-    JSONTokenizer      the JSON of a `tokenizers.Tokenizer`, as transformers writes it; CLIP's is made of its words
+    JSONTokenizer      the JSON of a `tokenizers.Tokenizer`, as transformers writes it; CLIP's and BERT's of their words
     SentencePiece      the file of a sentencepiece model, as T5's
 
 The numbers are those of the vocabulary, and each text has the tokens that begin and end it. A vocabulary is a part of
@@ -15,9 +15,10 @@ from typing import Any, Self
 from kdiff.base import check_integer, needs
 from kdiff.text import Tokenizer
 
-__all__ = ["CLIP_END", "CLIP_START", "CLIP_WORDS", "JSONTokenizer", "SentencePiece"]
+__all__ = ["BERT_END", "BERT_START", "CLIP_END", "CLIP_START", "CLIP_WORDS", "JSONTokenizer", "SentencePiece"]
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+BERT_START, BERT_END = "[CLS]", "[SEP]"
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -100,6 +101,35 @@ class JSONTokenizer(Tokenizer):
         added = [tokenizers.AddedToken(token, special=True, normalized=any_case) for token, any_case in special.items()]
         encoder.add_special_tokens(added)
         return cls(encoder.to_str(), length, vocabulary[padding])
+
+    @classmethod
+    def bert(
+        cls, vocabulary: Mapping[str, int], length: int = 77, lower: bool = True, accents: bool | None = None
+    ) -> Self:
+        """BERT's: the longest pieces of each word (Devlin et al. 2018, arXiv:1810.04805, section 3), as LDMText's.
+
+        Args:
+            vocabulary: the number of each piece, as the lines of vocab.txt; one within a word begins with "##".
+            length: the number of tokens of a row, filled up with "[PAD]".
+            lower: whether letters are made small.
+            accents: whether accents are taken off; None for as `lower`.
+
+        Raises:
+            ValueError: if "[CLS]", "[SEP]", "[PAD]" or "[UNK]" is not in the vocabulary.
+        """
+        for token in (BERT_START, BERT_END, "[PAD]", "[UNK]"):
+            if token not in vocabulary:
+                raise ValueError(f"JSONTokenizer: {token!r} must be in the vocabulary of BERT; it is not")
+        with needs("text", "JSONTokenizer needs tokenizers"):
+            import tokenizers
+        encoder = tokenizers.Tokenizer(tokenizers.models.WordPiece(dict(vocabulary), unk_token="[UNK]"))
+        encoder.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lower, strip_accents=accents)
+        encoder.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+        around = [(token, vocabulary[token]) for token in (BERT_END, BERT_START)]
+        encoder.post_processor = tokenizers.processors.BertProcessing(*around)
+        special = [token for token in (BERT_START, BERT_END, "[PAD]", "[UNK]", "[MASK]") if token in vocabulary]
+        encoder.add_special_tokens(special)
+        return cls(encoder.to_str(), length, vocabulary["[PAD]"])
 
     @property
     def vocabulary_size(self) -> int:

@@ -4,6 +4,7 @@ from kdiff.guidance.base import Clip, DynamicThreshold, Guidance, Here
 from kdiff.guidance.classifier_free import AdaptiveProjected, CFGPlusPlus, CFGZeroStar, ClassifierFree
 from kdiff.guidance.inverse import DPS, Inpaint, MomentMatching, PiGDM
 from kdiff.guidance.models import Autoguidance, ClassifierGuidance, PerturbedAttention, Seamless
+from kdiff.guidance.successive import Successive
 
 __all__ = [
     "DPS",
@@ -22,4 +23,5 @@ __all__ = [
     "PerturbedAttention",
     "PiGDM",
     "Seamless",
+    "Successive",
 ]

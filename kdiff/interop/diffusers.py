@@ -12,6 +12,21 @@ A network takes what it took there, channels last: `network({"image": x, "time":
 prediction and the sampler of its scheduler, on latents its autoencoder as codec, and the text encoders of Stable
 Diffusion: `model.sample(4, text="a red circle", guidance=7.5)`; of others "context" is what those give. The folder
 of an autoencoder alone makes a `codecs.Latent`.
+
+| pipeline of diffusers | what `sample` takes, beside or in place of the text |
+|---|---|
+| LatentConsistencyModel | `timestep_cond=8.5`, the scale of guidance, which the network is told |
+| SD-turbo, SDXL-turbo | no guidance; `steps=1` |
+| StableDiffusionXL | `time_ids`, six numbers; by default the size of the samples without a crop; five of the refiner |
+| ...Inpaint, of 9 channels | `mask_image`, 1 where it is painted; `masked_image`, latents: `model.codec.encode` |
+| ...InstructPix2Pix | `source`, latents without their scale, with `guidance=Successive({"text": 7.5, "source": 1.5})` |
+| ...Upscale | `low`, the small picture with the noise of level `label` |
+| ...Depth2Img | `depth`, from -1 to 1; and `image`, `strength` |
+| ...ImageVariation | `picture`, of any size |
+| DiT | `label` |
+
+A `strength` is a time here. diffusers begins at the first of its last int(steps strength) steps, whose time is
+`model.sampler.replaced(steps=steps).times(model.schedule)[steps - int(steps * strength)]`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -35,8 +50,10 @@ from kdiff.interop import (
 )
 from kdiff.interop.configs import Described, explained, kind
 from kdiff.interop.files import State, read_json, write_json, write_safetensors
+from kdiff.interop.pipelines import pipeline_of
 from kdiff.interop.scheduler_saving import scheduler_config
 from kdiff.interop.weights import Slot, export, fill
+from kdiff.lora import averages_of
 from kdiff.model import DiffusionModel
 from kdiff.networks import Autoencoder
 
@@ -208,12 +225,13 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
     """Writes a folder that diffusers reads.
 
     Args:
-        model: a network, for `from_pretrained` of its class; or a `DiffusionModel`, for that of a pipeline. Of a model
-            on latents `unet` or `transformer`, `scheduler`, `vae` and the text encoders and tokenizers are written. The
-            index of the pipeline is, for pixels without conditions and for Stable Diffusion with its text, unless there
-            is an image beside x_t. A `codecs.Latent` alone is written as its autoencoder.
+        model: a network, for `from_pretrained` of its class; or a `DiffusionModel`, for that of a pipeline: `unet` or
+            `transformer`, `scheduler`, the autoencoder and the encoders with their tokenizers. The index of the
+            pipeline is written where diffusers has one, by the table of `interop.pipelines`; without it `load` does
+            not know what an image beside x_t was called. A `codecs.Latent` alone is written as its autoencoder.
         folder: to write to; files of the same names are replaced.
-        averages: whether to write the averaged weights of a model that has them.
+        averages: whether to write the averaged weights of a model that has them, if they have moved. Either way a
+            kernel with LoRA is written with its change, as `lora.merge` would leave it, and the model keeps its own.
 
     Raises:
         ValueError: if diffusers has no such network, schedule, prediction or sampler.
@@ -227,22 +245,18 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
         return
     process = schedulers.Process(model.schedule, model.prediction, model.time_label, model.sampler)
     scheduler = scheduler_config(process)
-    averaged = model.averages.pairs(model.network) if model.averages and model.averages.moved else ()
-    values = {id(weight): average for weight, average in averaged} if averages else {}
+    values = averages_of(model) if averages else {}
     config = saving_networks.network_config(model.network)
     part = "transformer" if "Transformer" in config["_class_name"] else "unet"
     _save_network(model.network, folder / part, values)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     parts = {part: ["diffusers", config["_class_name"]], "scheduler": ["diffusers", scheduler["_class_name"]]}
+    index, autoencoder = pipeline_of(model.network, config["_class_name"], scheduler["_class_name"], model.codec)
     if isinstance(model.codec, Latent):
-        autoencoders.save(model.codec, folder / "vae")
-        parts["vae"] = ["diffusers", autoencoders.CLASSES[type(model.codec.autoencoder)]]
+        autoencoders.save(model.codec, folder / autoencoder)
+        parts[autoencoder] = ["diffusers", autoencoders.CLASSES[type(model.codec.autoencoder)]]
     prompt = prompts.prompt_of(model.network)
-    index = {} if prompt is None else {**prompts.save(prompt, folder), **prompts.pipeline_of(prompt)}
-    if maps.map_conditions(model.network):  # which pipeline it is of is not known
-        return
-    if prompt is None and config["_class_name"] == "UNet2DModel" and "vae" not in parts:
-        index = {"_class_name": _PIPELINES.get(scheduler["_class_name"], "DDPMPipeline")}
+    parts |= {} if prompt is None else prompts.save(prompt, folder)
     if "_class_name" in index:
         write_json(folder / "model_index.json", {**index, **parts})
 
@@ -257,10 +271,6 @@ def _save_network(network: keras.Model, folder: Path, values: dict[int, Any]) ->
     saving_networks.check_same(network, again.network)
     write_json(folder / "config.json", config)
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", state)
-
-
-# Of pixels, by their scheduler.
-_PIPELINES = {"DDIMScheduler": "DDIMPipeline", "ScoreSdeVeScheduler": "ScoreSdeVePipeline"}
 
 
 def load_scheduler(path: str | Path, learned: bool = False, tokens: int | None = None) -> schedulers.Process:

@@ -85,11 +85,17 @@ def with_maps(described: Described, maps: Mapping[str, int], layers: Mapping[str
     """
     if not maps:
         return described
-    layers = layers or {name: Beside("nearest" if name == "mask_image" else "bilinear") for name in maps}
+    layers = layers or {name: _layer(name) for name in maps}
     network = described.network.clone(conditions={**described.network.conditions, **layers})
     *sizes, channels = described.shapes["image"]
     image = {"image": (*sizes, channels - sum(maps.values()))}
     return Described(network, {**described.shapes, **image, **{name: (*sizes, n) for name, n in maps.items()}})
+
+
+def _layer(name: str) -> Beside:
+    """InstructPix2Pix can do without its picture, for which zeros stand (Brooks et al. 2022, section 3.2.1)."""
+    form = "nearest" if name == "mask_image" else "bilinear"
+    return Beside(form, dropout=0.05) if name == "source" else Beside(form)
 
 
 def maps_first(state: State, pipeline: str, maps: Mapping[str, int]) -> State:

@@ -1,8 +1,10 @@
-"""The text of diffusers' folders: encoders and tokenizers as one condition of the network beside them.
+"""The text, or the picture, of diffusers' folders: encoders and tokenizers as one condition of the network beside them.
 
 text_encoder, tokenizer        Stable Diffusion 1 and 2: the last state, after the last norm
 text_encoder_2, tokenizer_2    XL's second, beside the first: of both the state before the last, without the norm,
                                and of the second the vector; its refiner has the second alone
+bert, tokenizer                latent diffusion's text to image: the last state
+image_encoder                  image variations: the vector of a picture is its one token
 """
 
 from collections.abc import Mapping
@@ -13,15 +15,32 @@ import keras
 
 from kdiff.blocks.conditions import Joint
 from kdiff.encoders.base import Encoder
+from kdiff.encoders.image_prompt import ImagePrompt
+from kdiff.encoders.ldm import LDMText
 from kdiff.encoders.prompt import INPUT, Prompt, PromptVector
 from kdiff.encoders.tokenizers import JSONTokenizer
 from kdiff.interop import encoders, folders, tokenizers
 from kdiff.interop.configs import Described
+from kdiff.interop.files import read_json, write_json
 
-__all__ = ["CONTEXT", "PARTS", "PIPELINES", "conditioned", "encoders_of", "load", "pipeline_of", "prompt_of", "save"]
+__all__ = [
+    "BERT",
+    "CONTEXT",
+    "PARTS",
+    "PIPELINES",
+    "VARIATIONS",
+    "conditioned",
+    "encoders_of",
+    "load",
+    "prompt_of",
+    "save",
+]
 
 # The pipelines whose text is read so; that of others is given as what its encoders make of it.
+VARIATIONS = "StableDiffusionImageVariationPipeline"
 PIPELINES = (
+    VARIATIONS,
+    "LDMTextToImagePipeline",
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
     *(
@@ -31,11 +50,14 @@ PIPELINES = (
     *(f"StableDiffusionXL{name}Pipeline" for name in ("", "Img2Img", "Inpaint", "InstructPix2Pix")),
 )
 PARTS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+BERT = (("bert", "tokenizer"),)
 CONTEXT = "context"  # the condition of a network that takes the text's tokens
 
 
-def load(folder: str | Path, index: Mapping[str, Any], skip: int = 0, variant: str | None = None) -> Prompt | None:
-    """The text of the folder of a pipeline; None if it is not one of `PIPELINES`, or its encoders were left out.
+def load(
+    folder: str | Path, index: Mapping[str, Any], skip: int = 0, variant: str | None = None
+) -> Prompt | ImagePrompt | None:
+    """The text, or picture, of the folder of a pipeline; None if it is not one of `PIPELINES`, or has no encoder.
 
     Args:
         folder: of the pipeline.
@@ -44,23 +66,43 @@ def load(folder: str | Path, index: Mapping[str, Any], skip: int = 0, variant: s
         variant: of the weights, as in `encoders.load`, where an encoder has it.
 
     Raises:
-        ValueError: as of `encoders.load` and `tokenizers.load`, and of `Prompt`.
+        ValueError: as of `encoders.load` and `tokenizers.load`, and of `Prompt`; if a "clip skip" is of another
+            encoder than CLIP's of text.
     """
-    folder = Path(folder)
-    parts = [pair for pair in PARTS if folders.has(index, pair[0])]
-    known = index.get("_class_name") in PIPELINES and parts
-    if not known or not all((folder / encoder / "config.json").exists() for encoder, _ in parts):
+    folder, name = Path(folder), index.get("_class_name")
+    known = [("image_encoder", "")] if name == VARIATIONS else [*PARTS, *BERT]
+    parts = [pair for pair in known if folders.has(index, pair[0])]
+    if name not in PIPELINES or not parts or not all((folder / part / "config.json").exists() for part, _ in parts):
         return None
+    own = parts[0][0] in ("text_encoder", "text_encoder_2")
+    if skip and not own:
+        raise ValueError(f"{folder}: `clip_skip` is of CLIP's encoder of text; the pipeline has {parts[0][0]!r}")
     xl = PARTS[1] in parts
-    options = {"skip": skip + 1, "normalized": False} if xl else {"skip": skip}
+    options = ({"skip": skip + 1, "normalized": False} if xl else {"skip": skip}) if own else {}
     there = {encoder: variant if variant in folders.variants(folder / encoder) else None for encoder, _ in parts}
     made = [encoders.load(folder / encoder, variant=variant, **options) for encoder, variant in there.items()]
-    words = [tokenizers.load(folder / tokenizer) for _, tokenizer in parts]
+    if name == VARIATIONS:
+        return ImagePrompt(made[0], **_pixels_of(folder / "feature_extractor"))
+    # BERT's own tokenizer may say that a text is longer than what this encoder takes.
+    words = [
+        tokenizers.load(folder / tokenizer, None if own else encoder.length)
+        for (_, tokenizer), encoder in zip(parts, made, strict=True)
+    ]
     return Prompt(made, words, zeros=index.get("force_zeros_for_empty_prompt") is True)
 
 
-def conditioned(described: Described, prompt: Prompt) -> Described:
+def _pixels_of(folder: Path) -> dict[str, Any]:
+    """What a processor of images says of the pixels."""
+    path = folder / "preprocessor_config.json"
+    config = read_json(path) if path.is_file() else {}
+    names = {"mean": "image_mean", "std": "image_std"}
+    return {name: config[key] for name, key in names.items() if isinstance(config.get(key), list)}
+
+
+def conditioned(described: Described, prompt: Prompt | ImagePrompt) -> Described:
     """A network that is not built, whose context, and vector, are those of the text: its input is "text" for both.
+
+    Of a picture the input is "picture".
 
     Raises:
         ValueError: if the network takes none, or of another width.
@@ -86,49 +128,63 @@ def conditioned(described: Described, prompt: Prompt) -> Described:
         )
     network.conditions = conditions
     shapes = {name: shape for name, shape in shapes.items() if name not in given}
-    return Described(network, {**shapes, INPUT: (None, *prompt.row)})
+    return Described(network, {**shapes, prompt.input: (None, *prompt.row)})
 
 
-def prompt_of(network: Any) -> Prompt | None:
+def prompt_of(network: Any) -> Prompt | ImagePrompt | None:
     """The condition that `conditioned` gave the network."""
     found = getattr(network, "conditions", {}).get(CONTEXT)
-    return found if isinstance(found, Prompt) else None
+    return found if isinstance(found, (Prompt, ImagePrompt)) else None
 
 
-def encoders_of(prompt: Prompt) -> dict[str, Encoder]:
-    """The text encoders by the names of their folders."""
+def encoders_of(prompt: Prompt | ImagePrompt) -> dict[str, Encoder]:
+    """The encoders by the names of their folders."""
+    if isinstance(prompt, ImagePrompt):
+        return {"image_encoder": prompt.encoder}
     return {name: encoder for (name, _), encoder in zip(_parts(prompt), prompt.encoders, strict=False)}
 
 
 def _parts(prompt: Prompt) -> tuple[tuple[str, str], ...]:
+    if isinstance(prompt.encoders[0], LDMText):
+        return BERT
     second = len(prompt.encoders) == 1 and prompt.vector > 0  # XL's refiner has the second alone
     return PARTS[1:] if second else PARTS
 
 
-def pipeline_of(prompt: Prompt) -> dict[str, Any]:
-    """What `model_index.json` says of a pipeline with this text beside its parts: its class, and what it has not."""
-    names, zeros = _parts(prompt)[: len(prompt.encoders)], {"force_zeros_for_empty_prompt": prompt.zeros}
-    if PARTS[1] not in names:
-        kind, absent, more = "StableDiffusionPipeline", ("safety_checker",), {"requires_safety_checker": False}
-    elif PARTS[0] in names:
-        kind, absent, more = "StableDiffusionXLPipeline", (), zeros
-    else:
-        kind, absent, more = "StableDiffusionXLImg2ImgPipeline", PARTS[0], {"requires_aesthetics_score": True, **zeros}
-    absent = {name: [None, None] for name in (*absent, "feature_extractor", "image_encoder")}
-    return {"_class_name": kind, **absent, **more}
-
-
-def save(prompt: Prompt, folder: str | Path) -> dict[str, list[str]]:
+def save(prompt: Prompt | ImagePrompt, folder: str | Path) -> dict[str, list[str]]:
     """Writes the folders of encoders and tokenizers; returns their entries of `model_index.json`.
 
     Raises:
         ValueError: if transformers has no such encoder or tokenizer.
     """
-    folder, index = Path(folder), {}
+    folder = Path(folder)
+    if isinstance(prompt, ImagePrompt):
+        return _save_picture(prompt, folder)
+    index = {}
     for (name, words), encoder, tokenizer in zip(_parts(prompt), prompt.encoders, prompt.tokenizers, strict=False):
         encoders.save(encoder, folder / name)
         tokenizers.save(tokenizer, folder / words)
         kind = f"{type(encoder).__name__}Model{'WithProjection' if encoder.projection else ''}"
         index[name] = ["transformers", kind.replace("T5TextModel", "T5EncoderModel")]
-        index[words] = ["transformers", "CLIPTokenizer" if isinstance(tokenizer, JSONTokenizer) else "T5Tokenizer"]
+        if isinstance(encoder, LDMText):
+            index[name] = ["latent_diffusion", "LDMBertModel"]
+        json = "BertTokenizer" if tokenizers.is_bert(tokenizer) else "CLIPTokenizer"
+        index[words] = ["transformers", json if isinstance(tokenizer, JSONTokenizer) else "T5Tokenizer"]
     return index
+
+
+def _save_picture(prompt: ImagePrompt, folder: Path) -> dict[str, list[str]]:
+    encoders.save(prompt.encoder, folder / "image_encoder")
+    size = prompt.encoder.size
+    config = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
+        "image_mean": list(prompt.mean),
+        "image_std": list(prompt.std),
+    }
+    write_json(folder / "feature_extractor" / "preprocessor_config.json", config)
+    return {
+        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    }

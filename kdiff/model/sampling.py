@@ -148,8 +148,8 @@ class Sampling:
             steps: the number of steps; None: the sampler's own.
             schedule: a schedule, or its name, to sample under; None: the one of training. The network is asked at
                 the same log-SNR, so that any continuous schedule will do within the noise levels that it has seen.
-            height, width: of the images, for a model that is built for images of any size. What is given of `image`,
-                `x`, `noise` or `known` has its size.
+            height, width: of the images, for a model that is built for images of any size, or whose network is a U-Net.
+                What is given of `image`, `x`, `noise` or `known` has its size.
             size: the same for examples with other axes, such as `(length,)` of series: all but the channels.
             image: examples to begin from, one a sample or one for all: noise is added to them up to the time
                 `strength`, and the run begins there (SDEdit, Meng et al. 2021, arXiv:2108.01073).
@@ -282,10 +282,10 @@ class Sampling:
             strength = float(np.max(strength))
         check_number("sample", "strength", strength, 0.0, 1.0)
         schedule = self.schedule if schedule is None else NoiseSchedule.get(schedule)
-        conditions = self._rows_of(conditions, num_samples)
         size = size if height is None and width is None else (height, width)
         given = {"size": size, "x": x, "noise": noise, "image": image, "known": known}
         shape = (num_samples, *self._sample_shape({name: one for name, one in given.items() if one is not None}))
+        conditions = self._rows_of(conditions, num_samples, example=shape[1:])
         told = Run(shape, self._encode, lambda few: self._rows_of(few, num_samples, some=True), self.codec.data_shape)
         data = None if image is None else told.examples(self, "image", image)
         x = None if x is None else told.rows(self, "x", x, shape[1:])
@@ -366,7 +366,11 @@ class Sampling:
 
     def _sample_shape(self, given: dict[str, Any]) -> tuple[int, ...]:
         """The shape of one encoded sample; what it may be any, what is given decides."""
+        if not self.built:
+            raise ValueError("sample: the model has no weights yet; train it, load it, or call `build`")
         shape = self.shapes["image"][1:]
+        if given and getattr(self.network, "any_size", False):
+            shape = (*[None] * (len(shape) - 1), shape[-1])
         if None in shape or "size" in given:
             for name, value in given.items():
                 shape = self._sized(name, value, shape)
@@ -411,11 +415,14 @@ class Sampling:
             )
         return self._data_shape((*size, self.example[-1]))
 
-    def _rows_of(self, conditions: dict[str, Any], num_samples: int, some: bool = False) -> dict[str, np.ndarray]:
-        if not self.built:
-            raise ValueError("sample: the model has no weights yet; train it, load it, or call `build`")
+    def _rows_of(
+        self, conditions: dict[str, Any], num_samples: int, some: bool = False, example: tuple | None = None
+    ) -> dict[str, np.ndarray]:
+        """One row a sample of each condition; what is missing, by the shape of one encoded sample if it is told."""
         shapes = {name: shape[1:] for name, shape in self.shapes.items() if name != "image"}
-        return condition_rows(conditions, shapes, self.network, num_samples, some, _ARGUMENTS)
+        factor = getattr(self.codec, "factor", 1)
+        sizes = None if example is None else tuple(side * factor for side in example[:-1])
+        return condition_rows(conditions, shapes, self.network, num_samples, some, _ARGUMENTS, sizes)
 
 
 _ARGUMENTS = tuple(inspect.signature(Sampling.sample).parameters)[2:-1]  # without self, num_samples and conditions

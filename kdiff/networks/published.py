@@ -29,7 +29,7 @@ from kdiff.base import check_choice
 from kdiff.blocks.attention import SelfAttention
 from kdiff.blocks.conditions import Joint
 from kdiff.blocks.convolution import ResidualBlock
-from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbedding
+from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbedding, SizeWaves
 from kdiff.blocks.normalization import GroupNorm
 from kdiff.blocks.resampling import Downsample, FIRDownsample, FIRUpsample, Upsample
 from kdiff.blocks.transformer import SpatialTransformer
@@ -204,12 +204,12 @@ def stable_diffusion_xl(width: int = 320, levels: int = 3, **options: Any) -> UN
 
     These are `text_embeds`, (batch, 1280), a vector of the text, and `time_ids`, (batch, 6), for sizes and crop.
     """
-    conditions = {"context": keras.layers.Identity(), "added": text_and_numbers(SinusoidalEmbedding(256), 4 * width)}
+    conditions = {"context": keras.layers.Identity(), "added": text_and_numbers(SizeWaves(256), 4 * width)}
     options = {"conditions": conditions, **options}
     return _stable_diffusion(width, levels, (1, 2, 4), (0, 2, 10), 10, {"head_width": 64}, **options)
 
 
-def text_and_numbers(waves: SinusoidalEmbedding, width: int) -> Joint:
+def text_and_numbers(waves: SizeWaves, width: int) -> Joint:
     """The condition of Stable Diffusion XL: one vector of "text_embeds", as they are, and of waves of "time_ids"."""
     parts = {"text_embeds": keras.layers.Identity(), "time_ids": waves}
     return Joint(parts, MLPEmbedding(keras.layers.Identity(), width))

@@ -132,6 +132,8 @@ class UNet(Network):
         missing, unknown or of another batch size.
     """
 
+    any_size = True  # of images, whatever it was built for, if its layers are not for one size
+
     def __init__(
         self,
         levels: Sequence[Level],

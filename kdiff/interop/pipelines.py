@@ -1,0 +1,124 @@
+"""Of which class of diffusers' pipelines a model is, and what `model_index.json` says of it.
+
+| text | beside x_t | class |
+|---|---|---|
+| one encoder; two | nothing | StableDiffusion; StableDiffusionXL; of XL's second alone the refiner, XLImg2Img |
+| one encoder, steered by the scale of guidance | nothing | LatentConsistencyModel |
+| one encoder; two | "mask_image", "masked_image" | StableDiffusionInpaint; StableDiffusionXLInpaint |
+| one encoder; two | "source" | StableDiffusionInstructPix2Pix; StableDiffusionXLInstructPix2Pix |
+| one encoder | "depth"; "low" | StableDiffusionDepth2Img; StableDiffusionUpscale |
+| `LDMText` | nothing | LDMTextToImage |
+| a picture | nothing | StableDiffusionImageVariation |
+| none: latents | nothing | LDM; DiT with a class |
+| none: pixels | nothing | DDPM, DDIM, PNDM, ScoreSdeVe, ConsistencyModel, by the scheduler |
+
+A part that kdiff has not, `diffusers.Pipeline.from_pretrained` wants as an argument: the estimator of depth, and the
+scheduler by which the upscaler noises its input.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import keras
+
+from kdiff.blocks.embeddings import SteeredEmbedding
+from kdiff.codecs import Codec, Latent
+from kdiff.encoders.image_prompt import ImagePrompt
+from kdiff.encoders.ldm import LDMText
+from kdiff.interop import maps, prompts
+
+__all__ = ["Pipeline", "pipeline_of"]
+
+
+class Pipeline(NamedTuple):
+    """What `model_index.json` says besides the parts that are written.
+
+    Attributes:
+        index: its class, what it has not, and its settings; without a class if there is none.
+        autoencoder: what that is called.
+    """
+
+    index: Mapping[str, Any]
+    autoencoder: str = "vae"
+
+
+_UNSAFE = {"safety_checker": [None, None], "requires_safety_checker": False}
+_PLAIN = {**_UNSAFE, "feature_extractor": [None, None], "image_encoder": [None, None]}
+_XL = {name: [None, None] for name in ("feature_extractor", "image_encoder")}
+# By the names of the maps beside x_t, with one encoder of text and with two.
+_BESIDE = {
+    (): ("StableDiffusion", _PLAIN, "StableDiffusionXL", _XL),
+    ("mask_image", "masked_image"): ("StableDiffusionInpaint", _PLAIN, "StableDiffusionXLInpaint", _XL),
+    ("source",): ("StableDiffusionInstructPix2Pix", _PLAIN, "StableDiffusionXLInstructPix2Pix", {}),
+    ("depth",): (
+        "StableDiffusionDepth2Img",
+        {"depth_estimator": [None, None], "feature_extractor": [None, None]},
+        None,
+        {},
+    ),
+    ("low",): (
+        "StableDiffusionUpscale",
+        {name: [None, None] for name in ("low_res_scheduler", "safety_checker", "feature_extractor", "watermarker")},
+        None,
+        {},
+    ),
+}
+# Of pixels, by their scheduler; others are DDPM's.
+_PIXELS = {
+    "DDIMScheduler": "DDIM",
+    "PNDMScheduler": "PNDM",
+    "ScoreSdeVeScheduler": "ScoreSdeVe",
+    "CMStochasticIterativeScheduler": "ConsistencyModel",
+}
+_LABELLED = ("ConsistencyModel",)  # those that take a class
+
+
+def pipeline_of(network: keras.Model, kind: str, scheduler: str, codec: Codec) -> Pipeline:
+    """The pipeline of a model.
+
+    Args:
+        network: of the model.
+        kind: the class of diffusers that the network is.
+        scheduler: that of its scheduler.
+        codec: of the model.
+    """
+    prompt, beside = prompts.prompt_of(network), tuple(sorted(maps.map_conditions(network)))
+    latent = isinstance(codec, Latent)
+    if isinstance(prompt, ImagePrompt):
+        return _named("StableDiffusionImageVariation", _UNSAFE) if latent and not beside else Pipeline({})
+    if prompt is not None:
+        return _of_text(network, prompt, beside) if latent else Pipeline({})
+    if beside:
+        return Pipeline({})
+    labels = set(network.conditions)
+    if kind == "DiTTransformer2DModel":
+        return _named("DiT", {}) if latent and labels == {"label"} else Pipeline({})
+    if kind != "UNet2DModel":
+        return Pipeline({})
+    if latent:
+        return _named("LDM", {}, "vqvae") if not labels else Pipeline({})
+    name = _PIXELS.get(scheduler, "DDPM")
+    return _named(name, {}) if not labels or name in _LABELLED else Pipeline({})
+
+
+def _named(name: str, more: Mapping[str, Any], autoencoder: str = "vae") -> Pipeline:
+    return Pipeline({"_class_name": f"{name}Pipeline", **more}, autoencoder)
+
+
+def _of_text(network, prompt, beside) -> Pipeline:
+    if isinstance(prompt.encoders[0], LDMText):
+        return _named("LDMTextToImage", {}, "vqvae") if not beside else Pipeline({})
+    if beside not in _BESIDE:
+        return Pipeline({})
+    plain, plain_more, double, double_more = _BESIDE[beside]
+    if isinstance(network.embedding, SteeredEmbedding):
+        return _named("LatentConsistencyModel", _PLAIN) if plain == "StableDiffusion" else Pipeline({})
+    names = set(prompts.encoders_of(prompt))
+    zeros = {"force_zeros_for_empty_prompt": prompt.zeros}
+    if "text_encoder_2" not in names:
+        return _named(plain, plain_more)
+    if "text_encoder" in names:
+        return _named(double, {**double_more, **zeros}) if double else Pipeline({})
+    absent = {name: [None, None] for name in prompts.PARTS[0]}
+    more = {**_XL, **absent, "requires_aesthetics_score": True, **zeros}
+    return _named("StableDiffusionXLImg2Img", more) if not beside else Pipeline({})
