@@ -80,6 +80,7 @@ def rules(classifier):
         guidance.Inpaint(image, mask),
         guidance.DPS(operators.Mask(mask), image, [0.1, 0.2, 0.3]),
         guidance.PiGDM(operators.Mask(mask), image, scale=[0.1, 0.2, 0.3], iterations=2),
+        guidance.MomentMatching(operators.Mask(mask), image, 0.1, scale=[0.1, 0.2, 0.3], iterations=1),
         guidance.Seamless(),
         Smooth(),
     ]
@@ -120,16 +121,16 @@ def check_pairs(parts, first, apart):
         np.testing.assert_allclose(in_steps(samplers, denoise, True, parts), plain, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("first", range(14))
+@pytest.mark.parametrize("first", range(15))
 def test_ordered_pairs_run_compiled_and_not(parts, first):
     """All on PyTorch; elsewhere, where each is compiled, a rule is twice the first and twice the second."""
-    check_pairs(parts, first, range(14) if keras.backend.backend() == "torch" else (0, 1))
+    check_pairs(parts, first, range(15) if keras.backend.backend() == "torch" else (0, 1))
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("first", range(14))
+@pytest.mark.parametrize("first", range(15))
 def test_every_ordered_pair_runs_compiled_and_not(parts, first):
-    check_pairs(parts, first, range(14))
+    check_pairs(parts, first, range(15))
 
 
 def test_a_memory_is_that_of_the_last_step_and_of_the_first_question():

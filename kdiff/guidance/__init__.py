@@ -3,7 +3,7 @@
 from kdiff.guidance.base import Clip, DynamicThreshold, Guidance, Here
 from kdiff.guidance.classifier_free import AdaptiveProjected, CFGPlusPlus, CFGZeroStar, ClassifierFree
 from kdiff.guidance.control import Control
-from kdiff.guidance.inverse import DPS, Inpaint, PiGDM
+from kdiff.guidance.inverse import DPS, Inpaint, MomentMatching, PiGDM
 from kdiff.guidance.models import Autoguidance, ClassifierGuidance, PerturbedAttention, Seamless
 from kdiff.guidance.successive import Successive
 
@@ -21,6 +21,7 @@ __all__ = [
     "Guidance",
     "Here",
     "Inpaint",
+    "MomentMatching",
     "PerturbedAttention",
     "PiGDM",
     "Seamless",

@@ -200,6 +200,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
                     for name, shape in shapes.items()
                 }
             )
+        backend.mend_convolutions(self.network)
 
     def _counter(self, name: str):
         return self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False, name=name)

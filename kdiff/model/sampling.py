@@ -166,7 +166,8 @@ class Sampling:
                 for another model to go on from: `refiner.sample(8, x=base.sample(8, stop=0.2), start=0.2)`. With the
                 same grid the two make the steps of one run; what a multistep solver remembers is not handed on.
             known: examples of which a part is known: that part is kept, and the rest drawn to suit it, by
-                `guidance.Inpaint(known, mask)`, to which a grid with jumps (`times.Jumps`) adds accuracy.
+                `guidance.Inpaint(known, mask)`, to which a grid with jumps (`times.Jumps`) adds accuracy;
+                `guidance.MomentMatching`, which asks more of the network, counts in what the rest depends on.
             mask: 1 where it is to be drawn and 0 where it is known; None where `known` is NaN.
             seed: names the noise. Sample n of a seed is the same in any batch size, and on every backend; but for
                 `solvers.Adaptive`, where the samples of a batch share their sub-steps: to within its tolerance. Or a
