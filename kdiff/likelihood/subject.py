@@ -36,7 +36,7 @@ class Subject:
     """A model or a denoiser, of which likelihoods are asked.
 
     Args:
-        model: a `DiffusionModel`, or `x_hat = denoise(x, m)`, or a `Denoiser`.
+        model: a `DiffusionModel`, or `x_hat = denoise(x, m)`, or a `Denoiser`; of `keras.ops`, for it is compiled.
         schedule: of a denoiser; a model has its own.
         averages: use the averaged weights of a model.
 
@@ -64,10 +64,10 @@ class Subject:
         self.answer, self.averages = denoiser.answer, averages
 
     def compiled(self, key: Any, function: Callable) -> Callable:
-        """`function(answer, *arguments)` of nests of tensors, without `answer`; of a model compiled, once for a key."""
+        """`function(answer, *arguments)` of nests of tensors, without `answer`, compiled; of a model once for a key."""
         function = partial(function, self.answer)
         if self.model is None:
-            return backend.without_gradients(function)
+            return backend.compiled(function)
         return self.model.compiled_function((key, self.averages), function)
 
     def batches(self, data: Any, size: int) -> Iterator[Batch]:

@@ -63,8 +63,8 @@ class Denoising(Objective):
 
 class VariationalBound(Denoising):
     """L_vlb of improved DDPM: T times the term of the variational bound at this time, and nothing else (Nichol and
-    Dhariwal 2021, arXiv:2102.09672, section 3.3), in nats a dimension. It trains the mean as well as the variance, which
-    `predictions.LearnedVariance` is needed for; its hybrid with the simple loss is `Denoising`.
+    Dhariwal 2021, arXiv:2102.09672, section 3.3), in nats a dimension. It trains the mean as well as the variance, for
+    which `predictions.LearnedVariance` is needed; its hybrid with the simple loss is `Denoising`.
 
     Its gradients are noisy: the paper draws its times by the loss (section 3.3, `LossAware`).
     """
