@@ -26,9 +26,9 @@ from kdiff.likelihood.report import Curve, Report
 from kdiff.likelihood.subject import Subject
 from kdiff.times import LogUniform, TimeSampler
 
-__all__ = ["BitsPerDim", "continuous_bound"]
+__all__ = ["BINS", "EVEN", "BitsPerDim", "continuous_bound"]
 
-BINS = 20
+BINS = 20  # of a curve
 EVEN = LogUniform("stratified")
 
 

@@ -437,6 +437,16 @@ class Sampling:
         return self._data_shape((*size, self.example[-1]))
 
     def condition_rows(self, conditions: dict[str, Any], num_samples: int, some: bool = False) -> dict[str, np.ndarray]:
+        """The conditions by name, checked, with one row a sample: one value may stand for all.
+
+        Args:
+            conditions: by name; text as strings.
+            num_samples: how many.
+            some: whether conditions may be missing.
+
+        Raises:
+            ValueError: if the model has no weights; if a condition is missing, unknown or of another batch size.
+        """
         if not self.built:
             raise ValueError("sample: the model has no weights yet; train it, load it, or call `build`")
         shapes = {name: shape[1:] for name, shape in self.shapes.items() if name != "image"}
