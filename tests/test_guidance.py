@@ -10,6 +10,7 @@ from kdiff import Sampler, analytic, guidance, schedules
 from kdiff.denoisers import Denoiser, Estimate, Given
 from kdiff.guidance import AdaptiveProjected, CFGPlusPlus, CFGZeroStar, ClassifierFree
 from kdiff.guidance.base import Place, Run, tensors
+from kdiff.schedules import Marginal
 from kdiff.solvers.base import half_step
 from tests.toys import SCHEDULES, numpy
 

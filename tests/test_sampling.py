@@ -75,7 +75,7 @@ def test_a_rise_draws_from_the_forward_process():
     noise = np.random.default_rng(0).standard_normal((2, 3)).astype("float32")
     x = np.ones((2, 3), "float32")
     run = Sampler("ddim").steps_from(
-        x, np.array([0.3, 0.6, 0.5]), advance, schedule, Given(), noise=lambda step, shape: noise
+        x, np.array([0.3, 0.6, 0.2]), advance, schedule, Given(), noise=lambda step, shape: noise
     )
     kept = np.prod(1.0 - schedule.betas[3:6])
     np.testing.assert_allclose(numpy(next(run).x), np.sqrt(kept) * x + np.sqrt(1.0 - kept) * noise, rtol=1e-5)
