@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -113,6 +114,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
         self._on_trial = False  # whether the shapes are those of data that the network has not computed yet
         self._averaging = False  # whether the averages are used: see `_follow_averages`
         self._compiled_steps: dict[Any, Any] = {}
+        self._measures = SimpleNamespace(metrics=[])
         self._check_names(condition_names(network) or ())
         check_invertible(self.prediction, self.schedule)
         self._warn_of_beginning()
@@ -207,8 +209,10 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
 
     # Training
 
-    def compile(self, optimizer="adam", loss="mse", **options) -> None:
+    def compile(self, optimizer="adam", loss="mse", metrics=None, **options) -> None:
         """Keras' `compile`; `loss` compares the network's output with its target: "mse", "mae", "huber" or any other.
+
+        So do `metrics`, but for those that ask for the whole problem, as `likelihood.BitsPerDim` does.
 
         A network that computes in float16 gets a loss scale, unless `auto_scale_loss=False`. `jit_compile` and
         `steps_per_execution` are choices for a machine, and are not saved with the model.
@@ -217,7 +221,18 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
         scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         if self.network.compute_dtype == "float16" and options.get("auto_scale_loss", True) and not scaled:
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-        super().compile(optimizer, loss, **options)
+        several = isinstance(metrics, (list, tuple))
+        measures = [one for one in metrics if hasattr(one, "update_problem")] if several else []
+        for measure in measures:
+            measure.prepare(self)
+        self._measures = SimpleNamespace(metrics=measures)  # a list would be saved with the weights
+        metrics = [one for one in metrics if one not in measures] if several else metrics
+        super().compile(optimizer, loss, metrics=metrics, **options)
+
+    @property
+    def metrics(self) -> list:
+        """Keras' metrics, and those that ask for the whole problem."""
+        return [*super().metrics, *self._measures.metrics]
 
     @backend.uninterrupted
     def call(self, data, training: bool | None = None) -> Problem:
@@ -259,6 +274,11 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None) -> dict[str, Any]:
         """The compiled metrics of the network's output against its target."""
+        if self._measures.metrics:
+            batch, _ = feeding.unpack((x,))
+            data = batch["encoded"] if "encoded" in batch else self.codec(batch["image"])
+            for measure in self._measures.metrics:
+                measure.update_problem(self, ops.cast(data, "float32"), y_pred, sample_weight)
         return super().compute_metrics(x, *_compared(y_pred, sample_weight))
 
     @backend.uninterrupted
@@ -302,6 +322,8 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
         """What is compiled for the model as it was."""
         self.train_function = self.test_function = None
         self._compiled_steps.clear()
+        for measure in self._measures.metrics:
+            measure.prepare(self)
 
     def fit(self, x=None, y=None, *args, validation_data=None, **options):
         """Keras' `fit`, on data that is checked batch by batch.

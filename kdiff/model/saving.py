@@ -69,6 +69,8 @@ class Saving:
         """The compilation, without what belongs to a machine: jit, steps per execution, PyTorch's optimizer class."""
         config = super().get_compile_config()
         config = {key: value for key, value in config.items() if key not in ("jit_compile", "steps_per_execution")}
+        if measures := self._measures.metrics:
+            config["metrics"] = [*(config["metrics"] or ()), *map(keras.saving.serialize_keras_object, measures)]
         if isinstance(config.get("optimizer"), dict):
             config["optimizer"] = backend.portable_optimizer(config["optimizer"])
         return config

@@ -1,7 +1,7 @@
 """Objectives: what a network learns. Each makes of a clean batch the problem that a training step solves."""
 
 from kdiff.objectives.base import Objective, Problem
-from kdiff.objectives.denoising import Denoising, variance_bound
+from kdiff.objectives.denoising import Denoising, VariationalBound, variance_bound
 from kdiff.objectives.effective_weight import (
     POINTS,
     Recipe,
@@ -19,6 +19,7 @@ __all__ = [
     "Objective",
     "Problem",
     "Recipe",
+    "VariationalBound",
     "effective_weight",
     "loss_weight",
     "plot_objective",
