@@ -121,16 +121,16 @@ def check_pairs(parts, first, apart):
         np.testing.assert_allclose(in_steps(samplers, denoise, True, parts), plain, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("first", range(15))
+@pytest.mark.parametrize("first", range(16))
 def test_ordered_pairs_run_compiled_and_not(parts, first):
     """All on PyTorch; elsewhere, where each is compiled, a rule is twice the first and twice the second."""
-    check_pairs(parts, first, range(15) if keras.backend.backend() == "torch" else (0, 1))
+    check_pairs(parts, first, range(16) if keras.backend.backend() == "torch" else (0, 1))
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("first", range(15))
+@pytest.mark.parametrize("first", range(16))
 def test_every_ordered_pair_runs_compiled_and_not(parts, first):
-    check_pairs(parts, first, range(15))
+    check_pairs(parts, first, range(16))
 
 
 def test_a_memory_is_that_of_the_last_step_and_of_the_first_question():
