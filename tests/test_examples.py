@@ -120,7 +120,7 @@ def test_latent_diffusion(run, tmp_path):
 
 
 @pytest.mark.once  # minutes of compilation elsewhere; what it uses is tested on each backend
-def test_finetune(tmp_path):
+def test_finetune(run, tmp_path):
     pytest.importorskip("PIL")
     small = ("--base-minutes", "0.001", "--width", "8", "--steps", "2", "--out", str(tmp_path))
     assert "The loss on the pictures was" in run("finetune.py", *small)

@@ -286,7 +286,7 @@ def test_there_and_back(model):
         (lambda m: m.sample(2, label=0, strength=0.5), "needs an `image`"),
         (lambda m: m.sample(2, label=0, image=images(3, SHAPE), strength=0.5), r"image.*\(2, 8, 8, 1\)"),
         (lambda m: m.sample(2, label=0, image=images(2, SHAPE), x=images(2, SHAPE)), "not from both"),
-        (lambda m: m.sample(2, label=0, x=images(2, (4, 4, 1))), r"`x`.*\(8, 8, 1\)"),
+        (lambda m: m.sample(2, label=0, x=images(2, (8, 8, 2))), r"`x` cannot be of the shape \(2, 8, 8, 2\)"),
         (lambda m: m.sample(2, label=7, guidance=2.0), "Labels must be"),
         (lambda m: m.sample(2, label=0, guidance=ClassifierFree(negative={"label": 9})), "Labels must be"),
         (lambda m: m.sample(2, label=0, guidance=ClassifierFree(negative={"text": "ugly"})), "text"),

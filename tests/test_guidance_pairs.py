@@ -62,6 +62,9 @@ def denoiser(attention):
     return Denoiser(answer, Given(labels), {"a": np.int32(3), "label": np.int32(3)})
 
 
+RULES = 17
+
+
 def rules(classifier):
     """One of each class, with arrays that differ from sample to sample."""
     image, mask = np.zeros(SHAPE), np.eye(4)[:, :2]
@@ -86,6 +89,7 @@ def rules(classifier):
     ]
     family = {kind for kind in guidance.Guidance.names().values() if kind.__module__.startswith("kdiff.")}
     assert family == {type(one) for one in known} - {Smooth}
+    assert len(known) == RULES
     return known
 
 
@@ -121,16 +125,16 @@ def check_pairs(parts, first, apart):
         np.testing.assert_allclose(in_steps(samplers, denoise, True, parts), plain, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("first", range(16))
+@pytest.mark.parametrize("first", range(RULES))
 def test_ordered_pairs_run_compiled_and_not(parts, first):
     """All on PyTorch; elsewhere, where each is compiled, a rule is twice the first and twice the second."""
-    check_pairs(parts, first, range(16) if keras.backend.backend() == "torch" else (0, 1))
+    check_pairs(parts, first, range(RULES) if keras.backend.backend() == "torch" else (0, 1))
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("first", range(16))
+@pytest.mark.parametrize("first", range(RULES))
 def test_every_ordered_pair_runs_compiled_and_not(parts, first):
-    check_pairs(parts, first, range(16))
+    check_pairs(parts, first, range(RULES))
 
 
 def test_a_memory_is_that_of_the_last_step_and_of_the_first_question():

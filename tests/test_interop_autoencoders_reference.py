@@ -273,9 +273,9 @@ def test_pipeline(tmp_path):
     expected = np.clip(last(vqvae.decode(first(latents / 0.7)).sample), -1, 1)
     close(steps[-1].x, expected, "images")
     interop.save(model, tmp_path / "again")
-    again = diffusers.VQModel.from_pretrained(tmp_path / "again" / "vae")
+    again = diffusers.VQModel.from_pretrained(tmp_path / "again" / "vqvae")
     np.testing.assert_array_equal(last(again.decode(first(x)).sample), last(vqvae.decode(first(x)).sample))
-    assert isinstance(interop.load(tmp_path / "again" / "vae"), codecs.Latent)
+    assert isinstance(interop.load(tmp_path / "again" / "vqvae"), codecs.Latent)
 
 
 # What cannot be loaded

@@ -114,7 +114,7 @@ def test_each_part_gives_what_it_gives_there(form, tmp_path):
     model = keras_cv.load(*reversed(paths), tokenizer=JSONTokenizer.clip(WORDS, MERGES, LENGTH))
     prompt = prompts.prompt_of(model.network)
     tokens = prompt.tokenizers[0](TEXTS)
-    context = models["text"]([tokens, np.arange(LENGTH, dtype="int32")[None]])
+    context = ops.convert_to_numpy(models["text"]([tokens, np.arange(LENGTH, dtype="int32")[None]]))
     rows = prompt.prepare(TEXTS)
     close(rows, context)
     output = model.network({"image": X, "time": TIMES, "text": rows})
