@@ -1,5 +1,6 @@
 """KerasCV's own models of Stable Diffusion, with fewer channels, and the files that they write, old and new."""
 
+import functools
 import importlib.util
 import re
 import sys
@@ -106,7 +107,12 @@ def close(found, wanted, tolerance=1e-5):
     assert np.abs(found - wanted).max() < tolerance * np.abs(wanted).max()
 
 
-@pytest.mark.parametrize("form", mostly_once(["v1_keras_2", "v2_keras_2", "v1_keras_3", "v2_keras_3"]))
+THOROUGH = functools.partial(pytest.param, marks=pytest.mark.thorough)
+
+
+@pytest.mark.parametrize(
+    "form", [*mostly_once(["v1_keras_2", "v2_keras_3"]), *map(THOROUGH, ["v2_keras_2", "v1_keras_3"])]
+)
 def test_each_part_gives_what_it_gives_there(form, tmp_path):
     version, old = int(form[1]), form.endswith("2")
     models = parts(version)
