@@ -6,7 +6,7 @@ import pytest
 
 import kdiff
 from kdiff.encoders import CLIPText, CLIPVision, PicturePrompt
-from kdiff.encoders.picture_prompt import MEAN, STD
+from kdiff.encoders.pixels import MEAN, STD
 from tests.toys import draw_weights, images, numpy
 
 

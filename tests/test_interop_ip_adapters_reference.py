@@ -7,6 +7,7 @@ from keras import ops
 
 from kdiff import lora
 from kdiff.encoders import ImagePrompt
+from kdiff.encoders.pixels import prepared
 from kdiff.interop import diffusers as interop
 from kdiff.interop import encoders, ip_adapters
 from tests.test_interop_prompts_reference import SIZES, TEXTS, TIME_IDS, X, perturbed, sd_1, xl
@@ -138,7 +139,7 @@ def test_images_of_another_size(tmp_path):
     for sizes in ((40, 31), (12, 30), (7, 9)):
         image = np.random.default_rng(1).integers(0, 256, (*sizes, 3), "uint8")
         wanted = extractor(Image.fromarray(image), return_tensors="np").pixel_values.transpose(0, 2, 3, 1)
-        found = condition._prepared(image[None])
+        found = prepared(image[None], condition.encoder.size)
         assert found.shape == wanted.shape
         assert np.abs(found - wanted).max() < 1.1 / 255 / 0.26
         assert np.abs(found - wanted).mean() < 0.01 / 255 / 0.26

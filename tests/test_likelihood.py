@@ -10,7 +10,7 @@ from scipy import stats
 
 import kdiff
 from kdiff import analytic, likelihood, predictions, schedules, times
-from kdiff.objectives import VariationalBound
+from kdiff.objectives import LossAware, VariationalBound
 from kdiff.schedules import Marginal
 from tests.toys import compiled_model, draw_weights, mostly_once, numpy, tiny_network
 
@@ -124,6 +124,8 @@ class TestBound:
             likelihood.bound(MIXTURE, MIXTURE.sample(2)[:0], schedule="cosine")
         with pytest.raises(ValueError, match="no variance"):
             likelihood.bound(model, np.zeros((2, 8, 8, 1), "uint8"), steps=2, variance="learned")
+        with pytest.raises(ValueError, match="`steps`"):
+            likelihood.bound(MIXTURE, MIXTURE.sample(2), schedule="cosine", steps=1)
         with pytest.raises(TypeError, match="denoiser"):
             likelihood.bound(3, np.zeros((2, 2)), schedule="cosine")
 
@@ -277,6 +279,20 @@ class TestBitsPerDim:
         assert loaded.evaluate(images, return_dict=True, verbose=0, batch_size=8)["bits_per_dim"] == pytest.approx(
             found
         )
+
+    def test_times_that_learn(self):
+        """What is drawn by probabilities that differ is divided by them: the mean is that of any times."""
+        options = {"schedule": schedules.Cosine(-4.0, 4.0), "ema": None}
+        aware = compiled_model(metrics=[likelihood.BitsPerDim()], objective=LossAware(4, history=1), **options)
+        aware.build((None, 8, 8, 1))
+        aware.objective.past_losses.assign([[1.0], [2.0], [4.0], [8.0]])
+        aware.objective.counts.assign([1, 1, 1, 1])
+        images = np.tile(self.images(32), (16, 1, 1, 1))
+        found = aware.evaluate(images, return_dict=True, verbose=0)["bits_per_dim"]
+        error = aware.metrics[-1].standard_error()
+        bound = likelihood.continuous_bound(aware, images[:32], draws=16)
+        assert found == pytest.approx(bound.bits_per_dim, abs=4.0 * math.hypot(error, bound.bits_per_dim_error))
+        assert error < 0.05 * found
 
     def test_running_mean_and_spread(self):
         metric = likelihood.BitsPerDim()

@@ -18,14 +18,10 @@ from kdiff import backend
 from kdiff.blocks.base import build_layer, copy_layer, output_shape
 from kdiff.blocks.beside_context import DecoupledAttention
 from kdiff.blocks.conditions import Condition, Encoded
-from kdiff.blocks.resizing import resized
 from kdiff.encoders.clip import CLIPVision
+from kdiff.encoders.pixels import prepared
 
-__all__ = ["MEAN", "STD", "ImagePrompt"]
-
-# Of the images that CLIP has seen, by channel, in [0, 1].
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+__all__ = ["ImagePrompt"]
 
 
 class ImagePrompt(Condition):
@@ -131,23 +127,8 @@ class ImagePrompt(Condition):
         several = images[None] if images.ndim == 3 else images
         if several.dtype.kind not in "iu" and np.abs(several).max() > 1.001:
             raise ValueError(f"ImagePrompt: images must be uint8 or in [-1, 1]; received: {np.abs(several).max()}")
-        found = [self._given(self._prepared(several[i : i + 1])) for i in range(len(several))]
+        found = [self._given(prepared(several[i : i + 1], self.encoder.size)) for i in range(len(several))]
         return np.concatenate(found)[0] if images.ndim == 3 else np.concatenate(found)
-
-    def _prepared(self, images):
-        """Of the size of the encoder, by the shorter side and without what lies outside, and normalised."""
-        whole = images.dtype.kind in "iu"
-        size, (height, width) = self.encoder.size, images.shape[1:3]
-        short = min(height, width)
-        sizes = (size * height // short, size * width // short)
-        y = images.astype("float32") if whole else 127.5 * (images + 1)
-        for shape in ((height, sizes[1]), sizes):  # as Pillow, which keeps whole numbers between the two
-            y = np.clip(ops.convert_to_numpy(resized(y, shape, "bicubic")), 0, 255)
-            y = np.round(y) if whole else y
-        y = y / 255
-        top, left = (sizes[0] - size) // 2, (sizes[1] - size) // 2
-        y = y[:, top : top + size, left : left + size]
-        return ((y - np.float32(MEAN)) / np.float32(STD)).astype("float32")
 
     def _given(self, images):
         return ops.convert_to_numpy(self._encode(images))

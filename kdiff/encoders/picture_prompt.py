@@ -15,13 +15,12 @@ from kdiff import backend
 from kdiff.base import check_integer
 from kdiff.blocks.base import build_layer
 from kdiff.blocks.conditions import Condition, Encoded, Input
-from kdiff.blocks.resizing import resized
 from kdiff.encoders.clip import CLIPVision
+from kdiff.encoders.pixels import MEAN, STD, prepared
 
-__all__ = ["MEAN", "PICTURE", "STD", "PicturePrompt"]
+__all__ = ["PICTURE", "PicturePrompt"]
 
 PICTURE = "picture"  # the input of the network, whatever the condition's name
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of pixels in [0, 1]
 
 
 class PicturePrompt(Condition):
@@ -119,21 +118,11 @@ class PicturePrompt(Condition):
         found = []
         for first in range(0, len(batch), size):  # the last is filled up: another size would be compiled again
             at = np.minimum(np.arange(first, first + size), len(batch) - 1)
-            found.append(ops.convert_to_numpy(self._encode(self._pixels(batch[at]))))
+            found.append(
+                ops.convert_to_numpy(self._encode(prepared(batch[at], self.encoder.size, self.mean, self.std)))
+            )
         vectors = np.concatenate(found)[: len(batch)]
         return vectors[0] if len(shape) == 3 else vectors
-
-    def _pixels(self, pictures: np.ndarray) -> Any:
-        """As the encoder takes them, (batch, size, size, channels)."""
-        whole = pictures.dtype.kind in "iu"
-        x = pictures.astype("float32") / 255.0 if whole else 0.5 * pictures.astype("float32") + 0.5
-        height, width, size = *x.shape[1:3], self.encoder.size
-        shorter = min(height, width)
-        sizes = tuple(size if side == shorter else int(size * side / shorter) for side in (height, width))
-        x = np.clip(ops.convert_to_numpy(resized(x, sizes, "bicubic")), 0.0, 1.0)
-        top, left = ((side - size) // 2 for side in sizes)
-        x = x[:, top : top + size, left : left + size]
-        return (x - np.asarray(self.mean, "float32")) / np.asarray(self.std, "float32")
 
     @functools.cached_property
     def _encode(self):

@@ -17,7 +17,6 @@ A part that kdiff has not, `diffusers.Pipeline.from_pretrained` wants as an argu
 scheduler by which the upscaler noises its input.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -73,9 +72,12 @@ _PIXELS = {
     "ScoreSdeVeScheduler": "ScoreSdeVe",
     "CMStochasticIterativeScheduler": "ConsistencyModel",
 }
-_CONTROLLED = tuple(
-    f"StableDiffusion{name}Pipeline" for name in ("", "Inpaint", "XL", "XLImg2Img", "XLInpaint")
-)  # the classes that have one with a ControlNet
+# With ControlNets those of Stable Diffusion have classes of their own.
+_CONTROLLED = {
+    f"StableDiffusion{xl}{task}Pipeline": f"StableDiffusion{xl}ControlNet{task}Pipeline"
+    for xl in ("", "XL")
+    for task in ("", "Img2Img", "Inpaint")
+}
 _LABELLED = ("ConsistencyModel",)  # those that take a class
 
 
@@ -92,11 +94,8 @@ def pipeline_of(network: keras.Model, kind: str, scheduler: str, codec: Codec, c
     pipeline = _without_controls(network, kind, scheduler, codec)
     if not controlled:
         return pipeline
-    name = pipeline.index.get("_class_name", "")
-    if name not in _CONTROLLED:
-        return Pipeline({})
-    index = {**pipeline.index, "_class_name": re.sub("(Img2Img|Inpaint)?Pipeline", r"ControlNet\g<0>", name)}
-    return pipeline._replace(index=index)
+    name = _CONTROLLED.get(pipeline.index.get("_class_name"))
+    return pipeline._replace(index={**pipeline.index, "_class_name": name}) if name else Pipeline({})
 
 
 def _without_controls(network: keras.Model, kind: str, scheduler: str, codec: Codec) -> Pipeline:

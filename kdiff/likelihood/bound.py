@@ -19,6 +19,7 @@ import numpy as np
 from keras import ops
 
 from kdiff import random
+from kdiff.base import check_integer
 from kdiff.gaussian import kl_divergence
 from kdiff.likelihood.decoders import decoder_of, sum_of_rows
 from kdiff.likelihood.report import Curve, Report
@@ -51,7 +52,8 @@ def bound(
         model: a `DiffusionModel`, or a denoiser, `x_hat = denoise(x, m)`.
         data: examples `(n, ...)`; a dictionary of them, "image", and of conditions; a pair of examples and labels; or
             an iterable of such batches, as a `tf.data.Dataset` is.
-        steps: T, how many; each costs a call of the network a batch. None: all that the schedule has, or 1000.
+        steps: T, how many, at least 2; each costs a call of the network a batch. None: all that the schedule has, or
+            1000.
         grid: the `times.TimeGrid` that the run is on, or its name.
         variance: a `Variance`, its name, or a function as of `Known`. None: `Learned` if the network says it, else
             `Small`.
@@ -68,11 +70,13 @@ def bound(
         A `Report`, with a curve of one number a step.
 
     Raises:
-        ValueError: if there is no data; if it is not of the decoder's levels; if a step has the variance 0.
+        ValueError: if there is no data; if it is not of the decoder's levels; if `steps` is below 2, or more than the
+            schedule has; if `variance` is to be learned and the denoiser says none.
     """
     subject = Subject(model, schedule, averages)
     schedule, variance, decoder = subject.schedule, _variance(variance, subject), decoder_of(decoder, subject.limit)
     steps = (schedule.num_steps or 1000) if steps is None else steps
+    check_integer("bound", "steps", steps, minimum=2)  # the last step reads its variance at the one before
     times = TimeGrid.get(grid)(schedule, steps)
     key = ("likelihood.bound", schedule, variance, decoder, clip)
 
@@ -120,6 +124,7 @@ def _variance(variance: Any, subject: Subject) -> Variance:
 def _by_step(functions: tuple, times: np.ndarray, batch: Batch, seed: int, draw: Callable | None):
     """The nats of each step of the run, float64, with shape `(batch,)`: KL divergences, and the last a likelihood."""
     key, last, times = random.key_of(seed), len(times) - 2, times.astype("float32")
+    x = ops.convert_to_tensor(batch.x)
     for step in range(last + 1):
         now, then = times[step], times[step + 1]
         read = (times[max(step - 1, 0)], now) if step == last else (now, then)
@@ -127,7 +132,7 @@ def _by_step(functions: tuple, times: np.ndarray, batch: Batch, seed: int, draw:
             noise = random.normal(random.fold(key, step, random.STEPS), batch.x.shape, batch.first)
         else:
             noise = ops.convert_to_tensor(draw(step, batch.x.shape), "float32")
-        nats = functions[step == last](batch.x, noise, batch.given, (now, then, *read))
+        nats = functions[step == last](x, noise, batch.given, (now, then, *read))
         yield ops.convert_to_numpy(nats).astype("float64")
 
 

@@ -84,18 +84,18 @@ def continuous_bound(
     drawn = []  # (t, log_snr, nats per unit of log-SNR) of all examples
     for number, batch in enumerate(subject.batches(data, batch_size)):
         decoder.check(batch.x)
-        total, shape = np.zeros(len(batch.x)), batch.x.shape
+        total, shape, x = np.zeros(len(batch.x)), batch.x.shape, ops.convert_to_tensor(batch.x)
         keys = random.Keys(random.fold(key, number, random.EVALUATION))
         for draw in range(draws):
             t = times(schedule, len(batch.x), next(keys))
             drawn_noise = random.normal(next(keys), shape) if noise is None else noise(draw, shape)
-            nats, log_snr = asked(batch.x, drawn_noise, t, batch.given)
+            nats, log_snr = asked(x, drawn_noise, t, batch.given)
             share = -schedule.slope(t) / times.density(schedule, t)  # 1 / the density over log-SNR
             t, nats, log_snr, share = (ops.convert_to_numpy(v).astype("float64") for v in (t, nats, log_snr, share))
             total += nats * share / draws
             drawn.append(np.stack([t, log_snr, nats])[:, : batch.count])
         drawn_noise = random.normal(next(keys), shape) if noise is None else noise(draws, shape)
-        last = decoder.nats_of_signal(*map(ops.convert_to_tensor, (batch.x, drawn_noise)), start)
+        last = decoder.nats_of_signal(x, ops.convert_to_tensor(drawn_noise), start)
         terms["prior"].append(prior(schedule, batch.x)[: batch.count])
         terms["diffusion"].append(total[: batch.count])
         terms["reconstruction"].append(ops.convert_to_numpy(last).astype("float64")[: batch.count])
@@ -149,17 +149,16 @@ class BitsPerDim(Configurable, keras.metrics.Metric):
         self._start, self._end = (float(ops.convert_to_numpy(end)) for end in model.schedule.log_snr_ends())
         self._decoder = decoder_of(self.decoder, model.codec.limit)
 
-    def update_problem(self, model: Any, x, problem: Any, sample_weight: Any = None) -> None:
+    def update_problem(self, model: Any, problem: Any, sample_weight: Any = None) -> None:
         """Adds a batch.
 
         Args:
             model: the `DiffusionModel`.
-            x: its data, encoded, with shape `(batch, ...)`.
-            problem: the `objectives.Problem` made of it.
+            problem: the `objectives.Problem` made of a batch of its data.
             sample_weight: `(batch,)`, or None.
         """
-        m = model.schedule.at(problem.notes)
-        density = model.objective.density(model).density(model.schedule, m.t)
+        x, t, density = problem.drawn
+        m = model.schedule.at(t)
         error = sum_of_rows((problem.output - problem.target) ** 2) * model.prediction.gain(m) ** 2
         diffusion = -0.5 * model.schedule.slope(m.t) / density * ops.exp(m.log_snr) * error
         end = 0.5 * math.exp(self._end) * sum_of_rows(x**2)

@@ -140,27 +140,31 @@ def ode(
     return Report(joined, size, start=flow.begin.t)
 
 
-def encode(model: Any, data: Any, **options: Any) -> np.ndarray:
+def encode(
+    model: Any,
+    data: Any,
+    *,
+    solver: Any = "rk4",
+    steps: int = 50,
+    grid: Any = "trailing",
+    start: float | None = None,
+    schedule: Any = None,
+    batch_size: int = 64,
+    averages: bool = True,
+) -> np.ndarray:
     """The noise at the end of the flow from each example, x_1: `Sampler(solver, grid, steps)` from there gives it back.
 
     Args:
-        model: as of `ode`.
-        data: as of `ode`.
-        **options: `solver`, `steps`, `grid`, `start`, `schedule`, `batch_size` and `averages`, as of `ode`.
+        model, data, solver, steps, grid, start, schedule, batch_size, averages: as of `ode`.
 
     Returns:
         float32, with the shape of the encoded data.
+
+    Raises:
+        ValueError: as of `ode`.
     """
-    names = ("schedule", "averages", "solver", "steps", "grid", "start", "batch_size")
-    if unknown := set(options) - set(names):
-        raise ValueError(f"encode: unknown options {sorted(unknown)}; those that are known: {sorted(names)}")
-    schedule, averages, solver, steps, grid, start, size = (
-        options.get(name, default)
-        for name, default in zip(names, (None, True, "rk4", 50, "trailing", None, 64), strict=True)
-    )
-    flow = _Flow(Subject(model, schedule, averages), solver, steps, grid, None, start)
-    ends = []
-    for batch in flow.subject.batches(data, size):
+    flow, ends = _Flow(Subject(model, schedule, averages), solver, steps, grid, None, start), []
+    for batch in flow.subject.batches(data, batch_size):
         noise, _ = flow.encode(batch, 0, steps, volume=False)
         ends.append((flow.end.sigma * noise).reshape(batch.x.shape)[: batch.count].astype("float32"))
     return np.concatenate(ends)
@@ -216,9 +220,9 @@ class _Flow:
         probes = self.probes or (Exact() if size <= 16 else Hutchinson())
         if volume:
             key = random.fold(random.key_of(seed), 1, random.INITIAL)
-            directions = ops.convert_to_numpy(probes.directions(key, shape, batch.first))
+            directions = probes.directions(key, shape, batch.first)
         else:
-            directions = np.zeros((shape[0], 0, size), "float32")
+            directions = ops.zeros((shape[0], 0, size))
         counts = 1 if probes.exact or not volume else directions.shape[1]
         state = np.concatenate(
             [self.begin.alpha * batch.x.reshape(len(batch.x), -1), np.zeros((shape[0], counts))], axis=1

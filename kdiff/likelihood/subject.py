@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 from keras import ops, tree
 
 from kdiff import backend
 from kdiff.base import check_integer
 from kdiff.denoisers import Denoiser, Given
+from kdiff.model import DiffusionModel
 from kdiff.schedules import NoiseSchedule
 
 __all__ = ["Batch", "Subject"]
@@ -21,7 +21,7 @@ class Batch(NamedTuple):
 
     Attributes:
         x: data, float32, with shape `(batch, ...)`, an array.
-        given: the conditions.
+        given: the conditions, tensors.
         first: the number of its first example.
         count: how many of its rows count.
     """
@@ -46,7 +46,7 @@ class Subject:
     """
 
     def __init__(self, model: Any, schedule: Any, averages: bool):
-        self.model = model if isinstance(model, keras.Model) else None
+        self.model = model if isinstance(model, DiffusionModel) else None
         if self.model is None:
             if not callable(model):
                 raise TypeError(f"likelihood: a DiffusionModel or a denoiser is expected; received: {model!r}")
@@ -93,7 +93,7 @@ class Subject:
             else:
                 conditions = self.model.condition_rows(conditions, count, example=x.shape[1:])
                 given = Given({name: np.asarray(value)[rows] for name, value in conditions.items()})
-            yield Batch(x, given, first, count)
+            yield Batch(x, tree.map_structure(ops.convert_to_tensor, given), first, count)
             first += count
         if first == 0:
             raise ValueError("likelihood: there is no data")

@@ -274,11 +274,8 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None) -> dict[str, Any]:
         """The compiled metrics of the network's output against its target."""
-        if self._measures.metrics:
-            batch, _ = feeding.unpack((x,))
-            data = batch["encoded"] if "encoded" in batch else self.codec(batch["image"])
-            for measure in self._measures.metrics:
-                measure.update_problem(self, ops.cast(data, "float32"), y_pred, sample_weight)
+        for measure in self._measures.metrics:
+            measure.update_problem(self, y_pred, sample_weight)
         return super().compute_metrics(x, *_compared(y_pred, sample_weight))
 
     @backend.uninterrupted

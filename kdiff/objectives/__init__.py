@@ -1,6 +1,6 @@
 """Objectives: what a network learns. Each makes of a clean batch the problem that a training step solves."""
 
-from kdiff.objectives.base import Objective, Problem
+from kdiff.objectives.base import Drawn, Objective, Problem
 from kdiff.objectives.denoising import Denoising, VariationalBound, variance_bound
 from kdiff.objectives.effective_weight import (
     POINTS,
@@ -15,6 +15,7 @@ from kdiff.objectives.loss_aware import LossAware
 __all__ = [
     "POINTS",
     "Denoising",
+    "Drawn",
     "LossAware",
     "Objective",
     "Problem",

@@ -13,7 +13,7 @@ from keras import ops
 
 from kdiff import random
 from kdiff.gaussian import kl_divergence, log_bin
-from kdiff.objectives.base import Objective, Problem
+from kdiff.objectives.base import Drawn, Objective, Problem
 from kdiff.objectives.effective_weight import loss_weight
 from kdiff.predictions import LearnedVariance
 from kdiff.schedules import Marginal, NoiseSchedule, bridge
@@ -30,6 +30,7 @@ class Denoising(Objective):
     def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
         schedule, prediction = model.schedule, model.prediction
         # Times of one's own may not know that a discrete process has none below its first step.
+        times = self.density(model)
         t = ops.maximum(self.times(model)(schedule, ops.shape(x)[0], next(keys)), schedule.first_time)
         noise, m = random.normal(next(keys), ops.shape(x)), schedule.at(t)
         x_t = schedule(x, noise, t)
@@ -40,7 +41,7 @@ class Denoising(Objective):
             prediction.target(x, noise, m),
             loss_weight(schedule, prediction, model.weighting, self.density(model), m),
             variance_bound(prediction, output, x, x_t, schedule, m, self.held) if learned else None,
-            notes=t,
+            drawn=Drawn(x, t, times.density(schedule, t) if times.has_density else None),
         )
 
     def times(self, model: Any) -> Any:
