@@ -13,7 +13,7 @@ __all__ = ["Curve", "Report"]
 
 
 class Curve(NamedTuple):
-    """The diffusion term by noise level: arrays of one length.
+    """The diffusion term by noise level: arrays of one length. Of `bound` the last step is the reconstruction.
 
     Attributes:
         t: the times, decreasing.
