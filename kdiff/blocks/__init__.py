@@ -3,6 +3,7 @@
 from kdiff.blocks.attention import CrossAttention, MultiHeadAttention, SelfAttention
 from kdiff.blocks.base import Block, Chain, Tokens
 from kdiff.blocks.beside import Beside
+from kdiff.blocks.beside_context import DecoupledAttention, Resampler
 from kdiff.blocks.conditions import Condition, Encoded, Input, Joint, OptionalCondition, VectorAndTokens
 from kdiff.blocks.context_attention import AttentionPool, ContextAttention
 from kdiff.blocks.convolution import ConvBlock, ConvNeXtBlock, ResidualBlock, SimpleBlock
@@ -12,8 +13,10 @@ from kdiff.blocks.embeddings import (
     LearnedEmbedding,
     MLPEmbedding,
     SinusoidalEmbedding,
+    SizeWaves,
     SteeredEmbedding,
 )
+from kdiff.blocks.joint import JointBlock
 from kdiff.blocks.layers import Conv2D, Dense
 from kdiff.blocks.magnitude import (
     MagnitudePreservingBlock,
@@ -28,7 +31,7 @@ from kdiff.blocks.magnitude import (
 from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm, LayerNorm, RMSNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.patterns import Causal, Global, Linear, Neighborhood, Pattern, Window
-from kdiff.blocks.positions import RelativePositions, Rotary, SinCos2D
+from kdiff.blocks.positions import PositionTable, RelativePositions, Rotary, SinCos2D
 from kdiff.blocks.resampling import Downsample, FIRDownsample, FIRUpsample, Upsample
 from kdiff.blocks.text import EncodedText, TextEncoder
 from kdiff.blocks.transformer import FeedForward, SpatialTransformer, TransformerBlock, adaptive_block
@@ -46,6 +49,7 @@ __all__ = [
     "ConvBlock",
     "ConvNeXtBlock",
     "CrossAttention",
+    "DecoupledAttention",
     "Dense",
     "Downsample",
     "Encoded",
@@ -58,6 +62,7 @@ __all__ = [
     "GroupNorm",
     "Input",
     "Joint",
+    "JointBlock",
     "LabelEmbedding",
     "LayerNorm",
     "LearnedEmbedding",
@@ -72,14 +77,17 @@ __all__ = [
     "OptionalCondition",
     "Patchify",
     "Pattern",
+    "PositionTable",
     "RMSNorm",
     "RelativePositions",
+    "Resampler",
     "ResidualBlock",
     "Rotary",
     "SelfAttention",
     "SimpleBlock",
     "SinCos2D",
     "SinusoidalEmbedding",
+    "SizeWaves",
     "SpatialTransformer",
     "SteeredEmbedding",
     "TextEncoder",
