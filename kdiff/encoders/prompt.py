@@ -306,8 +306,7 @@ class Prompt(Condition):
             for encoder in self.encoders:
                 held.enter_context(backend.replaced(self, encoder))
             self.encoders = list(encoders)
-        self.__dict__.pop("_encode", None)  # what is compiled for the others
-        self.forget()
+        self.changed()
 
     def load_own_variables(self, store) -> None:
         """Keras' own."""
