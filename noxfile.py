@@ -4,15 +4,15 @@
     tests(backend)  the suite where `kdiff[backend]` is all there is: the extra is enough, and on JAX and PyTorch
                     nothing misses TensorFlow, which is not installed; tests that need it skip themselves
     together        one environment with every extra: the backends compared, and on each the tests marked `data` or
-                    `reference`, which the other sessions skip
+                    `reference` that the other sessions skip
     thorough        not by default: on each backend everything, and what takes minutes, such as all pairs of guidance
                     rules compiled
     mutation        not by default: is a change of the mathematics noticed? (tests/mutation.py)
 
 What says the same on every backend, tests marked `once`, runs on one of them, PyTorch; so does every case of a test
-with many, such as all predictions on all schedules, of which the others run three each, not the same ones.
-`nox -s "tests(jax)"` runs one session, `nox -- -k unet` hands what follows `--` to pytest, `nox -R` reuses the
-environments as they are.
+with many, such as all predictions on all schedules, of which the others run two each, not the same ones.
+`nox -s "tests(jax)"` runs one session, `nox -- -k unet` hands what follows `--` to pytest, where `--cases 1` is one
+case of each test, `nox -R` reuses the environments as they are.
 """
 
 from pathlib import Path
@@ -44,7 +44,7 @@ def pytest(session: nox.Session, backend: str, *files: str, marked: str | None =
     split = () if files else ("-n", "auto", "--dist", "worksteal")
     marks = [f"({marked})"] * bool(marked) + ["not once"] * (backend != ONCE)
     chosen = ("-m", " and ".join(marks)) if marks else ()
-    chosen += ("--cases", "3") if backend != ONCE and not files else ()
+    chosen += ("--cases", "2") if backend != ONCE and not files else ()
     environment = {"KERAS_BACKEND": backend, "JAX_COMPILATION_CACHE_DIR": JAX_CACHE}
     session.run("pytest", *files, *split, *chosen, *session.posargs, env=environment, success_codes=success)
 
@@ -71,7 +71,8 @@ def together(session: nox.Session) -> None:
     install(session, ".[all]")
     pytest(session, "tensorflow", "tests/test_backends_agree.py")
     for backend in BACKENDS:
-        pytest(session, backend, marked="data or reference")
+        # PyTorch, diffusers and transformers are all that `reference` needs: tests(torch) has run those on PyTorch.
+        pytest(session, backend, marked="data" if backend == ONCE else "data or reference")
 
 
 @nox.session(default=False)

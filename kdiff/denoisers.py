@@ -99,8 +99,14 @@ class Denoiser(functools.partial):
         return self.given.conditions
 
     def each(self, x, m: Marginal, *conditions: Mapping[str, Any]) -> list[Estimate]:
-        """The estimates under each of these conditions, asked in one batch."""
+        """The estimates under each of these conditions, asked in one batch.
+
+        Raises:
+            ValueError: if one has conditions that another has not.
+        """
         count = len(conditions)
+        if alone := {name for some in conditions for name in some.keys() ^ conditions[0].keys()}:
+            raise ValueError(f"Guidance: {sorted(alone)} must be given to all questions of a batch, or to none")
 
         def repeated(rows):
             return ops.concatenate([rows] * count)
@@ -115,14 +121,17 @@ class Denoiser(functools.partial):
         ]
         return [Estimate(*parts) for parts in zip(ops.split(estimate.x_hat, count), share, memories, strict=True)]
 
-    def linearised(self, x, m: Marginal) -> tuple[Estimate, Callable]:
-        """(estimate, pull): `pull(v)`, of the shape of `x`, is (d x_hat / d x)^T v. No gradient flows through it."""
+    def linearised(self, x, m: Marginal, often: bool = False) -> tuple[Estimate, Callable]:
+        """(estimate, pull): `pull(v)`, of the shape of `x`, is (d x_hat / d x)^T v. No gradient flows through it.
+
+        It is to be called once, unless `often`.
+        """
 
         def parts(x):
             x_hat, *rest = self(x, m)
             return x_hat, rest
 
-        x_hat, pull, rest = backend.pullback(parts, x)
+        x_hat, pull, rest = backend.pullback(parts, x, often)
         return Estimate(x_hat, *rest), pull
 
     def without(self, names: Sequence[str] | None = None, instead: Mapping[str, Any] | None = None) -> dict[str, Any]:

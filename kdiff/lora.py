@@ -22,12 +22,25 @@ from keras import ops
 
 from kdiff.base import check_integer, check_number
 
-__all__ = ["ATTENTION", "averages_of", "enable", "enabled", "find", "merge", "plan", "remove", "restore"]
+__all__ = [
+    "ATTENTION",
+    "averages_of",
+    "changed",
+    "enable",
+    "enabled",
+    "find",
+    "freeze",
+    "merge",
+    "plan",
+    "release",
+    "remove",
+    "restore",
+]
 
 ATTENTION = r"attention\w*/(query|key|value|output)$"
 
 
-def find(model: keras.layers.Layer, where: str = ATTENTION) -> dict[str, keras.layers.Layer]:
+def find(model: keras.layers.Layer, where: str = ATTENTION, text: bool = False) -> dict[str, keras.layers.Layer]:
     """The layers that LoRA may change, by their paths in Keras.
 
     Args:
@@ -35,21 +48,32 @@ def find(model: keras.layers.Layer, where: str = ATTENTION) -> dict[str, keras.l
         where: a regular expression, which is searched for in the paths, such as
             "u_net/down_0/spatial_transformer/transformer_block/cross_attention/multi_head_attention/key"; "" for all
             dense layers and convolutions. By default those of attention.
+        text: whether to look in the text encoders of the network, too.
     """
-    layers = {layer._kernel.path.rpartition("/")[0]: layer for layer in _layers(_network(model))}
+    found = _layers(_network(model)) if text else _own_layers(_network(model))
+    layers = {layer._kernel.path.rpartition("/")[0]: layer for layer in found}
     return {path: layer for path, layer in layers.items() if re.search(where, path)}
 
 
-def enable(model: keras.layers.Layer, rank: int = 4, where: str = ATTENTION, alpha: float | None = None) -> list[str]:
+def enable(
+    model: keras.layers.Layer,
+    rank: int = 4,
+    where: str = ATTENTION,
+    alpha: float | None = None,
+    text: bool = False,
+) -> list[str]:
     """Freezes all weights and gives some layers A and B, which are then all that learns and all that is averaged.
 
-    Call it before `compile`. At first B is zero, and so is the change. What is frozen has no averages.
+    Call it before `compile`. At first B is zero, and so is the change. What is frozen has no averages. The vectors of a
+    token that `kdiff.inversion.enable` has let learn go on to do so.
 
     Args:
         model: a `DiffusionModel` or its network, built.
         rank: of the changes.
         where: which layers, as of `find`.
         alpha: scale times rank; None for the rank itself.
+        text: whether `where` is of the text encoders, too. The network calls them then in each step, on tokens, into
+            which `fit` and `sample` make texts; embeddings that were made before are no longer taken.
 
     Returns:
         the paths of the layers.
@@ -64,9 +88,9 @@ def enable(model: keras.layers.Layer, rank: int = 4, where: str = ATTENTION, alp
         raise ValueError(
             f"lora.enable: LoRA is on already, in {len(enabled(model))} layers; `lora.merge` or `lora.remove` first"
         )
-    found = find(model, where)
+    found = find(model, where, text)
     if not found:
-        known = list(find(model, ""))
+        known = list(find(model, "", text))
         shown = known[:10] + [f"... {len(known) - 10} more"] * (len(known) > 10)
         raise ValueError(f"lora.enable: `where` must be found in the path of a layer, {shown}; received: {where!r}")
     _enable(model, [(layer, rank, rank if alpha is None else alpha) for layer in found.values()])
@@ -97,10 +121,35 @@ def remove(model: keras.layers.Layer) -> None:
     """Ends LoRA: the network is as it was before `enable`, to the last bit, and all of it may learn again."""
     for layer in enabled(model):
         layer.disable_lora()
-    for weight in _network(model).weights:
+    release(model)
+    changed(model)
+
+
+def freeze(model: keras.layers.Layer) -> None:
+    """Makes all weights constants but those that adapt the network: A, B, and the vectors of tokens that learn."""
+    for weight in _network(model).trainable_variables:
+        if not getattr(weight, "adapts", False):
+            weight.trainable, weight.frozen, weight.averaged = False, True, False
+
+
+def release(model: keras.layers.Layer) -> None:
+    """What `freeze` has made constant may learn again, if nothing is left that adapts the network."""
+    weights = _network(model).weights
+    if any(getattr(weight, "adapts", False) for weight in weights):
+        return
+    for weight in weights:
         if getattr(weight, "frozen", False):
             weight.trainable, weight.frozen, weight.averaged = True, False, True
-    _made_anew(model)
+
+
+def changed(model: keras.layers.Layer) -> None:
+    """To be called when other weights learn: averages, graphs and compiled steps of a model are of those before."""
+    for part in _network(model)._flatten_layers():
+        if hasattr(part, "encoders") and hasattr(part, "changed"):  # the text that a network takes
+            part.changed()
+    if hasattr(model, "reset_averages") and model.built:
+        model.reset_averages()
+        model._take_rows_anew()
 
 
 def plan(network: keras.layers.Layer) -> list[list[float]]:
@@ -123,22 +172,15 @@ def averages_of(model: keras.layers.Layer) -> dict[int, keras.Variable]:
 
 
 def _enable(model, layers) -> None:
-    for weight in _network(model).trainable_variables:
-        weight.trainable, weight.frozen, weight.averaged = False, True, False
+    freeze(model)
     for layer, rank, alpha in layers:
         if layer.lora_enabled:  # of a configuration
             layer.lora_alpha = alpha
         else:
             layer.enable_lora(rank, alpha)
-        layer.lora_kernel_a.trainable = layer.lora_kernel_b.trainable = True
-    _made_anew(model)
-
-
-def _made_anew(model) -> None:
-    """Averages, graphs and compiled steps of a model are of the weights that it had."""
-    if hasattr(model, "reset_averages") and model.built:
-        model.reset_averages()
-        model._forget_graphs()
+        for weight in (layer.lora_kernel_a, layer.lora_kernel_b):
+            weight.trainable = weight.averaged = weight.adapts = True
+    changed(model)
 
 
 def _network(model):
@@ -146,12 +188,22 @@ def _network(model):
 
 
 def _layers(network) -> Iterator[keras.layers.Layer]:
-    """All that can have A and B (`kdiff.blocks.layers.LowRank`), without constants such as text encoders."""
+    """All that can have A and B (`kdiff.blocks.layers.LowRank`): those of constants, as text encoders are, last."""
+    own = list(_own_layers(network))
+    yield from own
+    known = {id(layer) for layer in own}
+    yield from (layer for layer in _low_rank(network) if id(layer) not in known)
+
+
+def _own_layers(network) -> Iterator[keras.layers.Layer]:
+    """Those that are not of constants."""
     constant = [part for part in network._flatten_layers() if getattr(part, "frozen", False)]
     inside = {id(layer) for part in constant for layer in part._flatten_layers()}
-    for layer in network._flatten_layers():
-        if hasattr(layer, "disable_lora") and layer.built and id(layer) not in inside:
-            yield layer
+    yield from (layer for layer in _low_rank(network) if id(layer) not in inside)
+
+
+def _low_rank(network) -> Iterator[keras.layers.Layer]:
+    yield from (layer for layer in network._flatten_layers() if hasattr(layer, "disable_lora") and layer.built)
 
 
 def _numbers(variable) -> np.ndarray:

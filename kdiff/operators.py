@@ -9,7 +9,7 @@ needs, (a A A^T + b I)^-1 v, comes from the method of conjugate gradients.
     model.sample(8, guidance=guidance.PiGDM(operator, small))        # small: (8, height / 4, width / 4, channels)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from keras import ops
 from kdiff import backend
 from kdiff.base import Value, check_integer, check_number
 
-__all__ = ["Blur", "Composed", "Downsample", "Grey", "Mask", "Operator", "Shape"]
+__all__ = ["Blur", "Composed", "Downsample", "Grey", "Mask", "Operator", "Shape", "conjugate_gradients"]
 
 Shape = tuple[int, ...]
 
@@ -61,7 +61,7 @@ class Operator(Value):
         return backend.pullback(lambda x: (self.forward(x), None), zeros)[1](y)
 
     def solve(self, v, shape: Shape, a, b, iterations: int = 10):
-        """(a A A^T + b I)^-1 v, by conjugate gradients (Hestenes and Stiefel 1952).
+        """(a A A^T + b I)^-1 v, by `conjugate_gradients`.
 
         Args:
             v: of the shape of A x.
@@ -73,23 +73,33 @@ class Operator(Value):
         def apply(p):
             return a * self.forward(self.adjoint(p, shape)) + b * p
 
-        v = ops.convert_to_tensor(v, "float32")
-        axes = tuple(range(1, len(v.shape)))
+        return conjugate_gradients(apply, ops.convert_to_tensor(v, "float32"), iterations)
 
-        def dot(p, q):
-            return ops.sum(p * q, axis=axes, keepdims=True)
 
-        solution, rest, direction = ops.zeros_like(v), v, v
-        squared = smallest = dot(v, v)
-        for _ in range(iterations):
-            product = apply(direction)
-            # Once nothing is left the step is 0, not 0 / 0.
-            left = squared > 1e-12 * smallest
-            step = ops.where(left, squared / ops.where(left, dot(direction, product), 1.0), 0.0)
-            solution, rest = solution + step * direction, rest - step * product
-            before, squared = squared, dot(rest, rest)
-            direction = rest + ops.where(left, squared / ops.where(left, before, 1.0), 0.0) * direction
-        return solution
+def conjugate_gradients(apply: Callable, v, iterations: int):
+    """u with apply(u) = v for each example, by the method of Hestenes and Stiefel (1952).
+
+    Args:
+        apply: a linear function of a batch, symmetric and positive definite for each example.
+        v: a batch.
+        iterations: exact if `apply` has no more different eigenvalues.
+    """
+    axes = tuple(range(1, len(v.shape)))
+
+    def dot(p, q):
+        return ops.sum(p * q, axis=axes, keepdims=True)
+
+    solution, rest, direction = ops.zeros_like(v), v, v
+    squared = smallest = dot(v, v)
+    for _ in range(iterations):
+        product = apply(direction)
+        # Once nothing is left the step is 0, not 0 / 0.
+        left = squared > 1e-12 * smallest
+        step = ops.where(left, squared / ops.where(left, dot(direction, product), 1.0), 0.0)
+        solution, rest = solution + step * direction, rest - step * product
+        before, squared = squared, dot(rest, rest)
+        direction = rest + ops.where(left, squared / ops.where(left, before, 1.0), 0.0) * direction
+    return solution
 
 
 class Mask(Operator):

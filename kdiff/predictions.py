@@ -126,10 +126,12 @@ _HIGHEST_GAIN = 1e6
 
 
 def check_beginning(prediction: Prediction, schedule: NoiseSchedule, log_snr) -> None:
-    """Raises a ValueError if x_hat of a run that begins at this log-SNR is an error of the network times a million.
+    """Raises a ValueError if a run that begins at this log-SNR begins with an x_hat that is mere error.
 
-    So it is where SNR is 0 and the network says the noise, or the score: x_hat is divided by alpha. The error is meant
-    as a part of the target, sqrt(a^2 + b^2) large for x and noise of size 1: the score's is 1 / sigma.
+    A network that is wrong by a small part e of the size of its target, which is sqrt(a^2 + b^2) where x and noise are
+    of size 1, is wrong in x_hat by e times gain sqrt(a^2 + b^2). That factor may be a million at most. It has no bound
+    as SNR goes to 0 for a network that says the noise, or the score: x_hat is then divided by alpha. Where alpha is 1
+    the factor is sigma for both, 1348 at the beginning of NCSN++: the score's gain is sigma^2, and its size 1 / sigma.
     """
     m = schedule.at_log_snr(log_snr)
     a, b = (ops.cast(value, "float32") for value in prediction.coefficients(m))
@@ -137,9 +139,9 @@ def check_beginning(prediction: Prediction, schedule: NoiseSchedule, log_snr) ->
     if not gain <= _HIGHEST_GAIN:
         raise ValueError(
             f"{prediction!r} and {schedule!r} do not go together where the run begins: at a log-SNR of "
-            f"{float(ops.convert_to_numpy(log_snr)):.4g} the estimate of the data is the network's error times "
-            f"{gain:.1e}. Choose a prediction that tells the data there, such as `Velocity()`, or a grid that begins "
-            "lower, such as `UniformLogSNR(min_log_snr=-10.0)`"
+            f"{float(ops.convert_to_numpy(log_snr)):.4g} the estimate of the data is the network's error, "
+            f"as a part of its output, times {gain:.1e}. Choose a prediction that tells the data there, such as "
+            "`Velocity()`, or a grid that begins lower, such as `UniformLogSNR(min_log_snr=-10.0)`"
         )
 
 

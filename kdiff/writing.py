@@ -2,11 +2,15 @@
 
 import contextlib
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["replacing"]
+__all__ = ["remove_leftovers", "replacing"]
+
+_HOUR = 3600.0
 
 
 @contextlib.contextmanager
@@ -17,7 +21,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             image.save(new)
 
     Where the block raises, the new file is removed and `path` is as it was. A killed process may leave it, as
-    `.partial-<process>-<name>`. Folders are made as needed. If the block makes a folder, its files are moved one by
+    `.partial-<process>-<name>`: the next one that writes `path` removes it (`remove_leftovers`). Folders are made as
+    needed. If the block makes a folder, its files are moved one by
     one. What is no file, such as a device, is written to as it is.
 
     Args:
@@ -28,6 +33,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         yield path
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.with_name(name))
     new = path.with_name(f".partial-{os.getpid()}-{name}")
     try:
         yield new
@@ -37,6 +43,18 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             _move(new, path)
     finally:
         shutil.rmtree(new, ignore_errors=True) if new.is_dir() else new.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what killed processes left beside `path`, of files and folders that were to take its place.
+
+    That is what nobody has changed for an hour: another process, perhaps of another machine, may be writing.
+    """
+    pattern = re.compile(rf"\.partial-[^-]+-{re.escape(path.name)}")
+    for old in [old for old in path.parent.iterdir() if pattern.fullmatch(old.name)]:
+        with contextlib.suppress(OSError):  # it is gone, or another's
+            if time.time() - old.stat().st_mtime > _HOUR:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def _move(new: str | os.PathLike, path: str | os.PathLike) -> None:

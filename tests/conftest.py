@@ -1,6 +1,5 @@
 """Settings that must be made before Keras is imported."""
 
-import itertools
 import os
 import tempfile
 from importlib.util import find_spec
@@ -14,6 +13,12 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llv
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="kdiff-jax-cache-"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # the programs of single operations too
 
+# They trace many small graphs too, and Grappler's passes take longer than the run that they save.
+if os.environ["KERAS_BACKEND"] == "tensorflow":
+    import tensorflow as tf
+
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+
 # A process of pytest-xdist keeps to one core: the threads of networks as small as these wait more than they work.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
@@ -26,9 +31,7 @@ collect_ignore_glob = [] if find_spec("torch") and find_spec("diffusers") else [
 
 def pytest_addoption(parser):
     parser.addoption("--thorough", action="store_true", help="run also the tests marked `thorough`")
-    parser.addoption(
-        "--cases", type=int, help="so many of the cases of each test, evenly spaced: others on each backend"
-    )
+    parser.addoption("--cases", type=int, help="so many of the cases of each test, evenly spaced: others on TensorFlow")
 
 
 def pytest_configure(config):
@@ -44,11 +47,15 @@ def pytest_collection_modifyitems(config, items):
     """Leaves out the thorough tests, unless they are asked for, and with `--cases` most cases of each test."""
     kept = [item for item in items if config.getoption("--thorough") or not item.get_closest_marker("thorough")]
     if most := config.getoption("--cases"):
-        backend = ("jax", "tensorflow", "torch").index(os.environ["KERAS_BACKEND"])
-        tests = [list(cases) for _, cases in itertools.groupby(kept, key=lambda item: (item.path, item.originalname))]
-        steps = [-(-len(cases) // most) for cases in tests]
-        kept = [case for step, cases in zip(steps, tests, strict=True) for case in cases[backend * step // 3 :: step]]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        other = os.environ["KERAS_BACKEND"] == "tensorflow"  # than JAX has
+        tests = {}  # the cases of a fixture of a module lie apart: all that one needs are run before the next is made
+        for item in kept:
+            tests.setdefault((item.path, item.originalname), []).append(item)
+        steps = {test: -(-len(cases) // most) for test, cases in tests.items()}
+        chosen = {case for test, cases in tests.items() for case in cases[other * steps[test] // 2 :: steps[test]]}
+        kept = [item for item in kept if item in chosen]
+    chosen = set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = kept
 
 

@@ -208,7 +208,10 @@ def test_a_masked_text_does_not_know_how_it_is_padded(pooled, tmp_path):
     np.testing.assert_array_equal(mask.sum(1), [4, 2, 0])
     assert numpy(large.mask).sum() == 6
     small, large = (numpy(ops.stop_gradient(one.tokens)) for one in (small, large))
-    np.testing.assert_allclose(large[:, :4][mask], small[mask], atol=1e-6, rtol=5e-6)  # longer sums round otherwise
+    # Numbers to 3, equal on PyTorch and TensorFlow. JAX compiles a sum of seven, three of them 0, otherwise than one of
+    # four, without the flags of conftest.py too: they differ by up to 2e-6.
+    size = np.abs(small[mask]).max() if keras.backend.backend() == "jax" else 1.0
+    np.testing.assert_allclose(large[:, :4][mask], small[mask], atol=1e-6 * size, rtol=0)
     assert np.isfinite(large).all()
 
 

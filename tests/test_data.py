@@ -365,7 +365,11 @@ def test_a_cache_is_whole_or_not_there(colours, tmp_path):
         data.images(colours, text_encoder=Killed(), **options)
     assert not list((tmp_path / "new").iterdir())
     (tmp_path / "new" / "cache_0.lockfile").touch()  # what tf.data itself leaves
+    left = tmp_path / "new" / ".partial-a1b2-cache"  # and what kdiff does, where a process is killed
+    left.mkdir()
+    os.utime(left, (0, 0))
     dataset = data.images(colours, text_encoder=Count(), **options)
+    assert not left.exists()
     next(dataset.as_numpy_iterator())  # nor need an epoch be whole
     assert len(values(data.images(colours, text_encoder=Count(), **options))) == 10
 

@@ -92,17 +92,18 @@ def test_what_fills_up_may_be_seen_and_texts_be_made_small_letters():
 
 def test_a_layer_makes_a_vector_and_tokens_of_the_text(tmp_path):
     """As DeepFloyd IF has it: pooled for the time, and through a dense layer. It is trained, the encoder is not."""
-    layer = VectorAndTokens(Chain([LayerNorm(), AttentionPool(2), Dense(16)]), Dense(6))
+    layer = VectorAndTokens(Chain([LayerNorm(), AttentionPool(2), Dense(8)]), Dense(6))
     prompt = Prompt(t5(), Bytes(5), masked=True, layer=layer)
     model = model_of(prompt)
-    before = [numpy(w) for w in prompt.encoders[0].weights]
+    draw_weights(model.network)
+    prompt.changed()
+    before = [np.array(numpy(w)) for w in prompt.encoders[0].weights]
     trainable = {id(w) for w in model.trainable_variables}
     assert all(id(w) in trainable for w in prompt.layer.weights)
-    draw_weights(prompt.layer)
     encoded = prompt(ops.convert_to_tensor(prompt.prepare(TEXTS)))
-    assert (tuple(encoded.vector.shape), tuple(encoded.tokens.shape)) == ((4, 16), (4, 5, 6))
+    assert (tuple(encoded.vector.shape), tuple(encoded.tokens.shape)) == ((4, 8), (4, 5, 6))
     assert encoded.mask is not None
-    kernel = numpy(prompt.layer.tokens.kernel)
+    kernel = np.array(numpy(prompt.layer.tokens.kernel))
     model.fit({"image": images(4), "text": TEXTS}, batch_size=2, verbose=0)
     for old, new in zip(before, prompt.encoders[0].weights, strict=True):
         np.testing.assert_array_equal(old, numpy(new))

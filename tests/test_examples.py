@@ -1,23 +1,26 @@
 """The examples that are quick enough to run, and the pages that they write."""
 
-import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
-import keras
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(name: str, *arguments: str) -> str:
-    environment = {**os.environ, "KERAS_BACKEND": keras.backend.backend()}
-    command = [sys.executable, str(EXAMPLES / name), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a script as from the command line, but in this process, which has imported what it needs."""
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        monkeypatch.syspath_prepend(str((EXAMPLES / name).parent))
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.mark.once
@@ -39,7 +42,7 @@ def test_keras_howto(tmp_path, monkeypatch):
 
 
 @pytest.mark.once  # test_compositions.py trains them on every backend
-def test_recipes(tmp_path):
+def test_recipes(run, tmp_path):
     pytest.importorskip("matplotlib")
     output = run("recipes.py", "--steps", "20", "--only", "Rectified flow", "--out", str(tmp_path / "recipes.png"))
     assert "Rectified flow" in output
@@ -60,20 +63,20 @@ def test_the_architectures():
 
 @pytest.mark.data
 @pytest.mark.once  # minutes of compilation elsewhere; what it uses is tested on each backend
-def test_a_model_is_trained_measured_and_edits(tmp_path):
+def test_a_model_is_trained_measured_and_edits(run, tmp_path):
     small = ("--dataset", "digits", "--image-size", "16")
     out = ("--out", str(tmp_path))
     output = run("class_conditional.py", *small, "--steps", "10", "--width", "8", "--samples", "10", *out)
     assert "of the real test images" in output
     assert len([line for line in output.splitlines() if line.endswith("0%")]) == 10
-    run("edit.py", str(tmp_path / "model.keras"), "--dataset", "digits", "--steps", "5", *out)
+    run("edit.py", str(tmp_path / "model.keras"), "--dataset", "digits", "--steps", "3", *out)
     for name in ("classes-by-scale.png", "loss.png", "edits.png"):
         assert (tmp_path / name).stat().st_size > 5_000
 
 
 @pytest.mark.data
 @pytest.mark.once  # minutes of compilation elsewhere; what it uses is tested on each backend
-def test_text_to_image(tmp_path):
+def test_text_to_image(run, tmp_path):
     first = ("--minutes", "0.01", "--batch-size", "8", "--width", "8", "--test", "6", "--out", str(tmp_path))
     assert "the right colours" in run("text_to_image.py", "a small blue triangle", *first)
     assert "prompts.png" in run("text_to_image.py", "--model", str(tmp_path / "model.keras"), *first)
@@ -82,12 +85,16 @@ def test_text_to_image(tmp_path):
 @pytest.mark.data
 @pytest.mark.once  # minutes of compilation elsewhere; what it uses is tested on each backend
 @pytest.mark.parametrize(
-    ("script", "page"),
-    [pytest.param("speed", "table.md", marks=pytest.mark.thorough), ("kernels", "kernels.md")],
+    ("script", "page", "options"),
+    [
+        pytest.param("speed", "table.md", (), marks=pytest.mark.thorough),
+        pytest.param("kernels", "kernels.md", (), marks=pytest.mark.thorough),
+        ("kernels", "kernels.md", ("--backends", "torch")),
+    ],
 )
-def test_the_benchmarks(script, page, tmp_path):
+def test_the_benchmarks(run, script, page, options, tmp_path):
     pytest.importorskip("diffusers")
-    run(f"benchmarks/{script}.py", "--toy", "--out", str(tmp_path))
+    run(f"benchmarks/{script}.py", "--toy", *options, "--out", str(tmp_path))
     rows = [line for line in (tmp_path / page).read_text().splitlines() if "kdiff" in line]
     assert len(rows) > 3
     assert (tmp_path / f"{'results' if script == 'speed' else script}.json").stat().st_size > 1_000
@@ -95,7 +102,7 @@ def test_the_benchmarks(script, page, tmp_path):
 
 @pytest.mark.data
 @pytest.mark.once
-def test_wavelets_beside_pixels(tmp_path):
+def test_wavelets_beside_pixels(run, tmp_path):
     run("benchmarks/wavelets.py", "--toy", "--out", str(tmp_path))
     rows = (tmp_path / "wavelets.md").read_text().splitlines()
     assert len([row for row in rows if "Haar(" in row]) == 3
@@ -104,9 +111,20 @@ def test_wavelets_beside_pixels(tmp_path):
 @pytest.mark.data
 @pytest.mark.once
 @pytest.mark.thorough
-def test_latent_diffusion(tmp_path):
+def test_latent_diffusion(run, tmp_path):
     small = ("--image-size", "16", "--widths", "4", "8", "8", "--width", "64", "--depth", "1", "--batch-size", "16")
     short = ("--autoencoder-minutes", "0.001", "--minutes", "0.001", "--out", str(tmp_path))
     assert "times as long" in run("latent_diffusion.py", "digits", *small, *short)
     for name in ("reconstructions.png", "samples.png", "loss.png"):
         assert (tmp_path / name).stat().st_size > 5_000
+
+
+@pytest.mark.once  # minutes of compilation elsewhere; what it uses is tested on each backend
+def test_finetune(run, tmp_path):
+    pytest.importorskip("PIL")
+    small = ("--base-minutes", "0.001", "--width", "8", "--steps", "2", "--out", str(tmp_path))
+    assert "The loss on the pictures was" in run("finetune.py", *small)
+    tuned = ("--model", str(tmp_path / "base.keras"), "--control", "edges", *small)
+    assert "with them have" in run("finetune.py", *tuned)
+    for name in ("lora.png", "edges.png", "pictures.png"):
+        assert (tmp_path / name).stat().st_size > 1_000

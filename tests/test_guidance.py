@@ -10,6 +10,7 @@ from kdiff import Sampler, analytic, guidance, schedules
 from kdiff.denoisers import Denoiser, Estimate, Given
 from kdiff.guidance import AdaptiveProjected, CFGPlusPlus, CFGZeroStar, ClassifierFree
 from kdiff.guidance.base import Place, Run, tensors
+from kdiff.schedules import Marginal
 from kdiff.solvers.base import half_step
 from tests.toys import SCHEDULES, numpy
 
@@ -182,6 +183,11 @@ def test_outside_of_its_interval_it_is_off():
             wanted = none + 4 * (given - none) if lowest <= sigma / alpha <= highest else given
             received, _ = ask(ClassifierFree(4.0, lowest=lowest, highest=highest), m)
             np.testing.assert_allclose(received, wanted, atol=2e-6)
+    m = Marginal(*(ops.convert_to_tensor(v, "float32") for v in (0.5, 0.5, 0.5, 0.0)))  # at the ends it is on
+    given, none = answers(m)
+    for lowest, highest in ((1.0, 2.0), (0.5, 1.0)):
+        received, _ = ask(ClassifierFree(4.0, lowest=lowest, highest=highest), m)
+        np.testing.assert_allclose(received, none + 4 * (given - none), atol=2e-6)
 
 
 @pytest.mark.reference

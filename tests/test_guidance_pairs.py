@@ -62,6 +62,9 @@ def denoiser(attention):
     return Denoiser(answer, Given(labels), {"a": np.int32(3), "label": np.int32(3)})
 
 
+RULES = 17
+
+
 def rules(classifier):
     """One of each class, with arrays that differ from sample to sample."""
     image, mask = np.zeros(SHAPE), np.eye(4)[:, :2]
@@ -70,19 +73,23 @@ def rules(classifier):
         guidance.AdaptiveProjected([2.0, 3.0, 4.0], drop=("label",), radius=1.0),
         guidance.CFGPlusPlus([0.3, 0.6, 0.9]),
         guidance.CFGZeroStar([1.5, 2.0, 2.5], negative={"label": np.int32([0, 1, 1])}),
+        guidance.Successive({"a": [1.0, 2.0, 3.0], "label": 1.5}),
         guidance.Autoguidance(lambda x, m: 0.5 * x, [1.0, 1.5, 2.0]),
         guidance.ClassifierGuidance(classifier, [0.0, 0.5, 1.0]),
         guidance.PerturbedAttention([0.0, 1.0, 2.0]),
         guidance.Clip(0.9),
+        guidance.Control("picture", [0.0, 0.5, 1.0], begin=0.9),
         guidance.DynamicThreshold(0.8),
         guidance.Inpaint(image, mask),
         guidance.DPS(operators.Mask(mask), image, [0.1, 0.2, 0.3]),
         guidance.PiGDM(operators.Mask(mask), image, scale=[0.1, 0.2, 0.3], iterations=2),
+        guidance.MomentMatching(operators.Mask(mask), image, 0.1, scale=[0.1, 0.2, 0.3], iterations=1),
         guidance.Seamless(),
         Smooth(),
     ]
     family = {kind for kind in guidance.Guidance.names().values() if kind.__module__.startswith("kdiff.")}
     assert family == {type(one) for one in known} - {Smooth}
+    assert len(known) == RULES
     return known
 
 
@@ -118,16 +125,16 @@ def check_pairs(parts, first, apart):
         np.testing.assert_allclose(in_steps(samplers, denoise, True, parts), plain, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("first", range(14))
+@pytest.mark.parametrize("first", range(RULES))
 def test_ordered_pairs_run_compiled_and_not(parts, first):
     """All on PyTorch; elsewhere, where each is compiled, a rule is twice the first and twice the second."""
-    check_pairs(parts, first, range(14) if keras.backend.backend() == "torch" else (0, 1))
+    check_pairs(parts, first, range(RULES) if keras.backend.backend() == "torch" else (0, 1))
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("first", range(14))
+@pytest.mark.parametrize("first", range(RULES))
 def test_every_ordered_pair_runs_compiled_and_not(parts, first):
-    check_pairs(parts, first, range(14))
+    check_pairs(parts, first, range(RULES))
 
 
 def test_a_memory_is_that_of_the_last_step_and_of_the_first_question():

@@ -39,6 +39,14 @@ CHECKPOINTS = {
     },
     "diffusers' EMAModel": {"model": {"w": one(0)}, "ema": {"decay": 0.9, "shadow_params": [one(1)]}},
     "two deep": {"state": 1, "model": {"state_dict": {"w": one(1)}, "config": {}}},
+    "DDIM's main.py": [
+        {"module.w": one(0)},
+        {"state": {0: {"exp_avg": one(3)}}, "param_groups": []},
+        3,
+        99,
+        {"w": one(1)},
+    ],
+    "DDIM's main.py without averages": [{"module.w": one(1)}, {"state": {}, "param_groups": []}, 3, 99],
     "DataParallel": {"module.w": one(1)},
     "compiled, then DataParallel": {"state_dict": {"module._orig_mod.w": one(1)}},
 }
@@ -65,6 +73,12 @@ def test_averages_in_the_order_of_the_parameters():
     averages = [one(30, 4, 4), one(40, 4), one(50, 4)]
     content = {"model": trained, "ema": {"decay": 0.9, "num_updates": 3, "shadow_params": averages}}
     assert values(content) == {"sigmas": 1, "waves": 2, "a.weight": 30, "a.bias": 40, "b.bias": 50}
+
+
+def test_buffers_and_other_states_in_a_list():
+    """A buffer has no average; a discriminator's weights are no averages of the first."""
+    assert values([{"w": one(0), "b": one(2)}, 3, {"w": one(1)}]) == {"w": 1.0, "b": 2.0}
+    assert values([{"w": one(0)}, {"w": one(1, 2)}]) == {"w": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -116,6 +130,13 @@ def test_a_whole_checkpoint_as_a_file_and_as_a_mapping(tmp_path):
             np.asarray(export(original.simple_slots(original.simple_unet(source)))["out.bias"]),
             state["module.out.bias"],
         )
+
+
+def test_a_list_in_a_file(tmp_path):
+    torch = pytest.importorskip("torch")
+    trained, averages = ({"w": torch.tensor(one(value))} for value in (0, 1))
+    torch.save([trained, {"state": {}, "param_groups": [{"lr": 1e-4}]}, 3, 99, averages], tmp_path / "ckpt.pth")
+    assert {name: float(np.asarray(one)) for name, one in files.read_state(tmp_path / "ckpt.pth").items()} == {"w": 1.0}
 
 
 def test_shards_of_a_wrapped_module(tmp_path):

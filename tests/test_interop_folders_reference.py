@@ -113,7 +113,6 @@ def test_what_ema_model_writes(unet, tmp_path):
 @pytest.mark.parametrize(
     ("part", "entry"),
     [
-        ("controlnet", ["diffusers", "ControlNetModel"]),
         ("adapter", ["diffusers", "T2IAdapter"]),
         ("motion_adapter", ["diffusers", "MotionAdapter"]),
         ("upscaler", ["my_module", "Upscaler"]),

@@ -75,7 +75,7 @@ def test_every_class_is_tried():
     known = {name.removesuffix("Scheduler") for name in schedulers.KINDS}
     assert known - tried == {
         *("EulerAncestralDiscrete", "LMSDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete"),
-        *("DDIMParallel", "DDPMParallel", "ScoreSdeVe"),
+        *("DDIMParallel", "DDPMParallel", "ScoreSdeVe", "FlowMatchLCM"),
     }
 
 

@@ -4,10 +4,12 @@ The network is a function, of data that is one of two Gaussians in each pixel: i
 alone, so that a label that is another one shows.
 """
 
+import ast
 import importlib
 import itertools
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -273,8 +275,7 @@ def test_a_last_step_of_length_zero_adds_noise_of_a_hair():
     check(of("DPMSolverMultistep", **TABLE, **KARRAS, **ABOVE, algorithm_type="sde-dpmsolver"), (10,), 3e-4)
 
 
-@pytest.mark.once
-@pytest.mark.parametrize("kind", ["KDPM2Discrete", "KDPM2AncestralDiscrete"])
+@pytest.mark.parametrize("kind", mostly_once(["KDPM2Discrete", "KDPM2AncestralDiscrete"]))
 def test_labels_of_dpm2(kind):
     """diffusers rounds the labels of Karras' times, not of those between. Here none is rounded: 1e-3 at most."""
     check(of(kind), (10, 25))
@@ -282,6 +283,16 @@ def test_labels_of_dpm2(kind):
 
 
 # --- classes
+
+
+@pytest.mark.once
+def test_each_class_loads_or_is_refused_with_its_reason():
+    files = Path(diffusers.schedulers.__file__).parent.rglob("scheduling_*.py")
+    nodes = [node for file in files for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)]
+    names = {node.name for node in nodes if node.name.endswith("Scheduler")}
+    assert names - schedulers.KINDS.keys() == schedulers.REFUSED.keys()
+    with pytest.raises(ValueError, match="kdiff has no SCMScheduler: it is of networks distilled"):
+        schedulers.process({"_class_name": "SCMScheduler"}, "file")
 
 
 FEW = (1, 4, *STEPS)
@@ -354,6 +365,7 @@ FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shi
     of("DPMSolverMultistep", **FLOW, **ABOVE, solver_order=3),
     of("UniPCMultistep", **FLOW),
     of("UniPCMultistep", **FLOW, **ABOVE, solver_order=3),
+    of("UniPCMultistep", **FLOW, shift_terminal=0.1),
     of("DEISMultistep", **FLOW),
     of("DPMSolverSinglestep", **FLOW),
     of("DPMSolverMultistep", use_flow_sigmas=True, flow_shift=2.0),
@@ -363,7 +375,11 @@ def test_rectified_flow(config):
     check(config)
 
 
-@cases(of("FlowMatchEulerDiscrete", stochastic_sampling=True), of("SASolver", **FLOW))
+@cases(
+    of("FlowMatchEulerDiscrete", stochastic_sampling=True),
+    of("SASolver", **FLOW),
+    of("FlowMatchLCM", shift=3.0, shift_terminal=0.1),
+)
 def test_rectified_flow_with_noise(config):
     """kdiff draws the schedule 1e-5 short at its ends, which the first estimate of the data feels."""
     check(config, tolerance=1e-3)

@@ -16,7 +16,7 @@ INPUTS = {"image": X, "time": np.linspace(0.0, 900.0, 4).astype("float32")}
 
 
 def model_of(ema=0.9, make=UNet.residual):
-    network = make(width=4, levels=2, depth=1)
+    network = make(width=4, levels=1, depth=1)
     model = kdiff.DiffusionModel(network, ema=ema)
     model.build(X.shape)
     draw_weights(network)

@@ -1,7 +1,9 @@
 """Data on its way into `fit`, and images on every way into a run: taken as it was meant, or refused in plain words."""
 
+import keras
 import numpy as np
 import pytest
+from keras import ops
 
 from kdiff import DiffusionModel, guidance
 from kdiff.blocks import LabelEmbedding
@@ -197,3 +199,34 @@ def test_calls_of_keras_that_mean_nothing_here(tmp_path):
 def test_a_name_that_is_nearly_an_argument(name, hint):
     with pytest.raises(ValueError, match=rf"received: \['{name}'\]. Did you mean '{hint}'"):
         model().sample(2, **{name: 2})
+
+
+class Plain(keras.layers.Layer):
+    """A network of one's own, which is not a Keras model."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.last = keras.layers.Conv2D(1, 3, padding="same", **options)
+
+    def build(self, shapes):
+        self.last.build((None, 8, 8, 3))
+        self.last.kernel.assign(np.random.default_rng(0).normal(size=(3, 3, 3, 1)))
+
+    def call(self, inputs, training=None):
+        return self.last(ops.concatenate([inputs["image"], inputs["image"] ** 2, ops.sin(inputs["image"])], -1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_float16"])
+def test_grey_images_whose_count_leaves_a_batch_of_one(dtype):
+    """With Keras' own convolution to one channel, of which PyTorch has no gradient there."""
+    one = compiled_model(Plain(dtype=dtype), "sgd")
+    one.build((None, 8, 8, 1))
+    before = numpy(one.network.last.kernel)
+    x = UNIT[:2]
+    output = one.network({"image": x})
+    channels = np.concatenate([x, x**2, np.sin(x)], -1)
+    exact = ops.conv(channels, before, padding="same", data_format="channels_last")
+    np.testing.assert_allclose(numpy(output), numpy(exact), atol=1e-5 if dtype == "float32" else 0.02)
+    history = one.fit(PIXELS[:5], batch_size=4, shuffle=False, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+    assert np.abs(numpy(one.network.last.kernel) - before).max() > 1e-3

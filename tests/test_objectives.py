@@ -67,7 +67,7 @@ class Uncertainty(Denoising):
 
     def problem(self, model, x, conditions, keys, training):
         problem = super().problem(model, x, conditions, keys, training)
-        t = problem.notes
+        t = problem.drawn.t
         u = ops.take(self.u, ops.cast(ops.minimum(t * self.parts, self.parts - 1), "int32"))
         return problem._replace(weight=ops.exp(-u), extra=u)
 

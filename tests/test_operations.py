@@ -85,6 +85,18 @@ def test_convolution(size, kernel, strides, dilation, padding):
     )
 
 
+@pytest.mark.parametrize("size", [(8,), (8, 8), (4, 4, 4)])
+def test_the_gradient_of_a_kernel_to_one_channel(size):
+    """In a batch of one: PyTorch has none on a CPU, of the kernel as it lies."""
+    x, kernel = ops.convert_to_tensor(drawn(1, *size, 3)), ops.convert_to_tensor(drawn(*[3] * len(size), 3, 1))
+    ones = (1,) * len(size)
+    pull = backend.pullback(lambda one: (backend.convolution(x, one, None, ones, "same", ones), None), kernel)[1]
+    gradient = ops.convert_to_numpy(pull(ops.ones((1, *size, 1))))
+    padded = np.pad(numpy(x), [(0, 0), *[(1, 1)] * len(size), (0, 0)])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, size, tuple(range(1, len(size) + 1)))
+    np.testing.assert_allclose(gradient[..., 0], windows.sum(tuple(range(-len(size), 0)))[0], atol=1e-4)
+
+
 def test_convolution_by_hand():
     x, kernel = drawn(1, 4, 4, 2), drawn(3, 3, 2, 5)
     padded = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])

@@ -9,6 +9,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README
 
 
 @pytest.mark.data
+@pytest.mark.once  # the quickstart, which is made of them, is run on each backend by .ci/run
 def test_twenty_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shorter = {"epochs=16": "epochs=1", "every=4": "every=1", '"trailing", 100': '"trailing", 2', "steps=20": "steps=2"}
@@ -24,6 +25,7 @@ def test_twenty_lines(tmp_path, monkeypatch):
     assert list((tmp_path / "runs/digits").glob("*.png"))
 
 
+@pytest.mark.once  # more than a minute of compilation elsewhere; what it uses is tested on each backend
 def test_conditions_and_editing():
     import keras
     import numpy as np

@@ -1,12 +1,15 @@
+from functools import partial
+
 import keras
 import numpy as np
 import pytest
 
 from kdiff import Sampler, random, schedules
+from kdiff.denoisers import Given
 from kdiff.guidance import Inpaint
 from kdiff.sampling import dpm_fast
 from kdiff.solvers import DDPM, DPMSolverPP, DPMSolverPPSinglestepSDE, Solver
-from kdiff.times import Linspace
+from kdiff.times import Linspace, Times
 from tests.toys import GAUSSIAN, exact_denoiser, numpy
 
 SCHEDULE = schedules.CosineBeta()
@@ -46,6 +49,36 @@ def test_multistep_solvers_make_any_number_of_steps(solver):
         assert len(times) == 2
         *_, step = sampler.steps_of(exact_denoiser(0.25, 0.0), SCHEDULE, (2, 3), times=times)
         np.testing.assert_allclose(numpy(step.x), 0.25, atol=1e-5)
+
+
+@pytest.mark.once
+def test_a_run_may_begin_and_end_anywhere():
+    """In place of the nearest time of the grid; the two halves are the whole."""
+    sampler = Sampler(grid=Times([1.0, 0.7, 0.4, 0.2, 0.0]), steps=4)
+    for strength, stop, expected in (
+        (1.0, 0.0, [1.0, 0.7, 0.4, 0.2, 0.0]),
+        (0.72, 0.0, [0.72, 0.4, 0.2, 0.0]),
+        (0.66, 0.0, [0.66, 0.4, 0.2, 0.0]),
+        (0.15, 0.0, [0.15, 0.0]),
+        (1.0, 0.65, [1.0, 0.65]),
+        (1.0, 0.35, [1.0, 0.7, 0.35]),
+        (0.72, 0.1, [0.72, 0.4, 0.1]),
+        (0.0, 0.0, [0.0]),
+    ):
+        np.testing.assert_allclose(sampler.times(schedules.Cosine(), strength, stop), expected, err_msg=str(strength))
+
+
+def test_a_rise_draws_from_the_forward_process():
+    """q(x_then | x_now), of DDPM eq. 2: with the steps between two times of a table its betas say both numbers."""
+    schedule = schedules.LinearBeta(10, 0.02, 0.3)
+    advance = partial(pytest.fail, "no step falls")
+    noise = np.random.default_rng(0).standard_normal((2, 3)).astype("float32")
+    x = np.ones((2, 3), "float32")
+    run = Sampler("ddim").steps_from(
+        x, np.array([0.3, 0.6, 0.2]), advance, schedule, Given(), noise=lambda step, shape: noise
+    )
+    kept = np.prod(1.0 - schedule.betas[3:6])
+    np.testing.assert_allclose(numpy(next(run).x), np.sqrt(kept) * x + np.sqrt(1.0 - kept) * noise, rtol=1e-5)
 
 
 def test_a_run_does_not_depend_on_those_before_it():

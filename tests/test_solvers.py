@@ -72,9 +72,10 @@ def test_the_measured_order_is_the_declared_one(solver):
 def test_the_measured_order_of_mean_and_covariance_is_the_declared_one(solver):
     """Without any sampling error. The mean of a Gaussian is exact in any number of steps; also of solvers of order 0.
 
-    3M has small errors of order 2 under some of order 3: it takes more steps.
+    3M has small errors of order 2 under some of order 3, SA-Solver of both signs: they take more steps.
     """
-    solver, steps, errors = free(solver), 24 if isinstance(solver, solvers.DPMSolverPP3MSDE) else 16, []
+    steps = {solvers.DPMSolverPP3MSDE: 24, solvers.SASolver: 64}.get(type(solver), 16)
+    solver, errors = free(solver), []
     for count in (steps, 2 * steps):
         marginals = [COSINE.at_log_snr(np.float32(value)) for value in warmed(np.linspace(-3, 3, count + 1), 4)]
         mean, covariance = moments(Compiled(solver), COSINE, marginals)
@@ -129,6 +130,22 @@ def test_no_solver_is_worse_than_eulers_method_with_as_many_evaluations(schedule
                 allowed = 2.2
             found = errors(program[solver], schedule, evaluations // solver.evaluations, exact)
             assert np.all(found <= allowed * limits), (solver, evaluations, found, limits)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("schedule", [RECTIFIED, schedules.VarianceExploding()], ids=repr)
+def test_the_covariance_by_sa_solver_is_no_worse_than_by_eulers_method(schedule):
+    """Without any sampling error; with as many evaluations, on the default grid."""
+    two = solvers.SASolver(), solvers.SASolver(1.0, 2, 3), solvers.SASolver(solvers.Within(), 2, 0)
+    for evaluations, family in {8: two, 20: (*two, solvers.SASolver(1.0, 3, 3)), 50: two[:1]}.items():
+        limit = covariance_error(EULER, schedule, evaluations)
+        for solver in family:
+            assert covariance_error(solver, schedule, evaluations) <= limit, (solver, evaluations)
+
+
+def covariance_error(solver, schedule, steps):
+    marginals = [schedule.at(t) for t in Sampler(steps=steps).times(schedule).astype("float32")]
+    return np.abs(moments(solver, schedule, marginals)[1] - GAUSSIAN_DATA.covariance).max()
 
 
 # What a step asks for

@@ -199,7 +199,7 @@ def sa_pair(predictor, corrector, tau, options, steps, monkeypatch):
         predictor_order=predictor, corrector_order=corrector, tau_func=function, **options
     )
     scheduler.set_timesteps(steps)
-    solver = SASolver(tau, predictor, corrector, options.get("lower_order_final", True))
+    solver = SASolver(tau, predictor, corrector, options.get("lower_order_final", True), "bh1")
     schedule = schedules.LinearBeta()
     marginals = at_sigmas(schedule, scheduler.sigmas)
     if scheduler.sigmas[-1] == scheduler.sigmas[-2]:

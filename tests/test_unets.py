@@ -127,7 +127,8 @@ def trained(name, remat):
     return losses, network.get_weights()
 
 
-@pytest.mark.parametrize("name", mostly_once(["ncsnpp_skips", "simple"]))  # those whose body is their own
+@pytest.mark.once  # test_networks_family.py has others on every backend
+@pytest.mark.parametrize("name", ["simple", "ncsnpp_skips"])  # those whose body is their own
 def test_remat_trains_the_same(name):
     (losses, weights), (others, other_weights) = trained(name, False), trained(name, True)
     np.testing.assert_allclose(others, losses, rtol=1e-4)

@@ -1,5 +1,6 @@
 import errno
 import os
+import time
 
 import pytest
 
@@ -66,3 +67,17 @@ def test_a_folder_keeps_what_else_is_in_it(tmp_path):
 def test_a_device_is_written_to(tmp_path):
     with replacing(os.devnull) as new:
         assert str(new) == os.devnull
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    """Of the same name, and after an hour: another process may be writing."""
+    kept = {".partial-9-a.txt", ".partial-123-b.txt", ".partial-5-b-a.txt", ".partial-a.txt", "a.txt.old"}
+    for name in (".partial-123-a.txt", *kept):
+        (tmp_path / name).write_text("half")
+    (tmp_path / ".partial-7-a.txt").mkdir()
+    (tmp_path / ".partial-7-a.txt" / "inner").write_text("half")
+    for name in set(os.listdir(tmp_path)) - {".partial-9-a.txt"}:
+        os.utime(tmp_path / name, (time.time() - 4000,) * 2)
+    with replacing(tmp_path / "a.txt") as new:
+        new.write_text("text")
+    assert set(os.listdir(tmp_path)) == {"a.txt", *kept}

@@ -9,6 +9,7 @@ from kdiff.backend.data import (
     loader_batch,
     on_host,
 )
+from kdiff.backend.one_channel import mend_convolutions
 from kdiff.backend.operations import (
     HIDDEN,
     attention,
@@ -74,6 +75,7 @@ __all__ = [
     "leave_accelerator",
     "loader_batch",
     "max_pool",
+    "mend_convolutions",
     "move_towards",
     "needs_no_preparation",
     "on_host",

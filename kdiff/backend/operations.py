@@ -92,6 +92,7 @@ def convolution(
     functional, axes = torch.nn.functional, range(x.ndim - 2)
     convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(axes) - 1]
     x, kernel = torch.movedim(x, -1, 1), ops.convert_to_tensor(kernel).permute(len(axes) + 1, len(axes), *axes)
+    kernel = kernel.contiguous() if len(kernel) == 1 else kernel  # as it lies it has no gradient: see one_channel.py
     before, after = _zeros_around(x.shape[2:], kernel.shape[2:], strides, padding, dilation)
     if before != after:
         x = functional.pad(x, [zeros for axis in reversed(axes) for zeros in (before[axis], after[axis])])

@@ -173,8 +173,8 @@ def by_numpy(function: Callable, x: Any, shape: tuple) -> Any:
     return ops.convert_to_tensor(function(ops.convert_to_numpy(x)))
 
 
-def pullback(function: Callable, x: Any) -> tuple[Any, Callable, Any]:
-    """(y, pull, rest) of `(y, rest) = function(x)`, where `pull(v)`, to be called once, is (dy / dx)^T v.
+def pullback(function: Callable, x: Any, often: bool = False) -> tuple[Any, Callable, Any]:
+    """(y, pull, rest) of `(y, rest) = function(x)`, where `pull(v)` is (dy / dx)^T v; called once, unless `often`.
 
     A gradient that is taken around it flows through y and `rest`, and takes what `pull` gives for constant: there are
     no second derivatives, for which few operations are made.
@@ -187,7 +187,7 @@ def pullback(function: Callable, x: Any) -> tuple[Any, Callable, Any]:
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
-        with tf.GradientTape() as tape:
+        with tf.GradientTape(persistent=often) as tape:
             tape.watch(x)
             y, rest = function(x)
         return y, lambda v: tf.stop_gradient(tape.gradient(y, x, v)), rest
@@ -199,7 +199,7 @@ def pullback(function: Callable, x: Any) -> tuple[Any, Callable, Any]:
         y, rest = function(x)
 
     def pull(v):
-        return torch.autograd.grad(y, x, v.detach(), retain_graph=inside)[0]
+        return torch.autograd.grad(y, x, v.detach(), retain_graph=inside or often)[0]
 
     if inside:
         return y, pull, rest

@@ -3,6 +3,7 @@
 from kdiff.blocks.attention import CrossAttention, MultiHeadAttention, SelfAttention
 from kdiff.blocks.base import Block, Chain, Tokens
 from kdiff.blocks.beside import Beside
+from kdiff.blocks.beside_context import DecoupledAttention, Resampler
 from kdiff.blocks.conditions import Condition, Encoded, Input, Joint, OptionalCondition, VectorAndTokens
 from kdiff.blocks.context_attention import AttentionPool, ContextAttention
 from kdiff.blocks.convolution import ConvBlock, ConvNeXtBlock, ResidualBlock, SimpleBlock
@@ -13,8 +14,10 @@ from kdiff.blocks.embeddings import (
     LearnedEmbedding,
     MLPEmbedding,
     SinusoidalEmbedding,
+    SizeWaves,
     SteeredEmbedding,
 )
+from kdiff.blocks.joint import JointBlock
 from kdiff.blocks.layers import Conv2D, Dense
 from kdiff.blocks.magnitude import (
     MagnitudePreservingBlock,
@@ -29,7 +32,7 @@ from kdiff.blocks.magnitude import (
 from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm, LayerNorm, RMSNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.patterns import Causal, Global, Linear, Neighborhood, Pattern, Window
-from kdiff.blocks.positions import RelativePositions, Rotary, SinCos2D
+from kdiff.blocks.positions import PositionTable, RelativePositions, Rotary, SinCos2D
 from kdiff.blocks.resampling import Downsample, FIRDownsample, FIRUpsample, Upsample
 from kdiff.blocks.text import EncodedText, TextEncoder
 from kdiff.blocks.transformer import FeedForward, SpatialTransformer, TransformerBlock, adaptive_block
@@ -47,6 +50,7 @@ __all__ = [
     "ConvBlock",
     "ConvNeXtBlock",
     "CrossAttention",
+    "DecoupledAttention",
     "Dense",
     "Downsample",
     "Encoded",
@@ -60,6 +64,7 @@ __all__ = [
     "ImageEmbedding",
     "Input",
     "Joint",
+    "JointBlock",
     "LabelEmbedding",
     "LayerNorm",
     "LearnedEmbedding",
@@ -75,14 +80,17 @@ __all__ = [
     "OptionalCondition",
     "Patchify",
     "Pattern",
+    "PositionTable",
     "RMSNorm",
     "RelativePositions",
+    "Resampler",
     "ResidualBlock",
     "Rotary",
     "SelfAttention",
     "SimpleBlock",
     "SinCos2D",
     "SinusoidalEmbedding",
+    "SizeWaves",
     "SpatialTransformer",
     "SteeredEmbedding",
     "TextEncoder",

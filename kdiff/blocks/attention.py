@@ -56,6 +56,7 @@ class MultiHeadAttention(Block):
             et al., "Query-Key Normalization for Transformers", 2020; Dehghani et al., 2023, section 2.1).
         rotary: `RelativePositions` or their name, applied after that to queries and keys, or None. A context has none.
         output_bias: whether the output layer has a bias.
+        merge: whether there is an output layer; without it the heads stay side by side.
 
     Raises:
         ValueError: if the number given does not divide the channels of `x`, or the pattern or the positions do not suit
@@ -72,6 +73,7 @@ class MultiHeadAttention(Block):
         qk_norm: Any = None,
         rotary: Any = None,
         output_bias: bool = True,
+        merge: bool = True,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -80,10 +82,26 @@ class MultiHeadAttention(Block):
         self.head_width = head_width
         self.bias = bias
         self.output_bias = output_bias
+        self.merge = merge
         self.zero = zero
         self.pattern = Pattern.get(pattern)
         self.qk_norm = None if qk_norm is None else copy_layer(qk_norm, name="qk_norm", dtype=self.dtype_policy)
         self.rotary = None if rotary is None else RelativePositions.get(rotary)
+        self.beside, self.beside_count = None, 0
+
+    @property
+    def split(self) -> tuple[int, int]:
+        """(heads, channels of a head) of a built one."""
+        return self._split
+
+    def attend_beside(self, layer: keras.layers.Layer, count: int) -> None:
+        """Lets a layer, `layer(q, tokens)`, add to the heads what it makes of the last `count` tokens of a context.
+
+        The attention itself is then to the others. Call it once, when this is built.
+        """
+        self._tracker.unlock()
+        self.beside, self.beside_count = layer, count
+        self._tracker.lock()
 
     def build(self, x_shape, context_shape=None):
         """Builds the four projections and the normalisations."""
@@ -100,7 +118,8 @@ class MultiHeadAttention(Block):
         self.query_norm = self._norm("query_norm", x_shape)
         self.key_norm = self._norm("key_norm", source)
         options = {"kernel_initializer": kernel_initializer(self.zero), "use_bias": self.output_bias}
-        self.output_layer = self._dense("output", (*x_shape[:-1], inner), x_shape[-1], **options)
+        inner_shape = (*x_shape[:-1], inner)
+        self.output_layer = self._dense("output", inner_shape, x_shape[-1], **options) if self.merge else None
 
     def _check_positions(self, sizes):
         self.pattern.check(sizes)
@@ -124,10 +143,11 @@ class MultiHeadAttention(Block):
         """A map or tokens, with `context` (batch, other tokens, dim), `Tokens` or None, to the shape of `x`."""
         bias = context.bias if isinstance(context, Tokens) else None
         context, mask = opened(context)
+        tokens, count = context, -self.beside_count
+        if self.beside is not None:
+            context, mask = context[:, :count], None if mask is None else mask[:, :count]
         source = x if context is None else context
-        q = self._in_heads(self.query(x), self.query_norm)
-        k = self._in_heads(self.key(source), self.key_norm)
-        v = self._in_heads(self.value(source))
+        q, k, v = self.projected(x, source)
         if context is None and self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
         if context is None and identity_attention.is_on(self.path):
@@ -135,7 +155,20 @@ class MultiHeadAttention(Block):
         else:
             given = {name: one for name, one in {"mask": mask, "bias": bias}.items() if one is not None}
             y = (self.pattern if context is None else Global())(q, k, v, **given)
-        return self.output_layer(ops.reshape(y, (*ops.shape(x)[:-1], math.prod(self._split))))
+        if self.beside is not None:
+            y = y + self.beside(q, tokens[:, count:])
+        return self.merged(y, x)
+
+    def projected(self, x, source):
+        """(queries of `x`, keys of `source`, values of `source`) in heads, (..., heads, head_width), normalised."""
+        q = self._in_heads(self.query(x), self.query_norm)
+        k = self._in_heads(self.key(source), self.key_norm)
+        return q, k, self._in_heads(self.value(source))
+
+    def merged(self, y, x):
+        """The output layer of what the heads have found for each position of `x`."""
+        y = ops.reshape(y, (*ops.shape(x)[:-1], math.prod(self._split)))
+        return self.output_layer(y) if self.merge else y
 
     def _in_heads(self, x, norm=None):
         x = ops.reshape(x, (*ops.shape(x)[:-1], *self._split))
@@ -251,9 +284,15 @@ class _Branch(Block):
 
     def call(self, x, embed=None, context=None, training=None):
         """A map or tokens to the same; see the class for `embed` and `context`."""
-        y = apply_layer(self.normalization, x, embed, training=training)
-        y = dropped(self.drop, self._branch(y, context), training)
-        y = dropped(self.drop_example, y, training)
+        return self.residual(x, self._branch(self.normed(x, embed, training), context), embed, training)
+
+    def normed(self, x, embed=None, training=None):
+        """What the branch takes of `x`."""
+        return apply_layer(self.normalization, x, embed, training=training)
+
+    def residual(self, x, y, embed=None, training=None):
+        """`x` with what the branch has made, `y`."""
+        y = dropped(self.drop_example, dropped(self.drop, y, training), training)
         if self.gate is None:
             y = x + y
         else:

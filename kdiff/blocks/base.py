@@ -126,6 +126,12 @@ class Chain(Block):
             x_shape = output_shape(layer, x_shape, embed_shape, context_shape)
         return x_shape
 
+    def compute_output_spec(self, x, embed=None, context=None, training=None):
+        """That of the last layer, which may give several tensors."""
+        for layer in self.layers:
+            x = layer.compute_output_spec(x, **_taken(layer, {"embed": embed, "context": context}))
+        return x
+
 
 def get_layer(identifier: Any) -> keras.layers.Layer:
     """A Keras layer as it is, or the block that a name or a configuration describes."""

@@ -88,6 +88,8 @@ class Beside(Condition):
         self.embedding = None if embedding is None else copy_layer(embedding, name="embedding", dtype=self.dtype_policy)
         self._row: tuple | None = None
 
+    any_size = True  # of the image, whatever the layer was built for
+
     def inputs_of(self, name: str) -> dict[str, Input]:
         """The image and, where there is noise, the level and the noise, which may be missing."""
         if self.noise is None:
@@ -115,9 +117,9 @@ class Beside(Condition):
 
     @property
     def null(self):
-        """A grey image where there is a dropout and the size is known."""
-        known = self.dropout > 0 and self._row is not None and None not in self._row
-        return np.zeros(self._row, "float32") if known else None
+        """Where there is a dropout, a grey image of one pixel, which is brought to any size."""
+        known = self.dropout > 0 and self._row is not None
+        return np.zeros((*[1] * (len(self._row) - 1), self._row[-1]), "float32") if known else None
 
     def check(self, values) -> None:
         """Raises a ValueError for whole numbers."""

@@ -98,7 +98,7 @@ class Joint(ConfigurableLayer, keras.layers.Layer):
 
     Stable Diffusion XL's (Podell et al., 2023, section 2.2) is a vector of the text and waves of six numbers:
 
-        Joint({"text_embeds": Identity(), "time_ids": SinusoidalEmbedding(256)}, MLPEmbedding(Identity(), 1280))
+        Joint({"text_embeds": Identity(), "time_ids": SizeWaves(256)}, MLPEmbedding(Identity(), 1280))
 
     Args:
         parts: a layer for each input, by its name in the input of the network, in their order. `dropout` is theirs.

@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from kdiff import backend
-from kdiff.base import check_integer, check_number
+from kdiff.base import check_choice, check_integer, check_number
 from kdiff.blocks.base import Block, build_layer, check_given, copy_layer, kernel_initializer
 from kdiff.blocks.conditions import Condition, Input
 from kdiff.blocks.initializers import Normal
@@ -22,6 +22,7 @@ __all__ = [
     "LearnedEmbedding",
     "MLPEmbedding",
     "SinusoidalEmbedding",
+    "SizeWaves",
     "SteeredEmbedding",
 ]
 
@@ -82,6 +83,40 @@ class SinusoidalEmbedding(Block):
     def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
         """(..., width)."""
         return (*x_shape, self.width)
+
+
+class SizeWaves(SinusoidalEmbedding):
+    """Waves of the numbers by which Stable Diffusion XL knows sizes (Podell et al., "SDXL", 2023, section 2.2):
+
+        6 numbers    height and width of the original, top and left of the crop, height and width of the target
+        5 numbers    height and width of the original, top and left of the crop, an aesthetic score: the refiner's
+
+    Where none are given to `sample`, they are those of the samples, in pixels, with no crop, and a score of 6.
+
+    Args:
+        width: of the embedding of each number.
+        numbers: 6 or 5.
+        max_period, scale, sine_first, shift: as of `SinusoidalEmbedding`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        numbers: int = 6,
+        max_period: float = 10000.0,
+        scale: float = 1.0,
+        sine_first: bool = False,
+        shift: float = 0.0,
+        **kwargs,
+    ):
+        super().__init__(width, max_period, scale, sine_first, shift, **kwargs)
+        check_choice("SizeWaves", "numbers", numbers, (5, 6))
+        self.numbers = numbers
+
+    def default(self, sizes: tuple[int, ...]) -> np.ndarray:
+        """The numbers of a sample of this height and width."""
+        end = [*sizes] if self.numbers == 6 else [6.0]
+        return np.array([*sizes, 0.0, 0.0, *end], "float32")
 
 
 class FourierEmbedding(Block):
@@ -182,13 +217,14 @@ class SteeredEmbedding(MLPEmbedding):
     Distillation of Guided Diffusion Models", 2023), whose networks know the scale of guidance w by its waves:
 
         UNet(..., embedding=SteeredEmbedding(SinusoidalEmbedding(320), "timestep_cond", 256))
+        network({"image": x, "time": t, "timestep_cond": w})                # or the vectors:
         waves = SinusoidalEmbedding(256, scale=1000, sine_first=True, shift=1)
         network({"image": x, "time": t, "timestep_cond": waves(w - 1)})
 
     Args:
         embedding, width, activation: as of `MLPEmbedding`.
-        name_of_input: what `c`, (batch, size), is called among the inputs of the network. It may be missing: then it is
-            not added.
+        name_of_input: what `c`, (batch, size), or the scale w, (batch,), of which 1 is no guidance, is called among the
+            inputs of the network. It may be missing: then nothing is added.
         size: of `c`.
     """
 
@@ -224,8 +260,14 @@ class SteeredEmbedding(MLPEmbedding):
         given = x if isinstance(x, dict) else {"time": x}
         y = self.embedding(given["time"])
         if given.get("vector") is not None:
-            y = y + ops.cast(self.steering(given["vector"]), y.dtype)
+            y = y + ops.cast(self.steering(self._waves(given["vector"])), y.dtype)
         return self.output_layer(self.hidden(y))
+
+    def _waves(self, given):
+        """Vectors as they are, and the waves of numbers."""
+        if len(given.shape) > 1:
+            return given
+        return SinusoidalEmbedding(self.size, scale=1000.0, sine_first=True, shift=1)(ops.cast(given, "float32") - 1.0)
 
     def compute_output_spec(self, x, embed=None, context=None, training=None):
         """(batch, width)."""

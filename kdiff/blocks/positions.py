@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from kdiff.base import Value, check_number
+from kdiff.base import Value, check_integer, check_number
 from kdiff.blocks.base import Block, check_map
 
-__all__ = ["RelativePositions", "Rotary", "SinCos2D"]
+__all__ = ["PositionTable", "RelativePositions", "Rotary", "SinCos2D"]
 
 
 class SinCos2D(Block):
@@ -70,6 +70,69 @@ class SinCos2D(Block):
         at = at if self.base_size is None else at * (self.base_size / ops.cast(length, "float32"))
         angles = at[:, None] * ops.convert_to_tensor(frequencies, "float32")
         return ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1)
+
+
+class PositionTable(Block):
+    """The waves of `SinCos2D` in a table of size x size positions, of which a map has those in the middle:
+
+        x_ij + table[(size - height) // 2 + i, (size - width) // 2 + j]
+
+    Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (2024), section 5.3.2, so
+    that one network draws images of any shape. The table is kept with the weights, as files of Stable Diffusion 3 have
+    it, in float32; it is not trained.
+
+    Args:
+        size: of the table, the largest height and width of a map.
+        base_size: the waves count 0 ... base_size from end to end of the table; None for `size`, by one.
+        max_period: as of `SinCos2D`.
+
+    Raises:
+        ValueError: if a map is larger than the table, is no map, or its channels are not a multiple of 4.
+    """
+
+    def __init__(self, size: int = 192, base_size: float | None = None, max_period: float = 10000.0, **kwargs):
+        super().__init__(**kwargs)
+        check_integer("PositionTable", "size", size)
+        check_number("PositionTable", "max_period", max_period, 1)
+        if base_size is not None:
+            check_number("PositionTable", "base_size", base_size, 1e-6)
+        self.size = size
+        self.base_size = base_size
+        self.max_period = max_period
+
+    def build(self, x_shape):
+        """Makes the table, (size, size, channels)."""
+        if len(x_shape) != 4 or x_shape[-1] is None or x_shape[-1] % 4:
+            raise ValueError(
+                "PositionTable: `x` must be a map (batch, height, width, channels), with channels that are a multiple "
+                f"of 4; received the shape: {tuple(x_shape)}"
+            )
+        self._check_size(x_shape)
+        options = {"trainable": False, "dtype": "float32", "autocast": False, "name": "table"}
+        self.table = self.add_weight(shape=(self.size, self.size, x_shape[-1]), initializer=self._waves, **options)
+        self.table.averaged = False
+
+    def _check_size(self, shape):
+        if any(size is not None and size > self.size for size in shape[1:3]):
+            raise ValueError(
+                f"PositionTable: the map must be at most {self.size} x {self.size}, the size of the table; received "
+                f"the shape: {tuple(shape)}"
+            )
+
+    def _waves(self, shape, dtype=None):
+        quarter, base = shape[-1] // 4, self.base_size or self.size
+        angles = np.outer(np.arange(self.size) * (base / self.size), self.max_period ** (-np.arange(quarter) / quarter))
+        one = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+        shape = (self.size, self.size, 2 * quarter)
+        columns, rows = np.broadcast_to(one[None], shape), np.broadcast_to(one[:, None], shape)
+        return ops.convert_to_tensor(np.concatenate([columns, rows], axis=-1), dtype or "float32")
+
+    def call(self, x, embed=None, context=None, training=None):
+        """(batch, height, width, channels) to the same."""
+        self._check_size(x.shape)
+        height, width = ops.shape(x)[1:3]
+        top, left = (self.size - height) // 2, (self.size - width) // 2
+        return x + ops.cast(self.table[top : top + height, left : left + width], x.dtype)
 
 
 class RelativePositions(Value):

@@ -13,6 +13,7 @@ from kdiff.base import check_choice, check_integer
 from kdiff.data import augmentation, encoding, latents, sources
 from kdiff.data._tensorflow import tf
 from kdiff.data.order import Order
+from kdiff.writing import remove_leftovers
 
 __all__ = ["UNCACHED_SHUFFLE", "images"]
 
@@ -223,7 +224,8 @@ def _cached(dataset: tf.data.Dataset, path: Path) -> tf.data.Dataset:
     """
     if not path.with_name(f"{path.name}.index").exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+        remove_leftovers(path)
+        with tempfile.TemporaryDirectory(f"-{path.name}", ".partial-", path.parent) as folder:
             dataset.cache(os.path.join(folder, path.name)).reduce(np.int64(0), lambda count, _: count + 1)
             for file in sorted(Path(folder).iterdir(), key=lambda file: file.suffix == ".index"):  # the index last
                 os.replace(file, path.with_name(file.name))

@@ -55,7 +55,12 @@ class Encoder(ConfigurableLayer, keras.Model):
         self.trainable = False
         self.frozen = True
         for weight in self.weights:
-            weight.averaged = False
+            weight.averaged = weight.trainable = getattr(weight, "adapts", False)
+
+    @property
+    def learns(self) -> bool:
+        """Whether some of its weights learn though it is frozen: those of a LoRA, or the vectors of a token."""
+        return any(weight.trainable for weight in self.weights)
 
     def _part(self, layer: Any, name: str) -> keras.layers.Layer:
         """A layer of this precision."""

@@ -5,8 +5,10 @@ text = encoder(tokens)                     # (batch, 77) whole numbers
 text.tokens, text.vector                   # (batch, 77, 768), (batch, 768)
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from kdiff.base import check_integer
@@ -19,6 +21,7 @@ from kdiff.blocks.patches import Patchify
 from kdiff.blocks.patterns import Causal
 from kdiff.blocks.transformer import TransformerBlock
 from kdiff.encoders.base import Encoder, ratio_of
+from kdiff.encoders.vocabulary import Vocabulary
 
 __all__ = ["CLIPText", "CLIPVision"]
 
@@ -44,6 +47,8 @@ class CLIPText(Encoder):
         skip: how many of the last blocks `tokens` leave out; `vector` is always of all. Stable Diffusion's "clip skip".
         normalized: whether `tokens` go through the last normalisation, as `vector` does; not in Stable Diffusion XL.
         epsilon: of the normalisations.
+        learned: (first, count) of tokens whose vectors are weights of their own, as while `kdiff.inversion` teaches
+            them.
         kwargs: `name` and `dtype`.
     """
 
@@ -61,6 +66,7 @@ class CLIPText(Encoder):
         skip: int = 0,
         normalized: bool = True,
         epsilon: float = 1e-5,
+        learned: Sequence[int] | None = None,
         **kwargs,
     ):
         check_integer("CLIPText", "length", length)
@@ -76,7 +82,8 @@ class CLIPText(Encoder):
         self.end = end
         self.normalized = normalized
         self.epsilon = epsilon
-        self.table = self._part(LearnedEmbedding(vocabulary_size, width), "table")
+        self.learned = None if learned is None else tuple(learned)
+        self.table = self._part(Vocabulary(vocabulary_size, width, learned), "table")
         self.positions = self._part(LearnedEmbedding(), "positions")
         self.norm = self._part(norm, "norm")
 
@@ -87,6 +94,21 @@ class CLIPText(Encoder):
         build_layer(self.positions, shape)
         self._build_blocks(shape)
         build_layer(self.norm, shape)
+
+    def extend(self, rows: np.ndarray) -> None:
+        """Adds tokens, whose vectors, (count, width), stand after those of the table."""
+        self.table.extend(rows)
+        self.vocabulary_size = self.table.size
+
+    def learn(self, first: int, count: int) -> None:
+        """Lets the vectors of `count` tokens from `first` on learn, and nothing else of the encoder."""
+        self.table.learn(first, count)
+        self.learned = self.table.learned
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Ends that, with these vectors, (count, width), of the tokens."""
+        self.table.keep(rows)
+        self.learned = None
 
     def _shape(self, shape):
         """Of the tokens' embeddings."""

@@ -4,7 +4,8 @@
     network = UNet.transformer(64, conditions={"text": prompt})
     model.sample(4, text="a red circle", guidance=7.5)          # against the empty text
 
-The input of the network is what the encoders give, made on the host once for each text, before the first step.
+The input of the network is what the encoders give, made on the host once for each text, before the first step. Where
+some of their weights learn, by `kdiff.lora` or `kdiff.inversion`, it is the tokens, and the network calls the encoders.
 """
 
 import contextlib
@@ -38,6 +39,9 @@ class Prompt(Condition):
 
     The empty text stands for no condition. In training it takes the place of a text with probability `dropout`.
 
+    If `inside`, `prepare` makes of a text its tokens, int32 (encoders, length), if `masked` each with its mask, and the
+    network calls the encoders; -1 is no condition if `zeros`. All else is as before.
+
     Args:
         encoders: built `CLIPText` or `T5Text`, or one. They are used as they are, not copied, and frozen.
         tokenizers: one for each encoder, all of one length.
@@ -52,6 +56,7 @@ class Prompt(Condition):
         padded: whether, where `masked`, those who attend to the text see all the same what fills it up, as in DeepFloyd
             IF.
         lower: whether texts are made small letters, without white space around them, as DeepFloyd IF does.
+        inside: whether the encoders are called inside the network, since they learn; `changed` sets it.
 
     Raises:
         ValueError: if the numbers of encoders and tokenizers, or the lengths of texts, differ, or a tokenizer has more
@@ -70,6 +75,7 @@ class Prompt(Condition):
         layer: Any = None,
         padded: bool = False,
         lower: bool = False,
+        inside: bool = False,
         **kwargs,
     ):
         super().__init__(dropout, seed, **kwargs)
@@ -82,6 +88,7 @@ class Prompt(Condition):
         self.layer = None if layer is None else get_layer(layer)
         self.padded = padded
         self.lower = lower
+        self.inside = inside
         self._check_parts()
         for encoder in self.encoders:
             encoder.freeze()
@@ -102,10 +109,15 @@ class Prompt(Condition):
                     f"Prompt: {tokenizer!r} has {tokenizer.vocabulary_size} tokens, and its encoder, "
                     f"{type(encoder).__name__}, {encoder.vocabulary_size}"
                 )
-        lengths = [tokenizer.length for tokenizer in tokenizers]
-        lengths += [encoder.length for encoder in encoders if hasattr(encoder, "length")]
+        self._check_lengths()
+
+    def _check_lengths(self):
+        lengths = [tokenizer.length for tokenizer in self.tokenizers]
+        lengths += [encoder.length for encoder in self.encoders if hasattr(encoder, "length")]
         if len(set(lengths)) > 1:
             raise ValueError(f"Prompt: texts must have one length, of tokenizers and encoders; received: {lengths}")
+
+    input = INPUT
 
     @property
     def length(self) -> int:
@@ -125,6 +137,11 @@ class Prompt(Condition):
     @property
     def row(self) -> tuple[int, int]:
         """The shape of what `prepare` makes of one text."""
+        return (len(self.encoders) * (1 + self.masked), self.length) if self.inside else self._encoded
+
+    @property
+    def _encoded(self) -> tuple[int, int]:
+        """The shape of what the encoders make of one text."""
         return (self.length + (self.vector > 0), self.width + self.masked)
 
     def inputs_of(self, name: str) -> dict[str, Input]:
@@ -133,21 +150,29 @@ class Prompt(Condition):
 
     def build(self, x_shape, embed_shape=None):
         """Builds encoders that are not."""
-        self._check_shape(_taken(x_shape))
+        self._check_shape(_taken(x_shape), self.row)
         if self.vector > self.width:
             raise ValueError(
                 f"Prompt: the vectors, of {self.vector} numbers, must not be wider than tokens, {self.width}"
             )
-        for encoder in self.encoders:
-            build_layer(encoder, (None, self.length))
+        for encoder, tokenizer in zip(self.encoders, self.tokenizers, strict=True):
+            build_layer(encoder, (None, tokenizer.length))
             encoder.freeze()  # with the variables that it has now
         if self.layer is not None:
             build_layer(self.layer, (None, self.length, self.width), embed_shape)
 
-    def _check_shape(self, shape):
-        if len(shape) != 3 or any(a not in (None, b) for a, b in zip(shape[1:], self.row, strict=True)):
+    def get_build_config(self):
+        """The row that it takes now."""
+        return {"row": self.row} if self.built else None
+
+    def build_from_config(self, config):
+        """Builds a loaded layer."""
+        self.build((None, *config["row"]))
+
+    def _check_shape(self, shape, row):
+        if len(shape) != 3 or any(a not in (None, b) for a, b in zip(shape[1:], row, strict=True)):
             raise ValueError(
-                f"Prompt: texts must be strings, or rows {self.row} as `prepare` makes them; received the shape: "
+                f"Prompt: texts must be strings, or rows {row} as `prepare` makes them; received the shape: "
                 f"{tuple(shape)}"
             )
 
@@ -155,9 +180,10 @@ class Prompt(Condition):
 
     @property
     def null(self) -> np.ndarray:
-        """The row of the empty text; or zeros."""
+        """The row of the empty text; or zeros, for which tokens of -1 stand."""
         if self._empty is None:
-            self._empty = np.zeros(self.row, "float32") if self.zeros else self._rows([""])[0]
+            nothing = np.full(self.row, -1, "int32") if self.inside else np.zeros(self.row, "float32")
+            self._empty = nothing if self.zeros else self._rows([""])[0]
         return self._empty
 
     def prepare(self, values: Any) -> np.ndarray:
@@ -172,7 +198,11 @@ class Prompt(Condition):
 
     def check(self, values) -> None:
         """Raises a ValueError for rows of another shape, or that are not finite."""
-        self._check_shape(values.shape)
+        self._check_shape(values.shape, self.row)
+        if self.inside and values.dtype.kind not in "iu":
+            raise ValueError(
+                f"Prompt: its encoders learn, so texts must be strings, or tokens; received: {values.dtype}"
+            )
         if not np.all(np.isfinite(values)):
             raise ValueError("Prompt: the rows of texts must be finite; received a batch that holds NaN or infinity")
 
@@ -181,6 +211,8 @@ class Prompt(Condition):
             raise ValueError("Prompt: the encoders have no weights yet; build them, or the model")
         texts = [text.lower().strip() for text in texts] if self.lower else texts
         given = [part for tokenizer in self.tokenizers for part in tokenizer.masked(texts)]
+        if self.inside:
+            return np.stack([np.asarray(part, "int32") for part in given[:: 1 if self.masked else 2]], axis=1)
         # Batches are filled up to a power of two: one of another size would be compiled again.
         size = min(self.batch_size, 2 ** (len(texts) - 1).bit_length())
         rows = []
@@ -193,35 +225,56 @@ class Prompt(Condition):
     def _encode(self):
         """The compiled encoders: tokens and masks, one after the other, to rows."""
 
-        def run(*given):
-            tokens, masks = given[::2], given[1::2]
-            found = [
-                encoder(ids, mask if self.masked else None, training=False)
-                for encoder, ids, mask in zip(self.encoders, tokens, masks, strict=True)
-            ]
-            rows = ops.concatenate([ops.cast(one.tokens, "float32") for one in found], axis=-1)
-            if self.masked:
-                seen = functools.reduce(ops.logical_or, masks)
-                rows = ops.concatenate([rows, ops.cast(seen, "float32")[..., None]], axis=-1)
-            if not self.vector:
-                return rows
-            projected = zip(self.encoders, found, strict=True)
-            vectors = [ops.cast(one.vector, "float32") for encoder, one in projected if encoder.projection]
-            vector = ops.concatenate(vectors, axis=-1)
-            vector = ops.pad(vector, [[0, 0], [0, self.row[1] - self.vector]])
-            return ops.concatenate([rows, vector[:, None]], axis=1)
+        return backend.compiled(lambda *given: self._rows_of(given[::2], given[1::2]), *self.encoders)
 
-        return backend.compiled(run, *self.encoders)
+    def _rows_of(self, tokens, masks, training=False):
+        """What the encoders make of tokens and masks, one of each for each encoder."""
+        found = [
+            encoder(ids, mask if self.masked else None, training=training)
+            for encoder, ids, mask in zip(self.encoders, tokens, masks, strict=True)
+        ]
+        rows = self._tokens_of(found)
+        if self.masked:
+            seen = functools.reduce(ops.logical_or, masks)
+            rows = ops.concatenate([rows, ops.cast(seen, "float32")[..., None]], axis=-1)
+        if not self.vector:
+            return rows
+        projected = zip(self.encoders, found, strict=True)
+        vectors = [ops.cast(one.vector, "float32") for encoder, one in projected if encoder.projection]
+        vector = ops.concatenate(vectors, axis=-1)
+        vector = ops.pad(vector, [[0, 0], [0, self._encoded[1] - self.vector]])
+        return ops.concatenate([rows, vector[:, None]], axis=1)
+
+    def _tokens_of(self, found: list[Encoded]) -> Any:
+        """What the encoders gave, side by side."""
+        return ops.concatenate([ops.cast(one.tokens, "float32") for one in found], axis=-1)
 
     # In the network
 
+    def unfolded(self, inputs: dict[str, Any], training: Any = None) -> dict[str, Any]:
+        """The inputs of the network, with what the encoders make of the tokens in "text", for all that take it."""
+        if not self.inside:
+            return inputs
+        x = ops.cast(inputs[INPUT], "int32")
+        if training and self.dropout > 0:
+            x = self._dropped(x, self._next())
+        known, x = x[:, :1, :1] >= 0, ops.maximum(x, 0)
+        parts = [x[:, i] for i in range(self.row[0])]
+        tokens, masks = (
+            (parts[::2], [part > 0 for part in parts[1::2]]) if self.masked else (parts, [None] * len(parts))
+        )
+        rows = self._rows_of(tokens, masks, training)
+        return {**inputs, INPUT: ops.where(known, rows, ops.zeros_like(rows))}
+
     def call(self, x, embed=None, context=None, training=None):
-        """Rows (batch, *row), or a dictionary of them as "text", to `Encoded` with tokens, and a mask if `masked`."""
+        """Rows of the encoders, (batch, ...), or a dictionary of them as "text", to `Encoded`: tokens, and a mask."""
+        if self.inside:
+            return self.encode(_taken(x), embed, training)
         return super().call(_taken(x), embed, context, training)
 
     def encode(self, x, embed, training):
         """Rows to tokens, (batch, length, width)."""
-        self._check_shape(x.shape)
+        self._check_shape(x.shape, self._encoded)
         tokens = ops.cast(x[:, : self.length, : self.width], self.compute_dtype)
         mask = x[:, : self.length, self.width] > 0.5 if self._hides else None
         if self.layer is None:
@@ -253,23 +306,24 @@ class Prompt(Condition):
             for encoder in self.encoders:
                 held.enter_context(backend.replaced(self, encoder))
             self.encoders = list(encoders)
-        self.__dict__.pop("_encode", None)  # what is compiled for the others
-        self.forget()
+        self.changed()
 
     def load_own_variables(self, store) -> None:
         """Keras' own."""
         super().load_own_variables(store)
-        self.forget()
+        self.changed()
 
-    def forget(self) -> None:
-        """To be called when the encoders' weights have changed: the row of the empty text is another."""
+    def changed(self) -> None:
+        """To be called when the encoders' weights, or which of them learn, or the tokenizers have changed."""
         self._empty = None
+        self.__dict__.pop("_encode", None)
+        self.inside = any(encoder.learns for encoder in self.encoders)
 
 
 class PromptVector(Block):
     """The vector of the rows of a `Prompt`: the first numbers of the last row. Stable Diffusion XL adds it to the time:
 
-        Joint({"text": PromptVector(1280), "time_ids": SinusoidalEmbedding(256)}, MLPEmbedding(Identity(), 1280))
+        Joint({"text": PromptVector(1280), "time_ids": SizeWaves(256)}, MLPEmbedding(Identity(), 1280))
 
     Args:
         width: of the vector, `Prompt.vector`.

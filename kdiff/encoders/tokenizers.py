@@ -1,13 +1,17 @@
-"""Tokens of encoders that have learned already: the vocabularies of CLIP and T5, in the forms in which they are kept.
+"""Tokens of encoders that have learned already: the vocabularies of CLIP, T5 and BERT, in the forms that they are in.
 
-    JSONTokenizer      the JSON of a `tokenizers.Tokenizer`, as transformers writes it; CLIP's is made of its words
+    JSONTokenizer      the JSON of a `tokenizers.Tokenizer`, as transformers writes it; CLIP's and BERT's of their words
     SentencePiece      the file of a sentencepiece model, as T5's
+
+A token that was added to a vocabulary and is followed there by its name with "_1", "_2" and so on stands for all of
+them, as diffusers has it for textual inversions of several vectors.
 
 The numbers are those of the vocabulary, and each text has the tokens that begin and end it. A vocabulary is a part of
 the configuration, and so of a saved model. They need the packages `tokenizers` and `sentencepiece`, the extra `text`.
 """
 
 import base64
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -15,9 +19,10 @@ from typing import Any, Self
 from kdiff.base import check_integer, needs
 from kdiff.text import Tokenizer
 
-__all__ = ["CLIP_END", "CLIP_START", "CLIP_WORDS", "JSONTokenizer", "SentencePiece"]
+__all__ = ["BERT_END", "BERT_START", "CLIP_END", "CLIP_START", "CLIP_WORDS", "JSONTokenizer", "SentencePiece"]
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+BERT_START, BERT_END = "[CLS]", "[SEP]"
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -47,10 +52,49 @@ class JSONTokenizer(Tokenizer):
         self._encoder.no_padding()
         self._encoder.no_truncation()
         self.model = model
+        self._several = self._of_several()
         check_integer("JSONTokenizer", "padding", padding, 0)
         self.padding = padding
         self.start, self.end = self._around()
         check_integer("JSONTokenizer", "length", length, len(self.start) + len(self.end) + 1)
+
+    def _of_several(self) -> dict[int, list[int]]:
+        """The numbers of all tokens that an added one stands for, by its number, if they are several."""
+        added = {token.content: number for number, token in self._encoder.get_added_tokens_decoder().items()}
+        found: dict[int, list[int]] = {}
+        for word, number in added.items():
+            names = itertools.takewhile(added.__contains__, (f"{word}_{i}" for i in itertools.count(1)))
+            more = [added[name] for name in names]
+            if more:
+                found[number] = [number, *more]
+        return found
+
+    def with_token(self, token: str, count: int = 1) -> tuple[Self, list[int]]:
+        """This tokenizer with one more token, and its number; or with `count`, which the first stands for.
+
+        Raises:
+            ValueError: if the vocabulary has one of these.
+        """
+        names = [token, *(f"{token}_{i}" for i in range(1, count))]
+        with needs("text", "JSONTokenizer needs tokenizers"):
+            import tokenizers
+        encoder = tokenizers.Tokenizer.from_str(self.model)
+        known = [name for name in (*names, f"{token}_{count}") if encoder.token_to_id(name) is not None]
+        if known or not token.strip():
+            raise ValueError(
+                f"JSONTokenizer: a new token must be a word that the vocabulary does not have; received: {token!r}"
+                + (f", and it has {known}" if known else "")
+            )
+        encoder.add_tokens([tokenizers.AddedToken(name, normalized=True) for name in names])
+        numbers = [encoder.token_to_id(name) for name in names]
+        return type(self)(encoder.to_str(), self.length, self.padding), numbers
+
+    def numbers_of(self, token: str) -> list[int] | None:
+        """The number of a token that was added, or of all that it stands for; None if there is none."""
+        number = self._encoder.token_to_id(token)
+        if number is None or number not in self._encoder.get_added_tokens_decoder():
+            return None
+        return self._several.get(number, [number])
 
     def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The tokens that the JSON has before and after each text: those around that of a letter."""
@@ -101,6 +145,35 @@ class JSONTokenizer(Tokenizer):
         encoder.add_special_tokens(added)
         return cls(encoder.to_str(), length, vocabulary[padding])
 
+    @classmethod
+    def bert(
+        cls, vocabulary: Mapping[str, int], length: int = 77, lower: bool = True, accents: bool | None = None
+    ) -> Self:
+        """BERT's: the longest pieces of each word (Devlin et al. 2018, arXiv:1810.04805, section 3), as LDMText's.
+
+        Args:
+            vocabulary: the number of each piece, as the lines of vocab.txt; one within a word begins with "##".
+            length: the number of tokens of a row, filled up with "[PAD]".
+            lower: whether letters are made small.
+            accents: whether accents are taken off; None for as `lower`.
+
+        Raises:
+            ValueError: if "[CLS]", "[SEP]", "[PAD]" or "[UNK]" is not in the vocabulary.
+        """
+        for token in (BERT_START, BERT_END, "[PAD]", "[UNK]"):
+            if token not in vocabulary:
+                raise ValueError(f"JSONTokenizer: {token!r} must be in the vocabulary of BERT; it is not")
+        with needs("text", "JSONTokenizer needs tokenizers"):
+            import tokenizers
+        encoder = tokenizers.Tokenizer(tokenizers.models.WordPiece(dict(vocabulary), unk_token="[UNK]"))
+        encoder.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lower, strip_accents=accents)
+        encoder.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+        around = [(token, vocabulary[token]) for token in (BERT_END, BERT_START)]
+        encoder.post_processor = tokenizers.processors.BertProcessing(*around)
+        special = [token for token in (BERT_START, BERT_END, "[PAD]", "[UNK]", "[MASK]") if token in vocabulary]
+        encoder.add_special_tokens(special)
+        return cls(encoder.to_str(), length, vocabulary["[PAD]"])
+
     @property
     def vocabulary_size(self) -> int:
         """The tokens of the vocabulary."""
@@ -108,7 +181,8 @@ class JSONTokenizer(Tokenizer):
 
     def tokens(self, text: str) -> list[int]:
         """Their numbers in the vocabulary."""
-        return self._encoder.encode(text, add_special_tokens=False).ids
+        numbers = self._encoder.encode(text, add_special_tokens=False).ids
+        return [one for number in numbers for one in self._several.get(number, (number,))]
 
 
 class SentencePiece(Tokenizer):

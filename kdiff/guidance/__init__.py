@@ -2,8 +2,10 @@
 
 from kdiff.guidance.base import Clip, DynamicThreshold, Guidance, Here
 from kdiff.guidance.classifier_free import AdaptiveProjected, CFGPlusPlus, CFGZeroStar, ClassifierFree
-from kdiff.guidance.inverse import DPS, Inpaint, PiGDM
+from kdiff.guidance.control import Control
+from kdiff.guidance.inverse import DPS, Inpaint, MomentMatching, PiGDM
 from kdiff.guidance.models import Autoguidance, ClassifierGuidance, PerturbedAttention, Seamless
+from kdiff.guidance.successive import Successive
 
 __all__ = [
     "DPS",
@@ -14,11 +16,14 @@ __all__ = [
     "ClassifierFree",
     "ClassifierGuidance",
     "Clip",
+    "Control",
     "DynamicThreshold",
     "Guidance",
     "Here",
     "Inpaint",
+    "MomentMatching",
     "PerturbedAttention",
     "PiGDM",
     "Seamless",
+    "Successive",
 ]

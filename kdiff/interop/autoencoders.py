@@ -18,7 +18,7 @@ from kdiff.blocks.normalization import GroupNorm
 from kdiff.codecs.latent import Latent
 from kdiff.interop.arrays import array_of
 from kdiff.interop.autoencoder_names import diffusers_slots, original_slots, tiny_slots
-from kdiff.interop.configs import FLAG, Key, Keys, complete, explained, kind, listed, only, optional, real, whole
+from kdiff.interop.configs import FLAG, Key, Keys, Rule, complete, explained, kind, listed, only, optional, real, whole
 from kdiff.interop.files import State, read_json, read_state, write_json, write_safetensors
 from kdiff.interop.folders import read_weights
 from kdiff.interop.unet_keys import COUNT, DEPTH, MAYBE, NAMED, SIZE
@@ -33,6 +33,7 @@ __all__ = [
     "DEPTHS",
     "DOWN",
     "FIRST_STAGE",
+    "GROUP",
     "KINDS",
     "KL",
     "SCALE",
@@ -49,6 +50,10 @@ __all__ = [
 ]
 
 SCALE = real(1e-6, 1e6)
+GROUP = Rule(
+    '"group"; "spatial" is of Kandinsky\'s movq, whose norms are steered by the latents, and kdiff has none such',
+    lambda value: value == "group",
+)
 VECTOR = optional(listed(real(-1e6, 1e6), 1, 1024))
 DEPTHS = listed(whole(0, 16), 1, 12)
 
@@ -80,7 +85,7 @@ VECTORS: Keys = {
     "latent_channels": Key(3, COUNT),
     "num_vq_embeddings": Key(256, whole(1, 10_000_000)),
     "vq_embed_dim": Key(None, MAYBE),
-    "norm_type": only("group"),
+    "norm_type": Key("group", GROUP),
     "lookup_from_codebook": only(False),
     "force_upcast": Key(False, FLAG),
 }

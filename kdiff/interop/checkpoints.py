@@ -5,6 +5,7 @@
     {"model": ..., "ema" | "model_ema" | "ema_state_dict" ...: ...}         with averages, which are taken
     {"model": ..., "ema": {"shadow_params": [tensor, ...]}}                 averages by the order of the parameters
     {"ema": {"online_model.<name>": ..., "ema_model.<name>": ...}}          ema-pytorch
+    [state dict, optimizer, epoch, step, averages of the parameters]        DDIM's main.py
 
 A module that was pickled whole counts as its state dict. Of names that all begin with what a wrapper of PyTorch puts
 before them, `module.` or `_orig_mod.`, that is left out.
@@ -29,7 +30,8 @@ def state_of(content: Any, source: Any) -> State:
     """The arrays by name.
 
     Args:
-        content: what a checkpoint holds: a mapping, with arrays, tensors and other mappings; or a pickled module.
+        content: what a checkpoint holds: a mapping, with arrays, tensors and other mappings; a list that begins with
+            one; or a pickled module.
         source: the file, for errors.
 
     Raises:
@@ -54,6 +56,8 @@ def _found(content: Any, source: Any) -> dict[Any, Any] | None:
     """The arrays, in the form that they have; None if there are none."""
     if isinstance(content, Unknown):
         return _chosen(module_state(content)) or None
+    if isinstance(content, (list, tuple)):
+        return _listed(content)
     if not isinstance(content, Mapping):
         return None
     for name in (name for name in AVERAGED if name in content):
@@ -63,6 +67,16 @@ def _found(content: Any, source: Any) -> dict[Any, Any] | None:
     arrays = {name: value for name, value in content.items() if _is_array(value)}
     inner = (_found(content[name], source) for name in TRAINED if name in content and not _is_array(content[name]))
     return next((one for one in inner if one is not None), None) or _chosen(arrays) or None
+
+
+def _listed(content: Sequence[Any]) -> dict[Any, Any] | None:
+    """The first, with what the last has averages of: their names are those of parameters, without a wrapper's word."""
+    states = [one for one in content if isinstance(one, Mapping) and one and all(map(_is_array, one.values()))]
+    if not states or states[0] is not content[0]:
+        return None
+    trained, averages = unwrapped(states[0]), unwrapped(states[-1])
+    known = all(name in trained and trained[name].shape == one.shape for name, one in averages.items())
+    return {**trained, **averages} if known else dict(trained)
 
 
 def _averages(content: Mapping, name: str, source: Any) -> dict[Any, Any] | None:

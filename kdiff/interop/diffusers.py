@@ -13,6 +13,22 @@ prediction and the sampler of its scheduler, on latents its autoencoder as codec
 Diffusion and DeepFloyd IF: `model.sample(4, text="a red circle", guidance=7.5)`; of others "context" is what those
 give. The two stages of IF are one `Cascade([load("IF-I"), load("IF-II")])`. The folder of an autoencoder alone makes a
 `codecs.Latent`.
+
+| pipeline of diffusers | what `sample` takes, beside or in place of the text |
+|---|---|
+| LatentConsistencyModel | `timestep_cond=8.5`, the scale of guidance, which the network is told |
+| SD-turbo, SDXL-turbo | no guidance; `steps=1` |
+| StableDiffusionXL | `time_ids`, six numbers; by default the size of the samples without a crop; five of the refiner |
+| ...Inpaint, of 9 channels | `mask_image`, 1 where it is painted; `masked_image`, latents: `model.codec.encode` |
+| ...InstructPix2Pix | `source`, latents without their scale, with `guidance=Successive({"text": 7.5, "source": 1.5})` |
+| ...Upscale | `low`, the small picture with the noise of level `label` |
+| ...Depth2Img | `depth`, from -1 to 1; and `image`, `strength` |
+| ...ImageVariation | `picture`, of any size |
+| IFSuperResolution | `low`, the small picture |
+| DiT | `label` |
+
+A `strength` is a time here. diffusers begins at the first of its last int(steps strength) steps, whose time is
+`model.sampler.replaced(steps=steps).times(model.schedule)[steps - int(steps * strength)]`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,8 +41,10 @@ from kdiff.codecs import Latent, Standard
 from kdiff.encoders import Prompt
 from kdiff.interop import (
     autoencoders,
+    control,
     folders,
     maps,
+    mmdit,
     priors,
     prompts,
     saving_networks,
@@ -38,10 +56,12 @@ from kdiff.interop import (
 )
 from kdiff.interop.configs import Described, explained, kind
 from kdiff.interop.files import State, read_json, write_json, write_safetensors
+from kdiff.interop.pipelines import pipeline_of
 from kdiff.interop.scheduler_saving import scheduler_config
 from kdiff.interop.weights import Slot, export, fill
+from kdiff.lora import averages_of
 from kdiff.model import DiffusionModel
-from kdiff.networks import Autoencoder
+from kdiff.networks import Autoencoder, Controlled, ControlNet
 from kdiff.predictions import Noise
 from kdiff.sampling import Sampler
 from kdiff.times import Index
@@ -83,7 +103,9 @@ class Model(NamedTuple):
 MODELS = {
     "UNet2DModel": Model(unets.unet_2d, unet_names.unet_slots),
     "UNet2DConditionModel": Model(unets.unet_2d_condition, unet_names.unet_slots, unets.told),
+    "ControlNetModel": Model(control.control_net, control.control_slots),
     "DiTTransformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),
+    "SD3Transformer2DModel": Model(mmdit.mmdit, mmdit.mmdit_slots),
     "Transformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),  # DiT's, in older files
     "PriorTransformer": Model(priors.prior, priors.prior_slots, others=priors.OF_CODEC),
 }
@@ -100,6 +122,7 @@ def load(
     text: bool = True,
     clip_skip: int = 0,
     tokens: int | None = None,
+    controlnet: control.Controls | None = None,
     **options: Any,
 ) -> keras.Model | Latent:
     """What a folder of diffusers holds.
@@ -115,20 +138,23 @@ def load(
             takes what they give, as the conditions "context" and, of Stable Diffusion XL, "text_embeds".
         clip_skip: how many of the last blocks of the text encoders to leave out.
         tokens: of a pipeline, as of `load_scheduler`: the sampler's times are then those of samples of that size.
+        controlnet: folders of ControlNets for a pipeline of a U-Net, by the names of their pictures: with
+            `{"edges": folder}` `sample` takes `edges=picture`, see `networks.Controlled`. The picture of one folder is
+            "control", those of a list "control", "control_1" and so on. None for those of the pipeline itself.
         options: for a pipeline, arguments of `DiffusionModel`, in place of what the folder says; such as `ema`, which
             is None if not given.
 
     Raises:
         ValueError: if a file is missing or damaged; if a configuration says what kdiff cannot do; if the pipeline has
-            a further network, such as a ControlNet; if the weights do not match, with a list of all that do not.
+            a further network, such as a T2I-Adapter; if the weights do not match, with a list of all that do not.
     """
     folder = Path(folder)
     if (folder / "model_index.json").exists():
         if read_json(folder / "model_index.json").get("_class_name") == unclip.PIPELINE:
             return unclip.load(folder, strict, variant)
         prompt = prompts.load(folder, read_json(folder / "model_index.json"), clip_skip, variant) if text else None
-        return _load_pipeline(folder, strict, variant, options, prompt, tokens)
-    options |= {} if tokens is None else {"tokens": tokens}
+        return _load_pipeline(folder, strict, variant, options, prompt, tokens, controlnet)
+    options |= {name: one for name, one in {"tokens": tokens, "controlnet": controlnet}.items() if one is not None}
     if options:
         raise ValueError(f"{folder}: {sorted(options)} are arguments for a pipeline, and this is a model's folder")
     if read_json(folder / "config.json").get("_class_name") in autoencoders.KINDS:
@@ -172,6 +198,7 @@ def _load_pipeline(
     options: dict[str, Any],
     prompt: Prompt | None,
     tokens: int | None,
+    controlnet: control.Controls | None,
 ) -> DiffusionModel:
     index, source = read_json(folder / "model_index.json"), folders.scheduler_of(folder)
     part, scheduler = folders.check_parts(index, folder), read_json(source)
@@ -183,6 +210,8 @@ def _load_pipeline(
     unit = scheduler["_class_name"] in UNIT_SCHEDULERS
     codec = options["codec"] if "codec" in options else _codec(folder, index, strict, variant)
     codec = UNIT_PIXELS if unit and codec == "pixels" else codec
+    pictures = control.folders_of(folder, index, controlnet)
+    described = control.with_controls(described, pictures, strict, variant, prompt)
     return assembled(described, process, codec, options)
 
 
@@ -228,13 +257,13 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
     """Writes a folder that diffusers reads.
 
     Args:
-        model: a network, for `from_pretrained` of its class; or a `DiffusionModel`, for that of a pipeline. Of a model
-            on latents `unet` or `transformer`, `scheduler`, `vae` and the text encoders and tokenizers are written. The
-            index of the pipeline is, for pixels without conditions, for Stable Diffusion with its text, unless there is
-            an image beside x_t, and for both stages of DeepFloyd IF with theirs. A `codecs.Latent` alone is written as
-            its autoencoder.
+        model: a network, for `from_pretrained` of its class; or a `DiffusionModel`, for that of a pipeline: `unet` or
+            `transformer`, `scheduler`, the autoencoder, ControlNets and the encoders with their tokenizers. The index
+            of the pipeline is written where diffusers has one, by the table of `interop.pipelines`; without it `load`
+            does not know what an image beside x_t was called. A `codecs.Latent` alone is written as its autoencoder.
         folder: to write to; files of the same names are replaced.
-        averages: whether to write the averaged weights of a model that has them.
+        averages: whether to write the averaged weights of a model that has them, if they have moved. Either way a
+            kernel with LoRA is written with its change, as `lora.merge` would leave it, and the model keeps its own.
 
     Raises:
         ValueError: if diffusers has no such network, schedule, prediction or sampler.
@@ -243,36 +272,36 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
     if isinstance(model, (Latent, Autoencoder)):
         autoencoders.save(model, folder)
         return
+    if isinstance(model, ControlNet):
+        control.save(model, folder)
+        return
     if not isinstance(model, DiffusionModel):
         _save_network(model, folder, {})
         return
     process = schedulers.Process(model.schedule, model.prediction, model.time_label, model.sampler)
     scheduler = scheduler_config(process)
-    averaged = model.averages.pairs(model.network) if model.averages and model.averages.moved else ()
-    values = {id(weight): average for weight, average in averaged} if averages else {}
-    config = saving_networks.network_config(model.network)
+    values = averages_of(model) if averages else {}
+    network = model.network.network if isinstance(model.network, Controlled) else model.network
+    config = saving_networks.network_config(network)
     part = "transformer" if "Transformer" in config["_class_name"] else "unet"
-    _save_network(model.network, folder / part, values)
+    _save_network(network, folder / part, values)
+    controls = control.save_all(model.network, folder, values)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     parts = {part: ["diffusers", config["_class_name"]], "scheduler": ["diffusers", scheduler["_class_name"]]}
+    classes = (config["_class_name"], scheduler["_class_name"])
+    index, autoencoder = pipeline_of(network, *classes, model.codec, controlled=bool(controls))
     if isinstance(model.codec, Latent):
-        autoencoders.save(model.codec, folder / "vae")
-        parts["vae"] = ["diffusers", autoencoders.CLASSES[type(model.codec.autoencoder)]]
-    prompt = prompts.prompt_of(model.network)
-    beside = maps.map_conditions(model.network)
-    noised = [one.noise for one in beside.values() if one.noise is not None]
-    known = not beside or (prompt is not None and set(beside) == {"low"} and bool(noised))
-    index = {} if prompt is None else {**prompts.save(prompt, folder), **prompts.pipeline_of(prompt, bool(noised))}
-    if noised:
-        added = schedulers.Process(noised[0], Noise(), Index(), Sampler("ddpm", "leading", noised[0].num_steps))
-        save_scheduler(added, folder / maps.NOISING)
-        parts[maps.NOISING] = ["diffusers", read_json(folder / maps.NOISING / SCHEDULER)["_class_name"]]
-    if not known:  # which pipeline it is of is not known
-        return
-    if prompt is None and config["_class_name"] == "UNet2DModel" and "vae" not in parts:
-        index = {"_class_name": _PIPELINES.get(scheduler["_class_name"], "DDPMPipeline")}
+        autoencoders.save(model.codec, folder / autoencoder)
+        parts[autoencoder] = ["diffusers", autoencoders.CLASSES[type(model.codec.autoencoder)]]
+    for one in maps.map_conditions(network).values():
+        if one.noise is not None:
+            added = schedulers.Process(one.noise, Noise(), Index(), Sampler("ddpm", "leading", one.noise.num_steps))
+            save_scheduler(added, folder / maps.NOISING)
+            parts[maps.NOISING] = ["diffusers", read_json(folder / maps.NOISING / SCHEDULER)["_class_name"]]
+    prompt = prompts.prompt_of(network)
+    parts |= {} if prompt is None else prompts.save(prompt, folder)
     if "_class_name" in index:
-        write_json(folder / "model_index.json", {**index, **parts})
+        write_json(folder / "model_index.json", {**index, **parts, **controls})
 
 
 def _save_network(network: keras.Model, folder: Path, values: dict[int, Any]) -> None:
@@ -285,10 +314,6 @@ def _save_network(network: keras.Model, folder: Path, values: dict[int, Any]) ->
     saving_networks.check_same(network, again.network)
     write_json(folder / "config.json", config)
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", state)
-
-
-# Of pixels, by their scheduler.
-_PIPELINES = {"DDIMScheduler": "DDIMPipeline", "ScoreSdeVeScheduler": "ScoreSdeVePipeline"}
 
 
 def load_scheduler(path: str | Path, learned: bool = False, tokens: int | None = None) -> schedulers.Process:

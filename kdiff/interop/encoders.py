@@ -1,7 +1,7 @@
-"""transformers' folders of encoders and tokenizers: CLIP's of text and of images, and T5's of text.
+"""transformers' folders of encoders: CLIP's of text and of images, T5's of text, and latent diffusion's.
 
     encoder = load("stable-diffusion-v1-5/text_encoder")        # config.json, model.safetensors
-    tokenizer = load_tokenizer("stable-diffusion-v1-5/tokenizer")     # vocab.json, merges.txt, or another form
+    tokenizer = tokenizers.load("stable-diffusion-v1-5/tokenizer")    # vocab.json, merges.txt, or another form
     text = encoder(tokenizer(["a red circle"]))                 # Encoded: tokens (1, 77, 768), vector (1, 768)
 
 Folders of transformers 4 and 5 are read: one file, shards, or a variant of a precision, in safetensors or, where there
@@ -20,7 +20,9 @@ from kdiff.blocks.attention import MultiHeadAttention
 from kdiff.blocks.transformer import FeedForward, TransformerBlock
 from kdiff.encoders.base import Encoder
 from kdiff.encoders.clip import CLIPText, CLIPVision
+from kdiff.encoders.ldm import LDMText
 from kdiff.encoders.t5 import T5Text
+from kdiff.interop import ldm_text
 from kdiff.interop.arrays import Array, State, Stored
 from kdiff.interop.configs import LARGEST, Key, Keys, complete, explained, kind, one_of, only, optional, real, whole
 from kdiff.interop.files import read_json, write_json, write_safetensors
@@ -279,6 +281,7 @@ ENCODERS = {
         lambda state: _without(state, "vision_model.", "visual_projection.weight"),
     ),
     "t5": Foreign(T5Text, T5, _t5, _t5_slots, _joined),
+    "ldmbert": Foreign(LDMText, ldm_text.KEYS, ldm_text.arguments, ldm_text.ldm_slots, ldm_text.ours),
 }
 PARTS = {"text": ("clip_text_model", "text_config"), "vision": ("clip_vision_model", "vision_config")}
 
@@ -290,7 +293,7 @@ def load(
 
     Args:
         folder: of `CLIPTextModel`, `CLIPTextModelWithProjection`, `CLIPVisionModel`, `CLIPVisionModelWithProjection`,
-            `CLIPModel`, `T5EncoderModel` or a whole T5, whose decoder is left out.
+            `CLIPModel`, `T5EncoderModel` or a whole T5, whose decoder is left out, or of diffusers' `LDMBertModel`.
         part: of a `CLIPModel`, "text" or "vision".
         variant: of the weights, such as "fp16" for `model.fp16.safetensors`; None for the file without one or, if there
             is none, for the only variant.
@@ -329,7 +332,7 @@ def save(encoder: Encoder, folder: str | Path) -> None:
     """Writes a folder that transformers 4 and 5 read: `config.json` and `model.safetensors`.
 
     Args:
-        encoder: a `CLIPText`, `CLIPVision` or `T5Text`.
+        encoder: a `CLIPText`, `CLIPVision`, `T5Text` or `LDMText`.
         folder: to write to; files of the same names are replaced.
 
     Raises:
@@ -353,7 +356,7 @@ def save(encoder: Encoder, folder: str | Path) -> None:
         raise ValueError(f"save: transformers has no such {type(encoder).__name__}; would be changed: {differences}")
     if isinstance(encoder, T5Text):
         state = _split(state, encoder)
-    else:
+    elif not isinstance(encoder, LDMText):
         prefix = "text_model." if isinstance(encoder, CLIPText) else "vision_model."
         state = {key if key.endswith("_projection.weight") else prefix + key: array for key, array in state.items()}
     write_json(folder / "config.json", config)
@@ -361,6 +364,8 @@ def save(encoder: Encoder, folder: str | Path) -> None:
 
 
 def _config(encoder: Encoder, name: str) -> dict[str, Any]:
+    if isinstance(encoder, LDMText):
+        return {"model_type": name, "architectures": ["LDMBertModel"], **ldm_text.config_of(encoder)}
     if isinstance(encoder, T5Text):
         feed_forward = {pair: key for key, pair in FEED_FORWARDS.items()}.get((encoder.activation, encoder.glu))
         return {

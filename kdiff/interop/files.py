@@ -8,7 +8,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "FOLDER_READERS",
     "READERS",
     "SAFETENSORS",
+    "read_archived",
     "read_json",
     "read_metadata",
     "read_state",
@@ -121,8 +122,27 @@ def _safetensors():
 
 def _read_pickle(path: Path) -> State:
     """The tensors of a file that PyTorch has written. What is no tensor is left out, and nothing is run."""
+    return _explained(path, lambda: state_of(_archived(path), path))
+
+
+def read_archived(path: str | Path) -> Any:
+    """All that a file of PyTorch holds, with a `Stored` for each tensor (see `kdiff.interop.pickles`).
+
+    Raises:
+        ValueError: if there is no such file, or it is damaged.
+    """
+    path = Path(path)
+    check_is_itself(path)
+    return _explained(path, lambda: _archived(path))
+
+
+def _archived(path: Path) -> Any:
+    return read_archive(path) if zipfile.is_zipfile(path) else _read_old(path)
+
+
+def _explained(path: Path, function: Callable[[], Any]) -> Any:
     try:
-        return state_of(read_archive(path) if zipfile.is_zipfile(path) else _read_old(path), path)
+        return function()
     except ModuleNotFoundError:
         raise
     except Exception as error:  # pickle's, zip's and PyTorch's own errors have no common base

@@ -17,6 +17,7 @@ from kdiff.interop.unsupported import about_folder, listing
 
 __all__ = [
     "AUTOENCODERS",
+    "CONTROLS",
     "EMA_NOTES",
     "HARMLESS",
     "NETWORKS",
@@ -32,6 +33,7 @@ __all__ = [
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 NETWORKS = ("unet", "transformer")
 AUTOENCODERS = ("vae", "vqvae", "movq")
+CONTROLS = ("ControlNetModel", "MultiControlNetModel")
 # What `EMAModel.save_pretrained` writes of itself among the keys of the network.
 EMA_NOTES = (
     "decay",
@@ -57,7 +59,7 @@ def check_parts(index: Mapping[str, Any], folder: Path) -> str:
 
     Raises:
         ValueError: if there is not one; if there is another part without which the pipeline would be another, such as
-            a ControlNet.
+            a T2I-Adapter.
     """
     parts = [name for name in NETWORKS if has(index, name)]
     if len(parts) != 1:
@@ -74,7 +76,12 @@ def check_parts(index: Mapping[str, Any], folder: Path) -> str:
 
 def _stands_apart(name: str, entry: Any) -> bool:
     library, kind = (str(one) for one in entry) if len(entry) == 2 else ("", "Scheduler")
-    return name in (*HARMLESS, *AUTOENCODERS) or library == "transformers" or kind.endswith("Scheduler")
+    return (
+        name in (*HARMLESS, *AUTOENCODERS)
+        or kind in CONTROLS
+        or library == "transformers"
+        or kind.endswith("Scheduler")
+    )
 
 
 def config_of(folder: Path, part: str) -> Path:

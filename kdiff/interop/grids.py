@@ -268,12 +268,16 @@ class FlowSigmas(TimeGrid):
         last = 1.0 / self.num_steps
         ends = (1.0, last) if self.from_one else (1.0 - last, 0.0)
         times = stretched(self._warp(np.linspace(*ends, steps + 1)[:-1]), self.terminal)
-        return np.minimum(times, 1.0 - 1e-6)
+        times, labels = np.minimum(times, 1.0 - 1e-6), times * self.num_steps
+        # diffusers cuts 99.99999999999999, which 0.1 has become, to 99: such a time is moved below what float32 takes
+        # for 100, and so is `times.RoundedLabel`.
+        whole = np.ceil(labels)
+        return np.where((labels < whole) & (whole - labels < 1e-9), (whole - 2e-3) / self.num_steps, times)
 
 
 def stretched(times: np.ndarray, terminal: float | None) -> np.ndarray:
-    """1 - t multiplied so that the last t is `terminal`."""
-    return times if terminal is None else 1.0 - (1.0 - times) * (1.0 - terminal) / (1.0 - times[-1])
+    """1 - t divided so that the last t is `terminal`, in diffusers' order."""
+    return times if terminal is None else 1.0 - (1.0 - times) / ((1.0 - times[-1]) / (1.0 - terminal))
 
 
 class Consistent(Karras):

@@ -71,7 +71,7 @@ class Change:
 
     def __init__(self, model: keras.layers.Layer, names: dict[str, list[str]]):
         self.names = names
-        self._prompt = prompts.prompt_of(getattr(model, "network", model))
+        self._prompt = prompts.prompt_of(lora_names.network_of(model))
         self._kept: list[tuple[Any, np.ndarray, int]] = []  # (variable, its numbers before, the checksum after)
 
     def _add(self, variable: Any, change: np.ndarray) -> None:
@@ -98,7 +98,7 @@ class Change:
 
     def _forget(self) -> None:
         if self._prompt is not None:
-            self._prompt.forget()
+            self._prompt.changed()
 
     def __repr__(self) -> str:
         return f"Change({ ({part: len(names) for part, names in self.names.items()}) })"
@@ -117,7 +117,7 @@ def load(model: keras.layers.Layer, *sources: Source | tuple[Source, float], str
         ValueError: if a file is missing or damaged, or no LoRA; if its names or shapes are not those of the model. Then
             nothing has been changed.
     """
-    network = getattr(model, "network", model)
+    network = lora_names.network_of(model)
     if not sources:
         raise ValueError("lora.load: there must be a file, or several; received none")
     parts = lora_names.parts_of(model)
@@ -193,7 +193,8 @@ def save(model: keras.layers.Layer, path: str | Path, averages: bool = True, con
                 down, up = _written(ours, averaged)
                 if convolutions and down.ndim == 2 and re.search(r"attentions\.\d+\.proj_(in|out)$", name):
                     down, up = down[:, :, None, None], up[:, :, None, None]
-                state |= {f"{part}.{name}.lora_A.weight": down, f"{part}.{name}.lora_B.weight": up}
+                name = lora_names.saved(part, name)
+                state |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     if changed:
         paths = [layer._kernel.path for layer in lora.enabled(model) if id(layer) in changed]
         raise ValueError(f"lora.save: diffusers has no names for these layers alone: {_listed(paths)}")

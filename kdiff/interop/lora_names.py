@@ -16,12 +16,14 @@ import keras
 from kdiff.blocks.convolution import ResidualBlock
 from kdiff.blocks.layers import LowRank
 from kdiff.blocks.resampling import Downsample, Upsample
-from kdiff.interop import encoders, prompts, transformers, unet_names
+from kdiff.interop import encoders, mmdit, prompts, transformers, unet_names
 from kdiff.interop.weights import Slot, slots
+from kdiff.networks.control import Controlled
 from kdiff.networks.dit import DiT
+from kdiff.networks.mmdit import MMDiT
 from kdiff.networks.unet import UNet
 
-__all__ = ["ALIASES", "ENTRY", "Layers", "layers_of", "normalised", "parts_of", "place"]
+__all__ = ["ALIASES", "ENTRY", "Layers", "layers_of", "network_of", "normalised", "parts_of", "place", "saved"]
 
 Layers = dict[str, list[Slot]]  # the kernels that are parts of the array that a name is of
 
@@ -31,6 +33,7 @@ ALIASES = {
     "transformer": ("transformer.", "lora_transformer_"),
     "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_"),
     "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
+    "text_encoder_3": ("text_encoder_3.", "lora_te3_"),
 }
 ENTRY = re.compile(
     r"(?:base_model\.model\.)?(?P<name>.+?)(?:(?:[._]lora(?:_linear_layer)?)?\.(?P<alpha>alpha)"
@@ -51,21 +54,29 @@ _ONE_FILE = {
 }
 
 
+def network_of(model: keras.layers.Layer) -> keras.layers.Layer:
+    """The network of a model, without the ControlNets that it may have."""
+    network = getattr(model, "network", model)
+    return network.network if isinstance(network, Controlled) else network
+
+
 def parts_of(model: keras.layers.Layer) -> dict[str, Layers]:
     """The layers of each part of a model or network, by diffusers' names.
 
     Raises:
         ValueError: if there are none for its network.
     """
-    network = getattr(model, "network", model)
-    parts = {}
+    network, parts = network_of(model), {}
     if isinstance(network, UNet):
         parts["unet"] = layers_of(unet_names.unet_slots(network))
+    elif isinstance(network, MMDiT):
+        parts["transformer"] = layers_of(mmdit.mmdit_slots(network))
     elif isinstance(network, DiT):
         parts["transformer"] = layers_of(transformers.dit_slots(network))
     else:
         raise ValueError(
-            f"LoRA: only the layers of a UNet and of a DiT have names of diffusers; received: {type(network).__name__}"
+            "LoRA: only the layers of a UNet, a DiT and an MMDiT have names of diffusers; received: "
+            f"{type(network).__name__}"
         )
     prompt = prompts.prompt_of(network)
     for name, encoder in prompts.encoders_of(prompt).items() if prompt else ():
@@ -109,6 +120,11 @@ def place(name: str, known: dict[str, tuple[str, str]]) -> tuple[str, str] | Non
         if _flat(one) in known:
             return known[_flat(one)]
     return None
+
+
+def saved(part: str, name: str) -> str:
+    """What diffusers calls a layer in a file: CLIP's encoders have a prefix there, with transformers 5 too."""
+    return f"{part}.text_model.{name}" if name.startswith("encoder.layers.") else f"{part}.{name}"
 
 
 def _flat(name: str) -> str:

@@ -38,6 +38,8 @@ _INPAINT, _OTHER_INPAINT, _LOW = {"mask_image": 1, "masked_image": 4}, {"masked_
 MAPS: dict[str, Mapping[str, int | None]] = {
     "StableDiffusionInpaintPipeline": _INPAINT,
     "StableDiffusionXLInpaintPipeline": _INPAINT,
+    "StableDiffusionControlNetInpaintPipeline": _INPAINT,
+    "StableDiffusionXLControlNetInpaintPipeline": _INPAINT,
     "KandinskyInpaintPipeline": _OTHER_INPAINT,
     "KandinskyV22InpaintPipeline": _OTHER_INPAINT,
     "StableDiffusionInstructPix2PixPipeline": {"source": 4},
@@ -100,7 +102,7 @@ def with_maps(
     """
     if not maps:
         return described
-    layers = dict(layers or {name: Beside("nearest" if name == "mask_image" else "bilinear") for name in maps})
+    layers = dict(layers or {name: _layer(name) for name in maps})
     conditions, shapes = dict(described.network.conditions), dict(described.shapes)
     given = {name: one.noise for name, one in layers.items() if one.noise is not None}
     given |= {} if noise is None or "low" not in layers else {"low": noise}
@@ -132,6 +134,12 @@ def noised(label: Any, noise: Any, like: Beside | None = None) -> Beside:
     if like is not None and like.noise is not None:
         return like.clone(form="aligned", noise_first=False, **options)
     return Beside("aligned", level=(LEVEL + 1) / noise.num_steps, **options)
+
+
+def _layer(name: str) -> Beside:
+    """InstructPix2Pix can do without its picture, for which zeros stand (Brooks et al. 2022, section 3.2.1)."""
+    form = "nearest" if name == "mask_image" else "bilinear"
+    return Beside(form, dropout=0.05) if name == "source" else Beside(form)
 
 
 def maps_first(state: State, pipeline: str, maps: Mapping[str, int]) -> State:

@@ -1,10 +1,14 @@
-"""The text of diffusers' folders: encoders and tokenizers as one condition of the network beside them.
+"""The text, or the picture, of diffusers' folders: encoders and tokenizers as one condition of the network beside them.
 
 text_encoder, tokenizer        Stable Diffusion 1 and 2: the last state, after the last norm
 text_encoder_2, tokenizer_2    XL's second, beside the first: of both the state before the last, without the norm,
                                and of the second the vector; its refiner has the second alone
+text_encoder_3, tokenizer_3    3's third, T5, whose tokens follow those of the two, which are as in XL, with the vectors
+                               of both; without it zeros do
 text_encoder, tokenizer        DeepFloyd IF's T5: 77 tokens in small letters, of which the encoder alone hides what
                                fills up a text
+bert, tokenizer                latent diffusion's text to image: the last state
+image_encoder                  image variations: the vector of a picture is its one token
 """
 
 from collections.abc import Mapping
@@ -16,45 +20,63 @@ import keras
 from kdiff.blocks.conditions import Joint, VectorAndTokens
 from kdiff.blocks.layers import Dense
 from kdiff.encoders.base import Encoder
+from kdiff.encoders.joint_prompt import JointPrompt
+from kdiff.encoders.ldm import LDMText
+from kdiff.encoders.picture_prompt import PicturePrompt
 from kdiff.encoders.prompt import INPUT, Prompt, PromptVector
-from kdiff.encoders.t5 import T5Text
 from kdiff.interop import encoders, folders, tokenizers
-from kdiff.interop.configs import Described
+from kdiff.interop.configs import Described, explained
+from kdiff.interop.files import read_json, write_json
 
 __all__ = [
+    "BERT",
     "CONTEXT",
     "IF",
     "IF_LENGTH",
     "PARTS",
     "PIPELINES",
+    "SD3",
+    "SD3_LENGTH",
+    "VARIATIONS",
     "conditioned",
     "encoders_of",
     "load",
-    "pipeline_of",
     "prompt_of",
     "save",
 ]
 
+SD3 = tuple(f"StableDiffusion3{name}Pipeline" for name in ("", "Img2Img"))
+SD3_LENGTH = 256  # tokens of T5, as in diffusers' pipelines
 IF = tuple(f"IF{name}Pipeline" for name in ("", "Img2Img", "Inpainting"))
 IF += tuple(f"{name.removesuffix('Pipeline')}SuperResolutionPipeline" for name in IF)
 IF_LENGTH = 77  # of texts, whatever the folder of its tokenizer says
 # The pipelines whose text is read so; that of others is given as what its encoders make of it.
+VARIATIONS = "StableDiffusionImageVariationPipeline"
 PIPELINES = (
     *IF,
+    VARIATIONS,
+    "LDMTextToImagePipeline",
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
     *(
         f"StableDiffusion{name}Pipeline"
         for name in ("", "Img2Img", "Inpaint", "InstructPix2Pix", "Depth2Img", "Upscale")
     ),
+    *SD3,
     *(f"StableDiffusionXL{name}Pipeline" for name in ("", "Img2Img", "Inpaint", "InstructPix2Pix")),
+    *(f"StableDiffusion{xl}ControlNet{name}Pipeline" for xl in ("", "XL") for name in ("", "Img2Img", "Inpaint")),
 )
-PARTS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+PARTS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"), ("text_encoder_3", "tokenizer_3"))
+BERT = (("bert", "tokenizer"),)
 CONTEXT = "context"  # the condition of a network that takes the text's tokens
 
 
-def load(folder: str | Path, index: Mapping[str, Any], skip: int = 0, variant: str | None = None) -> Prompt | None:
-    """The text of the folder of a pipeline; None if it is not one of `PIPELINES`, or its encoders were left out.
+def load(
+    folder: str | Path, index: Mapping[str, Any], skip: int = 0, variant: str | None = None
+) -> Prompt | PicturePrompt | None:
+    """The text, or picture, of the folder of a pipeline; None if it is not one of `PIPELINES`, or has no encoder.
+
+    Of Stable Diffusion 3 the folder of T5 alone may be left out: zeros stand for its tokens then.
 
     Args:
         folder: of the pipeline.
@@ -63,25 +85,54 @@ def load(folder: str | Path, index: Mapping[str, Any], skip: int = 0, variant: s
         variant: of the weights, as in `encoders.load`, where an encoder has it.
 
     Raises:
-        ValueError: as of `encoders.load` and `tokenizers.load`, and of `Prompt`.
+        ValueError: as of `encoders.load` and `tokenizers.load`, and of `Prompt`; if a "clip skip" is of another
+            encoder than CLIP's of text.
     """
-    folder = Path(folder)
-    parts = [pair for pair in PARTS if folders.has(index, pair[0])]
-    known = index.get("_class_name") in PIPELINES and parts
-    if not known or not all((folder / encoder / "config.json").exists() for encoder, _ in parts):
+    folder, name = Path(folder), index.get("_class_name")
+    known = [("image_encoder", "")] if name == VARIATIONS else [*PARTS, *BERT]
+    parts = [pair for pair in known if folders.has(index, pair[0])]
+    parts = [pair for pair in parts if pair != PARTS[2] or (folder / pair[0]).exists()]  # T5 may be left out
+    if name not in PIPELINES or not parts or not all((folder / part / "config.json").exists() for part, _ in parts):
         return None
-    xl, deepfloyd = PARTS[1] in parts, index["_class_name"] in IF
-    options = {"skip": skip + 1, "normalized": False} if xl else {"skip": skip}
+    own = parts[0][0] in ("text_encoder", "text_encoder_2") and name not in IF
+    if skip and not own:
+        raise ValueError(f"{folder}: `clip_skip` is of CLIP's encoder of text; the pipeline has {parts[0][0]!r}")
+    xl = PARTS[1] in parts
+    clip = {"skip": skip + 1, "normalized": False} if xl else {"skip": skip}
     there = {encoder: variant if variant in folders.variants(folder / encoder) else None for encoder, _ in parts}
-    made = [encoders.load(folder / encoder, variant=variant, **options) for encoder, variant in there.items()]
-    words = [tokenizers.load(folder / tokenizer, IF_LENGTH if deepfloyd else None) for _, tokenizer in parts]
-    if deepfloyd:
+    made = [
+        encoders.load(folder / encoder, variant=variant, **(clip if own and encoder != PARTS[2][0] else {}))
+        for encoder, variant in there.items()
+    ]
+    if name == VARIATIONS:
+        return PicturePrompt(made[0], **_pixels_of(folder / "feature_extractor"))
+    # BERT's own tokenizer may say that a text is longer than what this encoder takes.
+    lengths = {
+        part: None if own else IF_LENGTH if name in IF else one.length for part, one in zip(there, made, strict=True)
+    }
+    lengths[PARTS[2][0]] = SD3_LENGTH
+    words = [tokenizers.load(folder / tokenizer, lengths[part]) for part, tokenizer in parts]
+    if name in IF:
         return Prompt(made, words, masked=True, padded=True, lower=True)
+    if name in SD3:
+        width = read_json(folder / "transformer" / "config.json").get("joint_attention_dim", 4096)
+        with explained(folder):
+            return JointPrompt(made, words, width, SD3_LENGTH)
     return Prompt(made, words, zeros=index.get("force_zeros_for_empty_prompt") is True)
 
 
-def conditioned(described: Described, prompt: Prompt) -> Described:
+def _pixels_of(folder: Path) -> dict[str, Any]:
+    """What a processor of images says of the pixels."""
+    path = folder / "preprocessor_config.json"
+    config = read_json(path) if path.is_file() else {}
+    names = {"mean": "image_mean", "std": "image_std"}
+    return {name: config[key] for name, key in names.items() if isinstance(config.get(key), list)}
+
+
+def conditioned(described: Described, prompt: Prompt | PicturePrompt) -> Described:
     """A network that is not built, whose context, and vector, are those of the text: its input is "text" for both.
+
+    Of a picture the input is "picture".
 
     Raises:
         ValueError: if the network takes none, or of another width.
@@ -108,59 +159,62 @@ def conditioned(described: Described, prompt: Prompt) -> Described:
         )
     network.conditions = conditions
     shapes = {name: shape for name, shape in shapes.items() if name not in given}
-    return Described(network, {**shapes, INPUT: (None, *prompt.row)})
+    return Described(network, {**shapes, prompt.input: (None, *prompt.row)})
 
 
-def prompt_of(network: Any) -> Prompt | None:
+def prompt_of(network: Any) -> Prompt | PicturePrompt | None:
     """The condition that `conditioned` gave the network."""
     found = getattr(network, "conditions", {}).get(CONTEXT)
-    return found if isinstance(found, Prompt) else None
+    return found if isinstance(found, (Prompt, PicturePrompt)) else None
 
 
-def encoders_of(prompt: Prompt) -> dict[str, Encoder]:
-    """The text encoders by the names of their folders."""
+def encoders_of(prompt: Prompt | PicturePrompt) -> dict[str, Encoder]:
+    """The encoders by the names of their folders."""
+    if isinstance(prompt, PicturePrompt):
+        return {"image_encoder": prompt.encoder}
     return {name: encoder for (name, _), encoder in zip(_parts(prompt), prompt.encoders, strict=False)}
 
 
 def _parts(prompt: Prompt) -> tuple[tuple[str, str], ...]:
+    if isinstance(prompt.encoders[0], LDMText):
+        return BERT
     second = len(prompt.encoders) == 1 and prompt.vector > 0  # XL's refiner has the second alone
     return PARTS[1:] if second else PARTS
 
 
-def pipeline_of(prompt: Prompt, noised: bool = False) -> dict[str, Any]:
-    """What `model_index.json` says of a pipeline with this text beside its parts: its class, and what it has not.
-
-    Args:
-        prompt: the text.
-        noised: whether there is a noised picture beside x_t.
-    """
-    if isinstance(prompt.encoders[0], T5Text):  # DeepFloyd IF's
-        absent = {name: [None, None] for name in ("feature_extractor", "safety_checker", "watermarker")}
-        kind = "IFSuperResolutionPipeline" if noised else "IFPipeline"
-        return {"_class_name": kind, **absent, "requires_safety_checker": False}
-    names, zeros = _parts(prompt)[: len(prompt.encoders)], {"force_zeros_for_empty_prompt": prompt.zeros}
-    if PARTS[1] not in names:
-        kind, absent, more = "StableDiffusionPipeline", ("safety_checker",), {"requires_safety_checker": False}
-    elif PARTS[0] in names:
-        kind, absent, more = "StableDiffusionXLPipeline", (), zeros
-    else:
-        kind, absent, more = "StableDiffusionXLImg2ImgPipeline", PARTS[0], {"requires_aesthetics_score": True, **zeros}
-    absent = {name: [None, None] for name in (*absent, "feature_extractor", "image_encoder")}
-    return {"_class_name": kind, **absent, **more}
-
-
-def save(prompt: Prompt, folder: str | Path) -> dict[str, list[str]]:
+def save(prompt: Prompt | PicturePrompt, folder: str | Path) -> dict[str, list[str]]:
     """Writes the folders of encoders and tokenizers; returns their entries of `model_index.json`.
 
     Raises:
         ValueError: if transformers has no such encoder or tokenizer.
     """
-    folder, index = Path(folder), {}
+    folder = Path(folder)
+    if isinstance(prompt, PicturePrompt):
+        return _save_picture(prompt, folder)
+    index = {}
     for (name, words), encoder, tokenizer in zip(_parts(prompt), prompt.encoders, prompt.tokenizers, strict=False):
         encoders.save(encoder, folder / name)
-        t5 = isinstance(encoder, T5Text)
-        tokenizers.save(tokenizer, folder / words, t5)
+        tokenizers.save(tokenizer, folder / words)
         kind = f"{type(encoder).__name__}Model{'WithProjection' if encoder.projection else ''}"
         index[name] = ["transformers", kind.replace("T5TextModel", "T5EncoderModel")]
-        index[words] = ["transformers", "T5Tokenizer" if t5 else "CLIPTokenizer"]
+        if isinstance(encoder, LDMText):
+            index[name] = ["latent_diffusion", "LDMBertModel"]
+        index[words] = ["transformers", tokenizers.class_of(tokenizer)]
     return index
+
+
+def _save_picture(prompt: PicturePrompt, folder: Path) -> dict[str, list[str]]:
+    encoders.save(prompt.encoder, folder / "image_encoder")
+    size = prompt.encoder.size
+    config = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
+        "image_mean": list(prompt.mean),
+        "image_std": list(prompt.std),
+    }
+    write_json(folder / "feature_extractor" / "preprocessor_config.json", config)
+    return {
+        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    }

@@ -9,10 +9,12 @@ import keras
 
 from kdiff.blocks.embeddings import LabelEmbedding
 from kdiff.interop import transformers
+from kdiff.interop.mmdit import mmdit_config
 from kdiff.interop.saving_unets import Config, name_of, ncsnpp_config, size_of, unet_config
 from kdiff.networks.dit import DiT
+from kdiff.networks.mmdit import MMDiT
 from kdiff.networks.ncsnpp import NCSNpp
-from kdiff.networks.unet import UNet
+from kdiff.networks.unet import UNet, WayDown
 
 __all__ = ["FREE", "FREE_OF", "check_same", "network_config"]
 
@@ -25,6 +27,8 @@ def network_config(network: keras.Model) -> Config:
     """
     if not network.built:
         raise ValueError(f"{network.name}: has no weights to save; build it, or call it once")
+    if isinstance(network, MMDiT):
+        return mmdit_config(network)
     if isinstance(network, DiT):
         return _dit(network)
     if isinstance(network, NCSNpp):
@@ -32,7 +36,8 @@ def network_config(network: keras.Model) -> Config:
     if isinstance(network, UNet):
         return unet_config(network)
     raise ValueError(
-        f"{network.name}: only a UNet and a DiT can be saved for diffusers; this is a {type(network).__name__}"
+        f"{network.name}: only a UNet, a DiT and an MMDiT can be saved for diffusers; this is a "
+        f"{type(network).__name__}"
     )
 
 
@@ -70,8 +75,11 @@ FREE_OF = {
     "LabelEmbedding": {"num_classes", "dropout"},
     "MLPEmbedding": set(),
     "DiT": {"out_channels", "separate"},
+    "MMDiT": {"out_channels"},
+    "PositionTable": {"base_size"},
     "UNet": {"out_channels", "levels"},
     "NCSNpp": {"out_channels", "levels"},
+    "ControlNet": {"levels"},
 }
 
 
@@ -84,11 +92,13 @@ def check_same(network: keras.Model, again: keras.Model) -> None:
 
 def _differences(network, again):
     yield from _compare("", _plain(network), _plain(again))
-    if isinstance(network, UNet):
+    if isinstance(network, WayDown):
         pairs = list(zip(network.levels, again.levels, strict=True))
+        both = isinstance(network, UNet)
         for i, (a, b) in enumerate(pairs):
-            ways = ("mixers_down", "mixers_up")
-            names = ("block", *ways, *(("downsample", "upsample") if i < len(pairs) - 1 else ()))
+            ways = ("mixers_down", "mixers_up") if both else ("mixers_down",)
+            resamplers = ("downsample", "upsample") if both else ("downsample",)
+            names = ("block", *ways, *(resamplers if i < len(pairs) - 1 else ()))
             for name in names:
                 yield from _compare(f"levels[{i}].{name}", _plain(getattr(a, name)), _plain(getattr(b, name)))
 

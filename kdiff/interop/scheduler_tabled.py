@@ -139,7 +139,7 @@ def _sa(config):
     steps, flow = config["num_train_timesteps"], bool(config["use_flow_sigmas"])
     low, high = (min(1.0, place / steps) for place in ((200.0, 801.0) if flow else (200.5, 801.5)))
     orders = config["predictor_order"], config["corrector_order"]
-    return solvers.SASolver(solvers.Within(1.0, low, high), *orders, bool(config["lower_order_final"]))
+    return solvers.SASolver(solvers.Within(1.0, low, high), *orders, bool(config["lower_order_final"]), "bh1")
 
 
 # --- classes

@@ -1,7 +1,7 @@
 """The schedulers of diffusers that have no table of betas: rectified flow, EDM, consistency models, and others."""
 
 from kdiff import guidance, predictions, schedules, solvers, times
-from kdiff.interop.configs import Key, one_of, only, real, whole
+from kdiff.interop.configs import Key, one_of, only, optional, real, whole
 from kdiff.interop.grids import Consistent, FlowMatching, SineSquared, Uniform, WithFirst
 from kdiff.interop.predictions import ConsistencyKarras
 from kdiff.interop.scheduler_keys import ALGORITHMS, EDM, FLOW_MATCHING, STEPS, SWITCH, THRESHOLD
@@ -58,6 +58,11 @@ def _consistency(config, tokens) -> Process:
     return Process(schedules.VarianceExploding(low, high), prediction, times.LogSNR(-125.0), sampler)
 
 
+def _flow_lcm(config, tokens) -> Process:
+    """Each step goes to the estimate of the data and noises it anew: flow matching's stochastic sampling."""
+    return _flow_matching({**config, "stochastic_sampling": True}, tokens)
+
+
 def _ipndm(config, tokens) -> Process:
     sampler = Sampler(DiffusersIPNDM(4), SineSquared())
     return Process(schedules.Trigonometric(1e-8), predictions.Velocity(), times.Scaled(1.0), sampler)
@@ -85,6 +90,14 @@ def _score_sde_vp(config, tokens) -> Process:
 
 UNTABLED = {
     "FlowMatchEulerDiscreteScheduler": Kind(FLOW_MATCHING, make=_flow_matching),
+    "FlowMatchLCMScheduler": Kind(
+        {
+            **{name: key for name, key in FLOW_MATCHING.items() if name != "stochastic_sampling"},
+            "scale_factors": only(None),
+            "upscale_mode": Key("bicubic", optional(one_of("bicubic", "bilinear", "nearest", "nearest-exact", "area"))),
+        },
+        make=_flow_lcm,
+    ),
     "FlowMatchHeunDiscreteScheduler": Kind(
         {name: FLOW_MATCHING[name] for name in ("num_train_timesteps", "shift")}, make=_heun
     ),

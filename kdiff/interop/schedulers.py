@@ -39,8 +39,32 @@ REFUSED = {
     "CogVideoXDDIMScheduler": "it moves the noise levels of video; DDIMScheduler is for pictures",
     "CogVideoXDPMScheduler": "it moves the noise levels of video; DPMSolverMultistepScheduler is for pictures",
     "RePaintScheduler": "it fills holes of pictures; use guidance.Inpaint and times.Jumps with DDPMScheduler",
-    "VQDiffusionScheduler": "it is of discrete tokens",
-    "AmusedScheduler": "it is of discrete tokens",
+    **dict.fromkeys(
+        (
+            "AmusedScheduler",
+            "BlockRefinementScheduler",
+            "DiscreteDDIMScheduler",
+            "EntropyBoundScheduler",
+            "VQDiffusionScheduler",
+        ),
+        "it is of discrete tokens",
+    ),
+    **dict.fromkeys(
+        ("HeliosScheduler", "HeliosDMDScheduler"),
+        "it goes from one resolution of a video to the next within a run, which kdiff's runs do not",
+    ),
+    "ConsistencyDecoderScheduler": "it is of a decoder of latents in two steps; kdiff has those of autoencoders",
+    "CosineDPMSolverMultistepScheduler": "it is of Stable Audio, of which kdiff has no network; for EDM's noise levels "
+    "there is EDMDPMSolverMultistepScheduler",
+    "FlowMapEulerDiscreteScheduler": "its networks are told where a step ends beside where it begins, and kdiff has "
+    "none such",
+    "LTXEulerAncestralRFScheduler": "it is of LTX-Video, of which kdiff has no network; solvers.EulerAncestral goes "
+    "with the schedule of FlowMatchEulerDiscreteScheduler",
+    "MiniMaxH3Scheduler": "it is of MiniMax's video, of which kdiff has no network; its steps are those of "
+    "FlowMatchEulerDiscreteScheduler with a `shift` of 12",
+    "PiflowScheduler": "its networks give a policy for many steps at once, not one velocity",
+    "RFD4ProteinaScheduler": "it moves two modalities of a protein, each in times of its own",
+    "SCMScheduler": "it is of networks distilled to trigonometric time that Sana has, of which kdiff has none",
     "KarrasVeScheduler": "it is EDM's before there was EDMEulerScheduler; write that",
 }
 ALL_STEPS = ("DDPMScheduler", "DDPMParallelScheduler")  # classes whose runs have every step, unless told otherwise

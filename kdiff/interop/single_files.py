@@ -1,4 +1,4 @@
-"""Stable Diffusion 1, 2 and XL in one file, in the layout of the code that trained them (latent diffusion, `sgm`).
+"""Stable Diffusion 1, 2, XL and 3 in one file, in the layout of the code that trained them (latent diffusion, `sgm`).
 
     model = load("v1-5-pruned-emaonly.safetensors", tokenizer="clip-vit-large-patch14")
     images = model.sample(4, text="a red circle", guidance=7.5)
@@ -14,6 +14,8 @@ given, or the model takes embeddings as "context", and of XL "text_embeds" besid
     conditioner.embedders.0.transformer.        XL: CLIP's; in its refiner "0.model." is OpenCLIP's
     conditioner.embedders.1.model.              OpenCLIP's
     v_pred, ztsnr                               empty: that velocities are predicted, that nothing is left at T
+
+Of version 3 see `kdiff.interop.single_files_sd3`.
 
 Sizes are read off the weights. What these do not show is as published: attention has 8 heads in version 1, whose layers
 before it are convolutions, and heads of 64 channels elsewhere; all norms have 32 groups.
@@ -32,7 +34,7 @@ from kdiff.codecs import Latent
 from kdiff.encoders import CLIPText, Prompt
 from kdiff.encoders.base import Encoder
 from kdiff.encoders.tokenizers import JSONTokenizer
-from kdiff.interop import autoencoders, diffusers, maps, prompts, schedulers, tokenizers, unets
+from kdiff.interop import autoencoders, diffusers, maps, prompts, schedulers, single_files_sd3, tokenizers, unets
 from kdiff.interop.arrays import State
 from kdiff.interop.configs import Described, explained
 from kdiff.interop.encoders import CLIP_NAMES
@@ -129,11 +131,11 @@ def load(
     strict: bool = True,
     **options: Any,
 ) -> DiffusionModel:
-    """Stable Diffusion 1, 2 or XL, told apart by the names and shapes of the weights.
+    """Stable Diffusion 1, 2, XL, 3 or 3.5, told apart by the names and shapes of the weights.
 
     Those for inpainting, by a depth, by instructions (InstructPix2Pix) and XL's refiner are read too; not the upscaler.
     Noise levels are those of all three, whatever constants the file has. `sample` is by the solver of the published
-    folders: PNDM; DDIM for velocities, or where nothing is left at T, of versions 1 and 2; Euler's method of XL.
+    folders: PNDM; DDIM for velocities, or where nothing is left at T, of versions 1 and 2; Euler's method of XL and 3.
 
     Args:
         source: a `.safetensors`, `.ckpt`, `.pt` or `.npz` file, of which a pickle is read for its tensors alone; or a
@@ -141,12 +143,14 @@ def load(
         tokenizer: the folder of CLIP's tokenizer (`tokenizer.json`, or `vocab.json` and `merges.txt`) or a `Tokenizer`,
             which no such file has: "text" takes strings then. It is made to fill up as the encoders of the file have
             learned, CLIP's with the token of the end and OpenCLIP's with token 0; a list, of one for each encoder, is
-            used as it is. None for no text encoders: the network takes what they give.
+            used as it is. Of version 3 T5 is left out but for a list of three. None for no text encoders: the network
+            takes what they give.
         velocity: whether the network predicts velocities, not noise; None if the file's "v_pred" tells, or it is of
             version 1 or XL, or of version 2 with something beside x_t, which predict noise.
         zero_snr: whether nothing of the data is left at T, where samples begin then (Lin et al. 2023,
-            arXiv:2305.08891); None for whether there is a "ztsnr".
-        image_size: of samples, if `sample` is not told; None for 512, of version 2 with velocities 768, of XL 1024.
+            arXiv:2305.08891); None for whether there is a "ztsnr". Version 3 has neither `velocity` nor `zero_snr`.
+        image_size: of samples, if `sample` is not told; None for 512, of version 2 with velocities 768, of XL and 3
+            1024.
         averages: whether to take the averaged weights of the U-Net, if there are any.
         clip_skip: how many of the last blocks of the text encoders to leave out.
         strict: whether weights that do not match are an error; otherwise a warning.
@@ -157,6 +161,14 @@ def load(
             if there is a tokenizer and no text encoder; if weights do not match, with a list of all that do not.
     """
     state, name = read(source)
+    if single_files_sd3.is_one(state):
+        if velocity is not None or zero_snr is not None:
+            raise ValueError(
+                f"{name}: is Stable Diffusion 3, of which `velocity` and `zero_snr` say nothing; leave them out"
+            )
+        image_size = 1024 if image_size is None else image_size
+        check_integer("single_files.load", "image_size", image_size)
+        return single_files_sd3.load(state, name, tokenizer, image_size, clip_skip, strict, options)
     _check_is_one(state, name)
     xl, first = f"{UNET}label_emb.0.0.weight" in state, not _is_linear(state)
     beside = _beside(state, name)

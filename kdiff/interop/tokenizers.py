@@ -1,7 +1,8 @@
-"""transformers' folders of tokenizers, of CLIP and T5: `load` reads whichever form a folder has.
+"""transformers' folders of tokenizers, of CLIP, T5 and BERT: `load` reads whichever form a folder has.
 
     tokenizer.json             all of it, as transformers writes it now
     vocab.json, merges.txt     CLIP's words
+    vocab.txt                  BERT's, of latent diffusion's first model of text
     spiece.model               T5's, of sentencepiece
 
 What fills up a text, and how long one may be, is in tokenizer_config.json and special_tokens_map.json.
@@ -13,15 +14,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdiff.encoders.tokenizers import CLIP_END, CLIP_START, JSONTokenizer, SentencePiece
+from kdiff.encoders.tokenizers import BERT_END, BERT_START, CLIP_END, CLIP_START, JSONTokenizer, SentencePiece
 from kdiff.interop.configs import LARGEST, explained, shown
 from kdiff.interop.files import read_json, write_json
 from kdiff.text import Tokenizer
 from kdiff.writing import replacing
 
-__all__ = ["FORMS", "load", "padded", "save"]
+__all__ = ["BERT", "FORMS", "class_of", "load", "padded", "save"]
 
-FORMS = ("tokenizer.json", "vocab.json", "spiece.model")
+FORMS = ("tokenizer.json", "vocab.json", "spiece.model", "vocab.txt")
+BERT = {
+    "cls_token": BERT_START,
+    "sep_token": BERT_END,
+    "unk_token": "[UNK]",
+    "mask_token": "[MASK]",
+}
+# The classes of transformers by the kind of the model of a tokenizer.json; of others it is CLIP's.
+_CLASSES = {"Unigram": "T5TokenizerFast", "WordPiece": "BertTokenizer"}
 
 
 def load(folder: str | Path, length: int | None = None) -> Tokenizer:
@@ -104,6 +113,12 @@ def _sentencepiece(folder: Path, config: Mapping[str, Any], length: int) -> Toke
     return SentencePiece.read(folder / "spiece.model", length, extra)
 
 
+def _bert(folder: Path, config: Mapping[str, Any], length: int) -> Tokenizer:
+    words = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    lower, accents = config.get("do_lower_case", True), config.get("strip_accents")
+    return JSONTokenizer.bert({word: number for number, word in enumerate(words)}, length, bool(lower), accents)
+
+
 def padded(tokenizer: JSONTokenizer, padding: int) -> JSONTokenizer:
     """The tokenizer that fills up with another token, which is then, as in transformers, found in a text as it stands.
 
@@ -129,13 +144,19 @@ def padded(tokenizer: JSONTokenizer, padding: int) -> JSONTokenizer:
     return JSONTokenizer(json.dumps(content, ensure_ascii=False), tokenizer.length, padding)
 
 
-def save(tokenizer: Tokenizer, folder: str | Path, t5: bool = False) -> None:
+def class_of(tokenizer: Tokenizer) -> str:
+    """Its class in transformers."""
+    if isinstance(tokenizer, SentencePiece):
+        return "T5Tokenizer"
+    return _CLASSES.get(json.loads(tokenizer.model)["model"].get("type"), "CLIPTokenizer")
+
+
+def save(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Writes a folder that transformers reads: tokenizer.json or spiece.model, and tokenizer_config.json.
 
     Args:
-        tokenizer: a `JSONTokenizer`, which transformers is told is CLIP's, or a `SentencePiece`, T5's.
+        tokenizer: a `JSONTokenizer`, CLIP's, T5's or BERT's by the kind of its model, or a `SentencePiece`, T5's.
         folder: to write to; files of the same names are replaced.
-        t5: whether a `JSONTokenizer` is T5's.
 
     Raises:
         ValueError: if it is another.
@@ -147,12 +168,14 @@ def save(tokenizer: Tokenizer, folder: str | Path, t5: bool = False) -> None:
         if tokenizer.padding not in numbers:
             raise ValueError(f"save: the token that fills up must be one of {numbers}; received: {tokenizer.padding}")
         special = {"bos_token": CLIP_START, "eos_token": CLIP_END, "unk_token": CLIP_END}
-        special = {"eos_token": numbers[tokenizer.end[-1]], "unk_token": "<unk>"} if t5 else special
-        kind = "T5Tokenizer" if t5 else "CLIPTokenizer"
-        config |= {**special, "pad_token": numbers[tokenizer.padding], "tokenizer_class": kind}
+        special = {
+            "BertTokenizer": BERT,
+            "T5TokenizerFast": {"eos_token": numbers.get(tokenizer.end[-1]), "unk_token": "<unk>"},
+        }.get(class_of(tokenizer), special)
+        config |= {**special, "pad_token": numbers[tokenizer.padding], "tokenizer_class": class_of(tokenizer)}
         write_json(folder / "tokenizer.json", content)
     elif isinstance(tokenizer, SentencePiece):
-        config |= {"extra_ids": tokenizer.extra, "tokenizer_class": "T5Tokenizer"}
+        config |= {"extra_ids": tokenizer.extra, "tokenizer_class": class_of(tokenizer)}
         with replacing(folder / "spiece.model") as new:
             new.write_bytes(base64.b64decode(tokenizer.model))
     else:
@@ -160,4 +183,4 @@ def save(tokenizer: Tokenizer, folder: str | Path, t5: bool = False) -> None:
     write_json(folder / "tokenizer_config.json", config)
 
 
-_READERS = {"tokenizer.json": _json, "vocab.json": _clip, "spiece.model": _sentencepiece}
+_READERS = {"tokenizer.json": _json, "vocab.json": _clip, "spiece.model": _sentencepiece, "vocab.txt": _bert}

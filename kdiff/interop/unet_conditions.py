@@ -19,7 +19,7 @@ import keras
 from kdiff.blocks.base import Chain
 from kdiff.blocks.conditions import VectorAndTokens
 from kdiff.blocks.context_attention import AttentionPool
-from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbedding, SteeredEmbedding
+from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbedding, SizeWaves, SteeredEmbedding
 from kdiff.blocks.layers import Dense
 from kdiff.blocks.normalization import LayerNorm
 from kdiff.interop.configs import each
@@ -59,6 +59,11 @@ def _activation(config) -> str:
 
 def _waves(config, width) -> SinusoidalEmbedding:
     return SinusoidalEmbedding(width, sine_first=not config["flip_sin_to_cos"], shift=config["freq_shift"])
+
+
+def _sizes(config) -> SizeWaves:
+    first, shift = not config["flip_sin_to_cos"], config["freq_shift"]
+    return SizeWaves(config["addition_time_embed_dim"], config["numbers"], sine_first=first, shift=shift)
 
 
 def time_width(config: dict[str, Any]) -> int:
@@ -103,7 +108,7 @@ def conditions(config: dict[str, Any]) -> dict[str, keras.layers.Layer]:
     names = dict.fromkeys([*tokens, *vectors])
     made = {name: _joined(vectors.get(name), tokens.get(name)) for name in names}
     if added == "text_time":
-        made["added"] = text_and_numbers(_waves(config, config["addition_time_embed_dim"]), width)
+        made["added"] = text_and_numbers(_sizes(config), width)
     return {**made, **classes(config)}
 
 

@@ -1,6 +1,6 @@
 """The names of the weights of diffusers' U-Nets."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
@@ -18,9 +18,9 @@ from kdiff.blocks.transformer import FeedForward, SpatialTransformer, Transforme
 from kdiff.encoders.prompt import Prompt
 from kdiff.interop.weights import Slot, slots
 from kdiff.networks.ncsnpp import NCSNpp
-from kdiff.networks.unet import UNet
+from kdiff.networks.unet import UNet, WayDown
 
-__all__ = ["MIXERS", "NAMES", "OLD_NAMES", "renamed", "unet_slots"]
+__all__ = ["MIXERS", "NAMES", "OLD_NAMES", "named_slots", "renamed", "unet_slots", "way_down_slots"]
 
 NAMES = {
     MLPEmbedding: {"linear_1": "hidden", "linear_2": "output_layer"},
@@ -72,36 +72,50 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 
 def unet_slots(network: UNet) -> Iterator[Slot]:
     """The names of the weights of a U-Net."""
-    for name, layer in _named_layers(network):
+    yield from named_slots(_named_layers(network))
+
+
+def way_down_slots(network: WayDown) -> Iterator[Slot]:
+    """The names of those weights that it has in common with a U-Net."""
+    yield from named_slots(_named_way_down(network))
+
+
+def named_slots(layers: Iterable[tuple[str, keras.layers.Layer]]) -> Iterator[Slot]:
+    """Those of the layers of a U-Net, by the names of these."""
+    for name, layer in layers:
         yield from slots(layer, name, NAMES)
         if isinstance(layer, AttentionPool):
             yield Slot(f"{name}.positional_embedding", layer.position.table)
 
 
-def _named_layers(network: UNet) -> Iterator[tuple[str, keras.layers.Layer]]:
+def _named_way_down(network: WayDown) -> Iterator[tuple[str, keras.layers.Layer]]:
     yield from {"conv_in": network.stem, "time_embedding": network.embedding}.items()
     for name, layer in network.conditions.items():
         yield from _condition(network, name, layer)
     if isinstance(network.embedding.embedding, FourierEmbedding):
         yield "time_proj", network.embedding.embedding
-    down, up = iter(network.down), iter(network.up)
-    last = len(network.levels) - 1
-    skips = isinstance(network, NCSNpp)
+    down, last = iter(network.down), len(network.levels) - 1
     for i, level in enumerate(network.levels):
         for j in range(level.depth):
             yield from _unit(f"down_blocks.{i}", j, j, next(down).layers, "")
         if i < last:
-            yield f"down_blocks.{i}.{'resnet_down' if skips else 'downsamplers.0'}", next(down).layers[0]
+            resampler = "resnet_down" if isinstance(network, NCSNpp) else "downsamplers.0"
+            yield f"down_blocks.{i}.{resampler}", next(down).layers[0]
     yield from _bridge(network)
+
+
+def _named_layers(network: UNet) -> Iterator[tuple[str, keras.layers.Layer]]:
+    yield from _named_way_down(network)
+    up, last = iter(network.up), len(network.levels) - 1
     for i, level in reversed(list(enumerate(network.levels))):
         plain = 0 if level.up_mixers is None else level.depth + 1 - level.up_mixers
         for j in range(level.depth + 1):
             yield from _unit(f"up_blocks.{last - i}", j, j - plain, next(up).layers, "upsamplers.0")
-    yield from _skips(network, last) if skips else ()
+    yield from _skips(network, last) if isinstance(network, NCSNpp) else ()
     yield from {"conv_norm_out": network.normalization, "conv_out": network.head}.items()
 
 
-def _condition(network: UNet, name: str, layer: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Layer]]:
+def _condition(network: WayDown, name: str, layer: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Layer]]:
     """The layers of a condition: see `kdiff.interop.unet_conditions`."""
     layer = layer.layer if isinstance(layer, Prompt) and layer.layer is not None else layer
     both = isinstance(layer, VectorAndTokens)

@@ -10,14 +10,14 @@ from pathlib import Path
 
 __all__ = ["ENDINGS", "FOLDERS", "NAMES", "about_file", "about_folder", "about_names", "check_is_itself", "listing"]
 
-_ONE_FILE = "kdiff.interop.single_files reads Stable Diffusion 1, 2 and XL"
+_ONE_FILE = "kdiff.interop.single_files reads Stable Diffusion 1, 2, XL and 3"
 _FLAX = "Flax's weights; diffusers' `from_pretrained(folder, from_flax=True)` and `save_pretrained` convert them"
 # By a pattern of the names of arrays.
 NAMES = {
     r"lora_(up|down|A|B)\b|\.lora\.|hada_w\d": "a LoRA's: changes of another model's weights",
-    r"^(model\.diffusion_model\.)?(double_blocks|single_blocks|joint_blocks|transformer_blocks\.0\.ff_context)\b": (
-        "those of the transformer of Flux or of Stable Diffusion 3"
-    ),
+    r"^(model\.diffusion_model\.)?(double_blocks|single_blocks)\b": "those of the transformer of Flux",
+    r"^joint_blocks\b": f"those of the transformer of Stable Diffusion 3, of one file without its prefix; {_ONE_FILE}",
+    r"^transformer_blocks\.0\.ff_context\b": "those of the transformer of Stable Diffusion 3, as diffusers has them",
     r"^model\.diffusion_model\.": f"those of Stable Diffusion in one file; {_ONE_FILE}",
     r"^(controlnet_|input_hint_block\.)": "a ControlNet's",
     r"^(emb_params|string_to_param)": "a textual inversion's: vectors for new words of a text encoder",

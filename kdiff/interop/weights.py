@@ -169,7 +169,8 @@ def _numbered(layer: Any, name: str) -> Iterator[tuple[Any, str]]:
 
 def _leaf(layer, name, entries, part):
     for theirs, ours, layout in entries:
-        variable = getattr(layer, ours, None)
+        # Of a layer with LoRA `kernel` is a sum, and no variable.
+        variable = layer._kernel if ours == "kernel" and hasattr(layer, "lora_enabled") else getattr(layer, ours, None)
         if variable is not None:
             changed = part.layout if part.layout and theirs == "weight" else layout
             yield Slot(_join(name, theirs), variable, changed, part.rows, layer)
@@ -334,7 +335,7 @@ def _hint(state: State, wanted: list[Slot]) -> str:
 
 
 def export(wanted: Iterable[Slot], values: Mapping[int, Any] | None = None) -> State:
-    """The arrays of all slots by name, float32.
+    """The arrays of all slots by name, float32. A kernel with LoRA is exported with its change, scale A B.
 
     Args:
         wanted: the slots.
@@ -342,8 +343,17 @@ def export(wanted: Iterable[Slot], values: Mapping[int, Any] | None = None) -> S
     """
     state: State = {}
     for slot in wanted:
-        variable = (values or {}).get(id(slot.variable), slot.variable)
-        array = np.asarray(keras.ops.convert_to_numpy(variable), "float32")
-        array = export_layout(slot, array)
+        array = export_layout(slot, _exported(slot, values or {}))
         state[slot.name] = array if slot.rows is None else slot.rows.put(array, state.get(slot.name))
     return state
+
+
+def _exported(slot: Slot, values: Mapping[int, Any]) -> np.ndarray:
+    def numbers(variable):
+        return np.asarray(keras.ops.convert_to_numpy(values.get(id(variable), variable)), "float32")
+
+    layer = slot.layer
+    if not getattr(layer, "lora_enabled", False) or slot.variable is not layer._kernel:
+        return numbers(slot.variable)
+    change = numbers(layer.lora_kernel_a) @ numbers(layer.lora_kernel_b)
+    return numbers(slot.variable) + np.float32(layer.lora_alpha / layer.lora_rank) * change

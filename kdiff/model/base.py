@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -26,7 +27,7 @@ from kdiff.conversion import moved
 from kdiff.denoisers import Estimate, Given
 from kdiff.model import feeding
 from kdiff.model.averaging import Averaging
-from kdiff.model.condition_inputs import condition_names, derivations
+from kdiff.model.condition_inputs import condition_layers, condition_names, derivations
 from kdiff.model.sampling import Sampling, as_sampler
 from kdiff.model.saving import Saving
 from kdiff.model.sources import source_of
@@ -115,6 +116,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
         self._on_trial = False  # whether the shapes are those of data that the network has not computed yet
         self._averaging = False  # whether the averages are used: see `_follow_averages`
         self._compiled_steps: dict[Any, Any] = {}
+        self._measures = SimpleNamespace(metrics=[])
         self._check_names(condition_names(network) or ())
         check_invertible(self.prediction, self.schedule)
         self._warn_of_beginning()
@@ -209,14 +211,17 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
                     for name, shape in shapes.items()
                 }
             )
+        backend.mend_convolutions(self.network)
 
     def _counter(self, name: str):
         return self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False, name=name)
 
     # Training
 
-    def compile(self, optimizer="adam", loss="mse", **options) -> None:
+    def compile(self, optimizer="adam", loss="mse", metrics=None, **options) -> None:
         """Keras' `compile`; `loss` compares the network's output with its target: "mse", "mae", "huber" or any other.
+
+        So do `metrics`, but for those that ask for the whole problem, as `likelihood.BitsPerDim` does.
 
         A network that computes in float16 gets a loss scale, unless `auto_scale_loss=False`. `jit_compile` and
         `steps_per_execution` are choices for a machine, and are not saved with the model.
@@ -225,7 +230,18 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
         scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         if self.network.compute_dtype == "float16" and options.get("auto_scale_loss", True) and not scaled:
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-        super().compile(optimizer, loss, **options)
+        several = isinstance(metrics, (list, tuple))
+        measures = [one for one in metrics if hasattr(one, "update_problem")] if several else []
+        for measure in measures:
+            measure.prepare(self)
+        self._measures = SimpleNamespace(metrics=measures)  # a list would be saved with the weights
+        metrics = [one for one in metrics if one not in measures] if several else metrics
+        super().compile(optimizer, loss, metrics=metrics, **options)
+
+    @property
+    def metrics(self) -> list:
+        """Keras' metrics, and those that ask for the whole problem."""
+        return [*super().metrics, *self._measures.metrics]
 
     @backend.uninterrupted
     def call(self, data, training: bool | None = None) -> Problem:
@@ -269,6 +285,8 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None) -> dict[str, Any]:
         """The compiled metrics of the network's output against its target."""
+        for measure in self._measures.metrics:
+            measure.update_problem(self, y_pred, sample_weight)
         return super().compute_metrics(x, *_compared(y_pred, sample_weight))
 
     @backend.uninterrupted
@@ -301,10 +319,19 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
         x, sample_weight = feeding.unpack(data)
         return super().test_step(*state, (x, None, sample_weight))
 
+    def _take_rows_anew(self) -> None:
+        """To be called when layers of conditions take other rows than before, as texts whose encoders learn."""
+        layers = {name: layer for name, layer in condition_layers(self.network).items() if hasattr(layer, "row")}
+        rows = {name: (None, *layer.row) for name, layer in layers.items() if name in (self.shapes or {})}
+        self.shapes = {**self.shapes, **rows} if rows else self.shapes
+        self._forget_graphs()
+
     def _forget_graphs(self) -> None:
         """What is compiled for the model as it was."""
         self.train_function = self.test_function = None
         self._compiled_steps.clear()
+        for measure in self._measures.metrics:
+            measure.prepare(self)
 
     def fit(self, x=None, y=None, *args, validation_data=None, **options):
         """Keras' `fit`, on data that is checked batch by batch.

@@ -79,6 +79,7 @@ def condition_rows(
     num_samples: int,
     partial: bool = False,
     arguments: Sequence[str] = (),
+    sizes: tuple[int, ...] | None = None,
 ) -> dict[str, np.ndarray]:
     """Each condition as numbers, one row a sample; one value for all is repeated, and None is no condition.
 
@@ -89,12 +90,16 @@ def condition_rows(
         num_samples: the number of rows.
         partial: whether some may be missing.
         arguments: what else the caller takes by name, of which an unknown condition may be a misspelling.
+        sizes: of a sample, from which layers with a method `default` make a condition that is missing.
 
     Raises:
         ValueError: if a condition is missing, unknown, of another shape, or holds what its layer does not take; if it
             is None, and nothing stands for no condition.
     """
-    optional = optional_names(network)
+    optional, layers = optional_names(network), condition_layers(network)
+    for name in set(shapes) - set(conditions) if sizes is not None else ():
+        if hasattr(layers.get(name), "default"):
+            conditions = {**conditions, name: layers[name].default(sizes)}
     if (missing := set(shapes) - set(conditions) - set(optional)) and not partial:
         raise ValueError(f"sample: the model needs the conditions {sorted(shapes)}; missing: {sorted(missing)}")
     shapes = {**dict.fromkeys(optional), **shapes}
@@ -111,6 +116,8 @@ def condition_rows(
         value = _known(name, conditions[name], nulls, preparation)
         if shape is None:  # of an optional input: one number, or a row a sample
             shape = value.shape[1:]
+        if getattr(layers.get(name), "any_size", False):
+            shape = (*[None] * (len(shape) - 1), *shape[-1:])
         if value.ndim == len(shape):
             value = np.broadcast_to(value, (num_samples, *value.shape))
         if not fits(value.shape, (num_samples, *shape)):

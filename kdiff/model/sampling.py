@@ -19,7 +19,7 @@ from keras import ops, tree
 from kdiff import backend
 from kdiff.base import check_integer, check_number
 from kdiff.codecs import Codec
-from kdiff.denoisers import Given
+from kdiff.denoisers import Denoiser, Given
 from kdiff.guidance import ClassifierFree, Inpaint
 from kdiff.guidance.base import Run
 from kdiff.model.condition_inputs import condition_nulls, condition_rows, fits, words
@@ -148,8 +148,8 @@ class Sampling:
             steps: the number of steps; None: the sampler's own.
             schedule: a schedule, or its name, to sample under; None: the one of training. The network is asked at
                 the same log-SNR, so that any continuous schedule will do within the noise levels that it has seen.
-            height, width: of the images, for a model that is built for images of any size. What is given of `image`,
-                `x`, `noise` or `known` has its size.
+            height, width: of the images, for a model that is built for images of any size, or whose network is a U-Net.
+                What is given of `image`, `x`, `noise` or `known` has its size.
             size: the same for examples with other axes, such as `(length,)` of series: all but the channels.
             image: examples to begin from, one a sample or one for all: noise is added to them up to the time
                 `strength`, and the run begins there (SDEdit, Meng et al. 2021, arXiv:2108.01073).
@@ -166,7 +166,8 @@ class Sampling:
                 for another model to go on from: `refiner.sample(8, x=base.sample(8, stop=0.2), start=0.2)`. With the
                 same grid the two make the steps of one run; what a multistep solver remembers is not handed on.
             known: examples of which a part is known: that part is kept, and the rest drawn to suit it, by
-                `guidance.Inpaint(known, mask)`, to which a grid with jumps (`times.Jumps`) adds accuracy.
+                `guidance.Inpaint(known, mask)`, to which a grid with jumps (`times.Jumps`) adds accuracy;
+                `guidance.MomentMatching`, which asks more of the network, counts in what the rest depends on.
             mask: 1 where it is to be drawn and 0 where it is known; None where `known` is NaN.
             seed: names the noise. Sample n of a seed is the same in any batch size, and on every backend; but for
                 `solvers.Adaptive`, where the samples of a batch share their sub-steps: to within its tolerance. Or a
@@ -190,7 +191,7 @@ class Sampling:
         begin = {"image": image, "strength": strength, "x": x, "noise": noise, "start": start, "stop": stop}
         options |= {**begin, "known": known, "mask": mask, "seed": seed, "averages": averages}
         run = self._run(num_samples, **options, **conditions)
-        return run.ends(ops.convert_to_numpy if stop else self._decode, batch_size, verbose)
+        return run.ends(ops.convert_to_numpy if stop else self.decode, batch_size, verbose)
 
     def sample_steps(self, num_samples: int, *, preview: Codec | str | None = None, **options) -> Iterator[Step]:
         """The same as `sample`, in one batch, step by step: yields a `Step` whose x and x_hat are decoded arrays.
@@ -200,7 +201,7 @@ class Sampling:
             preview: a `Codec` that decodes in place of the model's own, such as one that is faster.
             **options: as of `sample`, conditions included, but for `batch_size` and `verbose`.
         """
-        decode = self._decode if preview is None else partial(self._by_codec, Codec.get(preview).decode)
+        decode = self.decode if preview is None else partial(self._by_codec, Codec.get(preview).decode)
         return self._run(num_samples, **options).decoded(decode)
 
     def invert(self, image: Any, *, iterations: int = 1, batch_size: int = 64, **options) -> np.ndarray:
@@ -224,7 +225,7 @@ class Sampling:
 
     def invert_steps(self, image: Any, *, iterations: int = 1, **options) -> Iterator[Step]:
         """The same as `invert`, in one batch, step by step: yields a `Step` whose x and x_hat are decoded arrays."""
-        return self._inversion(image, iterations, options).decoded(self._decode)
+        return self._inversion(image, iterations, options).decoded(self.decode)
 
     def _inversion(self, image, iterations, options) -> _Run:
         """The run from these examples to noise."""
@@ -281,11 +282,12 @@ class Sampling:
             strength = float(np.max(strength))
         check_number("sample", "strength", strength, 0.0, 1.0)
         schedule = self.schedule if schedule is None else NoiseSchedule.get(schedule)
-        conditions = self._rows_of(conditions, num_samples)
         size = size if height is None and width is None else (height, width)
         given = {"size": size, "x": x, "noise": noise, "image": image, "known": known}
         shape = (num_samples, *self._sample_shape({name: one for name, one in given.items() if one is not None}))
-        told = Run(shape, self._encode, lambda few: self._rows_of(few, num_samples, some=True), self.codec.data_shape)
+        conditions = self.condition_rows(conditions, num_samples, example=shape[1:])
+        rows = partial(self.condition_rows, num_samples=num_samples, some=True)
+        told = Run(shape, self.encode, rows, self.codec.data_shape)
         data = None if image is None else told.examples(self, "image", image)
         x = None if x is None else told.rows(self, "x", x, shape[1:])
         given, times = Given(conditions, sampler.rows(told)), sampler.times(schedule, min(start, strength), stop)
@@ -329,29 +331,55 @@ class Sampling:
 
         With a function that draws it is not compiled.
         """
-        models = (self, *sampler.models)
-        for model in models:
-            backend.synchronise(model)
-        averaging = tuple(model._follow_averages() for model in models if isinstance(model, Sampling))
-        weights = tuple(id(variable) for model in models for variable in model.variables)
-        key = (sampler.key(), schedule, averages, averaging, weights, self.schedule, self.prediction, self.time_label)
-        step = (partial(self._answer, averages, schedule), condition_nulls(self.network), schedule)
+        answer, nulls = partial(self._answer, averages, schedule), condition_nulls(self.network)
         if draw is not None:
-            return backend.without_gradients(partial(sampler.advance, *step, draw=draw))
-        advance = self._compiled_steps.pop(key, None)
-        if advance is None:
-            advance = backend.compiled(partial(sampler.advance, *step), *models)
-        self._compiled_steps[key] = advance  # the last to be forgotten
+            self._ready(sampler.models)
+            return backend.without_gradients(partial(sampler.advance, answer, nulls, schedule, draw=draw))
+        rows = tuple((name, np.asarray(null).tobytes()) for name, null in nulls.items())  # constants of the step
+        key = (sampler.key(), schedule, averages, rows)
+        return self.compiled_function(key, partial(sampler.advance, answer, nulls, schedule), sampler.models)
+
+    def denoiser(self, averages: bool = True, **conditions) -> Denoiser:
+        """The model as a `Denoiser`: `estimate = model.denoiser()(x_t, m)`, m of the model's schedule.
+
+        Args:
+            averages: use the averaged weights.
+            **conditions: one row an example.
+        """
+        self._ready()
+        answer = partial(self._answer, averages, self.schedule)
+        return Denoiser(answer, Given(conditions), condition_nulls(self.network))
+
+    def compiled_function(self, key: Any, function: Callable, others: Sequence[keras.Model] = ()) -> Callable:
+        """The function of nests of tensors, which asks this model, and `others`, in its compiled form.
+
+        It is made once for a key, and again when what the model computes with has changed.
+        """
+        averaging = self._ready(others)
+        models = (self, *others)
+        weights = tuple(id(variable) for model in models for variable in model.variables)
+        key = (key, averaging, weights, self.schedule, self.prediction, self.time_label)
+        made = self._compiled_steps.pop(key, None)
+        if made is None:
+            made = backend.compiled(function, *models)
+        self._compiled_steps[key] = made  # the last to be forgotten
         while len(self._compiled_steps) > COMPILED_STEPS:
             del self._compiled_steps[next(iter(self._compiled_steps))]
-        return advance
+        return made
 
-    def _encode(self, examples):
+    def _ready(self, others: Sequence[keras.Model] = ()) -> tuple:
+        """Brings all weights up to date; whether each of the models uses its averages."""
+        models = (self, *others)
+        for model in models:
+            backend.synchronise(model)
+        return tuple(model._follow_averages() for model in models if isinstance(model, Sampling))
+
+    def encode(self, examples):
         """Examples, such as images, as data."""
         check_examples(examples, self.codec.limit)
         return self._by_codec(self.codec.encode, examples)
 
-    def _decode(self, x):
+    def decode(self, x):
         """Data as examples."""
         return self._by_codec(self.codec.decode, x)
 
@@ -365,7 +393,11 @@ class Sampling:
 
     def _sample_shape(self, given: dict[str, Any]) -> tuple[int, ...]:
         """The shape of one encoded sample; what it may be any, what is given decides."""
+        if not self.built:
+            raise ValueError("sample: the model has no weights yet; train it, load it, or call `build`")
         shape = self.shapes["image"][1:]
+        if given and getattr(self.network, "any_size", False):
+            shape = (*[None] * (len(shape) - 1), shape[-1])
         if None in shape or "size" in given:
             for name, value in given.items():
                 shape = self._sized(name, value, shape)
@@ -410,11 +442,30 @@ class Sampling:
             )
         return self._data_shape((*size, self.example[-1]))
 
-    def _rows_of(self, conditions: dict[str, Any], num_samples: int, some: bool = False) -> dict[str, np.ndarray]:
+    def condition_rows(
+        self,
+        conditions: dict[str, Any],
+        num_samples: int,
+        some: bool = False,
+        example: tuple[int, ...] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """The conditions by name, checked, with one row a sample: one value may stand for all.
+
+        Args:
+            conditions: by name; text as strings.
+            num_samples: how many.
+            some: whether conditions may be missing.
+            example: the shape of one sample, encoded, of which a condition may have its default; None for no defaults.
+
+        Raises:
+            ValueError: if the model has no weights; if a condition is missing, unknown or of another batch size.
+        """
         if not self.built:
             raise ValueError("sample: the model has no weights yet; train it, load it, or call `build`")
         shapes = {name: shape[1:] for name, shape in self.shapes.items() if name != "image"}
-        return condition_rows(conditions, shapes, self.network, num_samples, some, _ARGUMENTS)
+        factor = getattr(self.codec, "factor", 1)
+        sizes = None if example is None else tuple(side * factor for side in example[:-1])
+        return condition_rows(conditions, shapes, self.network, num_samples, some, _ARGUMENTS, sizes)
 
 
 _ARGUMENTS = tuple(inspect.signature(Sampling.sample).parameters)[2:-1]  # without self, num_samples and conditions

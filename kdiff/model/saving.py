@@ -52,14 +52,15 @@ class Saving(SafeFiles):
         return config
 
     def get_build_config(self) -> dict[str, Any] | None:
-        """What `build` was given, and what `lora.enable` has done since."""
+        """What `build` was given, and what `lora.enable` has done since; no layers if a token alone learns."""
         if self.shapes is None:
             return None
         shapes = dict(self.shapes)
         example = {} if self.example is None else {"image": (None, *self.example)}
-        changed = lora.plan(self.network)
         config = {"shapes": {"encoded": shapes.pop("image"), **example, **shapes}}
-        return {**config, "lora": changed} if changed else config
+        changed = lora.plan(self.network)
+        adapted = changed or any(getattr(weight, "adapts", False) for weight in self.network.weights)
+        return {**config, "lora": changed} if adapted else config
 
     def build_from_config(self, config: dict[str, Any]) -> None:
         """Builds a loaded model."""
@@ -72,6 +73,8 @@ class Saving(SafeFiles):
         """The compilation, without what belongs to a machine: jit, steps per execution, PyTorch's optimizer class."""
         config = super().get_compile_config()
         config = {key: value for key, value in config.items() if key not in ("jit_compile", "steps_per_execution")}
+        if measures := self._measures.metrics:
+            config["metrics"] = [*(config["metrics"] or ()), *map(keras.saving.serialize_keras_object, measures)]
         if isinstance(config.get("optimizer"), dict):
             config["optimizer"] = backend.portable_optimizer(config["optimizer"])
         return config

@@ -5,10 +5,12 @@ from kdiff.networks import published
 from kdiff.networks.autoencoder import VQ, Autoencoder, AutoencoderKL
 from kdiff.networks.autoencoder_tiny import Tiny
 from kdiff.networks.base import Network
+from kdiff.networks.control import Controlled, ControlNet, Hint
 from kdiff.networks.counting import flops, parameters, summary
 from kdiff.networks.dit import DiT
 from kdiff.networks.hybrid import Hybrid
 from kdiff.networks.mlp import MLP
+from kdiff.networks.mmdit import MMDiT
 from kdiff.networks.ncsnpp import InputResidual, InputSkip, NCSNpp, OutputSkip
 from kdiff.networks.prior_transformer import PriorTransformer
 from kdiff.networks.simple_unet import SimpleUNet
@@ -20,11 +22,15 @@ __all__ = [
     "VQ",
     "Autoencoder",
     "AutoencoderKL",
+    "ControlNet",
+    "Controlled",
     "DiT",
+    "Hint",
     "Hybrid",
     "InputResidual",
     "InputSkip",
     "Level",
+    "MMDiT",
     "NCSNpp",
     "Network",
     "OutputSkip",

@@ -20,6 +20,7 @@ from kdiff.blocks.attention import CrossAttention
 from kdiff.blocks.base import Chain, ConfigurableLayer, Tokens, apply_layer, build_layer, copy_layer, derive_seed
 from kdiff.blocks.conditions import Encoded, Input, given_to, inputs_of
 from kdiff.blocks.context_attention import ContextAttention
+from kdiff.blocks.joint import JointBlock
 
 __all__ = ["AXES", "Network", "check_size", "joined"]
 
@@ -113,16 +114,49 @@ class Network(ConfigurableLayer, keras.Model):
         shapes = self._checked({name: tuple(shape) for name, shape in input_shape.items()})
         *sizes, channels = image = shapes["image"]
         self._channels = self.out_channels or channels
-        time = build_layer(self.embedding, given_to(self.embedding, "time", shapes))
-        encoded = {
-            name: Encoded.of(build_layer(layer, given_to(layer, name, shapes), time, image=image))
-            for name, layer in self.conditions.items()
-        }
+        time, encoded = self.encoded_shapes(shapes)
         embed, context = self._steering_shapes(time, encoded)
         self._check_maps(encoded, image)
         channels += sum(one.map[-1] for one in encoded.values() if one.map is not None)
         self._build_body((*sizes, channels), embed, context)
         self._check_attended(context)
+        for name, layer in self.conditions.items():
+            if hasattr(layer, "attach"):  # to what attends to its tokens
+                self._attach(name, layer)
+
+    def add_condition(self, name: str, layer: keras.layers.Layer, shapes: Mapping[str, tuple]) -> None:
+        """Gives a built network one more condition, which changes nothing of its other weights.
+
+        Args:
+            name: of the condition.
+            layer: which has `attach`, as `kdiff.encoders.ImagePrompt`.
+            shapes: of all inputs by name, its own included.
+        """
+        time = build_layer(self.embedding, given_to(self.embedding, "time", shapes))
+        build_layer(layer, given_to(layer, name, shapes), time)
+        self._tracker.unlock()
+        self.conditions = {**self.conditions, name: layer}
+        self._tracker.lock()
+        self._build_shapes_dict = {"input_shape": dict(shapes)}
+        self._attach(name, layer)
+
+    def _attach(self, name, layer):
+        if list(self.conditions)[-1] != name:
+            raise ValueError(
+                f"{type(self).__name__}: {name!r} must be the last of `conditions`; it is not: {self.conditions}"
+            )
+        inside = {id(one) for top in self.conditions.values() for one in top._flatten_layers()}
+        layers = [one for one in self._flatten_layers() if isinstance(one, CrossAttention) and id(one) not in inside]
+        layer.attach([one.attention for one in layers if one.built])
+
+    def encoded_shapes(self, shapes: Mapping[str, tuple]) -> tuple[Any, dict[str, Encoded]]:
+        """The shapes of what `encoded` gives, of inputs of these shapes; what is not built yet is built."""
+        time = build_layer(self.embedding, given_to(self.embedding, "time", shapes))
+        made = {
+            name: build_layer(layer, given_to(layer, name, shapes), time, image=shapes["image"])
+            for name, layer in self.conditions.items()
+        }
+        return time, {name: Encoded.of(shape) for name, shape in made.items()}
 
     def _steering_shapes(self, time, encoded):
         """The shapes of what `_steering` gives."""
@@ -164,7 +198,7 @@ class Network(ConfigurableLayer, keras.Model):
         if (
             context is not None
             and own
-            and not any(isinstance(layer, (CrossAttention, ContextAttention)) for layer in layers)
+            and not any(isinstance(layer, (CrossAttention, ContextAttention, JointBlock)) for layer in layers)
         ):
             raise ValueError(
                 f"{type(self).__name__}: conditions give tokens, and no layer attends to them: compose the network of "
@@ -185,9 +219,22 @@ class Network(ConfigurableLayer, keras.Model):
         """The dictionary of inputs (see the module) to the shape of the image with `out_channels`, float32."""
         return self._output(inputs, training)
 
-    def _output(self, inputs, training, **options):
-        """What `call` gives; `options` are of `_body`."""
+    def _output(self, inputs, training, encoded=None, **options):
+        """What `call` gives; `options` are of `_body`, `encoded` what `encoded` gave of these inputs."""
+        image = inputs["image"]
+        time, conditions = self.encoded(inputs, training) if encoded is None else encoded
+        maps = [image, *(one.map for one in conditions.values() if one.map is not None)]
+        maps = [ops.cast(one, self.compute_dtype) for one in maps]
+        x = ops.concatenate(maps, axis=-1) if len(maps) > 1 else maps[0]
+        embed, context = self._steering(time, list(conditions.values()))
+        return ops.cast(self._body(x, embed, context, training, **options), "float32")
+
+    def encoded(self, inputs, training=None) -> tuple[Any, dict[str, Encoded]]:
+        """What the embedding makes of the time, and the layer of each condition of its inputs, by name."""
         self._checked({name: tuple(value.shape) for name, value in inputs.items()})
+        for layer in self.conditions.values():
+            if hasattr(layer, "unfolded"):  # what encoders that learn make of tokens, once for all that take it
+                inputs = layer.unfolded(inputs, training)
         image = inputs["image"]
         time = apply_layer(self.embedding, given_to(self.embedding, "time", inputs), training=training)
         encoded = {
@@ -195,11 +242,7 @@ class Network(ConfigurableLayer, keras.Model):
             for name, layer in self.conditions.items()
         }
         self._check_maps(encoded, tuple(image.shape))
-        maps = [image, *(one.map for one in encoded.values() if one.map is not None)]
-        maps = [ops.cast(one, self.compute_dtype) for one in maps]
-        x = ops.concatenate(maps, axis=-1) if len(maps) > 1 else maps[0]
-        embed, context = self._steering(time, list(encoded.values()))
-        return ops.cast(self._body(x, embed, context, training, **options), "float32")
+        return time, encoded
 
     def _steering(self, time, encoded: list[Encoded]):
         """The sum of the vectors of time and conditions, and the conditions' tokens one after the other, or None."""

@@ -106,20 +106,28 @@ class DiT(Network):
         x = build_layer(self.patchify, x_shape)
         if self.positions is not None:
             x = build_layer(self.positions, x)
-        for block in self.blocks:
-            x = build_layer(block, x, embed_shape, context_shape)
+        self._build_blocks(x, embed_shape, context_shape)
         build_layer(self.last, x, embed_shape)
         self.head = Unpatchify(self.patch, self._channels, zero=True, dtype="float32", name="head")
         build_layer(self.head, x)
+
+    def _build_blocks(self, x, embed_shape, context_shape):
+        for block in self.blocks:
+            build_layer(block, x, embed_shape, context_shape)
 
     def _body(self, x, embed, context, training, given=None):
         x = self.patchify(x)
         if self.positions is not None:
             x = apply_layer(self.positions, x, training=training)
         vectors = [embed, *(one(given, training=training) for one in self.steering)]
-        for i, block in enumerate(self.blocks):
-            x = self._run(block, x, vectors[i if self.separate else 0], context, training)
+        x = self._through(x, vectors if self.separate else vectors * self.depth, context, training)
         return self.head(self.last(x, embed=embed))
+
+    def _through(self, x, vectors, context, training):
+        """What the blocks make of a map, each steered by one of the vectors."""
+        for block, embed in zip(self.blocks, vectors, strict=True):
+            x = self._run(block, x, embed, context, training)
+        return x
 
     def _check_image(self, shape):
         super()._check_image(shape)

@@ -225,9 +225,9 @@ class NCSNpp(UNet):
         y = self.head(self._activate(apply_layer(self.normalization, x, training=training)))
         return y if image is None else y + ops.cast(image, y.dtype)
 
-    def call(self, inputs, training=None, skips=None, middle=None):
+    def call(self, inputs, training=None, skips=None, middle=None, encoded=None):
         """As in `UNet`, divided by sigma if `divide`."""
-        y = super().call(inputs, training=training, skips=skips, middle=middle)
+        y = super().call(inputs, training=training, skips=skips, middle=middle, encoded=encoded)
         if not self.divide:
             return y
         return y * ops.reshape(ops.exp(-ops.cast(inputs["time"], "float32")), (-1, 1, 1, 1))

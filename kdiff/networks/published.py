@@ -1,12 +1,12 @@
-"""U-Nets at the sizes that were published, each a composition of blocks with its numbers in one place.
+"""Networks at the sizes that were published, each a composition of blocks with its numbers in one place.
 
     published.ddpm_cifar10()                                        # 35.7 M parameters
     published.adm(64)                                               # 295.9 M
     published.adm(64, width=64, levels=2, conditions={}, out_channels=3, remat=True)        # a small relative
 
-Every function takes `width`, the channels of the first level, `levels`, of which fewer leave out the coarsest, and any
-other argument of `UNet.composed` and `UNet` (those of Stable Diffusion: of `UNet` alone). Nothing is allocated before a
-network is built.
+Every function of a U-Net takes `width`, the channels of the first level, `levels`, of which fewer leave out the coarsest,
+and any other argument of `UNet.composed` and `UNet` (those of Stable Diffusion: of `UNet` alone); that of Stable Diffusion
+3 takes those of `MMDiT`. Nothing is allocated before a network is built.
 
 | function | paper | millions of parameters |
 |---|---|---|
@@ -19,6 +19,7 @@ network is built.
 | `stable_diffusion_1`, `stable_diffusion_2` | Rombach et al., "Latent Diffusion Models" (2022) | 859.5, 865.9 |
 | `efficient` | Saharia et al., "Imagen" (2022), appendix B, from 64 to 256 | 696 |
 | `stable_diffusion_xl` | Podell et al., "SDXL" (2023), section 2.1 | 2567 |
+| `stable_diffusion_3("3-medium")`, `("3.5-medium")`, `("3.5-large")` | Esser et al., "Scaling Rectified Flow Transformers" (2024) | 2028, 2243, 8057 |
 """  # noqa: E501
 
 import math
@@ -31,10 +32,12 @@ from kdiff.blocks.attention import SelfAttention
 from kdiff.blocks.conditions import Joint
 from kdiff.blocks.context_attention import ContextAttention
 from kdiff.blocks.convolution import ResidualBlock
-from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbedding
-from kdiff.blocks.normalization import GroupNorm
+from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbedding, SizeWaves
+from kdiff.blocks.normalization import GroupNorm, RMSNorm
+from kdiff.blocks.positions import PositionTable
 from kdiff.blocks.resampling import Downsample, FIRDownsample, FIRUpsample, Upsample
-from kdiff.blocks.transformer import SpatialTransformer
+from kdiff.blocks.transformer import SpatialTransformer, adaptive_block
+from kdiff.networks.mmdit import MMDiT
 from kdiff.networks.ncsnpp import InputResidual, InputSkip, NCSNpp, OutputSkip
 from kdiff.networks.unet import Level, UNet
 
@@ -43,6 +46,7 @@ __all__ = [
     "IMPROVED",
     "SONG_32",
     "SONG_256",
+    "STABLE_DIFFUSION_3",
     "adm",
     "ddpm_256",
     "ddpm_cifar10",
@@ -53,8 +57,10 @@ __all__ = [
     "ncsnpp_cifar10",
     "stable_diffusion_1",
     "stable_diffusion_2",
+    "stable_diffusion_3",
     "stable_diffusion_xl",
     "text_and_numbers",
+    "text_vector",
 ]
 
 # --- Ho et al. (2020)
@@ -207,7 +213,7 @@ def stable_diffusion_xl(width: int = 320, levels: int = 3, **options: Any) -> UN
 
     These are `text_embeds`, (batch, 1280), a vector of the text, and `time_ids`, (batch, 6), for sizes and crop.
     """
-    conditions = {"context": keras.layers.Identity(), "added": text_and_numbers(SinusoidalEmbedding(256), 4 * width)}
+    conditions = {"context": keras.layers.Identity(), "added": text_and_numbers(SizeWaves(256), 4 * width)}
     options = {"conditions": conditions, **options}
     return _stable_diffusion(width, levels, (1, 2, 4), (0, 2, 10), 10, {"head_width": 64}, **options)
 
@@ -247,7 +253,46 @@ def efficient(width: int = 128, levels: int = 4, **options: Any) -> UNet:
     return UNet(made, **options)
 
 
-def text_and_numbers(waves: SinusoidalEmbedding, width: int) -> Joint:
+# Blocks, which are heads of 64 channels too; size of the table of positions; blocks with a second attention; whether
+# queries and keys are normalised.
+STABLE_DIFFUSION_3 = {
+    "3-medium": (24, 192, 0, False),
+    "3.5-medium": (24, 384, 13, True),
+    "3.5-large": (38, 192, 0, True),
+}
+
+
+def stable_diffusion_3(version: str = "3-medium", depth: int | None = None, **options: Any) -> MMDiT:
+    """Stable Diffusion 3 or 3.5, for latent images of 16 channels: a `context`, such as (batch, 333, 4096), of text,
+    and "text_embeds", (batch, 2048), a vector of the text. `time` is 0 ... 1000.
+
+    The numbers of parameters are without the table of positions, which is not learned.
+
+    Args:
+        version: "3-medium", "3.5-medium" or "3.5-large".
+        depth: the number of blocks, and of heads, in place of the published.
+        options: other arguments of `MMDiT`.
+    """
+    check_choice("stable_diffusion_3", "version", version, tuple(STABLE_DIFFUSION_3))
+    published, table, dual, normed = STABLE_DIFFUSION_3[version]
+    depth = depth or published
+    width = 64 * depth
+    options = {
+        "block": adaptive_block(depth, qk_norm=RMSNorm() if normed else None),
+        "dual": range(min(dual, depth)),
+        "positions": PositionTable(table, base_size=64),
+        "conditions": {"context": keras.layers.Identity(), "added": text_vector(width)},
+        **options,
+    }
+    return MMDiT(width, depth, 2, **options)
+
+
+def text_vector(width: int) -> Joint:
+    """The condition of Stable Diffusion 3 that makes a vector of "text_embeds"."""
+    return Joint({"text_embeds": keras.layers.Identity()}, MLPEmbedding(keras.layers.Identity(), width))
+
+
+def text_and_numbers(waves: SizeWaves, width: int) -> Joint:
     """The condition of Stable Diffusion XL: one vector of "text_embeds", as they are, and of waves of "time_ids"."""
     parts = {"text_embeds": keras.layers.Identity(), "time_ids": waves}
     return Joint(parts, MLPEmbedding(keras.layers.Identity(), width))

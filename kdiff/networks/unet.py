@@ -15,7 +15,7 @@ from kdiff.blocks.layers import Conv2D
 from kdiff.blocks.transformer import TransformerBlock
 from kdiff.networks.base import Network, check_size
 
-__all__ = ["Level", "UNet", "check_depths"]
+__all__ = ["Level", "UNet", "WayDown", "check_depths"]
 
 
 class Level(Value):
@@ -94,7 +94,62 @@ class Level(Value):
         return "width" in self.block.get_config()
 
 
-class UNet(Network):
+class WayDown(Network):
+    """The first half of a U-Net, to the middle: `UNet` adds the way up, `kdiff.networks.ControlNet` what it hands over.
+
+    Args:
+        levels, middle, embedding, conditions, stem_width: as in `UNet`.
+        options: of `Network`.
+    """
+
+    def __init__(self, levels, middle, embedding, conditions, stem_width, **options):
+        name = type(self).__name__
+        if isinstance(levels, int):
+            raise ValueError(
+                f"{name}: `levels` must be a list of `Level`s; received: {levels}. From a width and a number of levels "
+                f"one is made by `UNet.residual(width=64, levels={levels})`, `UNet.attention` and the like"
+            )
+        if not levels or not all(isinstance(level, Level) for level in levels):
+            raise ValueError(f"{name}: `levels` must be one `Level` or more; received: {levels!r}")
+        for level in (*levels, *([middle] if middle else [])):
+            if not level.widens:
+                raise ValueError(f"{name}: a level's `block` must have an argument `width`; received: {level.block!r}")
+        check_depths(name, levels)
+        if stem_width is not None:
+            check_integer(name, "stem_width", stem_width)
+        embedding = embedding or MLPEmbedding(SinusoidalEmbedding(max(2, stem_width or levels[0].width)))
+        super().__init__(embedding, conditions, **options)
+        self.levels = list(levels)
+        self.middle = middle or Level(levels[-1].width, 2, levels[-1].block, levels[-1].mixers_down[-1])
+        self.stem_width = stem_width
+        options = {"kernel_initializer": kernel_initializer(), "dtype": self.dtype_policy, "name": "stem"}
+        self.stem = Conv2D(stem_width or levels[0].width, 3, padding="same", **options)
+        self.down = [self._chain(unit, f"down_{i}") for i, unit in enumerate(_way_down(self.levels))]
+        self.bridge = self._chain(_between(self.middle), "bridge")
+
+    def _build_down(self, x_shape, embed_shape, context_shape):
+        """(x, kept): the shapes of the output of the middle, and of those that the way up is given."""
+        kept = [self._build_stem(x_shape, embed_shape)]
+        for unit in self.down:
+            kept.append(build_layer(unit, kept[-1], embed_shape, context_shape))
+        return build_layer(self.bridge, kept[-1], embed_shape, context_shape), kept
+
+    def _build_stem(self, x_shape, embed_shape):
+        return build_layer(self.stem, x_shape)
+
+    def _run_down(self, x, embed, context, training):
+        """(x, kept) of the input of the first level."""
+        kept = [x]
+        for unit in self.down:
+            kept.append(self._run(unit, kept[-1], embed, context, training))
+        return self._run(self.bridge, kept[-1], embed, context, training), kept
+
+    def _check_image(self, shape):
+        super()._check_image(shape)
+        check_size(self, shape, 2 ** (len(self.levels) - 1), f"{len(self.levels)} levels need")
+
+
+class UNet(WayDown):
     """A U-Net of levels of template layers, steered by time and by conditions.
 
         network({"image": (batch, height, width, channels), "time": (batch,), **conditions})
@@ -134,6 +189,8 @@ class UNet(Network):
         missing, unknown or of another batch size.
     """
 
+    any_size = True  # of images, whatever it was built for, if its layers are not for one size
+
     def __init__(
         self,
         levels: Sequence[Level],
@@ -150,35 +207,15 @@ class UNet(Network):
         grow: Any = None,
         **kwargs,
     ):
-        if isinstance(levels, int):
-            raise ValueError(
-                f"UNet: `levels` must be a list of `Level`s; received: {levels}. From a width and a number of levels "
-                f"one is made by `UNet.residual(width=64, levels={levels})`, `UNet.attention` and the like"
-            )
-        if not levels or not all(isinstance(level, Level) for level in levels):
-            raise ValueError(f"UNet: `levels` must be one `Level` or more; received: {levels!r}")
-        for level in (*levels, *([middle] if middle else [])):
-            if not level.widens:
-                raise ValueError(f"UNet: a level's `block` must have an argument `width`; received: {level.block!r}")
-        check_depths("UNet", levels)
         if (shrink is None) != (grow is None):
             raise ValueError(f"UNet: `shrink` and `grow` go together; received: {shrink!r} and {grow!r}")
-        embedding = embedding or MLPEmbedding(SinusoidalEmbedding(max(2, stem_width or levels[0].width)))
-        super().__init__(embedding, conditions, out_channels, remat, seed, **kwargs)
-        self.levels = list(levels)
-        self.middle = middle or Level(levels[-1].width, 2, levels[-1].block, levels[-1].mixers_down[-1])
+        options = {"out_channels": out_channels, "remat": remat, "seed": seed}
+        super().__init__(levels, middle, embedding, conditions, stem_width, **options, **kwargs)
         self.normalization = self._copy(normalization, "normalization")
         self.activation = activation
         self._activate = keras.activations.get(activation)
-        if stem_width is not None:
-            check_integer("UNet", "stem_width", stem_width)
-        self.stem_width = stem_width
         self.shrink = None if shrink is None else self._copy(shrink, "shrink")
         self.grow = None if grow is None else self._copy(grow, "grow")
-        options = {"kernel_initializer": kernel_initializer(), "dtype": self.dtype_policy, "name": "stem"}
-        self.stem = Conv2D(stem_width or levels[0].width, 3, padding="same", **options)
-        self.down = [self._chain(unit, f"down_{i}") for i, unit in enumerate(_way_down(self.levels))]
-        self.bridge = self._chain(_between(self.middle), "bridge")
         self.up = [self._chain(unit, f"up_{i}") for i, unit in enumerate(self._way_up())]
 
     def _way_up(self):
@@ -186,14 +223,17 @@ class UNet(Network):
         for i, level in reversed(list(enumerate(self.levels))):
             yield from level.units_up(*([self.levels[i - 1].upsample] if i else []))
 
+    def _check_image(self, shape):
+        super()._check_image(shape)
+        if self.shrink is not None:
+            check_size(self, shape, 2 ** len(self.levels), f"{len(self.levels)} levels behind `shrink` need")
+
+    def _build_stem(self, x_shape, embed_shape):
+        x = super()._build_stem(x_shape, embed_shape)
+        return x if self.shrink is None else build_layer(self.shrink, x, embed_shape)
+
     def _build_body(self, x_shape, embed_shape, context_shape):
-        x = build_layer(self.stem, x_shape)
-        x = x if self.shrink is None else build_layer(self.shrink, x, embed_shape)
-        skips = [x]
-        for unit in self.down:
-            x = build_layer(unit, x, embed_shape, context_shape)
-            skips.append(x)
-        x = build_layer(self.bridge, x, embed_shape, context_shape)
+        x, skips = self._build_down(x_shape, embed_shape, context_shape)
         for unit in self.up:
             x = build_layer(unit, (*x[:-1], x[-1] + skips.pop()[-1]), embed_shape, context_shape)
         x = x if self.grow is None else build_layer(self.grow, x, embed_shape)
@@ -201,7 +241,7 @@ class UNet(Network):
         self.head = self._head(Conv2D, 3, padding="same")
         self.head.build(x)
 
-    def call(self, inputs, training=None, skips=None, middle=None):
+    def call(self, inputs, training=None, skips=None, middle=None, encoded=None):
         """As in `Network`.
 
         Args:
@@ -210,21 +250,18 @@ class UNet(Network):
             skips: what is added to the outputs that the way down hands to the way up, as ControlNet does (Zhang et al.,
                 2023, section 3.2): maps, as many as there are, in the order of the way down, the stem's first.
             middle: what is added to the output of the middle.
+            encoded: what the method `encoded` has made of these inputs, if it was called already.
         """
-        return self._output(inputs, training, **_given(skips=skips, middle=middle))
+        return self._output(inputs, training, **_given(encoded=encoded, skips=skips, middle=middle))
 
-    def compute_output_spec(self, inputs, training=None, skips=None, middle=None):
+    def compute_output_spec(self, inputs, training=None, skips=None, middle=None, encoded=None):
         """As in `Network`."""
         return super().compute_output_spec(inputs, training)
 
     def _body(self, x, embed, context, training, skips=None, middle=None):
         x = self.stem(x)
         x = x if self.shrink is None else apply_layer(self.shrink, x, embed, training=training)
-        kept = [x]
-        for unit in self.down:
-            x = self._run(unit, x, embed, context, training)
-            kept.append(x)
-        x = self._run(self.bridge, x, embed, context, training)
+        x, kept = self._run_down(x, embed, context, training)
         x, kept = self._with_additions(x, kept, skips, middle)
         for unit in self.up:
             x = self._run(unit, ops.concatenate([x, kept.pop()], axis=-1), embed, context, training)
@@ -237,11 +274,6 @@ class UNet(Network):
             raise ValueError(f"{self.name}: `skips` must be {len(kept)} maps; received: {len(skips)}")
         kept = kept if skips is None else [y + ops.cast(more, y.dtype) for y, more in zip(kept, skips, strict=True)]
         return x if middle is None else x + ops.cast(middle, x.dtype), kept
-
-    def _check_image(self, shape):
-        super()._check_image(shape)
-        halved = len(self.levels) - (self.shrink is None)
-        check_size(self, shape, 2**halved, f"{len(self.levels)} levels need")
 
     @classmethod
     def basic(cls, width: int = 64, levels: int = 3, depth: int = 2, **options) -> Self:

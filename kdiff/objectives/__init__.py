@@ -1,7 +1,7 @@
 """Objectives: what a network learns. Each makes of a clean batch the problem that a training step solves."""
 
-from kdiff.objectives.base import Objective, Problem
-from kdiff.objectives.denoising import Denoising, variance_bound
+from kdiff.objectives.base import Drawn, Objective, Problem
+from kdiff.objectives.denoising import Denoising, VariationalBound, variance_bound
 from kdiff.objectives.effective_weight import (
     POINTS,
     Recipe,
@@ -15,10 +15,12 @@ from kdiff.objectives.loss_aware import LossAware
 __all__ = [
     "POINTS",
     "Denoising",
+    "Drawn",
     "LossAware",
     "Objective",
     "Problem",
     "Recipe",
+    "VariationalBound",
     "effective_weight",
     "loss_weight",
     "plot_objective",

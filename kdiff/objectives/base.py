@@ -28,7 +28,21 @@ import keras
 
 from kdiff.base import Configurable
 
-__all__ = ["Objective", "Problem"]
+__all__ = ["Drawn", "Objective", "Problem"]
+
+
+class Drawn(NamedTuple):
+    """What a problem of one noise level an example was made of.
+
+    Attributes:
+        data: x, with shape `(batch, ...)`.
+        t: its times, `(batch,)`.
+        density: p(t), by which they were drawn; None if it is not known.
+    """
+
+    data: Any
+    t: Any
+    density: Any = None
 
 
 class Problem(NamedTuple):
@@ -40,6 +54,7 @@ class Problem(NamedTuple):
         weight: the factor on the loss of each example, `(batch,)`; None is 1.
         extra: what is added to the loss of each example, `(batch,)`; None is nothing.
         notes: what `learn` is to be told, a nest of tensors.
+        drawn: the `Drawn` that the problem was made of, for metrics that ask for it, as `likelihood.BitsPerDim` does.
     """
 
     output: Any
@@ -47,6 +62,7 @@ class Problem(NamedTuple):
     weight: Any = None
     extra: Any = None
     notes: Any = ()
+    drawn: Any = None
 
 
 class Objective(Configurable, keras.layers.Layer):

@@ -13,21 +13,24 @@ from keras import ops
 
 from kdiff import random
 from kdiff.gaussian import kl_divergence, log_bin
-from kdiff.objectives.base import Objective, Problem
+from kdiff.objectives.base import Drawn, Objective, Problem
 from kdiff.objectives.effective_weight import loss_weight
 from kdiff.predictions import LearnedVariance
 from kdiff.schedules import Marginal, NoiseSchedule, bridge
 from kdiff.times import TimeSampler, Uniform
 
-__all__ = ["Denoising", "variance_bound"]
+__all__ = ["Denoising", "VariationalBound", "variance_bound"]
 
 
 class Denoising(Objective):
     """The network's output is compared with its target (see the module); a learned variance adds `variance_bound`."""
 
+    held = True  # whether the bound is of the variance alone
+
     def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
         schedule, prediction = model.schedule, model.prediction
         # Times of one's own may not know that a discrete process has none below its first step.
+        times = self.density(model)
         t = ops.maximum(self.times(model)(schedule, ops.shape(x)[0], next(keys)), schedule.first_time)
         noise, m = random.normal(next(keys), ops.shape(x)), schedule.at(t)
         x_t = schedule(x, noise, t)
@@ -37,8 +40,8 @@ class Denoising(Objective):
             prediction.value(output),
             prediction.target(x, noise, m),
             loss_weight(schedule, prediction, model.weighting, self.density(model), m),
-            variance_bound(prediction, output, x, x_t, schedule, m) if learned else None,
-            notes=t,
+            variance_bound(prediction, output, x, x_t, schedule, m, self.held) if learned else None,
+            drawn=Drawn(x, t, times.density(schedule, t) if times.has_density else None),
         )
 
     def times(self, model: Any) -> Any:
@@ -59,7 +62,33 @@ class Denoising(Objective):
             )
 
 
-def variance_bound(prediction: LearnedVariance, output, x, x_t, schedule: NoiseSchedule, m: Marginal):
+class VariationalBound(Denoising):
+    """L_vlb of improved DDPM: T times the term of the variational bound at this time, and nothing else (Nichol and
+    Dhariwal 2021, arXiv:2102.09672, section 3.3), in nats a dimension. It trains the mean as well as the variance, for
+    which `predictions.LearnedVariance` is needed; its hybrid with the simple loss is `Denoising`.
+
+    Its gradients are noisy: the paper draws its times by the loss (section 3.3, `LossAware`).
+    """
+
+    held = False
+
+    def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
+        made = super().problem(model, x, conditions, keys, training)
+        return made._replace(weight=ops.zeros_like(made.extra), extra=made.extra / model.prediction.weight)
+
+    def check(self, model: Any) -> None:
+        """Raises a ValueError if the network does not learn the variance, or gives its bound the weight 0."""
+        super().check(model)
+        if not isinstance(model.prediction, LearnedVariance) or model.prediction.weight == 0:
+            raise ValueError(
+                "VariationalBound: the prediction must be a LearnedVariance with a weight above 0; received: "
+                f"{model.prediction!r}. Of a fixed variance the bound is the weighting `Variational`"
+            )
+
+
+def variance_bound(
+    prediction: LearnedVariance, output, x, x_t, schedule: NoiseSchedule, m: Marginal, held: bool = True
+):
     """weight T L, where L, the term of the bound at this time, has its mean held fixed (eq. 16, section 3.2):
 
         L = KL(q(x_then | x_now, x) || N(mean, variance)),   then = now - 1/T;
@@ -75,6 +104,7 @@ def variance_bound(prediction: LearnedVariance, output, x, x_t, schedule: NoiseS
         x_t: noisy data, of the same shape.
         schedule: the schedule.
         m: the marginal that x_t is at; fields of shape `(batch,)` or `()`.
+        held: whether the mean is held fixed.
 
     Returns:
         float32, with shape `(batch,)`.
@@ -85,7 +115,8 @@ def variance_bound(prediction: LearnedVariance, output, x, x_t, schedule: NoiseS
     # Rounding may put the last step, place = 1, a hair higher; it goes to t = 0 all the same.
     now, then = m.like(x), schedule.at(ops.where(place > 1.001, place - 1.0, 0.0) / steps).like(x)
     kept, fresh = bridge(now, then)
-    x_hat = ops.stop_gradient(prediction.denoise(output, x_t, m))
+    x_hat = prediction.denoise(output, x_t, m)
+    x_hat = ops.stop_gradient(x_hat) if held else x_hat
     log_small = _log_posterior_variance(schedule, place, steps, x)
     log_large = 2.0 * ops.log(now.sigma) + ops.log(fresh)
     log_variance = log_small + prediction.share(output) * (log_large - log_small)

@@ -52,17 +52,17 @@ class LossAware(Denoising):
 
     def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
         problem = super().problem(model, x, conditions, keys, training)
-        t, weight, extra = problem.notes, problem.weight, problem.extra
-        importance = self.importance(model.schedule, t)
+        drawn, weight, extra = problem.drawn, problem.weight, problem.extra
+        importance = self.importance(model.schedule, drawn.t)
         return problem._replace(
             weight=importance if weight is None else weight * importance,
             extra=None if extra is None else extra * importance,
-            notes=(t, ops.ones_like(t) if weight is None else weight),
+            notes=ops.ones_like(drawn.t) if weight is None else weight,
+            drawn=drawn._replace(density=drawn.density / importance),
         )
 
     def learn(self, model: Any, problem: Problem, errors) -> None:
-        t, weight = problem.notes
-        self.update(model.schedule, t, errors * weight)
+        self.update(model.schedule, problem.drawn.t, errors * problem.notes)
 
     def times(self, model: Any) -> Any:
         return self.draw

@@ -1,0 +1,187 @@
+"""Fine-tuning: LoRA teaches a text-to-image model a style from ten pictures; a ControlNet teaches it to follow edges.
+
+    KERAS_BACKEND=jax python examples/finetune.py                             # a small model, and pictures drawn here
+    KERAS_BACKEND=jax python examples/finetune.py --control edges
+    python examples/finetune.py PICTURES --model stable-diffusion-v1-5 --text "a photo of my dog" --rate 1e-4
+    python examples/finetune.py PICTURES --model stable-diffusion-v1-5 --control edges --rate 1e-5 --steps 20000
+
+Without --model a small U-Net first learns captioned shapes (--base-minutes), and is saved as base.keras for other runs.
+The style is that of shapes of which only the outlines are drawn. PICTURES is a folder of one's own; the caption of
+photo.jpg is in photo.txt, or --text for all. lora.png has pictures from the same noise, before in the upper row of each
+two and after in the lower one; edges.png has edges, what was drawn without them, and what with them.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+
+import kdiff
+from kdiff import control, interop, lora, networks, pictures, scenes
+from kdiff.blocks import TextEncoder
+
+SAMPLER = kdiff.Sampler("dpm_solver_pp", "trailing", steps=20, guidance=kdiff.guidance.ClassifierFree(1.5))
+PROMPTS = (
+    "a large yellow triangle below a small green circle",
+    "a large red circle on a white background",
+    "a large blue square on a gray background",
+    "a small purple square left of a large orange circle",
+)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", nargs="?", type=Path, help="a folder; not given: shapes are drawn")
+    parser.add_argument("--text", help="the caption of all pictures, and what is asked for")
+    parser.add_argument("--control", choices=["edges"], help="train a ControlNet, not LoRA")
+    parser.add_argument("--model", type=Path, help="a folder of Stable Diffusion, or a saved model, such as base.keras")
+    parser.add_argument("--base-minutes", type=float, default=8, help="of training a small model, where none is given")
+    parser.add_argument("--steps", type=int, help="of fine-tuning; 300 of LoRA, 1500 of a ControlNet")
+    parser.add_argument("--rank", type=int, default=4, help="of LoRA")
+    parser.add_argument("--rate", type=float, default=2e-3, help="the learning rate; 1e-4 or less for a large model")
+    parser.add_argument("--batch-size", type=int, default=10)
+    parser.add_argument("--image-size", type=int, default=16, help="of a small model, a multiple of 4")
+    parser.add_argument("--width", type=int, default=48, help="of a small model, a multiple of 8")
+    parser.add_argument("--out", type=Path, default=Path("runs") / f"finetune-{keras.backend.backend()}")
+    return parser.parse_args()
+
+
+class Until(keras.callbacks.Callback):
+    """Ends training after some time."""
+
+    def __init__(self, minutes: float):
+        super().__init__()
+        self.end = time.monotonic() + 60 * minutes
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.stop_training = time.monotonic() > self.end
+
+
+def base(options: argparse.Namespace) -> kdiff.DiffusionModel:
+    """What is to be fine-tuned: of a folder, of a file, or a small U-Net that learns captioned shapes here."""
+    if options.model and options.model.is_dir():
+        return interop.diffusers.load(options.model, ema=0.99)
+    if options.model:
+        return keras.saving.load_model(options.model)
+    images, captions = scenes.dataset(20_000, options.image_size)
+    tokenizer = kdiff.text.BytePair.learn(captions[:1000], vocabulary_size=512, length=16)
+    text = TextEncoder(tokenizer, 64, depth=2, dropout=0.1)
+    network = networks.UNet.transformer(options.width, 3, 1, at=(1, 2), conditions={"text": text})
+    model = kdiff.DiffusionModel(network, prediction="data", sampler=SAMPLER, ema=0.995)
+    model.compile(keras.optimizers.Adam(1e-3, clipnorm=1.0))
+    data = {"image": images, "text": np.array(captions)}
+    until = Until(options.base_minutes)
+    while not model.stop_training:  # short epochs, for the clock
+        part = np.random.default_rng(int(until.end * 1e3) % 2**31).permutation(len(images))[:640]
+        model.fit({name: rows[part] for name, rows in data.items()}, batch_size=64, callbacks=[until], verbose=2)
+    model.save(options.out / "base.keras")
+    return model
+
+
+def outlines(images: np.ndarray) -> np.ndarray:
+    """The pictures, uint8, with the inside of all shapes in the colour of the corner."""
+    ground = images[:, :1, :1]
+    covered = np.abs(images.astype(int) - ground).max(axis=-1, keepdims=True) > 96
+    inside = covered.copy()
+    for axis, step in ((1, 1), (1, -1), (2, 1), (2, -1)):
+        inside &= np.roll(covered, step, axis)
+    return np.where(inside, ground, images)
+
+
+def edges(images: np.ndarray) -> np.ndarray:
+    """White lines on black, in [-1, 1] with three channels, where pictures in [-1, 1] change."""
+    steps = [np.diff(images, axis=axis, append=np.take(images, [-1], axis)) for axis in (1, 2)]
+    strength = np.maximum(*(np.abs(step).max(axis=-1, keepdims=True) for step in steps))
+    return np.repeat(np.where(strength > 0.4, 1.0, -1.0), 3, axis=-1).astype("float32")
+
+
+def load(options: argparse.Namespace, size: int, count: int) -> dict[str, np.ndarray]:
+    """Pictures in [-1, 1], and their captions."""
+    if options.pictures is None:
+        images, captions = scenes.dataset(count, size, seed=2)
+        images = images if options.control else outlines(images)
+        return {"image": images.astype("float32") / 127.5 - 1.0, "text": np.array(captions)}
+    given = {"text": options.text is None, "channels": 3, "shuffle": False, "drop_remainder": False}
+    batches = list(kdiff.data.images(options.pictures, size, **given))
+    if options.text is not None:
+        images = np.concatenate([one.numpy() for one in batches])
+        return {"image": images, "text": np.repeat([options.text], len(images))}
+    found = {name: np.concatenate([one[name].numpy() for one in batches]) for name in ("image", "text")}
+    return {"image": found["image"], "text": np.array([one.decode() for one in found["text"]])}
+
+
+def fit(model: kdiff.DiffusionModel, data: dict[str, np.ndarray], options: argparse.Namespace, steps: int) -> None:
+    """So many steps, the learning rate falling to 0."""
+    size = min(options.batch_size, len(data["image"]))
+    schedule = keras.optimizers.schedules.CosineDecay(options.rate, steps)
+    model.compile(keras.optimizers.Adam(schedule, clipnorm=1.0))
+    a_pass = min(steps, len(data["image"]) // size)
+    rows = slice(0, len(data["image"]) // size * size)  # batches of one size
+    options = {"batch_size": size, "epochs": -(-steps // a_pass), "steps_per_epoch": a_pass, "verbose": 0}
+    model.fit({name: one[rows] for name, one in data.items()}, **options)
+
+
+def tune_style(model: kdiff.DiffusionModel, options: argparse.Namespace) -> None:
+    """LoRA on ten pictures: what the model draws before and after, and its loss on them."""
+    large = options.model is not None and options.model.is_dir()
+    data = load(options, model.example[0], 10)
+    prompts = np.repeat([options.text] if options.text else PROMPTS, 8)
+    before, loss = model.sample(len(prompts), text=prompts), evaluated(model, data)
+    for weight, average in model.averages.pairs(model.network) if model.averages.moved else ():
+        weight.assign(average)  # what is frozen has none
+    layers = lora.enable(model, options.rank, lora.ATTENTION if large else r"u_net\w*/(down|bridge|up)")
+    learned = sum(int(np.prod(weight.shape)) for weight in model.trainable_variables)
+    print(f"LoRA in {len(layers)} layers: {learned:,} weights beside {model.network.count_params() - learned:,}")
+    fit(model, data, options, options.steps or 300)
+    after = model.sample(len(prompts), text=prompts)
+    rows = np.stack([one.reshape(-1, 8, *one.shape[1:]) for one in (before, after)], axis=1)
+    pictures.save_png(options.out / "lora.png", rows.reshape(-1, *before.shape[1:]), 8)
+    pictures.save_png(options.out / "pictures.png", data["image"], 5)
+    print(f"The loss on the pictures was {loss:.4f}, and is {evaluated(model, data):.4f}")
+    interop.lora.save(model, options.out / "lora.safetensors", convolutions=large)
+
+
+def evaluated(model: kdiff.DiffusionModel, data: dict[str, np.ndarray]) -> float:
+    if not model.compiled:
+        model.compile()
+    return float(np.atleast_1d(model.evaluate(data, batch_size=len(data["image"]), verbose=0))[0])
+
+
+def tune_control(model: kdiff.DiffusionModel, options: argparse.Namespace) -> None:
+    """A ControlNet on edges: how many of the edges that it is shown its pictures have."""
+    large = options.model is not None and options.model.is_dir()
+    data = load(options, model.example[0], 2000 + 16)
+    data["edges"] = edges(data["image"])
+    shown = {name: one[:16] for name, one in data.items()}
+    made = networks.ControlNet.of(model.network, networks.Hint() if large else networks.Hint((16,)))
+    control.add(model, edges=made)
+    print(f"A ControlNet of {made.count_params():,} weights beside a U-Net of {model.network.network.count_params():,}")
+    if not options.pictures:
+        data = {name: one[16:] for name, one in data.items()}
+    fit(model, data, options, options.steps or 1500)
+    asked = {"text": shown["text"], "seed": 1}
+    count = len(shown["image"])
+    without, steered = model.sample(count, **asked), model.sample(count, edges=shown["edges"], **asked)
+    for name, images in {"without them": without, "with them": steered}.items():
+        found, wanted = edges(images) > 0, shown["edges"] > 0
+        print(f"Of the edges that were shown, pictures drawn {name} have {(found & wanted).sum() / wanted.sum():.0%}")
+    width = min(8, count)
+    rows = [some[i : i + width] for i in range(0, count, width) for some in (shown["edges"], without, steered)]
+    pictures.save_png(options.out / "edges.png", np.concatenate(rows), width)
+    if large:
+        interop.diffusers.save(made, options.out / "controlnet")
+
+
+def main() -> None:
+    options = arguments()
+    options.out.mkdir(parents=True, exist_ok=True)
+    model = base(options)
+    (tune_control if options.control else tune_style)(model, options)
+    model.save(options.out / "model.keras")
+    print(f"In {options.out.resolve()}: {'edges.png' if options.control else 'lora.png'}, model.keras")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Textual inversion: a new token of a text encoder learns what to mean, and nothing else learns.
+
+    v* = argmin_v E w |prediction of x_t given (text with v in place of the token) - target|^2
+
+Gal et al., "An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual Inversion" (2023),
+equation 2, where v is one row of the encoder's table of tokens, or several.
+
+    model = interop.diffusers.load("stable-diffusion-v1-5")
+    inversion.add(model, "<cat-toy>", like="toy")        # a token that is "toy" at first
+    inversion.enable(model, "<cat-toy>")                 # its vector alone learns
+    model.compile(keras.optimizers.Adam(5e-3))
+    model.fit({"image": images, "text": ["a photo of <cat-toy>"] * len(images)})
+    interop.inversions.save(model, "<cat-toy>", "learned_embeds.safetensors")
+    inversion.finish(model)                              # the encoders are constants again
+"""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from kdiff import lora
+from kdiff.base import check_integer
+
+__all__ = ["add", "enable", "extend", "finish", "prompt_of", "vectors_of"]
+
+
+def add(model: keras.layers.Layer, token: str, like: str, vectors: int = 1) -> None:
+    """Adds a token to the text of a model, in all of its encoders, with the vectors of a word.
+
+    In a text the token stands for all of its vectors, each of which takes the place of one token of the encoder.
+
+    Args:
+        model: a `DiffusionModel` or its network, built, whose text is a `Prompt` of `CLIPText` with `JSONTokenizer`s.
+        token: such as "<cat-toy>", which no vocabulary must have.
+        like: a word, from whose tokens the vectors begin: each from the one in its place, or all from its only one.
+        vectors: their number.
+
+    Raises:
+        ValueError: if the model has no such text, or the token is known; if the word has another number of tokens.
+    """
+    check_integer("inversion.add", "vectors", vectors)
+    prompt, rows = prompt_of(model, "inversion.add"), []
+    for encoder, tokenizer in zip(prompt.encoders, prompt.tokenizers, strict=True):
+        numbers = tokenizer.tokens(like)
+        if len(numbers) not in (1, vectors):
+            raise ValueError(
+                f"inversion.add: `like` must be of one token, or of {vectors}; {like!r} is of {len(numbers)}"
+            )
+        rows.append(np.broadcast_to(_table(encoder)[numbers], (vectors, encoder.width)))
+    extend(model, token, rows)
+
+
+def extend(model: keras.layers.Layer, token: str, rows: list[np.ndarray | None]) -> None:
+    """Adds a token with these vectors, (count, width) for each encoder; None leaves an encoder, and its text, alone.
+
+    Raises:
+        ValueError: if the model has no such text, or another token learns; if the token is known; if the vectors have
+            another width. Then nothing has been changed.
+    """
+    prompt = prompt_of(model, "inversion")
+    if any(encoder.learned for encoder in prompt.encoders):
+        raise ValueError("inversion: a token of the model learns; `inversion.finish` it first")
+    made: list[tuple] = []
+    for encoder, tokenizer, vectors in zip(prompt.encoders, prompt.tokenizers, rows, strict=True):
+        if vectors is None:
+            made.append((tokenizer, None, None))
+            continue
+        vectors = np.asarray(vectors, "float32")
+        if vectors.ndim != 2 or not len(vectors) or vectors.shape[1] != encoder.width or not np.isfinite(vectors).all():
+            raise ValueError(
+                f"inversion: vectors of {token!r} must be finite, (count, {encoder.width}); received the shape: "
+                f"{vectors.shape}"
+            )
+        made.append((*tokenizer.with_token(token, len(vectors)), vectors))
+    for i, (encoder, (tokenizer, numbers, vectors)) in enumerate(zip(prompt.encoders, made, strict=True)):
+        if vectors is not None:
+            size = encoder.vocabulary_size
+            encoder.extend(np.zeros((max(0, numbers[-1] + 1 - size), encoder.width), "float32"))
+            whole = _table(encoder).copy()
+            whole[numbers] = vectors
+            encoder.table.table.assign(whole)
+        prompt.tokenizers[i] = tokenizer
+    lora.changed(model)
+
+
+def enable(model: keras.layers.Layer, token: str) -> None:
+    """Freezes all weights but the vectors of one token, which are then all that learns and all that is averaged.
+
+    Call it before `compile`. The network calls the encoders in each step, on tokens, into which `fit` and `sample` make
+    texts; embeddings that were made before are no longer taken. A LoRA that is on goes on to learn.
+
+    Args:
+        model: a `DiffusionModel` or its network, built.
+        token: one that `add`, or `interop.inversions.load`, has added.
+
+    Raises:
+        ValueError: if no encoder has this token, or one learns already.
+    """
+    prompt = prompt_of(model, "inversion.enable")
+    if any(encoder.learned for encoder in prompt.encoders):
+        raise ValueError("inversion.enable: a token of the model learns already; `inversion.finish` it first")
+    known = _numbers(prompt, token, "inversion.enable")
+    lora.freeze(model)
+    for encoder, numbers in known:
+        encoder.learn(numbers[0], len(numbers))
+        encoder.freeze()
+    lora.changed(model)
+
+
+def finish(model: keras.layers.Layer, averages: bool = True) -> None:
+    """Ends the learning of a token: its vectors are in the encoders' tables, and all that learned before may again.
+
+    Args:
+        model: a `DiffusionModel` or its network.
+        averages: whether to take the averages of the vectors, if a model has averages that were moved.
+    """
+    prompt = prompt_of(model, "inversion.finish")
+    averaged = lora.averages_of(model) if averages else {}
+    for encoder in prompt.encoders:
+        if encoder.learned:
+            rows = encoder.table.rows
+            encoder.keep(ops.convert_to_numpy(averaged.get(id(rows), rows)))
+    lora.release(model)
+    lora.changed(model)
+
+
+def vectors_of(model: keras.layers.Layer, token: str, averages: bool = True) -> list[np.ndarray | None]:
+    """The vectors of a token that was added, (count, width) for each encoder; None for one that does not have it.
+
+    Args:
+        model: a `DiffusionModel` or its network.
+        token: that was added.
+        averages: whether to take the averages of vectors that learn, if a model has averages that were moved.
+
+    Raises:
+        ValueError: if no encoder has this token.
+    """
+    prompt = prompt_of(model, "inversion.vectors_of")
+    numbers = {id(encoder): found for encoder, found in _numbers(prompt, token, "inversion.vectors_of")}
+    averaged = lora.averages_of(model) if averages else {}
+    vectors = []
+    for encoder in prompt.encoders:
+        found = numbers.get(id(encoder))
+        if found is not None and encoder.learned and encoder.learned[0] == found[0]:
+            vectors.append(ops.convert_to_numpy(averaged.get(id(encoder.table.rows), encoder.table.rows)))
+        else:
+            vectors.append(None if found is None else _table(encoder)[found])
+    return vectors
+
+
+def prompt_of(model: keras.layers.Layer, name: str) -> Any:
+    """The text of a model whose encoders can have new tokens.
+
+    Args:
+        model: a `DiffusionModel` or its network.
+        name: of the function, for the error.
+
+    Raises:
+        ValueError: if it has none, or its encoders or tokenizers cannot.
+    """
+    network = getattr(model, "network", model)
+    found = [part for part in network._flatten_layers() if hasattr(part, "encoders") and hasattr(part, "tokenizers")]
+    if not found:
+        raise ValueError(f"{name}: the network must take text by a `kdiff.encoders.Prompt`; it has none")
+    prompt = found[0]
+    for encoder, tokenizer in zip(prompt.encoders, prompt.tokenizers, strict=True):
+        if not hasattr(encoder, "extend") or not hasattr(tokenizer, "with_token") or not encoder.built:
+            raise ValueError(
+                f"{name}: only a built CLIPText with a JSONTokenizer can have new tokens; received: "
+                f"{type(encoder).__name__}, {tokenizer!r:.80}"
+            )
+    return prompt
+
+
+def _numbers(prompt: Any, token: str, name: str) -> list[tuple[Any, list[int]]]:
+    """(encoder, numbers of the token) of each encoder that has it."""
+    pairs = zip(prompt.encoders, prompt.tokenizers, strict=True)
+    known = [(encoder, tokenizer.numbers_of(token)) for encoder, tokenizer in pairs]
+    known = [(encoder, numbers) for encoder, numbers in known if numbers]
+    if not known:
+        raise ValueError(f"{name}: no encoder has the token {token!r}; `inversion.add` adds one")
+    return known
+
+
+def _table(encoder: Any) -> np.ndarray:
+    return ops.convert_to_numpy(encoder.table.table)

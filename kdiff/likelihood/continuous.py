@@ -1,0 +1,195 @@
+"""The variational bound in continuous time (Kingma et al. 2021, "VDM", arXiv:2107.00630, eqs. 11 and 18):
+
+    -log p(x)  <=  prior + diffusion + reconstruction
+
+    prior           =  KL( q(x_1 | x) || N(0, sigma_1^2 I) )
+    diffusion       =  1/2 integral of SNR E|x_hat - x|^2 dl,   l = log_snr, over those of the schedule
+    reconstruction  =  E -log p(x | x_0),   p(x | x_0) proportional to q(x_0 | x)
+
+The integral is a mean over random times, -dl/dt / p(t) SNR |x_hat - x|^2 / 2, t ~ p. The schedule matters by its ends
+alone, and by how well its times sample the integral. The weight of the loss is `weightings.Variational`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from kdiff import random
+from kdiff.base import Configurable, check_integer
+from kdiff.likelihood.bound import prior
+from kdiff.likelihood.decoders import Decoder, decoder_of, sum_of_rows
+from kdiff.likelihood.report import Curve, Report
+from kdiff.likelihood.subject import Subject
+from kdiff.times import LogUniform, TimeSampler
+
+__all__ = ["BINS", "EVEN", "BitsPerDim", "continuous_bound"]
+
+BINS = 20  # of a curve
+EVEN = LogUniform("stratified")
+
+
+def continuous_bound(
+    model: Any,
+    data: Any,
+    *,
+    draws: int = 16,
+    times: Any = EVEN,
+    decoder: Any = None,
+    schedule: Any = None,
+    noise: Callable[[int, tuple[int, ...]], Any] | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    averages: bool = True,
+) -> Report:
+    """The bound of each example in continuous time (see the module).
+
+    Args:
+        model: a `DiffusionModel`, or a denoiser, `x_hat = denoise(x, m)`.
+        data: as of `bound`.
+        draws: how many times are drawn for each example; each costs a call of the network a batch.
+        times: the `times.TimeSampler` that draws them, or its name; it must know its density. Log-SNRs spread evenly,
+            the default, suit any schedule; times that dwell where the integrand is large have a smaller error.
+        decoder: a `Decoder` or its name; None: `Levels` of images, `Density` of any other numbers.
+        schedule: of a denoiser; a model has its own.
+        noise: `noise(draw, shape)` in place of the noise of the seed; of each draw, and then of the reconstruction.
+        seed: names times and noise, the same on every backend.
+        batch_size: how many examples of an array are measured at once.
+        averages: use the averaged weights.
+
+    Returns:
+        A `Report`; its curve has 20 bins with as many of the drawn times each.
+
+    Raises:
+        ValueError: if there is no data; if it is not of the decoder's levels; if `times` have no density.
+    """
+    check_integer("continuous_bound", "draws", draws)
+    subject, times = Subject(model, schedule, averages), TimeSampler.get(times)
+    schedule, decoder = subject.schedule, decoder_of(decoder, subject.limit)
+    if not times.has_density:
+        raise ValueError(f"continuous_bound: {times!r} does not say its density, which the integrand is divided by")
+
+    def integrand(answer, x, noise, t, given):
+        m = schedule.at(t)
+        wide = m.like(x)
+        error = sum_of_rows((answer(given, wide.alpha * x + wide.sigma * noise, m).x_hat - x) ** 2)
+        return 0.5 * ops.exp(m.log_snr) * error, m.log_snr
+
+    asked, key = subject.compiled(("likelihood.continuous", schedule), integrand), random.key_of(seed)
+    start = float(ops.convert_to_numpy(schedule.log_snr_ends()[0]))
+    terms: dict[str, list] = {"prior": [], "diffusion": [], "reconstruction": []}
+    drawn = []  # (t, log_snr, nats per unit of log-SNR) of all examples
+    for number, batch in enumerate(subject.batches(data, batch_size)):
+        decoder.check(batch.x)
+        total, shape, x = np.zeros(len(batch.x)), batch.x.shape, ops.convert_to_tensor(batch.x)
+        keys = random.Keys(random.fold(key, number, random.EVALUATION))
+        for draw in range(draws):
+            t = times(schedule, len(batch.x), next(keys))
+            drawn_noise = random.normal(next(keys), shape) if noise is None else noise(draw, shape)
+            nats, log_snr = asked(x, drawn_noise, t, batch.given)
+            share = -schedule.slope(t) / times.density(schedule, t)  # 1 / the density over log-SNR
+            t, nats, log_snr, share = (ops.convert_to_numpy(v).astype("float64") for v in (t, nats, log_snr, share))
+            total += nats * share / draws
+            drawn.append(np.stack([t, log_snr, nats])[:, : batch.count])
+        drawn_noise = random.normal(next(keys), shape) if noise is None else noise(draws, shape)
+        last = decoder.nats_of_signal(x, ops.convert_to_tensor(drawn_noise), start)
+        terms["prior"].append(prior(schedule, batch.x)[: batch.count])
+        terms["diffusion"].append(total[: batch.count])
+        terms["reconstruction"].append(ops.convert_to_numpy(last).astype("float64")[: batch.count])
+    joined = {name: np.concatenate(parts) for name, parts in terms.items()}
+    return Report(joined, math.prod(shape[1:]), _curve(np.concatenate(drawn, axis=1)), schedule.first_time)
+
+
+def _curve(drawn: np.ndarray) -> Curve:
+    """Bins of equally many of the drawn times, from noise to data."""
+    bins = np.array_split(drawn[:, np.argsort(-drawn[0])], min(BINS, drawn.shape[1]), axis=1)
+    t, log_snr, nats = np.array([part.mean(axis=1) for part in bins]).T
+    error = [part[2].std(ddof=1) / math.sqrt(part.shape[1]) if part.shape[1] > 1 else math.nan for part in bins]
+    return Curve(t, log_snr, nats, np.array(error))
+
+
+class BitsPerDim(Configurable, keras.metrics.Metric):
+    """The bound in continuous time as a metric, from the times and the noise of the loss: no network is asked for it.
+
+        model.compile("adam", metrics=[likelihood.BitsPerDim()])
+        model.fit(images, validation_data=more)["val_bits_per_dim"], model.evaluate(images, return_dict=True)
+
+    It needs the objective `Denoising` and times with a density. In training it is of the weights as they are, with
+    dropout; in validation and `evaluate` of the averages. It is a running mean over the examples, whose standard error
+    is `standard_error()`; `continuous_bound` draws more times for each example.
+
+    Args:
+        decoder: a `Decoder` or its name: "levels" of images, "density" of any other numbers; None: by the model's
+            codec.
+        name: the metric's name.
+    """
+
+    def __init__(self, decoder: Any = None, name: str = "bits_per_dim"):
+        super().__init__(name=name, dtype="float32")
+        self.decoder = None if decoder is None else Decoder.get(decoder)
+        self.count = self.add_variable((), "zeros", name="count")
+        self.mean = self.add_variable((), "zeros", name="mean")
+        self.spread = self.add_variable((), "zeros", name="spread")  # the sum of squared distances to the mean
+
+    def prepare(self, model: Any) -> None:
+        """Called by the model's `compile`: takes the numbers that a compiled step cannot read.
+
+        Raises:
+            ValueError: if the objective is not of the kind of `Denoising`, or its times do not say their density.
+        """
+        times = getattr(model.objective, "density", lambda model: None)(model)
+        if times is None or not times.has_density:
+            raise ValueError(
+                "BitsPerDim: it needs the objective Denoising, and times that say their density; received: "
+                f"{model.objective!r}, {model.times!r}"
+            )
+        self._start, self._end = (float(ops.convert_to_numpy(end)) for end in model.schedule.log_snr_ends())
+        self._decoder = decoder_of(self.decoder, model.codec.limit)
+
+    def update_problem(self, model: Any, problem: Any, sample_weight: Any = None) -> None:
+        """Adds a batch.
+
+        Args:
+            model: the `DiffusionModel`.
+            problem: the `objectives.Problem` made of a batch of its data.
+            sample_weight: `(batch,)`, or None.
+        """
+        x, t, density = problem.drawn
+        m = model.schedule.at(t)
+        error = sum_of_rows((problem.output - problem.target) ** 2) * model.prediction.gain(m) ** 2
+        diffusion = -0.5 * model.schedule.slope(m.t) / density * ops.exp(m.log_snr) * error
+        end = 0.5 * math.exp(self._end) * sum_of_rows(x**2)
+        key = random.fold(random.key_of(model.seed), ops.cast(self.count, "int32"), random.EVALUATION)
+        noise = random.normal(random.fold(key, 0, random.EVALUATION), ops.shape(x))
+        nats = end + diffusion + self._decoder.nats_of_signal(x, noise, self._start)
+        self.add(nats / (math.prod(x.shape[1:]) * math.log(2.0)), sample_weight)
+
+    def add(self, values, sample_weight: Any = None) -> None:
+        """Adds these numbers to the running mean and spread (Chan et al. 1979)."""
+        weight = ops.ones_like(values) if sample_weight is None else ops.cast(sample_weight, "float32")
+        weight = ops.broadcast_to(ops.reshape(weight, (-1,)), ops.shape(values))
+        added = ops.sum(weight)
+        mean = ops.sum(weight * values) / ops.maximum(added, 1e-30)
+        count = self.count + added
+        distance = mean - self.mean
+        share = added / ops.maximum(count, 1e-30)
+        spread = ops.sum(weight * (values - mean) ** 2) + distance**2 * self.count * share
+        self.spread.assign(self.spread + spread)
+        self.mean.assign(self.mean + distance * share)
+        self.count.assign(count)
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        """Not called: the model gives `update_problem` all that it needs."""
+        raise NotImplementedError("BitsPerDim: a DiffusionModel updates it, where it is one of `compile(metrics=...)`")
+
+    def result(self):
+        """The mean, in bits per dimension."""
+        return self.mean + 0.0  # a copy: on PyTorch a variable would go on changing
+
+    def standard_error(self) -> float:
+        """That of the mean."""
+        count, spread = (float(ops.convert_to_numpy(v.value)) for v in (self.count, self.spread))
+        return math.sqrt(spread / (count - 1) / count) if count > 1 else math.nan

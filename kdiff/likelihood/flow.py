@@ -1,0 +1,266 @@
+"""The likelihood of the probability flow (Song et al. 2021, arXiv:2011.13456, section 4.3 and appendix D.2).
+
+In z = x_t / alpha, s = sigma / alpha and u = log s the flow of any schedule is dz/du = z - x_hat, and the density of z
+along it changes by the divergence of that (Chen et al. 2018, arXiv:1806.07366, theorem 1). With y = z / sqrt(1 + s^2),
+which has about the same size at any noise,
+
+    log p(y_0) = log p(y_1) + W,     dW/du = g = d / (1 + s^2) - tr(d x_hat / d z),
+    log p(z) = log p(y) - d log(1 + s^2) / 2,     z_0 = x,     p(z_1) = N(0, s_1^2 I),
+
+and g falls to 0 at both ends. The trace is a mean over directions v of v^T (d x_hat / d z) v, each one vector-Jacobian
+product: along all axes it is exact, along random ones with E[v v^T] = I unbiased (Hutchinson 1989; Skilling 1989).
+
+W is one more coordinate of the state for each direction, so that any deterministic solver solves for both at once: as a
+y it has z = sqrt(1 + s^2) W, which moves as the flow does where its estimate is W / sqrt(1 + s^2) - sqrt(1 + s^2) g.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from keras import ops, tree
+
+from kdiff import random
+from kdiff.base import Value, check_integer, check_number
+from kdiff.denoisers import Denoiser
+from kdiff.likelihood.report import Report
+from kdiff.likelihood.subject import Batch, Subject
+from kdiff.schedules import Marginal
+from kdiff.solvers import Solver
+from kdiff.times import TimeGrid
+
+__all__ = ["Exact", "Hutchinson", "Probes", "encode", "ode"]
+
+
+class Probes(Value):
+    """The base of the ways to take a trace. A new one defines `directions`, and whether it is `exact`.
+
+    Attributes:
+        exact: whether the directions are to be summed over, not averaged.
+    """
+
+    exact = False
+
+    def directions(self, key: Any, shape: tuple[int, ...], first: int) -> Any:
+        """v, with shape `(batch, count, size)`, for data of the shape `(batch, ...)`, from example `first` on."""
+        raise NotImplementedError
+
+
+class Exact(Probes):
+    """Along each axis: as many vector-Jacobian products, and copies of the batch, as an example has numbers."""
+
+    exact = True
+
+    def directions(self, key: Any, shape: tuple[int, ...], first: int) -> Any:
+        size = math.prod(shape[1:])
+        return ops.broadcast_to(ops.eye(size), (shape[0], size, size))
+
+
+class Hutchinson(Probes):
+    """Along random directions, with coordinates of 1 and -1, the same all along the flow: unbiased, and of all random
+    directions with independent coordinates those of the smallest variance.
+
+    Args:
+        count: how many, of each example.
+    """
+
+    def __init__(self, count: int = 1):
+        check_integer("Hutchinson", "count", count)
+        self.count = count
+
+    def directions(self, key: Any, shape: tuple[int, ...], first: int) -> Any:
+        drawn = random.normal(key, (shape[0], self.count, math.prod(shape[1:])), first)
+        return ops.where(drawn > 0, 1.0, -1.0)
+
+
+def ode(
+    model: Any,
+    data: Any,
+    *,
+    solver: Any = "rk4",
+    steps: int = 50,
+    tolerance: float | None = None,
+    grid: Any = "trailing",
+    probes: Any = None,
+    start: float | None = None,
+    dequantise: bool | None = None,
+    schedule: Any = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    averages: bool = True,
+) -> Report:
+    """-log p(x) of each example under the probability flow (see the module).
+
+    It is not a bound, but the likelihood of the deterministic model; its errors are those of the solver, of the probes,
+    which the standard error has a part for, and of the start: data is taken to be at that time, not at 0.
+
+    Args:
+        model: a `DiffusionModel`, or a denoiser, `x_hat = denoise(x, m)`.
+        data: as of `bound`.
+        solver: a deterministic one-step `solvers.Solver` or its name. It goes from data to noise.
+        steps: of the solver; each of "rk4" costs four calls of the network, and as many vector-Jacobian products.
+        tolerance: of the mean, in nats: with one, the steps are doubled until the mean of a batch changes by less. None
+            takes the `steps` alone.
+        grid: the `times.TimeGrid` whose times are gone through upwards, or its name.
+        probes: `Exact`, `Hutchinson` or the name of one; None: exact for up to 16 numbers an example.
+        start: the time at which data is taken to be. None: the schedule's first step, or t = 0, where its log-SNR is
+            finite: of `Cosine` it is 15 there.
+        dequantise: add uniform noise as wide as a level to images, so that the result bounds the probability of the
+            256 levels, -log P(x) <= -log p(x + u) + d log 127.5 (Theis et al. 2016, arXiv:1511.01844). None: of images.
+        schedule: of a denoiser; a model has its own.
+        seed: names the noise and the probes, the same on every backend.
+        batch_size: how many examples of an array are measured at once.
+        averages: use the averaged weights.
+
+    Returns:
+        A `Report` of the terms "noise", the density at the end of the flow, "volume", the integral, and "levels", what
+        dequantisation adds.
+
+    Raises:
+        ValueError: if the solver is stochastic or remembers earlier steps, or there is no data; if the tolerance is not
+            met with 64 times the steps.
+    """
+    if tolerance is not None:
+        check_number("ode", "tolerance", tolerance, 1e-6)
+    flow = _Flow(Subject(model, schedule, averages), solver, steps, grid, probes, start)
+    images = flow.subject.limit is not None if dequantise is None else dequantise
+    terms: dict[str, list] = {"noise": [], "volume": []} | ({"levels": []} if images else {})
+    for batch in flow.subject.batches(data, batch_size):
+        size = math.prod(batch.x.shape[1:])
+        if images:
+            noise = random.uniform(random.fold(random.key_of(seed), 0, random.INITIAL), batch.x.shape, batch.first)
+            batch = batch._replace(x=batch.x + (ops.convert_to_numpy(noise) - 0.5) / 127.5)
+            terms["levels"].append(np.full(batch.count, size * math.log(127.5)))
+        noise, volume = flow.likelihood(batch, seed, tolerance)
+        terms["noise"].append(noise)
+        terms["volume"].append(volume)
+    joined = {name: np.concatenate(parts) for name, parts in terms.items()}
+    return Report(joined, size, start=flow.begin.t)
+
+
+def encode(
+    model: Any,
+    data: Any,
+    *,
+    solver: Any = "rk4",
+    steps: int = 50,
+    grid: Any = "trailing",
+    start: float | None = None,
+    schedule: Any = None,
+    batch_size: int = 64,
+    averages: bool = True,
+) -> np.ndarray:
+    """The noise at the end of the flow from each example, x_1: `Sampler(solver, grid, steps)` from there gives it back.
+
+    Args:
+        model, data, solver, steps, grid, start, schedule, batch_size, averages: as of `ode`.
+
+    Returns:
+        float32, with the shape of the encoded data.
+
+    Raises:
+        ValueError: as of `ode`.
+    """
+    flow, ends = _Flow(Subject(model, schedule, averages), solver, steps, grid, None, start), []
+    for batch in flow.subject.batches(data, batch_size):
+        noise, _ = flow.encode(batch, 0, steps, volume=False)
+        ends.append((flow.end.sigma * noise).reshape(batch.x.shape)[: batch.count].astype("float32"))
+    return np.concatenate(ends)
+
+
+class _Flow:
+    """A solver, and the times that it goes through, upwards."""
+
+    def __init__(self, subject: Subject, solver: Any, steps: int, grid: Any, probes: Any, start: float | None):
+        self.subject, self.schedule, self.solver = subject, subject.schedule, Solver.get(solver)
+        self.probes = None if probes is None else Probes.get(probes)
+        if self.solver.stochastic or tree.flatten(self.solver.init(ops.zeros((1, 1)), 1)):
+            raise ValueError(
+                "likelihood: the flow needs a deterministic solver that remembers nothing, such as 'rk4', 'heun', "
+                f"'dpm2' or 'ddim'; received: {self.solver!r}"
+            )
+        self.grid, self.steps = TimeGrid.get(grid), steps
+        self.start = self.schedule.first_time if start is None else start
+        check_number("likelihood", "start", self.start, 0.0, 0.999)
+        self.begin, self.end = self._at(self.start), self._at(self.grid(self.schedule, steps)[0])
+
+    def _at(self, t) -> Marginal:
+        return Marginal(*(float(ops.convert_to_numpy(field)) for field in self.schedule.at(np.float32(t))))
+
+    def likelihood(self, batch: Batch, seed: int, tolerance: float | None) -> tuple[np.ndarray, np.ndarray]:
+        """The terms "noise" and "volume" of the rows that count, float64."""
+        last, steps = None, self.steps
+        for _ in range(1 if tolerance is None else 8):
+            noise, volume = self._likelihood(batch, seed, steps)
+            mean = np.mean(noise + volume)
+            if tolerance is None or (last is not None and abs(mean - last) < tolerance):
+                return noise, volume
+            last, steps = mean, 2 * steps
+        raise ValueError(
+            f"ode: with {steps // 2} steps the mean of -log p still changes by more than {tolerance} nats; give a "
+            "larger `tolerance`, more `steps`, or another `grid` or `start`"
+        )
+
+    def _likelihood(self, batch: Batch, seed: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        noise, volume = self.encode(batch, seed, steps)
+        size = noise.shape[1]
+        nats = 0.5 * np.sum(noise**2, axis=1) + 0.5 * size * math.log(2.0 * math.pi)
+        # From N(0, s_1^2 I) to the density of y_1, and from that of y_0 to that of x.
+        wider = 0.5 * size * (np.log1p(np.exp(-self.begin.log_snr)) - np.log1p(np.exp(self.end.log_snr)))
+        return nats[: batch.count], (wider - volume)[: batch.count]
+
+    def encode(self, batch: Batch, seed: int, steps: int, volume: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """(x_1 / sigma_1, W): float64, with shapes `(batch, size)` and `(batch,)`."""
+        times = self.grid(self.schedule, steps)[::-1]
+        times = np.append(self.start, times[times > self.start]).astype("float32")
+        shape = batch.x.shape
+        size = math.prod(shape[1:])
+        probes = self.probes or (Exact() if size <= 16 else Hutchinson())
+        if volume:
+            key = random.fold(random.key_of(seed), 1, random.INITIAL)
+            directions = probes.directions(key, shape, batch.first)
+        else:
+            directions = ops.zeros((shape[0], 0, size))
+        counts = 1 if probes.exact or not volume else directions.shape[1]
+        state = np.concatenate(
+            [self.begin.alpha * batch.x.reshape(len(batch.x), -1), np.zeros((shape[0], counts))], axis=1
+        )
+        key = ("likelihood.flow", self.solver, self.schedule, probes.exact, shape[1:])
+        step = self.subject.compiled(key, self._stepping(shape[1:], probes.exact))
+        state = ops.convert_to_tensor(state, "float32")
+        for now, then in pairwise(times):
+            state = step(state, now, then, directions, batch.given)
+        state = ops.convert_to_numpy(state).astype("float64")
+        volume = state[:, size:].mean(axis=1) if volume else np.zeros(len(state))
+        return state[:, :size] / self.end.sigma, volume / math.hypot(self.end.alpha, self.end.sigma)
+
+    def _stepping(self, shape: tuple[int, ...], exact: bool) -> Callable:
+        """`state = step(answer, state, now, then, directions, given)`."""
+        schedule, solver, size = self.schedule, self.solver, math.prod(shape)
+
+        def step(answer, state, now, then, directions, given):
+            count = directions.shape[1]
+
+            def denoise(x, m):
+                data, volume = x[:, :size], x[:, size:]
+                copies = max(count, 1)
+                repeated = Denoiser(answer, tree.map_structure(lambda rows: ops.repeat(rows, copies, axis=0), given))
+                data = ops.reshape(ops.repeat(data, copies, axis=0), (-1, *shape))
+                if count == 0:
+                    x_hat = ops.reshape(repeated(data, m).x_hat, (-1, size))
+                    return ops.concatenate([x_hat, volume], axis=1)
+                estimate, pull = repeated.linearised(data, m)
+                x_hat = ops.reshape(estimate.x_hat, (-1, copies, size))[:, 0]
+                pulled = ops.reshape(pull(ops.reshape(directions, (-1, *shape))), (-1, count, size))
+                trace = m.alpha * ops.sum(directions * pulled, axis=-1)
+                trace = ops.sum(trace, axis=1, keepdims=True) if exact else trace
+                shrunk = ops.sqrt(ops.sigmoid(m.log_snr))  # 1 / sqrt(1 + s^2)
+                volume = volume / m.alpha * shrunk
+                return ops.concatenate([x_hat, shrunk * volume - (size * shrunk**2 - trace) / shrunk], axis=1)
+
+            now, then = schedule.at(now), schedule.at(then)
+            return solver.step(Denoiser.of(denoise), schedule, state, now, then, None, ())[0]
+
+        return step
