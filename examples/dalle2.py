@@ -35,6 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--things", type=int, default=1, choices=(1, 2), help="at most, in a picture")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--width", type=int, default=128, help="of the networks, a multiple of 8")
+    parser.add_argument("--steps", type=int, default=25, help="of sampling")
     parser.add_argument("--test", type=int, default=100, help="how many pictures are drawn and read")
     parser.add_argument("--out", type=Path, default=Path("runs") / f"dalle2-{keras.backend.backend()}")
     return parser.parse_args()
@@ -71,11 +72,12 @@ class Clock(keras.callbacks.Callback):
         print(f"  step {self.steps}, {self.spent():.0%} of the time: {shown}", flush=True)
 
 
-def drawn(count: int, things: int, seed: int = 0) -> tuple[np.ndarray, list[str]]:
-    """Pictures of 16 pixels and their captions."""
-    images, captions = scenes.dataset(count * (1 if things == 2 else 5), 16, seed=seed)
+def drawn(count: int, things: int, size: int = 16, seed: int = 0) -> tuple[np.ndarray, list[str]]:
+    """Pictures and their captions."""
+    total = count * (1 if things == 2 else 6) + 100  # a fifth of them have one thing
+    _, captions = scenes.dataset(total, 1, seed=seed)
     kept = [i for i, caption in enumerate(captions) if things == 2 or scenes.Scene.parse(caption).second is None]
-    return images[kept[:count]], [captions[i] for i in kept[:count]]
+    return scenes.dataset(total, size, seed=seed, rows=kept[:count])
 
 
 def train(model: keras.Model, data: dict, clock: Clock, batch_size: int) -> None:
@@ -93,24 +95,25 @@ def clip_of(captions: list[str]) -> kdiff.Contrastive:
     return kdiff.Contrastive(vision, text, tokenizer, name="clip")
 
 
-def prior_of(clip: kdiff.Contrastive, z: np.ndarray, width: int) -> kdiff.DiffusionModel:
+def prior_of(clip: kdiff.Contrastive, z: np.ndarray, options: argparse.Namespace) -> kdiff.DiffusionModel:
     """Reads the encoded text, and its embedding, and makes the embedding of an image."""
     text = Prompt(clip.text, clip.tokenizer, masked=True, dropout=0.1, batch_size=256)
     vector = Joint({"text": PromptVector(WIDTH)}, keras.layers.Identity())
-    network = PriorTransformer(width, 3, conditions={"text": text, "vector": vector})
-    codec = codecs.Standard.fitted(z)
-    return kdiff.DiffusionModel(network, "cosine", "data", codec=codec, ema=0.995, name="prior")
+    network = PriorTransformer(options.width, 3, conditions={"text": text, "vector": vector})
+    codec, sampler = codecs.Standard.fitted(z), kdiff.Sampler("ddim", "trailing", options.steps)
+    return kdiff.DiffusionModel(network, "cosine", "data", codec=codec, sampler=sampler, ema=0.995, name="prior")
 
 
-def decoder_of(clip: kdiff.Contrastive, width: int) -> kdiff.DiffusionModel:
+def decoder_of(clip: kdiff.Contrastive, options: argparse.Namespace) -> kdiff.DiffusionModel:
     """The embedding beside the time and as four tokens, before those of the text, each lost by itself."""
+    width = options.width
     conditions = {
         "embedding": ImageEmbedding(width, 4, dropout=0.1, seed=1),
         "text": TextEncoder(clip.tokenizer, width, depth=1, dropout=0.5, seed=2),
     }
     block = TransformerBlock(heads=8, adaptive=True, gated=True)
     network = DiT(width, depth=3, patch=4, block=block, conditions=conditions)
-    sampler = kdiff.Sampler("ddim", "trailing", steps=25)
+    sampler = kdiff.Sampler("ddim", "trailing", options.steps)
     return kdiff.DiffusionModel(network, "cosine", "data", sampler=sampler, ema=0.995, name="decoder")
 
 
@@ -138,7 +141,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     minutes = {name: share * options.minutes for name, share in SHARES.items()}
     images, captions = drawn(options.pictures, options.things)
-    test, words = drawn(max(options.test, 600), options.things, seed=1)
+    test, words = drawn(max(options.test, 400), options.things, seed=1)
 
     clip = clip_of(captions)
     train(clip, {"image": images, "text": captions}, Clock(minutes["clip"], 1e-3), options.batch_size)
@@ -150,9 +153,9 @@ def main() -> None:
     )
 
     z = clip.embed_image(images, batch_size=256)
-    prior = prior_of(clip, z, options.width)
+    prior = prior_of(clip, z, options)
     train(prior, {"image": z, "text": captions}, Clock(minutes["prior"], 1e-3), options.batch_size)
-    decoder = decoder_of(clip, options.width)
+    decoder = decoder_of(clip, options)
     data = {"image": images, "embedding": z, "text": captions}
     train(decoder, data, Clock(minutes["decoder"], 1e-3), options.batch_size)
 

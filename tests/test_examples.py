@@ -82,6 +82,50 @@ def test_text_to_image(run, tmp_path):
     assert "prompts.png" in run("text_to_image.py", "--model", str(tmp_path / "model.keras"), *first)
 
 
+@pytest.mark.once  # minutes of compilation elsewhere; what it uses is tested on each backend
+def test_dalle2(run, tmp_path):
+    pytest.importorskip("PIL")
+    small = ("--minutes", "0.001", "--pictures", "32", "--batch-size", "16", "--width", "16", "--steps", "2")
+    output = run("dalle2.py", *small, "--test", "8", "--out", str(tmp_path))
+    for said in ("text to image", "of the prior's", "in pictures of text, by the prior", "in variations of pictures"):
+        assert said in output
+    for name in ("decoded", "variations", "between", "edited"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 300
+
+
+def t5_folder(folder, captions):
+    """A small T5 with its tokenizer, as transformers has them in one folder."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    from kdiff.encoders import T5Text
+    from kdiff.interop import encoders
+
+    encoder = T5Text(64, width=8, depth=1, heads=2, head_width=4, hidden=12)
+    encoder.build((None, None))
+    encoders.save(encoder, folder)
+    ids = {"bos_id": -1, "pad_id": 0, "eos_id": 1, "unk_id": 2, "pad_piece": "<pad>", "minloglevel": 2}
+    with open(folder / "spiece.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(captions), model_writer=file, vocab_size=40, hard_vocab_limit=False, **ids
+        )
+    return folder
+
+
+@pytest.mark.once  # minutes of compilation elsewhere; what it uses is tested on each backend
+@pytest.mark.parametrize("words", ["learned", pytest.param("t5", marks=pytest.mark.thorough)])
+def test_imagen(run, tmp_path, words):
+    pytest.importorskip("PIL")
+    small = ("--minutes", "0.001", "--sizes", "8", "16", "32", "--pictures", "16", "--batch-size", "8", "--width", "32")
+    small = (*small, "--steps", "1", "--test", "4", "--out", str(tmp_path))
+    if words == "t5":
+        small = (*small, "--t5", str(t5_folder(tmp_path / "t5", ["a small red circle on a black background"] * 4)))
+    output = run("imagen.py", "a small red circle", *small)
+    for said in ("32 pixels: of 4", "8 to 16 pixels, level 0.05", "with noise", "without", "bicubic"):
+        assert said in output
+    for name in ("prompts-2", "levels-1", "levels-2", "augmentation"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 300
+    assert (tmp_path / "imagen.keras").exists()
+
+
 @pytest.mark.data
 @pytest.mark.once  # minutes of compilation elsewhere; what it uses is tested on each backend
 @pytest.mark.parametrize(
