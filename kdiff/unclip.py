@@ -157,6 +157,7 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
         self._check_names(conditions, (self.prior, *self._stages))
         options = {"seed": seed, "batch_size": batch_size, "verbose": verbose}
         z = self.embeddings(num_samples, best_of=best_of, options=prior, **options, **self._of(self.prior, conditions))
+        conditions = {name: value for one in self._stages for name, value in self._of(one, conditions).items()}
         return self._images(z, conditions, decoder, upsampling, **{**options, "seed": stage_seed(seed, 1)})
 
     def embeddings(

@@ -5,6 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -31,14 +32,33 @@ def test_the_catalogue_is_up_to_date():
     assert PAGE.read_text(encoding="utf-8") == catalogue(), "run `python examples/catalogue.py`"
 
 
-@pytest.mark.once  # two minutes of compilation elsewhere; what it uses is tested on each backend
-def test_keras_howto(tmp_path, monkeypatch):
-    """Each block of the page, one after the other."""
-    monkeypatch.chdir(tmp_path)
-    page, names = (EXAMPLES / "keras_howto.md").read_text(encoding="utf-8"), {}
+def run_page(name: str, **shorter: str) -> dict:
+    """What the blocks of a page define, run one after the other."""
+    page, names = (EXAMPLES / name).read_text(encoding="utf-8"), {}
+    for long, short in shorter.items():
+        assert long in page
+        page = page.replace(long, short)
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(block, names)
-    assert names["samples"].shape == (4, 8, 8, 3)
+    return names
+
+
+@pytest.mark.once  # two minutes of compilation elsewhere; what it uses is tested on each backend
+def test_keras_howto(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_page("keras_howto.md")["samples"].shape == (4, 8, 8, 3)
+
+
+@pytest.mark.once  # minutes of compilation elsewhere; what it uses is tested on each backend
+def test_five_systems():
+    names = run_page("five_systems.md", **{"1000": "25"})
+    for name in ("drawn", "quick", "between"):
+        assert names[name].shape == (4, 16, 16, 3)
+    for name in ("again", "hats", "large", "pictures", "variations"):
+        assert names[name].shape == (2, 16, 16, 3)
+    assert names["small"].shape == (2, 8, 8, 3)
+    # DDIM draws no noise: from the ends of the arc come the two images again.
+    np.testing.assert_allclose(names["between"][[0, -1]], names["again"], atol=1e-4)
 
 
 @pytest.mark.once  # test_compositions.py trains them on every backend
@@ -99,7 +119,7 @@ def t5_folder(folder, captions):
     from kdiff.encoders import T5Text
     from kdiff.interop import encoders
 
-    encoder = T5Text(64, width=8, depth=1, heads=2, head_width=4, hidden=12)
+    encoder = T5Text(128, width=8, depth=1, heads=2, head_width=4, hidden=12)
     encoder.build((None, None))
     encoders.save(encoder, folder)
     ids = {"bos_id": -1, "pad_id": 0, "eos_id": 1, "unk_id": 2, "pad_piece": "<pad>", "minloglevel": 2}

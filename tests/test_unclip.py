@@ -35,11 +35,11 @@ def prior(clip):
     return model
 
 
-def decoder(**conditions):
-    conditions = {"embedding": ImageEmbedding(8, 2, dropout=0.1, seed=1), **conditions}
+def decoder(**texts):
+    conditions = {"embedding": ImageEmbedding(8, 2, dropout=0.1, seed=1), **texts}
     network = DiT(8, 1, 4, TransformerBlock(2, adaptive=True), conditions=conditions)
     model = DiffusionModel(network, "cosine", "velocity", ema=None)
-    model.build({"image": (None, 8, 8, 3), "embedding": (None, WIDTH), "text": (None, 5)})
+    model.build({"image": (None, 8, 8, 3), "embedding": (None, WIDTH), **{name: (None, 5) for name in texts}})
     draw_weights(network, scale=0.15)
     return model
 
@@ -68,6 +68,13 @@ def test_text_goes_through_the_prior_to_the_decoder(unclip):
     np.testing.assert_allclose(made, wanted, atol=1e-6)
     other = unclip.decoder.sample(2, embedding=z[::-1], text=WORDS, seed=seed, **options["decoder"])
     assert np.abs(other - wanted).max() > 1e-3
+
+
+@pytest.mark.once
+def test_a_decoder_of_embeddings_alone(unclip):
+    alone = UnCLIP(unclip.prior, decoder())
+    wanted = alone.decoder.sample(2, embedding=unclip.prior.sample(2, text=WORDS, **FEW), seed=stage_seed(0, 1), **FEW)
+    np.testing.assert_allclose(alone.sample(2, text=WORDS, prior=FEW, decoder=FEW), wanted, atol=1e-6)
 
 
 @pytest.mark.once
