@@ -1,6 +1,9 @@
 """Settings that must be made before Keras is imported."""
 
+import ctypes
+import gc
 import os
+import sys
 import tempfile
 from importlib.util import find_spec
 
@@ -57,6 +60,36 @@ def pytest_collection_modifyitems(config, items):
     chosen = set(kept)
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = kept
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the garbage collector need not go through it, a million objects, again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget():
+    """Gives back what the tests of a module leave; else a process grows to several gigabytes, and may be killed.
+
+    Compiled programs refer to their model in a circle, which the garbage collector alone opens; Keras and JAX keep
+    graphs and programs as long as the process lives; and the C library keeps what is freed.
+    """
+    yield
+    import keras
+
+    from tests import helpers_gradients
+
+    helpers_gradients.FUNCTIONS.clear()
+    if keras.backend.backend() != "torch":  # where it would import what only torch.compile needs
+        keras.backend.clear_session(free_memory=False)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.clear_caches()  # what the next module has in common with this one is read from the disk
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def pytest_runtest_setup(item):

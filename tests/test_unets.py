@@ -300,6 +300,7 @@ def _load_ncsnpp(network, theirs):
     _load(network.head, theirs.conv_out)
 
 
+@pytest.mark.once
 @pytest.mark.reference
 def test_ncsnpp_is_that_of_diffusers():
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
@@ -331,6 +332,7 @@ def test_ncsnpp_is_that_of_diffusers():
     np.testing.assert_allclose(run(network, inputs), expected.transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.once
 @pytest.mark.reference
 def test_ncsnpp_has_the_size_of_diffusers():
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
