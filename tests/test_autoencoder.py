@@ -180,6 +180,7 @@ def test_a_fitted_scale(per_channel):
     assert not codec.trainable_variables
 
 
+@pytest.mark.once
 def test_a_model_on_latents(tmp_path):
     """Trained by `fit` on images, sampled, saved and loaded; the autoencoder stays what it was."""
     codec = Latent(made("kl"), 0.1)

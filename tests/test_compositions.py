@@ -218,6 +218,7 @@ def test_recipes_train_sample_and_save(name, tmp_path):
     np.testing.assert_allclose(loaded.sample(4, sampler=sampler), samples, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.once
 def test_a_model_is_sampled_under_another_schedule():
     """Noise levels are what counts: from the same noise level, samples of the two schedules agree as steps grow."""
     model = kdiff.DiffusionModel(network(16), "cosine", "velocity", codec="identity", time_label="log_snr")

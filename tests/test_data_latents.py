@@ -36,6 +36,7 @@ def epochs(dataset, count, key="encoded"):
     return [np.concatenate([np.asarray(batch[key]) for batch in dataset]) for _ in range(count)]
 
 
+@pytest.mark.once
 def test_each_epoch_draws():
     """From the mean and the deviation of the codec, which is asked once; labels stay with their images."""
     one = codec()
@@ -56,6 +57,7 @@ def test_each_epoch_draws():
     np.testing.assert_array_equal(again, drawn[:2])  # one seed, one run
 
 
+@pytest.mark.once
 def test_flips(tmp_path):
     """Either copy, at random, also from a file."""
     one = codec(codecs.Latent)

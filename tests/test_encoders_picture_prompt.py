@@ -42,6 +42,7 @@ def test_other_sizes_are_cut_to_the_middle():
     assert prompt.rows(PICTURES).shape == (3, 6)
 
 
+@pytest.mark.once
 def test_it_trains_and_is_saved_with_the_model(tmp_path):
     """The encoder is not trained, nothing is a picture of zeros, and a loaded model makes the same images."""
     prompt = PicturePrompt(encoder(), dropout=0.5)

@@ -62,6 +62,7 @@ def test_rows_are_what_the_encoders_give():
     np.testing.assert_array_equal(prompt.prepare(rows), rows)
 
 
+@pytest.mark.once
 def test_a_mask_goes_with_the_text():
     prompt = Prompt(t5(), Bytes(6), masked=True)
     rows = prompt.prepare(TEXTS)
@@ -106,6 +107,7 @@ def test_trained_with_strings_and_sampled_against_the_empty_text(tmp_path):
     np.testing.assert_allclose(loaded.sample(2, text=["red", "box"], **options), y, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.once
 def test_one_text_for_two_conditions():
     """The tokens to the context, the vector with numbers to the time, as in Stable Diffusion XL."""
     prompt = two()

@@ -49,6 +49,7 @@ def first(model, one, x, m, t, **conditions):
 # In a model
 
 
+@pytest.mark.once
 def test_a_number_is_the_scale_of_classifier_free(model):
     labels = [0, 1, 2]
     sampler = Sampler("ddim", steps=3)
@@ -100,6 +101,7 @@ def test_other_arrays_compile_nothing_again(model):
     assert len(model._compiled_steps) == known
 
 
+@pytest.mark.once
 def test_the_models_own_guidance_is_saved(tmp_path):
     sampler = Sampler("ddim", steps=3, guidance=[ClassifierFree(3.0, lowest=0.1, rescale=0.5), "clip"])
     model = model_of(sampler=sampler)
@@ -118,12 +120,14 @@ def test_mixed_precision(policy):
     assert np.isfinite(x).all()
 
 
+@pytest.mark.once
 def test_another_schedule(model):
     x = model.sample(2, sampler="ddim", steps=3, guidance=2.0, schedule="rectified", label=[0, 2])
     assert np.isfinite(x).all()
     assert np.abs(x - model.sample(2, sampler="ddim", steps=3, schedule="rectified", label=[0, 2])).max() > 1e-3
 
 
+@pytest.mark.once
 def test_a_learned_variance_passes():
     prediction = kdiff.predictions.LearnedVariance()
     model = model_of(labelled(out_channels=2), schedule=schedules.LinearBeta(20), prediction=prediction)
@@ -204,6 +208,7 @@ def test_a_classifier_of_clean_images_is_asked_about_the_estimate(model):
         assert change[0, row, column, 0] / factor == pytest.approx(slope, rel=0.05, abs=2e-3)
 
 
+@pytest.mark.once
 def test_classifier_guidance_runs_in_a_model(model):
     classifier = keras.Sequential([keras.Input(SHAPE), layers.Flatten(), layers.Dense(3)])
     draw_weights(classifier)
@@ -244,6 +249,7 @@ def test_perturbed_attention_is_its_formula(model):
 # Images to begin from
 
 
+@pytest.mark.once
 def test_image_to_image(model):
     image = images(3, SHAPE)
     options = {"sampler": Sampler("ddim", "trailing", 8), "label": [0, 1, 2]}
@@ -261,6 +267,7 @@ def test_image_to_image(model):
     )
 
 
+@pytest.mark.once
 def test_there_and_back(model):
     """The noise that inversion finds makes the image again; more iterations, more exactly; in any batch size."""
     image = 0.5 * images(3, SHAPE)

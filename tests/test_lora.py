@@ -112,6 +112,7 @@ def test_merged_the_network_computes_as_before(averages):
     assert not lora.enabled(model)
 
 
+@pytest.mark.once
 def test_removed_the_network_is_as_it_was():
     model = model_of()
     before, trainable = weights_of(model.network), [weight.trainable for weight in model.network.weights]
@@ -127,6 +128,7 @@ def test_removed_the_network_is_as_it_was():
     assert any(np.any(one != other) for one, other in zip(weights_of(model.network), before, strict=True))
 
 
+@pytest.mark.once
 def test_saved_and_loaded_it_goes_on(tmp_path):
     """With A, B, their averages and the optimizer: the next step is the same."""
     model = model_of(make=UNet.attention)
@@ -144,6 +146,7 @@ def test_saved_and_loaded_it_goes_on(tmp_path):
     np.testing.assert_allclose(model.sample(1, steps=2), again.sample(1, steps=2), atol=1e-4)
 
 
+@pytest.mark.once
 def test_the_network_saved_alone_has_the_change_in_its_kernels(tmp_path):
     model = model_of()
     adapted(model)

@@ -79,6 +79,7 @@ def test_sample_weights_and_metrics():
     assert results[1][1] == pytest.approx(results[0][1], rel=1e-5)  # `metrics` are not weighted
 
 
+@pytest.mark.once
 def test_uint8_images_are_scaled():
     x = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)).astype("uint8")
     losses = [fit(compiled_model(), data)["loss"] for data in (x, (x / 127.5 - 1).astype("float32"))]
@@ -295,6 +296,7 @@ def test_mixed_precision(policy, full_precision, tmp_path):
     np.testing.assert_allclose(keras.saving.load_model(tmp_path / "model.keras").sample(4, steps=3), samples, atol=1e-5)
 
 
+@pytest.mark.once
 def test_sampler_of_its_own(tmp_path):
     model = compiled_model(tiny_network(), sampler=kdiff.Sampler("heun", steps=3))
     fit(model, images(32))
@@ -308,6 +310,7 @@ def test_sampler_of_its_own(tmp_path):
     np.testing.assert_allclose(loaded.sample(2), samples, atol=1e-5)
 
 
+@pytest.mark.once
 def test_vectors_of_any_size():
     """Not only images: two coordinates, not bounded."""
     x, t = keras.Input((2,), name="image"), keras.Input((), name="time")
@@ -377,6 +380,7 @@ def test_averages_are_used_for_validation_and_sampling_alone():
     np.testing.assert_allclose(model.sample(2, steps=3), plain, atol=1e-5)
 
 
+@pytest.mark.once
 def test_without_averages():
     model = compiled_model(ema=None)
     fit(model, images(16))
@@ -441,6 +445,7 @@ def test_samples_do_not_depend_on_batches_or_on_earlier_runs(conditional):
     assert np.abs(conditional.sample(7, sampler="ddpm", steps=4, label=label, seed=1) - whole).mean() > 0.1
 
 
+@pytest.mark.once
 def test_conditions_reach_the_network(conditional):
     one, same, other = (conditional.sample(2, steps=4, label=label) for label in (1, [1, 1], 2))
     np.testing.assert_array_equal(one, same)
@@ -473,6 +478,7 @@ def test_a_step_is_compiled_once(sampler):
     assert len(traced) <= 2
 
 
+@pytest.mark.once
 def test_steps_can_be_watched(conditional, capsys):
     steps = list(conditional.sample_steps(3, steps=4, label=1, sampler="ddpm"))
     assert [step.index for step in steps] == [1, 2, 3, 4]
@@ -495,6 +501,7 @@ def test_sampling_in_the_middle_of_an_epoch_changes_nothing():
     np.testing.assert_allclose(seen[-1], plain.sample(2, steps=2), atol=1e-5)
 
 
+@pytest.mark.once
 def test_denoise():
     model = kdiff.DiffusionModel(tiny_network(), prediction="data")
     model.build((None, 8, 8, 1))
@@ -504,6 +511,7 @@ def test_denoise():
     np.testing.assert_allclose(numpy(x_hat), numpy(output), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.once
 def test_time_labels():
     """The network sees what the label says: here it answers with it."""
 
@@ -849,6 +857,7 @@ def test_a_network_of_the_noise_cannot_begin_at_an_snr_of_zero():
             kdiff.DiffusionModel(tiny_network(), other, prediction)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["schedule", "prediction"])
 def test_another_schedule_or_prediction_by_name(name):
     """At any time; what was compiled for the old one is not used, in training either."""

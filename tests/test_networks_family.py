@@ -227,6 +227,7 @@ def test_series_whose_lengths_vary():
     assert model.sample(2, size=(16,), steps=1).shape == (2, 16, 3)
 
 
+@pytest.mark.once
 def test_trains_in_a_diffusion_model():
     network = TRAINED["dit"][0]()
     model = DiffusionModel(network, schedule="cosine", prediction="velocity")

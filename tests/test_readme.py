@@ -67,6 +67,7 @@ def test_latent_diffusion():
     assert names["pictures"].shape == (4, 32, 32, 3)
 
 
+@pytest.mark.once
 def test_objects_of_ones_own():
     """They are defined, have names, and work with the rest."""
     import keras

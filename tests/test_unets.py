@@ -135,6 +135,7 @@ def test_remat_trains_the_same(name):
         np.testing.assert_allclose(other, weight, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.once
 def test_a_score_is_divided_by_sigma():
     network, inputs = built("ncsnpp_skips")
     whole = network.clone(divide=False)
@@ -216,6 +217,7 @@ def test_parameters_are_as_published(name):
         assert round(count / 1e6, digits) == expected
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "make",
     [
