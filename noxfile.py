@@ -1,8 +1,8 @@
 """The test runner: `pip install nox && nox` runs all that follows, on the Python that runs nox.
 
     lint            ruff's rules and format
-    alone(backend)  a short selection where `kdiff[backend,plot]` is all there is: the extra is enough, all but kdiff.data
-                    can be imported, and on JAX and PyTorch nothing misses TensorFlow, which is not installed
+    alone(backend)  a short selection where `kdiff[backend,plot]` is all there is: the extra is enough, and on JAX and
+                    PyTorch nothing but kdiff.data misses TensorFlow, which is not installed
     together        one environment with every extra: the backends compared, then the suite on each
     thorough        not by default: on each backend everything, and what takes minutes, such as all pairs of guidance
                     rules compiled

@@ -43,6 +43,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "once: says the same whatever the backend; nox runs it with one of them")
     config.addinivalue_line("markers", "thorough: takes minutes; only with --thorough, as in `nox -s thorough`")
     config.addinivalue_line("markers", "reference: compares with diffusers; skipped where it or PyTorch is missing")
+    config.addinivalue_line("markers", "eager: op by op on TensorFlow, as `reference` is: see pytest_runtest_setup")
 
 
 @pytest.hookimpl(trylast=True)  # after `-m` and `-k`
@@ -93,8 +94,16 @@ def forget():
 
 
 def pytest_runtest_setup(item):
-    """Skips them where that is not installed."""
+    """Skips them where that is not installed.
+
+    TensorFlow takes ten seconds to trace a training step of a small U-Net, and a fraction of one to run it. Graphs are
+    the models of test_model.py, test_training.py, test_networks.py and test_backends_agree.py, the gradients of layers
+    and networks, solvers and guidance; where training or sampling is but the way to an end, a test is marked `eager`.
+    """
     if item.get_closest_marker("data") and find_spec("tensorflow_datasets") is None:
         pytest.skip("the extra `data` is not installed")
     if item.get_closest_marker("reference") and None in (find_spec("torch"), find_spec("diffusers")):
         pytest.skip("PyTorch or diffusers is not installed")
+    if os.environ["KERAS_BACKEND"] == "tensorflow":
+        op_by_op = any(item.get_closest_marker(name) for name in ("eager", "reference"))
+        tf.config.run_functions_eagerly(op_by_op)

@@ -12,6 +12,8 @@ from kdiff.networks import VQ, AutoencoderKL, Tiny
 from tests.helpers_gradients import perturb, value_and_gradients
 from tests.toys import draw_weights, images, numpy
 
+pytestmark = pytest.mark.eager
+
 SMALL = {
     "kl": lambda **options: AutoencoderKL((8, 16), 4, 1, **options),
     "kl_bare": lambda **options: AutoencoderKL(

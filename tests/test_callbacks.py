@@ -15,6 +15,8 @@ from kdiff.sampling import Sampler
 from kdiff.solvers import DDPM
 from tests.toys import compiled_model, numpy, tiny_network
 
+pytestmark = pytest.mark.eager
+
 pytest.importorskip("PIL", reason="the extra `plot` is not installed")
 
 

@@ -79,6 +79,7 @@ def test_haar_and_sizes(shape, fine):
         Haar(2).data_shape(shape)
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("kind", ["unet", "dit"])
 def test_networks_train_on_wavelets(kind, tmp_path):
     """On a quarter of the positions, at the same size of the pictures; saved and loaded with the model."""
@@ -167,6 +168,7 @@ def latent_model(codec=None, built=True, **options):
 IMAGES = images(16)
 
 
+@pytest.mark.eager
 def test_a_codec_is_not_trained_nor_averaged():
     model = latent_model(built=False)
     before = [numpy(weight).copy() for weight in model.codec.weights]
@@ -181,6 +183,7 @@ def test_a_codec_is_not_trained_nor_averaged():
         np.testing.assert_array_equal(numpy(weight), value)
 
 
+@pytest.mark.eager
 def test_a_codec_draws_in_training_alone():
     """Fresh numbers in each step, the same in each evaluation, none for an image to begin from; and no dropout."""
     model = latent_model(built=False)
@@ -210,6 +213,7 @@ def test_a_codec_draws_in_training_alone():
     np.testing.assert_allclose(run.data, plain[:4], atol=1e-6)
 
 
+@pytest.mark.eager
 def test_a_codec_decodes_in_batches():
     model = latent_model()
     whole = model.sample(7, steps=2)
@@ -285,6 +289,7 @@ def test_encoded_data(form):
     assert model.sample(2, steps=2).shape == (2, 8, 8, 1)
 
 
+@pytest.mark.eager
 def test_encoded_data_is_the_same_data():
     """Of a codec that does not draw, examples and encoded examples give the same losses."""
     losses = []
@@ -338,6 +343,7 @@ def weight_names(path):
     return names
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
 def test_a_codec_is_saved_with_the_model(tmp_path, dtype):
     model = latent_model(autoencoder(dtype=dtype))

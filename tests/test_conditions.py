@@ -19,6 +19,8 @@ from kdiff.text import BytePair, Bytes
 from tests.helpers_gradients import perturb, run, value_and_gradients
 from tests.toys import compiled_model, draw_weights, mostly_once, numpy
 
+pytestmark = pytest.mark.eager
+
 COLOURS = ["red", "green", "blue", ""]
 NAN = np.nan
 

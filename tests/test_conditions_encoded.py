@@ -14,6 +14,8 @@ from kdiff.text import Bytes
 from tests.helpers_gradients import perturb, run, value_and_gradients
 from tests.toys import mostly_once, numpy
 
+pytestmark = pytest.mark.eager
+
 
 @keras.saving.register_keras_serializable("tests")
 class Words(blocks.Condition):

@@ -9,7 +9,7 @@ from kdiff import codecs, networks
 from tests.toys import draw_weights, images, numpy
 
 pytest.importorskip("tensorflow")
-pytestmark = pytest.mark.data
+pytestmark = [pytest.mark.data, pytest.mark.eager]
 
 X = np.round(127.5 * (images(40, (8, 8, 3)) + 1)).astype("uint8")
 EXACT = X / 127.5 - 1

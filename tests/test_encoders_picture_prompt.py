@@ -9,6 +9,8 @@ from kdiff.encoders import CLIPText, CLIPVision, PicturePrompt
 from kdiff.encoders.pixels import MEAN, STD
 from tests.toys import draw_weights, images, numpy
 
+pytestmark = pytest.mark.eager
+
 
 def encoder():
     made = CLIPVision(8, 4, width=8, depth=1, heads=2, hidden=16, projection=6)

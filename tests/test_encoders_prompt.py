@@ -13,6 +13,8 @@ from kdiff.networks import DiT
 from kdiff.text import Bytes
 from tests.toys import compiled_model, draw_weights, images, numpy
 
+pytestmark = pytest.mark.eager
+
 TEXTS = ["red", "", "box", "red"]
 SMALL = {"width": 8, "depth": 1, "heads": 2, "hidden": 12}
 

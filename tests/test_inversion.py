@@ -13,6 +13,8 @@ from kdiff.networks import DiT
 from kdiff.text import Bytes
 from tests.toys import compiled_model, draw_weights, images, numpy
 
+pytestmark = pytest.mark.eager
+
 pytest.importorskip("tokenizers", reason="the extra `text` is not installed")
 
 WORDS = ["!", *"abct", *(f"{letter}</w>" for letter in "!abct"), "<|startoftext|>", "<|endoftext|>"]

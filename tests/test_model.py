@@ -124,6 +124,7 @@ def sources(conditional):
         yield "pydataset", lambda: (Batches(batch, x, y), None)
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("conditional", [False, True])
 def test_every_form_of_data_trains_alike(conditional):
     losses = {}
@@ -135,6 +136,7 @@ def test_every_form_of_data_trains_alike(conditional):
         assert loss == pytest.approx(losses["arrays"], rel=1e-5)
 
 
+@pytest.mark.eager
 @pytest.mark.data
 @pytest.mark.parametrize("conditional", [False, True])
 @pytest.mark.parametrize("form", ["images", "pairs"])
@@ -156,6 +158,7 @@ def test_tf_data(conditional, form):
     assert model.evaluate(dataset, verbose=0) == pytest.approx(history["val_loss"][-1], rel=1e-5)
 
 
+@pytest.mark.eager
 @pytest.mark.data
 def test_tf_data_with_sample_weights():
     import tensorflow as tf
@@ -167,6 +170,7 @@ def test_tf_data_with_sample_weights():
     assert loss == pytest.approx(arrays, rel=1e-5)
 
 
+@pytest.mark.eager
 @pytest.mark.data
 @pytest.mark.parametrize("workers", [0, 1])
 def test_torch_data_loader(workers):
@@ -185,6 +189,7 @@ def test_torch_data_loader(workers):
     assert loss == pytest.approx(arrays, rel=1e-5)
 
 
+@pytest.mark.eager
 def test_train_on_batch_takes_pairs_and_dictionaries():
     x, y = images(16), LABELS[:16].astype("int32")
     losses = []
@@ -565,6 +570,7 @@ def test_save_and_load(tmp_path):
         assert copied[name] == pytest.approx(values, rel=1e-5)
 
 
+@pytest.mark.eager
 def test_weights_alone(tmp_path):
     model = compiled_model()
     fit(model, images(16))
@@ -575,6 +581,7 @@ def test_weights_alone(tmp_path):
     np.testing.assert_array_equal(twin.sample(2, steps=3), model.sample(2, steps=3))
 
 
+@pytest.mark.eager
 def test_an_untrained_model_saves(tmp_path):
     model = kdiff.DiffusionModel(tiny_network())
     model.save(tmp_path / "a.keras")
@@ -620,6 +627,7 @@ def bad_data():
     yield "infinity", np.where(np.isnan(with_nan), np.inf, x), "infinity"
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize(("bad", "message"), [case[1:] for case in bad_data()], ids=[case[0] for case in bad_data()])
 @pytest.mark.parametrize("where", ["x", "validation_data"])
 def test_bad_images(bad, message, where):
@@ -634,6 +642,7 @@ def test_bad_images(bad, message, where):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("form", ["generator", "pydataset", pytest.param("tf.data", marks=pytest.mark.data)])
 def test_a_bad_batch_among_good_ones(form):
     """The error comes before the batch is trained on."""
@@ -669,6 +678,7 @@ def test_an_endless_tf_dataset_needs_a_number_of_steps():
     assert model.evaluate(endless, None, 8, 0, None, 1) > 0
 
 
+@pytest.mark.eager
 @pytest.mark.data
 def test_a_tf_dataset_of_another_size():
     import tensorflow as tf
@@ -684,12 +694,14 @@ def empty():
     yield "generator", lambda: (batch for batch in ())
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("make", [case[1] for case in empty()], ids=[case[0] for case in empty()])
 def test_no_data(make):
     with pytest.raises(ValueError, match="empty"):
         fit(compiled_model(), make())
 
 
+@pytest.mark.eager
 @pytest.mark.data
 @pytest.mark.parametrize("known", [True, False])
 def test_an_empty_tf_dataset(known):
@@ -778,6 +790,7 @@ def test_a_call_that_fails_leaves_no_shapes():
         model.fit(images(2, (8, 8, 1)), np.zeros(2, "int32"), verbose=0)
 
 
+@pytest.mark.eager
 def test_labels_out_of_range():
     model = label_model()
     with pytest.raises(ValueError, match=r"in 0\.\.2; received 0 to 9"):

@@ -12,6 +12,8 @@ from kdiff import Sampler, predictions, random, schedules, solvers, times
 from kdiff.objectives import variance_bound
 from tests.toys import MIXTURE, numpy
 
+pytestmark = pytest.mark.eager
+
 
 class Scripted(keras.layers.Layer):
     """A network that answers with what a function makes of its inputs, plus a weight that is zero."""

@@ -12,6 +12,8 @@ from kdiff.networks import UNet
 from kdiff.sampling import initial_noise
 from tests.toys import compiled_model, draw_weights, exact_denoiser, images, numpy, tiny_network
 
+pytestmark = pytest.mark.eager
+
 SHAPE = (4, 4, 1)
 COSINE = schedules.Cosine()
 DDIM = Sampler("ddim", "trailing", 10)

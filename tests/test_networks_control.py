@@ -11,6 +11,8 @@ from kdiff.guidance import ClassifierFree, Control
 from kdiff.networks import Controlled, ControlNet, Hint, UNet
 from tests.toys import draw_weights, mostly_once, numpy
 
+pytestmark = pytest.mark.eager
+
 RNG = np.random.default_rng(0)
 X = RNG.uniform(-1, 1, (4, 8, 8, 2)).astype("float32")
 EDGES = RNG.uniform(-1, 1, (4, 8, 8, 3)).astype("float32")

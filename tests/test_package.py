@@ -123,6 +123,12 @@ IMPORT_ALL = "import sys, " + ", ".join(MODULES).replace("/", ".")
 other_backends = pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="TensorFlow is the backend")
 
 
+def test_everything_can_be_imported():
+    """Of one backend and its extra alone, in nox's session `alone`: all but the pipelines, which need TensorFlow."""
+    for module in MODULES:
+        importlib.import_module(module.replace("/", "."))
+
+
 @pytest.mark.data  # where TensorFlow is installed: without it, nothing here would work if it were imported
 @other_backends
 def test_import_leaves_tensorflow_alone():
