@@ -1,6 +1,7 @@
 """What holds for the package as a whole: what it imports, in which direction, and what it says of itself."""
 
 import ast
+import functools
 import importlib
 import inspect
 import os
@@ -92,6 +93,7 @@ def part(file: str) -> str:
     return file.partition("/")[0].removesuffix(".py")
 
 
+@functools.cache
 def parse(file: str) -> ast.Module:
     return ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
 
