@@ -40,9 +40,9 @@ DIT = {
     "upcast_attention": Key(False, FLAG),  # float32 logits: kdiff has no others
     "norm_type": only("ada_norm_zero"),
     "norm_elementwise_affine": only(False),
-    "norm_eps": Key(1e-5, real(0.0, 1.0)),  # of the feed-forward layer's normalisation; all others have NORM_EPS
+    "norm_eps": Key(1e-5, real(0.0, 1.0)),  # of the feed-forward layer's normalisation; all others have _NORM_EPS
 }
-NORM_EPS = 1e-6
+_NORM_EPS = 1e-6
 # The class that had been DiT's, `Transformer2DModel`, has many uses and so other defaults. Its own keys say nothing of
 # DiT, except with these values.
 OLD_DEFAULTS = {
@@ -75,8 +75,8 @@ def dit(config: dict[str, Any], source: Any, separate: bool = False) -> Describe
     config = complete(config, OLD_DIT if config.get("_class_name") == "Transformer2DModel" else DIT, source)
     heads, width = config["num_attention_heads"], config["num_attention_heads"] * config["attention_head_dim"]
     options = {"bias": config["attention_bias"], "dropout": config["dropout"]}
-    if config["norm_eps"] != NORM_EPS:
-        options["normalization"] = [LayerNorm(epsilon, affine=False) for epsilon in (NORM_EPS, config["norm_eps"])]
+    if config["norm_eps"] != _NORM_EPS:
+        options["normalization"] = [LayerNorm(epsilon, affine=False) for epsilon in (_NORM_EPS, config["norm_eps"])]
     network = DiT(
         width,
         config["num_layers"],
