@@ -260,8 +260,8 @@ def test_fit_save_and_go_on(kind, tmp_path):
     one = AutoencoderTrainer(small(kind), discriminator=discriminator(), terms=[Gradients(0.5)])
     one.compile(keras.optimizers.Adam(1e-2), keras.optimizers.SGD(0.0))
     judge = [numpy(weight).copy() for weight in one.discriminator.weights]
-    options = {"batch_size": 4, "verbose": 0, "shuffle": False}
-    history = one.fit(X, epochs=2, **options).history
+    options = {"batch_size": 2, "verbose": 0, "shuffle": False}
+    history = one.fit(X, epochs=3, **options).history
     assert set(history) == {"loss", *one.parts}
     assert history["l1"][-1] < history["l1"][0]
     for a, b in zip(judge, one.discriminator.weights, strict=True):  # its own learning rate is 0

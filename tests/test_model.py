@@ -136,7 +136,6 @@ def test_every_form_of_data_trains_alike(conditional):
         assert loss == pytest.approx(losses["arrays"], rel=1e-5)
 
 
-@pytest.mark.eager
 @pytest.mark.data
 @pytest.mark.parametrize("conditional", [False, True])
 @pytest.mark.parametrize("form", ["images", "pairs"])
