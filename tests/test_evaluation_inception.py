@@ -70,7 +70,7 @@ def test_every_stage_is_that_of_pytorch_fid(theirs):
 @pytest.mark.once
 def test_weights_that_do_not_match_are_named():
 
-    with pytest.raises(ValueError, match=r"Mixed_7c.branch_pool.conv.weight"):
+    with pytest.raises(ValueError, match=r"(?s)470 arrays.*Conv2d_1a_3x3.conv.weight"):
         inception({"fc.weight": np.zeros((1008, 2048), "float32")})
     with pytest.raises(ValueError, match="`output` must be one of"):
         InceptionFID({}, output="softmax")

@@ -123,7 +123,13 @@ class Extractor:
         pick = self.output or (lambda made: getattr(made, "vector", made))
         if not isinstance(self.network, keras.layers.Layer):
             return lambda batch: pick(self.network(batch))
-        return backend.compiled(lambda batch: pick(self.network(batch, training=False)), self.network)
+        struct = getattr(self.network, "input", None) if isinstance(self.network, keras.Model) else None
+        name = next(iter(struct)) if isinstance(struct, dict) and len(struct) == 1 else None  # as KerasHub's "images"
+
+        def run(batch):
+            return pick(self.network(batch if name is None else {name: batch}, training=False))
+
+        return backend.compiled(run, self.network)
 
     @property
     def description(self) -> str:
@@ -163,13 +169,20 @@ class Extractor:
         made = hashlib.sha256()
         parts = [type(self.network).__name__, getattr(self.output, "__qualname__", None), repr(self.prepare)]
         with backend.without_tensorflow():
-            parts.append(json.dumps(self.network.get_config(), sort_keys=True, default=repr))
-        made.update(json.dumps(parts).encode())
+            parts.append(_without_names(self.network))
+        made.update(json.dumps(parts, sort_keys=True, default=repr).encode())
         for weight in self.network.weights:
             array = np.ascontiguousarray(ops.convert_to_numpy(weight))
             made.update(f"{array.dtype}{array.shape}".encode())
             made.update(array.view("uint8").reshape(-1).data if array.ndim else array.tobytes())
         return made.hexdigest()
+
+
+def _without_names(network: keras.layers.Layer) -> Any:
+    """Its configuration, where layers have numbers in place of their names, which Keras counts up in a process."""
+    names = {layer.name: f"layer {i}" for i, layer in enumerate(network._flatten_layers())}
+    config = network.get_config()
+    return keras.tree.map_structure(lambda x: names.get(x, x) if isinstance(x, str) else x, config)
 
 
 def clip_vision(encoder: CLIPVision, batch_size: int = 64) -> Extractor:

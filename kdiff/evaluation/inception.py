@@ -19,8 +19,6 @@ from kdiff.interop.weights import Slot, assign
 
 __all__ = ["BLOCKS", "InceptionFID", "inception"]
 
-Unit = tuple[str, int, int | tuple[int, int]]  # the name of a convolution, its channels and its kernel
-
 
 def _a(pool):
     return (
