@@ -275,6 +275,21 @@ def test_feature_likelihood_is_that_of_the_mixture_whose_variances_fit_best():
 
 
 @pytest.mark.once
+def test_feature_likelihood_divergence_is_a_difference_of_mixtures():
+    """All halves of so small a training set are tried: which one the metric draws is its own affair."""
+    samples, train, test = drawn(3, A, dtype="float64"), drawn(4, seed=1, dtype="float64"), drawn(6, A, 2, "float64")
+    metric = evaluation.FeatureLikelihoodDivergence(None, train, test)
+    found = updated(metric, samples).result()
+    samples, train, rows = ((part - test.mean(0)) / test.std(0, ddof=1) for part in (samples, train, test))
+    scores = []
+    for half in itertools.combinations(range(4), 2):
+        rest = [i for i in range(4) if i not in half]
+        best = mixture_by_pairs(rows, train[list(half)], fitted_variances(train[rest], train[list(half)]))
+        scores.append(100 / 3 * (best - mixture_by_pairs(rows, samples, fitted_variances(train, samples))).mean())
+    assert min(abs(np.array(scores) / found - 1)) < 1e-6
+
+
+@pytest.mark.once
 def test_feature_likelihood_sees_copies_that_no_distance_sees():
     train, test, fresh = (drawn(300, seed=seed) for seed in range(3))
     copies = train[:150] + 1e-3 * drawn(150, seed=9)
@@ -365,6 +380,7 @@ BAD = [
     (lambda m: evaluation.Precision(None, np.zeros((5, 2)), k=0), "`k`"),
     (lambda m: updated(evaluation.Coverage(None, np.zeros((5, 3))), drawn(40)).result(), "there are 5"),
     (lambda m: evaluation.KernelDistance(gamma=-1.0), "`gamma`"),
+    (lambda m: updated(evaluation.CMMD(None, drawn(3)), drawn(9)).result(), "4 real examples are needed"),
     (lambda m: evaluation.CMMD(sigma=0.0), "`sigma`"),
     (lambda m: evaluation.FeatureLikelihoodDivergence(None, np.zeros((5, 2))), "`held_out`"),
     (lambda m: updated(evaluation.FrechetDistance(), np.zeros((5, 2))).result(), "there is no `reference`"),

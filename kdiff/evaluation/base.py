@@ -30,7 +30,7 @@ class Report(NamedTuple):
         value: the score.
         standard_error: of `value`, for the choice of the samples and, if its features are known, of the reference.
         interval: the confidence interval, at the level asked for, of the score that samples as many as these have on
-            average.
+            average. NaN, as the standard error, where there are too few for two parts.
         n: how many samples there were.
         reference_n: how many examples the reference has; None if there is none, or nobody knows.
         extrapolated: the score of infinitely many samples and examples (`FrechetDistance` alone); None where there are

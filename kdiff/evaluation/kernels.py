@@ -84,6 +84,9 @@ class _KernelMetric(FeatureMetric):
         return rows / np.linalg.norm(rows, axis=1, keepdims=True) if self.normalized else rows
 
     def _sums(self, samples, reference):
+        if reference.features.shape[0] < self.fewest:
+            raise ValueError(f"{self.name}: {self.fewest} real examples are needed at least; there are {reference.n}")
+
         def real():
             rows = self._prepared(reference.features)
             return rows, _Within(self.kernel, rows, self.groups)
