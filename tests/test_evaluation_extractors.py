@@ -33,6 +33,17 @@ def test_features_are_those_of_the_network_in_batches_of_one_size():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_features_of_half_precision_are_float32():
+    network = classifier()
+    half = keras.Sequential([layers.Input((8, 8, 3)), layers.Conv2D(4, 3, activation="relu", dtype="mixed_bfloat16")])
+    half.add(layers.GlobalAveragePooling2D(dtype="bfloat16"))
+    half.layers[0].set_weights(network.get_layer("maps").get_weights())
+    found = Extractor(half, Images(8))(pictures())
+    assert found.dtype == "float32"
+    expected = Extractor(network, Images(8), layer="pooled")(pictures())
+    np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
+
+
 def test_a_layer_of_a_classifier_is_taken():
     network = classifier()
     found = Extractor(network, Images(8), layer="pooled")
