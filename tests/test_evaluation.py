@@ -232,10 +232,10 @@ def test_inception_score_of_sure_and_unsure_classifiers():
     sure = np.tile(np.eye(5, dtype="float32"), (20, 1))
     assert updated(evaluation.InceptionScore(), sure).result() == pytest.approx(5)
     assert updated(evaluation.InceptionScore(), np.full((40, 5), 0.2)).result() == pytest.approx(1)
-    logits = uncertain(60, 0)
+    logits = uncertain(62, 0)
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     scores = []
-    for part in (p[:20], p[20:40], p[40:]):
+    for part in (p[:20], p[20:41], p[41:]):
         q = part.mean(0)
         scores.append(math.exp(np.mean([stats.entropy(row, q) for row in part])))
     metric = updated(evaluation.InceptionScore(splits=3, from_logits=True), logits)

@@ -93,6 +93,17 @@ def test_samples_are_read_as_their_files_would_be():
     assert Images(7, form="area").clone(mean=0.0) == Images(7, 0.0, form="area")
 
 
+def test_a_bare_model_is_made_an_extractor_that_wants_one_range():
+    network, samples = classifier(), pictures(6, (8, 8)) / np.float32(127.5) - 1
+    metric = FrechetDistance(network, samples)
+    metric.update_state(samples)
+    assert metric.result() == pytest.approx(0, abs=1e-6)
+    assert metric.report().features == "classifier"
+    np.testing.assert_allclose(metric.reference.features, numpy(network(samples, training=False)), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="some examples are uint8"):
+        metric.update_state(pictures(6, (8, 8)))
+
+
 def test_batches_of_any_kind_are_a_reference():
     x = pictures(8, (8, 8))
     network = Extractor(classifier(), Images(8), batch_size=4)

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 
 from kdiff.base import check_integer
+from kdiff.evaluation.extractors import Extractor
 from kdiff.evaluation.reference import Reference, check_features
 from kdiff.evaluation.resampling import groups_of, half_width, jackknife_variance, parts_variance
 
@@ -177,10 +178,16 @@ class FeatureMetric(SampleMetric):
     """A score of features of samples beside those of real examples. A subclass writes `_distance`.
 
     Args:
-        features: a function of a batch of examples to features (batch, features); None if they are features already.
+        features: a function of a batch of examples to features (batch, features), such as an `Extractor`, which a Keras
+            model is made; None if they are features already.
         reference: the real examples: an array, an iterable of batches, or a `Reference`, which metrics may share.
         held_out: other real examples, for the baseline: what they would score in the place of as many samples.
         groups, name: as of `SampleMetric`.
+
+    Raises:
+        TypeError: for `features` that cannot be called.
+        ValueError: if features are of different widths; or of uint8 images and of samples in another range, where
+            nothing brings both to one (`Extractor(network, Images())` does).
     """
 
     def __init__(
@@ -195,7 +202,8 @@ class FeatureMetric(SampleMetric):
         super().__init__(groups, name)
         if features is not None and not callable(features):
             raise TypeError(f"{self.name}: `features` must be a function of a batch, or None; received: {features!r}")
-        self.features = features
+        self.features = Extractor(features) if isinstance(features, keras.layers.Layer) else features
+        self._shared, self._whole = id(features), None
         self.reference = None if reference is None else self._reference(reference)
         self.held_out = None if held_out is None else self._reference(held_out).features
         widths = [part for part in (self.reference, self.held_out) if part is not None]
@@ -210,7 +218,17 @@ class FeatureMetric(SampleMetric):
 
     def extract(self, examples: Any) -> np.ndarray:
         """The features (count, features) of an array of examples, or of an iterable of batches of them."""
-        return check_features(self.name, features_of(self.features, examples))
+        return check_features(self.name, features_of(self._of_batch, examples))
+
+    def _of_batch(self, batch):
+        whole = keras.backend.standardize_dtype(batch.dtype) == "uint8"
+        if self._whole not in (None, whole) and getattr(self.features, "prepare", None) is None:
+            raise ValueError(
+                f"{self.name}: some examples are uint8 and others are not, and nothing brings both to one range, as "
+                "`Extractor(network, Images())` does"
+            )
+        self._whole = whole
+        return batch if self.features is None else self.features(batch)
 
     def update_state(self, samples: Any) -> None:
         """Adds a batch of samples."""
@@ -219,9 +237,9 @@ class FeatureMetric(SampleMetric):
         self.add(self.extract(samples))
 
     def update_from(self, samples, conditions, shared):
-        if id(self.features) not in shared:
-            shared[id(self.features)] = self.extract(samples)
-        self.add(shared[id(self.features)])
+        if self._shared not in shared:
+            shared[self._shared] = self.extract(samples)
+        self.add(shared[self._shared])
 
     def add(self, features: np.ndarray) -> None:
         """Adds samples whose features, (count, features), are known."""
@@ -295,4 +313,6 @@ def _examples(batch: Any) -> Any:
 
 def described(features: Callable | None) -> str:
     """What makes the features, in words."""
-    return "given" if features is None else getattr(features, "description", None) or type(features).__name__
+    if features is None:
+        return "given"
+    return getattr(features, "description", None) or getattr(features, "__qualname__", type(features).__name__)

@@ -1,8 +1,10 @@
 """Whether samples show what their texts ask for, by embeddings of both in one space, as CLIP's.
 
-metric = CLIPScore(images=embed_images, texts=embed_texts)
-metric.update_state(model.sample(100, text=prompts), prompts)
-print(metric.report())
+    metric = CLIPScore(clip.embed_image, clip.embed_text)    # of a `kdiff.contrastive.Contrastive`
+    metric.update_state(model.sample(100, text=prompts), prompts)
+    print(metric.report())
+
+Any functions of images and of texts will do. Embeddings are divided by their length.
 """
 
 from collections.abc import Callable, Sequence
