@@ -14,6 +14,7 @@ from kdiff.evaluation.feature_likelihood import fitted_variances, mixture_log_li
 # Two Gaussians in three dimensions: (mean, covariance).
 A = (np.array([0.4, -0.2, 0.1]), np.array([[1.2, 0.3, 0.0], [0.3, 0.8, 0.1], [0.0, 0.1, 0.6]]))
 B = (np.zeros(3), np.eye(3))
+FAR = (A[0] + 0.9, 0.4 * A[1])  # from which no two scores of neighbours are the same
 METRICS = [
     evaluation.FrechetDistance,
     evaluation.KernelDistance,
@@ -93,7 +94,7 @@ EQUATIONS = [
 
 @pytest.mark.parametrize(("metric", "equation"), EQUATIONS)
 def test_is_the_equation_of_the_paper_in_one_batch_or_several(metric, equation):
-    x, y = drawn(41, A), drawn(33, seed=1)
+    x, y = drawn(41, FAR), drawn(33, seed=1)
     streamed = metric(None, y)
     for batch in (x[:20], x[20:39], keras.ops.convert_to_tensor(x[39:])):
         streamed.update_state(batch)
