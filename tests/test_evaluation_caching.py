@@ -4,6 +4,7 @@ import pytest
 from keras import layers
 
 from kdiff.evaluation import Extractor, FrechetDistance, Images, cached_reference
+from kdiff.evaluation.caching import fingerprint
 from tests.toys import draw_weights
 
 
@@ -83,3 +84,10 @@ def test_a_damaged_file_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="not a whole file of features"):
         cached_reference(features, pictures(), tmp_path)
+
+
+@pytest.mark.once
+def test_examples_that_repeat_count():
+    a, b = np.zeros((1, 3)), np.ones((1, 3))
+    assert fingerprint(np.concatenate([a, a])) != fingerprint(np.concatenate([b, b]))
+    assert fingerprint(np.concatenate([a, b])) == fingerprint([b, a])
