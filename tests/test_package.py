@@ -37,7 +37,7 @@ MATHEMATICS = (
     "sampling",
     "analytic",
 )
-LAST = ("pictures", "autoencoding")
+LAST = ("pictures", "autoencoding", "evaluation")
 PATHS = (
     (
         *FOUNDATIONS,
@@ -52,7 +52,6 @@ PATHS = (
         "scenes",
         "data",
         "callbacks",
-        "evaluation",
     ),
     (*FOUNDATIONS, "blocks", "networks", "control"),
     (*FOUNDATIONS, "blocks", "encoders"),
@@ -87,6 +86,7 @@ REQUIREMENTS = {
     "text": {"tokenizers", "keras_hub"},
     "encoders": {"tokenizers", "sentencepiece"},
     "interop": {"h5py", "safetensors", "torch"},
+    "evaluation": {"scipy", "sklearn", "keras_hub"},
     "callbacks": {"h5py"},  # which Keras requires
     "data": {"PIL", "keras_cv", "sklearn", "tensorflow", "tensorflow_datasets"},
 }
