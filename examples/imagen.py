@@ -13,7 +13,8 @@ and sees them with noise of a level that it is told. What is measured:
     super-resolution stage, of one trained for as long without that noise, and of bicubic interpolation
 
 The distance is of the Gaussians of all squares of 8 x 8 pixels: it sees edges, corners and colours, not what the
-pictures show. --minutes are those of a core. The saved cascade draws other prompts: --model FOLDER/imagen.keras.
+pictures show; it needs the extra `evaluation`. --minutes are those of a core. The cascade that is saved draws other
+prompts: --model FOLDER/imagen.keras.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from kdiff import operators, pictures, scenes
 from kdiff.blocks import Beside, TextEncoder, TransformerBlock
 from kdiff.blocks.resizing import resized
 from kdiff.encoders import Prompt
+from kdiff.evaluation import frechet_distance
 from kdiff.guidance import ClassifierFree, DynamicThreshold
 from kdiff.networks import DiT, published
 
@@ -114,16 +116,15 @@ def decibels(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Of the Gaussians of squares: |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))."""
+    """Of the Gaussians of squares of pixels."""
 
     def squares(x):
         count, size = len(x), x.shape[1] // PATCH
         x = x.astype("float64").reshape(count, size, PATCH, size, PATCH, 3)
         return x.swapaxes(2, 3).reshape(-1, PATCH * PATCH * 3)
 
-    (m_a, c_a), (m_b, c_b) = ((y.mean(0), np.cov(y.T)) for y in map(squares, (a, b)))
-    roots = np.sqrt(np.linalg.eigvals(c_a @ c_b).real.clip(0))
-    return float(np.sum((m_a - m_b) ** 2) + np.trace(c_a + c_b) - 2 * roots.sum())
+    moments = [(y.mean(0), np.cov(y.T)) for y in map(squares, (a, b))]
+    return frechet_distance(*moments[0], *moments[1])
 
 
 def follow(cascade: kdiff.Cascade, options: argparse.Namespace) -> None:

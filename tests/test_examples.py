@@ -149,6 +149,7 @@ def t5_folder(folder, captions):
 @pytest.mark.parametrize("words", ["learned", pytest.param("t5", marks=pytest.mark.thorough)])
 def test_imagen(run, tmp_path, words):
     pytest.importorskip("PIL")
+    pytest.importorskip("scipy")
     small = ("--minutes", "0.001", "--sizes", "8", "16", "32", "--pictures", "16", "--batch-size", "8", "--width", "32")
     small = (*small, "--steps", "1", "--test", "4", "--out", str(tmp_path))
     if words == "t5":
