@@ -12,7 +12,7 @@ gradient accumulation and clipping are untouched.
 import inspect
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +21,8 @@ import keras
 from keras import ops
 
 from kdiff import backend, random
-from kdiff.base import Configurable, check_number
+from kdiff.averages import Profile, profiles_of
+from kdiff.base import Configurable
 from kdiff.codecs import Codec
 from kdiff.conversion import moved
 from kdiff.denoisers import Estimate, Given
@@ -56,8 +57,9 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
         objective: an `Objective` or its name: what the network learns.
         sampler: a `Sampler`, a `Solver`, or the name of one: by which `sample` samples where nothing else is asked for.
         ema: the decay of the averaged weights, in [0, 1); None keeps no averages. In update n it is
-            min(ema, (1 + n) / (10 + n)), so that the first weights are soon forgotten. Validation and sampling use
-            the averages.
+            min(ema, (1 + n) / (10 + n)), so that the first weights are soon forgotten. Or another profile of
+            `kdiff.averages`, or a list of several. Validation and sampling use the averages, the first if there are
+            several; `kdiff.posthoc` makes others of `[Power(0.05), Power(0.1)]` after training.
         seed: names the random numbers of training, the same on every backend.
         name: the model's name.
 
@@ -81,7 +83,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
         codec="pixels",
         objective="denoising",
         sampler="ddim",
-        ema: float | None = 0.999,
+        ema: float | Profile | Sequence[float | Profile] | None = 0.999,
         seed: int = 0,
         name: str | None = None,
     ):
@@ -90,8 +92,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
         # The network has its own precision. Here nothing is cast: neither examples on their way to `encode`, nor the
         # averages, which take the place of float32 weights.
         super().__init__(name=name, dtype="float32", autocast=False)
-        if ema is not None:
-            check_number("DiffusionModel", "ema", ema, 0.0, 1.0 - 1e-9)
+        profiles_of(ema)
         random.key_of(seed)
         self.network = network
         self.schedule = NoiseSchedule.get(schedule)
