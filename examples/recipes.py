@@ -5,9 +5,9 @@
     KERAS_BACKEND=jax python examples/recipes.py --steps 8000          # as the picture in README
 
 Only objects are swapped: schedule, prediction, training times, loss weight, grid and solver. It leaves a picture with
-the data, and the samples of each, and prints how far these are from the data. The recipes that predict noise at uniform
-times of DDPM's schedule take longest: most of these times have hardly any signal. Of the swiss roll 14 % of DDPM's
-samples are off the data, by 0.15 or more, after 2,000 steps and 0.1 % after 8,000; with the exact denoiser none.
+the data, and the samples of each, and prints how far these are from the data. DDPM and Stable Diffusion take longest to
+learn: of their samples of the swiss roll, 14 % and 7 % are off it by more than 0.15, four of its standard deviations,
+after 2,000 steps, 0.1 % and 2.4 % after 8,000, and with the exact denoiser in the network's place 0 and 0.6 %.
 """
 
 import argparse
@@ -131,9 +131,7 @@ def main() -> None:
         panel.plot(*samples.T, ".", markersize=2)
         panel.set_title(f"{name}\n{sampler.solver!r}", fontsize=9)
         far = distance(samples, points)
-        print(
-            f"{name:22} distance {far:.4f}   loss {loss:.4f}   {seconds:4.0f} s   {model.schedule!r}, {model.prediction!r}, {sampler!r}"
-        )
+        print(f"{name:22} distance {far:.4f}   loss {loss:.4f}   {seconds:4.0f} s   {model.schedule!r}, {sampler!r}")
     panels[0].set(xlim=(-2.2, 2.2), ylim=(-2.2, 2.2), aspect="equal")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out, dpi=110)
