@@ -10,6 +10,7 @@ from kdiff import (
     codecs,
     control,
     conversion,
+    degradations,
     encoders,
     guidance,
     interop,
@@ -32,16 +33,22 @@ from kdiff import (
 )
 from kdiff.base import Configurable
 from kdiff.callbacks import BackupCallback, SampleCallback
+from kdiff.cascade import Cascade
+from kdiff.contrastive import Contrastive
 from kdiff.model import DiffusionModel
 from kdiff.sampling import Sampler, Step
+from kdiff.unclip import UnCLIP
 
 __all__ = [
     "BackupCallback",
+    "Cascade",
     "Configurable",
+    "Contrastive",
     "DiffusionModel",
     "SampleCallback",
     "Sampler",
     "Step",
+    "UnCLIP",
     "analytic",
     "autoencoding",
     "averages",
@@ -49,6 +56,7 @@ __all__ = [
     "codecs",
     "control",
     "conversion",
+    "degradations",
     "encoders",
     "guidance",
     "interop",
