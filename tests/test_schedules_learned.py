@@ -21,6 +21,7 @@ def bent(seed=0, **options):
     schedule = Learned(**options)
     schedule.moments.assign(np.exp(3.0 * np.random.default_rng(seed).normal(size=schedule.parts)))
     schedule.known.assign(np.ones(schedule.parts))
+    schedule.settle()
     return schedule
 
 
@@ -60,7 +61,7 @@ def test_it_falls_and_has_an_inverse_whatever_it_has_learned():
         learned = getattr(schedule, "schedule", schedule)
         ends = np.array([learned.max_log_snr, learned.min_log_snr]) + getattr(schedule, "shift", 0.0)
         np.testing.assert_allclose(log_snr[[0, -1]], ends, atol=1e-4)
-        assert numpy(learned.probabilities()).min() >= learned.floor / learned.parts * 0.999
+        assert numpy(learned.p).min() >= learned.floor / learned.parts * 0.999
 
 
 def test_the_slope_is_the_derivative():
@@ -90,7 +91,10 @@ def test_what_is_learned_are_the_moments_of_the_losses():
     np.testing.assert_allclose(numpy(schedule.known), [0.75, 0, 0.5, 0], rtol=1e-6)
     mean = (first + third) / 1.25
     size = np.sqrt([first / 0.75, mean, third / 0.5, mean])
-    np.testing.assert_allclose(numpy(schedule.probabilities()), 0.9 * size / size.sum() + 0.025, rtol=1e-6)
+    np.testing.assert_allclose(numpy(schedule.log_snr([0.25, 0.75])), [1.0, -1.0], atol=1e-6)  # as it was
+    schedule.settle()
+    np.testing.assert_allclose(numpy(schedule.p), 0.9 * size / size.sum() + 0.025, rtol=1e-6)
+    np.testing.assert_allclose(numpy(schedule.log_snr(schedule.p[0])), 1.0, atol=1e-6)
 
 
 def test_the_integral_of_the_bound_does_not_depend_on_the_interior():
@@ -132,7 +136,7 @@ def test_the_estimate_varies_less_after_training():
     model.fit(x, epochs=8, batch_size=256, verbose=0)
     after = losses(model, x)
     best = ideal(model.schedule)
-    np.testing.assert_allclose(numpy(model.schedule.probabilities()), best, rtol=0.25, atol=0.003)
+    np.testing.assert_allclose(numpy(model.schedule.p), best, rtol=0.25, atol=0.003)
     assert after.std() < 0.9 * before.std()
     error = math.hypot(before.std(), after.std()) / math.sqrt(len(x))
     assert after.mean() == pytest.approx(before.mean(), abs=4 * error)
@@ -158,13 +162,25 @@ def test_it_is_saved_with_the_model(tmp_path):
     np.testing.assert_array_equal(numpy(twin.schedule.log_snr(TIMES)), numpy(model.schedule.log_snr(TIMES)))
     samples = model.sample(1, steps=2)
     np.testing.assert_allclose(twin.sample(1, steps=2), samples, atol=1e-6)
-    model.schedule.schedule.moments.assign(np.arange(1.0, 33.0) ** 4)
+    model.schedule.schedule.p.assign(np.arange(1.0, 33.0) / 560.0)
     changed = model.sample(1, steps=2)
     assert np.abs(changed - samples).max() > 1e-4
     np.testing.assert_allclose(twin.sample(1, steps=2, schedule=model.schedule), changed, atol=1e-5)
-    model.schedule.schedule.moments.assign(np.arange(33.0, 1.0, -1.0) ** 4)
+    model.schedule.schedule.p.assign(np.arange(33.0, 1.0, -1.0) / 560.0)
     again = twin.sample(1, steps=2, schedule=model.schedule)
     assert np.abs(again - changed).max() > 1e-4
+
+
+def test_bits_per_dim_are_of_the_schedule_that_a_step_began_with():
+    """The metric is the loss, in nats a dimension, and the two other terms, also in a step that changes much."""
+    x = STD * np.random.default_rng(0).normal(size=(64, 16)).astype("float32")
+    model = likelihood_model(Learned(rate=1.0))
+    model.compile(keras.optimizers.SGD(0.0), metrics=[likelihood.BitsPerDim()])
+    for _ in range(2):
+        history = model.fit(x, batch_size=64, verbose=0).history
+        rest = 0.5 * math.exp(-5.0) * np.mean(x**2) + 0.5 * (1.0 + math.log(2.0 * math.pi) - 13.3)
+        bits = (history["loss"][0] + rest) / math.log(2.0)
+        assert history["bits_per_dim"][0] == pytest.approx(bits, abs=1e-3)
 
 
 def test_half_precision():

@@ -1,10 +1,12 @@
 """Training that shapes its schedule, `schedules.Learned` (Kingma et al. 2021, "VDM", arXiv:2107.00630, appendix I)."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from keras import ops
 
+from kdiff import backend
 from kdiff.objectives.base import Problem
 from kdiff.objectives.denoising import Denoising
 from kdiff.schedules import Learned
@@ -22,6 +24,12 @@ class LearnedSchedule(Denoising):
     With a weight per log-SNR the expected loss is the same all the while: with `Variational` it is that of the
     variational bound, in nats a dimension. The schedule may be inside another, as in `Shifted(Learned(), 1.0)`.
     """
+
+    def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
+        if training and backend.has_numbers(x):
+            # Not when it learns: what is measured of a step is of the schedule that it began with.
+            _learned(model.schedule).settle()
+        return super().problem(model, x, conditions, keys, training)
 
     def learn(self, model: Any, problem: Problem, errors) -> None:
         """Notes the squared error of each example, with its weight."""

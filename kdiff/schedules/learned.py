@@ -11,6 +11,7 @@ of parts, of which the probabilities are known as soon as the moments of h are, 
 running means, and weights of the schedule: saved with the model, neither averaged nor touched by an optimizer.
 """
 
+import keras
 from keras import ops
 
 from kdiff.base import check_integer, check_number
@@ -26,7 +27,7 @@ class Learned(NoiseSchedule):
         log_snr = l_k - width (t - c_k) / p_k   in part k,    l_k = max_log_snr - k width,    c_k = p_0 + ... + p_(k-1).
 
     All parts are equally wide in log-SNR. Before training p_k = 1 / parts, and log_snr is linear in t. With any other
-    objective it stays as it is. It is itself alone that it is equal to, for a copy has not learned what it has.
+    objective it stays as it is. It is equal to itself alone, for a copy has not learned what it has.
 
     Args:
         min_log_snr: log-SNR at t = 1, which stays, as that at t = 0 does. The defaults are those that VDM begins with.
@@ -53,14 +54,16 @@ class Learned(NoiseSchedule):
         self.min_log_snr, self.max_log_snr = min_log_snr, max_log_snr
         self.parts, self.floor, self.rate = parts, floor, rate
         self.width = (max_log_snr - min_log_snr) / parts
-        self.moments = self._state("moments")  # running means of squares that begin at 0
-        self.known = self._state("known")  # what those of 1 would be
+        self.moments = self._state("moments", 0.0)  # running means of squares that begin at 0
+        self.known = self._state("known", 0.0)  # what those of 1 would be
+        self.p = self._state("p", 1.0 / parts)
 
-    def _state(self, name: str):
-        return self.add_weight(name=name, shape=(self.parts,), dtype="float32", initializer="zeros", trainable=False)
+    def _state(self, name: str, value: float):
+        initializer = keras.initializers.Constant(value)
+        return self.add_weight(name=name, shape=(self.parts,), initializer=initializer, trainable=False)
 
-    def probabilities(self):
-        """p_k, float32, shape `(parts,)`: of a part of which no loss was seen yet, by the mean of the others."""
+    def best(self):
+        """The p_k that suit the losses, `(parts,)`; of a part of which none was seen yet, by the mean of the others."""
         moments, known = self.moments.value, self.known.value
         mean = ops.sum(moments) / ops.maximum(ops.sum(known), 1e-30)
         size = ops.sqrt(ops.where(known > 0.0, moments / ops.maximum(known, 1e-30), mean))
@@ -69,7 +72,7 @@ class Learned(NoiseSchedule):
         return (1.0 - self.floor) * learned + self.floor / self.parts
 
     def learn(self, t, losses) -> None:
-        """Takes note of losses that were estimated at uniform times.
+        """Takes note of losses that were estimated at uniform times; the schedule stays until `settle` is called.
 
         Args:
             t: the times, shape `(batch,)`.
@@ -85,6 +88,10 @@ class Learned(NoiseSchedule):
         kept = (1.0 - self.rate) ** count
         self.moments.assign(kept * self.moments.value + (1.0 - kept) * mean)
         self.known.assign(kept * self.known.value + (1.0 - kept))
+
+    def settle(self) -> None:
+        """Takes on what it has learned."""
+        self.p.assign(self.best())
 
     def log_snr(self, t):
         t = ops.convert_to_tensor(t, "float32")
@@ -107,7 +114,7 @@ class Learned(NoiseSchedule):
 
     def _steps(self):
         """(p_k, c_k), scaled so that the last part ends at 1 also in float32."""
-        p = self.probabilities()
+        p = self.p.value
         until = ops.cumsum(p)
         return p / until[-1], ops.concatenate([ops.zeros((1,)), until[:-1] / until[-1]])
 
