@@ -373,7 +373,7 @@ def _encoded(value: Any, layer: Any, rows: dict) -> Any:
     key = (
         *map(id, layer.encoders),
         *map(repr, layer.tokenizers),
-        layer.masked,
+        *(layer.masked, layer.lower, layer.inside),
         tuple(strings([value] if one else value)),
     )
     if key not in rows:

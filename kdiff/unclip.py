@@ -175,7 +175,7 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
             check_integer("UnCLIP", name, value)
         if best_of > 1 and (self.clip is None or not is_text(conditions.get("text"))):
             raise ValueError("UnCLIP: `best_of` above 1 needs a `clip`, and a `text` of strings")
-        rows = self.prior._rows_of(conditions, num_samples)
+        rows = self.prior.condition_rows(conditions, num_samples)
         rows = {name: np.repeat(value, best_of, axis=0) for name, value in rows.items()}
         options = {**(options or {}), "seed": seed, "batch_size": batch_size, "verbose": verbose}
         z = self.prior.sample(num_samples * best_of, **options, **rows)

@@ -205,6 +205,10 @@ def test_a_text_is_encoded_once_by_encoders_that_stages_share(tmp_path, monkeypa
     monkeypatch.setattr(Prompt, "_rows", lambda self, texts: calls.append(texts) or rows[np.argsort(["red", "box"])])
     x = cascade.sample(2, text=["red", "box"], steps=2)
     assert len([texts for texts in calls if texts != [""]]) == 1  # the empty text stands for none
+    prompts[1].lower = True  # makes other rows of the same text
+    cascade.sample(2, text=["RED", "box"], steps=2)
+    assert len([texts for texts in calls if texts != [""]]) == 3
+    prompts[1].lower = False
     monkeypatch.undo()
     np.testing.assert_allclose(cascade.sample(2, text=rows, steps=2), x, atol=1e-5)
     cascade.save(tmp_path / "cascade.keras")

@@ -306,6 +306,8 @@ class Prompt(Condition):
             for encoder in self.encoders:
                 held.enter_context(backend.replaced(self, encoder))
             self.encoders = list(encoders)
+        for encoder in self.encoders:
+            encoder.freeze()
         self.changed()
 
     def load_own_variables(self, store) -> None:
