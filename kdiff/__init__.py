@@ -9,6 +9,7 @@ from kdiff import (
     codecs,
     control,
     conversion,
+    degradations,
     encoders,
     guidance,
     interop,
@@ -30,22 +31,29 @@ from kdiff import (
 )
 from kdiff.base import Configurable
 from kdiff.callbacks import BackupCallback, SampleCallback
+from kdiff.cascade import Cascade
+from kdiff.contrastive import Contrastive
 from kdiff.model import DiffusionModel
 from kdiff.sampling import Sampler, Step
+from kdiff.unclip import UnCLIP
 
 __all__ = [
     "BackupCallback",
+    "Cascade",
     "Configurable",
+    "Contrastive",
     "DiffusionModel",
     "SampleCallback",
     "Sampler",
     "Step",
+    "UnCLIP",
     "analytic",
     "autoencoding",
     "blocks",
     "codecs",
     "control",
     "conversion",
+    "degradations",
     "encoders",
     "guidance",
     "interop",

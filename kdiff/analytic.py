@@ -184,6 +184,40 @@ class Gaussian(GaussianMixture):
         super().__init__(mean[None], covariance if covariance.ndim == 0 else covariance[None])
         self.mean, self.covariance = mean, covariance
 
+    def restored(self, x_t, m: Marginal, y, level: Marginal, matrix):
+        """E[x | x_t, y], y = alpha_y A x + sigma_y noise: the best denoiser of super-resolution, whose y is noised.
+
+            H = [alpha I; alpha_y A],  S = H cov H^T + diag(sigma^2 I, sigma_y^2 I)
+            E[x | x_t, y] = mean + cov H^T S^-1 ([x_t; y] - H mean)
+
+        Args:
+            x_t: noisy data, with shape `(batch, ...)`.
+            m: its marginal; the fields have shape `()` or `(batch,)`.
+            y: what is measured, with the shape of A x.
+            level: the marginal of `y`, as `m`.
+            matrix: A, an array with shape `(size of y, size of x)`, as `operators.Downsample(2).matrix((8, 8, 1))`.
+        """
+        size, a = self.mean.size, np.asarray(matrix, "float64")
+        cov = self.covariance if self.covariance.ndim == 2 else np.eye(size) * self.covariance
+        batch = ops.shape(x_t)[0]
+
+        def spread(of_x, of_y):
+            parts = (ops.broadcast_to(ops.reshape(v, (-1, 1)), (batch, n)) for v, n in ((of_x, size), (of_y, len(a))))
+            return ops.concatenate(list(parts), axis=1)
+
+        stacked = np.concatenate([np.eye(size), a])  # H without its scales, which are of rows
+        scales = spread(m.alpha, level.alpha)
+        noise = spread(m.sigma, level.sigma)
+        both, mean, gain = (
+            ops.convert_to_tensor(value.astype("float32"))
+            for value in (stacked @ cov @ stacked.T, stacked @ self.mean.reshape(-1), cov @ stacked.T)
+        )
+        s = scales[:, :, None] * both * scales[:, None, :] + noise[:, :, None] ** 2 * ops.eye(size + len(a))
+        z = ops.concatenate([ops.reshape(ops.cast(v, "float32"), (batch, -1)) for v in (x_t, y)], axis=1)
+        rest = ops.solve(s, (z - scales * mean)[:, :, None])[:, :, 0]
+        x_hat = mean[:size] + ops.matmul(scales * rest, ops.transpose(gain))
+        return ops.reshape(x_hat, ops.shape(x_t))
+
     def _flow(self, z, u, end, steps):
         """Each coordinate, in the axes of the covariance, keeps its standard score: z - mean ~ sqrt(cov + s^2)."""
         kept = np.sqrt((self._variances + np.exp(2 * end)) / (self._variances + np.exp(2 * u)))

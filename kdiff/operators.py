@@ -30,8 +30,8 @@ class Operator(Value):
         """A x, (batch, ...), of a batch of examples (batch, ...), float32. It must be linear."""
         raise NotImplementedError
 
-    def __call__(self, x):
-        """A x, of tensors or arrays."""
+    def __call__(self, x, key=None):
+        """A x, of tensors or arrays. `key`, of random numbers, is for `kdiff.degradations`; here it is not used."""
         x = ops.convert_to_tensor(x, "float32")
         self.check(tuple(x.shape[1:]))
         return self.forward(x)
@@ -47,6 +47,12 @@ class Operator(Value):
         """
         self.check(shape)
         return tuple(self.forward(ops.zeros((1, *shape))).shape[1:])
+
+    def matrix(self, shape: Shape) -> np.ndarray:
+        """A as a matrix, (size of A x, size of x), for examples of this small shape, flat."""
+        size = int(np.prod(shape))
+        columns = ops.convert_to_numpy(self(np.eye(size, dtype="float32").reshape(size, *shape)))
+        return columns.reshape(size, -1).T
 
     def adjoint(self, y, shape: Shape):
         """A^T y, for examples of this shape: <A x, y> = <x, A^T y>."""

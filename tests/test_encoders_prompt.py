@@ -7,7 +7,16 @@ from keras import ops
 
 import kdiff
 from kdiff.averages import Averages
-from kdiff.blocks import Joint, MLPEmbedding, SinusoidalEmbedding
+from kdiff.blocks import (
+    AttentionPool,
+    Chain,
+    Dense,
+    Joint,
+    LayerNorm,
+    MLPEmbedding,
+    SinusoidalEmbedding,
+    VectorAndTokens,
+)
 from kdiff.encoders import CLIPText, CLIPVision, Prompt, PromptVector, T5Text
 from kdiff.networks import DiT
 from kdiff.text import Bytes
@@ -70,6 +79,42 @@ def test_a_mask_goes_with_the_text():
     encoded = prompt({"text": ops.convert_to_tensor(rows)})
     np.testing.assert_array_equal(numpy(encoded.mask), mask)
     assert np.isfinite(rows).all()
+
+
+def test_what_fills_up_may_be_seen_and_texts_be_made_small_letters():
+    prompt, small = (Prompt(t5(), Bytes(6), masked=True, padded=True, lower=lower) for lower in (False, True))
+    rows = prompt.prepare(TEXTS)
+    np.testing.assert_array_equal(rows, Prompt(t5(), Bytes(6), masked=True).prepare(TEXTS))
+    assert prompt(ops.convert_to_tensor(rows)).mask is None
+    np.testing.assert_array_equal(small.prepare([" RED ", "", "Box", "red"]), rows)
+    assert np.abs(prompt.prepare([" RED "]) - rows[:1]).max() > 1e-3
+
+
+def test_a_layer_makes_a_vector_and_tokens_of_the_text(tmp_path):
+    """As DeepFloyd IF has it: pooled for the time, and through a dense layer. It is trained, the encoder is not."""
+    layer = VectorAndTokens(Chain([LayerNorm(), AttentionPool(2), Dense(8)]), Dense(6))
+    prompt = Prompt(t5(), Bytes(5), masked=True, layer=layer)
+    model = model_of(prompt)
+    draw_weights(model.network)
+    prompt.changed()
+    before = [np.array(numpy(w)) for w in prompt.encoders[0].weights]
+    trainable = {id(w) for w in model.trainable_variables}
+    assert all(id(w) in trainable for w in prompt.layer.weights)
+    encoded = prompt(ops.convert_to_tensor(prompt.prepare(TEXTS)))
+    assert (tuple(encoded.vector.shape), tuple(encoded.tokens.shape)) == ((4, 8), (4, 5, 6))
+    assert encoded.mask is not None
+    kernel = np.array(numpy(prompt.layer.tokens.kernel))
+    model.fit({"image": images(4), "text": TEXTS}, batch_size=2, verbose=0)
+    for old, new in zip(before, prompt.encoders[0].weights, strict=True):
+        np.testing.assert_array_equal(old, numpy(new))
+    assert np.abs(numpy(prompt.layer.tokens.kernel) - kernel).max() > 0
+    y = model.sample(1, text="red", steps=1)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(loaded.sample(1, text="red", steps=1), y, atol=1e-5)
+    again = prompt.through(None)
+    assert again.encoders[0] is prompt.encoders[0]
+    assert again.layer is None
 
 
 def model_of(prompt, **options):

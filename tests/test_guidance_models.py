@@ -8,7 +8,15 @@ from keras import layers, ops
 import kdiff
 from kdiff import Sampler, backend, identity_attention, schedules
 from kdiff.blocks import LabelEmbedding, MultiHeadAttention
-from kdiff.guidance import Autoguidance, ClassifierFree, ClassifierGuidance, Inpaint, PerturbedAttention, PiGDM
+from kdiff.guidance import (
+    Autoguidance,
+    ClassifierFree,
+    ClassifierGuidance,
+    DynamicThreshold,
+    Inpaint,
+    PerturbedAttention,
+    PiGDM,
+)
 from kdiff.networks import UNet
 from tests.test_guidance import LABELS, MIXTURE, POINTS, at, by_conditions, in_a_run
 from tests.toys import draw_weights, images, mostly_once, numpy, tiny_network
@@ -58,6 +66,18 @@ def test_a_number_is_the_scale_of_classifier_free(model):
     off = model.sample(3, sampler=sampler, guidance=1.0, label=labels)
     np.testing.assert_array_equal(off, model.sample(3, sampler=sampler, label=labels))
     assert np.abs(off - number).max() > 1e-3
+
+
+def test_a_number_leaves_the_other_rules_of_the_sampler(model):
+    """Its classifier-free guidance has the new scale and keeps its place; without one it is the first."""
+    threshold, labels = DynamicThreshold(0.5, 1.0), [0, 1, 2]
+    wanted = model.sample(3, sampler=Sampler("ddim", steps=3, guidance=[ClassifierFree(4.0), threshold]), label=labels)
+    for own in ([threshold], [ClassifierFree(2.0), threshold]):
+        found = model.sample(3, sampler=Sampler("ddim", steps=3, guidance=own), guidance=4.0, label=labels)
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+    rescaled = [threshold, ClassifierFree(2.0, rescale=0.5)]
+    sampler = model._sampler(Sampler("ddim", guidance=rescaled), None, 3.0)
+    assert sampler.guidance == (threshold, ClassifierFree(3.0, rescale=0.5))
 
 
 def test_it_is_the_formula(model):

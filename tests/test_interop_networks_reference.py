@@ -101,7 +101,12 @@ SMALL_DIT = {
     "sample_size": SIZE,
     "num_embeds_ada_norm": 10,
 }
-DITS = {"paper": {}, "patch_4": {"patch_size": 4, "out_channels": None}, "no_bias": {"attention_bias": False}}
+DITS = {
+    "paper": {"norm_eps": 1e-6},
+    "epsilon": {"norm_eps": 1e-2},
+    "patch_4": {"patch_size": 4, "out_channels": None},
+    "no_bias": {"attention_bias": False},
+}
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 from kdiff import DiffusionModel, blocks, networks
-from kdiff.networks import MLP, DiT, Hybrid, Level, MMDiT, UNet, UViT
+from kdiff.networks import MLP, DiT, Hybrid, Level, MMDiT, PriorTransformer, UNet, UViT
 from tests.helpers_gradients import perturb, run, value_and_gradients
 from tests.toys import mostly_once
 
@@ -82,6 +82,10 @@ NETWORKS = {
         (8, 8, 2),
     ),
     "mlp": (lambda: MLP(16, 2, conditions=label()), (2,)),
+    "prior": (
+        lambda: PriorTransformer(16, 2, conditions={**label(), "text": keras.layers.Identity()}),
+        (2,),
+    ),
 }
 
 
@@ -109,7 +113,8 @@ def made(name):
 
 
 @pytest.fixture(
-    scope="module", params=mostly_once(NETWORKS, ("dit_local", "dit_rotary", "mmdit", "uvit", "hybrid", "mlp"))
+    scope="module",
+    params=mostly_once(NETWORKS, ("dit_local", "dit_rotary", "mmdit", "uvit", "hybrid", "mlp", "prior")),
 )
 def perturbed(request):
     network, inputs = made(request.param)

@@ -100,3 +100,12 @@ def test_names_and_configuration():
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.once
+def test_an_operator_as_a_matrix():
+    np.testing.assert_allclose(Downsample(2).matrix((2, 2, 1)), np.full((1, 4), 0.25))
+    operator = Composed([Blur.gaussian(0.7, 1), Downsample(2)])
+    x = np.random.default_rng(1).standard_normal((1, 4, 4, 2)).astype("float32")
+    flat = operator.matrix((4, 4, 2)) @ x.reshape(-1)
+    np.testing.assert_allclose(flat, numpy(operator(x)).reshape(-1), atol=1e-6)

@@ -41,6 +41,7 @@ NETWORKS = {
         normalization=keras.layers.Identity(),
     ),
     "stable_diffusion": lambda: published.stable_diffusion_1(16, 2),
+    "efficient": lambda: published.efficient(8, 2),
 }
 
 
@@ -164,6 +165,8 @@ def test_errors():
         (lambda: InputResidual(rescale=0), "`rescale`.*received: 0"),
         (lambda: Level(8, up_mixers=-1), "`up_mixers`.*received: -1"),
         (lambda: UNet.basic(stem_width=0), "`stem_width`.*received: 0"),
+        (lambda: UNet([Level(8, 1)], shrink="downsample"), "`shrink` and `grow` go together; received"),
+        (lambda: published.efficient(levels=5), r"`levels` must be one of \[1, 2, 3, 4\]"),
         (lambda: published.adm(96), r"`size` must be one of \[64, 128, 256, 512\]; received: 96"),
         (lambda: published.improved_ddpm(16), r"\[32, 64\]; received: 16"),
         (lambda: published.ddpm_cifar10(levels=5), "`multipliers` must be 5 numbers"),

@@ -7,6 +7,7 @@ from kdiff.blocks.beside_context import DecoupledAttention, Resampler
 from kdiff.blocks.conditions import Condition, Encoded, Input, Joint, OptionalCondition, VectorAndTokens
 from kdiff.blocks.context_attention import AttentionPool, ContextAttention
 from kdiff.blocks.convolution import ConvBlock, ConvNeXtBlock, ResidualBlock, SimpleBlock
+from kdiff.blocks.embedded import ImageEmbedding, MaskedTokens
 from kdiff.blocks.embeddings import (
     FourierEmbedding,
     LabelEmbedding,
@@ -60,6 +61,7 @@ __all__ = [
     "FourierEmbedding",
     "Global",
     "GroupNorm",
+    "ImageEmbedding",
     "Input",
     "Joint",
     "JointBlock",
@@ -72,6 +74,7 @@ __all__ = [
     "MPDense",
     "MPFourierEmbedding",
     "MagnitudePreservingBlock",
+    "MaskedTokens",
     "MultiHeadAttention",
     "Neighborhood",
     "OptionalCondition",

@@ -30,7 +30,11 @@ class Beside(Condition):
 
         training    level ~ U(0, highest), one an example, a function of `seed` and the number of the call
         otherwise   `level`, or, of a condition "low", the inputs "low_level", (batch,), and "low_noise", of the size
-                    that the image is brought to: normal noise, in place of that of the layer, which is always the same
+                    of what is noised: normal noise, in place of that of the layer, which is always the same
+
+    With `of` the image need not be in the data: `fit` makes it of each clean batch, and only `sample` is given one.
+
+        Beside("bicubic", noise=Cosine(), of=operators.Downsample(4))       # the super-resolution of a cascade
 
     Args:
         form: of the resizing: "nearest", "bilinear", "bicubic", "area", or "aligned" for a bilinear one in which the
@@ -42,6 +46,10 @@ class Beside(Condition):
         level: where none is given.
         embedding: the layer of the level, a number in [0, 1], which gives a vector as wide as `embed`; None for an
             MLPEmbedding of a SinusoidalEmbedding.
+        noise_first: whether the image is noised at its own size and then resized, as Ho et al. do, not resized first.
+            Only so can a run that stopped early take its place (`Cascade`, `truncated`).
+        of: what makes the image of the data that the model learns, encoded, where a batch has none, `of(x, key)`, with
+            `of.output_shape(shape)`, such as `operators.Downsample(4)` or of `kdiff.degradations`; None for nothing.
         dropout, seed: as in `Condition`. An image of zeros, grey, stands for none.
     """
 
@@ -53,6 +61,8 @@ class Beside(Condition):
         highest: float = 1.0,
         level: float = 0.1,
         embedding: Any = None,
+        noise_first: bool = False,
+        of: Any = None,
         dropout: float = 0.0,
         seed: int = 0,
         **kwargs,
@@ -63,11 +73,18 @@ class Beside(Condition):
         check_number("Beside", "level", level, 0, 1)
         if not (noise is None or isinstance(noise, keras.layers.Layer)):
             raise TypeError(f"Beside: `noise` must be None or a layer, noise(image, noise, level); received: {noise!r}")
+        if of is not None and not (callable(of) and hasattr(of, "output_shape")):
+            raise TypeError(
+                "Beside: `of` must be None, or make the image of a batch, of(x, key), and say its shape, such as "
+                f"kdiff.operators.Downsample(4); received: {of!r}"
+            )
         self.form = form
         self.antialias = antialias
         self.noise = noise
         self.highest = highest
         self.level = level
+        self.noise_first = noise_first
+        self.of = of
         self.embedding = None if embedding is None else copy_layer(embedding, name="embedding", dtype=self.dtype_policy)
         self._row: tuple | None = None
 
@@ -76,10 +93,10 @@ class Beside(Condition):
     def inputs_of(self, name: str) -> dict[str, Input]:
         """The image and, where there is noise, the level and the noise, which may be missing."""
         if self.noise is None:
-            return {name: Input(None, self)}
+            return {name: Input(None, self, of=self.of)}
         optional = {"level": _Level(), "noise": None}
         others = {f"{name}_{key}": Input(key, part, True) for key, part in optional.items()}
-        return {name: Input("image", self), **others}
+        return {name: Input("image", self, of=self.of), **others}
 
     def build(self, x_shape, embed_shape=None, image_shape=None):
         """Builds the embedding of the level."""
@@ -125,13 +142,13 @@ class Beside(Condition):
         key = self._next() if random_here else ops.convert_to_tensor([self.seed, 0], "int32")
         if training and self.dropout > 0:
             x = self._dropped(x, key)
-        y = resized(x, sizes, self.form, self.antialias)
         if self.noise is None:
-            return Encoded(map=ops.cast(y, self.compute_dtype))
+            return Encoded(map=ops.cast(resized(x, sizes, self.form, self.antialias), self.compute_dtype))
         level = self._level_of(given, ops.shape(x)[0], key, training)
+        y = x if self.noise_first else resized(x, sizes, self.form, self.antialias)
         noise = given.get("noise")
         noise = random.normal(random.fold(key, 0, AUGMENTING), ops.shape(y)) if noise is None else noise
-        y = self.noise(y, ops.cast(noise, "float32"), level)
+        y = resized(self.noise(y, ops.cast(noise, "float32"), level), sizes, self.form, self.antialias)
         return Encoded(vector=self.level_embedding(level), map=ops.cast(y, self.compute_dtype))
 
     def _level_of(self, given, batch, key, training):

@@ -71,11 +71,13 @@ class Input(NamedTuple):
         key: in the dictionary that the layer is called with; None where it is called with this input alone.
         part: what knows its `null`, and how to `prepare` and to `check` it; None for nothing.
         optional: whether it may be missing.
+        of: makes it of the clean batch, where training is not given it: `of(x, key)`; None for what must be given.
     """
 
     key: str | None
     part: Any
     optional: bool = False
+    of: Any = None
 
 
 def inputs_of(layer: keras.layers.Layer, name: str) -> dict[str, Input]:

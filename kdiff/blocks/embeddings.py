@@ -43,6 +43,8 @@ class SinusoidalEmbedding(Block):
         scale: multiplies the input, which should span some hundreds: 1000 for a time in [0, 1].
         sine_first: whether the sines come before the cosines.
         shift: taken from the denominator of the exponent.
+        offset: added to the scaled input: `[cos((scale t + offset) f_i), ...]`. With the scale T and -1 the number of a
+            step, T t - 1, is seen.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class SinusoidalEmbedding(Block):
         scale: float = 1.0,
         sine_first: bool = False,
         shift: float = 0.0,
+        offset: float = 0.0,
         **kwargs,
     ):
         super().__init__(autocast=False, **kwargs)
@@ -66,11 +69,13 @@ class SinusoidalEmbedding(Block):
         self.scale = scale
         self.sine_first = sine_first
         self.shift = shift
+        self.offset = offset
         half = width // 2
         self._frequencies = scale * float(max_period) ** (-np.arange(half) / (half - shift))
 
     def call(self, x, embed=None, context=None, training=None):
         """Numbers of any shape, (batch,) as a rule, to (..., width)."""
+        x = x if self.offset == 0 else ops.cast(x, "float32") + self.offset / self.scale
         waves = _waves(x, self._frequencies.astype("float32"), self.sine_first)
         odd = [[0, 0]] * len(x.shape) + [[0, self.width % 2]]
         return ops.cast(ops.pad(waves, odd) if self.width % 2 else waves, self.compute_dtype)

@@ -121,7 +121,7 @@ class TransformerBlock(Block):
     Args:
         heads, head_width, bias, pattern, qk_norm, rotary: as in `MultiHeadAttention`.
         ratio, activation, glu: as in `FeedForward`.
-        normalization: a normalising layer or its name.
+        normalization: a normalising layer or its name, or a list of one for each residual.
         adaptive: whether `embed` scales and shifts each normalisation.
         gated, drop_path, rescale: as in `SelfAttention`, of each residual.
         dropout: the rate of dropout on each residual.
@@ -132,7 +132,8 @@ class TransformerBlock(Block):
         only_context: whether the first attention is to the context too, where there is one.
 
     Raises:
-        ValueError: if `adaptive` or `gated` and no `embed` is given, or one built with a context is called without.
+        ValueError: if `adaptive` or `gated` and no `embed` is given, or one built with a context is called without; if
+            a list of normalisations has more or fewer than there are residuals.
     """
 
     def __init__(
@@ -187,18 +188,24 @@ class TransformerBlock(Block):
         own = self._arguments("pattern", "rotary")
         crossed = opened(context_shape)[0] is not None
         first = CrossAttention if crossed and self.only_context else partial(SelfAttention, **own)
-        self.self_attention = first(**attention, **self._shared(0))
-        self.cross_attention = CrossAttention(**attention, **self._shared(1)) if crossed else None
+        norms = self._norms(3 if crossed else 2)
+        self.self_attention = first(**attention, **self._shared(0, norms[0]))
+        self.cross_attention = CrossAttention(**attention, **self._shared(1, norms[1])) if crossed else None
         hidden = {**self._arguments("ratio", "activation", "glu"), "bias": self.output_bias}
-        self.feed_forward = FeedForward(**hidden, **self._shared(2))
+        self.feed_forward = FeedForward(**hidden, **self._shared(2, norms[-1]))
         for branch in self._branches():
             build_layer(branch, x_shape, embed_shape, context_shape)
 
     def _arguments(self, *names):
         return {name: getattr(self, name) for name in names}
 
-    def _shared(self, index):
-        norm = self.normalization
+    def _norms(self, count):
+        norms = self.normalization if isinstance(self.normalization, list | tuple) else [self.normalization] * count
+        if len(norms) != count:
+            raise ValueError(f"{self.name}: `normalization` must be one, or a list of {count}; received: {len(norms)}")
+        return norms
+
+    def _shared(self, index, norm):
         return {
             **self._arguments("dropout", "zero", "gated", "drop_path", "rescale"),
             "normalization": AdaptiveNorm(norm, dtype=self.dtype_policy) if self.adaptive else norm,

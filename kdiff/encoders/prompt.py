@@ -8,6 +8,7 @@ The input of the network is what the encoders give, made on the host once for ea
 some of their weights learn, by `kdiff.lora` or `kdiff.inversion`, it is the tokens, and the network calls the encoders.
 """
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from keras import ops
 
 from kdiff import backend
 from kdiff.base import check_integer
-from kdiff.blocks.base import Block, build_layer
+from kdiff.blocks.base import Block, apply_layer, build_layer, get_layer
 from kdiff.blocks.conditions import Condition, Encoded, Input
 from kdiff.encoders.base import Encoder
 from kdiff.encoders.clip import CLIPVision
@@ -50,6 +51,11 @@ class Prompt(Condition):
             `force_zeros_for_empty_prompt`.
         dropout, seed: as in `Condition`.
         batch_size: how many texts are encoded at once.
+        layer: of the tokens, such as a `Dense`, or a `VectorAndTokens` that also makes a vector of them; it is trained.
+            None for the tokens themselves.
+        padded: whether, where `masked`, those who attend to the text see all the same what fills it up, as in DeepFloyd
+            IF.
+        lower: whether texts are made small letters, without white space around them, as DeepFloyd IF does.
         inside: whether the encoders are called inside the network, since they learn; `changed` sets it.
 
     Raises:
@@ -66,6 +72,9 @@ class Prompt(Condition):
         dropout: float = 0.0,
         seed: int = 0,
         batch_size: int = 16,
+        layer: Any = None,
+        padded: bool = False,
+        lower: bool = False,
         inside: bool = False,
         **kwargs,
     ):
@@ -76,6 +85,9 @@ class Prompt(Condition):
         self.masked = masked
         self.zeros = zeros
         self.batch_size = batch_size
+        self.layer = None if layer is None else get_layer(layer)
+        self.padded = padded
+        self.lower = lower
         self.inside = inside
         self._check_parts()
         for encoder in self.encoders:
@@ -146,6 +158,8 @@ class Prompt(Condition):
         for encoder, tokenizer in zip(self.encoders, self.tokenizers, strict=True):
             build_layer(encoder, (None, tokenizer.length))
             encoder.freeze()  # with the variables that it has now
+        if self.layer is not None:
+            build_layer(self.layer, (None, self.length, self.width), embed_shape)
 
     def get_build_config(self):
         """The row that it takes now."""
@@ -195,6 +209,7 @@ class Prompt(Condition):
     def _rows(self, texts: list[str]) -> np.ndarray:
         if not all(encoder.built for encoder in self.encoders):
             raise ValueError("Prompt: the encoders have no weights yet; build them, or the model")
+        texts = [text.lower().strip() for text in texts] if self.lower else texts
         given = [part for tokenizer in self.tokenizers for part in tokenizer.masked(texts)]
         if self.inside:
             return np.stack([np.asarray(part, "int32") for part in given[:: 1 if self.masked else 2]], axis=1)
@@ -261,13 +276,39 @@ class Prompt(Condition):
         """Rows to tokens, (batch, length, width)."""
         self._check_shape(x.shape, self._encoded)
         tokens = ops.cast(x[:, : self.length, : self.width], self.compute_dtype)
-        return Encoded(tokens=tokens, mask=x[:, : self.length, self.width] > 0.5 if self.masked else None)
+        mask = x[:, : self.length, self.width] > 0.5 if self._hides else None
+        if self.layer is None:
+            return Encoded(tokens=tokens, mask=mask)
+        return Encoded.of(apply_layer(self.layer, tokens, embed, training=training))._replace(mask=mask)
+
+    @property
+    def _hides(self) -> bool:
+        return self.masked and not self.padded
 
     def compute_output_spec(self, x, embed=None, context=None, training=None):
         """The specification of what `encode` gives."""
         batch = _taken(x).shape[0]
-        mask = keras.KerasTensor((batch, self.length), "bool") if self.masked else None
-        return Encoded(tokens=keras.KerasTensor((batch, self.length, self.width), self.compute_dtype), mask=mask)
+        mask = keras.KerasTensor((batch, self.length), "bool") if self._hides else None
+        tokens = keras.KerasTensor((batch, self.length, self.width), self.compute_dtype)
+        if self.layer is None:
+            return Encoded(tokens=tokens, mask=mask)
+        made = self.layer.compute_output_spec(tokens)
+        return Encoded.of(made)._replace(mask=mask)
+
+    def through(self, layer: keras.layers.Layer | None) -> "Prompt":
+        """The same with another `layer`, and the same encoders."""
+        options = {name: getattr(self, name) for name in self._argument_defaults()}
+        return Prompt(**{**options, "layer": layer})
+
+    def replace_encoders(self, encoders: Sequence[Encoder]) -> None:
+        """Takes other encoders of the same kinds, such as those of another network, so that memory holds them once."""
+        with contextlib.ExitStack() as held:
+            for encoder in self.encoders:
+                held.enter_context(backend.replaced(self, encoder))
+            self.encoders = list(encoders)
+        for encoder in self.encoders:
+            encoder.freeze()
+        self.changed()
 
     def load_own_variables(self, store) -> None:
         """Keras' own."""

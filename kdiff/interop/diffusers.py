@@ -10,8 +10,9 @@
 
 A network takes what it took there, channels last: `network({"image": x, "time": t})`. A model has the schedule, the
 prediction and the sampler of its scheduler, on latents its autoencoder as codec, and the text encoders of Stable
-Diffusion: `model.sample(4, text="a red circle", guidance=7.5)`; of others "context" is what those give. The folder
-of an autoencoder alone makes a `codecs.Latent`.
+Diffusion and DeepFloyd IF: `model.sample(4, text="a red circle", guidance=7.5)`; of others "context" is what those
+give. The two stages of IF are one `Cascade([load("IF-I"), load("IF-II")])`. The folder of an autoencoder alone makes a
+`codecs.Latent`.
 
 | pipeline of diffusers | what `sample` takes, beside or in place of the text |
 |---|---|
@@ -23,6 +24,7 @@ of an autoencoder alone makes a `codecs.Latent`.
 | ...Upscale | `low`, the small picture with the noise of level `label` |
 | ...Depth2Img | `depth`, from -1 to 1; and `image`, `strength` |
 | ...ImageVariation | `picture`, of any size |
+| IFSuperResolution | `low`, the small picture |
 | DiT | `label` |
 
 A `strength` is a time here. diffusers begins at the first of its last int(steps strength) steps, whose time is
@@ -43,10 +45,12 @@ from kdiff.interop import (
     folders,
     maps,
     mmdit,
+    priors,
     prompts,
     saving_networks,
     schedulers,
     transformers,
+    unclip,
     unet_names,
     unets,
 )
@@ -58,6 +62,9 @@ from kdiff.interop.weights import Slot, export, fill
 from kdiff.lora import averages_of
 from kdiff.model import DiffusionModel
 from kdiff.networks import Autoencoder, Controlled, ControlNet
+from kdiff.predictions import Noise
+from kdiff.sampling import Sampler
+from kdiff.times import Index
 
 __all__ = [
     "MODELS",
@@ -84,11 +91,13 @@ class Model(NamedTuple):
         network: the network and the shapes of its inputs, from the configuration, its source and what is `told`.
         slots: the names of its weights.
         told: options of `network` that are not in the configuration: by the weights, and by `model_index.json`.
+        others: arrays that are not the network's.
     """
 
     network: Callable[..., Described]
     slots: Callable[[keras.Model], Iterator[Slot]]
     told: Callable[[State, Mapping[str, Any]], dict[str, Any]] = _nothing
+    others: tuple[str, ...] = ()
 
 
 MODELS = {
@@ -98,6 +107,7 @@ MODELS = {
     "DiTTransformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),
     "SD3Transformer2DModel": Model(mmdit.mmdit, mmdit.mmdit_slots),
     "Transformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),  # DiT's, in older files
+    "PriorTransformer": Model(priors.prior, priors.prior_slots, others=priors.OF_CODEC),
 }
 SCHEDULER = "scheduler_config.json"
 
@@ -119,7 +129,8 @@ def load(
 
     Args:
         folder: of a model, with `config.json`, which makes a network, or of an autoencoder a codec; or of a pipeline,
-            with `model_index.json`, which makes a `DiffusionModel` whose `sample` is by the pipeline's scheduler.
+            with `model_index.json`, which makes a `DiffusionModel` whose `sample` is by the pipeline's scheduler, of
+            Karlo's an `UnCLIP` (`interop.unclip`), for which `strict` and `variant` are the arguments.
         strict: whether weights that do not match are an error; otherwise a warning.
         variant: of the weights, such as "fp16" or "non_ema"; None for the file without one or, if there is none, for
             the only variant.
@@ -139,6 +150,8 @@ def load(
     """
     folder = Path(folder)
     if (folder / "model_index.json").exists():
+        if read_json(folder / "model_index.json").get("_class_name") == unclip.PIPELINE:
+            return unclip.load(folder, strict, variant)
         prompt = prompts.load(folder, read_json(folder / "model_index.json"), clip_skip, variant) if text else None
         return _load_pipeline(folder, strict, variant, options, prompt, tokens, controlnet)
     options |= {name: one for name, one in {"tokens": tokens, "controlnet": controlnet}.items() if one is not None}
@@ -161,11 +174,13 @@ def _load_network(
     config = {name: value for name, value in read_json(source).items() if name not in folders.EMA_NOTES}
     model = kind(MODELS, config.get("_class_name"), source, "_class_name")
     state = unet_names.renamed(folders.read_weights(folder, variant))
+    state = {name: array for name, array in state.items() if name not in model.others}
     with explained(source):
         described = model.network(config, source, **model.told(state, index))
         if index:
             beside = _maps_of(index, described, source)
-            described, state = maps.with_maps(described, beside), maps.maps_first(state, index["_class_name"], beside)
+            described = maps.with_maps(described, beside, noise=index.get("noising"))
+            state = maps.maps_first(state, index["_class_name"], beside)
         described = described if prompt is None else prompts.conditioned(described, prompt)
     fill(described.network, {"time": (None,), **described.shapes}, model.slots, state, folder, strict)
     return described
@@ -188,7 +203,7 @@ def _load_pipeline(
     index, source = read_json(folder / "model_index.json"), folders.scheduler_of(folder)
     part, scheduler = folders.check_parts(index, folder), read_json(source)
     learned = str(scheduler.get("variance_type")).startswith("learned")
-    about = {"_class_name": "", **index, "learned": learned}
+    about = {"_class_name": "", **index, "learned": learned, "noising": _noising(folder, index)}
     described = _load_network(folders.config_of(folder, part), strict, variant, about, prompt)
     learned_too = described.network.out_channels == 2 * described.shapes["image"][-1]
     process = schedulers.process(scheduler, source, learned_too, tokens)
@@ -198,6 +213,12 @@ def _load_pipeline(
     pictures = control.folders_of(folder, index, controlnet)
     described = control.with_controls(described, pictures, strict, variant, prompt)
     return assembled(described, process, codec, options)
+
+
+def _noising(folder: Path, index: Mapping[str, Any]) -> Any:
+    """The schedule by which a picture beside x_t is noised; None if it is not."""
+    source = folder / maps.NOISING / SCHEDULER
+    return load_scheduler(source).schedule if folders.has(index, maps.NOISING) else None
 
 
 def assembled(
@@ -272,6 +293,11 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
     if isinstance(model.codec, Latent):
         autoencoders.save(model.codec, folder / autoencoder)
         parts[autoencoder] = ["diffusers", autoencoders.CLASSES[type(model.codec.autoencoder)]]
+    for one in maps.map_conditions(network).values():
+        if one.noise is not None:
+            added = schedulers.Process(one.noise, Noise(), Index(), Sampler("ddpm", "leading", one.noise.num_steps))
+            save_scheduler(added, folder / maps.NOISING)
+            parts[maps.NOISING] = ["diffusers", read_json(folder / maps.NOISING / SCHEDULER)["_class_name"]]
     prompt = prompts.prompt_of(network)
     parts |= {} if prompt is None else prompts.save(prompt, folder)
     if "_class_name" in index:

@@ -2,6 +2,9 @@
 
 diffusers    9 channels in, x_t, a mask and the masked image; 4 out
 here         image 4, conditions "mask_image" 1 and "masked_image" 4; 4 out
+
+DeepFloyd IF's second stage has a picture beside x_t that is noised at step n of `image_noising_scheduler`, which it is
+told as a label: here it is a `Beside` with `noise`, at the level (n + 1) / T.
 """
 
 from collections.abc import Mapping
@@ -10,18 +13,22 @@ from typing import Any
 import numpy as np
 
 from kdiff.blocks.beside import Beside
+from kdiff.blocks.embeddings import MLPEmbedding
 from kdiff.interop.configs import Described
 from kdiff.interop.files import State
 
 __all__ = [
     "ANY",
     "BEFORE",
+    "LEVEL",
     "MAPS",
+    "NOISING",
     "channels_of",
     "input_shapes",
     "map_conditions",
     "maps_first",
     "maps_of",
+    "noised",
     "with_maps",
 ]
 
@@ -47,6 +54,8 @@ MAPS: dict[str, Mapping[str, int | None]] = {
     "MarigoldNormalsPipeline": {"picture": 4},
     "MarigoldIntrinsicsPipeline": {"picture": 4},
 }
+NOISING = "image_noising_scheduler"
+LEVEL = 250  # the step at which DeepFloyd IF's second stage has the picture noised
 BEFORE = tuple(name for name in MAPS if name.startswith("Marigold"))  # the map's channels come before those of x_t
 
 
@@ -77,21 +86,54 @@ def maps_of(pipeline: str, inputs: int, outputs: int, learned: bool, source: Any
     return {ANY: inputs - data} if inputs > data else {}
 
 
-def with_maps(described: Described, maps: Mapping[str, int], layers: Mapping[str, Beside] | None = None) -> Described:
+def with_maps(
+    described: Described, maps: Mapping[str, int], layers: Mapping[str, Beside] | None = None, noise: Any = None
+) -> Described:
     """The network with the last channels of its image as conditions.
 
     Args:
         described: a network, not built.
         maps: the channels of each condition by name, in their order.
         layers: of the conditions; None for `Beside`, of a mask the "nearest".
+        noise: the schedule by which a picture "low" is noised, if it is.
+
+    Raises:
+        ValueError: if it is, and the network is not told the step as a label.
     """
     if not maps:
         return described
-    layers = layers or {name: _layer(name) for name in maps}
-    network = described.network.clone(conditions={**described.network.conditions, **layers})
-    *sizes, channels = described.shapes["image"]
+    layers = dict(layers or {name: _layer(name) for name in maps})
+    conditions, shapes = dict(described.network.conditions), dict(described.shapes)
+    given = {name: one.noise for name, one in layers.items() if one.noise is not None}
+    given |= {} if noise is None or "low" not in layers else {"low": noise}
+    for name, schedule in given.items():
+        layers[name] = noised(conditions.pop("label", None), schedule, layers[name])
+        shapes.pop("label", None)
+    network = described.network.clone(conditions={**conditions, **layers})
+    *sizes, channels = shapes["image"]
     image = {"image": (*sizes, channels - sum(maps.values()))}
-    return Described(network, {**described.shapes, **image, **{name: (*sizes, n) for name, n in maps.items()}})
+    own = {name: (None, None, None, n) if name in given else (*sizes, n) for name, n in maps.items()}
+    return Described(network, {**shapes, **image, **own})
+
+
+def noised(label: Any, noise: Any, like: Beside | None = None) -> Beside:
+    """The picture that a network sees noised, whose step it took as a label.
+
+    Args:
+        label: the embedding of the step.
+        noise: the schedule.
+        like: whose level, and what training does, it has.
+    """
+    if not isinstance(label, MLPEmbedding) or noise.num_steps is None:
+        raise ValueError(
+            "a network with a noised picture beside x_t must take the step of the noise as its `class_embed_type` "
+            f"'timestep', of a scheduler with a table; received: {label!r} and {noise!r}"
+        )
+    embedding = label.clone(embedding=label.embedding.clone(scale=float(noise.num_steps), offset=-1.0))
+    options = {"noise": noise, "embedding": embedding}
+    if like is not None and like.noise is not None:
+        return like.clone(form="aligned", noise_first=False, **options)
+    return Beside("aligned", level=(LEVEL + 1) / noise.num_steps, **options)
 
 
 def _layer(name: str) -> Beside:
@@ -109,8 +151,8 @@ def maps_first(state: State, pipeline: str, maps: Mapping[str, int]) -> State:
 
 
 def map_conditions(network: Any) -> dict[str, Beside]:
-    """The conditions of a network that are maps alone."""
-    return {name: one for name, one in network.conditions.items() if isinstance(one, Beside) and one.noise is None}
+    """The conditions of a network that are maps."""
+    return {name: one for name, one in network.conditions.items() if isinstance(one, Beside)}
 
 
 def channels_of(network: Any) -> dict[str, int]:

@@ -4,6 +4,7 @@
 |---|---|---|
 | one encoder; two | nothing | StableDiffusion; StableDiffusionXL; of XL's second alone the refiner, XLImg2Img |
 | CLIP's two, and T5 or zeros | nothing | StableDiffusion3 |
+| T5 alone, for pixels | nothing; a noised "low" | IF; IFSuperResolution |
 | one encoder, steered by the scale of guidance | nothing | LatentConsistencyModel |
 | one encoder; two | "mask_image", "masked_image" | StableDiffusionInpaint; StableDiffusionXLInpaint |
 | one encoder; two | "source" | StableDiffusionInstructPix2Pix; StableDiffusionXLInstructPix2Pix |
@@ -27,6 +28,7 @@ from kdiff.codecs import Codec, Latent
 from kdiff.encoders.joint_prompt import JointPrompt
 from kdiff.encoders.ldm import LDMText
 from kdiff.encoders.picture_prompt import PicturePrompt
+from kdiff.encoders.t5 import T5Text
 from kdiff.interop import maps, prompts
 
 __all__ = ["Pipeline", "pipeline_of"]
@@ -105,8 +107,11 @@ def _without_controls(network: keras.Model, kind: str, scheduler: str, codec: Co
         return _of_sd3(prompt) if latent and not beside else Pipeline({})
     if isinstance(prompt, PicturePrompt):
         return _named("StableDiffusionImageVariation", _UNSAFE) if latent and not beside else Pipeline({})
+    if prompt is not None and isinstance(prompt.encoders[0], T5Text):
+        return _of_deepfloyd(network) if not latent else Pipeline({})
     if prompt is not None:
-        return _of_text(network, prompt, beside) if latent else Pipeline({})
+        noised = any(one.noise is not None for one in maps.map_conditions(network).values())
+        return _of_text(network, prompt, beside) if latent and not noised else Pipeline({})
     if beside:
         return Pipeline({})
     labels = set(network.conditions)
@@ -127,6 +132,14 @@ def _named(name: str, more: Mapping[str, Any], autoencoder: str = "vae") -> Pipe
 def _of_sd3(prompt: JointPrompt) -> Pipeline:
     absent = prompts.PARTS[2] if prompts.PARTS[2][0] not in prompts.encoders_of(prompt) else ()
     return _named("StableDiffusion3", {**_XL, **{name: [None, None] for name in absent}})
+
+
+def _of_deepfloyd(network) -> Pipeline:
+    beside = maps.map_conditions(network)
+    if set(beside) - {"low"} or any(one.noise is None for one in beside.values()):
+        return Pipeline({})
+    absent = {name: [None, None] for name in ("feature_extractor", "safety_checker", "watermarker")}
+    return _named("IFSuperResolution" if beside else "IF", {**absent, "requires_safety_checker": False})
 
 
 def _of_text(network, prompt, beside) -> Pipeline:

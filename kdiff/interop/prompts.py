@@ -5,6 +5,8 @@ text_encoder_2, tokenizer_2    XL's second, beside the first: of both the state 
                                and of the second the vector; its refiner has the second alone
 text_encoder_3, tokenizer_3    3's third, T5, whose tokens follow those of the two, which are as in XL, with the vectors
                                of both; without it zeros do
+text_encoder, tokenizer        DeepFloyd IF's T5: 77 tokens in small letters, of which the encoder alone hides what
+                               fills up a text
 bert, tokenizer                latent diffusion's text to image: the last state
 image_encoder                  image variations: the vector of a picture is its one token
 """
@@ -15,7 +17,8 @@ from typing import Any
 
 import keras
 
-from kdiff.blocks.conditions import Joint
+from kdiff.blocks.conditions import Joint, VectorAndTokens
+from kdiff.blocks.layers import Dense
 from kdiff.encoders.base import Encoder
 from kdiff.encoders.joint_prompt import JointPrompt
 from kdiff.encoders.ldm import LDMText
@@ -28,6 +31,8 @@ from kdiff.interop.files import read_json, write_json
 __all__ = [
     "BERT",
     "CONTEXT",
+    "IF",
+    "IF_LENGTH",
     "PARTS",
     "PIPELINES",
     "SD3",
@@ -42,9 +47,13 @@ __all__ = [
 
 SD3 = tuple(f"StableDiffusion3{name}Pipeline" for name in ("", "Img2Img"))
 SD3_LENGTH = 256  # tokens of T5, as in diffusers' pipelines
+IF = tuple(f"IF{name}Pipeline" for name in ("", "Img2Img", "Inpainting"))
+IF += tuple(f"{name.removesuffix('Pipeline')}SuperResolutionPipeline" for name in IF)
+IF_LENGTH = 77  # of texts, whatever the folder of its tokenizer says
 # The pipelines whose text is read so; that of others is given as what its encoders make of it.
 VARIATIONS = "StableDiffusionImageVariationPipeline"
 PIPELINES = (
+    *IF,
     VARIATIONS,
     "LDMTextToImagePipeline",
     "LatentConsistencyModelPipeline",
@@ -85,7 +94,7 @@ def load(
     parts = [pair for pair in parts if pair != PARTS[2] or (folder / pair[0]).exists()]  # T5 may be left out
     if name not in PIPELINES or not parts or not all((folder / part / "config.json").exists() for part, _ in parts):
         return None
-    own = parts[0][0] in ("text_encoder", "text_encoder_2")
+    own = parts[0][0] in ("text_encoder", "text_encoder_2") and name not in IF
     if skip and not own:
         raise ValueError(f"{folder}: `clip_skip` is of CLIP's encoder of text; the pipeline has {parts[0][0]!r}")
     xl = PARTS[1] in parts
@@ -98,10 +107,13 @@ def load(
     if name == VARIATIONS:
         return PicturePrompt(made[0], **_pixels_of(folder / "feature_extractor"))
     # BERT's own tokenizer may say that a text is longer than what this encoder takes.
-    words = [
-        tokenizers.load(folder / tokenizer, SD3_LENGTH if part == PARTS[2][0] else None if own else encoder.length)
-        for (part, tokenizer), encoder in zip(parts, made, strict=True)
-    ]
+    lengths = {
+        part: None if own else IF_LENGTH if name in IF else one.length for part, one in zip(there, made, strict=True)
+    }
+    lengths[PARTS[2][0]] = SD3_LENGTH
+    words = [tokenizers.load(folder / tokenizer, lengths[part]) for part, tokenizer in parts]
+    if name in IF:
+        return Prompt(made, words, masked=True, padded=True, lower=True)
     if name in SD3:
         width = read_json(folder / "transformer" / "config.json").get("joint_attention_dim", 4096)
         with explained(folder):
@@ -127,9 +139,10 @@ def conditioned(described: Described, prompt: Prompt | PicturePrompt) -> Describ
     """
     network, shapes = described.network, dict(described.shapes)
     conditions = dict(network.conditions)
-    if not isinstance(conditions.get(CONTEXT), keras.layers.Identity):
+    layer = conditions.get(CONTEXT)
+    if not isinstance(layer, (keras.layers.Identity, Dense, VectorAndTokens)):
         raise ValueError(
-            f"the network must take a text's tokens as they are, as {CONTEXT!r}; its conditions: {conditions}; with "
+            f"the network must take a text's tokens as {CONTEXT!r}; its conditions: {conditions}; with "
             "`text=False` they are given as they come"
         )
     given = {CONTEXT: prompt.width, "text_embeds": prompt.vector}
@@ -138,7 +151,7 @@ def conditioned(described: Described, prompt: Prompt | PicturePrompt) -> Describ
             raise ValueError(
                 f"the network must take the text's numbers, {width}, as {name!r}; it takes: {shapes.get(name)}"
             )
-    conditions[CONTEXT] = prompt
+    conditions[CONTEXT] = prompt if isinstance(layer, keras.layers.Identity) else prompt.through(layer)
     if "text_embeds" in shapes and "added" in conditions:
         parts = {**conditions["added"].parts, "text_embeds": PromptVector(prompt.vector)}
         conditions["added"] = Joint(

@@ -64,7 +64,7 @@ def _dit(network: DiT) -> Config:
         "activation_fn": name_of(network, transformers.ACTIVATIONS, block.activation),
         "num_embeds_ada_norm": label.table.shape[0] - 1,
         "norm_type": "ada_norm_zero",
-        "norm_eps": 1e-6,
+        "norm_eps": block.feed_forward.normalization.normalization.epsilon,
     }
 
 

@@ -13,6 +13,7 @@ from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SteeredEmbeddi
 from kdiff.blocks.layers import Dense
 from kdiff.blocks.normalization import GroupNorm, LayerNorm
 from kdiff.blocks.transformer import SpatialTransformer
+from kdiff.encoders.prompt import Prompt
 from kdiff.interop.maps import input_shapes, map_conditions
 from kdiff.interop.unet_keys import ACTIVATIONS
 from kdiff.interop.unets import PADDINGS
@@ -288,6 +289,8 @@ def _labels(network: UNet) -> Config:
     unknown = sorted(set(network.conditions) - KNOWN - set(map_conditions(network)))
     if unknown or not isinstance(layer, (type(None), LabelEmbedding, MLPEmbedding, Dense, keras.layers.Identity)):
         raise ValueError(f"{network.name}: diffusers has no such conditions: {unknown or {'label': layer}}")
+    if layer is None and any(one.noise is not None for one in map_conditions(network).values()):
+        return {"class_embed_type": "timestep"}
     if isinstance(layer, LabelEmbedding):
         return {"num_class_embeds": layer.table.shape[0]}
     if isinstance(layer, Dense):
@@ -305,7 +308,8 @@ def _conditions(network: UNet) -> Config:
     config: Config = {}
     if isinstance(network.embedding, SteeredEmbedding):
         config["time_cond_proj_dim"] = network.embedding.size
-    config |= _context(network.conditions.get("context"))
+    context = network.conditions.get("context")
+    config |= _context(context.layer if isinstance(context, Prompt) else context)
     if "image_embeds" in network.conditions:
         config |= _image(network.conditions["image_embeds"])
     if "added" in network.conditions:

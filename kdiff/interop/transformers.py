@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbedding
-from kdiff.blocks.normalization import AdaptiveNorm
+from kdiff.blocks.normalization import AdaptiveNorm, LayerNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.transformer import TransformerBlock, adaptive_block
 from kdiff.interop.configs import FLAG, Described, Key, complete, one_of, only, optional, real, whole
@@ -40,9 +40,9 @@ DIT = {
     "upcast_attention": Key(False, FLAG),  # float32 logits: kdiff has no others
     "norm_type": only("ada_norm_zero"),
     "norm_elementwise_affine": only(False),
-    # The paper's is 1e-6, and the network has that; diffusers has 1e-5 in one of a block's two normalisations.
-    "norm_eps": only(1e-5, 1e-6),
+    "norm_eps": Key(1e-5, real(0.0, 1.0)),  # of the feed-forward layer's normalisation; all others have _NORM_EPS
 }
+_NORM_EPS = 1e-6
 # The class that had been DiT's, `Transformer2DModel`, has many uses and so other defaults. Its own keys say nothing of
 # DiT, except with these values.
 OLD_DEFAULTS = {
@@ -75,6 +75,8 @@ def dit(config: dict[str, Any], source: Any, separate: bool = False) -> Describe
     config = complete(config, OLD_DIT if config.get("_class_name") == "Transformer2DModel" else DIT, source)
     heads, width = config["num_attention_heads"], config["num_attention_heads"] * config["attention_head_dim"]
     options = {"bias": config["attention_bias"], "dropout": config["dropout"]}
+    if config["norm_eps"] != _NORM_EPS:
+        options["normalization"] = [LayerNorm(epsilon, affine=False) for epsilon in (_NORM_EPS, config["norm_eps"])]
     network = DiT(
         width,
         config["num_layers"],

@@ -27,7 +27,7 @@ from kdiff.conversion import moved
 from kdiff.denoisers import Estimate, Given
 from kdiff.model import feeding
 from kdiff.model.averaging import Averaging
-from kdiff.model.condition_inputs import condition_layers, condition_names
+from kdiff.model.condition_inputs import condition_layers, condition_names, derivations
 from kdiff.model.sampling import Sampling, as_sampler
 from kdiff.model.saving import Saving
 from kdiff.model.sources import source_of
@@ -37,7 +37,9 @@ from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.times import TimeLabel, TimeSampler
 from kdiff.weightings import Weighting
 
-__all__ = ["RESERVED", "DiffusionModel"]
+__all__ = ["DERIVING", "RESERVED", "DiffusionModel"]
+
+DERIVING = 7  # the stream of random numbers of what is made of the clean batch, beside those of conditions
 
 
 class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTraining, keras.Model):
@@ -186,7 +188,14 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
         shapes = {name: (None, *tuple(shape)[1:]) for name, shape in shapes.items()}
         self._check_names(set(shapes) - {"image", "encoded"})
         data = (None, *feeding.data_shape(shapes, self.codec))
+        made = {name: of for name, of in derivations(self.network).items() if name not in shapes}
+        if made and None in data[1:]:
+            raise ValueError(
+                f"DiffusionModel: {sorted(made)} are made of the data, whose shape must be known; received: {data}. "
+                "Give them in the data, or build the model for one size"
+            )
         conditions = {n: shape for n, shape in shapes.items() if n not in ("image", "encoded")}
+        conditions |= {name: (None, *of.output_shape(data[1:])) for name, of in made.items()}
         plain = data[1:] if type(self.codec).data_shape is Codec.data_shape else None
         return {"image": data, **conditions}, shapes["image"][1:] if "image" in shapes else plain
 
@@ -255,6 +264,8 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
             x = ops.cast(batch.pop("encoded"), "float32")
         else:
             x = self.codec(batch.pop("image"), key, training=False)
+        made = {name: of for name, of in derivations(self.network).items() if name not in batch}
+        batch |= {name: of(x, random.fold(key, i, DERIVING)) for i, (name, of) in enumerate(made.items())}
         return self.objective.problem(self, x, batch, keys, bool(training))
 
     def _keys(self, training) -> Iterator:

@@ -23,6 +23,7 @@ __all__ = [
     "condition_names",
     "condition_nulls",
     "condition_rows",
+    "derivations",
     "fits",
     "is_integer",
     "optional_names",
@@ -45,6 +46,12 @@ def condition_names(network: keras.layers.Layer) -> tuple[str, ...] | None:
 def optional_names(network: keras.layers.Layer) -> tuple[str, ...]:
     """The inputs that the network takes and can do without, such as the level of an image that is noised."""
     return tuple(name for name, one in getattr(network, "condition_inputs", {}).items() if one.optional)
+
+
+def derivations(network: keras.layers.Layer) -> dict[str, Any]:
+    """What makes an input of the clean batch, where training is not given it, by its name: `of(x, key)`."""
+    inputs = getattr(network, "condition_inputs", {})
+    return {name: one.of for name, one in inputs.items() if one.of is not None}
 
 
 def condition_layers(network: keras.layers.Layer) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from kdiff.model.condition_inputs import (
     check_values,
     condition_layers,
     condition_names,
+    derivations,
     fits,
     is_integer,
     optional_names,
@@ -185,7 +186,7 @@ class BatchCheck:
     def __init__(self, codec: Codec, shape: tuple, network: keras.layers.Layer):
         self.codec, self.shape = codec, tuple(shape)
         self.conditions, self.layers = condition_names(network), condition_layers(network)
-        self.optional = set(optional_names(network))
+        self.optional, self.derived = set(optional_names(network)), set(derivations(network))
         self.error: ValueError | None = None
         self.warned = False
 
@@ -223,7 +224,7 @@ class BatchCheck:
         if self.conditions is None:
             return
         given = set(inputs) - {"image", "encoded"}
-        if missing := set(self.conditions) - given:
+        if missing := set(self.conditions) - given - self.derived:
             extra = sorted(given - set(self.conditions) - self.optional)
             instead = f"; received {extra} in their place" if extra else ""
             raise ValueError(

@@ -144,7 +144,7 @@ class Sampling:
             num_samples: how many.
             sampler: a `Sampler`, a `Solver`, or the name of one; None is the model's own.
             guidance: a `Guidance`, its name, or a list of them, in place of the sampler's own; a number is the scale of
-                `guidance.ClassifierFree`.
+                `guidance.ClassifierFree`, the sampler's or else one before its other rules, which stay.
             steps: the number of steps; None: the sampler's own.
             schedule: a schedule, or its name, to sample under; None: the one of training. The network is asked at
                 the same log-SNR, so that any continuous schedule will do within the noise levels that it has seen.
@@ -319,7 +319,7 @@ class Sampling:
     def _sampler(self, sampler: Sampler | Solver | str | None, steps: int | None, guidance: Any) -> Sampler:
         sampler = self.sampler if sampler is None else as_sampler(sampler)
         if isinstance(guidance, (int, float, np.number)) and not isinstance(guidance, bool):
-            guidance = ClassifierFree(guidance)
+            guidance = _scaled(sampler.guidance, guidance)
         changes = {"steps": steps, "guidance": guidance}
         sampler = sampler.replaced(**{name: value for name, value in changes.items() if value is not None})
         if sampler.solver.learned and self.prediction.factor == 1:
@@ -469,6 +469,13 @@ class Sampling:
 
 
 _ARGUMENTS = tuple(inspect.signature(Sampling.sample).parameters)[2:-1]  # without self, num_samples and conditions
+
+
+def _scaled(guidance: Sequence, scale: float) -> list:
+    """The rules with this scale of classifier-free guidance, which acts first if there is none yet."""
+    if not any(isinstance(one, ClassifierFree) for one in guidance):
+        return [ClassifierFree(scale), *guidance]
+    return [one.clone(scale=scale) if isinstance(one, ClassifierFree) else one for one in guidance]
 
 
 def as_sampler(sampler: Sampler | Solver | str) -> Sampler:

@@ -12,11 +12,11 @@ from kdiff import backend, lora
 from kdiff.codecs import Absent
 from kdiff.writing import replacing
 
-__all__ = ["Saving"]
+__all__ = ["SafeFiles", "Saving"]
 
 
-class Saving:
-    """The part of `DiffusionModel` that saves and loads it."""
+class SafeFiles:
+    """The part of a Keras model that writes files."""
 
     def save(self, filepath, overwrite=True, zipped=None, **options) -> None:
         """Keras' `save`, to a file that is written beside `filepath` and then moved there.
@@ -39,6 +39,10 @@ class Saving:
         several = max_shard_size is not None
         with nullcontext(filepath) if several else _new_file(filepath, overwrite) as new:
             super().save_weights(new, overwrite, max_shard_size)
+
+
+class Saving(SafeFiles):
+    """The part of `DiffusionModel` that saves and loads it."""
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, serialised; of a codec that is not saved, what it was."""

@@ -12,6 +12,7 @@ from kdiff.networks.hybrid import Hybrid
 from kdiff.networks.mlp import MLP
 from kdiff.networks.mmdit import MMDiT
 from kdiff.networks.ncsnpp import InputResidual, InputSkip, NCSNpp, OutputSkip
+from kdiff.networks.prior_transformer import PriorTransformer
 from kdiff.networks.simple_unet import SimpleUNet
 from kdiff.networks.unet import Level, UNet
 from kdiff.networks.uvit import UViT
@@ -33,6 +34,7 @@ __all__ = [
     "NCSNpp",
     "Network",
     "OutputSkip",
+    "PriorTransformer",
     "SimpleUNet",
     "Tiny",
     "UNet",

@@ -17,6 +17,7 @@ and any other argument of `UNet.composed` and `UNet` (those of Stable Diffusion:
 | `ddpmpp_cifar10`, `ncsnpp_cifar10` | Song et al. (2021), as Karras et al., "EDM" (2022), table 7, has them | 55.7, 56.4 |
 | `ncsnpp_256` | Song et al. (2021), appendix H, CelebA-HQ | 65.6 |
 | `stable_diffusion_1`, `stable_diffusion_2` | Rombach et al., "Latent Diffusion Models" (2022) | 859.5, 865.9 |
+| `efficient` | Saharia et al., "Imagen" (2022), appendix B, from 64 to 256 | 696 |
 | `stable_diffusion_xl` | Podell et al., "SDXL" (2023), section 2.1 | 2567 |
 | `stable_diffusion_3("3-medium")`, `("3.5-medium")`, `("3.5-large")` | Esser et al., "Scaling Rectified Flow Transformers" (2024) | 2028, 2243, 8057 |
 """  # noqa: E501
@@ -29,6 +30,7 @@ import keras
 from kdiff.base import check_choice
 from kdiff.blocks.attention import SelfAttention
 from kdiff.blocks.conditions import Joint
+from kdiff.blocks.context_attention import ContextAttention
 from kdiff.blocks.convolution import ResidualBlock
 from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbedding, SizeWaves
 from kdiff.blocks.normalization import GroupNorm, RMSNorm
@@ -49,6 +51,7 @@ __all__ = [
     "ddpm_256",
     "ddpm_cifar10",
     "ddpmpp_cifar10",
+    "efficient",
     "improved_ddpm",
     "ncsnpp_256",
     "ncsnpp_cifar10",
@@ -213,6 +216,41 @@ def stable_diffusion_xl(width: int = 320, levels: int = 3, **options: Any) -> UN
     conditions = {"context": keras.layers.Identity(), "added": text_and_numbers(SizeWaves(256), 4 * width)}
     options = {"conditions": conditions, **options}
     return _stable_diffusion(width, levels, (1, 2, 4), (0, 2, 10), 10, {"head_width": 64}, **options)
+
+
+# --- Saharia et al. (2022)
+
+
+def efficient(width: int = 128, levels: int = 4, **options: Any) -> UNet:
+    """Imagen's Efficient U-Net, from 64x64 to 256x256: most blocks where the map is smallest, and none at full size.
+
+    The size is halved before the convolutions of each level and doubled after them, sums are divided by the square root
+    of 2, and the coarsest level alone attends, to itself and to the text at once, in heads of 64. Each block of the way
+    down, not each level, is joined to one of the way up, as in every `UNet` here: 696 M parameters, and 600 M in the
+    paper. The picture that is made larger is a condition of the caller's, `{"low": Beside("bicubic", noise=...),
+    "context": ...}`; without any there is a `context` alone.
+
+    Args:
+        width: the channels of the first level.
+        levels: the number of levels, up to 4.
+        options: other arguments of `UNet`.
+    """
+    check_choice("efficient", "levels", levels, (1, 2, 3, 4))
+    rows = list(zip((1, 2, 4, 8), (2, 4, 8, 8), strict=True))[:levels]
+    block, mixer = ResidualBlock(rescale=math.sqrt(2)), ContextAttention(head_width=min(64, width * rows[-1][0]))
+    made = [
+        Level(width * factor, depth, block, mixer if i == levels - 1 else None)
+        for i, (factor, depth) in enumerate(rows)
+    ]
+    options = {
+        "middle": Level(made[-1].width, 0, block),
+        "conditions": {"context": keras.layers.Identity()},
+        "shrink": Downsample(),
+        "grow": Upsample(),
+        **_time(width),
+        **options,
+    }
+    return UNet(made, **options)
 
 
 # Blocks, which are heads of 64 channels too; size of the table of positions; blocks with a second attention; whether

@@ -129,13 +129,16 @@ class WayDown(Network):
 
     def _build_down(self, x_shape, embed_shape, context_shape):
         """(x, kept): the shapes of the output of the middle, and of those that the way up is given."""
-        kept = [build_layer(self.stem, x_shape)]
+        kept = [self._build_stem(x_shape, embed_shape)]
         for unit in self.down:
             kept.append(build_layer(unit, kept[-1], embed_shape, context_shape))
         return build_layer(self.bridge, kept[-1], embed_shape, context_shape), kept
 
+    def _build_stem(self, x_shape, embed_shape):
+        return build_layer(self.stem, x_shape)
+
     def _run_down(self, x, embed, context, training):
-        """(x, kept) of the output of the stem."""
+        """(x, kept) of the input of the first level."""
         kept = [x]
         for unit in self.down:
             kept.append(self._run(unit, kept[-1], embed, context, training))
@@ -156,10 +159,10 @@ class UNet(WayDown):
     outputs of the first convolution, of every block and of every downsampling on the way down are each concatenated to
     the input of one block on the way up. The last convolution is zero at first.
 
-    Height and width may be any multiple of `2 ** (len(levels) - 1)`, and may change from call to call. So may the
-    length of a series (batch, length, channels) and the sizes of a volume (batch, depth, height, width, channels),
-    which the network takes as well: its rank is that of what it is built for. `time` is what the embedding takes: a
-    SinusoidalEmbedding wants it to span some hundreds, as 0 ... 999.
+    Height and width may be any multiple of `2 ** (len(levels) - 1)`, of twice that with `shrink`, and may change from
+    call to call. So may the length of a series (batch, length, channels) and the sizes of a volume (batch, depth,
+    height, width, channels), which the network takes as well: its rank is that of what it is built for. `time` is what
+    the embedding takes: a SinusoidalEmbedding wants it to span some hundreds, as 0 ... 999.
 
     Args:
         levels: the `Level`s, from the finest to the coarsest.
@@ -176,6 +179,8 @@ class UNet(WayDown):
         remat: whether the inside of each block is computed again for the gradient, to save memory.
         seed: from which each copied layer that has a `seed` gets one of its own.
         stem_width: the channels of the first convolution; None for those of the first level.
+        shrink, grow: layers around the levels, after the first convolution at half the size, and before the last at
+            twice the size, such as "downsample" and "upsample": no block works at the size of the image. None for none.
         kwargs: `name` and `dtype`. The precision is that of every layer made from a template; `embedding` and
             `conditions` keep theirs.
 
@@ -198,13 +203,19 @@ class UNet(WayDown):
         remat: bool = False,
         seed: int = 0,
         stem_width: int | None = None,
+        shrink: Any = None,
+        grow: Any = None,
         **kwargs,
     ):
+        if (shrink is None) != (grow is None):
+            raise ValueError(f"UNet: `shrink` and `grow` go together; received: {shrink!r} and {grow!r}")
         options = {"out_channels": out_channels, "remat": remat, "seed": seed}
         super().__init__(levels, middle, embedding, conditions, stem_width, **options, **kwargs)
         self.normalization = self._copy(normalization, "normalization")
         self.activation = activation
         self._activate = keras.activations.get(activation)
+        self.shrink = None if shrink is None else self._copy(shrink, "shrink")
+        self.grow = None if grow is None else self._copy(grow, "grow")
         self.up = [self._chain(unit, f"up_{i}") for i, unit in enumerate(self._way_up())]
 
     def _way_up(self):
@@ -212,10 +223,20 @@ class UNet(WayDown):
         for i, level in reversed(list(enumerate(self.levels))):
             yield from level.units_up(*([self.levels[i - 1].upsample] if i else []))
 
+    def _check_image(self, shape):
+        super()._check_image(shape)
+        if self.shrink is not None:
+            check_size(self, shape, 2 ** len(self.levels), f"{len(self.levels)} levels behind `shrink` need")
+
+    def _build_stem(self, x_shape, embed_shape):
+        x = super()._build_stem(x_shape, embed_shape)
+        return x if self.shrink is None else build_layer(self.shrink, x, embed_shape)
+
     def _build_body(self, x_shape, embed_shape, context_shape):
         x, skips = self._build_down(x_shape, embed_shape, context_shape)
         for unit in self.up:
             x = build_layer(unit, (*x[:-1], x[-1] + skips.pop()[-1]), embed_shape, context_shape)
+        x = x if self.grow is None else build_layer(self.grow, x, embed_shape)
         build_layer(self.normalization, x)
         self.head = self._head(Conv2D, 3, padding="same")
         self.head.build(x)
@@ -238,10 +259,13 @@ class UNet(WayDown):
         return super().compute_output_spec(inputs, training)
 
     def _body(self, x, embed, context, training, skips=None, middle=None):
-        x, kept = self._run_down(self.stem(x), embed, context, training)
+        x = self.stem(x)
+        x = x if self.shrink is None else apply_layer(self.shrink, x, embed, training=training)
+        x, kept = self._run_down(x, embed, context, training)
         x, kept = self._with_additions(x, kept, skips, middle)
         for unit in self.up:
             x = self._run(unit, ops.concatenate([x, kept.pop()], axis=-1), embed, context, training)
+        x = x if self.grow is None else apply_layer(self.grow, x, embed, training=training)
         return self.head(self._activate(apply_layer(self.normalization, x, training=training)))
 
     def _with_additions(self, x, kept, skips, middle):

@@ -37,8 +37,10 @@ from kdiff.times.samplers import (
     TimeSampler,
     Uniform,
 )
+from kdiff.times.sections import DEEPFLOYD, Sections
 
 __all__ = [
+    "DEEPFLOYD",
     "All",
     "Antithetic",
     "BetaQuantile",
@@ -61,6 +63,7 @@ __all__ = [
     "Rounded",
     "RoundedLabel",
     "Scaled",
+    "Sections",
     "Sigmas",
     "Stratified",
     "Systematic",

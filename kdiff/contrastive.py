@@ -1,0 +1,332 @@
+"""CLIP: two encoders that learn one space for images and texts, in which a pair is near and what is no pair is far.
+
+    clip = Contrastive(CLIPVision(32, 4, projection=64, ...), CLIPText(512, 16, projection=64, ...), tokenizer)
+    clip.compile("adam")
+    clip.fit({"image": images, "text": captions}, batch_size=64)
+    clip.evaluate({"image": images, "text": captions}, batch_size=64)    # loss, and retrieval among the 64 of a batch
+    clip.evaluate(images, labels, classes=["a cat", "a dog"])            # zero-shot classification
+    z = clip.embed_image(images)                                         # (count, 64), of length 1
+
+Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021). DALL-E 2's prior makes
+such embeddings of texts, and its decoder images of such embeddings (`kdiff.UnCLIP`).
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from kdiff import backend
+from kdiff.base import Configurable, check_integer
+from kdiff.blocks.base import apply_layer, build_layer
+from kdiff.blocks.conditions import Encoded
+from kdiff.blocks.layers import Dense
+from kdiff.codecs import Identity
+from kdiff.codecs.base import to_unit
+from kdiff.model.condition_inputs import Preparation
+from kdiff.model.feeding import BatchCheck, unpack
+from kdiff.model.saving import SafeFiles
+from kdiff.model.sources import source_of
+from kdiff.text import Tokenizer, is_text
+
+__all__ = ["LARGEST_SCALE", "Contrastive"]
+
+LARGEST_SCALE = 100.0  # without the bound training becomes unstable (section 2.5 of the paper)
+
+
+class Contrastive(SafeFiles, Configurable, backend.SafeTraining, keras.Model):
+    """Two encoders in contrastive training, the symmetric InfoNCE of CLIP (Radford et al., 2021, figure 3):
+
+        u_i = f(image_i) / |f(image_i)|,  v_j = g(text_j) / |g(text_j)|,  s_ij = exp(log_scale) u_i v_j
+        loss = mean_i (-s_ii + log sum_j exp(s_ij)) / 2 + mean_j (-s_jj + log sum_i exp(s_ij)) / 2
+
+    over the examples of a batch, all of whose other texts are taken to be wrong, even one that says the same. The scale
+    is learned, from 1 / 0.07, and at most 100. All but the encoders is float32.
+
+    `fit` and `evaluate` report the loss and, of retrieval in the batch, the shares "image_to_text" of images whose own
+    text is the nearest of all, and "text_to_image" of texts whose own image is: by chance 1 / batch size.
+
+    Args:
+        image: a Keras layer or model from "image", whole numbers scaled to [-1, 1] or floating-point ones as they are,
+            to a vector (batch, dim), or to `Encoded` with one, as `encoders.CLIPVision`. It is used as it is.
+        text: the same of "text", such as `encoders.CLIPText` or `blocks.TextEncoder(pooled=True, dropout=0)`.
+        tokenizer: a `Tokenizer` or its name, by which strings are made tokens; None for those of `text`, if it has
+            one, and otherwise data must hold numbers.
+        width: of the space, to which both vectors are projected, without a bias; None for vectors of one width as they
+            come.
+        name: the model's name.
+
+    Raises:
+        ValueError: if the vectors differ in width, or `text` would drop texts.
+    """
+
+    def __init__(
+        self,
+        image: keras.layers.Layer,
+        text: keras.layers.Layer,
+        tokenizer: Any = None,
+        width: int | None = None,
+        name: str | None = None,
+    ):
+        super().__init__(name=name, dtype="float32", autocast=False)
+        for argument, layer in {"image": image, "text": text}.items():
+            if not isinstance(layer, keras.layers.Layer):
+                raise TypeError(f"Contrastive: `{argument}` must be a Keras layer or model; received: {layer!r}")
+        if getattr(text, "dropout", 0.0) and hasattr(text, "null"):
+            raise ValueError(
+                f"Contrastive: `text` must not drop texts, whose images would have none: give it `dropout=0`; received "
+                f"{text.dropout}"
+            )
+        if width is not None:
+            check_integer("Contrastive", "width", width)
+        self.image, self.text, self.width = image, text, width
+        self.tokenizer = None if tokenizer is None else Tokenizer.get(tokenizer)
+        self.shapes: dict[str, tuple] | None = None
+        self._parts = ("loss", "image_to_text", "text_to_image")
+        self._means = [keras.metrics.Mean(name=part) for part in self._parts[1:]]
+        self._programs: dict[str, Any] = {}
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, serialised."""
+        return Configurable.get_config(self)
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What makes numbers of the texts in data."""
+        return {"text": _Text(self.text, self.tokenizer)}
+
+    @backend.uninterrupted
+    def build(self, shapes) -> None:
+        """Makes all weights, for the shapes of "image" and "text", {"image": (None, 32, 32, 3), "text": (None, 16)}."""
+        if self.built:
+            return
+        shapes = {name: (None, *tuple(shapes[name])[1:]) for name in ("image", "text")}
+        widths = {}
+        for name, layer in (("image", self.image), ("text", self.text)):
+            vector = Encoded.of(build_layer(layer, shapes[name])).vector
+            if vector is None:
+                raise ValueError(
+                    f"Contrastive: `{name}` must give one vector an example, (batch, dim), or `Encoded` with one; "
+                    "pool what it gives"
+                )
+            widths[name] = vector[-1]
+        if self.width is None and widths["image"] != widths["text"]:
+            raise ValueError(
+                f"Contrastive: the vectors must have one width, or a `width` is needed; they have: {widths}"
+            )
+        self.projections = {}
+        if self.width is not None:
+            for name, width in widths.items():
+                layer = Dense(self.width, use_bias=False, dtype="float32", name=f"{name}_projection")
+                layer.build((None, width))
+                self.projections[name] = layer
+        self.log_scale = self.add_weight(
+            shape=(),
+            initializer=keras.initializers.Constant(-math.log(0.07)),
+            constraint=_bounded,
+            dtype="float32",
+            name="log_scale",
+        )
+        self.shapes = shapes
+        self.built = True
+
+    def get_build_config(self) -> dict[str, Any] | None:
+        """What `build` was given."""
+        return None if self.shapes is None else {"shapes": self.shapes}
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        """Builds a loaded model."""
+        if config:
+            self.build(config["shapes"])
+
+    def get_compile_config(self) -> dict[str, Any] | None:
+        """The optimizer, without what belongs to a backend; None before `compile`."""
+        if not self.compiled:
+            return None
+        config = {"optimizer": keras.saving.serialize_keras_object(self.optimizer)}
+        return {name: backend.portable_optimizer(one) for name, one in config.items()}
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles a loaded model, and makes the optimizer's variables, which are loaded next."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
+
+    # What it computes
+
+    def _embedded(self, name: str, x, training: bool = False):
+        """The vectors of length 1 of one side, (batch, width), float32."""
+        x = to_unit(ops.convert_to_tensor(x)) if name == "image" else x
+        vector = Encoded.of(apply_layer(getattr(self, name), x, training=training)).vector
+        vector = ops.cast(vector, "float32")
+        if name in self.projections:
+            vector = self.projections[name](vector)
+        return vector / ops.maximum(ops.norm(vector, axis=-1, keepdims=True), 1e-12)
+
+    @backend.uninterrupted
+    def call(self, inputs, training: bool | None = None) -> dict[str, Any]:
+        """A batch {"image": ..., "text": ...} to the loss and, for each example, 1 where it is retrieved, else 0."""
+        training = bool(training)
+        image, text = (self._embedded(name, inputs[name], training) for name in ("image", "text"))
+        logits = ops.exp(ops.convert_to_tensor(self.log_scale)) * ops.matmul(image, ops.transpose(text))
+        own = ops.diagonal(logits)
+        losses = [ops.logsumexp(logits, axis=axis) - own for axis in (1, 0)]
+        place = ops.cast(ops.arange(ops.shape(logits)[0]), "int32")
+        found = [ops.cast(ops.equal(ops.cast(ops.argmax(logits, axis), "int32"), place), "float32") for axis in (1, 0)]
+        return dict(zip(self._parts, (0.5 * ops.mean(losses[0] + losses[1]), *found), strict=True))
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """The contrastive loss."""
+        return y_pred["loss"]
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None) -> dict[str, Any]:
+        """The means over the epoch."""
+        for mean in self._means:
+            mean.update_state(y_pred[mean.name])
+        return self.get_metrics_result()
+
+    # Training
+
+    def train_step(self, *args):
+        """Keras' own step. `args` are `(data,)`, on JAX `(state, data)`."""
+        *state, data = args
+        return super().train_step(*state, (unpack(data)[0],))
+
+    def test_step(self, *args):
+        """Keras' own step."""
+        *state, data = args
+        return super().test_step(*state, (unpack(data)[0],))
+
+    def fit(self, x=None, *args, validation_data=None, **options):
+        """Keras' `fit`.
+
+        Args:
+            x: {"image": ..., "text": strings, or what `text` takes}, as arrays, or in batches of any kind that
+                `DiffusionModel.fit` takes.
+            *args, **options: as of `keras.Model.fit`.
+            validation_data: of the same kinds.
+
+        Raises:
+            ValueError: if an image or a text has the wrong shape, or is not finite.
+        """
+        x = self._checked(x)
+        if validation_data is not None:
+            validation_data = self._checked(validation_data)
+        if not isinstance(x, (dict, keras.utils.PyDataset)):
+            options.setdefault("shuffle", False)  # Keras cannot shuffle the others, and would warn
+        if self.compiled and not self.optimizer.built:
+            with backend.strategy_of(self):
+                self.optimizer.build(self.trainable_variables)
+        return super().fit(x, None, *args, validation_data=validation_data, **options)
+
+    def evaluate(self, x=None, y=None, *args, classes: Sequence | None = None, **options):
+        """Keras' `evaluate`: the loss, and retrieval among the examples of each batch; or zero-shot classification.
+
+        Args:
+            x: as of `fit`; with `classes`, images.
+            y: with `classes`, the label of each image, 0 ... len(classes) - 1.
+            *args, **options: as of `keras.Model.evaluate`; with `classes`, `batch_size` and `return_dict`.
+            classes: as of `classify`: the share of images that are given their own class is returned, "accuracy".
+        """
+        if options.get("_use_cached_eval_dataset"):  # inside `fit`, whose validation data is checked already
+            return super().evaluate(x, y, *args, **options)
+        if classes is None:
+            return super().evaluate(self._checked(x), None, *args, **options)
+        labels, return_dict = np.asarray(y).reshape(-1), options.pop("return_dict", False)
+        found = self.classify(x, classes, *args, **options)
+        if labels.shape != found.shape or labels.min() < 0 or labels.max() >= len(classes):
+            raise ValueError(
+                f"evaluate: `y` must be {len(found)} labels, each in 0..{len(classes) - 1}; received the shape "
+                f"{labels.shape}, {labels.min()} to {labels.max()}"
+            )
+        accuracy = float(np.mean(found == labels))
+        return {"accuracy": accuracy} if return_dict else accuracy
+
+    def _checked(self, x):
+        """The data, with numbers in place of text, and checked on its way; the model is built for it if it was not."""
+        source = source_of(x).prepared(self)
+        shapes = source.shapes()
+        if missing := {"image", "text"} - set(shapes):
+            raise ValueError(f"Contrastive: data must have 'image' and 'text'; missing: {sorted(missing)}")
+        if not self.built:
+            self.build(shapes)
+        return source.checked(BatchCheck(Identity(), self.shapes["image"][1:], self))
+
+    # What it is for
+
+    def embed_image(self, images: Any, batch_size: int = 64) -> np.ndarray:
+        """u of images, (count, width), float32, each of length 1."""
+        return self._rows("image", np.asarray(images), batch_size)
+
+    def embed_text(self, texts: Any, batch_size: int = 64) -> np.ndarray:
+        """v of strings, or of what `text` takes, (count, width), float32, each of length 1."""
+        texts = [texts] if isinstance(texts, str) else texts
+        return self._rows("text", np.asarray(Preparation(self).value("text", texts)), batch_size)
+
+    def classify(self, images: Any, classes: Sequence, batch_size: int = 64) -> np.ndarray:
+        """The class of each image whose text is nearest, whole numbers (count,): zero-shot (section 3.1).
+
+        Args:
+            images: as of `embed_image`.
+            classes: a text for each class, or several, whose mean is taken, as over "a photo of a cat", "a drawing of
+                a cat" (section 3.1.4).
+            batch_size: how many are encoded at once.
+        """
+        groups = [[one] if isinstance(one, str) else list(one) for one in classes]
+        vectors = self.embed_text([text for group in groups for text in group], batch_size)
+        ends = np.cumsum([len(group) for group in groups])
+        means = np.stack([part.mean(0) for part in np.split(vectors, ends[:-1])])
+        means /= np.linalg.norm(means, axis=-1, keepdims=True)
+        return np.argmax(self.embed_image(images, batch_size) @ means.T, axis=-1)
+
+    def _rows(self, name: str, x: np.ndarray, batch_size: int) -> np.ndarray:
+        check_integer("Contrastive", "batch_size", batch_size)
+        if not self.built:
+            raise ValueError("Contrastive: the model has no weights yet; train it, load it, or call `build`")
+        shape = self.shapes[name][1:]
+        if len(x.shape) != len(shape) + 1 or not len(x):
+            raise ValueError(f"Contrastive: `{name}` must have the shape (count, *{shape}); received: {x.shape}")
+        backend.synchronise(self)
+        program = self._programs.get(name)
+        if program is None:
+            program = backend.compiled(partial(self._embedded, name), self)
+            self._programs[name] = program
+        size, rows = min(batch_size, len(x)), []
+        for first in range(0, len(x), size):  # the last batch is filled up: one of another size is compiled again
+            at = np.minimum(np.arange(first, first + size), len(x) - 1)
+            rows.append(ops.convert_to_numpy(program(x[at])))
+        return np.concatenate(rows)[: len(x)]
+
+
+class _Text:
+    """What makes numbers of strings, and checks them."""
+
+    def __init__(self, layer: keras.layers.Layer, tokenizer: Tokenizer | None):
+        self.layer, self.tokenizer = layer, tokenizer
+
+    def prepare(self, values: Any) -> np.ndarray:
+        """Strings to tokens; numbers are left as they are."""
+        if not is_text(values):
+            return np.asarray(values)
+        if self.tokenizer is not None:
+            return self.tokenizer(values)
+        if hasattr(self.layer, "prepare"):
+            return self.layer.prepare(values)
+        raise ValueError(
+            f"Contrastive: strings need a `tokenizer`, which the encoder of text, {type(self.layer).__name__}, does "
+            "not have"
+        )
+
+    def check(self, values: np.ndarray) -> None:
+        """As of the layer."""
+        if hasattr(self.layer, "check"):
+            self.layer.check(values)
+
+
+def _bounded(log_scale):
+    """After each update."""
+    return ops.minimum(log_scale, math.log(LARGEST_SCALE))

@@ -1,0 +1,86 @@
+"""Two networks, of which one knows the noisy times and the other the clean ones."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from kdiff.base import check_number
+from kdiff.blocks.base import ConfigurableLayer
+
+__all__ = ["Experts"]
+
+
+class Experts(ConfigurableLayer, keras.Model):
+    """One network above a time, another up to it, as one network:
+
+        output = clean(inputs) if time <= bound else noisy(inputs)
+
+    Balaji et al., "eDiff-I: Text-to-Image Diffusion Models with an Ensemble of Expert Denoisers" (2022), section 3.1;
+    Karlo's upsampler has another network for the last step alone. In a step of sampling, where all examples have one
+    time, one of the two is asked; in training both, and each learns of its own times.
+
+    Args:
+        noisy, clean: networks that take the same inputs. They are used as they are.
+        bound: the largest "time", as the networks see it, that is of `clean`.
+        kwargs: `name` and `dtype`.
+
+    Raises:
+        ValueError: if their inputs differ.
+    """
+
+    def __init__(self, noisy: keras.layers.Layer, clean: keras.layers.Layer, bound: float = 0.0, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        check_number("Experts", "bound", bound, -1e9)
+        self.noisy, self.clean, self.bound = noisy, clean, bound
+        inputs = [sorted(getattr(network, "condition_inputs", {})) for network in (noisy, clean)]
+        if inputs[0] != inputs[1]:
+            raise ValueError(f"Experts: both networks must take the same conditions; they take {inputs}")
+        if noisy.out_channels != clean.out_channels:
+            raise ValueError(
+                "Experts: both networks must have the same `out_channels`; they have "
+                f"{[noisy.out_channels, clean.out_channels]}"
+            )
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """Those of the noisy one, which know what stands for none."""
+        return self.noisy.conditions
+
+    @property
+    def condition_inputs(self) -> dict[str, Any]:
+        """Those of the noisy one."""
+        return self.noisy.condition_inputs
+
+    @property
+    def out_channels(self) -> int | None:
+        """Those of both."""
+        return self.noisy.out_channels
+
+    def build(self, input_shape):
+        """Builds both."""
+        for network in (self.noisy, self.clean):
+            if not network.built:
+                network.build(input_shape)
+
+    def call(self, inputs, training=None):
+        """The dictionary of inputs to what one of the networks gives for each example."""
+        low = ops.less_equal(ops.cast(inputs["time"], "float32"), self.bound)
+
+        def noisy():
+            return self.noisy(inputs, training=training)
+
+        def clean():
+            return self.clean(inputs, training=training)
+
+        def both():
+            first, last = noisy(), clean()
+            return ops.where(ops.reshape(low, (-1, *[1] * (len(first.shape) - 1))), last, first)
+
+        if training:
+            return both()
+        return ops.cond(ops.all(low), clean, lambda: ops.cond(ops.any(low), both, noisy))
+
+    def compute_output_spec(self, inputs, training=None):
+        """That of the networks."""
+        return self.noisy.compute_output_spec(inputs, training)

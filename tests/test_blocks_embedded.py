@@ -1,0 +1,80 @@
+"""Embeddings as conditions: an image's as a vector and tokens, lost by itself; tokens with a mask."""
+
+import keras
+import numpy as np
+import pytest
+
+from kdiff.blocks import ImageEmbedding, MaskedTokens, TextEncoder, TransformerBlock
+from kdiff.networks import DiT
+from kdiff.text import Bytes
+from tests.helpers_gradients import run
+from tests.toys import draw_weights, numpy
+
+X = np.random.default_rng(0).standard_normal((3, 5)).astype("float32")
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_a_vector_and_tokens(policy):
+    """By hand; a row of NaN is what is learned for none."""
+    layer = ImageEmbedding(4, 3, dtype=policy)
+    layer.build((None, 5), (None, 6))
+    draw_weights(layer)
+    x = X.copy()
+    x[1] = np.nan
+    made = layer(x, np.zeros((3, 6), "float32"))
+    x[1] = numpy(layer.learned)
+    dense = [(numpy(one.kernel), numpy(one.bias)) for one in (layer.to_vector, layer.to_tokens)]
+    vector, tokens = (x @ kernel + bias for kernel, bias in dense)
+    tolerance = {"atol": 1e-5 if policy == "float32" else 0.05}
+    np.testing.assert_allclose(numpy(made.vector).astype("float32"), vector, **tolerance)
+    np.testing.assert_allclose(numpy(made.tokens).astype("float32"), tokens.reshape(3, 3, 4), **tolerance)
+    assert str(made.vector.dtype).endswith("32" if policy == "float32" else "bfloat16")
+    spec = layer.compute_output_spec(keras.KerasTensor((None, 5)), keras.KerasTensor((None, 6)))
+    assert (spec.vector.shape, spec.tokens.shape) == ((None, 6), (None, 3, 4))
+
+
+@pytest.mark.once
+def test_image_and_text_are_lost_each_by_itself():
+    """In the paper's shares: 10 % of the images, 50 % of the texts, 5 % of both."""
+    image = ImageEmbedding(4, 0, dropout=0.1, seed=1)
+    text = TextEncoder(Bytes(3), 4, 0, dropout=0.5, seed=2)
+    lost = []
+    for layer, x in ((image, np.ones((4000, 5), "float32")), (text, np.ones((4000, 3), "int32"))):
+        layer.build((None, *x.shape[1:]), (None, 4))
+        dropped = numpy(layer._dropped(x, layer._next())).reshape(4000, -1)
+        lost.append(np.isnan(dropped[:, 0]) if layer is image else dropped[:, 0] == 0)
+    np.testing.assert_allclose(
+        [lost[0].mean(), lost[1].mean(), (lost[0] & lost[1]).mean()], [0.1, 0.5, 0.05], atol=0.02
+    )
+
+
+def test_in_a_network(tmp_path):
+    """Vector and tokens are both seen, and come back from a file; a masked token is not seen."""
+    conditions = {"embedding": ImageEmbedding(4, 2), "context": MaskedTokens()}
+    network = DiT(8, 1, 2, TransformerBlock(2, adaptive=True), conditions=conditions)
+    rng = np.random.default_rng(1)
+    inputs = {"image": rng.standard_normal((3, 4, 4, 1)), "embedding": X, "context": rng.standard_normal((3, 2, 4))}
+    inputs = {name: value.astype("float32") for name, value in inputs.items()} | {"time": np.zeros(3, "float32")}
+    inputs["context_mask"] = np.array([[1, 0]] * 3, "int32")
+    network.build({name: (None, *value.shape[1:]) for name, value in inputs.items()})
+    draw_weights(network)
+    y = run(network, inputs)
+    condition = network.conditions["embedding"]
+    for part in (condition.to_vector, condition.to_tokens):
+        kernel = numpy(part.kernel)
+        part.kernel.assign(0 * kernel)
+        assert np.abs(run(network, inputs) - y).max() > 1e-4
+        part.kernel.assign(kernel)
+    changed = inputs["context"] * np.array([1, 7], "float32")[:, None]
+    np.testing.assert_allclose(run(network, {**inputs, "context": changed}), y, atol=1e-6)
+    assert np.abs(run(network, {**inputs, "context": 7 * inputs["context"]}) - y).max() > 1e-4
+    network.save(tmp_path / "network.keras")
+    np.testing.assert_allclose(run(keras.saving.load_model(tmp_path / "network.keras"), inputs), y, atol=1e-6)
+
+
+@pytest.mark.once
+def test_what_it_refuses():
+    with pytest.raises(ValueError, match="one vector an example"):
+        ImageEmbedding(4).build((None, 2, 5))
+    with pytest.raises(ValueError, match="`tokens` must be a whole number of at least 0"):
+        ImageEmbedding(4, -1)
