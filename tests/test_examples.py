@@ -42,6 +42,7 @@ def test_the_catalogue_is_up_to_date():
     assert PAGE.read_text(encoding="utf-8") == catalogue(), "run `python examples/catalogue.py`"
 
 
+@pytest.mark.data
 @pytest.mark.once  # two minutes of compilation elsewhere; what it uses is tested on each backend
 def test_keras_howto(tmp_path, monkeypatch):
     """Each block of the page, one after the other."""
