@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,20 @@ import keras
 import numpy as np
 
 from kdiff import pictures
-from kdiff.base import check_choice, check_integer
+from kdiff.base import check_integer
 from kdiff.codecs import Codec
+from kdiff.periodic import DIGITS, Periodic, Skipping
 from kdiff.sampling import Sampler
 from kdiff.solvers import Solver
 from kdiff.text import is_text, strings
 from kdiff.writing import replacing
 
-__all__ = ["BACKUP", "DIGITS", "BackupCallback", "SampleCallback"]
+__all__ = ["BACKUP", "BackupCallback", "SampleCallback"]
 
-DIGITS = {"epoch": 4, "step": 8}  # in file names, so that they sort
 BACKUP = "backup.weights.h5"  # the file of `BackupCallback`
 
 
-class SampleCallback(keras.callbacks.Callback):
+class SampleCallback(Periodic):
     """Draws samples while a model trains: always the same noise, so that one watches the same images improve.
 
     It leaves `samples-epoch-0001.png`, ... (or `samples-step-00000100.png`, ...) in `folder`. Training that is resumed
@@ -84,18 +84,14 @@ class SampleCallback(keras.callbacks.Callback):
         training_gif: bool = False,
         tensorboard: str | os.PathLike | None = None,
     ):
-        super().__init__()
-        check_integer("SampleCallback", "every", every)
+        super().__init__(every, unit)
         check_integer("SampleCallback", "num_samples", num_samples)
         check_integer("SampleCallback", "seed", seed, minimum=0)
-        check_choice("SampleCallback", "unit", unit, ("epoch", "step"))
         for name, value in (("steps", steps), ("columns", columns)):
             if value is not None:
                 check_integer("SampleCallback", name, value)
         self.folder = Path(folder)
-        self.every = every
         self.num_samples = num_samples
-        self.unit = unit
         self.sampler = _check_sampler(sampler)
         self.steps = steps
         self.seed = seed
@@ -111,32 +107,11 @@ class SampleCallback(keras.callbacks.Callback):
         pictures.pillow()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._writer = _tensorboard_writer(tensorboard) if tensorboard is not None else None
-        self._step = self._epoch_start = 0
         self._last: Path | None = None
 
-    def on_train_begin(self, logs: dict | None = None) -> None:
-        """Forgets the steps of the last run."""
-        self._step = None
-
-    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Notes how many steps there were before this epoch: in a resumed run, those that the optimizer counted."""
-        skipped = 0
-        if self._step is None:  # not in on_train_begin: other callbacks restore the model there
-            optimizer = self.model.optimizer  # which counts updates
-            self._step = int(optimizer.iterations) * (getattr(optimizer, "gradient_accumulation_steps", None) or 1)
-            skipped = _skipped(self.model)
-        self._epoch_start = self._step - skipped
-
-    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Draws samples if the unit is "step" and it is time."""
-        before, self._step = self._step, max(self._step, self._epoch_start + batch + 1)
-        if self.unit == "step" and self._step // self.every > before // self.every:
-            self._try("draw samples", self._draw, self._step)
-
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Draws samples if the unit is "epoch" and it is time."""
-        if self.unit == "epoch" and (epoch + 1) % self.every == 0:
-            self._try("draw samples", self._draw, epoch + 1)
+    def act(self, number: int) -> None:
+        """Draws samples."""
+        self._try("draw samples", self._draw, number)
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Writes the animations that were asked for."""
@@ -251,7 +226,7 @@ class BackupCallback(keras.callbacks.BackupAndRestore):
         if orders := getattr(self.model, "orders", None):
             orders.passes = passes
         if self._step:
-            self.model.train_function = _Skipping(self.model, self._step)
+            self.model.train_function = Skipping(self.model, self._step)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Restores the metrics of an epoch that was broken off."""
@@ -311,30 +286,6 @@ class BackupCallback(keras.callbacks.BackupAndRestore):
         except OSError as error:
             message = f"BackupCallback could not write {self._path}, and training goes on: {error}"
             warnings.warn(message, stacklevel=2)
-
-
-class _Skipping:
-    """A train function that only reads the batches of a run's first steps: they were trained on before."""
-
-    def __init__(self, model: keras.Model, steps: int):
-        self.model, self.steps, self.history = model, steps, model.history
-        self.train, self.done, self.logs = model.train_function, 0, {}
-
-    def __call__(self, *arguments: Any) -> Any:
-        if self.done >= self.steps or self.history is not self.model.history:  # of another run, if this was broken off
-            self.model.train_function = self.train
-            return self.train(*arguments)
-        *state, data = arguments  # on JAX two, else one
-        for _ in range(self.model.steps_per_execution if isinstance(data, Iterator) else 0):  # else it is the batches
-            next(data, None)
-        self.done += self.model.steps_per_execution
-        return (self.logs, *state) if state else self.logs
-
-
-def _skipped(model: keras.Model) -> int:
-    """The steps at the begin of this run that were done before."""
-    train = model.train_function
-    return train.steps if isinstance(train, _Skipping) and train.history is model.history else 0
 
 
 def _check_sampler(sampler: Sampler | Solver | str | None) -> Sampler | Solver | None:

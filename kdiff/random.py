@@ -59,7 +59,7 @@ def threefry(key, counter):
     Returns:
         A pair of int32 tensors: 64 random bits for every counter.
     """
-    return _rounds(*(ops.convert_to_tensor(word, "int32") for word in (*key, *counter)))
+    return _rounds(*[backend.tensor(word, "int32") for word in (*key, *counter)])
 
 
 @backend.fused
@@ -95,7 +95,8 @@ def key_of(seed: int | Sequence[int]) -> np.ndarray:
     check_integer("key_of", "seed", seed, minimum=0)
     if seed >= 2**64:
         raise ValueError(f"`seed` must be below 2^64; received: {seed}")
-    return np.array([seed >> 32, seed & 0xFFFFFFFF], "uint32").astype("int32")
+    words = (seed >> 32, seed & 0xFFFFFFFF)
+    return np.array([word - 2**32 * (word >= 2**31) for word in words], "int32")
 
 
 def fold(key, number, stream: int = 0):

@@ -3,11 +3,13 @@
 import keras
 import numpy as np
 import pytest
+from keras import ops
+from scipy.integrate import quad
 
 import kdiff
-from kdiff.averages import Averages
+from kdiff.averages import Averages, Exponential, Power
 from kdiff.model.sampling import COMPILED_STEPS
-from tests.toys import numpy, tiny_network
+from tests.toys import compiled_model, images, numpy, tiny_network
 
 FIRST, SECOND = np.float32([[1.0, -2.0]]), np.float32([[3.0, 4.0]])
 
@@ -22,7 +24,7 @@ def network():
 
 def test_averages_move_when_the_optimizer_has_made_an_update_and_not_else(network):
     """decay_0 = 1 / 10 and decay_1 = 2 / 11; between them the optimizer only accumulates gradients."""
-    averages = Averages(0.9)
+    averages = Averages(Exponential(0.9))
     averages.follow(network)
     network.kernel.assign(SECOND)
     averages.update(network, 0)  # no update yet
@@ -39,7 +41,7 @@ def test_averages_move_when_the_optimizer_has_made_an_update_and_not_else(networ
 
 
 def test_the_decay_is_reached(network):
-    averages = Averages(0.3)
+    averages = Averages(Exponential(0.3))
     averages.follow(network)
     averages.updates.assign(5)  # 6 / 15 is more
     network.kernel.assign(SECOND)
@@ -50,7 +52,7 @@ def test_the_decay_is_reached(network):
 
 
 def test_a_scope_computes_with_the_averages(network):
-    averages = Averages(0.9)
+    averages = Averages(Exponential(0.9))
     averages.follow(network)
     network.kernel.assign(SECOND)
     with averages.scope(network):
@@ -110,3 +112,89 @@ def test_compiled_steps_are_forgotten():
         assert step("euler") is last  # used again and again
     assert len(model._compiled_steps) == COMPILED_STEPS
     assert step("ddim") is not first
+
+
+# Profiles
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("length", "gamma"), [(0.05, 16.972), (0.10, 6.937), (0.15, 3.558), (0.20, 1.826), (0.25, 0.720), (12**-0.5, 0.0)]
+)
+def test_the_exponent_of_a_length(length, gamma):
+    """Karras et al. 2024, whose sigma_rel is the standard deviation of the profile on [0, 1]."""
+    power = Power(length)
+    assert power.gamma == pytest.approx(gamma, abs=1e-3)
+    mean = quad(lambda u: u * power.density(u, 1.0), 0, 1)[0]
+    assert quad(lambda u: (u - mean) ** 2 * power.density(u, 1.0), 0, 1)[0] ** 0.5 == pytest.approx(length, abs=1e-6)
+
+
+@pytest.mark.once
+def test_products_of_profiles_are_integrals():
+    for one, t, other, s in [
+        (0.05, 3.0, 0.1, 2.0),
+        (0.1, 2.0, 0.05, 3.0),
+        (0.2, 5.0, 0.2, 5.0),
+        (0.25, 0.5, 0.02, 4.0),
+    ]:
+        one, other = Power(one), Power(other)
+        integral = quad(lambda u, p=one, q=other, t=t, s=s: p.density(u, t) * q.density(u, s), 0, min(s, t))[0]
+        assert one.product(t, other, s) == pytest.approx(integral, rel=1e-8)
+    assert one.density([-1.0, 0.6], 0.5).tolist() == [0.0, 0.0]
+
+
+def test_a_power_average_is_the_integral_of_its_profile(network):
+    """weight(u) is constant between two updates; the first weights, before any, do not count."""
+    weights = np.random.default_rng(0).normal(size=(30, 1, 2))
+    averages = Averages(Power(0.1), Power(0.25))
+    averages.follow(network)
+    for number, weight in enumerate(weights):
+        network.kernel.assign(weight)
+        averages.update(network, number + 1)
+    for profile, (average,) in zip(averages.profiles, averages.kept, strict=True):
+        ends = (np.arange(31) / 30) ** (profile.gamma + 1)
+        np.testing.assert_allclose(numpy(average), np.tensordot(np.diff(ends), weights, 1), rtol=1e-4, atol=1e-6)
+    averages.reset(network)
+    assert not averages.moved
+    averages.update(network, 31)
+    np.testing.assert_allclose(numpy(averages.kept[1][0]), weights[-1], rtol=1e-6)
+
+
+def test_steps_stay_exact_after_many_updates():
+    """1 - decay in float32 would be 6 % off after ten million."""
+    power = Power(0.25)
+    for updates in (0, 10, 10_000_000):
+        exact = -np.expm1((power.gamma + 1) * np.log1p(-1 / (updates + 1))) if updates else 1.0
+        assert float(power.step(ops.convert_to_tensor(float(updates)))) == pytest.approx(exact, rel=1e-5)
+
+
+def test_several_averages_are_trained_and_saved(tmp_path):
+    """The first are used."""
+    model = compiled_model(tiny_network((4, 4, 1)), ema=[Power(0.2), 0.5])
+    model.fit(images(12, (4, 4, 1)), epochs=2, batch_size=4, verbose=0)
+    first, second = ([numpy(one) for one in kept] for kept in model.averages.kept)
+    assert max(np.abs(a - b).max() for a, b in zip(first, second, strict=True)) > 1e-4
+    with model.averages.scope(model.network):
+        used = [numpy(weight.value) for weight in model.network.weights]
+    np.testing.assert_allclose(used[0], first[0], rtol=1e-6)
+    model.save(tmp_path / "model.keras")
+    twin = keras.saving.load_model(tmp_path / "model.keras")
+    assert twin.averages.profiles == (Power(0.2), Exponential(0.5))
+    for kept, values in zip(twin.averages.kept, (first, second), strict=True):
+        for average, value in zip(kept, values, strict=True):
+            np.testing.assert_array_equal(numpy(average), value)
+    np.testing.assert_allclose(twin.sample(1, steps=2), model.sample(1, steps=2), atol=1e-6)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("ema", [1.0, -0.1, [], [0.9, Exponential(0.9)], True, "cubic"])
+def test_what_is_no_profile(ema):
+    with pytest.raises(ValueError, match=r"ema|Profile"):
+        kdiff.DiffusionModel(tiny_network((4, 4, 1)), ema=ema)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("length", [0.0, 0.3, None])
+def test_what_is_no_length(length):
+    with pytest.raises(ValueError, match="length"):
+        Power(length)

@@ -1,4 +1,5 @@
 import errno
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from kdiff import pictures
 from kdiff.callbacks import BackupCallback, SampleCallback
 from kdiff.sampling import Sampler
 from kdiff.solvers import DDPM
-from tests.toys import compiled_model, numpy, tiny_network
+from tests.toys import compiled_model, images, numpy, tiny_network
 
 pytestmark = pytest.mark.eager
 
@@ -186,6 +187,36 @@ def test_tensorboard_without_tensorflow_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(ImportError, match=r"kdiff\[data\]"):
         SampleCallback(tmp_path, tensorboard=tmp_path)
+
+
+def test_the_tensorboard_callback_of_keras(tmp_path):
+    """Keras' own, which needs TensorFlow and the package tensorboard on every backend: losses and weights."""
+    pytest.importorskip("tensorboard")
+    tf = pytest.importorskip("tensorflow")
+    model = compiled_model(ema=None)
+    logs = keras.callbacks.TensorBoard(tmp_path, histogram_freq=1, write_graph=True)
+    losses = model.fit(images(8), batch_size=4, epochs=2, verbose=0, callbacks=[logs]).history["loss"]
+    (log,) = (tmp_path / "train").glob("*.v2")
+    events = [event for event in tf.compat.v1.train.summary_iterator(str(log)) if event.summary.value]
+    values = [(v.tag, tf.make_ndarray(v.tensor)) for event in events for v in event.summary.value]
+    np.testing.assert_allclose([value for tag, value in values if tag == "epoch_loss"], losses, rtol=1e-6)
+    assert sum("kernel" in tag for tag, _ in values) >= 2
+
+
+def test_plot_model_of_keras(tmp_path):
+    """It draws a model as one box, and its network, if it is a functional one, layer by layer."""
+    pytest.importorskip("pydot")
+    if shutil.which("dot") is None:
+        pytest.skip("Graphviz is not installed")
+    model = compiled_model()
+    model.build((None, 8, 8, 1))
+    for name, one in {"model": model, "network": model.network}.items():
+        keras.utils.plot_model(one, str(tmp_path / f"{name}.png"), show_shapes=True, show_layer_names=True)
+        height, width, _ = pictures.read_picture(tmp_path / f"{name}.png").shape
+        assert height > 20
+        assert width > 20
+    drawn = keras.utils.model_to_dot(model.network, show_layer_names=True).to_string()
+    assert all(layer.name in drawn for layer in model.network.layers)
 
 
 @pytest.mark.once

@@ -44,8 +44,9 @@ SCHEDULES = all_of(schedules.NoiseSchedule)
 PREDICTIONS = all_of(predictions.Prediction)
 WEIGHTINGS = [None, *all_of(weightings.Weighting)]
 TIMES = all_of(times.TimeSampler)
-# VariationalBound goes with LearnedVariance alone, and has tests of its own.
-OBJECTIVES = [one for one in all_of(objectives.Objective) if not isinstance(one, objectives.VariationalBound)]
+# VariationalBound goes with LearnedVariance alone, LearnedSchedule with Learned; they have tests of their own.
+PARTICULAR = (objectives.VariationalBound, objectives.LearnedSchedule)
+OBJECTIVES = [one for one in all_of(objectives.Objective) if not isinstance(one, PARTICULAR)]
 GRIDS = [grid for grid in all_of(times.TimeGrid) if not isinstance(grid, times.All)]
 SOLVERS = [solver for solver in all_of(solvers.Solver) if not isinstance(solver, solvers.DDIMInversion)]
 

@@ -54,6 +54,7 @@ def run_page(name: str, **shorter: str) -> dict:
     return names
 
 
+@pytest.mark.data
 @pytest.mark.once  # two minutes of compilation elsewhere; what it uses is tested on each backend
 def test_keras_howto(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -338,6 +338,8 @@ WORDS = [
     ({**DPM, "algorithm_type": "dpmsolver"}, "must be 'sigma_min' for `algorithm_type` 'dpmsolver'"),
     ({**DPM, "lambda_min_clipped": "low"}, "`lambda_min_clipped` must be a number"),
     ({**DPM, "prediction_type": "flow_prediction"}, "`use_flow_sigmas` must be true where"),
+    ({**DPM, "prediction_type": "v_prediction", "use_flow_sigmas": True}, "must not be 'v_prediction' where"),
+    ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "must not be 'epsilon' where `use_flow_s"),
     ({**DPM, "use_karras_sigmas": True, "beta_schedule": "squaredcos_cap_v2"}, "diffusers has them at one time step"),
     ({"_class_name": "EulerDiscreteScheduler", "sigma_max": 80.0}, "`sigma_min` and `sigma_max` must be None, unless"),
     ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "give `tokens`, the length"),

@@ -162,15 +162,15 @@ def test_moment_matching_is_exact_on_any_gaussian(schedule):
         gain = alpha * covariance @ np.linalg.inv(alpha**2 * covariance + sigma**2 * np.eye(8))
         exact = mean + (x_t[..., 0] - alpha * mean) @ gain.T
         received = numpy(in_a_run(rule, SERIES, x_t.shape, m, schedule=schedule)(ops.convert_to_tensor(x_t), m).x_hat)
-        np.testing.assert_allclose(received[..., 0], exact, atol=2e-3)
+        np.testing.assert_allclose(received[..., 0], exact, atol=2e-4)
 
 
 @pytest.mark.once
 def test_what_is_missing_of_a_series_is_drawn_from_the_exact_conditional():
     """A run without noise is affine in the x it begins with: the mean and covariance of all samples are known from nine
     of them. The mean is exact in any number of steps; of the covariance the error falls with their square."""
-    rule = MomentMatching(operators.Mask(MISSING[:, None]), VALUES, 0.05, iterations=4, highest=np.inf)
-    exact_mean, exact_covariance = given_the_rest(0.05)
+    rule = MomentMatching(operators.Mask(MISSING[:, None]), VALUES, 0.2, iterations=4, highest=np.inf)
+    exact_mean, exact_covariance = given_the_rest(0.2)
     errors = []
     for steps in (16, 32):
         sampler = Sampler("heun", "uniform_log_snr", steps, guidance=rule)
@@ -180,7 +180,7 @@ def test_what_is_missing_of_a_series_is_drawn_from_the_exact_conditional():
         deviations = x[1:] - x[0]
         errors.append([np.abs(x[0] - exact_mean).max(), np.abs(deviations.T @ deviations - exact_covariance).max()])
     (mean, covariance), (after, smaller) = errors
-    assert max(mean, after) < 1e-3
+    assert max(mean, after) < 5e-4  # with less noise in what is known than 0.2, a wrong C would hardly move it
     assert smaller < 5e-3
     assert covariance / smaller == pytest.approx(4.0, rel=0.2)
 

@@ -51,7 +51,9 @@ PATHS = (
         "pictures",
         "scenes",
         "data",
+        "periodic",
         "callbacks",
+        "posthoc",
     ),
     (*FOUNDATIONS, "blocks", "networks", "control"),
     (*FOUNDATIONS, "blocks", "encoders"),
@@ -88,6 +90,7 @@ REQUIREMENTS = {
     "interop": {"h5py", "safetensors", "torch"},
     "evaluation": {"scipy", "sklearn", "keras_hub"},
     "callbacks": {"h5py"},  # which Keras requires
+    "posthoc": {"h5py", "matplotlib"},
     "data": {"PIL", "keras_cv", "sklearn", "tensorflow", "tensorflow_datasets"},
 }
 

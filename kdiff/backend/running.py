@@ -29,7 +29,9 @@ __all__ = [
     "recomputed",
     "replaced",
     "synchronise",
+    "tensor",
     "unallocated",
+    "uncompiled",
     "uninterrupted",
     "with_fixed_shapes",
     "without_gradients",
@@ -126,17 +128,33 @@ def compiled(function: Callable, *models: keras.Model) -> Callable:
     return without_gradients(function)
 
 
-def with_fixed_shapes(step: Callable) -> Callable:
-    """A step that Keras compiles, each shape of its batches alone.
+def uncompiled(step: Callable) -> Callable:
+    """A step as it was before Keras had PyTorch compile it; on the other backends, the step.
 
-    After a second shape PyTorch's compiler would take sizes for symbols, of which it cannot decide what kdiff's layers
-    and Keras' ask of them ("cannot determine truth value of Relational").
+    PyTorch's compiler stops at the gradient, and would trace all that comes before once for each of the functions that
+    the step is in, and compile the rest for each number that the averages move by.
     """
-    if BACKEND != "torch" or not hasattr(step, "_torchdynamo_orig_callable"):
-        return step
+    return getattr(step, "_torchdynamo_orig_callable", step) if BACKEND == "torch" else step
+
+
+def with_fixed_shapes(function: Callable) -> Callable:
+    """The function, compiled by PyTorch, for each shape of its arguments alone.
+
+    After a second shape the compiler would take sizes for symbols, of which it cannot decide what kdiff's layers and
+    Keras' ask of them ("cannot determine truth value of Relational").
+    """
     import torch
 
-    return torch.compile(step._torchdynamo_orig_callable, dynamic=False)
+    return torch.compile(function, dynamic=False)
+
+
+def tensor(x: Any, dtype: str) -> Any:
+    """Keras' `convert_to_tensor`; PyTorch's own of arrays, of which its compiler makes no part of a step by Keras'."""
+    if BACKEND == "torch" and isinstance(x, np.ndarray):
+        import torch
+
+        x = torch.as_tensor(x)
+    return ops.convert_to_tensor(x, dtype)
 
 
 def without_gradients(function: Callable) -> Callable:

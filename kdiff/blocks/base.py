@@ -13,7 +13,6 @@ and ignores what it does not use, so any block can stand where another stood. Wi
 A layer given to a constructor is a template: the block works with a copy of it, so that no two share weights.
 """
 
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
@@ -201,9 +200,14 @@ def _taken(layer: keras.layers.Layer, arguments: dict[str, Any]) -> dict[str, An
     return {name: value for name, value in arguments.items() if value is not None and name in accepted}
 
 
-@functools.cache
+_PARAMETERS: dict[Callable, frozenset[str]] = {}
+
+
 def _parameters(function: Callable) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters)
+    """The names of its arguments. PyTorch's compiler looks them up, but cannot follow `inspect.signature`."""
+    if function not in _PARAMETERS:
+        _PARAMETERS[function] = frozenset(inspect.signature(function).parameters)
+    return _PARAMETERS[function]
 
 
 def derive_seed(seed: int, index: int) -> int:

@@ -167,7 +167,7 @@ class FourierEmbedding(Block):
 
 
 def _waves(x, frequencies, sine_first: bool):
-    angles = ops.expand_dims(ops.cast(x, "float32"), -1) * ops.convert_to_tensor(frequencies)
+    angles = ops.expand_dims(ops.cast(x, "float32"), -1) * backend.tensor(frequencies, "float32")
     pair = [ops.cos(angles), ops.sin(angles)]
     return ops.concatenate(pair[::-1] if sine_first else pair, axis=-1)
 

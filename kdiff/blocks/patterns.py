@@ -248,7 +248,7 @@ def _take(x, indices, axis):
     """`ops.take`, without a copy where all are taken in order."""
     if np.array_equal(indices, np.arange(x.shape[axis])):
         return x
-    return ops.take(x, indices.astype("int32"), axis=axis)
+    return ops.take(x, backend.tensor(indices, "int32"), axis=axis)
 
 
 def _mask(axes, batch):
@@ -257,5 +257,5 @@ def _mask(axes, batch):
     if seen.all():
         return None
     tiles, queries, keys = seen.shape
-    seen = ops.convert_to_tensor(seen[None])
+    seen = backend.tensor(seen[None], "bool")
     return ops.reshape(ops.broadcast_to(seen, (batch, tiles, queries, keys)), (-1, queries, keys))

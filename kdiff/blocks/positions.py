@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from kdiff import backend
 from kdiff.base import Value, check_integer, check_number
 from kdiff.blocks.base import Block, check_map
 
@@ -68,7 +69,7 @@ class SinCos2D(Block):
         frequencies = float(self.max_period) ** (-np.arange(channels // 2) / (channels // 2)) / self.interpolation_scale
         at = ops.arange(length, dtype="float32")
         at = at if self.base_size is None else at * (self.base_size / ops.cast(length, "float32"))
-        angles = at[:, None] * ops.convert_to_tensor(frequencies, "float32")
+        angles = at[:, None] * backend.tensor(frequencies, "float32")
         return ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1)
 
 
@@ -197,7 +198,7 @@ class Rotary(RelativePositions):
 
     def _frequencies(self, n):
         waves = float(self.max_period) ** (-np.arange(n) / n) if self.frequencies is None else self.frequencies
-        return ops.convert_to_tensor(waves, "float32")
+        return backend.tensor(waves, "float32")
 
     def _angles(self, x, axis, frequencies):
         """Those along one axis, shaped to broadcast over the axes that follow it and the heads."""

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from kdiff import backend
+
 __all__ = ["FORMS", "resized"]
 
 
@@ -28,7 +30,7 @@ def resized(x: Any, sizes: tuple[int, ...], form: str = "bilinear", antialias: b
     for axis, size in enumerate(sizes, 1):
         if x.shape[axis] != size:
             matrix = FORMS[form](x.shape[axis], size, antialias).astype("float32")
-            x = ops.moveaxis(ops.matmul(ops.moveaxis(x, axis, -1), ops.convert_to_tensor(matrix.T)), -1, axis)
+            x = ops.moveaxis(ops.matmul(ops.moveaxis(x, axis, -1), backend.tensor(matrix.T, "float32")), -1, axis)
     return x
 
 

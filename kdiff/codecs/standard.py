@@ -41,11 +41,11 @@ class Standard(Codec):
         return cls(np.nanmean(examples, axis=axes), np.where(std > 0, std, 1.0))
 
     def encode(self, examples, key: Any = None):
-        mean, std = ops.convert_to_tensor(self.mean), ops.convert_to_tensor(self.std)
+        mean, std = backend.tensor(self.mean, "float32"), backend.tensor(self.std, "float32")
         return (ops.cast(examples, "float32") - mean) / std
 
     def decode(self, x):
-        return ops.convert_to_tensor(self.mean) + ops.convert_to_tensor(self.std) * x
+        return backend.tensor(self.mean, "float32") + backend.tensor(self.std, "float32") * x
 
 
 class Transformed(Codec):

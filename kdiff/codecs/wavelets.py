@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from kdiff import backend
 from kdiff.base import check_integer
 from kdiff.codecs.base import Codec, Shape, to_unit
 
@@ -41,14 +42,14 @@ class Haar(Codec):
         batch, height, width, channels = ops.shape(x)
         x = ops.reshape(x, (batch, height // side, side, width // side, side, channels))
         x = ops.reshape(ops.transpose(x, (0, 1, 3, 5, 2, 4)), (batch, height // side, width // side, channels, -1))
-        x = ops.einsum("bhwcp,qp->bhwcq", x, ops.convert_to_tensor(self._matrix, "float32"))
+        x = ops.einsum("bhwcp,qp->bhwcq", x, backend.tensor(self._matrix, "float32"))
         return ops.reshape(x, (batch, height // side, width // side, -1))
 
     def decode(self, x):
         side = 2**self.depth
         batch, height, width, channels = ops.shape(x)
         x = ops.reshape(x, (batch, height, width, channels // side**2, side**2))
-        x = ops.einsum("bhwcq,qp->bhwcp", x, ops.convert_to_tensor(self._matrix, "float32"))
+        x = ops.einsum("bhwcq,qp->bhwcp", x, backend.tensor(self._matrix, "float32"))
         x = ops.transpose(ops.reshape(x, (batch, height, width, -1, side, side)), (0, 1, 4, 2, 5, 3))
         return ops.clip(ops.reshape(x, (batch, height * side, width * side, -1)), -1.0, 1.0)
 

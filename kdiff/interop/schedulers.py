@@ -174,6 +174,16 @@ def _conflicts(scheduler: Kind, config, learned) -> list[tuple[bool, str]]:
             said("prediction_type") == "flow_prediction" and not flow,
             "`use_flow_sigmas` must be true where `prediction_type` is 'flow_prediction'",
         ),
+        (
+            bool(flow) and said("prediction_type") == "v_prediction",
+            "`prediction_type` must not be 'v_prediction' where `use_flow_sigmas` is true: diffusers' alpha x_t - "
+            "sigma v holds where alpha^2 + sigma^2 is 1; if the network gives noise - x, it is 'flow_prediction'",
+        ),
+        (
+            bool(flow) and unipc and said("prediction_type") == "epsilon",
+            "`prediction_type` must not be 'epsilon' where `use_flow_sigmas` is true: with UniPC the run begins where "
+            "alpha is 1e-6, and float32 leaves a few digits of (x_t - sigma noise) / alpha",
+        ),
         (bool(flow) and bool(sigmas), f"`use_flow_sigmas` must be false where {sigmas} are true"),
         (
             bool(dynamic) and shorter and not flow,

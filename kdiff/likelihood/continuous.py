@@ -157,10 +157,9 @@ class BitsPerDim(Configurable, keras.metrics.Metric):
             problem: the `objectives.Problem` made of a batch of its data.
             sample_weight: `(batch,)`, or None.
         """
-        x, t, density = problem.drawn
-        m = model.schedule.at(t)
+        x, _, density, m, slope = problem.drawn  # on JAX a schedule has no weights while metrics are computed
         error = sum_of_rows((problem.output - problem.target) ** 2) * model.prediction.gain(m) ** 2
-        diffusion = -0.5 * model.schedule.slope(m.t) / density * ops.exp(m.log_snr) * error
+        diffusion = -0.5 * slope / density * ops.exp(m.log_snr) * error
         end = 0.5 * math.exp(self._end) * sum_of_rows(x**2)
         key = random.fold(random.key_of(model.seed), ops.cast(self.count, "int32"), random.EVALUATION)
         noise = random.normal(random.fold(key, 0, random.EVALUATION), ops.shape(x))

@@ -3,7 +3,7 @@
 from contextlib import nullcontext
 
 from kdiff import backend
-from kdiff.averages import Averages
+from kdiff.averages import Averages, profiles_of
 
 __all__ = ["Averaging"]
 
@@ -12,9 +12,10 @@ class Averaging:
     """The part of `DiffusionModel` that uses and moves the averages of its weights."""
 
     def _new_averages(self) -> Averages | None:
-        if self.ema is None:
+        profiles = profiles_of(self.ema)
+        if not profiles:
             return None
-        averages = Averages(self.ema)
+        averages = Averages(*profiles)
         averages.follow(self.network)
         return averages
 

@@ -12,7 +12,7 @@ gradient accumulation and clipping are untouched.
 import inspect
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +21,8 @@ import keras
 from keras import ops
 
 from kdiff import backend, random
-from kdiff.base import Configurable, check_number
+from kdiff.averages import Profile, profiles_of
+from kdiff.base import Configurable
 from kdiff.codecs import Codec
 from kdiff.conversion import moved
 from kdiff.denoisers import Estimate, Given
@@ -58,8 +59,9 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
         objective: an `Objective` or its name: what the network learns.
         sampler: a `Sampler`, a `Solver`, or the name of one: by which `sample` samples where nothing else is asked for.
         ema: the decay of the averaged weights, in [0, 1); None keeps no averages. In update n it is
-            min(ema, (1 + n) / (10 + n)), so that the first weights are soon forgotten. Validation and sampling use
-            the averages.
+            min(ema, (1 + n) / (10 + n)), so that the first weights are soon forgotten. Or another profile of
+            `kdiff.averages`, or a list of several. Validation and sampling use the averages, the first if there are
+            several; `kdiff.posthoc` makes others of `[Power(0.05), Power(0.1)]` after training.
         seed: names the random numbers of training, the same on every backend.
         name: the model's name.
 
@@ -83,7 +85,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
         codec="pixels",
         objective="denoising",
         sampler="ddim",
-        ema: float | None = 0.999,
+        ema: float | Profile | Sequence[float | Profile] | None = 0.999,
         seed: int = 0,
         name: str | None = None,
     ):
@@ -92,8 +94,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
         # The network has its own precision. Here nothing is cast: neither examples on their way to `encode`, nor the
         # averages, which take the place of float32 weights.
         super().__init__(name=name, dtype="float32", autocast=False)
-        if ema is not None:
-            check_number("DiffusionModel", "ema", ema, 0.0, 1.0 - 1e-9)
+        profiles_of(ema)
         random.key_of(seed)
         self.network = network
         self.schedule = NoiseSchedule.get(schedule)
@@ -116,6 +117,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
         self._on_trial = False  # whether the shapes are those of data that the network has not computed yet
         self._averaging = False  # whether the averages are used: see `_follow_averages`
         self._compiled_steps: dict[Any, Any] = {}
+        self._compiled_problem: Callable | None = None  # on PyTorch
         self._measures = SimpleNamespace(metrics=[])
         self._check_names(condition_names(network) or ())
         check_invertible(self.prediction, self.schedule)
@@ -234,6 +236,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
         measures = [one for one in metrics if hasattr(one, "update_problem")] if several else []
         for measure in measures:
             measure.prepare(self)
+        self._compiled_problem = None
         self._measures = SimpleNamespace(metrics=measures)  # a list would be saved with the weights
         metrics = [one for one in metrics if one not in measures] if several else metrics
         super().compile(optimizer, loss, metrics=metrics, **options)
@@ -252,6 +255,9 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
                 codec has encoded already.
             training: whether to use the weights (True), or their averages (False).
         """
+        return (self._compiled_problem or self._problem)(data, training)
+
+    def _problem(self, data, training) -> Problem:
         batch, _ = feeding.unpack((data,))
         keys = self._keys(training)
         key = next(keys)  # encoded data does not use it, and so gets the noise that its images would
@@ -301,16 +307,22 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
         return backend.after_step(self, result, lambda: self.averages.update(self.network, self.optimizer.iterations))
 
     def make_train_function(self, force: bool = False):
-        """Keras' own."""
+        """Keras' own; on PyTorch only `call` is compiled."""
         super().make_train_function(force)
-        self.train_function = backend.with_fixed_shapes(self.train_function)
+        self.train_function = self._compiled_in_parts(self.train_function)
         return self.train_function
 
     def make_test_function(self, force: bool = False):
-        """Keras' own."""
+        """Keras' own; on PyTorch only `call` is compiled."""
         super().make_test_function(force)
-        self.test_function = backend.with_fixed_shapes(self.test_function)
+        self.test_function = self._compiled_in_parts(self.test_function)
         return self.test_function
+
+    def _compiled_in_parts(self, step):
+        plain = backend.uncompiled(step)
+        if plain is not step and self._compiled_problem is None:
+            self._compiled_problem = backend.with_fixed_shapes(self._problem)
+        return plain
 
     @backend.uninterrupted
     def test_step(self, *args):
@@ -328,7 +340,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
 
     def _forget_graphs(self) -> None:
         """What is compiled for the model as it was."""
-        self.train_function = self.test_function = None
+        self.train_function = self.test_function = self._compiled_problem = None
         self._compiled_steps.clear()
         for measure in self._measures.metrics:
             measure.prepare(self)

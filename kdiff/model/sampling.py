@@ -337,7 +337,8 @@ class Sampling:
             return backend.without_gradients(partial(sampler.advance, answer, nulls, schedule, draw=draw))
         rows = tuple((name, np.asarray(null).tobytes()) for name, null in nulls.items())  # constants of the step
         key = (sampler.key(), schedule, averages, rows)
-        return self.compiled_function(key, partial(sampler.advance, answer, nulls, schedule), sampler.models)
+        others = (*sampler.models, schedule)  # which may have weights
+        return self.compiled_function(key, partial(sampler.advance, answer, nulls, schedule), others)
 
     def denoiser(self, averages: bool = True, **conditions) -> Denoiser:
         """The model as a `Denoiser`: `estimate = model.denoiser()(x_t, m)`, m of the model's schedule.
@@ -350,7 +351,7 @@ class Sampling:
         answer = partial(self._answer, averages, self.schedule)
         return Denoiser(answer, Given(conditions), condition_nulls(self.network))
 
-    def compiled_function(self, key: Any, function: Callable, others: Sequence[keras.Model] = ()) -> Callable:
+    def compiled_function(self, key: Any, function: Callable, others: Sequence[keras.layers.Layer] = ()) -> Callable:
         """The function of nests of tensors, which asks this model, and `others`, in its compiled form.
 
         It is made once for a key, and again when what the model computes with has changed.
@@ -367,9 +368,9 @@ class Sampling:
             del self._compiled_steps[next(iter(self._compiled_steps))]
         return made
 
-    def _ready(self, others: Sequence[keras.Model] = ()) -> tuple:
+    def _ready(self, others: Sequence[keras.layers.Layer] = ()) -> tuple:
         """Brings all weights up to date; whether each of the models uses its averages."""
-        models = (self, *others)
+        models = [model for model in (self, *others) if isinstance(model, keras.Model)]
         for model in models:
             backend.synchronise(model)
         return tuple(model._follow_averages() for model in models if isinstance(model, Sampling))

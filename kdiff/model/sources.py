@@ -22,6 +22,11 @@ from kdiff.text import is_text
 
 __all__ = ["Source", "source_of"]
 
+_UNEVEN = (
+    "Where lengths vary, a batch holds examples of one length: "
+    "`tf.data.Dataset.bucket_by_sequence_length(..., no_padding=True)`"
+)
+
 
 def source_of(x: Any, y: Any = None, sample_weight: Any = None) -> "Source":
     """The source of the batches in `x`; `y` and `sample_weight` go with arrays alone.
@@ -35,10 +40,12 @@ def source_of(x: Any, y: Any = None, sample_weight: Any = None) -> "Source":
     if isinstance(x, dict) or all(hasattr(x, name) for name in ("shape", "dtype", "__getitem__")):
         parts = dict(x) if isinstance(x, dict) else {"image": x}
         for name, part in {**parts, "label": y, "sample_weight": sample_weight}.items():
+            if type(part).__name__ == "RaggedTensor":
+                raise ValueError(f"`{name}` is ragged. {_UNEVEN}")
             if isinstance(part, np.ndarray) and part.dtype.kind == "O" and not is_text(part):
                 raise ValueError(
                     f"`{name}` holds Python objects, of dtype object; make numbers of one type of it: "
-                    "`numpy.stack(x)`, `x.astype('int32')`"
+                    f"`numpy.stack(x)`, `x.astype('int32')`. {_UNEVEN}"
                 )
         return _Arrays((x, y, sample_weight))
     kinds = (
@@ -49,7 +56,7 @@ def source_of(x: Any, y: Any = None, sample_weight: Any = None) -> "Source":
     )
     source = next((source for is_one, source in kinds if is_one(x)), None)
     if source is None:
-        hint = ": `numpy.stack(x)` makes one array" if isinstance(x, (list, tuple)) else ""
+        hint = f": `numpy.stack(x)` makes one array. {_UNEVEN}" if isinstance(x, (list, tuple)) else ""
         raise TypeError(
             "`x` must be an array, a dictionary of arrays, a tf.data.Dataset, a PyDataset, a PyTorch DataLoader or a "
             f"generator of batches; received: {type(x).__name__}{hint}"

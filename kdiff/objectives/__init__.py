@@ -10,12 +10,14 @@ from kdiff.objectives.effective_weight import (
     plot_objective,
     same_objective,
 )
+from kdiff.objectives.learned_schedule import LearnedSchedule
 from kdiff.objectives.loss_aware import LossAware
 
 __all__ = [
     "POINTS",
     "Denoising",
     "Drawn",
+    "LearnedSchedule",
     "LossAware",
     "Objective",
     "Problem",

@@ -38,11 +38,15 @@ class Drawn(NamedTuple):
         data: x, with shape `(batch, ...)`.
         t: its times, `(batch,)`.
         density: p(t), by which they were drawn; None if it is not known.
+        m: the marginals, `schedule.at(t)`, of the schedule as it was then.
+        slope: d log_snr / dt, likewise; None if the density is.
     """
 
     data: Any
     t: Any
     density: Any = None
+    m: Any = None
+    slope: Any = None
 
 
 class Problem(NamedTuple):

@@ -36,12 +36,13 @@ class Denoising(Objective):
         x_t = schedule(x, noise, t)
         output = model.output(x_t, m, conditions, training, averages=not training)
         learned = prediction.share(output) is not None
+        known = (times.density(schedule, t), m, schedule.slope(t)) if times.has_density else (None, m)
         return Problem(
             prediction.value(output),
             prediction.target(x, noise, m),
             loss_weight(schedule, prediction, model.weighting, self.density(model), m),
             variance_bound(prediction, output, x, x_t, schedule, m, self.held) if learned else None,
-            drawn=Drawn(x, t, times.density(schedule, t) if times.has_density else None),
+            drawn=Drawn(x, t, *known),
         )
 
     def times(self, model: Any) -> Any:

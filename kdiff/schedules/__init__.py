@@ -12,6 +12,7 @@ from kdiff.schedules.continuous import (
     Trigonometric,
     VarianceExploding,
 )
+from kdiff.schedules.learned import Learned
 from kdiff.schedules.tables import AlphaBarTable, BetaTable, CosineBeta, LinearBeta, ScaledLinearBeta, SigmoidBeta
 from kdiff.schedules.wrappers import Shifted, ZeroTerminalSNR
 
@@ -23,6 +24,7 @@ __all__ = [
     "CosineAlphaBar",
     "CosineBeta",
     "Laplace",
+    "Learned",
     "LinearBeta",
     "LinearVP",
     "Marginal",

@@ -69,7 +69,9 @@ def bridge(now: Marginal, then: Marginal):
 
 
 class NoiseSchedule(Value, keras.layers.Layer):
-    """The base of all schedules: a Keras layer without weights that computes in float32 under any policy.
+    """The base of all schedules: a Keras layer that computes in float32 under any policy, and hardly ever has weights.
+
+    One that has, or is made of one that has, is equal to itself alone.
 
     A new schedule defines `log_snr` and `time`, and `scales` if it is not variance preserving:
 
@@ -94,6 +96,11 @@ class NoiseSchedule(Value, keras.layers.Layer):
     def __init__(self):
         super().__init__(dtype="float32", autocast=False)
         self.built = True
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (not self.weights and super().__eq__(other))
+
+    __hash__ = Value.__hash__
 
     def log_snr(self, t):
         """log(alpha^2 / sigma^2) at t in [0, 1]; decreasing in t. Any shape; returns float32 of the same shape."""

@@ -20,6 +20,7 @@ __all__ = [
     "SubVP",
     "Trigonometric",
     "VarianceExploding",
+    "check_range",
 ]
 
 
@@ -42,7 +43,7 @@ class Cosine(NoiseSchedule):
 
     def __init__(self, min_log_snr: float = -15.0, max_log_snr: float = 15.0):
         super().__init__()
-        _check_ends("Cosine", min_log_snr, max_log_snr)
+        check_range("Cosine", min_log_snr, max_log_snr)
         self.min_log_snr, self.max_log_snr = min_log_snr, max_log_snr
         self.first = float(np.arctan(np.exp(-max_log_snr / 2)))  # u at t = 0
         self.rest = float(np.arctan(np.exp(min_log_snr / 2)))  # pi / 2 - u at t = 1
@@ -103,7 +104,7 @@ class Laplace(NoiseSchedule):
 
     def __init__(self, mu: float = 0.0, b: float = 0.5, min_log_snr: float = -15.0, max_log_snr: float = 15.0):
         super().__init__()
-        _check_ends("Laplace", min_log_snr, max_log_snr)
+        check_range("Laplace", min_log_snr, max_log_snr)
         check_number("Laplace", "mu", mu, min_log_snr, max_log_snr)
         # Below the lower limit the ends, exp(-distance / b), are less than the smallest float32.
         check_number("Laplace", "b", b, max(max_log_snr - mu, mu - min_log_snr) / 80.0, 1000.0)
@@ -413,7 +414,8 @@ def _log_cosh(x: float) -> float:
     return np.logaddexp(x, -x) - np.log(2.0)
 
 
-def _check_ends(name: str, min_log_snr: float, max_log_snr: float) -> None:
+def check_range(name: str, min_log_snr: float, max_log_snr: float) -> None:
+    """Raises a ValueError unless both are in [-40, 40], the second above the first."""
     check_number(name, "min_log_snr", min_log_snr, -40.0, 40.0)
     check_number(name, "max_log_snr", max_log_snr, min_log_snr, 40.0)
     if min_log_snr == max_log_snr:

@@ -6,6 +6,7 @@ The entry i = 0 ... T - 1 is at t = (i + 1) / T. At t = 0, which no table has, t
 import numpy as np
 from keras import ops
 
+from kdiff import backend
 from kdiff.base import check_integer, check_number
 from kdiff.schedules.base import CLEAN_LOG_SNR, NoiseSchedule
 
@@ -59,7 +60,7 @@ class _Table(NoiseSchedule):
     def time(self, log_snr):
         """The place in the table, linear in log_snr between its entries."""
         log_snr = ops.convert_to_tensor(log_snr, "float32")
-        table = ops.convert_to_tensor(self.log_snrs, "float32")
+        table = backend.tensor(self.log_snrs, "float32")
         not_below = ops.sum(ops.cast(ops.less_equal(log_snr[..., None], table), "int32"), axis=-1)
         index = ops.clip(not_below - 1, 0, self.num_steps - 1)
         left, right = self._neighbours(index)
@@ -80,7 +81,7 @@ class _Table(NoiseSchedule):
         return ops.clip(ops.convert_to_tensor(t, "float32"), 0.0, 1.0) * self.num_steps
 
     def _neighbours(self, index):
-        table = ops.convert_to_tensor(self.log_snrs, "float32")
+        table = backend.tensor(self.log_snrs, "float32")
         return ops.take(table, index), ops.take(table, index + 1)
 
 
