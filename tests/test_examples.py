@@ -120,6 +120,7 @@ def test_text_to_image(run, tmp_path):
 
 @pytest.mark.once  # minutes of compilation elsewhere; what it uses is tested on each backend
 def test_dalle2(run, tmp_path):
+    pytest.importorskip("tokenizers")
     pytest.importorskip("PIL")
     small = ("--minutes", "0.001", "--pictures", "32", "--batch-size", "16", "--width", "16", "--steps", "2")
     output = run("dalle2.py", *small, "--test", "8", "--out", str(tmp_path))
@@ -149,6 +150,7 @@ def t5_folder(folder, captions):
 @pytest.mark.once  # minutes of compilation elsewhere; what it uses is tested on each backend
 @pytest.mark.parametrize("words", ["learned", pytest.param("t5", marks=pytest.mark.thorough)])
 def test_imagen(run, tmp_path, words):
+    pytest.importorskip("tokenizers")
     pytest.importorskip("PIL")
     pytest.importorskip("scipy")
     small = ("--minutes", "0.001", "--sizes", "8", "16", "32", "--pictures", "16", "--batch-size", "8", "--width", "32")
