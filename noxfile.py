@@ -1,18 +1,18 @@
 """The test runner: `pip install nox && nox` runs all that follows, on the Python that runs nox.
 
     lint            ruff's rules and format
-    tests(backend)  the suite where `kdiff[backend]` is all there is: the extra is enough, and on JAX and PyTorch
-                    nothing misses TensorFlow, which is not installed; tests that need it skip themselves
-    together        one environment with every extra: the backends compared, and on each the tests marked `data` or
-                    `reference` that the other sessions skip
+    alone(backend)  a short selection where `kdiff[backend,plot]` is all there is: the extra is enough, and on JAX and
+                    PyTorch nothing but kdiff.data misses TensorFlow, which is not installed
+    together        one environment with every extra: the backends compared, then the suite on each
     thorough        not by default: on each backend everything, and what takes minutes, such as all pairs of guidance
                     rules compiled
     mutation        not by default: is a change of the mathematics noticed? (tests/mutation.py)
 
 What says the same on every backend, tests marked `once`, runs on one of them, PyTorch; so does every case of a test
-with many, such as all predictions on all schedules, of which the others run two each, not the same ones.
-`nox -s "tests(jax)"` runs one session, `nox -- -k unet` hands what follows `--` to pytest, where `--cases 1` is one
-case of each test, `nox -R` reuses the environments as they are.
+with many, such as all predictions on all schedules, of which the others run one each, not the same.
+`nox -s "alone(jax)"` runs one session, `nox -- -k unet` hands what follows `--` to pytest, `nox -R` reuses the
+environments as they are. Without nox, in an environment with `kdiff[jax,test,plot]`, JAX is tested as here by
+`KERAS_BACKEND=jax pytest -n auto -m "not once" --cases 1`.
 """
 
 from pathlib import Path
@@ -21,6 +21,10 @@ import nox
 
 BACKENDS = ("tensorflow", "jax", "torch")
 ONCE = "torch"  # starts fastest
+COMPARED = "tests/test_backends_agree.py"
+ALONE = ("package", "base", "callbacks", "model_feeding", "model_parts", "text")
+SPLIT = ("-n", "auto", "--dist", "worksteal")  # small programs leave cores idle, so each core has a process of its own
+SHARE = ("-m", "not once", "--cases", "1")  # of the backends beside ONCE
 JAX_CACHE = str(Path(__file__).parent / ".nox" / "jax-cache")  # the sessions compile many programs alike
 
 nox.needs_version = ">=2024.4.15"
@@ -36,17 +40,12 @@ def install(session: nox.Session, *requirements: str) -> None:
     session.install("--no-compile", "-c", "constraints.txt", *requirements)
 
 
-def pytest(session: nox.Session, backend: str, *files: str, marked: str | None = None) -> None:
-    """Run the tests on the installed package: unlike `python -m pytest`, `pytest` puts no checkout before it."""
+def pytest(session: nox.Session, backend: str, *arguments: str) -> None:
+    """Run tests of the installed package: unlike `python -m pytest`, `pytest` puts no checkout before it."""
     # A selection after `--` may leave nothing to run here, which pytest reports as exit code 5.
     success = (0, 5) if session.posargs else (0,)
-    # Small programs leave cores idle, so each core has a process of its own.
-    split = () if files else ("-n", "auto", "--dist", "worksteal")
-    marks = [f"({marked})"] * bool(marked) + ["not once"] * (backend != ONCE)
-    chosen = ("-m", " and ".join(marks)) if marks else ()
-    chosen += ("--cases", "2") if backend != ONCE and not files else ()
     environment = {"KERAS_BACKEND": backend, "JAX_COMPILATION_CACHE_DIR": JAX_CACHE}
-    session.run("pytest", *files, *split, *chosen, *session.posargs, env=environment, success_codes=success)
+    session.run("pytest", *arguments, *session.posargs, env=environment, success_codes=success)
 
 
 @nox.session
@@ -59,20 +58,19 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 @nox.parametrize("backend", BACKENDS, ids=BACKENDS)
-def tests(session: nox.Session, backend: str) -> None:
-    """Run the suite with one backend and nothing of the others."""
-    install(session, f".[{backend},test,plot]")
-    pytest(session, backend)
+def alone(session: nox.Session, backend: str) -> None:
+    """Import everything, train, save and sample with one backend and nothing of the others."""
+    install(session, f".[{backend},plot]", "pytest", "pytest-xdist")
+    pytest(session, backend, *(f"tests/test_{name}.py" for name in ALONE), *SPLIT, *SHARE)
 
 
 @nox.session
 def together(session: nox.Session) -> None:
-    """Run on each backend what needs TensorFlow's pipelines or diffusers, and compare the backends."""
+    """Compare the backends, and run the suite on each."""
     install(session, ".[all]")
-    pytest(session, "tensorflow", "tests/test_backends_agree.py")
+    pytest(session, ONCE, COMPARED)  # which has a process for each backend
     for backend in BACKENDS:
-        # PyTorch, diffusers and transformers are all that `reference` needs: tests(torch) has run those on PyTorch.
-        pytest(session, backend, marked="data" if backend == ONCE else "data or reference")
+        pytest(session, backend, "--ignore", COMPARED, *SPLIT, *(() if backend == ONCE else SHARE))
 
 
 @nox.session(default=False)

@@ -1,6 +1,9 @@
 """Settings that must be made before Keras is imported."""
 
+import ctypes
+import gc
 import os
+import sys
 import tempfile
 from importlib.util import find_spec
 
@@ -40,6 +43,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "once: says the same whatever the backend; nox runs it with one of them")
     config.addinivalue_line("markers", "thorough: takes minutes; only with --thorough, as in `nox -s thorough`")
     config.addinivalue_line("markers", "reference: compares with diffusers; skipped where it or PyTorch is missing")
+    config.addinivalue_line("markers", "eager: op by op on TensorFlow, as `reference` is: see pytest_runtest_setup")
 
 
 @pytest.hookimpl(trylast=True)  # after `-m` and `-k`
@@ -59,9 +63,47 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
 
 
+def pytest_collection_finish():
+    """What is imported by now stays: the garbage collector need not go through it, a million objects, again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget():
+    """Gives back what the tests of a module leave; else a process grows to several gigabytes, and may be killed.
+
+    Compiled programs refer to their model in a circle, which the garbage collector alone opens; Keras and JAX keep
+    graphs and programs as long as the process lives; and the C library keeps what is freed.
+    """
+    yield
+    import keras
+
+    from tests import helpers_gradients
+
+    helpers_gradients.FUNCTIONS.clear()
+    if keras.backend.backend() != "torch":  # where it would import what only torch.compile needs
+        keras.backend.clear_session(free_memory=False)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.clear_caches()  # what the next module has in common with this one is read from the disk
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def pytest_runtest_setup(item):
-    """Skips them where that is not installed."""
+    """Skips them where that is not installed.
+
+    TensorFlow takes ten seconds to trace a training step of a small U-Net, and a fraction of one to run it. Graphs are
+    the models of test_model.py, test_training.py, test_networks.py and test_backends_agree.py, the gradients of layers
+    and networks, solvers and guidance; where training or sampling is but the way to an end, a test is marked `eager`.
+    """
     if item.get_closest_marker("data") and find_spec("tensorflow_datasets") is None:
         pytest.skip("the extra `data` is not installed")
     if item.get_closest_marker("reference") and None in (find_spec("torch"), find_spec("diffusers")):
         pytest.skip("PyTorch or diffusers is not installed")
+    if os.environ["KERAS_BACKEND"] == "tensorflow":
+        op_by_op = any(item.get_closest_marker(name) for name in ("eager", "reference"))
+        tf.config.run_functions_eagerly(op_by_op)

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-_FUNCTIONS = {}
+FUNCTIONS = {}  # compiled on JAX, until conftest.py clears them after the module
 
 
 def perturb(model, scale=0.1):
@@ -31,9 +31,9 @@ def _output(model, inputs, training):
         import jax
 
         values = [v.value for v in model.trainable_variables], [v.value for v in model.non_trainable_variables]
-        if (model, training) not in _FUNCTIONS:
-            _FUNCTIONS[model, training] = jax.jit(lambda *args: model.stateless_call(*args, training=training)[0])
-        return _FUNCTIONS[model, training](*values, inputs)
+        if (model, training) not in FUNCTIONS:
+            FUNCTIONS[model, training] = jax.jit(lambda *args: model.stateless_call(*args, training=training)[0])
+        return FUNCTIONS[model, training](*values, inputs)
     return model(inputs, training=training)
 
 

@@ -12,6 +12,8 @@ from kdiff.networks import VQ, AutoencoderKL, Tiny
 from tests.helpers_gradients import perturb, value_and_gradients
 from tests.toys import draw_weights, images, numpy
 
+pytestmark = pytest.mark.eager
+
 SMALL = {
     "kl": lambda **options: AutoencoderKL((8, 16), 4, 1, **options),
     "kl_bare": lambda **options: AutoencoderKL(
@@ -180,6 +182,7 @@ def test_a_fitted_scale(per_channel):
     assert not codec.trainable_variables
 
 
+@pytest.mark.once
 def test_a_model_on_latents(tmp_path):
     """Trained by `fit` on images, sampled, saved and loaded; the autoencoder stays what it was."""
     codec = Latent(made("kl"), 0.1)

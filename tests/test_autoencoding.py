@@ -21,6 +21,8 @@ from kdiff.autoencoding.trainer import balanced
 from tests.helpers_gradients import perturb
 from tests.toys import draw_weights, images, mostly_once, numpy
 
+pytestmark = pytest.mark.eager
+
 SHAPE = (16, 16, 3)
 X, Y = images(4, SHAPE, 0), images(4, SHAPE, 1)
 

@@ -16,6 +16,8 @@ from kdiff.sampling import Sampler
 from kdiff.solvers import DDPM
 from tests.toys import compiled_model, images, numpy, tiny_network
 
+pytestmark = pytest.mark.eager
+
 pytest.importorskip("PIL", reason="the extra `plot` is not installed")
 
 
@@ -57,6 +59,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.once
 def test_a_grid_each_n_epochs_always_from_the_same_noise(model, tmp_path):
     fit(model, SampleCallback(tmp_path, every=2, num_samples=3, seed=5, columns=3))
     assert names(tmp_path) == ["samples-epoch-0002.png", "samples-epoch-0004.png"]
@@ -92,6 +95,7 @@ def test_resumed_training_goes_on_with_the_numbers(model, tmp_path, unit, second
     assert names(tmp_path)[1] == second
 
 
+@pytest.mark.once
 def test_sampler_steps_and_conditions_reach_the_model(model, tmp_path):
     sampler = Sampler("ddpm", steps=7)
     conditions = {"label": [1, 2]}
@@ -132,6 +136,7 @@ def test_captions_are_made_of_the_conditions(model, tmp_path, conditions, option
     np.testing.assert_array_equal(pictures.read_picture(tmp_path / "samples-epoch-0001.png"), expected)
 
 
+@pytest.mark.once
 def test_strings_and_no_condition_reach_the_model(model, tmp_path):
     conditions = {"text": ["a", "longer"], "other": "one", "label": None}
     fit(model, SampleCallback(tmp_path, 1, 2, conditions=conditions), epochs=1)
@@ -214,6 +219,7 @@ def test_plot_model_of_keras(tmp_path):
     assert all(layer.name in drawn for layer in model.network.layers)
 
 
+@pytest.mark.once
 def test_failures_warn_and_training_goes_on(model, tmp_path):
     def broken(*args, **options):
         raise RuntimeError("out of ink")
@@ -266,6 +272,7 @@ def test_a_missing_pillow_is_an_error_at_once(tmp_path, monkeypatch):
         SampleCallback(tmp_path)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("one", [False, True], ids=["each", "all"])
 def test_samples_that_are_no_pictures_are_drawn(model, tmp_path, one):
     def draw(samples):
@@ -410,12 +417,14 @@ def test_steps_keep_their_numbers_when_a_run_goes_on(model, tmp_path):
     assert len(fit(model, BackupCallback(backup, 2), epochs=4)["loss"]) == 4  # and the next begins anew
 
 
+@pytest.mark.once
 def test_a_backup_shares_its_folder(model, tmp_path):
     (tmp_path / "notes.txt").touch()
     fit(model, BackupCallback(tmp_path), epochs=1)
     assert names(tmp_path) == ["notes.txt"]
 
 
+@pytest.mark.once
 def test_a_full_disk_keeps_the_last_backup_and_training_goes_on(model, tmp_path, monkeypatch):
     killed(model, 4, BackupCallback(tmp_path))
     good = (tmp_path / "backup.weights.h5").read_bytes()

@@ -133,6 +133,7 @@ def cascade():
     return Cascade(trained())
 
 
+@pytest.mark.once
 def test_it_is_its_stages_one_after_the_other(cascade, tmp_path):
     base, large = cascade.stages
     options = {"label": [0, 2], "steps": [3, 2], "guidance": [2.0, None]}
@@ -154,6 +155,7 @@ def test_it_is_its_stages_one_after_the_other(cascade, tmp_path):
     assert loaded.stages[1].network.conditions["low"].of == SMALL
 
 
+@pytest.mark.once
 def test_the_noise_of_stages_is_independent():
     """With one seed for both it would be the same, number for number."""
     seeds = [stage_seed(7, i) for i in range(3)]
@@ -163,6 +165,7 @@ def test_the_noise_of_stages_is_independent():
     assert all(0 <= seed < 2**64 for seed in seeds)
 
 
+@pytest.mark.once
 def test_how_far_the_picture_before_is_followed_depends_on_the_level(cascade):
     def drawn(**options):
         return cascade.sample(2, label=1, steps=2, sampler="ddim", **options)
@@ -176,6 +179,7 @@ def test_how_far_the_picture_before_is_followed_depends_on_the_level(cascade):
     assert np.isfinite(last).all()
 
 
+@pytest.mark.once
 def test_a_truncated_stage_is_told_the_level_of_another_schedule():
     """Of one signal-to-noise ratio, where the base stops: at a step of its table."""
     base, large = exact(noise_first=True).stages
@@ -188,6 +192,7 @@ def test_a_truncated_stage_is_told_the_level_of_another_schedule():
     assert abs(noising.level - 0.4) < 0.01
 
 
+@pytest.mark.once
 def test_a_text_is_encoded_once_by_encoders_that_stages_share(tmp_path, monkeypatch):
     encoder = t5()
     prompts = [Prompt(encoder, Bytes(5), layer=layer, masked=True) for layer in (None, Dense(6))]
@@ -270,6 +275,7 @@ def test_what_is_no_cascade(cascade):
 # --- the small picture of the batch
 
 
+@pytest.mark.once
 def test_fit_makes_the_small_picture():
     """The loss is that of the small picture given, and it may still be given."""
 

@@ -35,6 +35,7 @@ def test_haar_is_orthonormal(depth):
     np.testing.assert_allclose(matrix[0], 0.5**depth)  # 2^depth times the mean
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("depth", [0, 1, 2, 3])
 def test_haar_keeps_energy_and_comes_back(depth):
     x, codec = images(2, (16, 8, 3)), Haar(depth)
@@ -45,6 +46,7 @@ def test_haar_keeps_energy_and_comes_back(depth):
     np.testing.assert_allclose(numpy(codec.decode(encoded)), x, atol=1e-6)
 
 
+@pytest.mark.once
 def test_haar_is_the_transform_of_the_textbooks():
     """Two levels, by sums and differences of every second pixel; a channel's coefficients lie side by side."""
     x = images(2, (8, 8, 3))
@@ -58,6 +60,7 @@ def test_haar_is_the_transform_of_the_textbooks():
         np.testing.assert_allclose(band.transpose(0, 1, 4, 2, 5, 3).reshape(2, 4, 4, 3), expected, atol=1e-6)
 
 
+@pytest.mark.once
 def test_haar_takes_bytes_and_clips():
     x = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 1)).astype("uint8")
     codec = Haar(1)
@@ -76,6 +79,7 @@ def test_haar_and_sizes(shape, fine):
         Haar(2).data_shape(shape)
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("kind", ["unet", "dit"])
 def test_networks_train_on_wavelets(kind, tmp_path):
     """On a quarter of the positions, at the same size of the pictures; saved and loaded with the model."""
@@ -164,6 +168,7 @@ def latent_model(codec=None, built=True, **options):
 IMAGES = images(16)
 
 
+@pytest.mark.eager
 def test_a_codec_is_not_trained_nor_averaged():
     model = latent_model(built=False)
     before = [numpy(weight).copy() for weight in model.codec.weights]
@@ -178,6 +183,7 @@ def test_a_codec_is_not_trained_nor_averaged():
         np.testing.assert_array_equal(numpy(weight), value)
 
 
+@pytest.mark.eager
 def test_a_codec_draws_in_training_alone():
     """Fresh numbers in each step, the same in each evaluation, none for an image to begin from; and no dropout."""
     model = latent_model(built=False)
@@ -207,6 +213,7 @@ def test_a_codec_draws_in_training_alone():
     np.testing.assert_allclose(run.data, plain[:4], atol=1e-6)
 
 
+@pytest.mark.eager
 def test_a_codec_decodes_in_batches():
     model = latent_model()
     whole = model.sample(7, steps=2)
@@ -217,6 +224,7 @@ def test_a_codec_decodes_in_batches():
     assert model.codec.sizes[3:] == [7]
 
 
+@pytest.mark.once
 def test_everything_that_begins_from_an_image():
     """Rank and shape are those of the codec: strength, inversion, inpainting, single steps, evaluation."""
     model = latent_model()
@@ -267,6 +275,7 @@ def loader(arrays):
 FORMS = {"array": dict, "tf.data": dataset, "py_dataset": Batches, "loader": loader}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("form", FORMS)
 def test_encoded_data(form):
     """`fit` and `evaluate`; the codec is not asked."""
@@ -280,6 +289,7 @@ def test_encoded_data(form):
     assert model.sample(2, steps=2).shape == (2, 8, 8, 1)
 
 
+@pytest.mark.eager
 def test_encoded_data_is_the_same_data():
     """Of a codec that does not draw, examples and encoded examples give the same losses."""
     losses = []
@@ -315,6 +325,7 @@ def test_wrong_encoded_data(data, message, form):
         model.fit(FORMS[form](data) if form != "array" else data, verbose=0)
 
 
+@pytest.mark.once
 def test_encoded_data_may_have_any_range():
     latent_model().fit({"encoded": np.full((8, 6), 40.0, "float32")}, verbose=0)
 
@@ -332,6 +343,7 @@ def weight_names(path):
     return names
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
 def test_a_codec_is_saved_with_the_model(tmp_path, dtype):
     model = latent_model(autoencoder(dtype=dtype))
@@ -349,6 +361,7 @@ def test_a_codec_is_saved_with_the_model(tmp_path, dtype):
         np.testing.assert_array_equal(numpy(mine), numpy(theirs))
 
 
+@pytest.mark.once
 def test_a_codec_may_stay_out_of_the_file(tmp_path):
     """Nothing of it is saved; the loaded model says so, trains on encoded data, and takes a codec that is given."""
     codec = autoencoder(saved=False)
@@ -402,6 +415,7 @@ def test_another_codec_in_compiled_steps():
         model.codec = "wavelet"
 
 
+@pytest.mark.once
 def test_copies_have_the_weights():
     codec = autoencoder()
     for twin in (copy.deepcopy(codec), pickle.loads(pickle.dumps(codec))):
@@ -415,6 +429,7 @@ def test_copies_have_the_weights():
 # Vectors, tables and series
 
 
+@pytest.mark.once
 def test_standard():
     table = np.random.default_rng(0).normal([5.0, -300.0, 2.0], [0.1, 40.0, 0.0], (500, 3)).astype("float32")
     table[0, 0] = np.nan
@@ -439,6 +454,7 @@ class Cubed:
         return rows[:, :-1] ** 3
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("shape", [(2,), (4, 2)])
 def test_transformed(shape, tmp_path):
     """In compiled training too; after loading it is given again."""

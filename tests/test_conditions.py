@@ -19,6 +19,8 @@ from kdiff.text import BytePair, Bytes
 from tests.helpers_gradients import perturb, run, value_and_gradients
 from tests.toys import compiled_model, draw_weights, mostly_once, numpy
 
+pytestmark = pytest.mark.eager
+
 COLOURS = ["red", "green", "blue", ""]
 NAN = np.nan
 
@@ -312,6 +314,7 @@ def test_text_in_sample():
         sample("red and blue")
 
 
+@pytest.mark.once
 def test_a_model_with_text_saves(tmp_path):
     pytest.importorskip("tokenizers", reason="the extra `text` is not installed")
     tokenizer = BytePair.learn(CAPTIONS, length=3)
@@ -351,6 +354,7 @@ def test_absent_conditions_in_a_model(policy):
         model.fit(data, verbose=0)
 
 
+@pytest.mark.once
 def test_an_encoder_that_is_not_saved(tmp_path):
     def encoder(texts):
         return np.stack([np.full((2, 3), len(text), "float32") for text in texts])

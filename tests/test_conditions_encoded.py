@@ -14,6 +14,8 @@ from kdiff.text import Bytes
 from tests.helpers_gradients import perturb, run, value_and_gradients
 from tests.toys import mostly_once, numpy
 
+pytestmark = pytest.mark.eager
+
 
 @keras.saving.register_keras_serializable("tests")
 class Words(blocks.Condition):
@@ -172,6 +174,7 @@ def test_masked_networks_save_and_compute_lower(name, tmp_path):
     assert networks.flops(network, inputs["image"].shape[1:], **sizes) > 0
 
 
+@pytest.mark.once
 def test_remat_with_a_mask_has_the_same_gradients():
     network, inputs, _ = built("dit_remat")
 
@@ -271,6 +274,7 @@ def test_a_map_is_joined_to_the_channels(name):
     assert networks.flops(network, shape, **more) > networks.flops(plain, shape)
 
 
+@pytest.mark.once
 def test_a_noised_map_is_learned_and_saved(tmp_path):
     network, inputs = with_maps("dit", low=low())
     y, gradients = value_and_gradients(network, inputs)
@@ -416,6 +420,7 @@ def test_joint_inputs_are_concatenated(tmp_path):
         network({key: value for key, value in inputs.items() if key != "sizes"})
 
 
+@pytest.mark.once
 def test_a_joint_condition_in_a_model():
     parts = {"vector": blocks.OptionalCondition(dropout=0.3), "number": SinusoidalEmbedding(4)}
     conditions = {"added": Joint(parts, MLPEmbedding(keras.layers.Identity(), 8))}

@@ -58,6 +58,7 @@ def test_the_loss_is_the_papers():
     np.testing.assert_array_equal(parts["text_to_image"], columns)
 
 
+@pytest.mark.once
 def test_the_scale_begins_and_ends_where_the_paper_says():
     model = clip()
     model.build({"image": (None, 8, 8, 3), "text": (None, 6)})
@@ -96,6 +97,7 @@ def test_it_learns_and_loads(policy, tmp_path):
     again.fit({"image": x, "text": words}, batch_size=8, verbose=0)
 
 
+@pytest.mark.once
 def test_any_two_encoders():
     """Of vectors and of texts, with a space of its own; the encoder's own tokenizer."""
     text = TextEncoder(Bytes(6), 8, 1, 2, pooled=True, dropout=0.0)

@@ -9,7 +9,7 @@ from kdiff import codecs, networks
 from tests.toys import draw_weights, images, numpy
 
 pytest.importorskip("tensorflow")
-pytestmark = pytest.mark.data
+pytestmark = [pytest.mark.data, pytest.mark.eager]
 
 X = np.round(127.5 * (images(40, (8, 8, 3)) + 1)).astype("uint8")
 EXACT = X / 127.5 - 1
@@ -36,6 +36,7 @@ def epochs(dataset, count, key="encoded"):
     return [np.concatenate([np.asarray(batch[key]) for batch in dataset]) for _ in range(count)]
 
 
+@pytest.mark.once
 def test_each_epoch_draws():
     """From the mean and the deviation of the codec, which is asked once; labels stay with their images."""
     one = codec()
@@ -56,6 +57,7 @@ def test_each_epoch_draws():
     np.testing.assert_array_equal(again, drawn[:2])  # one seed, one run
 
 
+@pytest.mark.once
 def test_flips(tmp_path):
     """Either copy, at random, also from a file."""
     one = codec(codecs.Latent)
@@ -79,10 +81,10 @@ def test_a_codec_that_does_not_draw():
 
 def test_a_model_trains_on_them():
     one = codec(codecs.Latent)
-    dataset = kdiff.data.images(X, batch_size=8, codec=one, flips=True)
+    dataset = kdiff.data.images(X, batch_size=20, codec=one, flips=True)
     model = kdiff.DiffusionModel(networks.UNet.residual(8, levels=1, depth=1), codec=one)
     model.compile(keras.optimizers.Adam(1e-2))
-    assert np.isfinite(model.fit(dataset, epochs=2, verbose=0).history["loss"]).all()
+    assert np.isfinite(model.fit(dataset, epochs=1, verbose=0).history["loss"]).all()
     assert model.sample(2, steps=2).shape == (2, 8, 8, 3)
 
 

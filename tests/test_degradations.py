@@ -27,6 +27,7 @@ def test_shape_and_key(name):
     assert isinstance(of, Value)
 
 
+@pytest.mark.once
 def test_a_blur_of_one_width_is_the_operator():
     x = images(4, (7, 5, 1))
     y = numpy(RandomBlur(0.8, 0.8, 1.0, radius=2)(x, KEY))
@@ -38,6 +39,7 @@ def test_a_blur_of_one_width_is_the_operator():
     np.testing.assert_array_equal(numpy(RandomBlur(probability=0.0)(x, KEY)), x)
 
 
+@pytest.mark.once
 def test_the_variance_of_random_noise():
     """E[std^2] = high^2 / 3."""
     y = numpy(RandomNoise(0.6)(np.zeros((400, 8, 8, 1), "float32"), KEY))

@@ -9,6 +9,8 @@ from kdiff.encoders import CLIPText, CLIPVision, PicturePrompt
 from kdiff.encoders.pixels import MEAN, STD
 from tests.toys import draw_weights, images, numpy
 
+pytestmark = pytest.mark.eager
+
 
 def encoder():
     made = CLIPVision(8, 4, width=8, depth=1, heads=2, hidden=16, projection=6)
@@ -42,6 +44,7 @@ def test_other_sizes_are_cut_to_the_middle():
     assert prompt.rows(PICTURES).shape == (3, 6)
 
 
+@pytest.mark.once
 def test_it_trains_and_is_saved_with_the_model(tmp_path):
     """The encoder is not trained, nothing is a picture of zeros, and a loaded model makes the same images."""
     prompt = PicturePrompt(encoder(), dropout=0.5)

@@ -22,6 +22,8 @@ from kdiff.networks import DiT
 from kdiff.text import Bytes
 from tests.toys import compiled_model, draw_weights, images, numpy
 
+pytestmark = pytest.mark.eager
+
 TEXTS = ["red", "", "box", "red"]
 SMALL = {"width": 8, "depth": 1, "heads": 2, "hidden": 12}
 
@@ -71,6 +73,7 @@ def test_rows_are_what_the_encoders_give():
     np.testing.assert_array_equal(prompt.prepare(rows), rows)
 
 
+@pytest.mark.once
 def test_a_mask_goes_with_the_text():
     prompt = Prompt(t5(), Bytes(6), masked=True)
     rows = prompt.prepare(TEXTS)
@@ -151,6 +154,7 @@ def test_trained_with_strings_and_sampled_against_the_empty_text(tmp_path):
     np.testing.assert_allclose(loaded.sample(2, text=["red", "box"], **options), y, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.once
 def test_one_text_for_two_conditions():
     """The tokens to the context, the vector with numbers to the time, as in Stable Diffusion XL."""
     prompt = two()

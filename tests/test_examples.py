@@ -11,13 +11,24 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a script as from the command line, but in this process, which has imported what it needs."""
+def run(monkeypatch, capsys, tmp_path):
+    """Runs a script as from the command line, but in this process, which has imported what it needs.
 
-    def run(name: str, *arguments: str) -> str:
+    What is long in it is replaced by what is short.
+    """
+
+    def run(name: str, *arguments: str, shorter: tuple = ()) -> str:
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         monkeypatch.syspath_prepend(str((EXAMPLES / name).parent))
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        script = EXAMPLES / name
+        if shorter:
+            code = script.read_text(encoding="utf-8")
+            for long, short in shorter:
+                assert long in code
+                code = code.replace(long, short)
+            script = tmp_path / script.name
+            script.write_text(code, encoding="utf-8")
+        runpy.run_path(str(script), run_name="__main__")
         return capsys.readouterr().out
 
     return run
@@ -67,7 +78,9 @@ def test_the_architectures():
 def test_a_model_is_trained_measured_and_edits(run, tmp_path):
     small = ("--dataset", "digits", "--image-size", "16")
     out = ("--out", str(tmp_path))
-    output = run("class_conditional.py", *small, "--steps", "10", "--width", "8", "--samples", "10", *out)
+    fewer = (("steps=20", "steps=2"), ("epochs = 10", "epochs = 1"), ("epochs=3", "epochs=1"))
+    size = ("--steps", "3", "--width", "8", "--samples", "10")
+    output = run("class_conditional.py", *small, *size, *out, shorter=fewer)
     assert "of the real test images" in output
     assert len([line for line in output.splitlines() if line.endswith("0%")]) == 10
     run("edit.py", str(tmp_path / "model.keras"), "--dataset", "digits", "--steps", "3", *out)
@@ -79,8 +92,10 @@ def test_a_model_is_trained_measured_and_edits(run, tmp_path):
 @pytest.mark.once  # minutes of compilation elsewhere; what it uses is tested on each backend
 def test_text_to_image(run, tmp_path):
     first = ("--minutes", "0.01", "--batch-size", "8", "--width", "8", "--test", "6", "--out", str(tmp_path))
-    assert "the right colours" in run("text_to_image.py", "a small blue triangle", *first)
-    assert "prompts.png" in run("text_to_image.py", "--model", str(tmp_path / "model.keras"), *first)
+    fewer = (("steps=20", "steps=2"), ("steps_per_epoch=50", "steps_per_epoch=2"))
+    assert "the right colours" in run("text_to_image.py", "a small blue triangle", *first, shorter=fewer)
+    again = ("--model", str(tmp_path / "model.keras"))
+    assert "prompts.png" in run("text_to_image.py", *again, *first, shorter=fewer)
 
 
 @pytest.mark.data

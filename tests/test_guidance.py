@@ -81,6 +81,7 @@ def by_conditions(function, nulls=None, **conditions):
 # Thresholding
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("solver", ["ddpm", "ddim"])
 def test_clip_bounds_every_estimate(solver):
     run = list(Sampler(solver, steps=4, guidance="clip").steps_of(wide, COSINE, (4, 4)))
@@ -99,6 +100,7 @@ def test_dynamic_threshold_is_its_formula():
         np.testing.assert_allclose(received, np.clip(x_hat, -s, s) / s, atol=1e-5)
 
 
+@pytest.mark.once
 def test_the_learned_variance_is_that_under_the_conditions():
     def answer(given, x, m):
         return Estimate(x, ops.cast(given.conditions["label"], "float32")[:, None] + 0.0 * x)
@@ -110,6 +112,7 @@ def test_the_learned_variance_is_that_under_the_conditions():
         np.testing.assert_array_equal(numpy(estimate.share)[:, 0], LABELS)
 
 
+@pytest.mark.once
 def test_guidance_is_applied_in_order():
     both = Sampler(guidance=[guidance.Clip(2.0), "dynamic_threshold"])
     assert both == Sampler(guidance=(guidance.Clip(2.0), guidance.DynamicThreshold()))
@@ -120,6 +123,7 @@ def test_guidance_is_applied_in_order():
     assert np.abs(numpy(step.x_hat)).max() <= 1
 
 
+@pytest.mark.once
 def test_thresholding_before_classifier_free_changes_both_answers():
     m, *_ = at(COSINE, 0.7)
     given, none = (np.clip(value, -0.3, 0.3) for value in answers(m))
@@ -175,6 +179,7 @@ def test_guided_samples_follow_the_exact_guided_flow():
     np.testing.assert_allclose(received, exact_guided(z, 1.0, end[1] / end[0], 2.5), atol=2e-3)
 
 
+@pytest.mark.once
 def test_outside_of_its_interval_it_is_off():
     for t in (0.2, 0.5, 0.8):
         m, alpha, sigma = at(COSINE, t)
@@ -228,6 +233,7 @@ def test_adaptive_projection_is_that_of_diffusers(options):
         np.testing.assert_allclose(received, wanted.numpy(), atol=2e-5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("t", [(0.9, 0.7), (0.4, 0.2), (0.1, 0.0)])
 def test_cfg_plus_plus_takes_the_noise_without_the_condition(t):
     """DDIM's step from its estimate is the paper's step."""
@@ -243,6 +249,7 @@ def test_cfg_plus_plus_takes_the_noise_without_the_condition(t):
     assert float(half_step(now, then)) > 0
 
 
+@pytest.mark.once
 def test_cfg_zero_star_is_its_formula():
     schedule = schedules.Rectified()
     m, _, sigma = at(schedule, 0.6)
@@ -259,6 +266,7 @@ def test_cfg_zero_star_is_its_formula():
     assert np.abs(numpy(run[2].x) - numpy(run[1].x)).max() > 0.01
 
 
+@pytest.mark.once
 def test_what_stands_in_for_none():
     m, *_ = at(COSINE, 0.5)
     negative = np.array([1, 2, 0, 0], "int32")
@@ -268,6 +276,7 @@ def test_what_stands_in_for_none():
     np.testing.assert_allclose(ask(one, m)[0], other + 3 * (given - other), atol=1e-5)
 
 
+@pytest.mark.once
 def test_some_conditions_alone_are_left_out():
     def function(x, m, a, b):
         return x + ops.reshape(100.0 * a + b, (-1, 1))
@@ -279,6 +288,7 @@ def test_some_conditions_alone_are_left_out():
         np.testing.assert_allclose(received, wanted)
 
 
+@pytest.mark.once
 def test_two_classifier_free_guidances_compose():
     """Two scales for two conditions, as in InstructPix2Pix: four answers, each pair in one batch."""
 
@@ -291,6 +301,7 @@ def test_two_classifier_free_guidances_compose():
     np.testing.assert_allclose(received, 200 + 5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("one", [ClassifierFree(), AdaptiveProjected(), CFGPlusPlus(), CFGZeroStar()], ids=repr)
 @pytest.mark.parametrize("solver", ["ddpm", "heun", "dpm_solver_pp", "uni_pc"])
 def test_it_runs_with_any_solver(one, solver):
@@ -301,6 +312,7 @@ def test_it_runs_with_any_solver(one, solver):
     assert np.abs(x - free).max() > 1e-3
 
 
+@pytest.mark.once
 def test_off_is_off():
     free = numpy(Sampler("ddim", steps=5)(MIXTURE.conditional(LABELS), COSINE, (4, 2)))
     for one in (ClassifierFree(1.0), AdaptiveProjected(np.ones(4))):

@@ -77,6 +77,7 @@ def test_save_and_load(folder):
     np.testing.assert_allclose(output(diffusers.load(folder)), output(unet()), atol=1e-5)
 
 
+@pytest.mark.once
 def test_save_and_load_classes(tmp_path):
     network = unet(conditions={"label": LabelEmbedding(5)})
     diffusers.save(network, tmp_path)
@@ -181,6 +182,7 @@ class Bomb:
         return open, (str(self.path), "w")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "weights.pt"])
 def test_pickle_is_not_run(folder, name):
     """Neither by PyTorch, which refuses it, nor where there is no PyTorch."""
@@ -401,6 +403,7 @@ def wave(x, i):
     return 0.7 * np.tanh(x) + np.sin(0.02 * i)[:, None, None, None]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", TABLES)
 def test_the_process_of_tutorials(kind):
     """q_sample, the posterior, the loss and 50 steps of DDIM on their grid, by the names in `original.simple_unet`."""
@@ -509,6 +512,7 @@ def test_whole_model_there_and_back(tmp_path):
     assert len(list(again.sample_steps(1, steps=2))) == 2
 
 
+@pytest.mark.once
 def test_averages_are_what_is_saved(tmp_path):
     model = DiffusionModel(unet(), "linear_beta", "noise", time_label="index", ema=0.9)
     model.build((None, 8, 8, 3))
@@ -531,6 +535,7 @@ def test_model_that_no_scheduler_describes(tmp_path):
         diffusers.save(model, tmp_path)
 
 
+@pytest.mark.once
 def test_loaded_model_is_saved_by_keras(tmp_path):
     model = DiffusionModel(unet(), "linear_beta", "noise", time_label="index", ema=None)
     model.build((None, 8, 8, 3))

@@ -158,6 +158,7 @@ def free(kind):
     return ClassifierFree(6.0, negative={"text": ["", ""]})
 
 
+@pytest.mark.once
 def test_images(one):
     """At a scale, in a part of the run: of four steps the second and the third."""
     kind, theirs, folder = one

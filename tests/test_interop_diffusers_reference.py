@@ -330,7 +330,8 @@ def test_saved_again(pair, tmp_path, monkeypatch):
     assert interop.load(tmp_path).shapes == model.shapes
 
 
-@pytest.mark.parametrize("pair", mostly_once(["xl_turbo", "pix2pix"]), indirect=True)
+@pytest.mark.once
+@pytest.mark.parametrize("pair", ["xl_turbo", "pix2pix"], indirect=True)
 def test_other_sizes(pair, monkeypatch):
     """Than those of the folder: the numbers that XL has of them follow, and what stands for no picture is as large."""
     name, pipeline, _, model = pair

@@ -130,7 +130,8 @@ def test_files_that_do_not_fit(tmp_path):
     assert prompts.prompt_of(model.network).encoders[0].vocabulary_size == pipeline.text_encoder.config.vocab_size
 
 
-@pytest.mark.parametrize("pipe", mostly_once([xl, sd_1]))
+@pytest.mark.once
+@pytest.mark.parametrize("pipe", [xl, sd_1])
 def test_lora_of_text_that_kdiff_has_trained(pipe, tmp_path):
     """Its file has diffusers' names, and W + up down in the modules of transformers gives kdiff's embeddings."""
     pipeline = pipe(tmp_path)
@@ -182,7 +183,8 @@ def test_a_lora_of_text_changes_the_negative_of_a_step_that_is_compiled(tmp_path
     np.testing.assert_allclose(model.sample(1, **options), other.sample(1, **options), atol=1e-5)
 
 
-@pytest.mark.parametrize("prefix", mostly_once(["transformer.", ""]))
+@pytest.mark.once
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
 def test_lora_of_a_dit(prefix, tmp_path):
     """By the names of diffusers' module; saved by kdiff, it is the same file."""
     module = perturbed(diffusers.DiTTransformer2DModel(**SMALL_DIT))

@@ -149,6 +149,7 @@ def test_images_of_another_size(tmp_path):
     np.testing.assert_array_equal(condition.rows(condition.rows(IMAGES)), condition.rows(IMAGES))
 
 
+@pytest.mark.once
 def test_nothing_of_it_learns_and_it_trains_in_mixed_precision(tmp_path):
     _, path, model, encoder = given("sd_1", "base", tmp_path)
     keras.config.set_dtype_policy("mixed_bfloat16")

@@ -60,6 +60,7 @@ def pair(tmp_path_factory):
     return theirs, interop.load(folder / "preset", folder / "words", image_size=32), folder
 
 
+@pytest.mark.once
 def test_transformer(pair):
     theirs, model, _ = pair
     rows = np.zeros((2, *prompts.prompt_of(model.network).row), "float32")
@@ -86,6 +87,7 @@ def test_text(pair):
     check(rows[:, -1, : prompt.vector], vector, 1e-4)
 
 
+@pytest.mark.once
 def test_autoencoder(pair):
     theirs, model, _ = pair
     images = np.random.default_rng(4).uniform(-1, 1, (2, 32, 16, 3)).astype("float32")

@@ -201,7 +201,8 @@ def test_names_of_one_file(theirs, tmp_path):
     check(outputs_of(network), outputs_of_theirs(theirs), 1e-5)
 
 
-@pytest.mark.parametrize("kind", mostly_once(["peft", "kohya"], 0))
+@pytest.mark.once
+@pytest.mark.parametrize("kind", ["peft", "kohya"])
 def test_with_text_encoders(kind, tmp_path):
     """Both of Stable Diffusion XL; the empty text is another, too, and the averages of a model change with it."""
     pipeline = xl(tmp_path, zeros=False)
@@ -242,6 +243,7 @@ def trained(folder, where=lora.ATTENTION):
     return network
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("where", [lora.ATTENTION, ""])
 def test_saved(where, theirs, tmp_path):
     """A and B alone, by names of diffusers, whose module with them gives the network's output; so does ours."""

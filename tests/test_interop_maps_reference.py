@@ -11,7 +11,6 @@ from kdiff.guidance import ClassifierFree
 from kdiff.interop import diffusers as interop
 from kdiff.interop import maps
 from tests.test_interop_networks_reference import CROSS, PLAIN, SIZE, SMALL, normal, one_thread, perturbed, theirs  # noqa: F401
-from tests.toys import mostly_once
 
 pytestmark = pytest.mark.reference
 torch = pytest.importorskip("torch")
@@ -46,7 +45,8 @@ def saved(folder, pipeline, inputs, outputs, learned, crossed):
     return unet
 
 
-@pytest.mark.parametrize("pipeline", mostly_once(PIPELINES))
+@pytest.mark.once
+@pytest.mark.parametrize("pipeline", PIPELINES)
 def test_maps(pipeline, tmp_path):
     inputs, outputs, learned, parts = PIPELINES[pipeline]
     crossed = pipeline not in ("DDPMPipeline", "SR3Pipeline")

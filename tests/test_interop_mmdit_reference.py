@@ -82,7 +82,8 @@ def ours_of(network):
     return ops.convert_to_numpy(backend.compiled(lambda x: network(x), network)(INPUTS))
 
 
-@pytest.mark.parametrize("kind", mostly_once(KINDS))
+@pytest.mark.once
+@pytest.mark.parametrize("kind", KINDS)
 def test_transformer(kind, tmp_path):
     """Of a map that is neither square nor as large as the table; and written again, every array is the same."""
     model = transformer(**KINDS[kind])
@@ -170,6 +171,7 @@ def drawn(pipe, negative=None):
     return pipe(TEXTS, latents=latents, output_type="np", height=16, width=16, **options).images
 
 
+@pytest.mark.once
 def test_embeddings(pair):
     """Tokens of both groups and the vectors, of texts and of the empty one; zeros where there is no T5."""
     theirs, _, model = pair

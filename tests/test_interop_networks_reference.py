@@ -176,6 +176,7 @@ def test_unet(request, name, tmp_path):
     check_round_trip(diffusers.UNet2DModel, network, tmp_path, *rest)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("attention", "groups"), [(False, 32), (True, 32), (True, None)])
 def test_ncsnpp(request, attention, groups, tmp_path):
     """Its time is sigma there, and log(sigma) here; None is 16 groups of 64 channels, 32 of 128."""
@@ -210,6 +211,7 @@ def test_ncsnpp(request, attention, groups, tmp_path):
         interop.save(other, tmp_path)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", CLASSES)
 def test_unet_with_classes(request, name, tmp_path):
     labels = normal(2, 32) if name == "class_as_vector" else np.array([1, 4])
@@ -218,6 +220,7 @@ def test_unet_with_classes(request, name, tmp_path):
     check_round_trip(diffusers.UNet2DModel, network, tmp_path, *rest)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", CONDITIONED)
 def test_conditioned_unet(request, name, tmp_path):
     context = normal(2, 7, 12)
@@ -226,6 +229,7 @@ def test_conditioned_unet(request, name, tmp_path):
     check_round_trip(diffusers.UNet2DConditionModel, network, tmp_path, *rest)
 
 
+@pytest.mark.once
 def test_stable_diffusion_xl(request, tmp_path):
     context, vector = normal(2, 7, 12), normal(2, 10, seed=1)
     numbers = np.array([[16, 16, 0, 0, 16, 16], [16, 8, 2, 0, 16, 8]], "float32")
@@ -239,6 +243,7 @@ def test_stable_diffusion_xl(request, tmp_path):
 REFINERS = {"by_its_pipeline": (6, {"requires_aesthetics_score": True}), "by_its_widths": (12, {})}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", REFINERS)
 def test_refiner(request, name, tmp_path):
     """Stable Diffusion XL's has 5 numbers: two sizes, less the last, and a score."""
@@ -271,6 +276,7 @@ def test_dit(request, name, tmp_path):
     check_round_trip(diffusers.DiTTransformer2DModel, network, tmp_path, *rest)
 
 
+@pytest.mark.once
 def test_dit_whose_embeddings_differ(request, tmp_path):
     """Each block has its own in diffusers, which training there moves apart, and the last layer the first block's."""
     model = diffusers.DiTTransformer2DModel(**SMALL_DIT)
@@ -285,6 +291,7 @@ def test_dit_whose_embeddings_differ(request, tmp_path):
     check_round_trip(diffusers.DiTTransformer2DModel, network, tmp_path, *rest)
 
 
+@pytest.mark.once
 def test_shards(request, tmp_path):
     model = perturbed(diffusers.UNet2DModel(**SMALL, **DDPM))
     model.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -294,6 +301,7 @@ def test_shards(request, tmp_path):
     np.testing.assert_allclose(given, theirs(model, x, t), atol=TOLERANCE)
 
 
+@pytest.mark.once
 def test_pickled_weights(tmp_path):
     model = perturbed(diffusers.UNet2DModel(**SMALL, **PLAIN))
     model.save_pretrained(tmp_path, safe_serialization=False)
@@ -303,6 +311,7 @@ def test_pickled_weights(tmp_path):
     np.testing.assert_allclose(given, theirs(model, x, t), atol=TOLERANCE)
 
 
+@pytest.mark.once
 def test_old_names_of_attention(tmp_path):
     """What was written before diffusers had one class of attention for all."""
     from safetensors.numpy import load_file, save_file

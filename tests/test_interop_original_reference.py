@@ -52,6 +52,7 @@ def dit():
     return model
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ["mapping", "safetensors", "npz", "pt"])
 def test_dit(request, dit, kind, tmp_path):
     state = original_dit(arrays(dit))
@@ -170,6 +171,7 @@ def test_guided(request, changes, new_order):
     assert difference < TOLERANCE
 
 
+@pytest.mark.once
 def test_guided_of_half_a_width(request):
     """ADM's at 512: the first level has half of the channels of the time's waves."""
     from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -250,6 +252,7 @@ def simple(state, image, time):
     return of(functional.conv2d, "out", x).permute(0, 2, 3, 1).numpy()
 
 
+@pytest.mark.once
 def test_simple_unet():
     state = simple_state()
     network = original.simple_unet({name: torch.tensor(array) for name, array in state.items()})

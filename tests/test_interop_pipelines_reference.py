@@ -192,6 +192,7 @@ def test_keys_of_all_schedulers_are_known():
     assert names <= FOREIGN
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ["DDPM", "DDIM"])
 def test_pipeline(request, kind, tmp_path, monkeypatch):
     """Of pixels, as it is saved, against its own `__call__`, which clips; then back to diffusers."""

@@ -149,6 +149,7 @@ def test_the_named_lists_of_steps(name):
     np.testing.assert_allclose(found, [*((np.array(wanted) + 1) / 1000), 0.0], atol=1e-12)
 
 
+@pytest.mark.once
 def test_what_is_read(stages):
     for stage, highest in ((1, 1.5), (2, 1.0)):
         model = stages[stage][2]
@@ -170,6 +171,7 @@ def test_embeddings(stages):
         assert np.abs(rows[:, :77, :12] - wanted).max() < 3e-6 * max(1.0, np.abs(wanted).max())
 
 
+@pytest.mark.once
 def test_the_two_as_a_cascade(stages, tmp_path):
     cascade = Cascade([stages[1][2], stages[2][2]])
     small, large = cascade.sample_stages(1, text=TEXTS[0], steps=2, guidance=[7.0, 4.0])

@@ -167,6 +167,7 @@ def test_ddim_goes_even_steps_whatever_the_grid(config):
     check(config)
 
 
+@pytest.mark.once
 @cases(
     of("PNDM", prediction_type="v_prediction", **SKIP, steps_offset=1),
     of("PNDM", prediction_type="v_prediction"),
@@ -180,6 +181,7 @@ def test_pndm_combines_outputs(config):
     check(config)
 
 
+@pytest.mark.once
 @cases(
     of("DDPM", timestep_spacing="trailing", variance_type="fixed_large"),
     of("DDPM", steps_offset=1, variance_type="fixed_large"),
@@ -190,6 +192,7 @@ def test_ddpm_adds_noise_in_its_last_step(config):
     check(config)
 
 
+@pytest.mark.once
 @cases(
     of("DDPM", beta_schedule="laplace"),
     of("DDPM", beta_schedule="laplace", prediction_type="v_prediction", rescale_betas_zero_snr=True),
@@ -206,6 +209,7 @@ KARRAS, EXPONENTIAL, LU, BETA = (
 )
 
 
+@pytest.mark.once
 @cases(
     of("DPMSolverMultistep", **TABLE, solver_order=3, lower_order_final=False),
     of("DPMSolverMultistep", **TABLE, **ABOVE, lower_order_final=False),
@@ -227,6 +231,7 @@ def test_orders_at_the_end(config):
     check(config)
 
 
+@pytest.mark.once
 @cases(
     of("DPMSolverMultistep", **TABLE, **KARRAS),
     of("DPMSolverMultistep", **TABLE, **KARRAS, **ABOVE),
@@ -247,6 +252,7 @@ def test_noise_levels_and_how_their_labels_are_rounded(config):
     check(config)
 
 
+@pytest.mark.once
 @cases(
     of("DPMSolverMultistep", **TABLE, **BETA),
     of("UniPCMultistep", **TABLE, **BETA, **ABOVE),
@@ -256,6 +262,7 @@ def test_quantiles_of_a_beta_distribution(config):
     check(config, (10, 15, 25))
 
 
+@pytest.mark.once
 @cases(
     *(
         of("DPMSolverMultistep", lambda_min_clipped=-3.1, beta_schedule="squaredcos_cap_v2", timestep_spacing=spacing)
@@ -270,12 +277,14 @@ def test_the_noisiest_steps_left_out(config):
         assert made == steps - (config["timestep_spacing"] == "trailing" and steps == 50)
 
 
+@pytest.mark.once
 def test_a_last_step_of_length_zero_adds_noise_of_a_hair():
     """Of the noise, which goes as the root of the length: 2e-4, where diffusers adds none."""
     check(of("DPMSolverMultistep", **TABLE, **KARRAS, **ABOVE, algorithm_type="sde-dpmsolver"), (10,), 3e-4)
 
 
-@pytest.mark.parametrize("kind", mostly_once(["KDPM2Discrete", "KDPM2AncestralDiscrete"]))
+@pytest.mark.once
+@pytest.mark.parametrize("kind", ["KDPM2Discrete", "KDPM2AncestralDiscrete"])
 def test_labels_of_dpm2(kind):
     """diffusers rounds the labels of Karras' times, not of those between. Here none is rounded: 1e-3 at most."""
     check(of(kind), (10, 25))
@@ -298,6 +307,7 @@ def test_each_class_loads_or_is_refused_with_its_reason():
 FEW = (1, 4, *STEPS)
 
 
+@pytest.mark.once
 @cases(
     of("LCM"),
     of("TCD"),
@@ -310,6 +320,7 @@ def test_distilled(config):
     check(config, FEW)
 
 
+@pytest.mark.once
 @cases(
     of("DPMSolverSinglestep", **TABLE),
     of("DPMSolverSinglestep", **TABLE, **KARRAS, solver_order=3),
@@ -325,6 +336,7 @@ def test_singlestep(config):
     check(config)
 
 
+@pytest.mark.once
 @cases(
     of("EDMEuler"),
     of("EDMEuler", sigma_schedule="exponential", prediction_type="v_prediction", sigma_max=20.0, **ABOVE),
@@ -345,6 +357,7 @@ def test_labels_by_the_noise_level(config):
     check(config)
 
 
+@pytest.mark.once
 @cases(of("CMStochasticIterative"), of("CMStochasticIterative", clip_denoised=False, sigma_max=20.0))
 def test_consistency_models(config):
     check(config, (1, 2, 10, 15, 25, 40))
@@ -375,6 +388,7 @@ def test_rectified_flow(config):
     check(config)
 
 
+@pytest.mark.once
 @cases(
     of("FlowMatchEulerDiscrete", stochastic_sampling=True),
     of("SASolver", **FLOW),
@@ -385,6 +399,7 @@ def test_rectified_flow_with_noise(config):
     check(config, tolerance=1e-3)
 
 
+@pytest.mark.once
 @cases(
     of("FlowMatchEulerDiscrete", use_dynamic_shifting=True),
     of("FlowMatchEulerDiscrete", use_dynamic_shifting=True, time_shift_type="linear", base_shift=0.4),
@@ -396,6 +411,7 @@ def test_the_shift_is_by_the_number_of_tokens(config):
     check(config, tokens=1024, mu=mu)
 
 
+@pytest.mark.once
 @cases(
     of("SASolver", **TABLE),
     of("SASolver", **TABLE, **KARRAS),
@@ -412,6 +428,7 @@ def test_other_classes(config):
     check(config)
 
 
+@pytest.mark.once
 @cases(
     of("DPMSolverMultistepInverse", **TABLE),
     of("DPMSolverMultistepInverse", **TABLE, solver_order=3, euler_at_final=True, lower_order_final=False),
@@ -424,12 +441,14 @@ def test_to_noise_by_dpm_solver(config):
     check(config)
 
 
+@pytest.mark.once
 @cases(of("UnCLIP"), of("UnCLIP", prediction_type="sample", clip_sample_range=5.0))
 def test_unclip(config):
     """diffusers takes 1 - (1 - r) for an r of 1e-7 in the first step, of which float32 leaves a digit."""
     check(config, tolerance=1e-3)
 
 
+@pytest.mark.once
 @cases(of("DPMSolverSDE"), of("DPMSolverSDE", **KARRAS, prediction_type="v_prediction"))
 def test_dpm_solver_sde_but_for_its_noise(config, monkeypatch):
     """diffusers takes it from a Brownian path, by torchsde; kdiff draws it, of the same distribution. Here is none."""
@@ -469,6 +488,7 @@ def test_score_sde(monkeypatch):
         assert np.abs(found - wanted).max() < TOLERANCE * max(1.0, np.abs(wanted).max())
 
 
+@pytest.mark.once
 def test_score_sde_of_preserved_variance(monkeypatch):
     """As its pipeline called it, whose images are without the last noise; in float64, for of 1 - exp(-B) float32 leaves
     three digits at the end.

@@ -297,6 +297,7 @@ def same_weights(ours, theirs):
         np.testing.assert_array_equal(ops.convert_to_numpy(one), ops.convert_to_numpy(other), one.path)
 
 
+@pytest.mark.once
 def test_it_is_the_model_of_the_folder(case):
     """Weight for weight, with its process, its inputs and its tokens."""
     theirs = interop.load(case.folder)
@@ -314,6 +315,7 @@ def test_it_is_the_model_of_the_folder(case):
     assert ours.get_build_config() == theirs.get_build_config()
 
 
+@pytest.mark.once
 def test_it_gives_what_diffusers_makes_of_the_file(case):
     """Embeddings, an evaluation of the U-Net, and decoded latents."""
     kind = type(case.pipeline)

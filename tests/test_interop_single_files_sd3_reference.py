@@ -8,7 +8,6 @@ from kdiff.interop import autoencoders, prompts, single_files, single_files_sd3
 from kdiff.interop import diffusers as interop
 from kdiff.interop.weights import export
 from tests.test_interop_mmdit_reference import KINDS, TEXTS, VAE, X, check, ours_of, pipeline, transformer
-from tests.toys import mostly_once
 
 pytestmark = pytest.mark.reference
 torch = pytest.importorskip("torch")
@@ -22,7 +21,8 @@ def options_of(kind):
     return {**KINDS[kind], **({} if "qk_norm" in KINDS[kind] else WIDE)}
 
 
-@pytest.mark.parametrize("kind", mostly_once(KINDS))
+@pytest.mark.once
+@pytest.mark.parametrize("kind", KINDS)
 def test_transformer(kind, tmp_path):
     """By our names, diffusers' conversion gives its arrays; and a file of these is the same network."""
     theirs = transformer(**options_of(kind))
@@ -60,7 +60,8 @@ def tokenizers_of(folder, count):
     return [folder / "saved" / f"tokenizer{end}" for end in ("", "_2", "_3")[:count]]
 
 
-@pytest.mark.parametrize("third", mostly_once([True, False]))
+@pytest.mark.once
+@pytest.mark.parametrize("third", [True, False])
 def test_whole_file(whole, third, monkeypatch):
     """The images of the folder; with two tokenizers T5 is left out."""
     model, state, folder = whole

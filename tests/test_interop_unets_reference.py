@@ -118,7 +118,8 @@ CLASSES = {
 }
 
 
-@pytest.mark.parametrize("name", mostly_once(UNETS))
+@pytest.mark.once
+@pytest.mark.parametrize("name", UNETS)
 def test_unet(request, name, tmp_path):
     model = diffusers.UNet2DModel(**{**SMALL, **UNETS[name]})
     network, *rest = compare(request, model, tmp_path)
@@ -147,7 +148,8 @@ KANDINSKY = {
 }
 
 
-@pytest.mark.parametrize("name", mostly_once(KANDINSKY))
+@pytest.mark.once
+@pytest.mark.parametrize("name", KANDINSKY)
 def test_kandinsky(request, name, tmp_path):
     """A vector of the image is tokens and is added to the time; in 2.1 there are a text and a vector of it too."""
     model = diffusers.UNet2DConditionModel(**{**SMALL, **SIMPLE, **KANDINSKY[name]})
@@ -159,6 +161,7 @@ def test_kandinsky(request, name, tmp_path):
     check_round_trip(diffusers.UNet2DConditionModel, network, tmp_path, *rest)
 
 
+@pytest.mark.once
 def test_condition_of_the_time(request, tmp_path):
     """Latent consistency models': the scale of guidance by its waves, which may be missing."""
     model = diffusers.UNet2DConditionModel(**{**SMALL, **CROSS, "time_cond_proj_dim": 6})

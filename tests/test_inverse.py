@@ -94,6 +94,7 @@ def test_pigdm_samples_the_posterior():
         np.testing.assert_allclose(np.cov(x.T), covariance, atol=0.03)
 
 
+@pytest.mark.once
 def test_a_step_of_dps_is_the_papers():
     """x_then of DDPM, less scale grad |y - A x_hat(x_t)|, whose gradient is known for x_hat = mean + k (x_t - ...)."""
     operator = OPERATORS[-1]
@@ -123,6 +124,7 @@ def test_dps_agrees_with_the_measurement(operator):
     assert errors[1] < errors[0] / 2
 
 
+@pytest.mark.once
 def test_each_sample_has_its_own_measurement():
     operator, y = OPERATORS[0], measured(OPERATORS[0])
     together = numpy(Sampler("ddim", steps=8, guidance=PiGDM(operator, y, NOISE))(DATA, COSINE, (3, *SHAPE)))
@@ -196,6 +198,7 @@ def correlated():
     return analytic.Gaussian(np.zeros(SHAPE), STD**2 * np.exp(-distances / 3.0))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("solver", mostly_once(["ddpm", "ddim", "heun", "dpm_solver_pp"]))
 def test_what_is_known_is_kept(solver):
     image = DATA.sample(2, seed=3)
@@ -221,6 +224,7 @@ def test_going_back_and_forth_heals_the_border():
     assert errors[2] < 0.06 < errors[0]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("shape", mostly_once([(4, 4), (4, 4, 1), (2, 4, 4), (2, 4, 4, 1)]))
 def test_masks_of_all_shapes(shape):
     image, mask = DATA.sample(2), np.zeros(shape)

@@ -13,6 +13,8 @@ from kdiff.networks import DiT
 from kdiff.text import Bytes
 from tests.toys import compiled_model, draw_weights, images, numpy
 
+pytestmark = pytest.mark.eager
+
 pytest.importorskip("tokenizers", reason="the extra `text` is not installed")
 
 WORDS = ["!", *"abct", *(f"{letter}</w>" for letter in "!abct"), "<|startoftext|>", "<|endoftext|>"]
@@ -71,6 +73,7 @@ def sampled(model, text, **options):
     return model.sample(1, text=text, steps=2, guidance=3.0, **sizes, **options)
 
 
+@pytest.mark.once
 def test_a_new_token_is_the_word_that_it_is_like_and_all_other_text_stays():
     model, prompt = model_of()
     before, plain = prompt.prepare(["a b", "c"]), sampled(model, "a b")
@@ -124,6 +127,7 @@ def test_only_the_vectors_of_the_token_move(vectors, tmp_path):
     np.testing.assert_allclose(sampled(other, "b <mine>"), y, atol=1e-4)
 
 
+@pytest.mark.once
 def test_lora_of_the_encoders(tmp_path):
     """A and B of them alone learn, with those of the network; merged, the text is made before the first step again."""
     model, prompt = model_of()
@@ -169,6 +173,7 @@ def test_called_inside_the_encoders_give_what_they_give_before(masked):
         np.testing.assert_allclose(found, [*rows, null], atol=1e-5)
 
 
+@pytest.mark.once
 def test_lost_in_training_texts_are_the_empty_one():
     """The encoders see its tokens, so that it is of their weights as they are."""
     prompt = prompt_of(dropout=0.5, seed=3)
@@ -182,6 +187,7 @@ def test_lost_in_training_texts_are_the_empty_one():
     assert 16 < lost.sum() < 48
 
 
+@pytest.mark.once
 def test_in_mixed_precision():
     """Network and encoders compute in bfloat16; what learns is float32, and moves."""
     encoder = clip(dtype="mixed_bfloat16")

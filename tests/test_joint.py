@@ -9,6 +9,8 @@ from kdiff import blocks
 from kdiff.blocks import JointBlock, PositionTable, SinCos2D, Tokens, TransformerBlock, adaptive_block
 from tests.helpers_gradients import perturb
 
+pytestmark = pytest.mark.eager
+
 MAP, TOKENS, EMBED = (2, 2, 3, 8), (2, 5, 8), (2, 6)
 X, CONTEXT, VECTOR = (
     np.random.default_rng(i).standard_normal(shape).astype("float32") for i, shape in enumerate((MAP, TOKENS, EMBED))

@@ -51,6 +51,7 @@ class TestBound:
         missing = 0.5 * (ratio - math.log1p(ratio))  # KL of the true q(x_1) to it
         assert expected_bound(schedule, steps, posterior_variance) == pytest.approx(ENTROPY + missing, abs=1e-4)
 
+    @pytest.mark.once
     @pytest.mark.parametrize(
         ("variance", "expected"), [("small", 1.30503), ("large", 0.79336), (posterior_variance, 0.72579)]
     )
@@ -58,6 +59,7 @@ class TestBound:
         """Figures of a derivation in float64: T = 10 of the cosine betas."""
         assert expected_bound(schedules.CosineBeta(10), 10, variance) == pytest.approx(expected, abs=2e-5)
 
+    @pytest.mark.once
     @pytest.mark.parametrize("variance", ["small", "large", "learned"])
     def test_terms_are_those_of_improved_ddpm(self, variance):
         """`calc_bpd_loop` of the paper's code, derived again; its normal distribution function is a fit, 1e-3 off."""
@@ -102,6 +104,7 @@ class TestBound:
         end = 0.5 * bars[-1] * (x**2).sum(axis=(1, 2, 3)) / (1.0 - bars[-1])
         np.testing.assert_allclose(report.terms["prior"], end, rtol=1e-5)
 
+    @pytest.mark.once
     def test_the_same_in_any_batches(self):
         """The noise is each example's own, and the last batch is filled up and cut."""
         x = MIXTURE.sample(7)
@@ -162,6 +165,7 @@ class TestContinuous:
         assert (parts["diffusion"], parts["reconstruction"]) == pytest.approx(expected, abs=1e-4)
         assert sum(parts.values()) == pytest.approx(ENTROPY + (0.0133 if high == 5.0 else 0.0), abs=1e-4)
 
+    @pytest.mark.once
     @pytest.mark.parametrize("log_snr", [13.3, 9.0, 4.0])
     def test_the_decoder_of_levels_is_a_softmax_over_all(self, log_snr):
         levels = np.arange(256) / 127.5 - 1.0
@@ -197,6 +201,7 @@ class TestFlow:
         exact = -numpy(MIXTURE.log_prob(x, Marginal(*(np.float32(v) for v in (0.0, 1.0, 0.0, 40.0)))))
         np.testing.assert_allclose(report.nats, exact, atol=1e-3 if solver == "rk4" else 1e-2)
 
+    @pytest.mark.once
     def test_hutchinson_is_unbiased_within_its_interval(self):
         x = np.repeat(MIXTURE.sample(1), 300, axis=0)
         options = {"schedule": "cosine", "steps": 12, "batch_size": 300}
@@ -205,6 +210,7 @@ class TestFlow:
         assert 0 < report.standard_error < 0.1
         assert abs(report.mean - exact) < 4.0 * report.standard_error
 
+    @pytest.mark.once
     def test_the_bound_is_above_it(self):
         x = MIXTURE.sample(400)
         flow = likelihood.ode(MIXTURE, x, schedule="cosine", steps=12, batch_size=400)
@@ -212,6 +218,7 @@ class TestFlow:
         assert bound.interval()[1] > bound.mean > flow.interval()[0]
         assert bound.mean - flow.mean > -2.0 * math.hypot(bound.standard_error, flow.standard_error)
 
+    @pytest.mark.once
     def test_encoded_data_is_sampled_again(self):
         x = MIXTURE.sample(4)
         noise = likelihood.encode(MIXTURE, x, schedule="cosine")
@@ -248,6 +255,7 @@ class TestFlow:
         same = likelihood.ode(model, {"image": x, "label": 0 * label}, steps=12, batch_size=4)
         assert abs(same.nats[1] - report.nats[1]) > 0.01
 
+    @pytest.mark.once
     def test_dequantised_images(self):
         """Uniform data on the levels, of which a Gaussian knows the variance alone: 8 bits and the difference."""
         images = np.random.default_rng(0).integers(0, 256, (64, 4, 4, 1)).astype("uint8")
@@ -294,6 +302,7 @@ class TestBitsPerDim:
         assert found == pytest.approx(bound.bits_per_dim, abs=4.0 * math.hypot(error, bound.bits_per_dim_error))
         assert error < 0.05 * found
 
+    @pytest.mark.once
     def test_running_mean_and_spread(self):
         metric = likelihood.BitsPerDim()
         values = np.random.default_rng(0).standard_normal((3, 5)).astype("float32") + 100.0

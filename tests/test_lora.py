@@ -11,6 +11,8 @@ from kdiff.blocks import Conv2D, Dense
 from kdiff.networks import UNet
 from tests.toys import draw_weights, numpy
 
+pytestmark = pytest.mark.eager
+
 X = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 2)).astype("float32")
 INPUTS = {"image": X, "time": np.linspace(0.0, 900.0, 4).astype("float32")}
 
@@ -85,7 +87,7 @@ def test_only_a_and_b_learn_and_are_averaged():
     assert paths
     assert all("conv2d" in path for path in paths)
     assert len(model.network.trainable_weights) == len(model.averages.values) == 2 * len(paths)
-    model.compile(keras.optimizers.Adam(1e-2), jit_compile=False)
+    model.compile(keras.optimizers.Adam(1e-2))
     model.fit(X, epochs=3, batch_size=4, verbose=0)
     for weight in model.network.weights:
         if weight.path in before:
@@ -112,6 +114,7 @@ def test_merged_the_network_computes_as_before(averages):
     assert not lora.enabled(model)
 
 
+@pytest.mark.once
 def test_removed_the_network_is_as_it_was():
     model = model_of()
     before, trainable = weights_of(model.network), [weight.trainable for weight in model.network.weights]
@@ -122,16 +125,17 @@ def test_removed_the_network_is_as_it_was():
     for one, other in zip(weights_of(model.network), before, strict=True):
         np.testing.assert_array_equal(one, other)
     assert [weight.trainable for weight in model.network.weights] == trainable
-    model.compile("adam", jit_compile=False)
+    model.compile("adam")
     model.fit(X, batch_size=4, verbose=0)
     assert any(np.any(one != other) for one, other in zip(weights_of(model.network), before, strict=True))
 
 
+@pytest.mark.once
 def test_saved_and_loaded_it_goes_on(tmp_path):
     """With A, B, their averages and the optimizer: the next step is the same."""
     model = model_of(make=UNet.attention)
     adapted(model, "conv2d|query")
-    model.compile(keras.optimizers.Adam(1e-2), jit_compile=False)
+    model.compile(keras.optimizers.Adam(1e-2))
     model.fit(X, epochs=2, batch_size=4, verbose=0)
     model.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
@@ -144,6 +148,7 @@ def test_saved_and_loaded_it_goes_on(tmp_path):
     np.testing.assert_allclose(model.sample(1, steps=2), again.sample(1, steps=2), atol=1e-4)
 
 
+@pytest.mark.once
 def test_the_network_saved_alone_has_the_change_in_its_kernels(tmp_path):
     model = model_of()
     adapted(model)

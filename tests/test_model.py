@@ -79,6 +79,7 @@ def test_sample_weights_and_metrics():
     assert results[1][1] == pytest.approx(results[0][1], rel=1e-5)  # `metrics` are not weighted
 
 
+@pytest.mark.once
 def test_uint8_images_are_scaled():
     x = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)).astype("uint8")
     losses = [fit(compiled_model(), data)["loss"] for data in (x, (x / 127.5 - 1).astype("float32"))]
@@ -123,6 +124,7 @@ def sources(conditional):
         yield "pydataset", lambda: (Batches(batch, x, y), None)
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("conditional", [False, True])
 def test_every_form_of_data_trains_alike(conditional):
     losses = {}
@@ -155,6 +157,7 @@ def test_tf_data(conditional, form):
     assert model.evaluate(dataset, verbose=0) == pytest.approx(history["val_loss"][-1], rel=1e-5)
 
 
+@pytest.mark.eager
 @pytest.mark.data
 def test_tf_data_with_sample_weights():
     import tensorflow as tf
@@ -166,6 +169,7 @@ def test_tf_data_with_sample_weights():
     assert loss == pytest.approx(arrays, rel=1e-5)
 
 
+@pytest.mark.eager
 @pytest.mark.data
 @pytest.mark.parametrize("workers", [0, 1])
 def test_torch_data_loader(workers):
@@ -184,6 +188,7 @@ def test_torch_data_loader(workers):
     assert loss == pytest.approx(arrays, rel=1e-5)
 
 
+@pytest.mark.eager
 def test_train_on_batch_takes_pairs_and_dictionaries():
     x, y = images(16), LABELS[:16].astype("int32")
     losses = []
@@ -295,6 +300,7 @@ def test_mixed_precision(policy, full_precision, tmp_path):
     np.testing.assert_allclose(keras.saving.load_model(tmp_path / "model.keras").sample(4, steps=3), samples, atol=1e-5)
 
 
+@pytest.mark.once
 def test_sampler_of_its_own(tmp_path):
     model = compiled_model(tiny_network(), sampler=kdiff.Sampler("heun", steps=3))
     fit(model, images(32))
@@ -308,6 +314,7 @@ def test_sampler_of_its_own(tmp_path):
     np.testing.assert_allclose(loaded.sample(2), samples, atol=1e-5)
 
 
+@pytest.mark.once
 def test_vectors_of_any_size():
     """Not only images: two coordinates, not bounded."""
     x, t = keras.Input((2,), name="image"), keras.Input((), name="time")
@@ -377,6 +384,7 @@ def test_averages_are_used_for_validation_and_sampling_alone():
     np.testing.assert_allclose(model.sample(2, steps=3), plain, atol=1e-5)
 
 
+@pytest.mark.once
 def test_without_averages():
     model = compiled_model(ema=None)
     fit(model, images(16))
@@ -441,6 +449,7 @@ def test_samples_do_not_depend_on_batches_or_on_earlier_runs(conditional):
     assert np.abs(conditional.sample(7, sampler="ddpm", steps=4, label=label, seed=1) - whole).mean() > 0.1
 
 
+@pytest.mark.once
 def test_conditions_reach_the_network(conditional):
     one, same, other = (conditional.sample(2, steps=4, label=label) for label in (1, [1, 1], 2))
     np.testing.assert_array_equal(one, same)
@@ -473,6 +482,7 @@ def test_a_step_is_compiled_once(sampler):
     assert len(traced) <= 2
 
 
+@pytest.mark.once
 def test_steps_can_be_watched(conditional, capsys):
     steps = list(conditional.sample_steps(3, steps=4, label=1, sampler="ddpm"))
     assert [step.index for step in steps] == [1, 2, 3, 4]
@@ -495,6 +505,7 @@ def test_sampling_in_the_middle_of_an_epoch_changes_nothing():
     np.testing.assert_allclose(seen[-1], plain.sample(2, steps=2), atol=1e-5)
 
 
+@pytest.mark.once
 def test_denoise():
     model = kdiff.DiffusionModel(tiny_network(), prediction="data")
     model.build((None, 8, 8, 1))
@@ -504,6 +515,7 @@ def test_denoise():
     np.testing.assert_allclose(numpy(x_hat), numpy(output), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.once
 def test_time_labels():
     """The network sees what the label says: here it answers with it."""
 
@@ -557,6 +569,7 @@ def test_save_and_load(tmp_path):
         assert copied[name] == pytest.approx(values, rel=1e-5)
 
 
+@pytest.mark.eager
 def test_weights_alone(tmp_path):
     model = compiled_model()
     fit(model, images(16))
@@ -567,6 +580,7 @@ def test_weights_alone(tmp_path):
     np.testing.assert_array_equal(twin.sample(2, steps=3), model.sample(2, steps=3))
 
 
+@pytest.mark.eager
 def test_an_untrained_model_saves(tmp_path):
     model = kdiff.DiffusionModel(tiny_network())
     model.save(tmp_path / "a.keras")
@@ -612,6 +626,7 @@ def bad_data():
     yield "infinity", np.where(np.isnan(with_nan), np.inf, x), "infinity"
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize(("bad", "message"), [case[1:] for case in bad_data()], ids=[case[0] for case in bad_data()])
 @pytest.mark.parametrize("where", ["x", "validation_data"])
 def test_bad_images(bad, message, where):
@@ -626,6 +641,7 @@ def test_bad_images(bad, message, where):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("form", ["generator", "pydataset", pytest.param("tf.data", marks=pytest.mark.data)])
 def test_a_bad_batch_among_good_ones(form):
     """The error comes before the batch is trained on."""
@@ -661,6 +677,7 @@ def test_an_endless_tf_dataset_needs_a_number_of_steps():
     assert model.evaluate(endless, None, 8, 0, None, 1) > 0
 
 
+@pytest.mark.eager
 @pytest.mark.data
 def test_a_tf_dataset_of_another_size():
     import tensorflow as tf
@@ -676,12 +693,14 @@ def empty():
     yield "generator", lambda: (batch for batch in ())
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("make", [case[1] for case in empty()], ids=[case[0] for case in empty()])
 def test_no_data(make):
     with pytest.raises(ValueError, match="empty"):
         fit(compiled_model(), make())
 
 
+@pytest.mark.eager
 @pytest.mark.data
 @pytest.mark.parametrize("known", [True, False])
 def test_an_empty_tf_dataset(known):
@@ -770,6 +789,7 @@ def test_a_call_that_fails_leaves_no_shapes():
         model.fit(images(2, (8, 8, 1)), np.zeros(2, "int32"), verbose=0)
 
 
+@pytest.mark.eager
 def test_labels_out_of_range():
     model = label_model()
     with pytest.raises(ValueError, match=r"in 0\.\.2; received 0 to 9"):
@@ -849,6 +869,7 @@ def test_a_network_of_the_noise_cannot_begin_at_an_snr_of_zero():
             kdiff.DiffusionModel(tiny_network(), other, prediction)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["schedule", "prediction"])
 def test_another_schedule_or_prediction_by_name(name):
     """At any time; what was compiled for the old one is not used, in training either."""

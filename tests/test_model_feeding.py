@@ -10,6 +10,8 @@ from kdiff.blocks import LabelEmbedding
 from kdiff.networks import UNet
 from tests.toys import compiled_model, numpy
 
+pytestmark = pytest.mark.eager
+
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), dtype="uint8")
 UNIT = (PIXELS / 127.5 - 1).astype("float32")
 LABELS = np.arange(8)

@@ -12,6 +12,8 @@ from kdiff import Sampler, predictions, random, schedules, solvers, times
 from kdiff.objectives import variance_bound
 from tests.toys import MIXTURE, numpy
 
+pytestmark = pytest.mark.eager
+
 
 class Scripted(keras.layers.Layer):
     """A network that answers with what a function makes of its inputs, plus a weight that is zero."""
@@ -32,6 +34,7 @@ def dense(outputs):
     return keras.Model({"image": point, "time": time}, layers.Dense(outputs)(layers.Dense(16, "silu")(x)))
 
 
+@pytest.mark.once
 def test_the_input_is_scaled_as_the_prediction_says():
     seen = []
 
@@ -87,6 +90,7 @@ def test_a_learned_variance_is_trained_and_sampled():
     assert np.any(np.abs(learned - small) > 1e-3)
 
 
+@pytest.mark.once
 def test_a_variance_that_was_not_learned_cannot_be_used():
     model = kdiff.DiffusionModel(dense(2), "cosine_beta", "noise", codec="identity")
     model.build((None, 2))
@@ -94,6 +98,7 @@ def test_a_variance_that_was_not_learned_cannot_be_used():
         model.sample(2, sampler=solvers.DDPM("learned"))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("outputs", "prediction", "wanted"), [(2, "learned_variance", 4), (4, "noise", 2)])
 def test_a_network_of_the_wrong_width(outputs, prediction, wanted):
     model = kdiff.DiffusionModel(dense(outputs), "cosine_beta", prediction, codec="identity")
@@ -140,6 +145,7 @@ class _Half(times.TimeSampler):
         return 0.5 * random.uniform(key, (batch,))
 
 
+@pytest.mark.once
 def test_a_weight_per_log_snr_needs_a_density():
     network = Scripted(lambda inputs: inputs["image"])
     with pytest.raises(ValueError, match=r"Variational\(\) is a weight per log-SNR.*_Half\(\) has none"):

@@ -12,6 +12,8 @@ from kdiff.networks import UNet
 from kdiff.sampling import initial_noise
 from tests.toys import compiled_model, draw_weights, exact_denoiser, images, numpy, tiny_network
 
+pytestmark = pytest.mark.eager
+
 SHAPE = (4, 4, 1)
 COSINE = schedules.Cosine()
 DDIM = Sampler("ddim", "trailing", 10)
@@ -51,6 +53,7 @@ def test_a_seed_a_sample(model):
     assert np.abs(each[0] - each[1]).max() > 0.1
 
 
+@pytest.mark.once
 def test_one_model_begins_and_another_ends(model):
     """Two pieces are the whole run, a stochastic one too: a step's noise is that of its place in the grid."""
     options = {"sampler": Sampler("ddpm", "trailing", 10), "seed": 3}
@@ -60,6 +63,7 @@ def test_one_model_begins_and_another_ends(model):
     assert [step.t for step in model.sample_steps(1, x=half[:1], start=0.16, **options)] == pytest.approx([0.1, 0])
 
 
+@pytest.mark.once
 def test_noise_of_ones_own(model):
     noise = np.random.default_rng(0).normal(size=(2, *SHAPE)).astype("float32")
     drawn = numpy(initial_noise((2, *SHAPE), 0))
@@ -92,6 +96,7 @@ def test_noise_of_each_step(model):
         model.sample(2, noise=noise, batch_size=1, **options)
 
 
+@pytest.mark.once
 def test_a_strength_a_pixel(model):
     """Where pixels are independent, each is as in a run of its own strength."""
     image = images(2, SHAPE)
@@ -104,6 +109,7 @@ def test_a_strength_a_pixel(model):
     np.testing.assert_allclose(masked, received, atol=5e-4)  # which begins with a thousandth of the image
 
 
+@pytest.mark.once
 def test_what_is_known_is_kept():
     """The rest is drawn; a mask is where it is, or where there is no number."""
     model, known = model_of((4,)), np.array([0.5, np.nan, -0.3, np.nan], "float32")
@@ -124,6 +130,7 @@ class Series(keras.layers.Layer):
         return self.data(inputs["image"], COSINE.at(inputs["time"][0] / 1000.0))
 
 
+@pytest.mark.once
 def test_a_series_is_filled_in():
     """A gap, and what follows, against the exact conditional. Of the bounds the chance of 400 draws is a half, and the
     rest the bias of the method: a network sees noise where numbers are known, and jumps make up for it by and by.
@@ -165,6 +172,7 @@ def test_images_of_any_size(codec):
         assert next(iter(model._run(2, **options).steps())).x.shape == shape
 
 
+@pytest.mark.once
 def test_a_batch_of_noise_has_a_size():
     model = model_of((None, 1))
     x = model.sample(2, x=np.zeros((2, 5, 1)))
@@ -172,6 +180,7 @@ def test_a_batch_of_noise_has_a_size():
     assert model.invert(x, sampler="ddim").shape == (2, 5, 1)
 
 
+@pytest.mark.once
 def test_the_size_of_examples_is_known_after_loading():
     model = model_of((None, None, 1), codecs.Haar(1))
     other = kdiff.DiffusionModel(Exact(), prediction="data", codec=codecs.Haar(1), ema=None, sampler=DDIM)
@@ -226,6 +235,7 @@ def test_seamless():
         model_of().sample(1, guidance=Seamless())
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -250,6 +260,7 @@ def test_bad_requests(model, options, message):
         model.sample(2, **options)
 
 
+@pytest.mark.once
 def test_a_size_that_is_not_known():
     with pytest.raises(ValueError, match=r"any size, \(any, any, 1\): give `height` and `width`"):
         model_of((None, None, 1)).sample(2)

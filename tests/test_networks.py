@@ -112,6 +112,7 @@ class Holder(keras.Model):
         return cls(keras.saving.deserialize_keras_object(config.pop("network")), **config)
 
 
+@pytest.mark.once
 def test_save_and_load_in_a_model(perturbed, tmp_path):
     network, inputs, y, _ = perturbed
     holder = Holder(network)

@@ -11,6 +11,8 @@ from kdiff.guidance import ClassifierFree, Control
 from kdiff.networks import Controlled, ControlNet, Hint, UNet
 from tests.toys import draw_weights, mostly_once, numpy
 
+pytestmark = pytest.mark.eager
+
 RNG = np.random.default_rng(0)
 X = RNG.uniform(-1, 1, (4, 8, 8, 2)).astype("float32")
 EDGES = RNG.uniform(-1, 1, (4, 8, 8, 3)).astype("float32")
@@ -54,6 +56,7 @@ def data(**more):
     return {**DATA, "beside": X, **more}
 
 
+@pytest.mark.once
 def test_a_new_control_changes_nothing():
     """To the last bit, whatever the picture; and has the weights of the U-Net."""
     model = model_of()
@@ -150,6 +153,7 @@ def test_the_averages_that_there_were_are_the_frozen_weights():
     assert not model.averages.moved
 
 
+@pytest.mark.once
 def test_a_part_of_the_run():
     """Outside of it the scale is 0: with steps at t = 1 and 0.5, the first or the second alone."""
     model = with_control(model_of())
@@ -177,6 +181,7 @@ def test_a_part_of_the_run():
     np.testing.assert_allclose(mixed[1], run(free, edges_scale=0.0)[1], atol=1e-5)
 
 
+@pytest.mark.once
 def test_a_hint_of_a_larger_picture():
     """uint8 or floating point; the widths halve it, as convolutions with zeros on all sides do."""
     hint = Hint((3, 4, 5), 6)

@@ -217,21 +217,22 @@ def test_series_and_volumes(name):
         x, time = np.random.default_rng(0).normal(size=(2, *sizes, 2)).astype("float32"), np.ones(2, "float32")
         network.build({"image": x.shape, "time": (2,)})
         perturb(network)
-        y = ops.convert_to_numpy(network({"image": ops.convert_to_tensor(x), "time": ops.convert_to_tensor(time)}))
+        y = run(network, {"image": x, "time": time})
         assert y.shape == x.shape
         assert 1e-3 < np.abs(y).max() < 1e3
 
 
 def test_series_whose_lengths_vary():
     """From batch to batch, in training and in sampling."""
-    model = DiffusionModel(UNet.residual(8, 2, 1), codec="standard", ema=None)
+    model = DiffusionModel(UNet.residual(8, 1, 1), codec="standard", ema=None)
     model.build((None, None, 3))
-    model.compile("adam")
+    model.compile("sgd")
     losses = [model.train_on_batch(np.random.default_rng(0).normal(size=(2, n, 3)).astype("float32")) for n in (8, 12)]
     assert np.isfinite(losses).all()
     assert model.sample(2, size=(16,), steps=1).shape == (2, 16, 3)
 
 
+@pytest.mark.once
 def test_trains_in_a_diffusion_model():
     network = TRAINED["dit"][0]()
     model = DiffusionModel(network, schedule="cosine", prediction="velocity")

@@ -7,7 +7,6 @@ import pytest
 from kdiff import DiffusionModel, networks, text
 from kdiff.blocks import LabelEmbedding, PositionTable, TextEncoder
 from kdiff.networks import MMDiT, published
-from tests.toys import mostly_once
 
 # Those of diffusers' `SD3Transformer2DModel` of the published configurations, which has the table beside them.
 COUNTS = {"3-medium": 2_028_328_000, "3.5-medium": 2_243_171_520, "3.5-large": 8_056_627_520}
@@ -46,7 +45,7 @@ def test_trained_on_text(tmp_path):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("remat", mostly_once([True, False]))
+@pytest.mark.parametrize("remat", [True, False])
 def test_trained_in_mixed_precision(remat):
     keras.utils.set_random_seed(0)
     conditions = {"text": keras.layers.Dense(5), "label": LabelEmbedding(2)}

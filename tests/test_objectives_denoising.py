@@ -103,6 +103,7 @@ def test_learned_variance_trains_the_variance_alone():
         assert gradient[n, ..., 1].sum() == pytest.approx(expected, rel=2e-3, abs=1e-4)
 
 
+@pytest.mark.once
 @every_schedule
 def test_learned_bound_is_zero_where_the_network_is_right(schedule):
     """With the true noise and the posterior's variance, v = -1, the divergence is 0; with v = 1 it is that of two
@@ -121,6 +122,7 @@ def test_learned_bound_is_zero_where_the_network_is_right(schedule):
         np.testing.assert_allclose(loss, expected, atol=2e-4 * np.max(0.5 * (np.log(q) + 1 / q - 1)) + 1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("schedule", [schedules.Cosine(), schedules.VarianceExploding(0.02)], ids=repr)
 def test_learned_variance_on_continuous_schedules(schedule):
     """In float64, from `schedule.posterior`, T = 100: between two steps, and within the last of them."""
@@ -151,6 +153,7 @@ def test_learned_variance_on_continuous_schedules(schedule):
     np.testing.assert_allclose(numpy(loss), 100 * terms.mean(axis=(1, 2)), rtol=2e-3)
 
 
+@pytest.mark.once
 def test_learned_variance_is_finite_everywhere():
     """From an output far off, at the first and the last times of every schedule, between two steps too."""
     for schedule in EVERY:
@@ -162,6 +165,7 @@ def test_learned_variance_is_finite_everywhere():
             ).all()
 
 
+@pytest.mark.once
 def test_the_last_step_may_be_rounded_up():
     schedule, m, x, x_t, output = learned_problem(20, [0] * 5)
     above = schedule.at(np.nextafter(numpy(m.t), np.float32(1)))
@@ -170,6 +174,7 @@ def test_the_last_step_may_be_rounded_up():
     np.testing.assert_allclose(one, other, rtol=1e-4)
 
 
+@pytest.mark.once
 def test_learned_variance_with_one_time_for_all():
     schedule, _, x, x_t, output = learned_problem(20, [7] * 5)
     single = variance_bound(LEARNED, output, x, x_t, schedule, schedule.at(0.4))
@@ -177,6 +182,7 @@ def test_learned_variance_with_one_time_for_all():
     np.testing.assert_allclose(numpy(single), numpy(several), rtol=1e-6)
 
 
+@pytest.mark.once
 def test_number_of_steps():
     """Its own, else the schedule's, else 1000. L, of a step of 1 / T, falls about as 1 / T^2, and T L as 1 / T."""
     x, noise, m, x_t = problem(schedules.Cosine(), (0.2, 0.3, 0.35, 0.4, 0.5))

@@ -34,6 +34,7 @@ def learn(sampler, schedule, index, losses):
     sampler.update(schedule, ((index + offset) / sampler.num_steps).astype("float32"), losses.astype("float32"))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("schedule", [schedules.LinearBeta(8), CONTINUOUS], ids=repr)
 def test_history_is_that_of_one_loss_at_a_time(schedule):
     """Also where a time occurs twice in a batch, or more often than there are places; what is not finite is left."""
@@ -92,6 +93,7 @@ def test_times_are_drawn_where_losses_are_large(schedule):
     assert np.mean(numpy(even.importance(schedule, t)) * t**2) == pytest.approx(mean, abs=np.sum(1 / p) / 8 / 4000)
 
 
+@pytest.mark.once
 def test_loss_aware_times_begin_uniform_and_bear_zeros():
     schedule, sampler = schedules.LinearBeta(8), LossAware(8, history=1, points="stratified")
     assert sorted((draw(sampler, CONTINUOUS, batch=16) * 16).astype(int)) == list(range(16))

@@ -12,7 +12,13 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README
 @pytest.mark.once  # the quickstart, which is made of them, is run on each backend by .ci/run
 def test_twenty_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shorter = {"epochs=16": "epochs=1", "every=4": "every=1", '"trailing", 100': '"trailing", 2', "steps=20": "steps=2"}
+    shorter = {
+        "epochs=16": "epochs=1, steps_per_epoch=3",
+        "every=4": "every=1, steps=2",
+        "(16, label=3)": "(16, label=3, steps=2)",
+        '"trailing", 100': '"trailing", 2',
+        "steps=20": "steps=2",
+    }
     code = BLOCKS[0]
     for long, short in shorter.items():
         assert long in code
@@ -67,6 +73,7 @@ def test_latent_diffusion():
     assert names["pictures"].shape == (4, 32, 32, 3)
 
 
+@pytest.mark.once
 def test_objects_of_ones_own():
     """They are defined, have names, and work with the rest."""
     import keras

@@ -32,6 +32,7 @@ def test_a_run_can_be_watched():
 ENDS = [schedules.VarianceExploding(), schedules.Rectified(), SCHEDULE]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("schedule", ENDS, ids=repr)
 @pytest.mark.parametrize("solver", ["ddim", "heun", "tcd"])
 def test_a_run_ends_without_noise(schedule, solver):
@@ -41,6 +42,7 @@ def test_a_run_ends_without_noise(schedule, solver):
     np.testing.assert_allclose(numpy(sampler(exact_denoiser(), schedule, image.shape)), image, atol=1e-6)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("solver", ["lms", "uni_pc", DPMSolverPP(3)], ids=repr)
 def test_multistep_solvers_make_any_number_of_steps(solver):
     """Of lower order, as at the start of every run; with one step and one point of data, that point."""
@@ -68,6 +70,7 @@ def test_a_run_may_begin_and_end_anywhere():
         np.testing.assert_allclose(sampler.times(schedules.Cosine(), strength, stop), expected, err_msg=str(strength))
 
 
+@pytest.mark.once
 def test_a_rise_draws_from_the_forward_process():
     """q(x_then | x_now), of DDPM eq. 2: with the steps between two times of a table its betas say both numbers."""
     schedule = schedules.LinearBeta(10, 0.02, 0.3)
@@ -139,6 +142,7 @@ def test_bad_steps(steps):
         Sampler(steps=steps)
 
 
+@pytest.mark.once
 def test_more_steps_than_there_are():
     with pytest.raises(ValueError, match="at most 10"):
         Sampler(steps=11).times(schedules.LinearBeta(10))
@@ -190,6 +194,7 @@ def fast(denoise, x, evaluations, low, high):
     return x
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("evaluations", [2, 6, 7, 20])
 def test_dpm_fast(evaluations):
     """As k-diffusion's `sample_dpm_fast`, in as many calls."""

@@ -111,6 +111,7 @@ def errors(solver, schedule, steps, exact):
     return np.sqrt(np.mean(np.reshape((numpy(x) - exact) ** 2, (2, -1)), axis=1))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("schedule", AMONG if EAGER else [RECTIFIED], ids=repr)
 def test_no_solver_is_worse_than_eulers_method_with_as_many_evaluations(schedule):
     """On the default grid, on a Gaussian and on a mixture.
@@ -151,6 +152,7 @@ def covariance_error(solver, schedule, steps):
 # What a step asks for
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("solver", NAMED, ids=repr)
 def test_a_step_asks_as_it_says(solver):
     """In the middle of a run: the denoiser `evaluations` times, between the two times; noise if it is stochastic."""
@@ -254,6 +256,7 @@ def test_a_solver_is_its_arguments(solver):
     assert (solver.clone().order, solver.clone().stochastic) == (solver.order, solver.stochastic)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "schedule", [COSINE, RECTIFIED, schedules.VarianceExploding()] if EAGER else [LINEAR], ids=repr
 )
@@ -279,6 +282,7 @@ def test_samples_have_the_right_mean_and_variance(schedule, solver):
     np.testing.assert_allclose((x.mean(), x.std()), (GAUSSIAN["mean"], GAUSSIAN["std"]), atol=error + 1.0 / 50)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("schedule", SCHEDULES if EAGER else [LINEAR], ids=repr)
 def test_eta_one_is_ddpm(schedule):
     """Song et al. 2021, section 4.1."""
@@ -286,6 +290,7 @@ def test_eta_one_is_ddpm(schedule):
     np.testing.assert_allclose(a, b, atol=2e-4)
 
 
+@pytest.mark.once
 def test_ddpm_is_ho_et_al():
     """Every step of algorithm 2, in float64 with their discrete indices, from the same noise."""
     steps = 20

@@ -65,6 +65,7 @@ def test_measured_order_of_the_variants(solver, steps, warm):
     np.testing.assert_allclose(order, solver.order, rtol=0.125)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("schedule", of([*CONTINUOUS, schedules.VarianceExploding(0.02, 20.0)], 3), ids=repr)
 @pytest.mark.parametrize(
     ("solver", "places", "weights"),
@@ -109,6 +110,7 @@ def test_runge_kutta_in_the_angle(schedule, solver, places, weights, zero):
     np.testing.assert_allclose(numpy(x), size * expected, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("solver", [Heun("ratio"), DPM2("ratio")], ids=repr)
 def test_in_the_ratio_the_step_to_zero_is_eulers(solver):
     marginals = [COSINE.at(np.float32(t)) for t in (0.3, 0.0)]
@@ -117,6 +119,7 @@ def test_in_the_ratio_the_step_to_zero_is_eulers(solver):
     np.testing.assert_allclose(numpy(a), numpy(b), atol=1e-6)
 
 
+@pytest.mark.once
 def test_the_middle_of_a_step():
     """Of the angle, and of log s, also where one end is near pi / 2 or 0."""
     for log_snrs in ((-14.0, 3.0), (-2.0, 14.0), (-1.0, 1.5)):
@@ -160,6 +163,7 @@ def test_lms_coefficients_are_the_integrals_of_lagrange_polynomials():
             np.testing.assert_allclose(float(c), expected, rtol=1e-4)
 
 
+@pytest.mark.once
 def test_the_coefficients_of_equal_steps_are_adams_and_bashforths():
     now, then = (COSINE.at_log_snr(np.float32(-2 * np.log(s))) for s in (3.0, 2.0))
     table = {2: [-1 / 2, 0, 0], 3: [-16 / 12, 5 / 12, 0], 4: [-59 / 24, 37 / 24, -9 / 24]}
@@ -195,6 +199,7 @@ def test_mean_and_covariance_converge_with_the_declared_order(solver):
         assert np.abs(other).max() < 0.05
 
 
+@pytest.mark.once
 def test_noise_is_added_only_between_s_min_and_s_max():
     """And all that is added is right: with churn the covariance is another than without, but where there is none."""
     log_snrs = np.linspace(-3, 3, 5)
@@ -207,6 +212,7 @@ def test_noise_is_added_only_between_s_min_and_s_max():
     assert np.abs(other - plain).max() > 1e-3
 
 
+@pytest.mark.once
 def test_churn_is_edm():
     """Karras et al. 2022, algorithm 2, in float64, with sigma / alpha as their sigma and s_noise not 1."""
     schedule, solver = schedules.Cosine(), Heun("ratio", s_churn=2.0, s_min=0.3, s_max=3.0, s_noise=1.1)
@@ -245,6 +251,7 @@ def run(solver, schedule, steps, shape=(3, 2)):
     return numpy(x)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("schedule", of(SCHEDULES[:1] + SCHEDULES[-2:], 0), ids=repr)
 @pytest.mark.parametrize(
     ("solver", "other"),
@@ -270,6 +277,7 @@ def test_limits(solver, other, schedule):
     np.testing.assert_allclose(a, b, atol=2e-4)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", of([Euler, Heun, DPM2, RK4], 1))
 def test_churn_of_nothing_is_no_churn(kind):
     """s_churn = 0, and s_churn > 0 that is too small to be seen, are the deterministic method."""
@@ -278,6 +286,7 @@ def test_churn_of_nothing_is_no_churn(kind):
     assert np.abs(much - still).max() > 1e-2
 
 
+@pytest.mark.once
 def test_the_warm_up_of_pndm():
     """Its steps are the warm-up's own, and not one more."""
     log_snrs, x = np.linspace(-3, 3, 7), np.random.default_rng(0).normal(size=(8, 2))
@@ -369,6 +378,7 @@ class TestAdaptive:
         assert np.all(np.isfinite(numpy(z)))
 
 
+@pytest.mark.once
 def test_euler_has_an_inverse_without_churn():
     assert Euler().inverse() == DDIMInversion()
     with pytest.raises(ValueError, match="stochastic"):

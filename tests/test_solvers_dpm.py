@@ -91,6 +91,7 @@ def test_measured_order_of_singlestep(solver):
     np.testing.assert_allclose(orders, solver.order, atol=0.15)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("order", "other"), [(1, DDIM()), (2, DPM2()), (3, RK4())], ids=repr)
 @pytest.mark.parametrize("kind", [DPMSolverSinglestep, DPMSolverPPSinglestep])
 def test_singlestep_closes_in_the_angle(kind, order, other):
@@ -155,6 +156,7 @@ def test_moments_of_whole_runs(solver):
     assert covariance < 0.05
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("solver", [solver for solver in SDE if isinstance(solver, DPMSolverSDE)], ids=repr)
 def test_data_that_is_one_point_is_found_from_the_middle(solver, steps):
@@ -167,6 +169,7 @@ def test_data_that_is_one_point_is_found_from_the_middle(solver, steps):
     np.testing.assert_allclose(x, 0.25, atol=1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("solver", [DPMSolver, DPMSolverPP, DPMSolverSDE, DPMSolverPPSDE], ids=lambda c: c.__name__)
 def test_without_lower_final_the_last_step_is_finite(solver):
     """It extrapolates over a step to a log-SNR of 40, and is good for nothing else."""
@@ -185,6 +188,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("pair", PAIRS, ids=repr)
 def test_limits(pair):
     """Two names of one thing, with the same noise."""

@@ -17,6 +17,7 @@ def integral(z, values):
     return np.sum(RULE * z * np.exp(-z * (1 - U)) * values)
 
 
+@pytest.mark.once
 def test_moments():
     """To float32's rounding, for steps from 1e-6 to 60 of data and of noise; the form changes at 1.5."""
     for z in STEPS:
@@ -43,6 +44,7 @@ def test_weights(places):
                 )
 
 
+@pytest.mark.once
 def test_what_may_be_changed_in_the_weights():
     """M_1, where it stands alone, and the coefficient of u^2."""
     z = ops.convert_to_tensor(2.0, "float32")

@@ -89,6 +89,7 @@ def consistency_function(x, m: Marginal, end=0.0):
     return mean + ops.matmul(kept * ops.matmul(x - m.alpha * mean, axes), ops.transpose(axes))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("schedule", CONTINUOUS, ids=repr)
 @pytest.mark.parametrize("solver", [Consistency(), TCD(1.0), LCM(scaling=1e4)], ids=repr)
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -101,6 +102,7 @@ def test_a_consistency_function_gives_the_data_in_any_number_of_steps(solver, sc
     np.testing.assert_allclose(covariance, GAUSSIAN_DATA.covariance, atol=3e-5 + 2 * sigma)
 
 
+@pytest.mark.once
 def test_a_consistency_function_that_ends_above_zero():
     """As in the paper: it leads to x at noise level epsilon, and re-noising takes account of it at every level."""
     schedule, epsilon = schedules.Cosine(), 0.3
@@ -124,6 +126,7 @@ def noises(seed=0):
 START = np.random.default_rng(5).normal(size=(4, 2))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("schedule", [schedules.Cosine(), schedules.Rectified()], ids=repr)
 @pytest.mark.parametrize(
     ("solver", "limit"),
@@ -151,6 +154,7 @@ def test_limits(solver, limit, schedule):
     np.testing.assert_allclose(a, b, atol=1e-5 + left.get(solver, 0.0))
 
 
+@pytest.mark.once
 def test_without_noise_none_is_drawn():
     """`solve` gives None for the function that draws."""
     for solver in (UniPC(3), SASolver(0.0, 3, 3), TCD(0.0)):
@@ -159,6 +163,7 @@ def test_without_noise_none_is_drawn():
     assert all(s.stochastic for s in (SASolver(0.1), SASolver(Within()), TCD(0.1), LCM(), Consistency()))
 
 
+@pytest.mark.once
 def test_tau_is_that_of_the_steps_own_time():
     """A tau that is 1 below t = 0.5 alone changes nothing before the step that begins there."""
     schedule = schedules.Rectified()
@@ -172,6 +177,7 @@ def test_tau_is_that_of_the_steps_own_time():
         assert np.allclose(a, b, atol=1e-5) == (count < 4)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("schedule", [schedules.LinearBeta(), schedules.Cosine()], ids=repr)
 @pytest.mark.parametrize(
     "solver", [UniPC(1), UniPC(3), SASolver(Within(), 3, 3), SASolver(0.4, 2, 1, lower_final=False)], ids=repr

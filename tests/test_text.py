@@ -6,6 +6,8 @@ import pytest
 
 from kdiff.text import BytePair, Bytes, HubText, Tokenizer, is_text, strings
 
+pytestmark = pytest.mark.eager
+
 CAPTIONS = [
     f"a {size} {colour} {shape}" for size in ("big", "small") for colour in ("red", "blue") for shape in ("disc", "box")
 ]

@@ -81,6 +81,7 @@ def test_the_best_of_three(unclip):
     np.testing.assert_allclose(one[0], z[0], atol=1e-6)
 
 
+@pytest.mark.once
 def test_from_its_own_noise_an_image_is_itself(unclip, images):
     """Variations, interpolation and difference begin there."""
     x = images / 127.5 - 1
@@ -116,6 +117,7 @@ def test_what_lies_between(unclip, images):
     np.testing.assert_allclose(others, wanted, atol=1e-5)
 
 
+@pytest.mark.once
 def test_it_is_saved_with_its_parts(unclip, tmp_path, images):
     unclip.save(tmp_path / "unclip.keras")
     again = keras.saving.load_model(tmp_path / "unclip.keras")

@@ -136,6 +136,7 @@ def test_remat_trains_the_same(name):
         np.testing.assert_allclose(other, weight, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.once
 def test_a_score_is_divided_by_sigma():
     network, inputs = built("ncsnpp_skips")
     whole = network.clone(divide=False)
@@ -219,6 +220,7 @@ def test_parameters_are_as_published(name):
         assert round(count / 1e6, digits) == expected
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "make",
     [
@@ -303,6 +305,7 @@ def _load_ncsnpp(network, theirs):
     _load(network.head, theirs.conv_out)
 
 
+@pytest.mark.once
 @pytest.mark.reference
 def test_ncsnpp_is_that_of_diffusers():
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
@@ -334,6 +337,7 @@ def test_ncsnpp_is_that_of_diffusers():
     np.testing.assert_allclose(run(network, inputs), expected.transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.once
 @pytest.mark.reference
 def test_ncsnpp_has_the_size_of_diffusers():
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")

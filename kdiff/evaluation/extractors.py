@@ -1,0 +1,216 @@
+"""What makes features of images: any network, and what is done to its images before.
+
+    Extractor(network, Images(299, mean, std))         any Keras model, or a function of a batch
+    Extractor(classifier, layer="embedding")           a layer of a classifier that was trained here
+    InceptionFID("pt_inception-2015-12-05.pth")        of the FID (`kdiff.evaluation.inception`)
+    clip_vision(encoder), dinov2(folder)               of CMMD; of FD-DINOv2
+
+A score means nothing without both, so both are in its report.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from kdiff import backend
+from kdiff.base import Value, check_choice, check_integer, needs
+from kdiff.blocks.resizing import FORMS, resized
+from kdiff.encoders import pixels
+from kdiff.encoders.clip import CLIPVision
+
+__all__ = ["IMAGENET", "Extractor", "Images", "clip_vision", "dinov2"]
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation by channel, in [0, 1]
+
+
+class Images(Value):
+    """Images as a network has learned to see them: (x / 255 - mean) / std, x resized, in 0 ... 255.
+
+    As clean-fid (Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation"): Pillow's
+    bicubic filter, widened where an image shrinks, of floating-point numbers, each channel by itself, then clipped.
+    Grey images become three equal channels.
+
+    Args:
+        size: (height, width) of what is given to the network, or a whole number for both; None leaves the size.
+        mean, std: by channel, or a number for all.
+        form: of resizing, one of "bicubic", "bilinear", "area", "nearest".
+        rounded: whether images in [-1, 1] are first rounded to the 256 levels that a file of them would have.
+        channels: 3, or 1 for a network of grey images, or None for what there are.
+    """
+
+    def __init__(
+        self,
+        size: int | Sequence[int] | None = None,
+        mean: float | Sequence[float] = 0.5,
+        std: float | Sequence[float] = 0.5,
+        form: str = "bicubic",
+        rounded: bool = True,
+        channels: int | None = 3,
+    ):
+        check_choice("Images", "form", form, tuple(FORMS))
+        check_choice("Images", "channels", channels, (1, 3, None))
+        for value in () if size is None else (size,) if isinstance(size, int) else tuple(size):
+            check_integer("Images", "size", value)
+        self.size, self.mean, self.std = size, mean, std
+        self.form, self.rounded, self.channels = form, rounded, channels
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """(batch, height, width, channels), whole numbers in 0 ... 255 or in [-1, 1], to float32."""
+        if images.ndim != 4:
+            raise ValueError(f"Images: the shape (batch, height, width, channels) is needed; received: {images.shape}")
+        x = images.astype("float32")
+        if images.dtype.kind == "f":
+            x = np.clip(127.5 * (x + 1.0), 0.0, 255.0)
+            x = np.round(x) if self.rounded else x
+        if self.size is not None:
+            sizes = (self.size,) * 2 if isinstance(self.size, int) else tuple(self.size)
+            if sizes != x.shape[1:3]:
+                x = np.clip(ops.convert_to_numpy(resized(x, sizes, self.form)), 0.0, 255.0)
+        if self.channels not in (None, x.shape[-1]):
+            if x.shape[-1] != 1:
+                raise ValueError(f"Images: {self.channels} channels are needed; received: {x.shape[-1]}")
+            x = np.repeat(x, self.channels, axis=-1)
+        return ((x / 255.0 - np.float32(self.mean)) / np.float32(self.std)).astype("float32")
+
+
+class Extractor:
+    """Features of examples, (batch, features), float32 on the host: `output(network(prepare(examples)))`.
+
+    Args:
+        network: a built Keras model or layer, which runs compiled, in batches of one size; or a function of a batch.
+        prepare: a function of a batch of NumPy arrays, such as `Images`; None gives examples as they are.
+        layer: the name of a layer of a functional model whose output is taken; None for the model's.
+        output: a function of what the network gives to (batch, features); None takes the `vector` of an encoder of
+            kdiff, else the output as it is.
+        batch_size: how many examples the network sees at once.
+        name: what a report calls it; None for the network's name.
+
+    Raises:
+        TypeError: for what cannot be called.
+        ValueError: for `layer` of what has no layers, or an unknown one.
+    """
+
+    def __init__(
+        self,
+        network: Callable,
+        prepare: Callable | None = None,
+        *,
+        layer: str | None = None,
+        output: Callable | None = None,
+        batch_size: int = 64,
+        name: str | None = None,
+    ):
+        for argument, value in (("network", network), ("prepare", prepare), ("output", output)):
+            if not callable(value) and (value is not None or argument == "network"):
+                raise TypeError(f"Extractor: `{argument}` must be a function or a model; received: {value!r}")
+        check_integer("Extractor", "batch_size", batch_size)
+        if layer is not None:
+            if not isinstance(network, keras.Model):
+                raise ValueError(f"Extractor: `layer` needs a functional Keras model; received: {network!r}")
+            network = keras.Model(network.inputs, network.get_layer(layer).output, name=f"{network.name}.{layer}")
+        self.network, self.prepare, self.output, self.batch_size = network, prepare, output, batch_size
+        self.name = name or getattr(network, "name", None) or getattr(network, "__name__", type(network).__name__)
+        self._run = self._function()
+
+    def _function(self):
+        pick = self.output or (lambda made: getattr(made, "vector", made))
+        if not isinstance(self.network, keras.layers.Layer):
+            return lambda batch: pick(self.network(batch))
+        struct = getattr(self.network, "input", None) if isinstance(self.network, keras.Model) else None
+        name = next(iter(struct)) if isinstance(struct, dict) and len(struct) == 1 else None  # as KerasHub's "images"
+
+        def run(batch):
+            return pick(self.network(batch if name is None else {name: batch}, training=False))
+
+        return backend.compiled(run, self.network)
+
+    @property
+    def description(self) -> str:
+        """What it is, for reports."""
+        return self.name if self.prepare is None else f"{self.name} of {self.prepare!r}"
+
+    def __call__(self, examples: Any) -> np.ndarray:
+        """Of an array of any number of examples."""
+        examples = np.asarray(ops.convert_to_numpy(examples))
+        if not len(examples):
+            raise ValueError(f"{self.name}: there are no examples")
+        size, made = min(self.batch_size, len(examples)), []
+        for first in range(0, len(examples), size):
+            # The last batch is filled up and cut: one of another size would be compiled again.
+            batch = examples[np.minimum(np.arange(first, first + size), len(examples) - 1)]
+            batch = batch if self.prepare is None else self.prepare(batch)
+            made.append(np.asarray(ops.convert_to_numpy(self._run(batch)), "float32"))
+        features = np.concatenate(made)[: len(examples)]
+        if features.ndim != 2:
+            raise ValueError(
+                f"{self.name}: features must have the shape (batch, features), as a pooling layer or `output` makes "
+                f"them; received: {features.shape}"
+            )
+        return features
+
+    def signature(self) -> str:
+        """A hash of the network, its weights, and what is done before and after.
+
+        Raises:
+            ValueError: if the network is no Keras layer, or there is a function that has no configuration: such may
+                change, and nothing would show it.
+        """
+        if not isinstance(self.network, keras.layers.Layer):
+            raise ValueError(f"{self.name}: only a Keras model has a hash, not a function: features cannot be cached")
+        if not isinstance(self.prepare, Value | None):
+            raise ValueError(f"{self.name}: `prepare` has no configuration, so features cannot be cached")
+        made = hashlib.sha256()
+        parts = [type(self.network).__name__, getattr(self.output, "__qualname__", None), repr(self.prepare)]
+        with backend.without_tensorflow():
+            parts.append(_without_names(self.network))
+        made.update(json.dumps(parts, sort_keys=True, default=repr).encode())
+        for weight in self.network.weights:
+            array = np.ascontiguousarray(ops.convert_to_numpy(weight))
+            made.update(f"{array.dtype}{array.shape}".encode())
+            made.update(array.view("uint8").reshape(-1).data if array.ndim else array.tobytes())
+        return made.hexdigest()
+
+
+def _without_names(network: keras.layers.Layer) -> Any:
+    """Its configuration, where layers have numbers in place of their names, which Keras counts up in a process."""
+    names = {layer.name: f"layer {i}" for i, layer in enumerate(network._flatten_layers())}
+    config = network.get_config()
+    return keras.tree.map_structure(lambda x: names.get(x, x) if isinstance(x, str) else x, config)
+
+
+def clip_vision(encoder: CLIPVision, batch_size: int = 64) -> Extractor:
+    """The vectors of CLIP's encoder of images, such as `interop.encoders.load` reads: for `CMMD` and `CLIPScore`.
+
+    Images are resized as they are, not cut to a square.
+    """
+    size, channels = encoder.size, encoder.channels
+    return Extractor(encoder, Images(size, pixels.MEAN, pixels.STD, channels=channels), batch_size=batch_size)
+
+
+def _first_token(tokens):
+    return tokens[:, 0]
+
+
+def dinov2(folder: str | os.PathLike, size: int = 224, batch_size: int = 64) -> Extractor:
+    """The class token of a DINOv2, read by KerasHub from a folder of transformers or a preset: for FD-DINOv2.
+
+    Stein et al., "Exposing flaws of generative model evaluation metrics and their unfair treatment of diffusion models"
+    (2023): ViT-L/14 at 224 pixels, resized by the bicubic filter.
+
+    Raises:
+        ImportError: if `keras-hub` is missing (the extra `hub`).
+        ValueError: if there is no such folder.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"dinov2: there is no such folder: {folder}")
+    with needs("hub", "DINOv2 needs KerasHub"):
+        from keras_hub.models import DINOV2Backbone
+    network = DINOV2Backbone.from_preset(os.fspath(folder))
+    return Extractor(network, Images(size, *IMAGENET), output=_first_token, batch_size=batch_size, name="dinov2")

@@ -1,0 +1,73 @@
+"""The inception score: how sure a classifier is of each sample, and how many classes there are among them."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from kdiff.base import check_integer
+from kdiff.evaluation.base import FeatureMetric
+
+__all__ = ["InceptionScore"]
+
+
+class InceptionScore(FeatureMetric):
+    """IS = exp(E KL(p(c | x) || p(c))), p(c) = E p(c | x): between 1 and the number of classes c.
+
+    Salimans et al., "Improved Techniques for Training GANs" (2016), section 4: the mean over 10 splits of the samples
+    in their order, with 5000 in each. It needs no real examples, and is too low with few samples.
+
+    Args:
+        features: a function of a batch of examples to probabilities (batch, classes), or logits; None if the examples
+            are those.
+        held_out: real examples, for the baseline.
+        splits: over how many parts the score is averaged.
+        from_logits: whether the softmax is left to be done, as with `InceptionFID(output="logits")`.
+        groups, name: as of `FeatureMetric`.
+    """
+
+    key = "inception_score"
+    better = "max"
+
+    def __init__(
+        self,
+        features: Callable | None = None,
+        held_out: Any = None,
+        *,
+        splits: int = 10,
+        from_logits: bool = False,
+        groups: int = 20,
+        name: str | None = None,
+    ):
+        check_integer("InceptionScore", "splits", splits)
+        self.splits, self.from_logits, self.fewest = splits, from_logits, 2 * splits
+        super().__init__(features, None, held_out, groups=groups, name=name)
+
+    def extract(self, examples):
+        features = super().extract(examples)
+        if not self.from_logits and (features.min() < 0 or np.abs(features.sum(1) - 1).max() > 1e-3):
+            raise ValueError(f"{self.name}: probabilities add up to 1; for logits there is `from_logits=True`")
+        return features
+
+    def _log_probabilities(self, rows):
+        rows = rows.astype("float64")
+        if not self.from_logits:
+            return np.log(np.maximum(rows / rows.sum(1, keepdims=True), np.finfo("float64").tiny))
+        rows = rows - rows.max(1, keepdims=True)
+        return rows - np.log(np.exp(rows).sum(1, keepdims=True))
+
+    def _score(self, samples):
+        logs, n = self._log_probabilities(samples), len(samples)
+        bounds = [i * n // self.splits for i in range(self.splits + 1)]
+        return float(np.mean([self._of(logs[a:b]) for a, b in itertools.pairwise(bounds)]))
+
+    @staticmethod
+    def _of(logs):
+        p = np.exp(logs)
+        marginal = np.log(np.maximum(p.mean(0), np.finfo("float64").tiny))
+        return np.exp((p * (logs - marginal)).sum(1).mean())
+
+    def _variance(self, samples):
+        """By the jackknife."""
+        return super(FeatureMetric, self)._variance(samples)

@@ -1,0 +1,129 @@
+"""Whether samples show what their texts ask for, by embeddings of both in one space, as CLIP's.
+
+    metric = CLIPScore(clip.embed_image, clip.embed_text)    # of a `kdiff.contrastive.Contrastive`
+    metric.update_state(model.sample(100, text=prompts), prompts)
+    print(metric.report())
+
+Any functions of images and of texts will do. Embeddings are divided by their length.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from kdiff.base import check_integer, needs
+from kdiff.evaluation.base import SampleMetric, described, features_of
+from kdiff.evaluation.reference import check_features
+
+__all__ = ["CLIPScore", "Retrieval"]
+
+
+class _PairMetric(SampleMetric):
+    """A row is the two embeddings of a pair, (2, features), of length 1."""
+
+    better = "max"
+
+    def __init__(
+        self,
+        images: Callable | None = None,
+        texts: Callable | None = None,
+        held_out: tuple[Any, Any] | None = None,
+        *,
+        groups: int = 20,
+        name: str | None = None,
+    ):
+        super().__init__(groups, name)
+        self.images, self.texts = images, texts
+        self.held_out = None if held_out is None else self.extract(*held_out)
+
+    def extract(self, images: Any, texts: Sequence[str] | Any) -> np.ndarray:
+        """The embeddings (count, 2, features) of as many images and texts."""
+        made = []
+        for name, function, values in (("images", self.images, images), ("texts", self.texts, texts)):
+            rows = check_features(f"{self.name}: {name}", features_of(function, values)).astype("float64")
+            lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+            if not lengths.all():
+                raise ValueError(f"{self.name}: an embedding of {name} is 0, which has no direction")
+            made.append(rows / lengths)
+        if made[0].shape != made[1].shape:
+            raise ValueError(
+                f"{self.name}: as many images as texts, embedded in one space, are needed; received the shapes "
+                f"{made[0].shape} and {made[1].shape}"
+            )
+        return np.stack(made, 1)
+
+    def update_state(self, images: Any, texts: Sequence[str] | Any) -> None:
+        """Adds pairs."""
+        self._append(self.extract(images, texts))
+
+    def update_from(self, samples, conditions, shared):
+        if conditions.get("text") is None:
+            raise ValueError(f"{self.name}: samples of a condition `text` are needed; there are: {sorted(conditions)}")
+        texts = np.broadcast_to(conditions["text"], (len(samples),))
+        self.update_state(samples, texts.tolist())
+
+    def _completed(self, report, half):
+        made = report._replace(features=f"{described(self.images)}, {described(self.texts)}")
+        if self.held_out is None:
+            return made
+        return made._replace(
+            baseline=self._score(self.held_out[: report.n]), baseline_n=min(report.n, len(self.held_out))
+        )
+
+
+class CLIPScore(_PairMetric):
+    """100 times the mean of max(cos(image, text), 0).
+
+    Hessel et al., "CLIPScore: A Reference-free Evaluation Metric for Image Captioning" (2021), equation 1, where the
+    factor is 2.5.
+
+    Args:
+        images: a function of a batch of images to embeddings (batch, features); None if they are embeddings already.
+        texts: the same of a list of strings.
+        held_out: real images and their texts, for the baseline.
+        groups, name: as of `SampleMetric`.
+    """
+
+    key = "clip_score"
+
+    def _score(self, samples):
+        cosines = np.sum(samples[:, 0] * samples[:, 1], axis=1)
+        return float(100.0 * np.maximum(cosines, 0.0).mean())
+
+
+class Retrieval(_PairMetric):
+    """How often an image is nearer to its own text than to all but k - 1 of the other texts: R@k, or R-precision.
+
+    Xu et al., "AttnGAN" (2018), section 4.1, where each image has its own text and 99 random ones. Here it is the
+    expectation over all choices of these: if b of the n - 1 other texts are nearer, P(fewer than k of them are chosen)
+    is hypergeometric. It says nothing for a text that occurs twice.
+
+    Args:
+        images, texts, held_out: as of `CLIPScore`.
+        k: the place that the own text must have.
+        pool: among how many texts, its own included; None for all.
+        groups, name: as of `SampleMetric`.
+    """
+
+    key = "retrieval"
+
+    def __init__(
+        self, images=None, texts=None, held_out=None, *, k: int = 1, pool: int | None = 100, groups=20, name=None
+    ):
+        check_integer("Retrieval", "k", k)
+        if pool is not None:
+            check_integer("Retrieval", "pool", pool, k + 1)
+            self.fewest = pool
+        self.k, self.pool = k, pool
+        super().__init__(images, texts, held_out, groups=groups, name=name)
+
+    def _score(self, samples):
+        with needs("evaluation", "Retrieval needs SciPy"):
+            from scipy.stats import hypergeom
+        n = len(samples)
+        cosines = samples[:, 0] @ samples[:, 1].T
+        nearer = (cosines > np.diagonal(cosines)[:, None]).sum(1)
+        if self.pool is None:
+            return float(np.mean(nearer < self.k))
+        return float(np.mean(hypergeom.cdf(self.k - 1, n - 1, nearer, min(self.pool, n) - 1)))

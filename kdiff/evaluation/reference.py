@@ -1,0 +1,117 @@
+"""The real examples that samples are compared with, as features, and what is computed of them once."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+__all__ = ["Reference", "check_features"]
+
+
+class Reference:
+    """Features of real examples; or, for the Frechet distance alone, their mean and covariance.
+
+    What scores need of it again and again, such as its covariance or the distance of each row to its k-th neighbour, is
+    computed once, so give the same object to all metrics.
+
+    Args:
+        features: float (count, features); None if there are moments alone.
+        mean: (features,), of what has no `features`.
+        covariance: (features, features), the same.
+        n: of how many examples these are; None if nobody knows.
+    """
+
+    def __init__(
+        self,
+        features: np.ndarray | None = None,
+        mean: np.ndarray | None = None,
+        covariance: np.ndarray | None = None,
+        n: int | None = None,
+    ):
+        if (features is None) == (mean is None) or (mean is None) != (covariance is None):
+            raise ValueError("Reference: give features, or a mean and a covariance")
+        self._cache: dict[Any, Any] = {}
+        if features is not None:
+            self._features = check_features("Reference", features)
+            self.n, self.width = self._features.shape
+            return
+        mean, covariance = np.asarray(mean, "float64"), np.asarray(covariance, "float64")
+        if mean.ndim != 1 or covariance.shape != 2 * mean.shape or not np.isfinite(covariance).all():
+            raise ValueError(
+                "Reference: a mean (features,) and a finite covariance (features, features) are expected; received the "
+                f"shapes {mean.shape} and {covariance.shape}"
+            )
+        self._features, self.n, self.width = None, n, len(mean)
+        self._cache["mean"], self._cache["covariance"] = mean, covariance
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Self:
+        """The moments that an `.npz` file holds as `mu` and `sigma`, as those published for the FID do.
+
+        Raises:
+            ValueError: if the file has no such arrays, or is none.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"{path}: there is no such file")
+        with np.load(path, allow_pickle=False) as file:
+            if missing := {"mu", "sigma"} - set(file.files):
+                raise ValueError(f"{path}: there is no {sorted(missing)} in it; it has {sorted(file.files)}")
+            return cls(mean=file["mu"], covariance=file["sigma"])
+
+    @property
+    def features(self) -> np.ndarray:
+        """(n, features).
+
+        Raises:
+            ValueError: if there are moments alone.
+        """
+        if self._features is None:
+            raise ValueError("Reference: it has a mean and a covariance alone, which serve the Frechet distance only")
+        return self._features
+
+    @property
+    def has_features(self) -> bool:
+        """Whether there are more than moments."""
+        return self._features is not None
+
+    @property
+    def mean(self) -> np.ndarray:
+        """(features,), float64."""
+        return self.cached("mean", lambda: self.features.mean(0, dtype="float64"))
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """(features, features), float64, divided by n - 1."""
+        return self.cached("covariance", lambda: np.atleast_2d(np.cov(self.features.astype("float64").T)))
+
+    def rows(self, chosen: np.ndarray) -> "Reference":
+        """A reference of some of its rows."""
+        return Reference(self.features[chosen])
+
+    def cached(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """`compute()`, or what it gave before under this key."""
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return self._cache[key]
+
+
+def check_features(owner: str, features: Any) -> np.ndarray:
+    """Features (count, features) as they are, if they are finite numbers; of 16 bits as float32.
+
+    Raises:
+        ValueError: for another shape, no numbers, or such as are not finite.
+    """
+    features = np.asarray(features)
+    if features.ndim != 2 or 0 in features.shape or features.dtype.kind not in "fiu":
+        raise ValueError(
+            f"{owner}: features must be numbers of the shape (count, features); received {features.dtype} of the shape "
+            f"{features.shape}"
+        )
+    if features.dtype not in ("float32", "float64"):
+        features = features.astype("float32")
+    if not np.isfinite(features).all():
+        raise ValueError(f"{owner}: there are NaN or infinite numbers in the features")
+    return features
