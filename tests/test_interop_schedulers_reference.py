@@ -416,6 +416,7 @@ def test_the_shift_is_by_the_number_of_tokens(config):
     of("SASolver", **TABLE),
     of("SASolver", **TABLE, **KARRAS),
     of("SASolver", **TABLE, predictor_order=3, corrector_order=3, lower_order_final=False),
+    of("SASolver", num_train_timesteps=100, beta_end=0.2),
     of("IPNDM"),
     of("DDIMInverse", clip_sample=False),
     of("DDIMInverse", prediction_type="v_prediction", set_alpha_to_one=False, steps_offset=1),

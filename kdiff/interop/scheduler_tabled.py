@@ -135,11 +135,12 @@ SINGLESTEP = {
 
 
 def _sa(config):
-    """diffusers' own tau, since a function is not in a file: 1 for the labels from 200 to 800."""
+    """diffusers' own tau, since a function is not in a file: 1 for the labels from 200 to 800, which few steps have."""
     steps, flow = config["num_train_timesteps"], bool(config["use_flow_sigmas"])
-    low, high = (min(1.0, place / steps) for place in ((200.0, 801.0) if flow else (200.5, 801.5)))
+    low, high = (place / steps for place in ((200.0, 801.0) if flow else (200.5, 801.5)))
+    tau = solvers.Within(1.0, low, min(1.0, high)) if low <= 1.0 else 0.0
     orders = config["predictor_order"], config["corrector_order"]
-    return solvers.SASolver(solvers.Within(1.0, low, high), *orders, bool(config["lower_order_final"]), "bh1")
+    return solvers.SASolver(tau, *orders, bool(config["lower_order_final"]), "bh1")
 
 
 # --- classes
