@@ -53,7 +53,9 @@ def summary(kind: type) -> str:
 
 def call(kind: type) -> str:
     """The constructor call with its defaults."""
-    arguments = [str(p.replace(annotation=p.empty)) for p in inspect.signature(kind).parameters.values()]
+    # Of the class itself Python 3.11.2 gives that of a base's `__new__`.
+    parameters = [] if kind.__init__ is object.__init__ else list(inspect.signature(kind.__init__).parameters.values())
+    arguments = [str(p.replace(annotation=p.empty)) for p in parameters[1:]]
     return f"{kind.__name__}({', '.join(arguments)})"
 
 
