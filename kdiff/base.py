@@ -67,6 +67,15 @@ class Configurable:
         return type(self).from_config({**self.get_config(), **backend.serialized(changes)})
 
     @classmethod
+    def _by_name(cls) -> Self:
+        """With its defaults."""
+        needed = [name for name, default in cls._argument_defaults().items() if default is inspect.Parameter.empty]
+        if needed:
+            arguments = ", ".join(f"{name}=..." for name in needed)
+            raise ValueError(f"{cls.__name__} is more than a name: give {cls.__name__}({arguments})")
+        return cls()
+
+    @classmethod
     def get(cls, identifier: Any) -> Self:
         """The object that `identifier` names.
 
@@ -82,7 +91,7 @@ class Configurable:
         if isinstance(identifier, cls):
             return identifier
         if isinstance(identifier, type) and issubclass(identifier, cls):
-            return identifier()
+            return identifier._by_name()
         if isinstance(identifier, dict):
             try:
                 made = keras.saving.deserialize_keras_object(identifier)
@@ -97,7 +106,7 @@ class Configurable:
         wanted = _letters(cls.aliases.get(wanted, wanted))
         for name, subclass in known.items():
             if _letters(name) == wanted:
-                return subclass()
+                return subclass._by_name()
         close = difflib.get_close_matches(_snake_case(identifier), known, 1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"Unknown {cls.__name__} {identifier!r}.{hint} Known: {sorted(known)}.")

@@ -28,7 +28,9 @@ from kdiff import random
 from kdiff.base import Configurable, check_integer, check_number
 from kdiff.blocks.beside import Beside
 from kdiff.codecs import Identity, Pixels
+from kdiff.codecs.base import to_unit
 from kdiff.encoders import Prompt
+from kdiff.examples import check_examples, is_integer, like_bytes
 from kdiff.model import DiffusionModel
 from kdiff.model.condition_inputs import condition_layers, condition_names, fits, optional_names, words
 from kdiff.model.saving import SafeFiles
@@ -179,8 +181,8 @@ class Cascade(SafeFiles, Configurable, keras.Model):
             truncated: whether the stage before stops at that level, in place of noise added to what it has finished;
                 for all stages after the first, or a list. What the stage before yields is then x_s / alpha. It needs a
                 `Beside` with `noise_first`.
-            low: pictures in place of what the first stage makes, which is left out and yields nothing: one a sample, or
-                one for all.
+            low: pictures in place of what the first stage makes, which is left out and yields nothing: in [-1, 1], or
+                whole numbers in 0..255; one a sample, or one for all.
             seed: names the noise of all stages, of stage i that of `stage_seed(seed, i)`; of the first it is as of
                 `DiffusionModel.sample`. Or a list, one a sample. None: one is drawn.
             batch_size: how many are made at once.
@@ -197,6 +199,8 @@ class Cascade(SafeFiles, Configurable, keras.Model):
         noisings = self._noisings(level, truncated)
         seed = py_random.randrange(2**32) if seed is None else seed
         first = 0 if low is None else 1
+        if first:
+            _check_low(low)
         if first == len(self.stages):
             raise ValueError("Cascade: `low` is for the stages after the first, of which there are none")
         given = self._given(conditions, first)
@@ -301,7 +305,7 @@ class Cascade(SafeFiles, Configurable, keras.Model):
     def _low(self, i: int, images, noising: _Noising, num_samples: int, seed) -> dict[str, Any]:
         """The inputs of a stage that are made of the pictures before it."""
         name, layer = self.lows[i], self._beside(i)
-        images = np.asarray(images, "float32")
+        images = ops.convert_to_numpy(to_unit(np.asarray(images)))
         if noising.level is None:
             return {name: images}
         row = images.shape[-3:]
@@ -342,6 +346,16 @@ def _low_of(stage: DiffusionModel, i: int) -> str:
             f"for the picture before; it has: {found}"
         )
     return found[0] if len(found) == 1 else "low"
+
+
+def _check_low(low: Any) -> None:
+    low = np.asarray(low)
+    check_examples(low, 1.0 if is_integer(low) else None, "low")
+    if not is_integer(low) and like_bytes(low):
+        raise ValueError(
+            f"Cascade: `low` of floating-point numbers must be in [-1, 1]; received {low.min():.4g} to "
+            f"{low.max():.4g}. Scale it, x / 127.5 - 1 for 0..255, or give it as uint8"
+        )
 
 
 def _same_encoders(one: Prompt, other: Prompt) -> bool:

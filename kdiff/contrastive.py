@@ -27,10 +27,10 @@ from kdiff.blocks.conditions import Encoded
 from kdiff.blocks.layers import Dense
 from kdiff.codecs import Identity
 from kdiff.codecs.base import to_unit
+from kdiff.examples import check_examples, is_integer, like_bytes, value_range
 from kdiff.model.condition_inputs import Preparation
-from kdiff.model.feeding import BatchCheck, unpack
-from kdiff.model.saving import SafeFiles
-from kdiff.model.sources import source_of
+from kdiff.model.feeding import BatchCheck
+from kdiff.model.training import OwnLoss
 from kdiff.text import Tokenizer, is_text
 
 __all__ = ["LARGEST_SCALE", "Contrastive"]
@@ -38,7 +38,7 @@ __all__ = ["LARGEST_SCALE", "Contrastive"]
 LARGEST_SCALE = 100.0  # without the bound training becomes unstable (section 2.5 of the paper)
 
 
-class Contrastive(SafeFiles, Configurable, backend.SafeTraining, keras.Model):
+class Contrastive(OwnLoss, Configurable, keras.Model):
     """Two encoders in contrastive training, the symmetric InfoNCE of CLIP (Radford et al., 2021, figure 3):
 
         u_i = f(image_i) / |f(image_i)|,  v_j = g(text_j) / |g(text_j)|,  s_ij = exp(log_scale) u_i v_j
@@ -179,49 +179,18 @@ class Contrastive(SafeFiles, Configurable, backend.SafeTraining, keras.Model):
         found = [ops.cast(ops.equal(ops.cast(ops.argmax(logits, axis), "int32"), place), "float32") for axis in (1, 0)]
         return dict(zip(self._parts, (0.5 * ops.mean(losses[0] + losses[1]), *found), strict=True))
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """The contrastive loss."""
-        return y_pred["loss"]
-
-    def compute_metrics(self, x, y, y_pred, sample_weight=None) -> dict[str, Any]:
-        """The means over the epoch."""
-        for mean in self._means:
-            mean.update_state(y_pred[mean.name])
-        return self.get_metrics_result()
-
     # Training
 
-    def train_step(self, *args):
-        """Keras' own step. `args` are `(data,)`, on JAX `(state, data)`."""
-        *state, data = args
-        return super().train_step(*state, (unpack(data)[0],))
+    instead = "it embeds, `embed_image(images)`, `embed_text(texts)`, and classifies, `classify(images, classes)`"
 
-    def test_step(self, *args):
-        """Keras' own step."""
-        *state, data = args
-        return super().test_step(*state, (unpack(data)[0],))
+    def _new_check(self, shapes: dict[str, tuple]) -> BatchCheck:
+        if missing := {"image", "text"} - set(shapes):
+            raise ValueError(f"Contrastive: data must have 'image' and 'text'; missing: {sorted(missing)}")
+        certain = self.built and not self._on_trial
+        return _Check(Identity(), (self.shapes if certain else shapes)["image"][1:], self, weighted=False)
 
-    def fit(self, x=None, *args, validation_data=None, **options):
-        """Keras' `fit`.
-
-        Args:
-            x: {"image": ..., "text": strings, or what `text` takes}, as arrays, or in batches of any kind that
-                `DiffusionModel.fit` takes.
-            *args, **options: as of `keras.Model.fit`.
-            validation_data: of the same kinds.
-
-        Raises:
-            ValueError: if an image or a text has the wrong shape, or is not finite.
-        """
-        x = self._checked(x)
-        if validation_data is not None:
-            validation_data = self._checked(validation_data)
-        if not isinstance(x, (dict, keras.utils.PyDataset)):
-            options.setdefault("shuffle", False)  # Keras cannot shuffle the others, and would warn
-        if self.compiled and not self.optimizer.built:
-            with backend.strategy_of(self):
-                self.optimizer.build(self.trainable_variables)
-        return super().fit(x, None, *args, validation_data=validation_data, **options)
+    def _take_shapes_anew(self, shapes: dict[str, tuple]) -> None:
+        self.shapes = {name: (None, *shapes[name][1:]) for name in self.shapes}
 
     def evaluate(self, x=None, y=None, *args, classes: Sequence | None = None, **options):
         """Keras' `evaluate`: the loss, and retrieval among the examples of each batch; or zero-shot classification.
@@ -232,29 +201,20 @@ class Contrastive(SafeFiles, Configurable, backend.SafeTraining, keras.Model):
             *args, **options: as of `keras.Model.evaluate`; with `classes`, `batch_size` and `return_dict`.
             classes: as of `classify`: the share of images that are given their own class is returned, "accuracy".
         """
-        if options.get("_use_cached_eval_dataset"):  # inside `fit`, whose validation data is checked already
-            return super().evaluate(x, y, *args, **options)
         if classes is None:
-            return super().evaluate(self._checked(x), None, *args, **options)
-        labels, return_dict = np.asarray(y).reshape(-1), options.pop("return_dict", False)
+            return super().evaluate(x, y, *args, **options)
+        options.pop("verbose", None)
+        labels, return_dict = np.asarray(y), options.pop("return_dict", False)
         found = self.classify(x, classes, *args, **options)
-        if labels.shape != found.shape or labels.min() < 0 or labels.max() >= len(classes):
+        right = labels.shape in (found.shape, (*found.shape, 1)) and labels.dtype.kind in "iuf"
+        if not right or not np.isin(labels, np.arange(len(classes))).all():
             raise ValueError(
-                f"evaluate: `y` must be {len(found)} labels, each in 0..{len(classes) - 1}; received the shape "
-                f"{labels.shape}, {labels.min()} to {labels.max()}"
+                f"evaluate: `y` must be {len(found)} labels, each a whole number in 0..{len(classes) - 1}; received "
+                f"{labels.dtype} of the shape {labels.shape}"
             )
+        labels = labels.reshape(-1)
         accuracy = float(np.mean(found == labels))
         return {"accuracy": accuracy} if return_dict else accuracy
-
-    def _checked(self, x):
-        """The data, with numbers in place of text, and checked on its way; the model is built for it if it was not."""
-        source = source_of(x).prepared(self)
-        shapes = source.shapes()
-        if missing := {"image", "text"} - set(shapes):
-            raise ValueError(f"Contrastive: data must have 'image' and 'text'; missing: {sorted(missing)}")
-        if not self.built:
-            self.build(shapes)
-        return source.checked(BatchCheck(Identity(), self.shapes["image"][1:], self))
 
     # What it is for
 
@@ -276,6 +236,8 @@ class Contrastive(SafeFiles, Configurable, backend.SafeTraining, keras.Model):
                 a cat" (section 3.1.4).
             batch_size: how many are encoded at once.
         """
+        if isinstance(classes, str) or not len(classes):
+            raise ValueError(f"classify: `classes` must be a list of texts, one a class or more; received: {classes!r}")
         groups = [[one] if isinstance(one, str) else list(one) for one in classes]
         vectors = self.embed_text([text for group in groups for text in group], batch_size)
         ends = np.cumsum([len(group) for group in groups])
@@ -284,6 +246,8 @@ class Contrastive(SafeFiles, Configurable, backend.SafeTraining, keras.Model):
         return np.argmax(self.embed_image(images, batch_size) @ means.T, axis=-1)
 
     def _rows(self, name: str, x: np.ndarray, batch_size: int) -> np.ndarray:
+        if name == "image":
+            _check_images(x)
         check_integer("Contrastive", "batch_size", batch_size)
         if not self.built:
             raise ValueError("Contrastive: the model has no weights yet; train it, load it, or call `build`")
@@ -300,6 +264,24 @@ class Contrastive(SafeFiles, Configurable, backend.SafeTraining, keras.Model):
             at = np.minimum(np.arange(first, first + size), len(x) - 1)
             rows.append(ops.convert_to_numpy(program(x[at])))
         return np.concatenate(rows)[: len(x)]
+
+
+class _Check(BatchCheck):
+    """Of batches of images and texts."""
+
+    def numbers(self, name: str, examples: Any) -> None:
+        super().numbers(name, examples)
+        _check_images(examples)
+
+
+def _check_images(images: Any) -> None:
+    """Raises a ValueError for images that are not finite, or floating-point ones in 0 ... 255."""
+    check_examples(images, 1.0 if is_integer(images) else None)
+    if not is_integer(images) and like_bytes(images) and value_range(images)[1] > 20.0:
+        raise ValueError(
+            f"Contrastive: floating-point images are taken as they are, and these reach {value_range(images)[1]:.4g}, "
+            "as if they were in 0..255: give them as uint8, or x / 127.5 - 1"
+        )
 
 
 class _Text:

@@ -73,10 +73,17 @@ class SnapshotCallback(Periodic):
         """Looks for the averages."""
         super().on_train_begin(logs)
         self._written = None
+        averages = getattr(self.model, "averages", None)
+        begun_anew = averages and not averages.moved and int(ops.convert_to_numpy(averages.last_iteration))
+        if begun_anew and _files(self.folder):
+            raise ValueError(
+                f"SnapshotCallback: the averages begin anew, as after `give` or `reset_averages`; {self.folder} has "
+                "the snapshots of the training before, which those of this one would remove: give another folder"
+            )
         if not _powers(self.model):
             raise ValueError(
                 "SnapshotCallback: the model must keep power averages, DiffusionModel(..., ema=[averages.Power(0.05), "
-                f"averages.Power(0.1)]); it was made with ema={self.model.ema!r}"
+                f"averages.Power(0.1)]); it was made with ema={getattr(self.model, 'ema', None)!r}"
             )
 
     def act(self, number: int) -> None:
@@ -142,6 +149,8 @@ class Sweep(NamedTuple):
     @property
     def best(self) -> float:
         """The length with the least value."""
+        if np.isnan(self.values).all():
+            raise ValueError("sweep: the metric was NaN for all lengths")
         return float(self.lengths[np.nanargmin(self.values)])
 
     def plot(self, path: str | None = None, label: str = "metric") -> Any:
@@ -251,7 +260,8 @@ def sweep(
 
 def _powers(model: keras.Model) -> list[int]:
     """The numbers of the power averages that a model keeps."""
-    profiles = model.averages.profiles if model.averages else ()
+    averages = getattr(model, "averages", None)
+    profiles = averages.profiles if averages else ()
     return [which for which, profile in enumerate(profiles) if isinstance(profile, Power)]
 
 
@@ -272,6 +282,8 @@ def _opened(path: Path) -> Iterator[h5py.File]:
 
 def _checked(model: keras.Model, folder: str | os.PathLike, at: int | None) -> tuple[list, dict[int, Path]]:
     """The weights that snapshots are of, and the files, once it is known that they are of each other."""
+    if not hasattr(model, "reset_averages"):
+        raise TypeError(f"posthoc: a DiffusionModel is expected; received: {model!r}")
     if not model.built:
         raise ValueError("posthoc: the model has no weights yet; load it, or call `build`")
     if at is not None:

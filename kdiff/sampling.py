@@ -314,6 +314,8 @@ def _drawn(draw: Callable, step: int, shape: tuple[int, ...]):
     noise = ops.convert_to_tensor(draw(step, shape), "float32")
     if tuple(noise.shape) != shape:
         raise ValueError(f"Sampler: `noise({step}, {shape})` must have that shape; it has {tuple(noise.shape)}")
+    if not np.isfinite(ops.convert_to_numpy(noise)).all():
+        raise ValueError(f"Sampler: `noise({step}, {shape})` must be finite; it holds NaN or infinity")
     return noise
 
 

@@ -15,6 +15,7 @@ Each part is a `DiffusionModel` that is trained and checked alone, the prior on 
 condition, a `blocks.ImageEmbedding`; upsamplers are the later stages of a `Cascade`.
 """
 
+import random as py_random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from kdiff.cascade import Cascade, stage_seed
 from kdiff.codecs.base import to_unit
 from kdiff.encoders import Prompt
 from kdiff.encoders.base import Encoder
+from kdiff.examples import check_examples
 from kdiff.model import DiffusionModel
 from kdiff.model.condition_inputs import condition_names, condition_nulls, optional_names
 from kdiff.model.saving import SafeFiles
@@ -146,7 +148,8 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
                 text's embedding is kept (section 2.2 has two).
             prior, decoder: arguments of that model's `sample`, such as {"guidance": 4.0, "steps": 25}.
             upsampling: arguments of `Cascade.sample`.
-            seed: names the noise of the prior; the decoder's is that of `cascade.stage_seed(seed, 1)`.
+            seed: names the noise of the prior; the decoder's is that of `cascade.stage_seed(seed, 1)`. Or a list, one a
+                sample. None: one is drawn.
             batch_size: how many are made at once.
             verbose: show progress bars.
             **conditions: as of `DiffusionModel.sample`, text among them; each is given to those parts that take it.
@@ -155,6 +158,7 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
             A float32 array, in [-1, 1].
         """
         self._check_names(conditions, (self.prior, *self._stages))
+        seed = _seed(seed)
         options = {"seed": seed, "batch_size": batch_size, "verbose": verbose}
         z = self.embeddings(num_samples, best_of=best_of, options=prior, **options, **self._of(self.prior, conditions))
         conditions = {name: value for one in self._stages for name, value in self._of(one, conditions).items()}
@@ -178,6 +182,8 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
             raise ValueError("UnCLIP: `best_of` above 1 needs a `clip`, and a `text` of strings")
         rows = self.prior.condition_rows(conditions, num_samples)
         rows = {name: np.repeat(value, best_of, axis=0) for name, value in rows.items()}
+        if best_of > 1 and np.ndim(seed):  # of a seed's candidates the first is what it has alone
+            seed = [one if k == 0 else stage_seed(one, k + 1) for one in seed for k in range(best_of)]
         options = {**(options or {}), "seed": seed, "batch_size": batch_size, "verbose": verbose}
         z = self.prior.sample(num_samples * best_of, **options, **rows)
         if best_of == 1:
@@ -246,7 +252,7 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
         if noise:
             ends = self._inverted(images, z, decoder, conditions, batch_size)
             decoder |= {"x": slerp(*ends, fractions), "sampler": self._sampler(decoder, 0.0)}
-        seeds = [seed if seed is not None else 0] * count  # the same noise for all
+        seeds = [_seed(seed)] * count  # the same noise for all
         return self._images(slerp(*z, fractions), conditions, decoder, upsampling, seed=seeds, batch_size=batch_size)
 
     def difference(
@@ -331,6 +337,7 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
             raise ValueError("UnCLIP: images are embedded by a `clip`, which it does not have")
         images = np.asarray(images)
         images = images[None] if images.ndim == 3 else images
+        check_examples(images, 1.0, "images")
         images = to_unit(ops.convert_to_tensor(images))
         shapes = getattr(self.clip, "shapes", None)
         seen = self._sized(images, None if shapes is None else shapes["image"][1:-1])
@@ -351,6 +358,11 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
         """The decoder's sampler, by DDIM."""
         sampler = self.decoder.sampler
         return sampler.replaced(solver=DDIM(eta), **({"steps": options["steps"]} if "steps" in options else {}))
+
+
+def _seed(seed: Any) -> Any:
+    """The seed; for None one that is drawn, of which those of all parts are made."""
+    return py_random.randrange(2**32) if seed is None else seed
 
 
 def _names(model: DiffusionModel) -> tuple[str, ...]:

@@ -11,15 +11,18 @@ from keras import ops
 from kdiff import backend, random
 from kdiff.autoencoding.terms import Term
 from kdiff.base import Configurable, check_choice, check_integer, check_number
+from kdiff.codecs import Pixels
 from kdiff.codecs.base import to_unit
-from kdiff.model.feeding import check_examples, unpack
+from kdiff.examples import check_examples
+from kdiff.model.feeding import BatchCheck
+from kdiff.model.training import OwnLoss
 
 __all__ = ["ERRORS", "AutoencoderTrainer", "balanced"]
 
 ERRORS = {"l1": ops.abs, "l2": ops.square}
 
 
-class AutoencoderTrainer(Configurable, backend.SafeTraining, keras.Model):
+class AutoencoderTrainer(OwnLoss, Configurable, keras.Model):
     """An autoencoder in training:
 
         loss = mean |x - y|^p + sum_k weight_k term_k(x, y) + kl KL / N           the autoencoder's
@@ -172,51 +175,36 @@ class AutoencoderTrainer(Configurable, backend.SafeTraining, keras.Model):
         made = self.discriminator(ops.stop_gradient(y), training=training)
         return judgement, 0.5 * (ops.mean(ops.relu(1.0 - real)) + ops.mean(ops.relu(1.0 + made)))
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """The sum of the parts."""
-        return y_pred["loss"]
+    instead = "it makes images again, `reconstruct(images)`"
 
-    def compute_metrics(self, x, y, y_pred, sample_weight=None) -> dict[str, Any]:
-        """The means of loss and parts over the epoch."""
-        for mean in self._means:
-            mean.update_state(y_pred[mean.name])
-        return self.get_metrics_result()
+    def _taking(self) -> keras.Model:
+        return self.autoencoder
 
-    def train_step(self, *args):
-        """Keras' own step, on the images of a batch. `args` are `(data,)`, on JAX `(state, data)`."""
-        *state, data = args
-        return super().train_step(*state, (unpack(data)[0]["image"],))
+    def _new_check(self, shapes: dict[str, tuple]) -> BatchCheck:
+        shape = shapes.get("image", (None,) * 4)
+        return BatchCheck(Pixels(), (*[None] * (len(shape) - 2), self.autoencoder.channels), self.autoencoder, False)
 
-    def test_step(self, *args):
-        """Keras' own step, on the images of a batch."""
-        *state, data = args
-        return super().test_step(*state, (unpack(data)[0]["image"],))
-
-    def fit(self, x=None, *args, **options):
-        """Keras' `fit`.
-
-        Args:
-            x: images, uint8 or in [-1, 1], as an array, or in batches, alone, with labels or as {"image": ...}.
-            *args, **options: as of `keras.Model.fit`.
-        """
-        if hasattr(x, "shape"):
-            check_examples(x, 1.0)
-        elif not isinstance(x, (dict, keras.utils.PyDataset)):
-            options.setdefault("shuffle", False)  # Keras cannot shuffle the others, and would warn
-        if not self.optimizer.built:
-            with backend.strategy_of(self):
-                self.optimizer.build(self.trainable_variables)
-        return super().fit(x, *args, **options)
+    def _batch(self, inputs: dict[str, Any]) -> Any:
+        return inputs["image"]
 
     def reconstruct(self, images, batch_size: int = 16) -> np.ndarray:
         """What the autoencoder makes of images, by their most likely latents, clipped to [-1, 1]; float32."""
+        images = np.asarray(images)
+        check_examples(images, 1.0)
+        if images.ndim < 3 or images.shape[-1] != self.autoencoder.channels:
+            raise ValueError(
+                f"reconstruct: images must be a batch, (count, ..., {self.autoencoder.channels}); received the shape "
+                f"{images.shape}"
+            )
         backend.synchronise(self)
         run = backend.without_gradients(lambda part: self.autoencoder(to_unit(part), training=False))
         parts = [run(images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
         return np.clip(np.concatenate([ops.convert_to_numpy(part) for part in parts]), -1.0, 1.0)
 
-    def get_compile_config(self) -> dict[str, Any]:
-        """The optimizers, without what belongs to a backend."""
+    def get_compile_config(self) -> dict[str, Any] | None:
+        """The optimizers, without what belongs to a backend; None before `compile`."""
+        if not self.compiled:
+            return None
         config = {name: keras.saving.serialize_keras_object(one) for name, one in self._optimizers.items()}
         return {name: one and backend.portable_optimizer(one) for name, one in config.items()}
 

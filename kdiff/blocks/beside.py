@@ -12,6 +12,7 @@ from kdiff.blocks.base import build_layer, copy_layer
 from kdiff.blocks.conditions import Condition, Encoded, Input
 from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding
 from kdiff.blocks.resizing import FORMS, resized
+from kdiff.examples import like_bytes, value_range
 
 __all__ = ["AUGMENTING", "LEVELS", "Beside"]
 
@@ -122,11 +123,16 @@ class Beside(Condition):
         return np.zeros((*[1] * (len(self._row) - 1), self._row[-1]), "float32") if known else None
 
     def check(self, values) -> None:
-        """Raises a ValueError for whole numbers."""
+        """Raises a ValueError for whole numbers, and for numbers in 0 ... 255 if the image is as the data is."""
         if values.dtype.kind != "f":
             raise ValueError(
                 "Beside: an image must be floating-point numbers, such as x / 127.5 - 1 for x in 0..255; received: "
                 f"{values.dtype}"
+            )
+        if (self.of is not None or self.noise is not None) and like_bytes(values):
+            raise ValueError(
+                "Beside: an image must be as the data is, in [-1, 1] if that is pictures; received numbers of "
+                f"{value_range(values)[0]:.4g} to {value_range(values)[1]:.4g}. Scale it, x / 127.5 - 1 for 0..255"
             )
 
     def call(self, x, embed=None, context=None, image=None, training=None):

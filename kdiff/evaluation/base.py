@@ -287,9 +287,11 @@ class FeatureMetric(SampleMetric):
 
 
 def batches_of(examples: Any) -> Iterable:
-    """The batches of an array of examples, which is one, of a list of them, or of an iterable of batches."""
+    """The batches of examples: of an array, or a batch as `fit` takes it, which is one; of a list; of an iterable."""
     if hasattr(examples, "shape"):
         return [examples]
+    if isinstance(examples, dict | tuple):  # one batch, as `fit` takes it
+        return [_examples(examples)]
     if (
         isinstance(examples, Sequence)
         and not hasattr(examples[0], "shape")
@@ -308,6 +310,8 @@ def features_of(function: Callable | None, examples: Any) -> np.ndarray:
 def _examples(batch: Any) -> Any:
     """Of a batch as `fit` takes it: (x, y), or a dict with "image"."""
     batch = batch[0] if isinstance(batch, (tuple, list)) else batch
+    if isinstance(batch, dict) and "image" not in batch:
+        raise ValueError(f"evaluation: a batch needs its examples, 'image'; received: {sorted(batch)}")
     return batch["image"] if isinstance(batch, dict) else batch
 
 

@@ -87,8 +87,11 @@ class EvaluationCallback(keras.callbacks.Callback):
             message = f"EvaluationCallback has no scores of epoch {epoch + 1}, and training goes on: "
             warnings.warn(f"{message}{type(error).__name__}: {error}", stacklevel=2)
             return
+        if taken := sorted(set(found) & set(logs or {})):
+            names = ", ".join(taken)
+            warnings.warn(f"EvaluationCallback: {names} is logged by `fit`: give the metric another name", stacklevel=2)
         if logs is not None:
-            logs.update(found)
+            logs.update({name: value for name, value in found.items() if name not in logs})
 
     def evaluate(self, epoch: int) -> dict[str, float]:
         """The scores of samples that are drawn now, as they are logged."""

@@ -24,6 +24,7 @@ from kdiff.base import Value, check_choice, check_integer, needs
 from kdiff.blocks.resizing import FORMS, resized
 from kdiff.encoders import pixels
 from kdiff.encoders.clip import CLIPVision
+from kdiff.examples import check_examples, like_bytes
 
 __all__ = ["IMAGENET", "Extractor", "Images", "clip_vision", "dinov2"]
 
@@ -65,6 +66,12 @@ class Images(Value):
         """(batch, height, width, channels), whole numbers in 0 ... 255 or in [-1, 1], to float32."""
         if images.ndim != 4:
             raise ValueError(f"Images: the shape (batch, height, width, channels) is needed; received: {images.shape}")
+        check_examples(images, None if images.dtype.kind == "f" else 1.0, "images")
+        if images.dtype.kind == "f" and like_bytes(images):
+            raise ValueError(
+                f"Images: floating-point images must be in [-1, 1]; received {images.min():.4g} to {images.max():.4g}. "
+                "Give those in 0..255 as uint8"
+            )
         x = images.astype("float32")
         if images.dtype.kind == "f":
             x = np.clip(127.5 * (x + 1.0), 0.0, 255.0)

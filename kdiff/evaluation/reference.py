@@ -1,6 +1,7 @@
 """The real examples that samples are compared with, as features, and what is computed of them once."""
 
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -56,7 +57,7 @@ class Reference:
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"{path}: there is no such file")
-        with np.load(path, allow_pickle=False) as file:
+        with _arrays(path) as file:
             if missing := {"mu", "sigma"} - set(file.files):
                 raise ValueError(f"{path}: there is no {sorted(missing)} in it; it has {sorted(file.files)}")
             return cls(mean=file["mu"], covariance=file["sigma"])
@@ -85,6 +86,8 @@ class Reference:
     @property
     def covariance(self) -> np.ndarray:
         """(features, features), float64, divided by n - 1."""
+        if self.n is not None and self.n < 2:
+            raise ValueError(f"Reference: a covariance needs 2 examples at least; there are {self.n}")
         return self.cached("covariance", lambda: np.atleast_2d(np.cov(self.features.astype("float64").T)))
 
     def rows(self, chosen: np.ndarray) -> "Reference":
@@ -98,6 +101,17 @@ class Reference:
         return self._cache[key]
 
 
+def _arrays(path: Path) -> Any:
+    """The arrays of an `.npz` file."""
+    try:
+        file = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a whole file of arrays, `.npz`: {error}") from error
+    if not hasattr(file, "files"):
+        raise ValueError(f"{path}: it holds one array, and a mean and a covariance, `mu` and `sigma`, are needed")
+    return file
+
+
 def check_features(owner: str, features: Any) -> np.ndarray:
     """Features (count, features) as they are, if they are finite numbers; of 16 bits as float32.
 
@@ -105,6 +119,7 @@ def check_features(owner: str, features: Any) -> np.ndarray:
         ValueError: for another shape, no numbers, or such as are not finite.
     """
     features = np.asarray(features)
+    features = features.astype("float32") if features.dtype.name == "bfloat16" else features
     if features.ndim != 2 or 0 in features.shape or features.dtype.kind not in "fiu":
         raise ValueError(
             f"{owner}: features must be numbers of the shape (count, features); received {features.dtype} of the shape "

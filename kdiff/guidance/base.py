@@ -88,12 +88,14 @@ class Run(NamedTuple):
         encode: from examples to data, as a model's codec does.
         conditions: from a dictionary of conditions to one with a row a sample, checked and tokenised.
         data_shape: from the shape of one example to that of its data; a ValueError if there is none such.
+        limit: the largest magnitude that the data itself has, as pixels have 1; None if it is not known.
     """
 
     shape: tuple[int, ...]
     encode: Callable = ops.convert_to_tensor
     conditions: Callable | None = None
     data_shape: Callable = tuple
+    limit: float | None = None
 
     def rows(self, owner: Any, name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
         """`value` as float32 with one row a sample, each of this shape; one value for all samples is repeated.

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from kdiff import random
 from kdiff.base import check_integer, check_number
 from kdiff.denoisers import Denoiser, Estimate
+from kdiff.examples import like_bytes
 from kdiff.guidance.base import Guidance, Here, Run, check_scale, over
 from kdiff.operators import Operator, conjugate_gradients
 from kdiff.schedules import Marginal, bridge
@@ -96,9 +98,23 @@ class _Measured(Guidance):
 
     def rows(self, run: Run):
         """Measurement and scale of each sample."""
+        self._check_range(run)
         shape = self.operator.output_shape(run.shape[1:])
         rows = {"measurement": run.rows(self, "measurement", self.measurement, shape)}
         return {**rows, "scale": run.rows(self, "scale", self.scale, ())}
+
+    def _check_range(self, run: Run) -> None:
+        """Raises a ValueError for a measurement in 0 ... 255 of data that is in [-1, 1]."""
+        if run.limit is None or not like_bytes(self.measurement):
+            return
+        ones = ops.full((1, *run.shape[1:]), run.limit, "float32")
+        most = max(float(np.abs(ops.convert_to_numpy(self.operator.forward(x))).max()) for x in (ones, _signs(ones)))
+        if (high := float(self.measurement.max())) > 4.0 * most:
+            raise ValueError(
+                f"{type(self).__name__}: `measurement` reaches {high:.4g}, and of data in [-{run.limit:g}, "
+                f"{run.limit:g}] the operator makes at most about {most:.4g}: it is to be `operator(images)` of "
+                "images in that range, x / 127.5 - 1 for 0..255"
+            )
 
     def guide(self, denoise: Denoiser, x, m: Marginal, here: Here) -> Estimate:
         estimate, pull = denoise.linearised(x, m)
@@ -114,6 +130,11 @@ class _Measured(Guidance):
     def _step(self, m: Marginal, here: Here):
         """The factor on the result."""
         raise NotImplementedError
+
+
+def _signs(ones):
+    """The same with random signs."""
+    return ops.sign(random.normal(random.key_of(0), ops.shape(ones))) * ones
 
 
 class DPS(_Measured):

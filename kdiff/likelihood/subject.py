@@ -59,6 +59,8 @@ class Subject:
         else:
             if schedule is not None:
                 raise ValueError("likelihood: a model is measured on its own schedule; leave out `schedule`")
+            if not model.built:
+                raise ValueError("likelihood: the model has no weights yet; train it, load it, or call `build`")
             denoiser = model.denoiser(averages)
             self.schedule, self.limit, self.given = model.schedule, model.codec.limit, Given()
         self.answer, self.averages = denoiser.answer, averages
@@ -99,6 +101,11 @@ class Subject:
             raise ValueError("likelihood: there is no data")
 
     def _encoded(self, examples: np.ndarray) -> np.ndarray:
+        if self.model is not None and not self.model.takes(examples.shape[1:]):
+            raise ValueError(
+                f"likelihood: examples must be as those that the model learns, in a batch, "
+                f"{self.model.shapes['image'][1:]} when they are encoded; received the shape {examples.shape}"
+            )
         x = ops.convert_to_numpy(self.model.encode(examples)) if self.model else np.asarray(examples, "float32")
         if not np.isfinite(x).all():
             raise ValueError("likelihood: there are NaN or infinite numbers in the data")

@@ -13,7 +13,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +31,7 @@ from kdiff.model.averaging import Averaging
 from kdiff.model.condition_inputs import condition_layers, condition_names, derivations
 from kdiff.model.sampling import Sampling, as_sampler
 from kdiff.model.saving import Saving
-from kdiff.model.sources import source_of
+from kdiff.model.training import CheckedTraining
 from kdiff.objectives import Objective, Problem
 from kdiff.predictions import Prediction, check_invertible
 from kdiff.schedules import Marginal, NoiseSchedule
@@ -43,7 +43,7 @@ __all__ = ["DERIVING", "RESERVED", "DiffusionModel"]
 DERIVING = 7  # the stream of random numbers of what is made of the clean batch, beside those of conditions
 
 
-class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTraining, keras.Model):
+class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining, backend.SafeTraining, keras.Model):
     """A diffusion model.
 
     Args:
@@ -114,7 +114,6 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
         self.seed = seed
         self.shapes: dict[str, tuple] | None = None  # of what the network takes, encoded data included
         self.example: tuple | None = None  # the shape of an example that is not encoded, if it is known
-        self._on_trial = False  # whether the shapes are those of data that the network has not computed yet
         self._averaging = False  # whether the averages are used: see `_follow_averages`
         self._compiled_steps: dict[Any, Any] = {}
         self._compiled_problem: Callable | None = None  # on PyTorch
@@ -156,9 +155,17 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
         else:
             check_invertible(**{"prediction": self.prediction, "schedule": self.schedule, name: value})
         old = getattr(self, name)
-        with backend.replaced(self, old) if isinstance(old, keras.layers.Layer) else nullcontext():
-            super().__setattr__(name, value)
+        self._replace(name, old, value)
+        try:
+            self.objective.check(self)
+        except ValueError:
+            self._replace(name, value, old)
+            raise
         self._forget_graphs()
+
+    def _replace(self, name: str, old: Any, new: Any) -> None:
+        with backend.replaced(self, old) if isinstance(old, keras.layers.Layer) else nullcontext():
+            super().__setattr__(name, new)
 
     # Building
 
@@ -233,6 +240,9 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
         if self.network.compute_dtype == "float16" and options.get("auto_scale_loss", True) and not scaled:
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         several = isinstance(metrics, (list, tuple))
+        for one in metrics if several else [metrics]:
+            if hasattr(one, "update_from"):
+                raise ValueError(f"compile: {one!r} is of samples: give it to `evaluation.EvaluationCallback`")
         measures = [one for one in metrics if hasattr(one, "update_problem")] if several else []
         for measure in measures:
             measure.prepare(self)
@@ -283,16 +293,15 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
         """The compiled loss of the network's output, weighted by the objective and by example, and its `extra`."""
         loss = super().compute_loss(x, *_compared(y_pred, sample_weight), training=training)
         if y_pred.extra is not None:
-            loss = loss + ops.mean(_product(y_pred.extra, sample_weight))
+            loss = loss + ops.mean(_product(y_pred.extra, _of_examples(sample_weight)))
         if training:
-            axes = tuple(range(1, len(y_pred.target.shape)))
-            self.objective.learn(self, y_pred, ops.mean(ops.square(y_pred.target - y_pred.output), axis=axes))
+            self.objective.learn(self, y_pred, _errors(y_pred, sample_weight))
         return loss
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None) -> dict[str, Any]:
         """The compiled metrics of the network's output against its target."""
         for measure in self._measures.metrics:
-            measure.update_problem(self, y_pred, sample_weight)
+            measure.update_problem(self, y_pred, _of_examples(sample_weight))
         return super().compute_metrics(x, *_compared(y_pred, sample_weight))
 
     @backend.uninterrupted
@@ -345,117 +354,39 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, backend.SafeTrai
         for measure in self._measures.metrics:
             measure.prepare(self)
 
-    def fit(self, x=None, y=None, *args, validation_data=None, **options):
-        """Keras' `fit`, on data that is checked batch by batch.
+    # Data on its way in: see `CheckedTraining`
 
-        Args:
-            x: images, uint8 or float32 in [-1, 1], with shape `(batch, height, width, channels)`, alone or in a
-                dictionary with conditions: arrays, a `tf.data.Dataset`, a `PyDataset`, a `DataLoader`, a generator.
-            y: labels, the condition "label", if `x` is an array.
-            *args: as of `keras.Model.fit`.
-            validation_data: of the same kinds, or a tuple `(x, y)`.
-            **options: as of `keras.Model.fit`.
+    instead = (
+        "a diffusion model draws, `sample(8)`, estimates the data of a noisy batch, `denoise(x_t, m)`, or measures its "
+        "loss, `evaluate(x)`; what a sampler asks is `model.network`"
+    )
 
-        Raises:
-            ValueError: if the data is empty, or a dataset endless and `steps_per_epoch` None; if an image has the wrong
-                shape, is not finite or out of range; if a condition is missing, unknown or of another batch size.
-        """
-        feeding.check_end(x, "steps_per_epoch", options)
-        feeding.check_end(validation_data, "validation_steps", options)
-        self.orders = feeding.Orders(x, validation_data)
-        if options.pop("class_weight", None) is not None:
-            raise ValueError("fit: there are no classes to weight; give `sample_weight`, one number an example")
-        x, check = self._checked(x, y, options.pop("sample_weight", None))
-        if validation_data is not None:
-            validation_data, _ = self._checked(*keras.utils.unpack_x_y_sample_weight(validation_data), check)
-        if not isinstance(x, (dict, keras.utils.PyDataset)):
-            options.setdefault("shuffle", False)  # Keras cannot shuffle the others, and would warn
-        self._prepare_training()
-        with self._tried(check):
-            return super().fit(x, None, *args, validation_data=validation_data, **options)
+    def _taking(self) -> keras.layers.Layer:
+        return self.network
 
-    def evaluate(self, x=None, y=None, *args, **options):
-        """Keras' `evaluate`, with the averaged weights, and with the same times and noise at each call."""
-        if options.get("_use_cached_eval_dataset"):  # inside `fit`, whose validation data is checked already
-            self.evaluation_step.assign(0)
-            self._follow_averages()
-            return super().evaluate(x, y, *args, **options)
-        if len(args) < 4:
-            feeding.check_end(x, "steps", options)
-        if not self.compiled:
-            raise ValueError("evaluate: the model has no loss yet; call `compile()`, as `model.compile(loss='mse')`")
-        x, check = self._checked(x, y, options.pop("sample_weight", None))
-        self.evaluation_step.assign(0)  # only now is the model built for certain
-        self._follow_averages()
-        with self._tried(check):
-            return super().evaluate(x, None, *args, **options)
+    def _codec_of_data(self) -> Codec:
+        return self.codec
 
-    def predict(self, *args, **options):
-        """Raises a NotImplementedError: a diffusion model has no one output for an input."""
-        raise NotImplementedError(
-            "predict: a diffusion model draws, `sample(8)`, estimates the data of a noisy batch, `denoise(x_t, m)`, or "
-            "measures its loss, `evaluate(x)`"
-        )
+    def _new_check(self, shapes: dict[str, tuple]) -> feeding.BatchCheck:
+        certain = self.built and not self._on_trial
+        shape = self.shapes["image"][1:] if certain else feeding.data_shape(shapes, self.codec)
+        return feeding.BatchCheck(self.codec, shape, self.network)
 
-    def export(self, *args, **options):
-        """Raises a NotImplementedError: what is served is the network."""
-        raise NotImplementedError(
-            "export: a run of a sampler is no one graph; save the model, `model.save('model.keras')`, or export what "
-            "the sampler asks, `model.network`"
-        )
+    def _take_shapes_anew(self, shapes: dict[str, tuple]) -> None:
+        self.shapes, self.example = self._known_shapes(shapes)
 
-    def train_on_batch(self, x, y=None, sample_weight=None, **options):
-        """Keras' `train_on_batch`; the batch as of `fit`."""
-        x, check = self._checked(x, y, sample_weight)
-        self._prepare_training()
-        with self._tried(check):
-            return super().train_on_batch(x, **options)
-
-    def test_on_batch(self, x, y=None, sample_weight=None, **options):
-        """Keras' `test_on_batch`; the batch as of `fit`."""
-        x, check = self._checked(x, y, sample_weight)
-        self._follow_averages()
-        with self._tried(check):
-            return super().test_on_batch(x, **options)
-
-    @contextmanager
-    def _tried(self, check: feeding.BatchCheck) -> Iterator[None]:
-        """Around a call of Keras': the shapes of data are known for certain once the network has computed with it."""
-        with check.reported():
-            yield
-        self._on_trial = False
-
-    @backend.uninterrupted
-    def _prepare_training(self) -> None:
-        """Makes the optimizer's variables ahead of the first step: TensorFlow would trace a step that makes them twice.
-
-        Averages that do not fit the network are an error before anything is trained.
-        """
+    def _before_training(self) -> None:
+        """Averages that do not fit the network are an error before anything is trained."""
         if self.averages:
             self.averages.pairs(self.network)
             self._use_averages(True)  # not first in a step, which PyTorch may compile
         self._follow_averages_of_others()
-        if self.compiled and not self.optimizer.built:
-            with backend.strategy_of(self):
-                self.optimizer.build(self.trainable_variables)
 
-    def _checked(self, x, y=None, sample_weight=None, check: feeding.BatchCheck | None = None):
-        """(x, check): the data, prepared and checked on its way; the model is built for it if it was not."""
-        source = source_of(x, y, sample_weight).prepared(self.network)
-        shapes = source.shapes(None if self.built else self.codec)
-        if check is None:
-            certain = self.built and not self._on_trial
-            shape = self.shapes["image"][1:] if certain else feeding.data_shape(shapes, self.codec)
-            check = feeding.BatchCheck(self.codec, shape, self.network)
-        check.names(shapes)
-        check.size(shapes)
-        checked = source.checked(check)
-        if not self.built:
-            self.build(shapes)
-            self._on_trial = True
-        elif self._on_trial:
-            self.shapes, self.example = self._known_shapes(shapes)
-        return checked, check
+    def _before_evaluating(self, anew: bool) -> None:
+        """The averaged weights, and the same times and noise at each call of `evaluate`."""
+        if anew:
+            self.evaluation_step.assign(0)
+        self._follow_averages()
 
     # Denoising
 
@@ -526,10 +457,33 @@ RESERVED = frozenset(
 
 def _compared(problem: Problem, sample_weight):
     """(target, output, weight), the weight with the rank of a loss that has averaged over the last axis."""
-    weight = _product(problem.weight, sample_weight)
-    if weight is not None:
-        weight = ops.reshape(weight, (-1, *[1] * (len(problem.target.shape) - 2)))
-    return problem.target, problem.output, weight
+    positions = len(problem.target.shape) - 1
+    factors = [_with_rank(factor, positions) for factor in (problem.weight, sample_weight)]
+    return problem.target, problem.output, _product(*factors)
+
+
+def _with_rank(weight, rank: int):
+    """A weight of each example as one of this rank; what has one a position stays."""
+    if weight is None or len(weight.shape) == rank:
+        return weight
+    return ops.reshape(weight, (-1, *[1] * (rank - 1)))
+
+
+def _of_examples(weight):
+    """The weight of each example, `(batch,)`: its mean over the positions."""
+    if weight is None or len(weight.shape) == 1:
+        return weight
+    return ops.mean(ops.cast(weight, "float32"), axis=tuple(range(1, len(weight.shape))))
+
+
+def _errors(problem: Problem, sample_weight):
+    """The mean squared errors, `(batch,)`, over those positions that count."""
+    errors = ops.mean(ops.square(problem.target - problem.output), axis=-1)
+    axes = tuple(range(1, len(errors.shape)))
+    if sample_weight is None or len(sample_weight.shape) == 1:
+        return ops.mean(errors, axis=axes)
+    weight = ops.cast(sample_weight, "float32")
+    return ops.sum(weight * errors, axis=axes) / ops.maximum(ops.sum(weight, axis=axes), 1e-12)
 
 
 def _product(*factors):

@@ -11,13 +11,12 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
+from kdiff.examples import as_numpy, is_integer, value_range
 from kdiff.text import is_text
 
 __all__ = [
     "Preparation",
-    "as_numpy",
     "check_values",
     "condition_layers",
     "condition_names",
@@ -25,9 +24,7 @@ __all__ = [
     "condition_rows",
     "derivations",
     "fits",
-    "is_integer",
     "optional_names",
-    "value_range",
     "words",
 ]
 
@@ -221,21 +218,3 @@ def fits(shape: tuple, wanted: tuple) -> bool:
 def words(shape: tuple) -> str:
     """A shape for a message."""
     return ", ".join("any" if size is None else str(size) for size in shape)
-
-
-def is_integer(array: Any) -> bool:
-    """Whether an array holds whole numbers or truth values."""
-    return any(kind in str(array.dtype) for kind in ("int", "bool"))
-
-
-def value_range(array: Any) -> tuple[float, float]:
-    """The smallest and the largest number; 0 and 0 of text."""
-    if str(array.dtype) in ("object", "string") or str(array.dtype).startswith(("<U", ">U", "|S")):
-        return 0.0, 0.0
-    array = as_numpy(array)
-    return float(array.min()), float(array.max())
-
-
-def as_numpy(array: Any) -> np.ndarray:
-    """An array of any backend as NumPy's."""
-    return array if isinstance(array, np.ndarray) else ops.convert_to_numpy(array)

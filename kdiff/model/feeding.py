@@ -16,35 +16,29 @@ import numpy as np
 
 from kdiff import backend
 from kdiff.codecs import Codec, Pixels
+from kdiff.examples import as_numpy, check_byte_order, check_examples, is_integer, value_range
 from kdiff.model.condition_inputs import (
-    as_numpy,
     check_values,
     condition_layers,
     condition_names,
     derivations,
     fits,
-    is_integer,
     optional_names,
-    value_range,
     words,
 )
 from kdiff.text import is_text
 
 __all__ = [
     "ENDLESS",
-    "TOLERANCE",
     "BatchCheck",
     "Orders",
     "check_axes",
     "check_end",
-    "check_examples",
     "data_shape",
     "packed",
     "unpack",
 ]
 
-# Images that went through floating-point resizing may pass 1 by a rounding error.
-TOLERANCE = 1e-3
 ENDLESS = -1  # the cardinality that tf.data gives
 
 
@@ -94,44 +88,6 @@ def check_end(data: Any, argument: str, options: Mapping[str, Any]) -> None:
         )
 
 
-def check_examples(examples: Any, limit: float | None, name: str = "image") -> None:
-    """The check of all examples that a codec is to encode, on whatever way they come in.
-
-    Args:
-        examples: an array, with shape `(batch, ...)`.
-        limit: the largest magnitude that floating-point examples may have; None if any will do.
-        name: of the examples in messages.
-
-    Raises:
-        ValueError: if they are truth values, of another byte order, not finite, or out of range.
-    """
-    _check_byte_order(name, examples)
-    if "bool" in str(examples.dtype):
-        raise ValueError(f"`{name}` must be uint8, or floating-point numbers; received {examples.dtype}")
-    low, high = value_range(examples)
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError(f"`{name}` must be finite; received a batch that holds NaN or infinity")
-    if limit is None:
-        return
-    if is_integer(examples):
-        if low < 0 or high > 255:
-            raise ValueError(f"`{name}` of whole numbers must be in 0..255; received {low} to {high}")
-    elif max(-low, high) > limit + TOLERANCE:
-        raise ValueError(
-            f"`{name}` of floating-point numbers must be in [{-limit}, {limit}]; received {low} to {high}. "
-            "Scale it, x / 127.5 - 1 for 0..255, or give it as uint8."
-        )
-
-
-def _check_byte_order(name: str, value: Any) -> None:
-    """Raises a ValueError for numbers that the backends would read backwards."""
-    if isinstance(value, np.ndarray) and not value.dtype.isnative:
-        raise ValueError(
-            f"`{name}` has the type {value.dtype}, in the byte order of another machine: "
-            "x.astype(x.dtype.newbyteorder('='))"
-        )
-
-
 def check_axes(image: Any, codec: Codec) -> None:
     """Raises a ValueError for what looks like pictures with channels first, or like one picture and not a batch.
 
@@ -145,6 +101,11 @@ def check_axes(image: Any, codec: Codec) -> None:
         raise ValueError(
             f"`image` of the shape {shape} looks like pictures with channels first; kdiff's are (batch, height, width, "
             "channels): `numpy.moveaxis(x, 1, -1)`. If it is right, call `model.build(shape)` before"
+        )
+    if len(shape) == 3 and shape[2] not in few and (is_integer(image) or shape[1] == shape[2]):
+        raise ValueError(
+            f"`image` of the shape {shape} looks like grey pictures without an axis of channels; kdiff's are (batch, "
+            "height, width, channels): `x[..., None]`. If it is right, call `model.build(shape)` before"
         )
     if len(shape) == 3 and shape[0] == shape[1] and shape[2] in few:
         raise ValueError(
@@ -178,13 +139,14 @@ class BatchCheck:
         codec: what encodes the images.
         shape: the shape of one encoded example, with None for an axis of any length.
         network: whose conditions the batch must hold.
+        weighted: whether examples may have weights.
 
     Attributes:
         error: what was raised last: tf.data hides it in an error of its own.
     """
 
-    def __init__(self, codec: Codec, shape: tuple, network: keras.layers.Layer):
-        self.codec, self.shape = codec, tuple(shape)
+    def __init__(self, codec: Codec, shape: tuple, network: keras.layers.Layer, weighted: bool = True):
+        self.codec, self.shape, self.weighted = codec, tuple(shape), weighted
         self.conditions, self.layers = condition_names(network), condition_layers(network)
         self.optional, self.derived = set(optional_names(network)), set(derivations(network))
         self.error: ValueError | None = None
@@ -196,14 +158,16 @@ class BatchCheck:
             inputs, weight = unpack(data)
             self.names(inputs)
             for name, value in {**inputs, "sample_weight": weight}.items():
-                _check_byte_order(name, value)
+                check_byte_order(name, value)
             self.size({name: tuple(value.shape) for name, value in inputs.items()})
-            examples = inputs.get("image", inputs.get("encoded"))
-            self.numbers("image" if "image" in inputs else "encoded", examples)
+            name = "image" if "image" in inputs else "encoded"
+            examples = inputs[name]
+            self.numbers(name, examples)
             for name, condition in inputs.items():
                 self.condition(name, condition, len(examples))
             if weight is not None:
-                self.weight(weight, len(examples))
+                encoded = examples.shape[1:] if name == "encoded" else self.codec.data_shape(tuple(examples.shape[1:]))
+                self.weight(weight, len(examples), tuple(encoded[:-1]))
         except ValueError as error:
             self.error = error
             raise
@@ -263,12 +227,18 @@ class BatchCheck:
                 )
                 self.warned = True
 
-    def weight(self, weight: Any, batch: int) -> None:
-        """The sample weights must be one number an example, finite and not negative."""
-        if not all(hasattr(weight, name) for name in ("shape", "dtype")) or tuple(weight.shape) != (batch,):
-            received = getattr(weight, "shape", type(weight).__name__)
+    def weight(self, weight: Any, batch: int, positions: tuple[int, ...]) -> None:
+        """The sample weights must be one number an example, or a position of it, finite and not negative."""
+        if not self.weighted:
             raise ValueError(
-                f"`sample_weight` must have the shape ({batch},), a number an example; received: {received}"
+                "`sample_weight`: the loss of this model is of a batch as a whole; examples have no weights"
+            )
+        shapes = dict.fromkeys([(batch,), (batch, *positions)])
+        if not all(hasattr(weight, name) for name in ("shape", "dtype")) or tuple(weight.shape) not in shapes:
+            received = getattr(weight, "shape", type(weight).__name__)
+            position = f", or {(batch, *positions)}, a number a position" if positions else ""
+            raise ValueError(
+                f"`sample_weight` must have the shape ({batch},), a number an example{position}; received: {received}"
             )
         if is_text(weight) or not all(np.isfinite(value_range(weight))) or value_range(weight)[0] < 0:
             raise ValueError("`sample_weight` must be finite numbers that are not negative")

@@ -20,10 +20,10 @@ from kdiff import backend
 from kdiff.base import check_integer, check_number
 from kdiff.codecs import Codec
 from kdiff.denoisers import Denoiser, Given
+from kdiff.examples import check_examples
 from kdiff.guidance import ClassifierFree, Inpaint
 from kdiff.guidance.base import Run
 from kdiff.model.condition_inputs import condition_nulls, condition_rows, fits, words
-from kdiff.model.feeding import check_examples
 from kdiff.predictions import check_beginning
 from kdiff.sampling import Sampler, Step, initial_noise
 from kdiff.schedules import NoiseSchedule
@@ -230,6 +230,11 @@ class Sampling:
     def _inversion(self, image, iterations, options) -> _Run:
         """The run from these examples to noise."""
         image = np.asarray(image)
+        if self.built and image.ndim != len(self.shapes["image"]):
+            raise ValueError(
+                f"invert: examples must be a batch, with {len(self.shapes['image'])} axes; received the shape "
+                f"{image.shape}. Of one example it is `image[None]`"
+            )
         run = self._run(len(image), image=image, iterations=iterations, **options)
         times = run.times[::-1]
         x = self.schedule.sampled_at(times[0]).alpha * ops.convert_to_tensor(run.data)
@@ -282,13 +287,18 @@ class Sampling:
             strength = float(np.max(strength))
         check_number("sample", "strength", strength, 0.0, 1.0)
         schedule = self.schedule if schedule is None else NoiseSchedule.get(schedule)
-        size = size if height is None and width is None else (height, width)
+        if (height is None) != (width is None):
+            raise ValueError(f"sample: give `height` and `width`, both or neither; received: {height} and {width}")
+        size = size if height is None else (height, width)
         given = {"size": size, "x": x, "noise": noise, "image": image, "known": known}
         shape = (num_samples, *self._sample_shape({name: one for name, one in given.items() if one is not None}))
         conditions = self.condition_rows(conditions, num_samples, example=shape[1:])
         rows = partial(self.condition_rows, num_samples=num_samples, some=True)
-        told = Run(shape, self.encode, rows, self.codec.data_shape)
+        plain = type(self.codec).data_shape is Codec.data_shape  # of another codec the data is no pictures
+        told = Run(shape, self.encode, rows, self.codec.data_shape, self.codec.limit if plain else None)
         data = None if image is None else told.examples(self, "image", image)
+        for name, value in {"x": x, "noise": noise}.items():
+            _check_noise(name, value)
         x = None if x is None else told.rows(self, "x", x, shape[1:])
         given, times = Given(conditions, sampler.rows(told)), sampler.times(schedule, min(start, strength), stop)
         before = len(sampler.times(schedule, stop=stop)) - len(times)
@@ -432,9 +442,18 @@ class Sampling:
         except ValueError:
             return None
 
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Whether this is the shape of an example of the model's: of any size, if its network takes any."""
+        wanted = self.shapes["image"][1:]
+        if getattr(self.network, "any_size", False):
+            wanted = (*[None] * (len(wanted) - 1), wanted[-1])
+        data = self._data_shape(tuple(shape))
+        return data is not None and fits(data, wanted)
+
     def _size_of_data(self, size: Sequence[int]) -> tuple | None:
         """The shape of encoded data for examples of this size."""
-        for one in size if isinstance(size, (list, tuple)) else [size]:
+        size = tuple(size) if isinstance(size, (list, tuple, np.ndarray)) else (size,)
+        for one in size:
             check_integer("sample", "size", one)
         if self.example is None:
             raise ValueError(
@@ -470,6 +489,19 @@ class Sampling:
 
 
 _ARGUMENTS = tuple(inspect.signature(Sampling.sample).parameters)[2:-1]  # without self, num_samples and conditions
+
+
+def _check_noise(name: str, value: Any) -> None:
+    """Raises a ValueError for what can be no noise: whole numbers, as pictures are; of `noise`, what is not normal."""
+    if value is None:
+        return
+    value = np.asarray(value)
+    if value.dtype.kind not in "f" and "float" not in value.dtype.name:
+        what = "a noisy batch" if name == "x" else "standard normal noise"
+        raise ValueError(f"sample: `{name}` is {what}, of floating-point numbers; received: {value.dtype}")
+    most = float(np.nanmax(np.abs(value), initial=0.0))
+    if name == "noise" and most > 20.0:
+        raise ValueError(f"sample: `noise` must be standard normal, and reaches {most:.4g}; noisy data is `x`")
 
 
 def _scaled(guidance: Sequence, scale: float) -> list:

@@ -1,0 +1,193 @@
+"""Keras' `fit`, `evaluate` and their like, on data that is checked on its way, batch by batch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import keras
+
+from kdiff import backend
+from kdiff.model import feeding
+from kdiff.model.saving import SafeFiles
+from kdiff.model.sources import source_of
+
+__all__ = ["CheckedTraining", "OwnLoss"]
+
+
+class CheckedTraining:
+    """The part of a Keras model that takes data. A subclass writes `_new_check`, and what else it does on the way."""
+
+    instead: ClassVar[str]  # of `predict` and `export`, for their errors
+
+    _on_trial = False  # whether the shapes are those of data that the model has not computed yet
+
+    def _new_check(self, shapes: dict[str, tuple]) -> feeding.BatchCheck:
+        """The check of data of these shapes, for which the model may not be built yet."""
+        raise NotImplementedError
+
+    def _taking(self) -> Any:
+        """What has the conditions of the data, and makes numbers of text."""
+        return self
+
+    def _codec_of_data(self) -> Any:
+        """The codec of a model that is to be built; None if all shapes will do."""
+        return None
+
+    def _take_shapes_anew(self, shapes: dict[str, tuple]) -> None:
+        """Of a model that is built, but has not computed yet: the data that it was built for may have been wrong."""
+
+    def _before_training(self) -> None:
+        """Before Keras' own."""
+
+    def _before_evaluating(self, anew: bool) -> None:
+        """Before Keras' own; `anew` where an evaluation begins, not one batch of it."""
+
+    def fit(self, x=None, y=None, *args, validation_data=None, **options):
+        """Keras' `fit`, on data that is checked batch by batch.
+
+        Args:
+            x: images, uint8 or float32 in [-1, 1], with shape `(batch, height, width, channels)`, alone or in a
+                dictionary with conditions: arrays, a `tf.data.Dataset`, a `PyDataset`, a `DataLoader`, a generator.
+            y: labels, the condition "label", if `x` is an array.
+            *args: as of `keras.Model.fit`.
+            validation_data: of the same kinds, or a tuple `(x, y)`.
+            **options: as of `keras.Model.fit`. A `sample_weight` is one number an example, or one a position of the
+                encoded data, `(batch, height, width)` or `(batch, length)`: where it is 0, as where a series is padded,
+                the loss does not look.
+
+        Raises:
+            ValueError: if the data is empty, or a dataset endless and `steps_per_epoch` None; if an image has the wrong
+                shape, is not finite or out of range; if a condition is missing, unknown or of another batch size; if
+                the model is not compiled.
+        """
+        self._check_compiled("fit")
+        feeding.check_end(x, "steps_per_epoch", options)
+        feeding.check_end(validation_data, "validation_steps", options)
+        self.orders = feeding.Orders(x, validation_data)
+        if options.pop("class_weight", None) is not None:
+            raise ValueError("fit: there are no classes to weight; give `sample_weight`, one number an example")
+        x, check = self._checked(x, y, options.pop("sample_weight", None))
+        if validation_data is not None:
+            validation_data, _ = self._checked(*keras.utils.unpack_x_y_sample_weight(validation_data), check)
+        if not isinstance(x, (dict, keras.utils.PyDataset)):
+            options.setdefault("shuffle", False)  # Keras cannot shuffle the others, and would warn
+        self._prepare_training()
+        with self._tried(check):
+            return super().fit(x, None, *args, validation_data=validation_data, **options)
+
+    def evaluate(self, x=None, y=None, *args, **options):
+        """Keras' `evaluate`, on data as of `fit`."""
+        if options.get("_use_cached_eval_dataset"):  # inside `fit`, whose validation data is checked already
+            self._before_evaluating(True)
+            return super().evaluate(x, y, *args, **options)
+        if len(args) < 4:
+            feeding.check_end(x, "steps", options)
+        self._check_compiled("evaluate")
+        x, check = self._checked(x, y, options.pop("sample_weight", None))
+        self._before_evaluating(True)  # only now is the model built for certain
+        with self._tried(check):
+            return super().evaluate(x, None, *args, **options)
+
+    def predict(self, *args, **options):
+        """Raises a NotImplementedError: the model has no one output for an input."""
+        raise NotImplementedError(f"predict: {type(self).__name__} has no one output for an input: {self.instead}")
+
+    def predict_on_batch(self, *args, **options):
+        """Raises a NotImplementedError, as `predict` does."""
+        self.predict()
+
+    def export(self, *args, **options):
+        """Raises a NotImplementedError: what is served is a part of the model."""
+        raise NotImplementedError(
+            f"export: {type(self).__name__} is no one graph: save it, `model.save('model.keras')`, or export a network "
+            f"of it; {self.instead}"
+        )
+
+    def train_on_batch(self, x, y=None, sample_weight=None, **options):
+        """Keras' `train_on_batch`; the batch as of `fit`."""
+        self._check_compiled("train_on_batch")
+        x, check = self._checked(x, y, sample_weight)
+        self._prepare_training()
+        with self._tried(check):
+            return super().train_on_batch(x, **options)
+
+    def test_on_batch(self, x, y=None, sample_weight=None, **options):
+        """Keras' `test_on_batch`; the batch as of `fit`."""
+        self._check_compiled("test_on_batch")
+        x, check = self._checked(x, y, sample_weight)
+        self._before_evaluating(False)
+        with self._tried(check):
+            return super().test_on_batch(x, **options)
+
+    def _check_compiled(self, method: str) -> None:
+        if not self.compiled:
+            raise ValueError(f"{method}: the model has no optimizer: call `compile()` first, `model.compile('adam')`")
+
+    @contextmanager
+    def _tried(self, check: feeding.BatchCheck) -> Iterator[None]:
+        """Around a call of Keras': the shapes of data are known for certain once the model has computed with it."""
+        with check.reported():
+            yield
+        self._on_trial = False
+
+    @backend.uninterrupted
+    def _prepare_training(self) -> None:
+        """Makes the optimizer's variables before the first step, which TensorFlow would trace twice if it made them."""
+        self._before_training()
+        if not self.optimizer.built:
+            with backend.strategy_of(self):
+                self.optimizer.build(self.trainable_variables)
+
+    def _checked(self, x, y=None, sample_weight=None, check: feeding.BatchCheck | None = None):
+        """(x, check): the data, prepared and checked on its way; the model is built for it if it was not."""
+        source = source_of(x, y, sample_weight).prepared(self._taking())
+        shapes = source.shapes(None if self.built else self._codec_of_data())
+        check = self._new_check(shapes) if check is None else check
+        check.names(shapes)
+        check.size(shapes)
+        checked = source.checked(check)
+        if not self.built:
+            self.build(shapes)
+            self._on_trial = True
+        elif self._on_trial:
+            self._take_shapes_anew(shapes)
+        return checked, check
+
+
+class OwnLoss(SafeFiles, CheckedTraining, backend.SafeTraining):
+    """The part of a Keras model whose `call` gives its loss and the parts of it that are reported, by name.
+
+    A subclass keeps means of the parts in `_means`, `keras.metrics.Mean`s of the parts' names.
+    """
+
+    def _batch(self, inputs: dict[str, Any]) -> Any:
+        """What `call` takes of a batch."""
+        return inputs
+
+    def compile(self, optimizer="adam", **options) -> None:
+        """Keras' `compile`, without losses and metrics, which are the model's own."""
+        if given := sorted(name for name in ("loss", "metrics", "weighted_metrics") if options.get(name) is not None):
+            raise ValueError(
+                f"compile: {type(self).__name__} has a loss of its own, and reports its parts; it takes no {given}"
+            )
+        super().compile(optimizer, **options)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """That of `call`."""
+        return y_pred["loss"]
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None) -> dict[str, Any]:
+        """The means of loss and parts over the epoch."""
+        for mean in self._means:
+            mean.update_state(y_pred[mean.name])
+        return self.get_metrics_result()
+
+    def train_step(self, *args):
+        """Keras' own step. `args` are `(data,)`, on JAX `(state, data)`."""
+        *state, data = args
+        return super().train_step(*state, (self._batch(feeding.unpack(data)[0]),))
+
+    def test_step(self, *args):
+        """Keras' own step."""
+        *state, data = args
+        return super().test_step(*state, (self._batch(feeding.unpack(data)[0]),))
