@@ -11,6 +11,7 @@ from keras import ops, tree
 from kdiff import backend, random
 from kdiff.base import check_integer
 from kdiff.codecs.base import Codec, Shape, to_unit
+from kdiff.examples import check_examples
 
 __all__ = ["OVERLAP", "Latent", "tiled"]
 
@@ -109,6 +110,7 @@ class Latent(Codec):
         moments = backend.without_gradients(plain.moments)
         count, total, squares = 0, 0.0, 0.0
         for _, images in zip(range(batches), _batches(examples), strict=False):
+            check_examples(images, cls.limit)
             mean, std = (None if one is None else _float64(one) for one in moments(ops.convert_to_tensor(images)))
             axes = tuple(range(mean.ndim - 1))
             count += math.prod(mean.shape[:-1])

@@ -102,7 +102,8 @@ def condition_rows(
     shapes = {**dict.fromkeys(optional), **shapes}
     if extra := set(conditions) - set(shapes):
         wanted = [_ELSEWHERE.get(name, name) for name in sorted(extra)]
-        close = [near for name in wanted for near in difflib.get_close_matches(name, [*shapes, *arguments], 1)]
+        known = [name for name in (*shapes, *arguments) if name not in extra]
+        close = [near for name in wanted for near in difflib.get_close_matches(name, known, 1)]
         hint = f". Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"sample: the model takes the conditions {sorted(shapes)}; received: {sorted(extra)}{hint}")
     preparation, nulls = Preparation(network), condition_nulls(network)
@@ -126,7 +127,17 @@ def condition_rows(
 
 
 # What other libraries call the arguments of `sample`.
-_ELSEWHERE = {"num_inference_steps": "steps", "guidance_scale": "guidance", "generator": "seed", "scheduler": "sampler"}
+_ELSEWHERE = {
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "cfg_scale": "guidance",
+    "generator": "seed",
+    "scheduler": "sampler",
+    "solver": "sampler",
+    "mask_image": "mask",
+    "prompt": "text",
+    "class_labels": "label",
+}
 
 
 def _known(name: str, value: Any, nulls: dict[str, np.ndarray], preparation: "Preparation") -> np.ndarray:

@@ -58,6 +58,8 @@ class Saving(SafeFiles):
         shapes = dict(self.shapes)
         example = {} if self.example is None else {"image": (None, *self.example)}
         config = {"shapes": {"encoded": shapes.pop("image"), **example, **shapes}}
+        if any(frozen := _frozen(self.network)):
+            config["frozen"] = frozen
         changed = lora.plan(self.network)
         adapted = changed or any(getattr(weight, "adapts", False) for weight in self.network.weights)
         return {**config, "lora": changed} if adapted else config
@@ -68,6 +70,8 @@ class Saving(SafeFiles):
             self.build(config["shapes"])
             if "lora" in config:
                 lora.restore(self, config["lora"])
+            if "frozen" in config:
+                _freeze(self.network, config["frozen"])
 
     def get_compile_config(self) -> dict[str, Any]:
         """The compilation, without what belongs to a machine: jit, steps per execution, PyTorch's optimizer class."""
@@ -101,6 +105,21 @@ class Saving(SafeFiles):
     def _random_states(self) -> list:
         weights = {id(weight) for weight in self.network.weights}
         return [variable for variable in self.network.variables if id(variable) not in weights]
+
+
+def _frozen(network: keras.layers.Layer) -> list[list[int]]:
+    """The numbers of those layers, and of those weights, that are not trained."""
+    layers, weights = network._flatten_layers(), network.weights
+    return [[i for i, one in enumerate(some) if not one.trainable] for some in (layers, weights)]
+
+
+def _freeze(network: keras.layers.Layer, frozen: list[list[int]]) -> None:
+    """Of a network that was built as the other was."""
+    for i, layer in enumerate(network._flatten_layers()):  # the outer first: it sets those inside
+        if layer.trainable != (i not in frozen[0]):
+            layer.trainable = i not in frozen[0]
+    for i, weight in enumerate(network.weights):
+        weight.trainable = i not in frozen[1]
 
 
 def _new_file(path: Any, overwrite: bool) -> AbstractContextManager:

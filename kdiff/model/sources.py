@@ -232,6 +232,9 @@ class _Dataset(Source):
         prepare, texts = Preparation(network), []
         columns = set()
 
+        def _row(name, value):
+            return prepare.value(name, value if value.shape.rank else value[None])[0]
+
         def look(name, spec):
             if is_text(spec):
                 texts.append(name)
@@ -244,12 +247,12 @@ class _Dataset(Source):
         nulls = {name: getattr(prepare.layers[name], "null", None) for name in texts if name in prepare.layers}
         rows = {name: np.asarray(null) for name, null in nulls.items() if null is not None}
         if rows.keys() != nulls.keys() and (first := next(iter(self.data.take(1)), None)) is not None:
-            prepare.mapped(first, lambda name, v: name in nulls and rows.update({name: prepare.value(name, v)[0]}))
+            prepare.mapped(first, lambda name, v: name in nulls and rows.update({name: _row(name, v)}))
 
         def value(name, tensor):
             if name in columns:
                 return tensor[:, 0]
-            if name not in rows or not is_text(tensor):
+            if name not in rows or not is_text(tensor) or tensor.shape.rank == 0:  # the last is no batch, see `shapes`
                 return tensor
             shape = (tensor.shape[0], *rows[name].shape)
             return backend.on_host(lambda array: prepare.value(name, array), tensor, shape, rows[name].dtype)
