@@ -27,10 +27,10 @@ from keras import ops
 from kdiff import random
 from kdiff.base import Configurable, check_integer, check_number
 from kdiff.blocks.beside import Beside
+from kdiff.checks import check_examples, is_integer, like_bytes
 from kdiff.codecs import Identity, Pixels
 from kdiff.codecs.base import to_unit
 from kdiff.encoders import Prompt
-from kdiff.examples import check_examples, is_integer, like_bytes
 from kdiff.model import DiffusionModel
 from kdiff.model.condition_inputs import condition_layers, condition_names, fits, optional_names, words
 from kdiff.model.saving import SafeFiles

@@ -25,9 +25,9 @@ from kdiff.base import Configurable, check_integer
 from kdiff.blocks.base import apply_layer, build_layer
 from kdiff.blocks.conditions import Encoded
 from kdiff.blocks.layers import Dense
+from kdiff.checks import check_examples, is_integer, like_bytes, value_range
 from kdiff.codecs import Identity
 from kdiff.codecs.base import to_unit
-from kdiff.examples import check_examples, is_integer, like_bytes, value_range
 from kdiff.model.condition_inputs import Preparation
 from kdiff.model.feeding import BatchCheck
 from kdiff.model.training import OwnLoss

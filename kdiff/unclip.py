@@ -26,10 +26,10 @@ from keras import ops
 from kdiff.base import Configurable, check_integer
 from kdiff.blocks.resizing import resized
 from kdiff.cascade import Cascade, stage_seed
+from kdiff.checks import check_examples
 from kdiff.codecs.base import to_unit
 from kdiff.encoders import Prompt
 from kdiff.encoders.base import Encoder
-from kdiff.examples import check_examples
 from kdiff.model import DiffusionModel
 from kdiff.model.condition_inputs import condition_names, condition_nulls, optional_names
 from kdiff.model.saving import SafeFiles

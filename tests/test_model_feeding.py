@@ -141,6 +141,9 @@ def test_what_looks_like_another_layout():
     tf = pytest.importorskip("tensorflow")
     with pytest.raises(ValueError, match=r"one picture.*\.batch\(32\)"):
         model(built=False).fit(tf.data.Dataset.from_tensor_slices(PIXELS), verbose=0)
+    for grey in (PIXELS[..., 0], UNIT[..., 0]):  # as keras.datasets gives digits
+        with pytest.raises(ValueError, match=r"without an axis of channels.*x\[\.\.\., None\]"):
+            model(built=False).fit(grey, verbose=0)
     one = model(built=False)
     one.build((None, 3, 8, 8))
     one.fit(x, verbose=0)  # whoever says so means it
@@ -153,7 +156,10 @@ def test_what_looks_like_another_layout():
         (np.full(8, np.nan), "finite numbers that are not negative"),
         (-np.ones(8), "finite numbers that are not negative"),
         (np.array(list("abcdefgh")), "finite numbers that are not negative"),
-        (np.ones((8, 1)), r"must have the shape \(8,\), a number an example; received: \(8, 1\)"),
+        (
+            np.ones((8, 1)),
+            r"must have the shape \(8,\), a number an example, or \(8, 8, 8\), a number a position; received: \(8, 1\)",
+        ),
         (np.ones(8, ">f4"), "byte order"),
     ],
 )

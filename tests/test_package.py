@@ -21,7 +21,17 @@ FILES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*
 
 # A part may import what stands before it, on each of these paths that it is on. So mathematics, neural blocks and
 # pipelines meet in nothing but the foundations.
-FOUNDATIONS = ("circular_padding", "backend", "base", "random", "gaussian", "identity_attention", "writing", "text", "examples")
+FOUNDATIONS = (
+    "circular_padding",
+    "backend",
+    "base",
+    "random",
+    "gaussian",
+    "identity_attention",
+    "writing",
+    "text",
+    "checks",
+)
 MATHEMATICS = (
     "schedules",
     "predictions",

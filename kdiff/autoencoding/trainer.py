@@ -11,9 +11,9 @@ from keras import ops
 from kdiff import backend, random
 from kdiff.autoencoding.terms import Term
 from kdiff.base import Configurable, check_choice, check_integer, check_number
+from kdiff.checks import check_examples
 from kdiff.codecs import Pixels
 from kdiff.codecs.base import to_unit
-from kdiff.examples import check_examples
 from kdiff.model.feeding import BatchCheck
 from kdiff.model.training import OwnLoss
 

@@ -12,7 +12,7 @@ from kdiff.blocks.base import build_layer, copy_layer
 from kdiff.blocks.conditions import Condition, Encoded, Input
 from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding
 from kdiff.blocks.resizing import FORMS, resized
-from kdiff.examples import like_bytes, value_range
+from kdiff.checks import like_bytes, value_range
 
 __all__ = ["AUGMENTING", "LEVELS", "Beside"]
 

@@ -10,8 +10,8 @@ from keras import ops, tree
 
 from kdiff import backend, random
 from kdiff.base import check_integer
+from kdiff.checks import check_examples
 from kdiff.codecs.base import Codec, Shape, to_unit
-from kdiff.examples import check_examples
 
 __all__ = ["OVERLAP", "Latent", "tiled"]
 

@@ -22,9 +22,9 @@ from keras import ops
 from kdiff import backend
 from kdiff.base import Value, check_choice, check_integer, needs
 from kdiff.blocks.resizing import FORMS, resized
+from kdiff.checks import check_examples, like_bytes
 from kdiff.encoders import pixels
 from kdiff.encoders.clip import CLIPVision
-from kdiff.examples import check_examples, like_bytes
 
 __all__ = ["IMAGENET", "Extractor", "Images", "clip_vision", "dinov2"]
 

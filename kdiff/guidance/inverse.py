@@ -15,8 +15,8 @@ from keras import ops
 
 from kdiff import random
 from kdiff.base import check_integer, check_number
+from kdiff.checks import like_bytes
 from kdiff.denoisers import Denoiser, Estimate
-from kdiff.examples import like_bytes
 from kdiff.guidance.base import Guidance, Here, Run, check_scale, over
 from kdiff.operators import Operator, conjugate_gradients
 from kdiff.schedules import Marginal, bridge

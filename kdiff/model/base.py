@@ -31,7 +31,7 @@ from kdiff.model.averaging import Averaging
 from kdiff.model.condition_inputs import condition_layers, condition_names, derivations
 from kdiff.model.sampling import Sampling, as_sampler
 from kdiff.model.saving import Saving
-from kdiff.model.training import CheckedTraining
+from kdiff.model.training import CheckedTraining, scaled
 from kdiff.objectives import Objective, Problem
 from kdiff.predictions import Prediction, check_invertible
 from kdiff.schedules import Marginal, NoiseSchedule
@@ -235,10 +235,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
         A network that computes in float16 gets a loss scale, unless `auto_scale_loss=False`. `jit_compile` and
         `steps_per_execution` are choices for a machine, and are not saved with the model.
         """
-        optimizer = keras.optimizers.get(optimizer)
-        scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-        if self.network.compute_dtype == "float16" and options.get("auto_scale_loss", True) and not scaled:
-            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        optimizer = scaled(optimizer, self.network.compute_dtype == "float16", options)
         several = isinstance(metrics, (list, tuple))
         for one in metrics if several else [metrics]:
             if hasattr(one, "update_from"):

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from kdiff.examples import as_numpy, is_integer, value_range
+from kdiff.checks import as_numpy, is_integer, value_range
 from kdiff.text import is_text
 
 __all__ = [

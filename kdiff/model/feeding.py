@@ -15,8 +15,8 @@ import keras
 import numpy as np
 
 from kdiff import backend
+from kdiff.checks import as_numpy, check_byte_order, check_examples, is_integer, value_range
 from kdiff.codecs import Codec, Pixels
-from kdiff.examples import as_numpy, check_byte_order, check_examples, is_integer, value_range
 from kdiff.model.condition_inputs import (
     check_values,
     condition_layers,

@@ -18,9 +18,9 @@ from keras import ops, tree
 
 from kdiff import backend
 from kdiff.base import check_integer, check_number
+from kdiff.checks import check_examples
 from kdiff.codecs import Codec
 from kdiff.denoisers import Denoiser, Given
-from kdiff.examples import check_examples
 from kdiff.guidance import ClassifierFree, Inpaint
 from kdiff.guidance.base import Run
 from kdiff.model.condition_inputs import condition_nulls, condition_rows, fits, words

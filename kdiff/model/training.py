@@ -11,7 +11,7 @@ from kdiff.model import feeding
 from kdiff.model.saving import SafeFiles
 from kdiff.model.sources import source_of
 
-__all__ = ["CheckedTraining", "OwnLoss"]
+__all__ = ["CheckedTraining", "OwnLoss", "scaled"]
 
 
 class CheckedTraining:
@@ -121,7 +121,7 @@ class CheckedTraining:
 
     def _check_compiled(self, method: str) -> None:
         if not self.compiled:
-            raise ValueError(f"{method}: the model has no optimizer: call `compile()` first, `model.compile('adam')`")
+            raise ValueError(f"{method}: no optimizer and no loss yet; call `compile()`, `model.compile('adam')`")
 
     @contextmanager
     def _tried(self, check: feeding.BatchCheck) -> Iterator[None]:
@@ -154,6 +154,16 @@ class CheckedTraining:
         return checked, check
 
 
+def scaled(optimizer: Any, low: bool, options: dict[str, Any]) -> keras.optimizers.Optimizer:
+    """The optimizer, with a loss scale if something is `low`, computed in float16, unless `compile` is told not to."""
+    optimizer = keras.optimizers.get(optimizer)
+    if not low or not options.get("auto_scale_loss", True):
+        return optimizer
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return optimizer
+    return keras.optimizers.LossScaleOptimizer(optimizer)
+
+
 class OwnLoss(SafeFiles, CheckedTraining, backend.SafeTraining):
     """The part of a Keras model whose `call` gives its loss and the parts of it that are reported, by name.
 
@@ -170,7 +180,8 @@ class OwnLoss(SafeFiles, CheckedTraining, backend.SafeTraining):
             raise ValueError(
                 f"compile: {type(self).__name__} has a loss of its own, and reports its parts; it takes no {given}"
             )
-        super().compile(optimizer, **options)
+        low = any(getattr(layer, "compute_dtype", None) == "float16" for layer in self._flatten_layers())
+        super().compile(scaled(optimizer, low, options), **options)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """That of `call`."""

@@ -1,0 +1,42 @@
+"""What a file of a model says beside its weights: what is trained, and what is not."""
+
+import keras
+import numpy as np
+import pytest
+
+from kdiff.networks import UNet
+from tests.toys import compiled_model, images
+
+SHAPE = (8, 8, 1)
+
+
+def paths(variables):
+    return [variable.path.split("/", 2)[-1].translate(str.maketrans("", "", "0123456789")) for variable in variables]
+
+
+@pytest.mark.parametrize("part", ["some", pytest.param("all", marks=pytest.mark.once)])
+def test_a_frozen_layer_is_frozen_in_the_loaded_model(part, tmp_path):
+    """With the optimizer's state, whose variables are those of what is trained; weights frozen alone too."""
+    model = compiled_model(UNet.residual(8, 1, 1), keras.optimizers.Adam(1e-2))
+    model.build((None, *SHAPE))
+    layers = [layer for layer in model.network._flatten_layers(include_self=False) if layer._trainable_variables]
+    if part == "all":
+        model.network.trainable = False
+    else:
+        layers[0].trainable = layers[3].trainable = False
+        layers[5]._trainable_variables[0].trainable = False
+        model.compile(keras.optimizers.Adam(1e-2))
+        model.fit(images(4, SHAPE), verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert paths(loaded.trainable_variables) == paths(model.trainable_variables)
+    assert len(loaded.trainable_variables) < len(loaded.network.weights)
+    if part == "some":
+        for one, other in zip(model.optimizer.variables, loaded.optimizer.variables, strict=True):
+            np.testing.assert_array_equal(np.array(one), np.array(other))
+        for one in (model, loaded):
+            one.fit(images(4, SHAPE), verbose=0)
+        for one, other in zip(model.get_weights(), loaded.get_weights(), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-6)
+    loaded.network.trainable = True  # as if it had never been frozen
+    assert len(loaded.trainable_variables) > len(model.trainable_variables)
