@@ -9,6 +9,7 @@ import kdiff
 from kdiff import codecs, predictions, schedules, solvers, times, weightings
 from kdiff.base import Configurable, Value
 from kdiff.schedules import NoiseSchedule
+from kdiff.times import TimeGrid
 from tests.toys import SCHEDULES, numpy
 
 pytestmark = pytest.mark.once
@@ -91,6 +92,9 @@ def test_get_says_what_is_known():
     for foreign in ({}, {"a": 1}, {"class_name": "Cosine"}, {"class_name": 5}):
         with pytest.raises(TypeError, match=r"NoiseSchedule expected.*received: \{"):
             NoiseSchedule.get(foreign)
+    for family, name in ((TimeGrid, "times"), (NoiseSchedule, "beta_table"), (NoiseSchedule, schedules.BetaTable)):
+        with pytest.raises(ValueError, match=r"is more than a name: give (Times\(times|BetaTable\(beta)"):
+            family.get(name)
     with pytest.raises(ValueError, match="no object's configuration"):
         NoiseSchedule.get({"class_name": "__numpy__", "config": {}})
 

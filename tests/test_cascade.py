@@ -251,6 +251,21 @@ def test_what_it_refuses(cascade, options, message):
 
 
 @pytest.mark.once
+def test_whole_numbers_are_pictures_of_a_file(cascade):
+    low = np.random.default_rng(0).integers(0, 256, (2, *cascade.stages[0].example)).astype("uint8")
+    given = {"label": 1, "steps": 2, "level": 0.0}
+    made = cascade.sample(2, low=low, **given)
+    np.testing.assert_array_equal(made, cascade.sample(2, low=low / 127.5 - 1, **given))
+    assert np.abs(made - cascade.sample(2, low=255 - low, **given)).max() > 1e-3  # which the stage does look at
+    for bad in (low.astype("float32"), low > 4):
+        with pytest.raises(ValueError, match="`low`"):
+            cascade.sample(2, low=bad, **given)
+    stage, name = cascade.stages[1], cascade.lows[1]
+    with pytest.raises(ValueError, match=r"Beside.*0 to 255"):
+        stage.sample(2, label=1, steps=2, **{name: 255.0 * np.ones_like(low) * np.eye(low.shape[1])[..., None]})
+
+
+@pytest.mark.once
 def test_what_is_no_cascade(cascade):
     base, large = cascade.stages
     with pytest.raises(TypeError, match="must be DiffusionModels"):

@@ -10,6 +10,7 @@ from scipy import optimize, stats
 
 from kdiff import evaluation
 from kdiff.evaluation.feature_likelihood import fitted_variances, mixture_log_likelihood
+from tests.toys import compiled_model
 
 # Two Gaussians in three dimensions: (mean, covariance).
 A = (np.array([0.4, -0.2, 0.1]), np.array([[1.2, 0.3, 0.0], [0.3, 0.8, 0.1], [0.0, 0.1, 0.6]]))
@@ -389,6 +390,9 @@ BAD = [
     (lambda m: evaluation.CLIPScore().update_state(np.zeros((3, 2)), np.ones((3, 2))), "is 0, which has no direction"),
     (lambda m: evaluation.Retrieval(k=3, pool=3), "`pool`"),
     (lambda m: evaluation.Reference(), "give features, or a mean"),
+    (lambda m: updated(evaluation.FrechetDistance(None, drawn(1)), drawn(9)).result(), "needs 2 examples at least"),
+    (lambda m: evaluation.FrechetDistance(None, {"x": drawn(9)}), r"needs its examples, 'image'; received: \['x'\]"),
+    (lambda m: compiled_model(metrics=[m]), "give it to `evaluation.EvaluationCallback`"),
     (lambda m: evaluation.Reference(mean=np.zeros(2), covariance=np.zeros((3, 3))), r"\(2,\) and \(3, 3\)"),
 ]
 
@@ -416,3 +420,20 @@ def test_reset_forgets():
     metric.reset_state()
     assert metric.n == 0
     assert metric(drawn(20, A)) == first
+
+
+@pytest.mark.once
+def test_a_batch_as_fit_takes_it_is_a_reference():
+    x = drawn(9)
+    wanted = updated(evaluation.FrechetDistance(None, x), drawn(8)).result()
+    for batch in ({"image": x, "label": np.arange(9)}, (x, np.arange(9)), [{"image": x[:4]}, {"image": x[4:]}]):
+        assert updated(evaluation.FrechetDistance(None, batch), drawn(8)).result() == pytest.approx(wanted)
+
+
+@pytest.mark.once
+def test_files_that_are_no_moments(tmp_path):
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    (tmp_path / "junk.npz").write_bytes(b"junk")
+    for name, message in (("one.npy", "holds one array"), ("junk.npz", "not a whole file")):
+        with pytest.raises(ValueError, match=rf"{name}.*{message}"):
+            evaluation.Reference.load(tmp_path / name)

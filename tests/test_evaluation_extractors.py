@@ -157,6 +157,10 @@ BAD = [
     (lambda: Images(channels=2), ValueError, "`channels` must be one of"),
     (lambda: Images((3, 0)), ValueError, "`size`"),
     (lambda: Images()(np.zeros((3, 3, 3))), ValueError, r"received: \(3, 3, 3\)"),
+    (lambda: Images()(np.full((1, 3, 3, 3), np.inf)), ValueError, "must be finite"),
+    (lambda: Images()(np.arange(255.0).reshape(1, 17, 5, 3)), ValueError, r"in \[-1, 1\]; received 0 to 254"),
+    (lambda: Images()(np.full((1, 3, 3, 3), 300)), ValueError, r"in 0\.\.255; received 300"),
+    (lambda: Images()(np.ones((1, 3, 3, 3), bool)), ValueError, "received bool"),
     (lambda: Images()(np.zeros((1, 3, 3, 2))), ValueError, "3 channels are needed; received: 2"),
 ]
 

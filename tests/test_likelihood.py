@@ -12,7 +12,7 @@ import kdiff
 from kdiff import analytic, likelihood, predictions, schedules, times
 from kdiff.objectives import LossAware, VariationalBound
 from kdiff.schedules import Marginal
-from tests.toys import compiled_model, draw_weights, mostly_once, numpy, tiny_network
+from tests.toys import compiled_model, draw_weights, images, mostly_once, numpy, tiny_network
 
 STD = 0.5
 ENTROPY = 0.5 * math.log(2.0 * math.pi * math.e * STD**2)
@@ -364,3 +364,15 @@ class TestObjective:
     def test_it_needs_a_learned_variance(self):
         with pytest.raises(ValueError, match="LearnedVariance"):
             kdiff.DiffusionModel(tiny_network(), objective=VariationalBound())
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("measure", [likelihood.bound, likelihood.continuous_bound, likelihood.ode])
+def test_data_that_the_model_does_not_take(measure):
+    model = compiled_model()
+    with pytest.raises(ValueError, match="no weights yet"):
+        measure(model, images(2))
+    model.build((None, 8, 8, 1))
+    for x in (images(2)[0], list(images(2)), images(2).transpose(0, 3, 1, 2), images(2, (6, 6, 1))):
+        with pytest.raises(ValueError, match=r"must be as those that the model learns.*received the shape"):
+            measure(model, x)

@@ -10,7 +10,7 @@ from keras import layers, ops
 import kdiff
 from kdiff import Sampler, predictions, random, schedules, solvers, times
 from kdiff.objectives import variance_bound
-from tests.toys import MIXTURE, numpy
+from tests.toys import MIXTURE, compiled_model, images, numpy
 
 pytestmark = pytest.mark.eager
 
@@ -143,6 +143,20 @@ class _Half(times.TimeSampler):
 
     def __call__(self, schedule, batch, key):
         return 0.5 * random.uniform(key, (batch,))
+
+
+@pytest.mark.once
+def test_what_the_objective_needs_stays_when_a_part_is_replaced():
+    options = {"weighting": "variational", "time_label": "log_snr", "objective": "learned_schedule"}
+    model = compiled_model(schedule=schedules.Learned(), prediction="noise", **options)
+    model.build((None, 8, 8, 1))
+    learned = model.schedule
+    with pytest.raises(ValueError, match=r"must be schedules\.Learned"):
+        model.schedule = "cosine"
+    assert model.schedule is learned
+    model.fit(images(4), verbose=0)
+    model.schedule = schedules.Shifted(schedules.Learned(), 1.0)
+    assert np.isfinite(model.fit(images(4), verbose=0).history["loss"]).all()
 
 
 @pytest.mark.once

@@ -7,7 +7,7 @@ from keras import ops
 
 import kdiff
 from kdiff import Sampler, analytic, blocks, circular_padding, codecs, random, schedules, times
-from kdiff.guidance import Clip, Inpaint, Seamless
+from kdiff.guidance import DPS, Clip, Inpaint, MomentMatching, PiGDM, Seamless
 from kdiff.networks import UNet
 from kdiff.sampling import initial_noise
 from tests.toys import compiled_model, draw_weights, exact_denoiser, images, numpy, tiny_network
@@ -252,12 +252,38 @@ def test_seamless():
         ({"image": images(2, SHAPE), "strength": np.full((4, 4), 1.5)}, r"in \[0, 1\]"),
         ({"image": images(2, SHAPE), "strength": np.ones((4, 5))}, r"`mask`.*\(4, 5\)"),
         ({"height": 8, "width": 8}, r"\(4, 4, 1\).*`size` cannot be \(8, 8\)"),
-        ({"height": 4}, "`size` must be a whole number.*None"),
+        ({"height": 4}, "`height` and `width`, both or neither; received: 4 and None"),
+        ({"x": np.ones((2, *SHAPE), "uint8")}, "`x` is a noisy batch.*received: uint8"),
+        ({"noise": np.ones((2, *SHAPE), int)}, "`noise` is standard normal.*received: int"),
+        ({"noise": 255.0 * images(2, SHAPE)}, "`noise` must be standard normal, and reaches"),
+        ({"noise": lambda step, shape: np.full(shape, np.nan), "sampler": "ddpm"}, "must be finite"),
+        ({"cfg_scale": 3.0}, "Did you mean 'guidance'"),
     ],
 )
 def test_bad_requests(model, options, message):
     with pytest.raises(ValueError, match=message):
         model.sample(2, **options)
+
+
+@pytest.mark.once
+def test_one_example_is_no_batch_to_invert():
+    model = model_of()
+    with pytest.raises(ValueError, match=r"must be a batch.*`image\[None\]`"):
+        model.invert(images(4, SHAPE)[0])
+    with pytest.raises(ValueError, match=r"received: \['batch_size'\]$"):
+        next(model.sample_steps(2, batch_size=1))
+
+
+@pytest.mark.once
+def test_a_measurement_of_pictures_in_0_to_255():
+    """`operator(x)` of images in 0 ... 255, of which white samples would come; of a table it is nothing strange."""
+    model, x = model_of(codec="pixels"), images(2, SHAPE)
+    for operator in (kdiff.operators.Downsample(2), kdiff.operators.Mask(np.eye(4))):
+        for rule in (PiGDM, DPS, MomentMatching):
+            with pytest.raises(ValueError, match=r"`measurement` reaches.*at most about 1"):
+                model.sample(2, steps=2, guidance=rule(operator, operator(127.5 * (x + 1))))
+        model.sample(2, steps=2, guidance=PiGDM(operator, operator(0.5 * (x + 1))))
+    model_of().sample(2, steps=2, guidance=PiGDM("downsample", 100.0 * np.ones((2, 2, 1))))
 
 
 @pytest.mark.once

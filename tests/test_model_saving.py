@@ -5,13 +5,15 @@ import numpy as np
 import pytest
 
 from kdiff.networks import UNet
-from tests.toys import compiled_model, images
+from tests.toys import compiled_model, images, numpy
 
 SHAPE = (8, 8, 1)
 
 
-def paths(variables):
-    return [variable.path.split("/", 2)[-1].translate(str.maketrans("", "", "0123456789")) for variable in variables]
+def trained(model):
+    """The numbers of the weights that are trained."""
+    ids = {id(variable) for variable in model.trainable_variables}
+    return [i for i, weight in enumerate(model.network.weights) if id(weight) in ids]
 
 
 @pytest.mark.parametrize("part", ["some", pytest.param("all", marks=pytest.mark.once)])
@@ -29,11 +31,11 @@ def test_a_frozen_layer_is_frozen_in_the_loaded_model(part, tmp_path):
         model.fit(images(4, SHAPE), verbose=0)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert paths(loaded.trainable_variables) == paths(model.trainable_variables)
+    assert trained(loaded) == trained(model)
     assert len(loaded.trainable_variables) < len(loaded.network.weights)
     if part == "some":
         for one, other in zip(model.optimizer.variables, loaded.optimizer.variables, strict=True):
-            np.testing.assert_array_equal(np.array(one), np.array(other))
+            np.testing.assert_array_equal(numpy(one), numpy(other))
         for one in (model, loaded):
             one.fit(images(4, SHAPE), verbose=0)
         for one, other in zip(model.get_weights(), loaded.get_weights(), strict=True):

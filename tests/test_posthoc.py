@@ -282,3 +282,23 @@ def test_what_is_no_run(run, other, tmp_path):
     with pytest.raises(ValueError, match="float64"):
         posthoc.SnapshotCallback(tmp_path, dtype="float64")
     assert_close(weights_of(other), before, 0.0)
+
+
+@pytest.mark.once
+def test_training_that_goes_on_after_give_does_not_remove_the_snapshots(tmp_path):
+    model = fit(trained_model(), posthoc.SnapshotCallback(tmp_path), epochs=2)
+    posthoc.give(model, tmp_path, 0.07)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"begin anew.*another folder"):
+        fit(model, posthoc.SnapshotCallback(tmp_path), epochs=1)
+    assert sorted(tmp_path.iterdir()) == before
+    fit(model, posthoc.SnapshotCallback(tmp_path / "other"), epochs=1)
+    assert len(list((tmp_path / "other").iterdir())) == 1
+    plain = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    with pytest.raises(TypeError, match="DiffusionModel is expected"):
+        posthoc.give(plain, tmp_path, 0.07)
+    plain.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="must keep power averages"):
+        plain.fit(np.zeros((2, 3)), np.zeros((2, 1)), callbacks=[posthoc.SnapshotCallback(tmp_path)], verbose=0)
+    with pytest.raises(ValueError, match="NaN for all lengths"):
+        _ = posthoc.Sweep(np.ones(1), np.full(1, np.nan), np.zeros(1), 3).best

@@ -171,3 +171,38 @@ def test_what_it_refuses(unclip, images):
         unclip.fit(images)
     with pytest.raises(NotImplementedError, match="it draws"):
         unclip(images)
+
+
+@pytest.mark.once
+def test_seeds_that_are_none_or_a_list(unclip, images):
+    given = {"text": "red", "prior": FEW, "decoder": FEW}
+    drawn = []
+    for seed in (3, 3, 4):
+        keras.utils.set_random_seed(seed)
+        drawn += [
+            unclip.sample(1, seed=None, **given),
+            unclip.interpolate(*images, 2, seed=None, noise=False, decoder=FEW),
+        ]
+    np.testing.assert_array_equal(drawn[0], drawn[2])
+    np.testing.assert_array_equal(drawn[1], drawn[3])
+    assert np.abs(drawn[0] - drawn[4]).max() > 1e-3 < np.abs(drawn[1] - drawn[5]).max()
+    both = unclip.sample(2, seed=[5, 6], best_of=2, **given)
+    np.testing.assert_allclose(both[1:], unclip.sample(1, seed=[6], best_of=2, **given), atol=1e-5)
+    rows = unclip.embeddings(2, text="red", seed=[5, 6], best_of=3, options=FEW)
+    candidates = unclip.prior.sample(3, text="red", seed=[6, stage_seed(6, 2), stage_seed(6, 3)], **FEW)
+    assert np.abs(candidates - rows[1]).max(-1).min() < 1e-5
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("made", [lambda x: x.astype("float32"), lambda x: np.full(x.shape, np.nan), lambda x: x > 4])
+def test_images_that_are_none(unclip, images, made):
+    bad = made(images)
+    for ask in (
+        lambda: unclip.variations(bad),
+        lambda: unclip.interpolate(*bad),
+        lambda: unclip.difference(bad[0], "red", "blue"),
+        lambda: unclip.clip.embed_image(bad),
+        lambda: unclip.clip.classify(bad, WORDS),
+    ):
+        with pytest.raises(ValueError, match=r"finite|0\.\.255|uint8"):
+            ask()
