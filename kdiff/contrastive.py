@@ -209,7 +209,7 @@ class Contrastive(OwnLoss, Configurable, keras.Model):
         right = labels.shape in (found.shape, (*found.shape, 1)) and labels.dtype.kind in "iuf"
         if not right or not np.isin(labels, np.arange(len(classes))).all():
             raise ValueError(
-                f"evaluate: `y` must be {len(found)} labels, each a whole number in 0..{len(classes) - 1}; received "
+                f"evaluate: `y` must be {len(found)} labels, whole numbers, each in 0..{len(classes) - 1}; received "
                 f"{labels.dtype} of the shape {labels.shape}"
             )
         labels = labels.reshape(-1)
