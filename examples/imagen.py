@@ -42,6 +42,7 @@ PROMPTS = (
     "a large yellow triangle on a gray background",
 )
 SHARES = (0.3, 0.2, 0.3, 0.2)  # of the time, by stage; the last is the one that sees no noise
+RATES = (2e-3, 1e-3, 1e-3, 1e-3)
 LEVELS = (0.05, 0.2, 0.5, 0.8)
 LEVEL = 0.1  # in use
 PATCH = 8  # pixels, of the Frechet distance
@@ -115,10 +116,10 @@ def learn(options: argparse.Namespace) -> tuple[kdiff.Cascade, kdiff.DiffusionMo
         larger_of(options, words, again, schedule, "third"),
         larger_of(options, words, twice, None, "second-without-noise"),
     ]
-    for stage, size, share in zip(stages, [*sizes, sizes[1]], SHARES, strict=True):
+    for stage, size, share, rate in zip(stages, [*sizes, sizes[1]], SHARES, RATES, strict=True):
         images, captions = some(options, size, options.pictures)
         batch_size = max(4, options.batch_size * sizes[0] ** 2 // size**2)
-        train(stage, {"image": images, "text": captions}, Clock(share * options.minutes, 2e-3), batch_size)
+        train(stage, {"image": images, "text": captions}, Clock(share * options.minutes, rate), batch_size)
     cascade = kdiff.Cascade(stages[:3])
     cascade.save(options.out / "imagen.keras")
     return cascade, stages[3]
