@@ -182,6 +182,7 @@ def main() -> None:
     for i, made in enumerate(cascade.sample_stages(len(texts), text=texts, seed=1)):
         pictures.save_png(options.out / f"prompts-{i}.png", made, 4, captions=texts)
     others = ", augmentation.png, imagen.keras" if plain else ""
+    print("prompts-*.png:", "; ".join(prompts))
     print(f"In {options.out.resolve()}: prompts-*.png, levels-*.png{others}")
 
 

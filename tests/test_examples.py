@@ -181,6 +181,7 @@ def test_imagen(run, tmp_path, words):
         small = (*small, "--folder", str(captioned_folder(tmp_path / "faces", 40)))
     output = run("imagen.py", *(() if words == "folder" else ("a small red circle",)), *small)
     assert ("32 pixels: of 4" in output) == (words != "folder")
+    assert ("years old" in output) == (words == "folder")
     for said in ("8 to 16 pixels, level 0.05", "with noise", "without", "bicubic"):
         assert said in output
     for name in ("prompts-2", "levels-1", "levels-2", "augmentation"):
