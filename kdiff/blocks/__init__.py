@@ -7,7 +7,7 @@ from kdiff.blocks.beside_context import DecoupledAttention, Resampler
 from kdiff.blocks.conditions import Condition, Encoded, Input, Joint, OptionalCondition, VectorAndTokens
 from kdiff.blocks.context_attention import AttentionPool, ContextAttention
 from kdiff.blocks.convolution import ConvBlock, ConvNeXtBlock, ResidualBlock, SimpleBlock
-from kdiff.blocks.embedded import ImageEmbedding, MaskedTokens
+from kdiff.blocks.embedded import ImageEmbedding, MaskedTokens, NoisedEmbedding
 from kdiff.blocks.embeddings import (
     FourierEmbedding,
     LabelEmbedding,
@@ -77,6 +77,7 @@ __all__ = [
     "MaskedTokens",
     "MultiHeadAttention",
     "Neighborhood",
+    "NoisedEmbedding",
     "OptionalCondition",
     "Patchify",
     "Pattern",

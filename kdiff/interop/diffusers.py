@@ -49,6 +49,7 @@ from kdiff.interop import (
     prompts,
     saving_networks,
     schedulers,
+    stable_unclip,
     transformers,
     unclip,
     unet_names,
@@ -150,10 +151,13 @@ def load(
     """
     folder = Path(folder)
     if (folder / "model_index.json").exists():
-        if read_json(folder / "model_index.json").get("_class_name") == unclip.PIPELINE:
+        index = read_json(folder / "model_index.json")
+        if index.get("_class_name") in unclip.PIPELINES:
             return unclip.load(folder, strict, variant)
-        prompt = prompts.load(folder, read_json(folder / "model_index.json"), clip_skip, variant) if text else None
-        return _load_pipeline(folder, strict, variant, options, prompt, tokens, controlnet)
+        prompt = prompts.load(folder, index, clip_skip, variant) if text else None
+        before = stable_unclip.before(folder, index, strict, variant) if text else None
+        model = _load_pipeline(folder, strict, variant, options, prompt, tokens, controlnet, before)
+        return model if before is None else before.joined(model)
     options |= {name: one for name, one in {"tokens": tokens, "controlnet": controlnet}.items() if one is not None}
     if options:
         raise ValueError(f"{folder}: {sorted(options)} are arguments for a pipeline, and this is a model's folder")
@@ -168,6 +172,7 @@ def _load_network(
     variant: str | None,
     index: Mapping[str, Any] | None = None,
     prompt: Prompt | None = None,
+    before: unclip.Before | None = None,
 ) -> Described:
     """The network of a folder; with the maps beside x_t as conditions if the pipeline that it is of is known."""
     source, index = folder / "config.json", index or {}
@@ -182,6 +187,7 @@ def _load_network(
             described = maps.with_maps(described, beside, noise=index.get("noising"))
             state = maps.maps_first(state, index["_class_name"], beside)
         described = described if prompt is None else prompts.conditioned(described, prompt)
+        described = described if before is None else before.change(described)
     fill(described.network, {"time": (None,), **described.shapes}, model.slots, state, folder, strict)
     return described
 
@@ -199,12 +205,13 @@ def _load_pipeline(
     prompt: Prompt | None,
     tokens: int | None,
     controlnet: control.Controls | None,
+    before: unclip.Before | None,
 ) -> DiffusionModel:
     index, source = read_json(folder / "model_index.json"), folders.scheduler_of(folder)
     part, scheduler = folders.check_parts(index, folder), read_json(source)
     learned = str(scheduler.get("variance_type")).startswith("learned")
     about = {"_class_name": "", **index, "learned": learned, "noising": _noising(folder, index)}
-    described = _load_network(folders.config_of(folder, part), strict, variant, about, prompt)
+    described = _load_network(folders.config_of(folder, part), strict, variant, about, prompt, before)
     learned_too = described.network.out_channels == 2 * described.shapes["image"][-1]
     process = schedulers.process(scheduler, source, learned_too, tokens)
     unit = scheduler["_class_name"] in UNIT_SCHEDULERS
@@ -250,7 +257,7 @@ def _codec(folder: Path, index: Mapping[str, Any], strict: bool, variant: str | 
     part = folder / parts[0]
     if not (part / "config.json").exists():
         return "identity"
-    return autoencoders.load(part, strict, variant if variant in folders.variants(part) else None)
+    return autoencoders.load(part, strict, folders.variant_of(part, variant))
 
 
 def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:

@@ -21,7 +21,7 @@ from kdiff.blocks.patterns import Causal
 from kdiff.blocks.transformer import TransformerBlock
 from kdiff.codecs import Standard
 from kdiff.interop.arrays import State
-from kdiff.interop.configs import Described, Key, complete, only, optional, real, whole
+from kdiff.interop.configs import Described, Key, complete, explained, only, optional, real, whole
 from kdiff.interop.unet_keys import COUNT
 from kdiff.interop.unet_names import NAMES
 from kdiff.interop.weights import Layout, Slot, slots
@@ -77,10 +77,12 @@ def prior(config: dict[str, Any], source: Any) -> Described:
     return Described(network, {"image": (None, size), "context": tokens, "text_embeds": vector})
 
 
-def prior_codec(state: State) -> Standard:
-    """The codec of the embeddings, by their mean and deviation among the weights."""
-    mean, std = (np.asarray(state[name], "float32").reshape(-1) for name in OF_CODEC)
-    return Standard(mean, std)
+def prior_codec(state: State, source: Any = "the weights", names: tuple[str, str] = OF_CODEC) -> Standard:
+    """The codec of the embeddings, by their mean and deviation among the weights, which have these names."""
+    if missing := [name for name in names if name not in state]:
+        raise ValueError(f"{source}: the weights must have {list(names)}; missing: {missing}")
+    with explained(source):
+        return Standard(*(np.asarray(state[name], "float32").reshape(-1) for name in names))
 
 
 _ONE = Layout(lambda array: array[0], lambda array: array[None])

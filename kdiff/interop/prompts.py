@@ -22,7 +22,7 @@ from kdiff.blocks.layers import Dense
 from kdiff.encoders.base import Encoder
 from kdiff.encoders.joint_prompt import JointPrompt
 from kdiff.encoders.ldm import LDMText
-from kdiff.encoders.picture_prompt import PicturePrompt
+from kdiff.encoders.picture_prompt import PICTURE, PicturePrompt
 from kdiff.encoders.prompt import INPUT, Prompt, PromptVector
 from kdiff.interop import encoders, folders, tokenizers
 from kdiff.interop.configs import Described, explained
@@ -34,13 +34,16 @@ __all__ = [
     "IF",
     "IF_LENGTH",
     "PARTS",
+    "PICTURE",
     "PIPELINES",
     "SD3",
     "SD3_LENGTH",
+    "UNCLIP",
     "VARIATIONS",
     "conditioned",
     "encoders_of",
     "load",
+    "picture",
     "prompt_of",
     "save",
 ]
@@ -52,12 +55,14 @@ IF += tuple(f"{name.removesuffix('Pipeline')}SuperResolutionPipeline" for name i
 IF_LENGTH = 77  # of texts, whatever the folder of its tokenizer says
 # The pipelines whose text is read so; that of others is given as what its encoders make of it.
 VARIATIONS = "StableDiffusionImageVariationPipeline"
+UNCLIP = ("StableUnCLIPPipeline", "StableUnCLIPImg2ImgPipeline")
 PIPELINES = (
     *IF,
     VARIATIONS,
     "LDMTextToImagePipeline",
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
+    *UNCLIP,
     *(
         f"StableDiffusion{name}Pipeline"
         for name in ("", "Img2Img", "Inpaint", "InstructPix2Pix", "Depth2Img", "Upscale")
@@ -99,13 +104,13 @@ def load(
         raise ValueError(f"{folder}: `clip_skip` is of CLIP's encoder of text; the pipeline has {parts[0][0]!r}")
     xl = PARTS[1] in parts
     clip = {"skip": skip + 1, "normalized": False} if xl else {"skip": skip}
-    there = {encoder: variant if variant in folders.variants(folder / encoder) else None for encoder, _ in parts}
+    if name == VARIATIONS:
+        return picture(folder / "image_encoder", folder / "feature_extractor", variant)
+    there = {encoder: folders.variant_of(folder / encoder, variant) for encoder, _ in parts}
     made = [
         encoders.load(folder / encoder, variant=variant, **(clip if own and encoder != PARTS[2][0] else {}))
         for encoder, variant in there.items()
     ]
-    if name == VARIATIONS:
-        return PicturePrompt(made[0], **_pixels_of(folder / "feature_extractor"))
     # BERT's own tokenizer may say that a text is longer than what this encoder takes.
     lengths = {
         part: None if own else IF_LENGTH if name in IF else one.length for part, one in zip(there, made, strict=True)
@@ -121,12 +126,21 @@ def load(
     return Prompt(made, words, zeros=index.get("force_zeros_for_empty_prompt") is True)
 
 
-def _pixels_of(folder: Path) -> dict[str, Any]:
-    """What a processor of images says of the pixels."""
-    path = folder / "preprocessor_config.json"
+def picture(encoder: Path, processor: Path, variant: str | None = None, **options: Any) -> PicturePrompt:
+    """The picture of a folder with CLIP's encoder of images, and one of a processor, which says of what pixels.
+
+    Args:
+        encoder, processor: the folders.
+        variant: of the weights, where the encoder has it.
+        options: arguments of `PicturePrompt`.
+    """
+    path = processor / "preprocessor_config.json"
     config = read_json(path) if path.is_file() else {}
     names = {"mean": "image_mean", "std": "image_std"}
-    return {name: config[key] for name, key in names.items() if isinstance(config.get(key), list)}
+    pixels = {name: config[key] for name, key in names.items() if isinstance(config.get(key), list)}
+    made = encoders.load(encoder, variant=folders.variant_of(encoder, variant))
+    with explained(encoder):
+        return PicturePrompt(made, **pixels, **options)
 
 
 def conditioned(described: Described, prompt: Prompt | PicturePrompt) -> Described:
