@@ -29,7 +29,7 @@ from kdiff.blocks.magnitude import (
     mp_silu,
     mp_sum,
 )
-from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm, LayerNorm, RMSNorm
+from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm, LayerNorm, RMSNorm, SpatialNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.patterns import Causal, Global, Linear, Neighborhood, Pattern, Window
 from kdiff.blocks.positions import PositionTable, RelativePositions, Rotary, SinCos2D
@@ -92,6 +92,7 @@ __all__ = [
     "SinCos2D",
     "SinusoidalEmbedding",
     "SizeWaves",
+    "SpatialNorm",
     "SpatialTransformer",
     "SteeredEmbedding",
     "TextEncoder",
