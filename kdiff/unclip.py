@@ -349,8 +349,10 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
 
     @staticmethod
     def _sized(images, size) -> np.ndarray:
+        """Of that size, where it is known; bicubic weights, some of which are negative, lead out of [-1, 1]."""
         known = size is not None and None not in size
-        return ops.convert_to_numpy(resized(images, tuple(size), "bicubic") if known else images)
+        images = resized(images, tuple(size), "bicubic") if known else images
+        return np.clip(ops.convert_to_numpy(images), -1.0, 1.0)
 
     def _inverted(self, images, z, options, conditions, batch_size) -> np.ndarray:
         """The noise of which the decoder makes the images."""

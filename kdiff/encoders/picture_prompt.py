@@ -178,7 +178,7 @@ class PicturePrompt(Condition):
         width = None if embed is None else tuple(embed.shape)
         shapes = {name: tuple(one.shape) for name, one in x.items()} if isinstance(x, dict) else {}
         made = Encoded.of(output_shape(self.layer, self._for_layer(shapes, tuple(rows.shape)), width))
-        return Encoded(*(None if one is None else keras.KerasTensor(one, self.compute_dtype) for one in made))
+        return made.specified(self.compute_dtype)
 
 
 def _taken(x):

@@ -43,6 +43,7 @@ from kdiff.interop import (
     autoencoders,
     control,
     folders,
+    kandinsky,
     maps,
     mmdit,
     priors,
@@ -69,6 +70,7 @@ from kdiff.times import Index
 
 __all__ = [
     "MODELS",
+    "MOVQ",
     "SCHEDULER",
     "UNIT_PIXELS",
     "UNIT_SCHEDULERS",
@@ -110,7 +112,7 @@ MODELS = {
     "Transformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),  # DiT's, in older files
     "PriorTransformer": Model(priors.prior, priors.prior_slots, others=priors.OF_CODEC),
 }
-SCHEDULER = "scheduler_config.json"
+SCHEDULER, MOVQ = "scheduler_config.json", "movq"
 
 UNIT_SCHEDULERS = ("ScoreSdeVeScheduler",)  # of networks of pictures in [0, 1], not [-1, 1]
 UNIT_PIXELS = Standard(-1.0, 2.0)
@@ -124,6 +126,7 @@ def load(
     clip_skip: int = 0,
     tokens: int | None = None,
     controlnet: control.Controls | None = None,
+    prior: str | Path | None = None,
     **options: Any,
 ) -> keras.Model | Latent:
     """What a folder of diffusers holds.
@@ -131,7 +134,8 @@ def load(
     Args:
         folder: of a model, with `config.json`, which makes a network, or of an autoencoder a codec; or of a pipeline,
             with `model_index.json`, which makes a `DiffusionModel` whose `sample` is by the pipeline's scheduler, of
-            Karlo's an `UnCLIP` (`interop.unclip`), for which `strict` and `variant` are the arguments.
+            Karlo's an `UnCLIP` (`interop.unclip`), for which `strict` and `variant` are the arguments; and of one with
+            a decoder and its prior too (`interop.stable_unclip`, `interop.kandinsky`), unless `text` is false.
         strict: whether weights that do not match are an error; otherwise a warning.
         variant: of the weights, such as "fp16" or "non_ema"; None for the file without one or, if there is none, for
             the only variant.
@@ -142,6 +146,7 @@ def load(
         controlnet: folders of ControlNets for a pipeline of a U-Net, by the names of their pictures: with
             `{"edges": folder}` `sample` takes `edges=picture`, see `networks.Controlled`. The picture of one folder is
             "control", those of a list "control", "control_1" and so on. None for those of the pipeline itself.
+        prior: for the decoder of Kandinsky 2.2, the folder of its prior, with which it is an `UnCLIP`.
         options: for a pipeline, arguments of `DiffusionModel`, in place of what the folder says; such as `ema`, which
             is None if not given.
 
@@ -155,10 +160,14 @@ def load(
         if index.get("_class_name") in unclip.PIPELINES:
             return unclip.load(folder, strict, variant)
         prompt = prompts.load(folder, index, clip_skip, variant) if text else None
+        if index.get("_class_name") in kandinsky.PRIORS:
+            return kandinsky.prior_of(folder, strict, variant)
         before = stable_unclip.before(folder, index, strict, variant) if text else None
+        before = before or (kandinsky.before(folder, index, prior, strict, variant) if text else None)
         model = _load_pipeline(folder, strict, variant, options, prompt, tokens, controlnet, before)
         return model if before is None else before.joined(model)
-    options |= {name: one for name, one in {"tokens": tokens, "controlnet": controlnet}.items() if one is not None}
+    others = {"tokens": tokens, "controlnet": controlnet, "prior": prior}
+    options |= {name: one for name, one in others.items() if one is not None}
     if options:
         raise ValueError(f"{folder}: {sorted(options)} are arguments for a pipeline, and this is a model's folder")
     if read_json(folder / "config.json").get("_class_name") in autoencoders.KINDS:
@@ -257,7 +266,11 @@ def _codec(folder: Path, index: Mapping[str, Any], strict: bool, variant: str | 
     part = folder / parts[0]
     if not (part / "config.json").exists():
         return "identity"
-    return autoencoders.load(part, strict, folders.variant_of(part, variant))
+    raw = part.name == MOVQ  # Kandinsky's pipelines do not scale its latents, nor look up its codes
+    codec = autoencoders.load(part, strict, folders.variant_of(part, variant), **({"scale": 1.0} if raw else {}))
+    if raw:
+        codec.autoencoder.quantize = False
+    return codec
 
 
 def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:

@@ -52,6 +52,7 @@ HARMLESS = (
     "image_normalizer",
     "image_processor",
     "prior",
+    "prior_prior",
     "safety_checker",
     "watermarker",
 )
