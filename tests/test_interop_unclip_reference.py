@@ -231,3 +231,24 @@ def test_what_it_refuses():
         karlo.decoder(DECODER, {**TEXT_PROJ, "cross_attention_dim": 5}, prompt, "config.json")
     with pytest.raises(ValueError, match="`time_embed_dim` must be a whole number"):
         karlo.decoder(DECODER, {"cross_attention_dim": 5, "time_embed_dim": None}, prompt, "config.json")
+
+
+@pytest.mark.once
+def test_saved_again(pair, monkeypatch, tmp_path):
+    """diffusers makes the same images of what kdiff writes."""
+    theirs, _, unclip = pair
+    interop.save(unclip, tmp_path / "again")
+    again = diffusers.UnCLIPPipeline.from_pretrained(tmp_path / "again")
+    again.set_progress_bar_config(disable=True)
+    for name in ("prior", "decoder", "super_res"):
+        one, other = (getattr(pipeline, f"{name}_scheduler") for pipeline in (theirs, again))
+        for key in ("variance_type", "num_train_timesteps", "clip_sample", "clip_sample_range", "prediction_type"):
+            assert one.config[key] == other.config[key], (name, key)
+        for key in ("betas", "alphas", "alphas_cumprod"):  # in float64
+            setattr(other, key, getattr(one, key))
+    scales = {"prior_guidance_scale": 4.0, "decoder_guidance_scale": 8.0}
+    with pytest.MonkeyPatch.context() as patch:
+        wanted = images_of(theirs, patch, **scales)
+    found = images_of(again, monkeypatch, **scales)
+    for one, other in zip(wanted, found, strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5 * np.abs(one).max())

@@ -49,6 +49,7 @@ from kdiff.interop import (
     priors,
     prompts,
     saving_networks,
+    saving_unclip,
     schedulers,
     stable_unclip,
     transformers,
@@ -67,6 +68,7 @@ from kdiff.networks import Autoencoder, Controlled, ControlNet
 from kdiff.predictions import Noise
 from kdiff.sampling import Sampler
 from kdiff.times import Index
+from kdiff.unclip import UnCLIP
 
 __all__ = [
     "MODELS",
@@ -280,7 +282,8 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
         model: a network, for `from_pretrained` of its class; or a `DiffusionModel`, for that of a pipeline: `unet` or
             `transformer`, `scheduler`, the autoencoder, ControlNets and the encoders with their tokenizers. The index
             of the pipeline is written where diffusers has one, by the table of `interop.pipelines`; without it `load`
-            does not know what an image beside x_t was called. A `codecs.Latent` alone is written as its autoencoder.
+            does not know what an image beside x_t was called. A `codecs.Latent` alone is written as its autoencoder,
+            and an `UnCLIP` as Karlo's pipeline.
         folder: to write to; files of the same names are replaced.
         averages: whether to write the averaged weights of a model that has them, if they have moved. Either way a
             kernel with LoRA is written with its change, as `lora.merge` would leave it, and the model keeps its own.
@@ -294,6 +297,9 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
         return
     if isinstance(model, ControlNet):
         control.save(model, folder)
+        return
+    if isinstance(model, UnCLIP):
+        saving_unclip.save(model, folder, averages)
         return
     if not isinstance(model, DiffusionModel):
         _save_network(model, folder, {})

@@ -11,7 +11,7 @@ bert, tokenizer                latent diffusion's text to image: the last state
 image_encoder                  image variations: the vector of a picture is its one token
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,8 +196,15 @@ def _parts(prompt: Prompt) -> tuple[tuple[str, str], ...]:
     return PARTS[1:] if second else PARTS
 
 
-def save(prompt: Prompt | PicturePrompt, folder: str | Path) -> dict[str, list[str]]:
+def save(
+    prompt: Prompt | PicturePrompt, folder: str | Path, parts: Sequence[tuple[str, str]] | None = None
+) -> dict[str, list[str]]:
     """Writes the folders of encoders and tokenizers; returns their entries of `model_index.json`.
+
+    Args:
+        prompt: the text, or the picture.
+        folder: of the pipeline.
+        parts: the names of the folders of each encoder of text and its tokenizer; None for those of Stable Diffusion.
 
     Raises:
         ValueError: if transformers has no such encoder or tokenizer.
@@ -206,7 +213,9 @@ def save(prompt: Prompt | PicturePrompt, folder: str | Path) -> dict[str, list[s
     if isinstance(prompt, PicturePrompt):
         return _save_picture(prompt, folder)
     index = {}
-    for (name, words), encoder, tokenizer in zip(_parts(prompt), prompt.encoders, prompt.tokenizers, strict=False):
+    for (name, words), encoder, tokenizer in zip(
+        parts or _parts(prompt), prompt.encoders, prompt.tokenizers, strict=False
+    ):
         encoders.save(encoder, folder / name)
         tokenizers.save(tokenizer, folder / words)
         kind = f"{type(encoder).__name__}Model{'WithProjection' if encoder.projection else ''}"
