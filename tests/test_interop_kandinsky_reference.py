@@ -15,15 +15,13 @@ from kdiff.interop import diffusers as interop
 from kdiff.interop.files import read_json, write_json
 from kdiff.random import slerp
 from tests.test_interop_prompts_reference import LENGTH, TEXTS, perturbed, text_encoder, words
-from tests.test_interop_stable_unclip_reference import PICTURES, VISION
-from tests.test_interop_unclip_reference import PRIOR, draws, first, options_of, scheduler
+from tests.test_interop_unclip_reference import PICTURES, PRIOR, draws, first, options_of, scheduler, vision
 from tests.test_interop_unclip_reference import STEPS as STEPS_OF
 from tests.test_interop_unclip_reference import perturbed as perturbed_prior
 
 pytestmark = [pytest.mark.reference, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
 
 TOLERANCE = 1e-4
 WIDTH, STEPS = 16, 3
@@ -62,14 +60,14 @@ def folders(tmp_path_factory):
     """(the prior's pipeline, the decoder's, the folder with both folders and the two in one)."""
     folder = tmp_path_factory.mktemp("kandinsky")
     torch.manual_seed(0)
-    size = {"height": 8, "width": 8}
+    encoder, processor = vision()
     parts = {
         "prior": perturbed_prior(diffusers.PriorTransformer(**PRIOR, embedding_dim=WIDTH, num_embeddings=LENGTH), 1),
-        "image_encoder": perturbed(transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**VISION))),
+        "image_encoder": encoder,
         "text_encoder": text_encoder("CLIPTextModelWithProjection", projection_dim=WIDTH),
         "tokenizer": words(folder / "words", "<|endoftext|>"),
         "scheduler": scheduler(prediction_type="sample", clip_sample_range=5.0),
-        "image_processor": transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=size),
+        "image_processor": processor,
     }
     own = {
         "unet": perturbed(diffusers.UNet2DConditionModel(**UNET)),

@@ -15,7 +15,7 @@ from kdiff.interop import diffusers as interop
 from kdiff.interop.files import read_json, write_json
 from tests.test_interop_prompts_reference import LENGTH, NEGATIVE, TABLE, TEXTS, VAE, X, perturbed, text_encoder, words
 from tests.test_interop_prompts_reference import unet as plain_unet
-from tests.test_interop_unclip_reference import PRIOR, draws, first, options_of
+from tests.test_interop_unclip_reference import PICTURES, PRIOR, draws, first, options_of, vision
 from tests.test_interop_unclip_reference import STEPS as STEPS_OF
 from tests.test_interop_unclip_reference import perturbed as perturbed_prior
 from tests.toys import mostly_once
@@ -27,12 +27,9 @@ transformers = pytest.importorskip("transformers")
 
 TOLERANCE = 1e-4
 WIDTH, STEPS, LEVEL = 16, 4, 200
-VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-VISION |= {"image_size": 8, "patch_size": 4, "projection_dim": WIDTH}
 # The pipeline does not tell Karlo's own scheduler which step is next, and is used with this one.
 OF_PRIOR = {"beta_schedule": "squaredcos_cap_v2", "variance_type": "fixed_small_log", "clip_sample_range": 5.0}
 OF_PRIOR |= {"prediction_type": "sample"}
-PICTURES = np.random.default_rng(5).integers(0, 256, (2, 8, 8, 3)).astype("uint8")
 SIZES = {"height": 16, "width": 16, "num_inference_steps": STEPS, "output_type": "np"}
 
 
@@ -52,10 +49,8 @@ def shared(folder):
 
 
 def of_pictures(folder):
-    vision = perturbed(transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**VISION)))
-    size = {"height": 8, "width": 8}
-    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=size)
-    return diffusers.StableUnCLIPImg2ImgPipeline(**shared(folder), image_encoder=vision, feature_extractor=processor)
+    encoder, processor = vision()
+    return diffusers.StableUnCLIPImg2ImgPipeline(**shared(folder), image_encoder=encoder, feature_extractor=processor)
 
 
 def of_texts(folder):

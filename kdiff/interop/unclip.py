@@ -214,7 +214,8 @@ def _decoder(folder, prompt, strict, variant) -> Described:
     state |= {f"text_proj.{name}": array for name, array in own.items()}
     with explained(folder / "decoder"):
         described = decoder(config, text, prompt, folder / "decoder" / "config.json")
-    fill(described.network, {"time": (None,), **described.shapes}, decoder_slots, state, folder, strict)
+    both = f"{folder / 'decoder'}, and text_proj"
+    fill(described.network, {"time": (None,), **described.shapes}, decoder_slots, state, both, strict)
     return described
 
 
