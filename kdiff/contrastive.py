@@ -28,7 +28,8 @@ from kdiff.blocks.layers import Dense
 from kdiff.codecs import Identity
 from kdiff.codecs.base import to_unit
 from kdiff.model.condition_inputs import Preparation
-from kdiff.model.feeding import BatchCheck, unpack
+from kdiff.model.feeding import BatchCheck
+from kdiff.model.own_loss import OwnLoss
 from kdiff.model.saving import SafeFiles
 from kdiff.model.sources import source_of
 from kdiff.text import Tokenizer, is_text
@@ -38,7 +39,7 @@ __all__ = ["LARGEST_SCALE", "Contrastive"]
 LARGEST_SCALE = 100.0  # without the bound training becomes unstable (section 2.5 of the paper)
 
 
-class Contrastive(SafeFiles, Configurable, backend.SafeTraining, keras.Model):
+class Contrastive(SafeFiles, Configurable, OwnLoss, keras.Model):
     """Two encoders in contrastive training, the symmetric InfoNCE of CLIP (Radford et al., 2021, figure 3):
 
         u_i = f(image_i) / |f(image_i)|,  v_j = g(text_j) / |g(text_j)|,  s_ij = exp(log_scale) u_i v_j
@@ -143,19 +144,6 @@ class Contrastive(SafeFiles, Configurable, backend.SafeTraining, keras.Model):
         if config:
             self.build(config["shapes"])
 
-    def get_compile_config(self) -> dict[str, Any] | None:
-        """The optimizer, without what belongs to a backend; None before `compile`."""
-        if not self.compiled:
-            return None
-        config = {"optimizer": keras.saving.serialize_keras_object(self.optimizer)}
-        return {name: backend.portable_optimizer(one) for name, one in config.items()}
-
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compiles a loaded model, and makes the optimizer's variables, which are loaded next."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.built:
-            self.optimizer.build(self.trainable_variables)
-
     # What it computes
 
     def _embedded(self, name: str, x, training: bool = False):
@@ -179,27 +167,7 @@ class Contrastive(SafeFiles, Configurable, backend.SafeTraining, keras.Model):
         found = [ops.cast(ops.equal(ops.cast(ops.argmax(logits, axis), "int32"), place), "float32") for axis in (1, 0)]
         return dict(zip(self._parts, (0.5 * ops.mean(losses[0] + losses[1]), *found), strict=True))
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """The contrastive loss."""
-        return y_pred["loss"]
-
-    def compute_metrics(self, x, y, y_pred, sample_weight=None) -> dict[str, Any]:
-        """The means over the epoch."""
-        for mean in self._means:
-            mean.update_state(y_pred[mean.name])
-        return self.get_metrics_result()
-
     # Training
-
-    def train_step(self, *args):
-        """Keras' own step. `args` are `(data,)`, on JAX `(state, data)`."""
-        *state, data = args
-        return super().train_step(*state, (unpack(data)[0],))
-
-    def test_step(self, *args):
-        """Keras' own step."""
-        *state, data = args
-        return super().test_step(*state, (unpack(data)[0],))
 
     def fit(self, x=None, *args, validation_data=None, **options):
         """Keras' `fit`.
@@ -216,11 +184,7 @@ class Contrastive(SafeFiles, Configurable, backend.SafeTraining, keras.Model):
         x = self._checked(x)
         if validation_data is not None:
             validation_data = self._checked(validation_data)
-        if not isinstance(x, (dict, keras.utils.PyDataset)):
-            options.setdefault("shuffle", False)  # Keras cannot shuffle the others, and would warn
-        if self.compiled and not self.optimizer.built:
-            with backend.strategy_of(self):
-                self.optimizer.build(self.trainable_variables)
+        self.ready(x, options)
         return super().fit(x, None, *args, validation_data=validation_data, **options)
 
     def evaluate(self, x=None, y=None, *args, classes: Sequence | None = None, **options):

@@ -12,14 +12,15 @@ from kdiff import backend, random
 from kdiff.autoencoding.terms import Term
 from kdiff.base import Configurable, check_choice, check_integer, check_number
 from kdiff.codecs.base import to_unit
-from kdiff.model.feeding import check_examples, unpack
+from kdiff.model.feeding import check_examples
+from kdiff.model.own_loss import OwnLoss
 
 __all__ = ["ERRORS", "AutoencoderTrainer", "balanced"]
 
 ERRORS = {"l1": ops.abs, "l2": ops.square}
 
 
-class AutoencoderTrainer(Configurable, backend.SafeTraining, keras.Model):
+class AutoencoderTrainer(Configurable, OwnLoss, keras.Model):
     """An autoencoder in training:
 
         loss = mean |x - y|^p + sum_k weight_k term_k(x, y) + kl KL / N           the autoencoder's
@@ -172,25 +173,9 @@ class AutoencoderTrainer(Configurable, backend.SafeTraining, keras.Model):
         made = self.discriminator(ops.stop_gradient(y), training=training)
         return judgement, 0.5 * (ops.mean(ops.relu(1.0 - real)) + ops.mean(ops.relu(1.0 + made)))
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """The sum of the parts."""
-        return y_pred["loss"]
-
-    def compute_metrics(self, x, y, y_pred, sample_weight=None) -> dict[str, Any]:
-        """The means of loss and parts over the epoch."""
-        for mean in self._means:
-            mean.update_state(y_pred[mean.name])
-        return self.get_metrics_result()
-
-    def train_step(self, *args):
-        """Keras' own step, on the images of a batch. `args` are `(data,)`, on JAX `(state, data)`."""
-        *state, data = args
-        return super().train_step(*state, (unpack(data)[0]["image"],))
-
-    def test_step(self, *args):
-        """Keras' own step, on the images of a batch."""
-        *state, data = args
-        return super().test_step(*state, (unpack(data)[0]["image"],))
+    def batch_of(self, inputs):
+        """The images."""
+        return inputs["image"]
 
     def fit(self, x=None, *args, **options):
         """Keras' `fit`.
@@ -201,11 +186,7 @@ class AutoencoderTrainer(Configurable, backend.SafeTraining, keras.Model):
         """
         if hasattr(x, "shape"):
             check_examples(x, 1.0)
-        elif not isinstance(x, (dict, keras.utils.PyDataset)):
-            options.setdefault("shuffle", False)  # Keras cannot shuffle the others, and would warn
-        if not self.optimizer.built:
-            with backend.strategy_of(self):
-                self.optimizer.build(self.trainable_variables)
+        self.ready(x, options)
         return super().fit(x, *args, **options)
 
     def reconstruct(self, images, batch_size: int = 16) -> np.ndarray:
@@ -214,16 +195,6 @@ class AutoencoderTrainer(Configurable, backend.SafeTraining, keras.Model):
         run = backend.without_gradients(lambda part: self.autoencoder(to_unit(part), training=False))
         parts = [run(images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
         return np.clip(np.concatenate([ops.convert_to_numpy(part) for part in parts]), -1.0, 1.0)
-
-    def get_compile_config(self) -> dict[str, Any]:
-        """The optimizers, without what belongs to a backend."""
-        config = {name: keras.saving.serialize_keras_object(one) for name, one in self._optimizers.items()}
-        return {name: one and backend.portable_optimizer(one) for name, one in config.items()}
-
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compiles a loaded model, and makes the optimizer's variables, which are loaded next."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
 
 
 def balanced(x, weight):
