@@ -1,6 +1,7 @@
 """Kandinsky 2.2, made and saved by diffusers: of texts and of pictures the same embeddings and images."""
 
 import importlib
+import math
 import shutil
 
 import keras
@@ -9,9 +10,12 @@ import pytest
 from PIL import Image
 from safetensors import numpy as safetensors
 
+from kdiff import backend
 from kdiff.cascade import stage_seed
 from kdiff.guidance import ClassifierFree
+from kdiff.interop import autoencoders
 from kdiff.interop import diffusers as interop
+from kdiff.interop.configs import complete
 from kdiff.interop.files import read_json, write_json
 from kdiff.random import slerp
 from tests.test_interop_prompts_reference import LENGTH, TEXTS, perturbed, text_encoder, words
@@ -160,6 +164,23 @@ def test_one_folder_and_each_alone(folders, unclip, tmp_path):
 
 
 @pytest.mark.once
+def test_the_published_autoencoder():
+    """Without memory for it."""
+    kinds = ("DownEncoderBlock2D",) * 3, ("UpDecoderBlock2D",) * 3
+    config = {**MOVQ, "block_out_channels": (128, 256, 256, 512), "layers_per_block": 2, "num_vq_embeddings": 16384}
+    config |= {"down_block_types": (*kinds[0], "AttnDownEncoderBlock2D")}
+    config |= {"up_block_types": ("AttnUpDecoderBlock2D", *kinds[1])}
+    with torch.device("meta"):
+        state = diffusers.VQModel(**config).state_dict()
+    kind = autoencoders.KINDS["VQModel"]
+    with backend.unallocated():
+        network = kind.network(complete(config, kind.keys, "config.json"), "config.json")
+        network.build()
+    found = {slot.name: math.prod(slot.variable.shape) for slot in kind.slots(network)}
+    assert found == {name: value.numel() for name, value in state.items()}
+
+
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("file", "change", "words"),
     [
@@ -194,3 +215,13 @@ def test_faults(folders, tmp_path, file, change, words):
         safetensors.save_file({name: array for name, array in state.items() if name != change}, path)
     with pytest.raises(ValueError, match=f"(?s){words}"):
         interop.load(tmp_path / "decoder", prior=tmp_path / "prior")
+
+
+@pytest.mark.once
+def test_a_prior_for_another_pipeline_is_refused(folders):
+    folder = folders[2]
+    for options in ({}, {"text": False}):
+        with pytest.raises(
+            ValueError, match=r"a `prior` is the folder of one of .* for 'KandinskyV22CombinedPipeline'"
+        ):
+            interop.load(folder / "both", prior=folder / "prior", **options)

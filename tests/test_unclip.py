@@ -79,6 +79,7 @@ def test_without_a_prior(unclip, images):
     np.testing.assert_allclose(alone.variations(images, 1, **options), wanted, atol=1e-6)
     sharp = np.where(np.indices((5, 5)).sum(0) % 2, 255, 0).astype("uint8")[..., None].repeat(3, -1)
     assert np.isfinite(alone.interpolate(sharp, 255 - sharp, 2, decoder=FEW, text=None)).all()
+    assert UnCLIP.from_config(alone.get_config()).prior is None
     for draw in (alone.sample, alone.embeddings):
         with pytest.raises(ValueError, match="it has no prior"):
             draw(1, text="red")

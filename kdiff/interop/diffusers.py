@@ -24,6 +24,8 @@ give. The two stages of IF are one `Cascade([load("IF-I"), load("IF-II")])`. The
 | ...Upscale | `low`, the small picture with the noise of level `label` |
 | ...Depth2Img | `depth`, from -1 to 1; and `image`, `strength` |
 | ...ImageVariation | `picture`, of any size |
+| StableUnCLIPImg2Img | `picture`, of any size; `picture_level`, from 0 to 1, and `picture_noise` may be given |
+| StableUnCLIP, UnCLIP, UnCLIPImageVariation, KandinskyV22 | of an `UnCLIP` |
 | IFSuperResolution | `low`, the small picture |
 | DiT | `label` |
 
@@ -164,8 +166,7 @@ def load(
         prompt = prompts.load(folder, index, clip_skip, variant) if text else None
         if index.get("_class_name") in kandinsky.PRIORS:
             return kandinsky.prior_of(folder, strict, variant)
-        before = stable_unclip.before(folder, index, strict, variant) if text else None
-        before = before or (kandinsky.before(folder, index, prior, strict, variant) if text else None)
+        before = _before(folder, index, prior, text, strict, variant)
         model = _load_pipeline(folder, strict, variant, options, prompt, tokens, controlnet, before)
         return model if before is None else before.joined(model)
     others = {"tokens": tokens, "controlnet": controlnet, "prior": prior}
@@ -175,6 +176,14 @@ def load(
     if read_json(folder / "config.json").get("_class_name") in autoencoders.KINDS:
         return autoencoders.load(folder, strict, variant)
     return _load_network(folder, strict, variant).network
+
+
+def _before(folder, index, prior, text, strict, variant) -> unclip.Before | None:
+    """What comes before the network: of those without a prior that is asked for, only with the text."""
+    if prior is None and not text:
+        return None
+    given = None if prior is not None else stable_unclip.before(folder, index, strict, variant)
+    return given or kandinsky.before(folder, index, prior, strict, variant)
 
 
 def _load_network(
