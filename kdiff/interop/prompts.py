@@ -22,7 +22,7 @@ from kdiff.blocks.layers import Dense
 from kdiff.encoders.base import Encoder
 from kdiff.encoders.joint_prompt import JointPrompt
 from kdiff.encoders.ldm import LDMText
-from kdiff.encoders.picture_prompt import PICTURE, PicturePrompt
+from kdiff.encoders.picture_prompt import PicturePrompt
 from kdiff.encoders.prompt import INPUT, Prompt, PromptVector
 from kdiff.interop import encoders, folders, tokenizers
 from kdiff.interop.configs import Described, explained
@@ -34,7 +34,6 @@ __all__ = [
     "IF",
     "IF_LENGTH",
     "PARTS",
-    "PICTURE",
     "PIPELINES",
     "SD3",
     "SD3_LENGTH",

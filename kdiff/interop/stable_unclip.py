@@ -24,6 +24,7 @@ import keras
 from kdiff.blocks.embedded import NoisedEmbedding
 from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding
 from kdiff.encoders import PicturePrompt
+from kdiff.encoders.picture_prompt import PICTURE
 from kdiff.interop import folders, maps, priors, prompts, schedulers, unclip
 from kdiff.interop.configs import Described, Key, complete
 from kdiff.interop.files import read_json
@@ -95,7 +96,7 @@ def conditioned(
             f"`class_embed_type` 'projection' of {2 * width}; it takes: {shape} by {label!r}"
         )
     layer = layer.clone(layer=label)
-    name = "embedding" if picture is None else prompts.PICTURE
+    name = "embedding" if picture is None else PICTURE
     conditions[name] = layer if picture is None else picture(layer=layer)
     if picture is not None and conditions[name].width != width:
         raise ValueError(f"the encoder of images must give {width} numbers; it gives: {conditions[name].width}")
