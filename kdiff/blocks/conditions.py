@@ -305,4 +305,6 @@ class OptionalCondition(Condition):
         made = (
             x.shape if self.layer is None else output_shape(self.layer, x.shape, None if embed is None else embed.shape)
         )
-        return Encoded.of(made).specified(self.compute_dtype)
+        if isinstance(made, Encoded):
+            return made.specified(self.compute_dtype)
+        return keras.KerasTensor(made, self.compute_dtype)
