@@ -70,7 +70,13 @@ class Problem(NamedTuple):
 
 
 class Objective(Configurable, keras.layers.Layer):
-    """The base of all objectives. A new one defines `problem`."""
+    """The base of all objectives. A new one defines `problem`.
+
+    Attributes:
+        inputs: what data may hold beside what the network takes, by name; `problem` finds it among the conditions.
+    """
+
+    inputs: tuple[str, ...] = ()
 
     def __init__(self):
         super().__init__(dtype="float32", autocast=False)
