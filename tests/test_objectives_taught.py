@@ -13,15 +13,15 @@ import pytest
 from keras import ops
 
 import kdiff
-from kdiff import objectives, random, schedules
-from kdiff.blocks import Input, Interval, LabelEmbedding, SinusoidalEmbedding, SteeredEmbedding
+from kdiff import losses, objectives, random, schedules, solvers, students
+from kdiff.blocks import Input, Interval
 from kdiff.denoisers import interval
 from kdiff.networks import MLP
 from kdiff.objectives.taught import implied_output, joined_jumps
-from kdiff.predictions import Flow, Karras, Prediction, TrigFlow, Velocity
-from kdiff.tangents import Difference, Forward
+from kdiff.predictions import Karras, Prediction, TrigFlow
+from kdiff.solvers.base import flow_to
 from kdiff.times import TimeSampler
-from tests.toys import mostly_once, numpy
+from tests.toys import draw_weights, mostly_once, numpy
 
 MEAN, C = np.float32([0.3, -0.2]), np.float32([0.5, 0.8])
 RECTIFIED, COSINE, EXPLODING = schedules.Rectified(1e-3), schedules.Cosine(), schedules.VarianceExploding(0.01, 20.0)
@@ -124,8 +124,9 @@ LAWS = {
 
 @pytest.mark.parametrize("name", mostly_once(list(LAWS), 3))
 def test_a_right_network_has_nothing_to_learn(name):
-    """Its loss is 0, and so is the gradient, to the errors of derivatives, of Heun's steps and of float32: 1e-9; that of
-    a network that is wrong by 0.1 is not.
+    """Its loss is 0, and so is the gradient, to the errors of derivatives, of Heun's steps and of float32: 1e-9.
+
+    That of a network that is wrong by 0.1 is not.
     """
     make, schedule, prediction = LAWS[name]
     model = exact_model(schedule, prediction, make(), times=Given(*TIMES.tables))
@@ -135,3 +136,218 @@ def test_a_right_network_has_nothing_to_learn(name):
     model = exact_model(schedule, prediction, make(), times=Given(*TIMES.tables))
     model.network.bias.assign([0.1, -0.1])
     assert gradient(model, X)[0] > 1e-5
+
+
+# Without a teacher the mean of its gradient is
+
+
+def product(values):
+    """Two-point quadrature of x = mean +- c and noise = +-1, in both coordinates: 16 points, exact for degree 3."""
+    signs = np.array(np.meshgrid(*[[-1.0, 1.0]] * 4)).reshape(4, -1).T.astype("float32")
+    x, noise = np.tile(MEAN + C * signs[:, :2], (values, 1)), np.tile(signs[:, 2:], (values, 1))
+    return x, ops.convert_to_tensor(noise)
+
+
+UNTAUGHT = {
+    "MeanFlow": (lambda: objectives.MeanFlow(None, 0.5, "difference", 0.0), RECTIFIED, "flow"),
+    "Shortcut": (lambda: objectives.Shortcut(0.5, 1024), COSINE, "velocity"),
+    "sCT": (lambda: objectives.TangentConsistency(None, "difference", 0, None, 0), COSINE, TrigFlow()),
+    "Shortcut, flow": (lambda: objectives.Shortcut(0.5, 1024), RECTIFIED, "flow"),
+}
+
+
+@pytest.mark.parametrize("name", mostly_once(list(UNTAUGHT), 3))
+def test_a_right_network_is_right_on_the_mean(name, monkeypatch):
+    """The loss is not 0, for data and noise lie on both sides of the flow, but its gradient is: here over all of a
+    quadrature, at each of four times, or pairs of times, without any sampling error. (The shortest of a shortcut's
+    steps are asked with an interval of 0, which is wrong by the square of their length.)
+    """
+    make, schedule, prediction = UNTAUGHT[name]
+    x, noise = product(4)
+    late, early = (np.repeat(np.float32(times), 16) for times in ([0.9, 0.7, 0.5, 0.3], [0.6, 0.1, 0.45, 0.05]))
+    monkeypatch.setattr(random, "normal", lambda key, shape: noise)
+    for bias, small in (([0.0, 0.0], True), ([0.1, -0.1], False)):
+        model = exact_model(schedule, prediction, make(), times=Given(late, early))
+        model.network.bias.assign(bias)
+        loss, slope = gradient(model, x)
+        assert loss > 0.05
+        assert (np.abs(slope).max() < 2e-5) == small
+
+
+# Targets by formulas
+
+
+@pytest.mark.parametrize("case", mostly_once([("velocity", COSINE, 4), ("flow", RECTIFIED, 2), (Karras(), COSINE, 1)]))
+def test_progressive_distillation_is_two_steps_of_ddim(case):
+    """Salimans and Ho 2022, algorithm 2, in float64, from the marginals and the exact denoiser."""
+    prediction, schedule, steps = case
+    prediction = Prediction.get(prediction)
+    model = exact_model(schedule, prediction, objectives.Distillation(exact_model(schedule, prediction), steps))
+    problem = model.objective.problem(model, ops.convert_to_tensor(X), {}, random.Keys(random.key_of(0)), True)
+    keys = random.Keys(random.key_of(0))
+    i = np.floor(steps * numpy(random.uniform(next(keys), (64,))))
+    noise = numpy(random.normal(next(keys), X.shape)).astype("float64")
+    now, mid, then = (
+        [
+            numpy(field).astype("float64")[:, None]
+            for field in schedule.sampled_at(((steps - i - part) / steps).astype("float32"))
+        ]
+        for part in (0.0, 0.5, 1.0)
+    )
+
+    def denoised(x, m):
+        _, alpha, sigma, _ = m
+        return MEAN + alpha * C**2 / (alpha**2 * C**2 + sigma**2) * (x - alpha * MEAN)
+
+    def ddim(x, x_hat, a, b):
+        return b[1] * x_hat + b[2] / a[2] * (x - a[1] * x_hat)
+
+    x_now = now[1] * X + now[2] * noise
+    x_mid = ddim(x_now, denoised(x_now, now), now, mid)
+    x_then = ddim(x_mid, denoised(x_mid, mid), mid, then)
+    ratio = then[2] / now[2]
+    x_target = (x_then - ratio * x_now) / (then[1] - ratio * now[1])
+    m = schedule.sampled_at(((steps - i) / steps).astype("float32"))
+    made = numpy(prediction.denoise(problem.target, x_now.astype("float32"), m))
+    np.testing.assert_allclose(made, x_target, atol=2e-4)
+    assert set(np.unique(i)) == set(range(steps))
+
+
+def test_improved_pairs():
+    """Song and Dhariwal 2023, eqs. of sections 3.4 and 3.5: the number of levels, their places, their probabilities."""
+    pairs = objectives.Discretised(1000, 10, 80)
+    counts = [float(numpy(pairs.intervals(np.int32(step)))) for step in (0, 249, 250, 499, 500, 749, 750, 5000)]
+    assert counts == [10, 10, 20, 20, 40, 40, 80, 80]
+    s = np.exp(np.random.default_rng(0).normal(-1.1, 2.0, 4000)).astype("float32")
+    s = s[(s > 0.002) & (s < 80.0)]
+    above, below = (numpy(value) for value in pairs(ops.convert_to_tensor(s), 0.002, 80.0, np.int32(0)))
+    grid = np.linspace(0.002 ** (1 / 7), 80.0 ** (1 / 7), 11) ** 7
+    found = np.searchsorted(grid, s)
+    np.testing.assert_allclose(above, grid[found], rtol=1e-4)
+    np.testing.assert_allclose(below, grid[found - 1], rtol=1e-4)
+
+
+def test_easy_pairs():
+    """Geng et al. 2024, section 3.2, with q = 2, k = 8, b = 1: at first r is 0 where sigmoid(-s) > 1/8."""
+    pairs = objectives.Easy(100)
+    s = np.float32([0.1, 1.9, 2.0, 10.0])
+    for step, a in ((0, 0), (99, 0), (100, 1), (350, 3)):
+        same, r = (numpy(value) for value in pairs(ops.convert_to_tensor(s), 0.002, 80.0, np.int32(step)))
+        np.testing.assert_array_equal(same, s)
+        expected = s * np.maximum(0, 1 - 2.0 ** -(a + 1) * (1 + 8 / (1 + np.exp(s))))
+        np.testing.assert_allclose(r, expected, rtol=1e-4, atol=1e-6)
+    first = numpy(pairs(ops.convert_to_tensor(s), 0.002, 80.0, np.int32(0))[1])
+    assert (first == 0).tolist() == [True, True, False, False]
+
+
+def test_consistency_training_compares_one_noise():
+    """The target is f of the same data and noise at r, and x where r is the clean end."""
+    model = exact_model(EXPLODING, Karras(), objectives.Consistency(pairs=objectives.Easy(1)), times=Given([0.8, 0.1]))
+    problem = model.objective.problem(model, ops.convert_to_tensor(X[:2]), {}, random.Keys(random.key_of(0)), True)
+    keys = random.Keys(random.key_of(0))
+    next(keys)
+    noise = numpy(random.normal(next(keys), (2, 2)))
+    s = numpy(EXPLODING.at(np.float32([0.8, 0.1])).sigma)
+    r = s * np.maximum(0, 1 - 0.5 * (1 + 8 / (1 + np.exp(s))))
+    assert r[0] > 1.0
+    assert r[1] == 0.0
+    factor = C / np.sqrt(C**2 + r[0] ** 2)
+    np.testing.assert_allclose(numpy(problem.target)[0], MEAN + factor * (X[0] + r[0] * noise[0] - MEAN), rtol=1e-4)
+    np.testing.assert_allclose(numpy(problem.target)[1], X[1], atol=1e-5)
+    np.testing.assert_allclose(numpy(problem.weight), 1 / (s - r), rtol=1e-4)
+
+
+def test_two_jumps_are_one():
+    """Exact halves give the exact whole, however short."""
+    for times in ((0.9, 0.5, 0.2), (0.301, 0.3005, 0.3)):
+        now, mid, then = (COSINE.at(np.full(8, t, "float32")) for t in times)
+        x_t = ops.convert_to_tensor(X[:8])
+        first = jump(x_t, now, interval(now, mid))
+        x_mid = flow_to(x_t, first, now.like(x_t), mid.like(x_t))
+        joined = joined_jumps(first, jump(x_mid, mid, interval(mid, then)), now, mid, then)
+        np.testing.assert_allclose(numpy(joined), numpy(jump(x_t, now, interval(now, then))), atol=3e-4)
+
+
+@pytest.mark.parametrize("solver", mostly_once(["flow_map", solvers.TCD(0.0), "consistency"]))
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_flow_map_is_sampled_exactly_in_any_steps(solver, steps):
+    """`FlowMap` ends in one place, where the flow leads; the others in the distribution of the data."""
+    model = exact_model(RECTIFIED, "flow")
+    noise = np.random.default_rng(1).normal(size=(2000, 2)).astype("float32")
+    sampled = model.sample(2000, sampler=kdiff.Sampler(solver, steps=steps), noise=noise, batch_size=2000)
+    if solver == "consistency" and steps > 1:
+        np.testing.assert_allclose(sampled.mean(axis=0), MEAN, atol=0.06)
+        np.testing.assert_allclose(sampled.std(axis=0), C, atol=0.05)
+        return
+    begin = RECTIFIED.sampled_at(np.float32(1.0))
+    s = float(begin.sigma / begin.alpha)
+    z = float(begin.sigma) * noise / float(begin.alpha)
+    np.testing.assert_allclose(sampled, MEAN + (z - MEAN) * C / np.sqrt(C**2 + s**2), atol=2e-3)
+
+
+# As parts of a model
+
+
+def network(**conditions):
+    made = MLP(16, 1, conditions={"interval": Interval(8), **conditions})
+    made.build({"image": (None, 2), "time": (None,), **({"label": (None,)} if conditions else {})})
+    return draw_weights(made)
+
+
+def diffusion(schedule="cosine", prediction="velocity", **options):
+    model = kdiff.DiffusionModel(network(), schedule, prediction, codec="identity", ema=0.9, **options)
+    model.compile("sgd")
+    model.fit(X, verbose=0)
+    return model
+
+
+TRAINED = {
+    "Distillation": ("cosine", "velocity", lambda teacher: objectives.Distillation(teacher, 2)),
+    "MeanFlow": ("rectified", "flow", lambda _: objectives.MeanFlow(tangent="forward")),
+    "Consistency": ("cosine", "velocity", lambda _: objectives.Consistency(pairs=objectives.Discretised(10, 2, 4))),
+    "TangentConsistency": ("cosine", "trig_flow", lambda _: objectives.TangentConsistency(warmup=5, tangent="forward")),
+    "Shortcut": ("rectified", "flow", lambda _: objectives.Shortcut()),
+    "TangentConsistency, distilled": ("cosine", "trig_flow", objectives.TangentConsistency),
+    "Consistency, distilled": ("cosine", "velocity", lambda teacher: objectives.Consistency(teacher, averaged=True)),
+    "MeanFlow, distilled": ("rectified", "flow", objectives.MeanFlow),
+    "Reflow": ("rectified", "flow", lambda _: objectives.Reflow()),
+}
+
+
+@pytest.mark.parametrize("name", mostly_once(list(TRAINED), 4))
+def test_it_trains_samples_and_is_saved(name, tmp_path):
+    """Compiled where the backend compiles; the loaded model has the teacher, the same loss, and trains on alike."""
+    schedule, prediction, make = TRAINED[name]
+    teacher = diffusion(schedule, prediction)
+    before = [numpy(value).copy() for value in teacher.variables]
+    model = students.student(teacher, make(teacher))
+    np.testing.assert_array_equal(numpy(model.network.weights[0]), numpy(teacher.averages.values[0]))
+    model.compile(keras.optimizers.Adam(1e-2), losses.PseudoHuber() if name.startswith("Consis") else "mse")
+    order = {"batch_size": 32, "shuffle": False, "verbose": 0}
+    assert np.isfinite(model.fit(X, epochs=2, **order).history["loss"]).all()
+    for value, variable in zip(before, teacher.variables, strict=True):
+        np.testing.assert_array_equal(value, numpy(variable))
+    assert np.abs(numpy(model.network.weights[0]) - before[0]).max() > 1e-3
+    assert len(model.averages.values) == len(model.network.weights)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert repr(loaded.sampler) == repr(model.sampler)
+    np.testing.assert_allclose(loaded.sample(4), model.sample(4), atol=1e-5)
+    losses_of = [one.evaluate(X, batch_size=32, verbose=0) for one in (model, loaded)]
+    assert losses_of[0] == pytest.approx(losses_of[1], rel=1e-4)
+    again = [one.fit(X, **order).history["loss"][0] for one in (model, loaded)]
+    assert again[0] == pytest.approx(again[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", mostly_once(list(TRAINED)[:5]))
+def test_mixed_precision(name):
+    """The network in bfloat16: the loss is near that of the same weights in float32."""
+    schedule, prediction, make = TRAINED[name]
+    teacher, found = diffusion(schedule, prediction), []
+    for policy in ("float32", "mixed_bfloat16"):
+        low = MLP(16, 1, conditions={"interval": Interval(8)}, dtype=policy)
+        model = students.student(teacher, make(teacher), network=low)
+        model.compile(keras.optimizers.Adam(1e-3))
+        found.append(model.evaluate(X, batch_size=64, verbose=0))
+        assert np.isfinite(model.fit(X, batch_size=64, verbose=0).history["loss"][0])
+    assert found[1] == pytest.approx(found[0], rel=0.1, abs=0.02)

@@ -5,6 +5,7 @@ they are a diffusion model, which any other solver samples.
 """
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,8 @@ class Shortcut(Objective):
         share: of the batch that learns longer steps; its first examples, one at least.
         steps: the number of the shortest steps, a power of 2.
     """
+
+    sampled_by = MappingProxyType({"solver": "flow_map", "steps": 4})
 
     def __init__(self, share: float = 0.25, steps: int = 128):
         super().__init__()
@@ -143,6 +146,8 @@ class MeanFlow(Taught):
         c: what keeps it finite.
         guidance, steering: as of `Taught`.
     """
+
+    sampled_by = MappingProxyType({"solver": "flow_map", "steps": 1})
 
     def __init__(
         self,

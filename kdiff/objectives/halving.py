@@ -51,6 +51,11 @@ class Distillation(Taught):
         check_integer("Distillation", "steps", steps)
         self.steps, self.grid = steps, TimeGrid.get(grid)
 
+    @property
+    def sampled_by(self) -> dict[str, Any]:
+        """These steps of this grid."""
+        return {"solver": "flow_map", "grid": self.grid, "steps": self.steps}
+
     def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
         schedule, batch = model.schedule, ops.shape(x)[0]
         times = ops.convert_to_tensor(self.grid(schedule, 2 * self.steps).astype("float32"))

@@ -5,6 +5,7 @@ Their noise levels are ratios, s = sigma / alpha, the sigma of Karras et al. 202
 
 import math
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,8 @@ class Consistency(Taught):
         averaged: whether the target is of the averaged weights.
         guidance, steering: as of `Taught`.
     """
+
+    sampled_by = MappingProxyType({"solver": "consistency", "steps": 2})
 
     def __init__(
         self,

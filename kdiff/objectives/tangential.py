@@ -1,6 +1,7 @@
 """Consistency in continuous time: the network's answer does not change along a trajectory, to first order."""
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from keras import ops
@@ -44,6 +45,8 @@ class TangentConsistency(Taught):
         terms: of the series of w; 0 for w = 0.
         guidance, steering: as of `Taught`.
     """
+
+    sampled_by = MappingProxyType({"solver": "consistency", "steps": 2})
 
     def __init__(
         self,
