@@ -30,7 +30,7 @@ def student(model: DiffusionModel, objective: Any, **changes: Any) -> DiffusionM
     """A model that begins with the averaged weights of another, and learns something else.
 
     Args:
-        model: the model that it begins as, built. If it is the objective's teacher it is not trainable from now on.
+        model: the model that it begins as, built.
         objective: an `Objective` or its name.
         **changes: other arguments of `DiffusionModel` than the model's own, such as `times`, `weighting` or `ema`. A
             `network` must have all layers of the model's, as one with `blocks.Interval` beside: what it has besides
@@ -135,7 +135,7 @@ def _places(part: Any, place: tuple, seen: set[int]) -> Iterator[tuple[tuple, ke
         if id(part) in seen:
             return
         seen.add(id(part))
-        inside = {name: value for name, value in vars(part).items() if name != "_layers"}  # that list has all again
+        inside = {name: value for name, value in vars(part).items() if name != "_layers"}  # in the order of making
     elif isinstance(part, Mapping):
         inside = {str(name): value for name, value in part.items()}
     elif isinstance(part, (list, tuple)):

@@ -13,8 +13,8 @@ import pytest
 from keras import ops
 
 import kdiff
-from kdiff import losses, objectives, random, schedules, solvers, students
-from kdiff.blocks import Input, Interval
+from kdiff import lora, losses, objectives, random, reflow, schedules, solvers, students
+from kdiff.blocks import Input, Interval, LabelEmbedding, SinusoidalEmbedding, SteeredEmbedding
 from kdiff.denoisers import interval
 from kdiff.networks import MLP
 from kdiff.objectives.taught import implied_output, joined_jumps
@@ -319,15 +319,18 @@ def test_it_trains_samples_and_is_saved(name, tmp_path):
     """Compiled where the backend compiles; the loaded model has the teacher, the same loss, and trains on alike."""
     schedule, prediction, make = TRAINED[name]
     teacher = diffusion(schedule, prediction)
-    before = [numpy(value).copy() for value in teacher.variables]
+    before, trainable = [numpy(value).copy() for value in teacher.variables], len(teacher.trainable_variables)
     model = students.student(teacher, make(teacher))
-    np.testing.assert_array_equal(numpy(model.network.weights[0]), numpy(teacher.averages.values[0]))
+    for weight, average in zip(model.network.weights, teacher.averages.values, strict=True):
+        np.testing.assert_array_equal(numpy(weight), numpy(average))
     model.compile(keras.optimizers.Adam(1e-2), losses.PseudoHuber() if name.startswith("Consis") else "mse")
     order = {"batch_size": 32, "shuffle": False, "verbose": 0}
+    assert len(model.network.trainable_variables) == trainable
+    old = numpy(model.network.trainable_variables[0]).copy()
     assert np.isfinite(model.fit(X, epochs=2, **order).history["loss"]).all()
     for value, variable in zip(before, teacher.variables, strict=True):
         np.testing.assert_array_equal(value, numpy(variable))
-    assert np.abs(numpy(model.network.weights[0]) - before[0]).max() > 1e-3
+    assert np.abs(numpy(model.network.trainable_variables[0]) - old).max() > 1e-3
     assert len(model.averages.values) == len(model.network.weights)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
@@ -351,3 +354,206 @@ def test_mixed_precision(name):
         found.append(model.evaluate(X, batch_size=64, verbose=0))
         assert np.isfinite(model.fit(X, batch_size=64, verbose=0).history["loss"][0])
     assert found[1] == pytest.approx(found[0], rel=0.1, abs=0.02)
+
+
+# Latent consistency models, and guidance that is distilled in
+
+TABLE = schedules.ScaledLinearBeta(100)
+
+
+def labelled(steering=False):
+    """A model of two classes, its embedding steered or not, trained for a step."""
+    waves = SinusoidalEmbedding(8)
+    embedding = SteeredEmbedding(waves, "timestep_cond", 8, 16) if steering else None
+    made = MLP(16, 1, embedding=embedding, conditions={"label": LabelEmbedding(2, dropout=0.1)})
+    made.build(
+        {"image": (None, 2), "time": (None,), "label": (None,), **({"timestep_cond": (None,)} if steering else {})}
+    )
+    model = kdiff.DiffusionModel(draw_weights(made), TABLE, "velocity", codec="identity", ema=0.9)
+    model.build({"image": (None, 2), "label": (None,)})
+    return model
+
+
+LABELS = np.arange(64) % 2
+
+
+@pytest.mark.parametrize("guidance", mostly_once([3.0, (2.0, 5.0), None]))
+def test_latent_consistency_follows_the_guided_teacher(guidance):
+    """The target, from what the teacher and the network answer, in NumPy; luo et al. 2023, eqs. 9, 13 and 14."""
+    teacher = labelled(True)
+    model = students.student(teacher, objectives.LCM(teacher, 10, guidance))
+    draw_weights(model.network, 3)
+    model.reset_averages()
+    conditions = {"label": ops.convert_to_tensor(LABELS, "int32")}
+    problem = model.objective.problem(model, ops.convert_to_tensor(X), conditions, random.Keys(random.key_of(0)), False)
+    keys = random.Keys(random.key_of(0))
+    i = np.floor(10 * numpy(random.uniform(next(keys), (64,)))).astype("int64")
+    noise, drawn = numpy(random.normal(next(keys), X.shape)), numpy(random.uniform(next(keys), (64,)))
+    now, then = (TABLE.at(np.maximum((i + more) / 10, 0.01).astype("float32")) for more in (1, 0))
+    (_, a, s, _), (_, a_r, s_r, _) = ([numpy(field)[:, None] for field in m] for m in (now, then))
+    x_t = a * X + s * noise
+
+    def answer(one, x, m, told, label):
+        given = {"label": ops.convert_to_tensor(label, "int32"), **told}
+        return numpy(one.denoise(ops.convert_to_tensor(x), m, **given))
+
+    scale = 2.0 + 3.0 * drawn[:, None] if isinstance(guidance, tuple) else guidance or 1.0
+    none = answer(teacher, x_t, now, {}, np.full(64, 2))
+    x_hat = none + scale * (answer(teacher, x_t, now, {}, LABELS) - none)
+    x_r = a_r * x_hat + s_r / s * (x_t - a * x_hat)
+    told = {"timestep_cond": ops.convert_to_tensor(scale[:, 0])} if isinstance(guidance, tuple) else {}
+
+    def f(x, m, index):
+        steps = 10.0 * index[:, None]
+        c_skip, c_out = 0.25 / (steps**2 + 0.25), steps / np.sqrt(steps**2 + 0.25)
+        return c_skip * x + c_out * answer(model, x.astype("float32"), m, told, LABELS)
+
+    np.testing.assert_allclose(numpy(problem.output), f(x_t, now, 10 * i + 9), atol=2e-4)
+    np.testing.assert_allclose(numpy(problem.target), f(x_r, then, np.maximum(10 * i - 1, 0)), atol=2e-4)
+
+
+def test_a_lora_learns_latent_consistency():
+    teacher = labelled()
+    model = students.student(teacher, objectives.LCM(teacher, 10, 4.0))
+    before = [numpy(weight).copy() for weight in model.network.weights]
+    lora.enable(model, 2, "dense")
+    model.compile(keras.optimizers.Adam(1e-2), losses.PseudoHuber(0.001, whole=False))
+    model.fit({"image": X, "label": LABELS}, verbose=0)
+    assert len(model.network.trainable_variables) > 0
+    assert all("lora" in weight.path for weight in model.network.trainable_variables)
+    kept = [numpy(weight) for weight in model.network.weights if "lora" not in weight.path]
+    for value, old in zip(kept, before, strict=True):
+        np.testing.assert_array_equal(value, old)
+    assert model.sample(2, label=1).shape == (2, 2)
+
+
+# Reflow, and the loops
+
+
+def test_reflow_pairs_are_where_the_flow_leads(tmp_path):
+    model = exact_model(RECTIFIED, "flow")
+    made = reflow.pairs(model, 50, sampler="heun", steps=40, seed=3, batch_size=20)
+    s = float(RECTIFIED.sampled_at(np.float32(1.0)).sigma / RECTIFIED.sampled_at(np.float32(1.0)).alpha)
+    z = made["noise"] * s
+    np.testing.assert_allclose(made["encoded"], MEAN + (z - MEAN) * C / np.sqrt(C**2 + s**2), atol=5e-3)
+    assert made["noise"].std() == pytest.approx(1.0, abs=0.15)
+    with pytest.raises(ValueError, match="pairs: the sampler must lead from its noise to one place"):
+        reflow.pairs(model, 4, sampler="ddpm")
+
+
+def test_reflow_learns_with_the_noise_that_is_given():
+    """On pairs of the line x = noise, with any t, the velocity is 0: a network that answers 0 has no loss."""
+    model = exact_model(RECTIFIED, "flow", "reflow")
+    model.network.gain.assign([-1.0, -1.0])
+    model.compile(keras.optimizers.SGD(0.0))
+    assert model.evaluate({"encoded": X, "noise": X}, verbose=0) < 1e-10
+    assert model.evaluate(X, verbose=0) > 0.5
+    with pytest.raises(ValueError, match="takes no \\['noise'\\]"):
+        exact_model(RECTIFIED, "flow").fit({"encoded": X, "noise": X})
+
+
+@pytest.mark.data
+def test_pairs_are_written_and_read(tmp_path):
+    made = {"encoded": X, "noise": X + 1, "label": LABELS}
+    kdiff.data.save_pairs(made, tmp_path / "pairs")
+    read = list(kdiff.data.load_pairs(tmp_path / "pairs", 16, shuffle=None))
+    for name, value in made.items():
+        np.testing.assert_array_equal(np.concatenate([np.asarray(batch[name]) for batch in read]), value)
+    shuffled = np.concatenate([np.asarray(batch["label"]) for batch in kdiff.data.load_pairs(tmp_path / "pairs", 16)])
+    assert sorted(shuffled) == sorted(LABELS)
+    assert (shuffled != LABELS).any()
+    with pytest.raises(ValueError, match="as many rows"):
+        kdiff.data.save_pairs({"encoded": X, "noise": X[:3]}, tmp_path / "other")
+
+
+def test_progressive_halves(tmp_path):
+    """Each student begins as the one before, and the last is an ordinary model that samples in one step."""
+    teacher = diffusion()
+    model = students.progressive(teacher, X, (2, 1), optimizer=keras.optimizers.Adam(1e-3), epochs=1, verbose=0)
+    assert repr(model.objective) == "Denoising()"
+    assert model.sampler.steps == 1
+    assert model.sample(3).shape == (3, 2)
+    assert all(variable.trainable for variable in model.network.trainable_variables)
+    size = model.count_params()
+    assert size < 3 * sum(int(np.prod(weight.shape)) for weight in model.network.weights)  # without a teacher
+    with pytest.raises(ValueError, match="progressive: each of `steps` must be half"):
+        students.progressive(teacher, X, (8, 3))
+
+
+# What makes no sense is refused by name
+
+
+def refused(message, schedule, prediction, make, **options):
+    return pytest.param(schedule, prediction, make, options, message, id=message[:40])
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("schedule", "prediction", "make", "options", "message"),
+    [
+        refused(
+            "Shortcut: the network must have the input 'interval'", RECTIFIED, "flow", "shortcut", network=MLP(8, 1)
+        ),
+        refused("MeanFlow: the prediction must be Flow", RECTIFIED, "velocity", "mean_flow"),
+        refused("MeanFlow: the schedule must go straight", COSINE, "flow", "mean_flow"),
+        refused("MeanFlow: it has a weight of its own", RECTIFIED, "flow", "mean_flow", weighting="min_snr"),
+        refused("TangentConsistency: the prediction must be TrigFlow", COSINE, "velocity", "tangent_consistency"),
+        refused("TangentConsistency: it learns its weight", COSINE, "trig_flow", "tangent_consistency", weighting="p2"),
+        refused("TangentConsistency: the schedule must be cont", TABLE, "trig_flow", "tangent_consistency"),
+        refused("Consistency: the schedule must be continuous", TABLE, "velocity", "consistency"),
+        refused("Consistency: x_hat must be x itself at the cl", COSINE, "data", "consistency"),
+        refused("Shortcut: it has noise levels of its own", RECTIFIED, "flow", "shortcut", weighting="variational"),
+        refused("Shortcut: the prediction must have one output", RECTIFIED, "learned_variance", "shortcut"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(schedule, prediction, make, options, message):
+    with pytest.raises(ValueError, match=message):
+        kdiff.DiffusionModel(
+            **{"network": network(), "codec": "identity", **options},
+            schedule=schedule,
+            prediction=prediction,
+            objective=make,
+        )
+
+
+@pytest.mark.once
+def test_wrong_teachers():
+    model = diffusion()
+    for make, message in (
+        (lambda: objectives.Distillation(kdiff.DiffusionModel(MLP(8, 1))), "has no weights yet"),
+        (lambda: objectives.Consistency(guidance=2.0), "is of a teacher"),
+        (lambda: objectives.Distillation(model, guidance=(1.0, 2.0, 3.0)), "a number, or \\(low, high\\)"),
+        (lambda: students.student(model, objectives.Distillation(model, guidance=2.0)), "cannot be guided"),
+        (lambda: students.student(model, objectives.LCM(model)), "the schedule must be discrete"),
+        (lambda: students.student(model, "denoising", network=MLP(8, 1)), "must have all weights"),
+        (
+            lambda: students.student(model, objectives.Distillation(model), codec="pixels"),
+            "the codec must be the teach",
+        ),
+        (lambda: students.student(model, objectives.Distillation(model, 5, "leading")), "are not every second of"),
+        (lambda: objectives.Shortcut(steps=12), "a power of 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+    for wrong in (None, "model"):
+        with pytest.raises(TypeError, match="`teacher` must be a DiffusionModel"):
+            objectives.Distillation(wrong)
+    low = MLP(16, 1, conditions={"interval": Interval(8)}, dtype="mixed_bfloat16")
+    with pytest.raises(ValueError, match="needs a network that computes in float32"):
+        kdiff.DiffusionModel(low, "rectified", "flow", objective="mean_flow")
+
+
+@pytest.mark.once
+def test_losses():
+    """Pseudo-Huber against its formula, in NumPy; with weights, of the whole example, and of each number."""
+    a, b = np.random.default_rng(0).normal(size=(2, 5, 4, 3)).astype("float32")
+    size = np.sqrt(np.sum((a - b) ** 2, axis=(1, 2)) + 12 * 0.00054**2) - 0.00054 * np.sqrt(12)
+    np.testing.assert_allclose(numpy(losses.PseudoHuber()(a, b)), size.mean(), rtol=1e-5)
+    weights = np.arange(5, dtype="float32")[:, None]
+    np.testing.assert_allclose(
+        numpy(losses.PseudoHuber()(a, b, sample_weight=weights)), (weights[:, 0] * size).mean(), rtol=1e-5
+    )
+    each = np.sqrt((a - b) ** 2 + 0.01) - 0.1
+    np.testing.assert_allclose(numpy(losses.PseudoHuber(0.1, whole=False)(a, b)), each.mean(), rtol=1e-5)
+    again = keras.losses.deserialize(keras.losses.serialize(losses.PseudoHuber(0.1, whole=False)))
+    assert (again.c, again.whole) == (0.1, False)

@@ -13,6 +13,7 @@ from kdiff.objectives.effective_weight import (
 from kdiff.objectives.flow_maps import MeanFlow, Shortcut
 from kdiff.objectives.given_noise import Reflow
 from kdiff.objectives.halving import Distillation
+from kdiff.objectives.latent_consistency import LCM
 from kdiff.objectives.learned_schedule import LearnedSchedule
 from kdiff.objectives.loss_aware import LossAware
 from kdiff.objectives.pairing import Consistency, Discretised, Easy, Pairs
@@ -20,6 +21,7 @@ from kdiff.objectives.tangential import TangentConsistency
 from kdiff.objectives.taught import Taught
 
 __all__ = [
+    "LCM",
     "POINTS",
     "Consistency",
     "Denoising",

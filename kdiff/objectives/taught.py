@@ -86,8 +86,8 @@ class Taught(Objective):
     """The base of objectives that ask, or may ask, a teacher. A new one defines `problem`.
 
     Args:
-        teacher: a `DiffusionModel`, built, whose averaged weights are asked, on whatever schedule it has. From now on
-            it is not trainable. None for an objective that does without.
+        teacher: a `DiffusionModel`, built, whose averaged weights are asked, on whatever schedule it has. Its
+            weights are constants from now on, until `teacher.trainable = True`. None for none.
         guidance: the scale of classifier-free guidance that is learned with it: a number, of which 1 or None is none;
             or a pair `(low, high)`, between which it is drawn for each example, and told to the network that learns.
         steering: the input by which the network is told it, as of `blocks.SteeredEmbedding`.
@@ -107,8 +107,8 @@ class Taught(Objective):
             check_number(name, "guidance", one, 0.0)
         if guidance is not None and teacher is None:
             raise ValueError(f"{name}: `guidance` is of a teacher; received: {guidance!r}, and no teacher")
-        if teacher is not None:
-            teacher.trainable = False
+        for variable in () if teacher is None else teacher.variables:
+            variable.trainable = False  # and not its layers, of which a student is a copy
         self.teacher, self.steering = teacher, steering
         self.guidance = tuple(guidance) if several else guidance
 
