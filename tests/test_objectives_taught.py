@@ -295,39 +295,37 @@ def network(**conditions):
 
 
 def diffusion(schedule="cosine", prediction="velocity", **options):
+    """A model whose averages differ from its weights."""
     model = kdiff.DiffusionModel(network(), schedule, prediction, codec="identity", ema=0.9, **options)
-    model.compile("sgd")
-    model.fit(X, verbose=0)
+    model.build((None, 2))
+    draw_weights(model.network, 1)
+    model.update_averages()
     return model
 
 
 TRAINED = {
     "Distillation": ("cosine", "velocity", lambda teacher: objectives.Distillation(teacher, 2)),
     "MeanFlow": ("rectified", "flow", lambda _: objectives.MeanFlow(tangent="forward")),
-    "Consistency": ("cosine", "velocity", lambda _: objectives.Consistency(pairs=objectives.Discretised(10, 2, 4))),
-    "TangentConsistency": ("cosine", "trig_flow", lambda _: objectives.TangentConsistency(warmup=5, tangent="forward")),
+    "Consistency": ("cosine", "velocity", lambda teacher: objectives.Consistency(teacher, averaged=True)),
+    "TangentConsistency": ("cosine", "trig_flow", lambda teacher: objectives.TangentConsistency(teacher, "forward", 5)),
     "Shortcut": ("rectified", "flow", lambda _: objectives.Shortcut()),
-    "TangentConsistency, distilled": ("cosine", "trig_flow", objectives.TangentConsistency),
-    "Consistency, distilled": ("cosine", "velocity", lambda teacher: objectives.Consistency(teacher, averaged=True)),
-    "MeanFlow, distilled": ("rectified", "flow", objectives.MeanFlow),
-    "Reflow": ("rectified", "flow", lambda _: objectives.Reflow()),
 }
 
 
 @pytest.mark.parametrize("name", mostly_once(list(TRAINED), 4))
 def test_it_trains_samples_and_is_saved(name, tmp_path):
-    """Compiled where the backend compiles; the loaded model has the teacher, the same loss, and trains on alike."""
+    """Compiled where the backend compiles; the loaded model has the teacher, and trains on alike."""
     schedule, prediction, make = TRAINED[name]
     teacher = diffusion(schedule, prediction)
     before, trainable = [numpy(value).copy() for value in teacher.variables], len(teacher.trainable_variables)
     model = students.student(teacher, make(teacher))
     for weight, average in zip(model.network.weights, teacher.averages.values, strict=True):
         np.testing.assert_array_equal(numpy(weight), numpy(average))
-    model.compile(keras.optimizers.Adam(1e-2), losses.PseudoHuber() if name.startswith("Consis") else "mse")
-    order = {"batch_size": 32, "shuffle": False, "verbose": 0}
+    model.compile(keras.optimizers.Adam(1e-2), losses.PseudoHuber() if name == "Consistency" else "mse")
     assert len(model.network.trainable_variables) == trainable
+    order = {"batch_size": 32, "shuffle": False, "verbose": 0}
     old = numpy(model.network.trainable_variables[0]).copy()
-    assert np.isfinite(model.fit(X, epochs=2, **order).history["loss"]).all()
+    assert np.isfinite(model.fit(X, **order).history["loss"]).all()
     for value, variable in zip(before, teacher.variables, strict=True):
         np.testing.assert_array_equal(value, numpy(variable))
     assert np.abs(numpy(model.network.trainable_variables[0]) - old).max() > 1e-3
@@ -336,13 +334,11 @@ def test_it_trains_samples_and_is_saved(name, tmp_path):
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert repr(loaded.sampler) == repr(model.sampler)
     np.testing.assert_allclose(loaded.sample(4), model.sample(4), atol=1e-5)
-    losses_of = [one.evaluate(X, batch_size=32, verbose=0) for one in (model, loaded)]
-    assert losses_of[0] == pytest.approx(losses_of[1], rel=1e-4)
     again = [one.fit(X, **order).history["loss"][0] for one in (model, loaded)]
     assert again[0] == pytest.approx(again[1], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", mostly_once(list(TRAINED)[:5]))
+@pytest.mark.parametrize("name", mostly_once(list(TRAINED)))
 def test_mixed_precision(name):
     """The network in bfloat16: the loss is near that of the same weights in float32."""
     schedule, prediction, make = TRAINED[name]
@@ -351,8 +347,7 @@ def test_mixed_precision(name):
         low = MLP(16, 1, conditions={"interval": Interval(8)}, dtype=policy)
         model = students.student(teacher, make(teacher), network=low)
         model.compile(keras.optimizers.Adam(1e-3))
-        found.append(model.evaluate(X, batch_size=64, verbose=0))
-        assert np.isfinite(model.fit(X, batch_size=64, verbose=0).history["loss"][0])
+        found.append(model.fit(X, batch_size=64, shuffle=False, verbose=0).history["loss"][0])
     assert found[1] == pytest.approx(found[0], rel=0.1, abs=0.02)
 
 
