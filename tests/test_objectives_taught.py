@@ -20,6 +20,7 @@ from kdiff.networks import MLP
 from kdiff.objectives.taught import implied_output, joined_jumps
 from kdiff.predictions import Karras, Prediction, TrigFlow
 from kdiff.solvers.base import flow_to
+from kdiff.tangents import Difference
 from kdiff.times import TimeSampler
 from tests.toys import draw_weights, mostly_once, numpy
 
@@ -105,12 +106,12 @@ LAWS = {
         Karras(),
     ),
     "MeanFlow, differences": (
-        lambda: objectives.MeanFlow(exact_model(RECTIFIED, "flow"), 1.0, "difference", 0.0),
+        lambda: objectives.MeanFlow(exact_model(RECTIFIED, "flow"), 1.0, Difference(0.005), 0.0),
         RECTIFIED,
         "flow",
     ),
     "sCD, differences": (
-        lambda: objectives.TangentConsistency(exact_model(EXPLODING, TrigFlow()), "difference", 0, None, 0),
+        lambda: objectives.TangentConsistency(exact_model(EXPLODING, TrigFlow()), Difference(0.005), 0, None, 0),
         EXPLODING,
         TrigFlow(),
     ),
@@ -149,9 +150,9 @@ def product(values):
 
 
 UNTAUGHT = {
-    "MeanFlow": (lambda: objectives.MeanFlow(None, 0.5, "difference", 0.0), RECTIFIED, "flow"),
+    "MeanFlow": (lambda: objectives.MeanFlow(None, 0.5, Difference(0.005), 0.0), RECTIFIED, "flow"),
     "Shortcut": (lambda: objectives.Shortcut(0.5, 1024), COSINE, "velocity"),
-    "sCT": (lambda: objectives.TangentConsistency(None, "difference", 0, None, 0), COSINE, TrigFlow()),
+    "sCT": (lambda: objectives.TangentConsistency(None, Difference(0.005), 0, None, 0), COSINE, TrigFlow()),
     "Shortcut, flow": (lambda: objectives.Shortcut(0.5, 1024), RECTIFIED, "flow"),
 }
 

@@ -73,7 +73,7 @@ def test_no_gradient_flows():
 
 @pytest.mark.once
 def test_arguments():
-    assert Tangent.get("difference") == Difference(0.005)
+    assert Tangent.get("difference") == Difference(0.001)
     assert Tangent.get("forward") == Forward()
     with pytest.raises(ValueError, match="Difference: `h`"):
         Difference(0.0)

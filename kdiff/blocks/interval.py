@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from kdiff.base import check_integer
+from kdiff.base import check_integer, check_number
 from kdiff.blocks.base import ConfigurableLayer, kernel_initializer
 from kdiff.blocks.conditions import Input
 from kdiff.blocks.embeddings import SinusoidalEmbedding
@@ -28,15 +28,18 @@ class Interval(ConfigurableLayer, keras.layers.Layer):
     1c; as an angle it is the same on every schedule.
 
     Args:
-        waves: how many, an even number; d is scaled to [0, 1000].
+        waves: how many, an even number.
+        scale: the frequency of the fastest; the slowest has a hundredth. Objectives that take derivatives (`MeanFlow`)
+            want slow ones.
         kwargs: `name` and `dtype`.
     """
 
-    def __init__(self, waves: int = 64, **kwargs):
+    def __init__(self, waves: int = 64, scale: float = 20.0, **kwargs):
         super().__init__(autocast=False, **kwargs)
         check_integer("Interval", "waves", waves, 2)
-        self.waves = waves
-        self.embedding = SinusoidalEmbedding(waves, scale=2000.0 / 3.141592653589793, dtype=self.dtype_policy)
+        check_number("Interval", "scale", scale, 1e-3)
+        self.waves, self.scale = waves, scale
+        self.embedding = SinusoidalEmbedding(waves, 100.0, scale, dtype=self.dtype_policy)
 
     def inputs_of(self, name: str) -> dict[str, Input]:
         """The distance, which may be missing."""

@@ -136,7 +136,8 @@ class MeanFlow(Taught):
     with the prediction Flow, on Rectified or another schedule where alpha + sigma = 1; s and r are values of sigma, of
     two draws of the model's `times`, the larger first, for a share of each batch; for the rest r = s, which is flow
     matching. The paper's times are LogitNormal(-0.4, 1.0). With a teacher v is its velocity. It needs no other network,
-    and far more training than the others: the share learns from its own derivative.
+    and far more training than the others: the share learns from its own derivative. It should see time slowly, as by
+    `time_label=Scaled(10.0)`: see `tangents.Difference`.
 
     Args:
         teacher: a `DiffusionModel`, whose velocity is followed; None for that of the data and the noise.

@@ -43,7 +43,12 @@ class Distillation(Taught):
     """
 
     def __init__(
-        self, teacher: Any, steps: int = 8, grid="trailing", guidance: Any = None, steering: str = "timestep_cond"
+        self,
+        teacher: Any = None,
+        steps: int = 8,
+        grid="trailing",
+        guidance: Any = None,
+        steering: str = "timestep_cond",
     ):
         if teacher is None:
             raise TypeError("Distillation: `teacher` must be a DiffusionModel; received: None")

@@ -44,7 +44,7 @@ class LCM(Taught):
 
     def __init__(
         self,
-        teacher: Any,
+        teacher: Any = None,
         steps: int = 50,
         guidance: Any = None,
         steering: str = "timestep_cond",

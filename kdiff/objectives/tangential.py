@@ -35,7 +35,7 @@ class TangentConsistency(Taught):
     taken. With a teacher dz/du is its velocity (sCD), without one that of data and noise (sCT). The paper's times are
     LogNormalSigma(-1.0, 1.4) for sd = 0.5, and it goes on from a diffusion model (`students.student`). The model is
     sampled by `solvers.Consistency` in 1 or 2 steps. Compile it with the loss "mse". The derivative is asked without
-    dropout; the network should see time smoothly, with few waves.
+    dropout. The network should see time slowly, as by `time_label=Scaled(10.0)`: see `tangents.Difference`.
 
     Args:
         teacher: a `DiffusionModel`, whose trajectories are followed; None for those of data and noise.

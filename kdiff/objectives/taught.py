@@ -93,6 +93,8 @@ class Taught(Objective):
         steering: the input by which the network is told it, as of `blocks.SteeredEmbedding`.
     """
 
+    named = False
+
     def __init__(self, teacher: Any = None, guidance: Any = None, steering: str = "timestep_cond"):
         super().__init__()
         name = type(self).__name__
