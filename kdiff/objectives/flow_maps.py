@@ -19,6 +19,7 @@ from kdiff.objectives.effective_weight import loss_weight
 from kdiff.objectives.taught import (
     Taught,
     check_continuous,
+    check_precise,
     check_simple,
     implied_output,
     joined_jumps,
@@ -216,13 +217,4 @@ class MeanFlow(Taught):
             )
         if model.weighting is not None:
             raise ValueError(f"MeanFlow: it has a weight of its own; received: weighting={model.weighting!r}")
-        check_precision("MeanFlow", self.tangent, model)
-
-
-def check_precision(owner: str, tangent: Tangent, model: Any) -> None:
-    """Raises a ValueError if a difference would be taken of answers in less than float32."""
-    if tangent.precise and model.network.compute_dtype != "float32":
-        raise ValueError(
-            f"{owner}: {tangent!r} needs a network that computes in float32, not {model.network.compute_dtype}: take "
-            "tangent='forward'"
-        )
+        check_precise("MeanFlow", self.tangent, model)

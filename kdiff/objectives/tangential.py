@@ -10,8 +10,7 @@ from kdiff import random
 from kdiff.base import check_integer, check_number
 from kdiff.denoisers import INTERVAL, interval
 from kdiff.objectives.base import Problem
-from kdiff.objectives.flow_maps import check_precision
-from kdiff.objectives.taught import Taught, check_continuous, noised, rows
+from kdiff.objectives.taught import Taught, check_continuous, check_precise, noised, rows
 from kdiff.predictions import TrigFlow
 from kdiff.tangents import Tangent
 
@@ -122,7 +121,7 @@ class TangentConsistency(Taught):
             )
         if model.weighting is not None:
             raise ValueError(f"TangentConsistency: it learns its weight; received: weighting={model.weighting!r}")
-        check_precision("TangentConsistency", self.tangent, model)
+        check_precise("TangentConsistency", self.tangent, model)
 
 
 def _angle(x_t, m, sd: float):

@@ -26,8 +26,19 @@ from kdiff.objectives.base import Objective
 from kdiff.predictions import Prediction
 from kdiff.schedules import Marginal
 from kdiff.solvers.base import half_step
+from kdiff.tangents import Tangent
 
-__all__ = ["Taught", "check_continuous", "check_simple", "implied_output", "joined_jumps", "noised", "rows", "still"]
+__all__ = [
+    "Taught",
+    "check_continuous",
+    "check_precise",
+    "check_simple",
+    "implied_output",
+    "joined_jumps",
+    "noised",
+    "rows",
+    "still",
+]
 
 
 def noised(x, noise, m: Marginal):
@@ -79,6 +90,15 @@ def check_continuous(owner: str, model: Any) -> None:
         raise ValueError(
             f"{owner}: the schedule must be continuous, such as Rectified(), Cosine() or VarianceExploding(), for the "
             f"network is asked between any two times; received: {model.schedule!r}"
+        )
+
+
+def check_precise(owner: str, tangent: Tangent, model: Any) -> None:
+    """Raises a ValueError if a difference would be taken of answers in less than float32."""
+    if tangent.precise and model.network.compute_dtype != "float32":
+        raise ValueError(
+            f"{owner}: {tangent!r} needs a network that computes in float32, not {model.network.compute_dtype}: take "
+            "tangent='forward'"
         )
 
 
