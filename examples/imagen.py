@@ -15,6 +15,9 @@ and sees them with noise of a level that it is told. What is measured:
 The distance is of the Gaussians of all squares of 8 x 8 pixels: it sees edges, corners and colours, not what the
 pictures show; it needs the extra `evaluation`. --minutes are those of a core. The cascade that is saved draws other
 prompts: --model FOLDER/imagen.keras.
+
+Other pictures, such as emoji, come from a folder, each with its caption beside it, cat.png and cat.txt: --folder
+(which needs the extra `data`). A tenth of them is the test. No program reads those.
 """
 
 import argparse
@@ -39,6 +42,7 @@ PROMPTS = (
     "a large yellow triangle on a gray background",
 )
 SHARES = (0.3, 0.2, 0.3, 0.2)  # of the time, by stage; the last is the one that sees no noise
+RATES = (2e-3, 1e-3, 1e-3, 1e-3)
 LEVELS = (0.05, 0.2, 0.5, 0.8)
 LEVEL = 0.1  # in use
 PATCH = 8  # pixels, of the Frechet distance
@@ -46,19 +50,30 @@ PATCH = 8  # pixels, of the Frechet distance
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompts", nargs="*", default=PROMPTS)
+    parser.add_argument("prompts", nargs="*", help="of shapes, three; of a folder, those of its test")
     parser.add_argument("--minutes", type=float, default=50, help="of training, of one core")
     parser.add_argument("--sizes", type=int, nargs=3, default=[16, 32, 64], help="of the pictures, multiples of 8")
     parser.add_argument("--pictures", type=int, default=10000, help="of training")
+    parser.add_argument("--folder", type=Path, help="of pictures with captions, in place of shapes that are drawn")
     parser.add_argument("--things", type=int, default=1, choices=(1, 2), help="at most, in a picture")
     parser.add_argument("--batch-size", type=int, default=64, help="of the base; of the next a quarter, and so on")
-    parser.add_argument("--width", type=int, default=128, help="of the base, a multiple of 32; a U-Net's is a quarter")
+    parser.add_argument("--width", type=int, default=128, help="a multiple of 32; the base has half, a U-Net a quarter")
     parser.add_argument("--t5", type=Path, help="a folder of transformers with a T5 and its tokenizer")
     parser.add_argument("--steps", type=int, default=20, help="of sampling")
     parser.add_argument("--test", type=int, default=100, help="how many pictures are drawn and read")
     parser.add_argument("--model", type=Path, help="a cascade that this program has saved, not to train one")
     parser.add_argument("--out", type=Path, default=Path("runs") / f"imagen-{keras.backend.backend()}")
     return parser.parse_args()
+
+
+def some(options: argparse.Namespace, size: int, count: int, test: bool = False) -> tuple[np.ndarray, list[str]]:
+    """Pictures, uint8, and their captions, as many as there are."""
+    if not options.folder:
+        return drawn(count, options.things, size, seed=int(test))
+    split = "train[90%:]" if test else "train[:90%]"
+    batches = list(kdiff.data.images(options.folder, size, 1, split=split, text=True, shuffle=False).take(count))
+    images = np.concatenate([batch["image"] for batch in batches])
+    return np.round(127.5 * (images + 1)).astype("uint8"), [batch["text"].numpy()[0].decode() for batch in batches]
 
 
 def words_of(options: argparse.Namespace, captions: list[str]):
@@ -73,9 +88,9 @@ def words_of(options: argparse.Namespace, captions: list[str]):
 
 
 def base_of(options: argparse.Namespace, words) -> kdiff.DiffusionModel:
-    """A transformer that attends to the words."""
-    block = TransformerBlock(heads=8, adaptive=True, gated=True)
-    network = DiT(options.width, depth=4, patch=4, block=block, conditions={"text": words()})
+    """A narrow transformer on small patches, that attends to the words."""
+    block = TransformerBlock(heads=4, adaptive=True, gated=True)
+    network = DiT(options.width // 2, depth=3, patch=2, block=block, conditions={"text": words()})
     rules = [ClassifierFree(1.5), DynamicThreshold(0.995)]
     sampler = kdiff.Sampler("dpm_solver_pp", "trailing", options.steps, rules)
     return kdiff.DiffusionModel(network, "cosine", "data", sampler=sampler, ema=0.995, name="base")
@@ -92,7 +107,7 @@ def larger_of(options: argparse.Namespace, words, factor: int, noise, name: str)
 
 def learn(options: argparse.Namespace) -> tuple[kdiff.Cascade, kdiff.DiffusionModel]:
     """(the cascade, its second stage without noise)."""
-    sizes, (_, captions) = options.sizes, drawn(options.pictures, options.things, options.sizes[0])
+    sizes, (_, captions) = options.sizes, some(options, options.sizes[0], options.pictures)
     words, schedule = words_of(options, captions), kdiff.schedules.Cosine()
     twice, again = sizes[1] // sizes[0], sizes[2] // sizes[1]
     stages = [
@@ -101,10 +116,10 @@ def learn(options: argparse.Namespace) -> tuple[kdiff.Cascade, kdiff.DiffusionMo
         larger_of(options, words, again, schedule, "third"),
         larger_of(options, words, twice, None, "second-without-noise"),
     ]
-    for stage, size, share in zip(stages, [*sizes, sizes[1]], SHARES, strict=True):
-        images, captions = drawn(options.pictures, options.things, size)
+    for stage, size, share, rate in zip(stages, [*sizes, sizes[1]], SHARES, RATES, strict=True):
+        images, captions = some(options, size, options.pictures)
         batch_size = max(4, options.batch_size * sizes[0] ** 2 // size**2)
-        train(stage, {"image": images, "text": captions}, Clock(share * options.minutes, 1e-3), batch_size)
+        train(stage, {"image": images, "text": captions}, Clock(share * options.minutes, rate), batch_size)
     cascade = kdiff.Cascade(stages[:3])
     cascade.save(options.out / "imagen.keras")
     return cascade, stages[3]
@@ -130,13 +145,13 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 def follow(cascade: kdiff.Cascade, options: argparse.Namespace) -> None:
     """What each stage makes of true small pictures, at several levels of noise."""
     for i in (1, 2):
-        images, captions = drawn(options.test, options.things, options.sizes[i], seed=1)
+        images, captions = some(options, options.sizes[i], options.test, test=True)
         images, small = images / 127.5 - 1, cascade.stages[i].network.conditions["low"].of
         low, stage = keras.ops.convert_to_numpy(small(images)), kdiff.Cascade(cascade.stages[i - 1 : i + 1])
         sizes, factor = f"{low.shape[1]} to {images.shape[1]} pixels", images.shape[1] // low.shape[1]
         rows = [np.repeat(np.repeat(low, factor, 1), factor, 2)]
         for level in LEVELS:
-            rows.append(stage.sample(options.test, text=captions, low=low, level=level))
+            rows.append(stage.sample(len(images), text=captions, low=low, level=level))
             back = keras.ops.convert_to_numpy(small(rows[-1]))
             truth = decibels(rows[-1], images)
             print(f"{sizes}, level {level}: {decibels(back, low):.1f} dB to what was given, {truth:.1f} to the truth")
@@ -146,12 +161,13 @@ def follow(cascade: kdiff.Cascade, options: argparse.Namespace) -> None:
 def main() -> None:
     options = arguments()
     options.out.mkdir(parents=True, exist_ok=True)
-    prompts = [scenes.Scene.parse(prompt).caption for prompt in options.prompts]  # in the words of training
+    images, captions = some(options, options.sizes[1], options.test, test=True)
+    count, prompts = len(images), options.prompts or (captions[:3] if options.folder else PROMPTS)
+    if not options.folder:
+        prompts = [scenes.Scene.parse(prompt).caption for prompt in prompts]  # in the words of training
     cascade, plain = (keras.saving.load_model(options.model), None) if options.model else learn(options)
-    count = options.test
-    images, captions = drawn(count, options.things, options.sizes[1], seed=1)
     stages = list(cascade.sample_stages(count, text=captions))
-    for made in stages:
+    for made in stages if not options.folder else ():
         print(f"{made.shape[1]} pixels: of {count}, read as the caption says: {read_right(made, captions):.1%}")
     follow(cascade, options)
     if plain:
@@ -166,6 +182,7 @@ def main() -> None:
     for i, made in enumerate(cascade.sample_stages(len(texts), text=texts, seed=1)):
         pictures.save_png(options.out / f"prompts-{i}.png", made, 4, captions=texts)
     others = ", augmentation.png, imagen.keras" if plain else ""
+    print("prompts-*.png:", "; ".join(prompts))
     print(f"In {options.out.resolve()}: prompts-*.png, levels-*.png{others}")
 
 

@@ -132,8 +132,11 @@ class Mutated(SourceFileLoader, MetaPathFinder):
 class QuickestFirst:
     """A plugin of pytest: without a mutation it writes down how long each test takes, then it orders them by that."""
 
-    def __init__(self, file: Path):
-        self.file, self.seconds = file, json.loads(file.read_text()) if file.exists() else {}
+    def __init__(self, notes: Path, written: str | None):
+        self.file = written and notes / written
+        self.seconds = {}
+        for file in () if written else notes.iterdir():
+            self.seconds |= json.loads(file.read_text())
 
     def pytest_collection_modifyitems(self, items):
         items.sort(key=lambda item: self.seconds.get(item.nodeid, 0.0))
@@ -142,12 +145,12 @@ class QuickestFirst:
         self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
 
     def pytest_sessionfinish(self):
-        if not self.file.exists():
+        if self.file:
             self.file.write_text(json.dumps(self.seconds))
 
 
-def start(module: str, source: str | None, notes: Path) -> int:
-    """Runs the tests of a module in a fork, of the mutated source if there is one; returns the process id."""
+def start(files: list[str], mutation: tuple[str, str] | None, notes: Path) -> int:
+    """Runs files of tests in a fork, with (module, mutated source) if there is one; returns the process id."""
     if child := os.fork():
         return child
     os.setpgid(0, 0)
@@ -156,15 +159,15 @@ def start(module: str, source: str | None, notes: Path) -> int:
         os.dup2(sink.fileno(), 2)
     import pytest
 
-    if source is not None:
-        sys.meta_path.insert(0, Mutated(module, source))
-    quickest = QuickestFirst(notes / module.replace("/", "-"))
+    if mutation:
+        sys.meta_path.insert(0, Mutated(*mutation))
+    quickest = QuickestFirst(notes, None if mutation else Path(*files).name)
     options = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
-    os._exit(pytest.main([*options, *tests_of(module)], plugins=[quickest]))
+    os._exit(pytest.main([*options, *files], plugins=[quickest]))
 
 
 def run(tasks: list, notes: Path, jobs: int, limit: float) -> Iterator[tuple]:
-    """(index, exit status or None if it ran out of time, seconds) of each (module, source), as they end."""
+    """(index, exit status or None if it ran out of time, seconds) of each task of `start`, as they end."""
     waiting, running = list(enumerate(tasks)), {}
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -215,13 +218,14 @@ def main() -> None:
     if untested := [module for module in touched if not tests_of(module)]:
         sys.exit(f"No file of tests/ is named after {untested}")
     notes = Path(tempfile.mkdtemp(prefix="kdiff-mutation-"))
-    for index, status, seconds in run([(module, None) for module in touched], notes, options.jobs, options.limit):
-        print(f"  {touched[index]}: its tests take {seconds:.0f} s", flush=True)
-        if status != 0:
-            sys.exit(f"The tests of {touched[index]} fail without a mutation (status {status})")
+    files = sorted({file for module in touched for file in tests_of(module)})
+    for index, status, seconds in run([([file], None) for file in files], notes, options.jobs, options.limit):
+        print(f"  {Path(files[index]).name} takes {seconds:.0f} s", flush=True)
+        if status not in (0, 5):  # 5: none of its tests runs here
+            sys.exit(f"{files[index]} fails without a mutation (status {status})")
 
     killed, survivors = 0, []
-    tasks = [(mutant.module, mutated(mutant)) for mutant in drawn]
+    tasks = [(tests_of(mutant.module), (mutant.module, mutated(mutant))) for mutant in drawn]
     for index, status, seconds in run(tasks, notes, options.jobs, options.limit):
         killed += status != 0
         if status == 0:

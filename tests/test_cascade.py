@@ -16,6 +16,8 @@ from tests.helpers_gradients import perturb
 from tests.test_encoders_prompt import t5
 from tests.toys import draw_weights, images, numpy
 
+pytestmark = pytest.mark.eager
+
 NOISE = schedules.Cosine()
 SMALL = operators.Downsample(2)
 SOLVER = Sampler("dpm_solver_pp", "trailing", 24)

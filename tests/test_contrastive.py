@@ -13,6 +13,8 @@ from kdiff.encoders import CLIPText, CLIPVision
 from kdiff.text import Bytes
 from tests.toys import draw_weights, images, mostly_once, numpy
 
+pytestmark = pytest.mark.eager
+
 WORDS = ["red", "green", "blue", "black", "white", "grey", "pink", "cyan"]
 COLOURS = np.random.default_rng(0).integers(0, 256, (8, 3)).astype("uint8")
 

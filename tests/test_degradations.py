@@ -6,6 +6,8 @@ from kdiff.base import Value
 from kdiff.degradations import Degradations, RandomBlur, RandomNoise
 from tests.toys import images, numpy
 
+pytestmark = pytest.mark.eager
+
 KEY = random.key_of(5)
 CASES = {
     "blur": (RandomBlur(0.5, 2.0, 0.5, radius=2), (8, 6, 2)),

@@ -8,6 +8,8 @@ from kdiff import evaluation
 from kdiff.evaluation import EvaluationCallback, FrechetDistance, KernelDistance
 from tests.toys import compiled_model, images
 
+pytestmark = pytest.mark.eager
+
 
 def flat(batch):
     return np.asarray(batch).reshape(len(batch), -1)[:, :3]

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kdiff import scenes
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -147,8 +149,26 @@ def t5_folder(folder, captions):
     return folder
 
 
+def captioned_folder(folder, count):
+    """Pictures of 40 pixels, each with a caption beside it that is of no scene."""
+    from PIL import Image
+
+    folder.mkdir()
+    for i, image in enumerate(scenes.dataset(count, 40)[0]):
+        Image.fromarray(image).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a face {i} years old", encoding="utf-8")
+    return folder
+
+
 @pytest.mark.once  # minutes of compilation elsewhere; what it uses is tested on each backend
-@pytest.mark.parametrize("words", ["learned", pytest.param("t5", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "learned",
+        pytest.param("t5", marks=pytest.mark.thorough),
+        pytest.param("folder", marks=[pytest.mark.data, pytest.mark.thorough]),
+    ],
+)
 def test_imagen(run, tmp_path, words):
     pytest.importorskip("tokenizers")
     pytest.importorskip("PIL")
@@ -157,8 +177,12 @@ def test_imagen(run, tmp_path, words):
     small = (*small, "--steps", "1", "--test", "4", "--out", str(tmp_path))
     if words == "t5":
         small = (*small, "--t5", str(t5_folder(tmp_path / "t5", ["a small red circle on a black background"] * 4)))
-    output = run("imagen.py", "a small red circle", *small)
-    for said in ("32 pixels: of 4", "8 to 16 pixels, level 0.05", "with noise", "without", "bicubic"):
+    if words == "folder":
+        small = (*small, "--folder", str(captioned_folder(tmp_path / "faces", 40)))
+    output = run("imagen.py", *(() if words == "folder" else ("a small red circle",)), *small)
+    assert ("32 pixels: of 4" in output) == (words != "folder")
+    assert ("years old" in output) == (words == "folder")
+    for said in ("8 to 16 pixels, level 0.05", "with noise", "without", "bicubic"):
         assert said in output
     for name in ("prompts-2", "levels-1", "levels-2", "augmentation"):
         assert (tmp_path / f"{name}.png").stat().st_size > 300

@@ -13,6 +13,8 @@ from kdiff.blocks import LabelEmbedding
 from kdiff.interop import arrays, diffusers, files, original, weights
 from tests.test_interop import rewrite, unet
 
+pytestmark = pytest.mark.eager
+
 pytest.importorskip("safetensors", reason="the extra `interop` is not installed")
 
 

@@ -256,7 +256,7 @@ JITTED = {
     "dit": lambda: networks.DiT(16, 1, 2),
     "uvit": lambda: networks.UViT(16, 1, 2),
     "hybrid": lambda: networks.Hybrid.composed((8, 8), (1, 1), head_width=8, pattern=blocks.Neighborhood(3)),
-    "ncsnpp": lambda: networks.NCSNpp(8),
+    "ncsnpp": lambda: networks.published.ncsnpp_cifar10(8, 2, depth=1),
     "mlp": lambda: networks.MLP(8, 1),
 }
 
@@ -270,6 +270,10 @@ def test_every_network_is_compiled_on_torch(name):
     Minutes each, of which `-k mlp`, or another name, runs one. An MLP of three blocks of 64 took 128 CPU seconds to
     start, as one graph, and its steps then 14 ms in place of 34.
     """
+    import torch
+
+    # It makes eight programs of one function, such as a model's step; then, with a mere warning, it compiles no more.
+    torch.compiler.reset()
     x, losses = images(6, (2,) if name == "mlp" else (8, 8, 1)), []
     for jit in (True, False):
         keras.utils.set_random_seed(0)  # of the weights

@@ -4,7 +4,7 @@ import pytest
 from keras import ops
 
 from kdiff import blocks
-from kdiff.networks import Hybrid, Level, UNet
+from kdiff.networks import Hybrid, Level, NCSNpp, UNet
 from tests.helpers_gradients import perturb, run, value_and_gradients
 from tests.toys import mostly_once
 
@@ -258,6 +258,9 @@ def test_errors_of_arguments():
     cases = [
         (lambda: UNet([]), "`levels` must be one `Level` or more"),
         (lambda: UNet(3), r"list of `Level`s; received: 3.*UNet.residual\(width=64, levels=3\)"),
+        (lambda: NCSNpp(3), "NCSNpp: `levels` must be a list of `Level`s; received: 3"),
+        (lambda: Hybrid(3), "Hybrid: `levels` must be a list of `Level`s; received: 3"),
+        (lambda: NCSNpp(3.0), "NCSNpp: `levels` must be one `Level` or more; received: 3.0"),
         (lambda: UNet([Level(8, mixer=keras.layers.MultiHeadAttention(2, 4))]), r"SelfAttention\(heads=2\)"),
         (lambda: UNet.basic(levels=0), "`levels`.*received: 0"),
         (lambda: UNet.basic(multipliers=(1, 2)), "`multipliers` must be 3 numbers"),

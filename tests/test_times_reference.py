@@ -134,3 +134,12 @@ def test_distributions_of_stable_diffusion_3(sampler, options):
     )
     ours = numpy(sampler(schedules.Rectified(), 4000, random.key_of(1)))
     assert stats.ks_2samp(ours, theirs.numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("name", times.DEEPFLOYD)
+def test_the_lists_of_deepfloyd(name):
+    from diffusers.pipelines.deepfloyd_if import timesteps
+
+    grid, table = times.Sections.deepfloyd(name), schedules.CosineBeta(1000)
+    steps = getattr(timesteps, f"{name}_timesteps")
+    np.testing.assert_allclose(1000 * grid(table, len(steps)) - 1, [*steps, -1], atol=1e-6)

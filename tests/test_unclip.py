@@ -13,6 +13,8 @@ from kdiff.random import slerp
 from kdiff.text import Bytes
 from tests.toys import draw_weights
 
+pytestmark = pytest.mark.eager
+
 WORDS = ["red", "blue"]
 WIDTH = 6
 

@@ -14,7 +14,7 @@ from kdiff.blocks.layers import Conv2D
 from kdiff.blocks.patterns import Neighborhood, Pattern
 from kdiff.blocks.transformer import adaptive_block
 from kdiff.networks.base import Network, check_size
-from kdiff.networks.unet import Level, check_depths
+from kdiff.networks.unet import Level, check_levels
 
 __all__ = ["Hybrid"]
 
@@ -57,9 +57,7 @@ class Hybrid(Network):
         seed: int = 0,
         **kwargs,
     ):
-        if not levels or not all(isinstance(level, Level) for level in levels):
-            raise ValueError(f"Hybrid: `levels` must be one `Level` or more; received: {levels!r}")
-        check_depths("Hybrid", levels)
+        check_levels("Hybrid", levels)
         embedding = embedding or MLPEmbedding(SinusoidalEmbedding(64), 256)
         super().__init__(embedding, conditions, out_channels, remat, seed, **kwargs)
         self.levels = list(levels)

@@ -146,9 +146,6 @@ class NCSNpp(UNet):
         divide: bool = False,
         **kwargs,
     ):
-        if embedding is None and levels:
-            width = stem_width or levels[0].width
-            embedding = MLPEmbedding(FourierEmbedding(2 * width, 16.0, sine_first=True), 4 * width)
         ends = (normalization, activation, out_channels, remat, seed, stem_width)
         super().__init__(levels, middle, embedding, conditions, *ends, **kwargs)
         self.progressive_input = progressive_input
@@ -157,6 +154,10 @@ class NCSNpp(UNet):
         self.grow = [self._chain([copy_layer(level.upsample)], f"grow_{i}") for i, level in self._finer()]
         self.inputs_down = self._copies_of(progressive_input, "input")
         self.outputs_up = self._copies_of(progressive_output, "output")
+
+    @staticmethod
+    def _usual_embedding(width):
+        return MLPEmbedding(FourierEmbedding(2 * width, 16.0, sine_first=True), 4 * width)
 
     def _finer(self):
         return enumerate(self.levels[:-1])

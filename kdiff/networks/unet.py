@@ -15,7 +15,7 @@ from kdiff.blocks.layers import Conv2D
 from kdiff.blocks.transformer import TransformerBlock
 from kdiff.networks.base import Network, check_size
 
-__all__ = ["Level", "UNet", "WayDown", "check_depths"]
+__all__ = ["Level", "UNet", "WayDown", "check_levels"]
 
 
 class Level(Value):
@@ -104,20 +104,13 @@ class WayDown(Network):
 
     def __init__(self, levels, middle, embedding, conditions, stem_width, **options):
         name = type(self).__name__
-        if isinstance(levels, int):
-            raise ValueError(
-                f"{name}: `levels` must be a list of `Level`s; received: {levels}. From a width and a number of levels "
-                f"one is made by `UNet.residual(width=64, levels={levels})`, `UNet.attention` and the like"
-            )
-        if not levels or not all(isinstance(level, Level) for level in levels):
-            raise ValueError(f"{name}: `levels` must be one `Level` or more; received: {levels!r}")
+        check_levels(name, levels)
         for level in (*levels, *([middle] if middle else [])):
             if not level.widens:
                 raise ValueError(f"{name}: a level's `block` must have an argument `width`; received: {level.block!r}")
-        check_depths(name, levels)
         if stem_width is not None:
             check_integer(name, "stem_width", stem_width)
-        embedding = embedding or MLPEmbedding(SinusoidalEmbedding(max(2, stem_width or levels[0].width)))
+        embedding = embedding or self._usual_embedding(stem_width or levels[0].width)
         super().__init__(embedding, conditions, **options)
         self.levels = list(levels)
         self.middle = middle or Level(levels[-1].width, 2, levels[-1].block, levels[-1].mixers_down[-1])
@@ -126,6 +119,11 @@ class WayDown(Network):
         self.stem = Conv2D(stem_width or levels[0].width, 3, padding="same", **options)
         self.down = [self._chain(unit, f"down_{i}") for i, unit in enumerate(_way_down(self.levels))]
         self.bridge = self._chain(_between(self.middle), "bridge")
+
+    @staticmethod
+    def _usual_embedding(width):
+        """Of the time, where none is given."""
+        return MLPEmbedding(SinusoidalEmbedding(max(2, width)))
 
     def _build_down(self, x_shape, embed_shape, context_shape):
         """(x, kept): the shapes of the output of the middle, and of those that the way up is given."""
@@ -382,8 +380,15 @@ class UNet(WayDown):
         return cls(made, **kwargs)
 
 
-def check_depths(owner: str, levels: Sequence[Level]) -> None:
-    """Raises a ValueError for a level without blocks, which the middle alone may be."""
+def check_levels(owner: str, levels: Sequence[Level]) -> None:
+    """Raises a ValueError unless they are one `Level` or more, of one block or more, as the middle need not have."""
+    if isinstance(levels, int):
+        raise ValueError(
+            f"{owner}: `levels` must be a list of `Level`s; received: {levels}. From widths and numbers one is made by "
+            f"`UNet.residual(width=64, levels={levels})`, `UNet.attention`, `Hybrid.composed` and the like"
+        )
+    if not isinstance(levels, Sequence) or not levels or not all(isinstance(level, Level) for level in levels):
+        raise ValueError(f"{owner}: `levels` must be one `Level` or more; received: {levels!r}")
     if not all(level.depth for level in levels):
         raise ValueError(f"{owner}: each of `levels` must have a `depth` of 1 or more; received: {levels!r}")
 
