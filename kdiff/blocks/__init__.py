@@ -17,6 +17,7 @@ from kdiff.blocks.embeddings import (
     SizeWaves,
     SteeredEmbedding,
 )
+from kdiff.blocks.interval import Interval
 from kdiff.blocks.joint import JointBlock
 from kdiff.blocks.layers import Conv2D, Dense
 from kdiff.blocks.magnitude import (
@@ -63,6 +64,7 @@ __all__ = [
     "GroupNorm",
     "ImageEmbedding",
     "Input",
+    "Interval",
     "Joint",
     "JointBlock",
     "LabelEmbedding",

@@ -178,15 +178,16 @@ class BatchCheck:
         codec: what encodes the images.
         shape: the shape of one encoded example, with None for an axis of any length.
         network: whose conditions the batch must hold.
+        others: the names of what else it may hold.
 
     Attributes:
         error: what was raised last: tf.data hides it in an error of its own.
     """
 
-    def __init__(self, codec: Codec, shape: tuple, network: keras.layers.Layer):
+    def __init__(self, codec: Codec, shape: tuple, network: keras.layers.Layer, others: Sequence[str] = ()):
         self.codec, self.shape = codec, tuple(shape)
         self.conditions, self.layers = condition_names(network), condition_layers(network)
-        self.optional, self.derived = set(optional_names(network)), set(derivations(network))
+        self.optional, self.derived = {*optional_names(network), *others}, set(derivations(network))
         self.error: ValueError | None = None
         self.warned = False
 
