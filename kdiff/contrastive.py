@@ -143,19 +143,6 @@ class Contrastive(OwnLoss, Configurable, keras.Model):
         if config:
             self.build(config["shapes"])
 
-    def get_compile_config(self) -> dict[str, Any] | None:
-        """The optimizer, without what belongs to a backend; None before `compile`."""
-        if not self.compiled:
-            return None
-        config = {"optimizer": keras.saving.serialize_keras_object(self.optimizer)}
-        return {name: backend.portable_optimizer(one) for name, one in config.items()}
-
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compiles a loaded model, and makes the optimizer's variables, which are loaded next."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.built:
-            self.optimizer.build(self.trainable_variables)
-
     # What it computes
 
     def _embedded(self, name: str, x, training: bool = False):

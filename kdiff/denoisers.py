@@ -21,7 +21,9 @@ from keras import ops, tree
 from kdiff import backend
 from kdiff.schedules import Marginal
 
-__all__ = ["Denoise", "Denoiser", "Estimate", "Given"]
+__all__ = ["INTERVAL", "Denoise", "Denoiser", "Estimate", "Given", "interval"]
+
+INTERVAL = "interval"  # the input by which a network is told where its answer is to lead; see `Denoiser.jump`
 
 
 class Estimate(NamedTuple):
@@ -63,6 +65,15 @@ class Given(NamedTuple):
 
 
 Denoise = Callable[[Any, Marginal], Estimate]
+
+
+def interval(now: Marginal, then: Marginal | None = None):
+    """How far it is from one noise level to a lower one, or to data: u_now - u_then, tan(u) = sigma / alpha.
+
+    It is the same on every schedule, in [0, pi / 2], and 0 where the two are one.
+    """
+    u = ops.arctan2(now.sigma, now.alpha)
+    return u if then is None else u - ops.arctan2(then.sigma, then.alpha)
 
 
 class Denoiser(functools.partial):
@@ -120,6 +131,26 @@ class Denoiser(functools.partial):
             tree.map_structure(lambda rows, i=i: ops.split(rows, count)[i], estimate.memory) for i in range(count)
         ]
         return [Estimate(*parts) for parts in zip(ops.split(estimate.x_hat, count), share, memories, strict=True)]
+
+    def jump(self, x, now: Marginal, then: Marginal) -> Estimate:
+        """The answer that leads from `now` to `then`, lower, in one step, if the network knows one.
+
+        A network that has an input "interval" (`blocks.Interval`) is told how far it is to go, and its x_hat is the one
+        with which DDIM's step ends where the probability flow leads,
+
+            x_then = (sigma_then / sigma_now) x_now + alpha_then (1 - e^{l_now - l_then}) x_hat,   l = log(alpha/sigma).
+
+        With `then` = `now` it is the mean of the data, what `denoise(x, now)` asks for, and with `then` = 0 the data
+        itself, a consistency function. Any other network answers as to `denoise(x, now)`.
+
+        Args:
+            x: the noisy batch, with shape `(batch, ...)`.
+            now: the marginal that it is at; fields of shape `()` or `(batch,)`.
+            then: the marginal to go to.
+        """
+        rows = ops.broadcast_to(interval(now, then), ops.shape(x)[:1])
+        given = self.given._replace(conditions={**self.given.conditions, INTERVAL: rows})
+        return self.answer(given, x, now)
 
     def linearised(self, x, m: Marginal, often: bool = False) -> tuple[Estimate, Callable]:
         """(estimate, pull): `pull(v)`, of the shape of `x`, is (d x_hat / d x)^T v. No gradient flows through it.

@@ -46,11 +46,11 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
     It is saved and loaded as any Keras model, `unclip.save("unclip.keras")`, with all its parts.
 
     Args:
-        prior: a built `DiffusionModel` of embeddings, (batch, width).
+        prior: a built `DiffusionModel` of embeddings, (batch, width); None where images alone are to be varied.
         decoder: a built `DiffusionModel` of images with the embedding as a condition.
         upsamplers: `DiffusionModel`s as the later stages of a `Cascade`, none or more.
         clip: what embeds images and texts, with the methods `embed_image(images)` and `embed_text(texts)`, such as a
-            `Contrastive`; None where neither `best_of` nor images are asked for.
+            `Contrastive`, or an `encoders.Pair`; None where neither `best_of` nor images are asked for.
         embedding: the name of the decoder's condition.
         name: the model's name.
 
@@ -60,7 +60,7 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
 
     def __init__(
         self,
-        prior: DiffusionModel,
+        prior: DiffusionModel | None,
         decoder: DiffusionModel,
         *upsamplers: DiffusionModel,
         clip: Any = None,
@@ -69,7 +69,7 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
     ):
         super().__init__(name=name, dtype="float32", autocast=False)
         for model in (prior, decoder):
-            if not isinstance(model, DiffusionModel):
+            if not isinstance(model, DiffusionModel) and (model is not None or model is decoder):
                 raise TypeError(f"UnCLIP: `prior` and `decoder` must be DiffusionModels; received: {model!r}")
         self.prior, self.decoder, self.upsamplers = prior, decoder, list(upsamplers)
         self.clip, self.embedding = clip, embedding
@@ -78,7 +78,7 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
             raise ValueError(
                 f"UnCLIP: the decoder must have the condition {embedding!r}; it has: {condition_names(decoder.network)}"
             )
-        if prior.built and decoder.built:
+        if prior is not None and prior.built and decoder.built:
             made, wanted = prior.example or prior.shapes["image"][1:], decoder.shapes[embedding][1:]
             if tuple(made) != tuple(wanted):
                 raise ValueError(f"UnCLIP: the prior makes {made}, and the decoder takes {wanted} as {embedding!r}")
@@ -108,9 +108,10 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
         return [one for one in [getattr(self.clip, "text", None)] if isinstance(one, Encoder)]
 
     def _prompts(self) -> list[Prompt]:
-        """The conditions of all parts that are texts which frozen encoders read."""
-        layers = [getattr(model.network, "conditions", None) for model in (self.prior, *self._stages)]
+        """The conditions of all parts that are texts which frozen encoders read, and that of `clip`."""
+        layers = [getattr(model.network, "conditions", None) for model in self._models]
         found = [layer for some in layers if isinstance(some, dict) for layer in some.values()]
+        found.append(getattr(self.clip, "text", None))
         return [layer for layer in found if isinstance(layer, Prompt)]
 
     def _encoders(self) -> list[Encoder]:
@@ -157,7 +158,8 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
         Returns:
             A float32 array, in [-1, 1].
         """
-        self._check_names(conditions, (self.prior, *self._stages))
+        self._check_prior()
+        self._check_names(conditions, self._models)
         seed = _seed(seed)
         options = {"seed": seed, "batch_size": batch_size, "verbose": verbose}
         z = self.embeddings(num_samples, best_of=best_of, options=prior, **options, **self._of(self.prior, conditions))
@@ -176,6 +178,7 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
         **conditions,
     ) -> np.ndarray:
         """Embeddings of images that the prior draws, (num_samples, width); `options` are arguments of its `sample`."""
+        self._check_prior()
         for name, value in {"num_samples": num_samples, "best_of": best_of}.items():
             check_integer("UnCLIP", name, value)
         if best_of > 1 and (self.clip is None or not is_text(conditions.get("text"))):
@@ -295,6 +298,14 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
 
     # Parts
 
+    def _check_prior(self) -> None:
+        if self.prior is None:
+            raise ValueError("UnCLIP: it has no prior, which makes embeddings of texts; there are `variations`")
+
+    @property
+    def _models(self) -> list[DiffusionModel]:
+        return [*([] if self.prior is None else [self.prior]), *self._stages]
+
     @property
     def _stages(self) -> list[DiffusionModel]:
         return [self.decoder, *self.upsamplers]
@@ -345,8 +356,10 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
 
     @staticmethod
     def _sized(images, size) -> np.ndarray:
+        """Of that size, where it is known; bicubic weights, some of which are negative, lead out of [-1, 1]."""
         known = size is not None and None not in size
-        return ops.convert_to_numpy(resized(images, tuple(size), "bicubic") if known else images)
+        images = resized(images, tuple(size), "bicubic") if known else images
+        return np.clip(ops.convert_to_numpy(images), -1.0, 1.0)
 
     def _inverted(self, images, z, options, conditions, batch_size) -> np.ndarray:
         """The noise of which the decoder makes the images."""

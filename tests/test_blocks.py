@@ -25,6 +25,7 @@ CASES = {
         TOKENS,
         {"embed": EMBED},
     ),
+    "spatial_norm": (blocks.SpatialNorm(NORM), MAP, MAP, {"embed": (2, 2, 2, 3)}),
     "conv": (blocks.ConvBlock(normalization=NORM), MAP, MAP, {}),
     "conv_embed": (
         blocks.ConvBlock(6, kernel_size=1, normalization="rms_norm", activation="relu"),
@@ -102,6 +103,23 @@ def arrays(shape, others):
 @pytest.mark.parametrize("name", CASES)
 def test_block(name, tmp_path):
     check_block(*CASES[name], tmp_path)
+
+
+@pytest.mark.parametrize(("shape", "size"), [((2, 4, 6, 8), (2, 3)), ((2, 5, 3, 4), (2, 3)), ((2, 6, 4), (4,))])
+def test_spatial_norm_takes_the_nearest(shape, size):
+    """Scale and shift of each position are those of the map's position floor(i * size / sizes of x)."""
+    layer = blocks.SpatialNorm(NORM)
+    z, x = (np.random.default_rng(i).standard_normal(s).astype("float32") for i, s in enumerate(((2, *size, 3), shape)))
+    build_layer(layer, shape, z.shape)
+    perturb(layer)
+    for axis, (own, wanted) in enumerate(zip(size, shape[1:-1], strict=True), 1):
+        z = z.take([i * own // wanted for i in range(wanted)], axis)
+    scale, shift = (
+        z @ ops.convert_to_numpy(one.kernel) + ops.convert_to_numpy(one.bias) for one in (layer.scale, layer.shift)
+    )
+    expected = ops.convert_to_numpy(layer.normalization(x)) * scale + shift
+    given = np.random.default_rng(0).standard_normal((2, *size, 3)).astype("float32")
+    np.testing.assert_allclose(ops.convert_to_numpy(layer(x, given)), expected, atol=1e-5)
 
 
 def check_block(block, shape, out_shape, others, tmp_path):
@@ -374,6 +392,7 @@ def test_cost_of_a_bad_argument_is_a_clear_error():
         (lambda: blocks.MultiHeadAttention()(np.ones((1, 8), "float32")), "batch, tokens, channels"),
         (lambda: blocks.CrossAttention()(np.ones((1, 2, 8), "float32")), "`context` is needed"),
         (lambda: blocks.AdaptiveNorm()(np.ones((1, 2, 8), "float32")), "`embed` is needed"),
+        (lambda: blocks.SpatialNorm().build((1, 2, 2, 8), (1, 8)), "SpatialNorm: `embed` must be a map"),
         (lambda: blocks.Block.get("residul_block"), "Did you mean 'residual_block'"),
     ]
     for function, message in cases:

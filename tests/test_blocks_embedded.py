@@ -1,14 +1,25 @@
-"""Embeddings as conditions: an image's as a vector and tokens, lost by itself; tokens with a mask."""
+"""Embeddings as conditions: an image's as a vector and tokens, lost by itself, or noised; tokens with a mask."""
 
 import keras
 import numpy as np
 import pytest
 
-from kdiff.blocks import ImageEmbedding, MaskedTokens, TextEncoder, TransformerBlock
+from kdiff import DiffusionModel, random, schedules
+from kdiff.blocks import (
+    ImageEmbedding,
+    MaskedTokens,
+    MLPEmbedding,
+    NoisedEmbedding,
+    SinusoidalEmbedding,
+    TextEncoder,
+    TransformerBlock,
+)
+from kdiff.blocks.conditions import DROPPING
+from kdiff.blocks.noising import AUGMENTING, LEVELS
 from kdiff.networks import DiT
 from kdiff.text import Bytes
 from tests.helpers_gradients import run
-from tests.toys import draw_weights, numpy
+from tests.toys import draw_weights, mostly_once, numpy
 
 X = np.random.default_rng(0).standard_normal((3, 5)).astype("float32")
 
@@ -72,8 +83,70 @@ def test_in_a_network(tmp_path):
     np.testing.assert_allclose(run(keras.saving.load_model(tmp_path / "network.keras"), inputs), y, atol=1e-6)
 
 
+MEAN, STD = np.arange(5, dtype="float32"), np.arange(1, 6, dtype="float32")
+
+
+def noised(**options):
+    waves = SinusoidalEmbedding(4, scale=1000.0, offset=-1.0)
+    return NoisedEmbedding(schedules.CosineBeta(1000), MEAN, STD, waves, seed=3, **options)
+
+
+def test_a_noised_embedding_is_a_formula():
+    """In training of a level an example, by the counters alone; otherwise of the level and the noise that are given."""
+    layer = noised(layer=keras.layers.Identity(), highest=0.5, dropout=0.4)
+    x = np.random.default_rng(0).standard_normal((40, 5)).astype("float32")
+    layer.build({"embedding": (None, 5)}, (None, 9))
+
+    def expected(z, level, noise):
+        marginal = layer.noise.at(level)
+        alpha, sigma = (numpy(one)[:, None] for one in (marginal.alpha, marginal.sigma))
+        z = MEAN + STD * (alpha * (z - MEAN) / STD + sigma * noise)
+        angles = (1000.0 * level - 1.0)[:, None] * np.array([1.0, 0.01])
+        return np.concatenate([z, np.cos(angles), np.sin(angles)], axis=1)
+
+    for call in range(2):
+        key = np.array([3, call], "int32")
+        level = 0.5 * numpy(random.uniform(random.fold(key, 0, LEVELS), (40,)))
+        noise = numpy(random.normal(random.fold(key, 0, AUGMENTING), (40, 5)))
+        dropped = numpy(random.uniform(random.fold(key, 0, DROPPING), (40,))) < 0.4
+        wanted = np.where(dropped[:, None], 0.0, expected(x, level, noise))
+        assert 5 < dropped.sum() < 35
+        np.testing.assert_allclose(numpy(layer({"embedding": x}, training=True).vector), wanted, atol=1e-3)
+    level, noise = np.linspace(0.1, 0.9, 40).astype("float32"), x[::-1].copy()
+    found = layer({"embedding": x, "level": level, "noise": noise}).vector
+    np.testing.assert_allclose(numpy(found), expected(x, level, noise), atol=1e-3)
+    first, again = (numpy(layer({"embedding": x}).vector) for _ in range(2))
+    np.testing.assert_array_equal(again, first)
+    np.testing.assert_array_equal(numpy(layer({"embedding": 0 * x}).vector), np.zeros((40, 9)))
+
+
+@pytest.mark.parametrize("policy", mostly_once(["mixed_bfloat16", "float32"]))
+def test_a_noised_embedding_in_a_model(policy, tmp_path):
+    """It learns, is given a level, can be left out, and comes back from a file."""
+    layer = noised(dropout=0.5, layer=MLPEmbedding(keras.layers.Identity(), 8, dtype=policy), dtype=policy)
+    network = DiT(8, 1, 2, TransformerBlock(2, adaptive=True), conditions={"embedding": layer}, dtype=policy)
+    model = DiffusionModel(network, ema=None)
+    model.compile("adam")
+    data = {"image": np.random.default_rng(1).uniform(-1, 1, (3, 4, 4, 1)).astype("float32"), "embedding": X}
+    assert np.isfinite(model.fit(data, verbose=0).history["loss"]).all()
+    draw_weights(network)
+    options = {"steps": 2, "embedding": X}
+    y = model.sample(3, **options)
+    for other in ({"embedding": X[::-1]}, {"embedding_level": 0.9}, {"embedding_noise": X}, {"guidance": 3.0}):
+        assert np.abs(model.sample(3, **{**options, **other}) - y).max() > 1e-3
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(again.sample(3, **options), y, atol=1e-5)
+    with pytest.raises(ValueError, match="NoisedEmbedding: a level must be a number in"):
+        model.sample(3, **options, embedding_level=2.0)
+
+
 @pytest.mark.once
 def test_what_it_refuses():
+    with pytest.raises(ValueError, match="there must be a `noise`, `mean` be finite, and `std` above 0"):
+        NoisedEmbedding(schedules.Cosine(), std=0.0)
+    with pytest.raises(ValueError, match="with as many numbers in `mean` and `std`; received: "):
+        noised().build({"embedding": (None, 4)})
     with pytest.raises(ValueError, match="one vector an example"):
         ImageEmbedding(4).build((None, 2, 5))
     with pytest.raises(ValueError, match="`tokens` must be a whole number of at least 0"):

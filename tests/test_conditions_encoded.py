@@ -7,7 +7,7 @@ from keras import ops
 
 from kdiff import DiffusionModel, backend, blocks, networks, random, schedules
 from kdiff.blocks import Beside, Encoded, Joint, MLPEmbedding, SinusoidalEmbedding, TextEncoder
-from kdiff.blocks.beside import AUGMENTING, LEVELS
+from kdiff.blocks.noising import AUGMENTING, LEVELS
 from kdiff.blocks.resizing import FORMS, resized
 from kdiff.networks import MLP, DiT, Hybrid, Level, NCSNpp, SimpleUNet, UNet, UViT
 from kdiff.text import Bytes

@@ -26,6 +26,12 @@ CASES = {
         (2, 8, 8, 12),
         {"embed": EMBED},
     ),
+    "residual_spatial": (
+        ResidualBlock(6, None, normalization=blocks.SpatialNorm(NORM)),
+        MAP,
+        (2, 4, 4, 6),
+        {"embed": (2, 2, 2, 3)},
+    ),
     "residual_fir_down": (ResidualBlock(normalization=NORM, resample="fir_downsample", project=True), MAP, HALF, {}),
     "residual_fir_up": (ResidualBlock(6, normalization=NORM, resample=FIRUpsample()), MAP, (2, 8, 8, 6), {}),
     "downsample_symmetric": (Downsample(padding="symmetric"), MAP, HALF, {}),

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 import kdiff
+from kdiff import schedules
+from kdiff.blocks import ImageEmbedding, NoisedEmbedding
 from kdiff.encoders import CLIPText, CLIPVision, PicturePrompt
 from kdiff.encoders.pixels import MEAN, STD
 from tests.toys import draw_weights, images, numpy
@@ -42,6 +44,29 @@ def test_other_sizes_are_cut_to_the_middle():
     changed[:, :, :4] = 0  # and the filter does not reach so far
     np.testing.assert_allclose(prompt.rows(changed), prompt.rows(wide), atol=1e-5)
     assert prompt.rows(PICTURES).shape == (3, 6)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("layer", [NoisedEmbedding(schedules.Cosine()), ImageEmbedding(8, 2)])
+def test_the_vector_through_a_layer(layer, tmp_path):
+    """In place of one token: with all the inputs that the layer has beside it, and back from a file."""
+    prompt = PicturePrompt(encoder(), layer=layer)
+    network = kdiff.networks.UNet.transformer(
+        8, levels=1, depth=1, conditions={"a": prompt, "context": keras.layers.Identity()}
+    )
+    beside = {"picture_level", "picture_noise"} if isinstance(layer, NoisedEmbedding) else set()
+    assert set(network.condition_inputs) == {"picture", "context", *beside}
+    model = kdiff.DiffusionModel(network, ema=None)
+    model.build({"image": (None, 4, 4, 3), "picture": (None, 6), "context": (None, 2, 8)})
+    draw_weights(network)
+    options = {"steps": 2, "context": np.ones((2, 8), "float32")}
+    samples = model.sample(2, picture=PICTURES[0], **options)
+    changes = [{"picture": PICTURES[1]}, {"picture": None}, *({one: 0.5} for one in beside - {"picture_noise"})]
+    for change in changes:
+        assert np.abs(model.sample(2, **{"picture": PICTURES[0], **options, **change}) - samples).max() > 1e-4
+    model.save(tmp_path / "a.keras")
+    again = keras.saving.load_model(tmp_path / "a.keras")
+    np.testing.assert_allclose(again.sample(2, picture=PICTURES[0], **options), samples, atol=1e-5)
 
 
 @pytest.mark.once

@@ -43,6 +43,7 @@ KL = {
     "grey": {"in_channels": 1, "out_channels": 2},
 }
 VQS = {"plain": {}, "width": {"vq_embed_dim": 5, "num_vq_embeddings": 9}, "attention": ATTENTION}
+VQS["spatial"] = {**ATTENTION, "norm_type": "spatial", "block_out_channels": (32, 32), "norm_num_groups": 32}
 TINY = {
     "encoder_block_out_channels": (8, 8, 8),
     "decoder_block_out_channels": (8, 8, 8),
@@ -289,7 +290,7 @@ def test_pipeline(tmp_path):
         ("AutoencoderKL", {"act_fn": "relu"}, "`act_fn` must be one of"),
         ("AutoencoderKL", {"up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]}, "must mirror"),
         ("AutoencoderKL", {"latent_channels": 0}, "`latent_channels` must be a whole number"),
-        ("VQModel", {"norm_type": "spatial"}, "`norm_type` must be .*steered by the latents"),
+        ("VQModel", {"norm_type": "spatial"}, "with `norm_type` 'spatial', `norm_num_groups` must be 32 .*received: 4"),
         ("AutoencoderTiny", {"decoder_block_out_channels": [4, 8, 8]}, "one width"),
         ("AutoencoderOobleck", {}, "`_class_name` must be one of"),
     ],

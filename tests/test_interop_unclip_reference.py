@@ -2,12 +2,15 @@
 
 import importlib
 import math
+import shutil
 
 import numpy as np
 import pytest
 from keras import ops
+from PIL import Image
+from safetensors import numpy as safetensors
 
-from kdiff import backend
+from kdiff import UnCLIP, backend
 from kdiff.encoders import CLIPText, Prompt
 from kdiff.interop import diffusers as interop
 from kdiff.interop import unclip as karlo
@@ -18,6 +21,7 @@ from tests.test_interop_prompts_reference import LENGTH, TEXTS, text_encoder, wo
 pytestmark = [pytest.mark.reference, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
 
 TOLERANCE = 1e-4
 WIDTH, TIME, STEPS = 16, 32, {"prior": 3, "decoder": 3, "super_res": 2}
@@ -93,29 +97,58 @@ def scheduler(**options):
     return made
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+def saved(pipeline, folder):
     """(the pipeline, its folder, our model)."""
-    from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
-
-    folder = tmp_path_factory.mktemp("karlo")
-    torch.manual_seed(0)
-    text = {"clip_embeddings_dim": WIDTH, "time_embed_dim": TIME, "cross_attention_dim": 12}
-    pipeline = diffusers.UnCLIPPipeline(
-        prior=perturbed(diffusers.PriorTransformer(**PRIOR, embedding_dim=WIDTH, num_embeddings=LENGTH), 1),
-        decoder=perturbed(diffusers.UNet2DConditionModel(**DECODER), 2),
-        text_encoder=text_encoder("CLIPTextModelWithProjection", projection_dim=WIDTH),
-        tokenizer=words(folder / "words", "<|endoftext|>"),
-        text_proj=perturbed(UnCLIPTextProjModel(**text), 3),
-        super_res_first=perturbed(diffusers.UNet2DModel(**LARGER), 4),
-        super_res_last=perturbed(diffusers.UNet2DModel(**LARGER), 5),
-        prior_scheduler=scheduler(prediction_type="sample", clip_sample_range=5.0),
-        decoder_scheduler=scheduler(variance_type="learned_range"),
-        super_res_scheduler=scheduler(),
-    )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder / "saved")
     return pipeline, folder / "saved", interop.load(folder / "saved")
+
+
+def shared(folder):
+    """What both pipelines have."""
+    from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+
+    torch.manual_seed(0)
+    text = {"clip_embeddings_dim": WIDTH, "time_embed_dim": TIME, "cross_attention_dim": 12}
+    return {
+        "decoder": perturbed(diffusers.UNet2DConditionModel(**DECODER), 2),
+        "text_encoder": text_encoder("CLIPTextModelWithProjection", projection_dim=WIDTH),
+        "tokenizer": words(folder / "words", "<|endoftext|>"),
+        "text_proj": perturbed(UnCLIPTextProjModel(**text), 3),
+        "super_res_first": perturbed(diffusers.UNet2DModel(**LARGER), 4),
+        "super_res_last": perturbed(diffusers.UNet2DModel(**LARGER), 5),
+        "decoder_scheduler": scheduler(variance_type="learned_range"),
+        "super_res_scheduler": scheduler(),
+    }
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("karlo")
+    pipeline = diffusers.UnCLIPPipeline(
+        **shared(folder),
+        prior=perturbed(diffusers.PriorTransformer(**PRIOR, embedding_dim=WIDTH, num_embeddings=LENGTH), 1),
+        prior_scheduler=scheduler(prediction_type="sample", clip_sample_range=5.0),
+    )
+    return saved(pipeline, folder)
+
+
+def vision():
+    """(an encoder of images, its processor)."""
+    config = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config |= {"image_size": 8, "patch_size": 4, "projection_dim": WIDTH}
+    size = {"shortest_edge": 8}, {"height": 8, "width": 8}
+    processor = transformers.CLIPImageProcessor(size=size[0], crop_size=size[1])
+    model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**config))
+    return perturbed(model, 6), processor
+
+
+@pytest.fixture(scope="module")
+def variations(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("variations")
+    encoder, processor = vision()
+    parts = {"image_encoder": encoder, "feature_extractor": processor}
+    return saved(diffusers.UnCLIPImageVariationPipeline(**shared(folder), **parts), folder)
 
 
 SHAPES = {"prior": (2, WIDTH), "decoder": (2, 4, 4, 3), "super_res": (2, 8, 8, 3)}
@@ -125,6 +158,9 @@ def draws(stage):
     """What a stage begins with, and the noise of its steps."""
     rng = np.random.default_rng(list(SHAPES).index(stage))
     return [rng.standard_normal(SHAPES[stage]).astype("float32") for _ in range(STEPS[stage] + 1)]
+
+
+PICTURES = np.random.default_rng(5).integers(0, 256, (2, 8, 8, 3)).astype("uint8")
 
 
 def first(x):
@@ -231,3 +267,98 @@ def test_what_it_refuses():
         karlo.decoder(DECODER, {**TEXT_PROJ, "cross_attention_dim": 5}, prompt, "config.json")
     with pytest.raises(ValueError, match="`time_embed_dim` must be a whole number"):
         karlo.decoder(DECODER, {"cross_attention_dim": 5, "time_embed_dim": None}, prompt, "config.json")
+
+
+def again_of(theirs, unclip, folder):
+    """The pipeline of what kdiff writes, with its tables in float64."""
+    interop.save(unclip, folder)
+    again = type(theirs).from_pretrained(folder)
+    again.set_progress_bar_config(disable=True)
+    for name in (name for name in SHAPES if hasattr(theirs, f"{name}_scheduler")):
+        one, other = (getattr(pipeline, f"{name}_scheduler") for pipeline in (theirs, again))
+        for key in ("variance_type", "num_train_timesteps", "clip_sample", "clip_sample_range", "prediction_type"):
+            assert one.config[key] == other.config[key], (name, key)
+        for key in ("betas", "alphas", "alphas_cumprod"):
+            setattr(other, key, getattr(one, key))
+    return again
+
+
+@pytest.mark.once
+def test_saved_again(pair, monkeypatch, tmp_path):
+    """diffusers makes the same images of what kdiff writes."""
+    theirs, _, unclip = pair
+    again = again_of(theirs, unclip, tmp_path)
+    scales = {"prior_guidance_scale": 4.0, "decoder_guidance_scale": 8.0}
+    with pytest.MonkeyPatch.context() as patch:
+        wanted = images_of(theirs, patch, **scales)
+    found = images_of(again, monkeypatch, **scales)
+    for one, other in zip(wanted, found, strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5 * np.abs(one).max())
+
+
+@pytest.mark.once
+def test_variations(variations, monkeypatch, tmp_path):
+    """Of pictures, without a prior; and again as kdiff saves them."""
+    theirs, _, unclip = variations
+    assert unclip.prior is None
+    pictures = [Image.fromarray(picture) for picture in PICTURES]
+    wanted = varied(theirs, pictures, monkeypatch)
+    z = unclip.clip.embed_image(PICTURES)
+    run = options_of("decoder", guidance=8.0)
+    small = unclip.decoder.sample(2, embedding=z, text=None, **run)
+    large = unclip.upsamplers[0].sample(2, low=small, **options_of("super_res"))
+    assert wanted.std() > 0.05
+    np.testing.assert_allclose(large, wanted, atol=TOLERANCE)
+    seen = []
+    monkeypatch.setattr(unclip.cascade, "sample", lambda *_, low, **__: seen.append(low))
+    unclip.variations(PICTURES, 1, decoder=run)
+    np.testing.assert_allclose(seen[0], small, atol=TOLERANCE)
+    again = again_of(theirs, unclip, tmp_path)
+    np.testing.assert_allclose(varied(again, pictures, monkeypatch), wanted, atol=1e-5)
+    with pytest.raises(ValueError, match="it has no prior"):
+        unclip.sample(1, text="a cat")
+
+
+def varied(pipeline, pictures, monkeypatch):
+    given = iter(noise for stage in ("decoder", "super_res") for noise in draws(stage)[1:-1])
+    module = importlib.import_module("diffusers.schedulers.scheduling_unclip")
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: first(next(given)))
+    latents = {f"{stage}_latents": first(draws(stage)[0]) for stage in ("decoder", "super_res")}
+    steps = {f"{stage}_num_inference_steps": STEPS[stage] for stage in ("decoder", "super_res")}
+    return 2.0 * pipeline(pictures, output_type="np", **latents, **steps).images - 1.0
+
+
+@pytest.mark.once
+def test_what_it_does_not_save(pair, variations, monkeypatch, tmp_path):
+    _, _, unclip = pair
+    refused = {
+        "one upsampler, `Experts`": UnCLIP(unclip.prior, unclip.decoder),
+        "a prior, or a `clip`": UnCLIP(None, unclip.decoder, *unclip.upsamplers),
+        "one encoder of text; these have two": UnCLIP(unclip.prior, variations[2].decoder, *unclip.upsamplers),
+    }
+    for reason, model in refused.items():
+        with pytest.raises(ValueError, match=reason):
+            interop.save(model, tmp_path)
+    monkeypatch.setattr(unclip.decoder, "sampler", unclip.decoder.sampler.replaced(solver="ddim"))
+    with pytest.raises(ValueError, match="diffusers' UnCLIPScheduler is no process like"):
+        interop.save(unclip, tmp_path)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("file", "name", "words"),
+    [
+        ("text_proj", "embedding_proj.weight", "(?s)saved.decoder, and text_proj: .*text_proj.embedding_proj.weight"),
+        ("prior", "clip_mean", r"prior: the weights must have .*missing: \['clip_mean'\]"),
+        ("super_res_last", "conv_in.bias", "(?s)super_res_last.*conv_in.bias"),
+    ],
+)
+def test_missing_weights(pair, tmp_path, file, name, words):
+    _, folder, _ = pair
+    shutil.copytree(folder, tmp_path / "saved")
+    path = tmp_path / "saved" / file / "diffusion_pytorch_model.safetensors"
+    state = safetensors.load_file(path)
+    del state[name]
+    safetensors.save_file(state, path)
+    with pytest.raises(ValueError, match=words):
+        interop.load(tmp_path / "saved")

@@ -73,6 +73,21 @@ def test_text_goes_through_the_prior_to_the_decoder(unclip):
 
 
 @pytest.mark.once
+def test_without_a_prior(unclip, images):
+    """It varies images, of other sizes too, which enlarged would go beyond [-1, 1], and refuses texts."""
+    alone = UnCLIP(None, unclip.decoder, clip=unclip.clip)
+    options = {"decoder": FEW, "text": None}
+    wanted = unclip.variations(images, 1, **options)
+    np.testing.assert_allclose(alone.variations(images, 1, **options), wanted, atol=1e-6)
+    sharp = np.where(np.indices((5, 5)).sum(0) % 2, 255, 0).astype("uint8")[..., None].repeat(3, -1)
+    assert np.isfinite(alone.interpolate(sharp, 255 - sharp, 2, decoder=FEW, text=None)).all()
+    assert UnCLIP.from_config(alone.get_config()).prior is None
+    for draw in (alone.sample, alone.embeddings):
+        with pytest.raises(ValueError, match="it has no prior"):
+            draw(1, text="red")
+
+
+@pytest.mark.once
 def test_a_decoder_of_embeddings_alone(unclip):
     alone = UnCLIP(unclip.prior, decoder())
     wanted = alone.decoder.sample(2, embedding=unclip.prior.sample(2, text=WORDS, **FEW), seed=stage_seed(0, 1), **FEW)

@@ -201,18 +201,6 @@ class AutoencoderTrainer(OwnLoss, Configurable, keras.Model):
         parts = [run(images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
         return np.clip(np.concatenate([ops.convert_to_numpy(part) for part in parts]), -1.0, 1.0)
 
-    def get_compile_config(self) -> dict[str, Any] | None:
-        """The optimizers, without what belongs to a backend; None before `compile`."""
-        if not self.compiled:
-            return None
-        config = {name: keras.saving.serialize_keras_object(one) for name, one in self._optimizers.items()}
-        return {name: one and backend.portable_optimizer(one) for name, one in config.items()}
-
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compiles a loaded model, and makes the optimizer's variables, which are loaded next."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
-
 
 def balanced(x, weight):
     """(2, ...): x twice, for two losses, of whose gradients the second is scaled to `weight` times the first.

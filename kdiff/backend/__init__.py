@@ -49,6 +49,7 @@ from kdiff.backend.running import (
     without_gradients,
 )
 from kdiff.backend.saving import serialized, without_tensorflow
+from kdiff.backend.tangents import forward_mode, forward_mode_is_on, jvp
 from kdiff.backend.training import SafeTraining, replica, strategy_of
 
 __all__ = [
@@ -66,6 +67,8 @@ __all__ = [
     "convolution",
     "dataset_parts",
     "dense",
+    "forward_mode",
+    "forward_mode_is_on",
     "fused",
     "gelu_tanh",
     "give",
@@ -73,6 +76,7 @@ __all__ = [
     "has_numbers",
     "is_data_loader",
     "is_tf_dataset",
+    "jvp",
     "layer_norm",
     "leave_accelerator",
     "loader_batch",

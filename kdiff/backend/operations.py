@@ -12,6 +12,7 @@ from keras import ops
 
 from kdiff import circular_padding
 from kdiff.backend.running import BACKEND
+from kdiff.backend.tangents import forward_mode_is_on
 
 __all__ = [
     "HIDDEN",
@@ -38,7 +39,7 @@ def dense(x: Any, kernel: Any, bias: Any = None) -> Any:
         import torch
 
         return torch.nn.functional.linear(x, ops.convert_to_tensor(kernel).T, _tensor(bias))
-    if BACKEND == "jax" and None not in x.shape and _on_cpu():
+    if BACKEND == "jax" and None not in x.shape and _on_cpu() and not forward_mode_is_on():
         y = _product_of_jax()(ops.reshape(x, (-1, x.shape[-1])), ops.convert_to_tensor(kernel))
         y = ops.reshape(y, (*x.shape[:-1], y.shape[-1]))
     else:
@@ -153,7 +154,7 @@ def group_norm(x: Any, groups: int, gamma: Any, beta: Any, epsilon: float) -> An
     arrays. PyTorch has a kernel for it, which on a CPU wants channels first: of maps as they lie it is slow in its
     gradient, and loses digits where the mean is far from 0 (an error of 5e-4 at 10 standard deviations).
     """
-    if BACKEND == "torch":
+    if BACKEND == "torch" and not forward_mode_is_on():
         return _group_norm_of_torch(x, groups, gamma, beta, epsilon)
     batch, channels = ops.shape(x)[0], x.shape[-1]
     y = ops.reshape(ops.cast(x, "float32"), (batch, -1, channels))
@@ -238,7 +239,7 @@ def gelu_tanh(x: Any) -> Any:
 
     TensorFlow computes it on a CPU as `x sigmoid(2 u)`, compiled as one operation, and forgets what is in between.
     """
-    if BACKEND == "tensorflow" and not _has_gpu():
+    if BACKEND == "tensorflow" and not _has_gpu() and not forward_mode_is_on():
         return _gelu_of_tensorflow()(x)
     return ops.gelu(x, approximate=True)
 
@@ -272,11 +273,12 @@ def attention(q: Any, k: Any, v: Any, mask: Any = None, bias: Any = None) -> Any
     key tokens), or None. PyTorch has a kernel that never holds the whole table of weights; JAX has one on accelerators,
     and goes block by block on a CPU, unless the queries have masks of their own, or a bias.
     """
-    if BACKEND == "torch":
+    plain = forward_mode_is_on()
+    if BACKEND == "torch" and not plain:
         return _attention_of_torch(q, k, v, mask, bias)
-    if BACKEND == "jax" and _on_cpu() and bias is None and (mask is None or mask.shape[1] == 1):
+    if BACKEND == "jax" and not plain and _on_cpu() and bias is None and (mask is None or mask.shape[1] == 1):
         y = _attention_by_blocks(q, k, v, mask)
-    elif BACKEND == "jax" and mask is None and bias is None:
+    elif BACKEND == "jax" and not plain and mask is None and bias is None:
         y = ops.dot_product_attention(q, k, v)
     else:
         logits = _float32_product("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k)
@@ -381,7 +383,7 @@ def upsample_nearest(x: Any) -> Any:
         between = (slice(None), *[part for _ in sizes for part in (slice(None), None)])
         x = ops.broadcast_to(x[between], (batch, *[part for size in sizes for part in (size, 2)], channels))
         return ops.reshape(x, (batch, *twice, channels))
-    if len(sizes) != 2:  # an axis at a time: TensorFlow broadcasts no more than six
+    if len(sizes) != 2 or forward_mode_is_on():  # an axis at a time: TensorFlow broadcasts no more than six
         for axis in range(1, len(sizes) + 1):
             x = ops.repeat(x, 2, axis=axis)
         return x

@@ -12,6 +12,8 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from kdiff.backend.tangents import forward_mode_is_on
+
 __all__ = [
     "BACKEND",
     "after_step",
@@ -418,7 +420,7 @@ def _out_of_reach(x: Any) -> bool:
     if BACKEND == "torch":
         import torch
 
-        return x.device.type != "cpu" or torch.compiler.is_compiling()
+        return x.device.type != "cpu" or torch.compiler.is_compiling() or forward_mode_is_on()
     import jax
 
     return isinstance(x, jax.core.Tracer) or any(device.platform != "cpu" for device in x.devices())

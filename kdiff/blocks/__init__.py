@@ -7,7 +7,7 @@ from kdiff.blocks.beside_context import DecoupledAttention, Resampler
 from kdiff.blocks.conditions import Condition, Encoded, Input, Joint, OptionalCondition, VectorAndTokens
 from kdiff.blocks.context_attention import AttentionPool, ContextAttention
 from kdiff.blocks.convolution import ConvBlock, ConvNeXtBlock, ResidualBlock, SimpleBlock
-from kdiff.blocks.embedded import ImageEmbedding, MaskedTokens
+from kdiff.blocks.embedded import ImageEmbedding, MaskedTokens, NoisedEmbedding
 from kdiff.blocks.embeddings import (
     FourierEmbedding,
     LabelEmbedding,
@@ -17,6 +17,7 @@ from kdiff.blocks.embeddings import (
     SizeWaves,
     SteeredEmbedding,
 )
+from kdiff.blocks.interval import Interval
 from kdiff.blocks.joint import JointBlock
 from kdiff.blocks.layers import Conv2D, Dense
 from kdiff.blocks.magnitude import (
@@ -29,7 +30,7 @@ from kdiff.blocks.magnitude import (
     mp_silu,
     mp_sum,
 )
-from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm, LayerNorm, RMSNorm
+from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm, LayerNorm, RMSNorm, SpatialNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.patterns import Causal, Global, Linear, Neighborhood, Pattern, Window
 from kdiff.blocks.positions import PositionTable, RelativePositions, Rotary, SinCos2D
@@ -63,6 +64,7 @@ __all__ = [
     "GroupNorm",
     "ImageEmbedding",
     "Input",
+    "Interval",
     "Joint",
     "JointBlock",
     "LabelEmbedding",
@@ -77,6 +79,7 @@ __all__ = [
     "MaskedTokens",
     "MultiHeadAttention",
     "Neighborhood",
+    "NoisedEmbedding",
     "OptionalCondition",
     "Patchify",
     "Pattern",
@@ -91,6 +94,7 @@ __all__ = [
     "SinCos2D",
     "SinusoidalEmbedding",
     "SizeWaves",
+    "SpatialNorm",
     "SpatialTransformer",
     "SteeredEmbedding",
     "TextEncoder",

@@ -75,7 +75,7 @@ class ConfigurableLayer(Configurable):
         with backend.without_tensorflow():
             return {**keras.layers.Layer.get_config(self), **super().get_config()}
 
-    def clone(self, **changes: Any) -> Self:
+    def clone(self, /, **changes: Any) -> Self:
         """A new, unbuilt layer with the same constructor arguments, except for `changes`, and a name of its own."""
         return copy_layer(self, **changes)
 
@@ -142,7 +142,7 @@ def get_layer(identifier: Any) -> keras.layers.Layer:
     return identifier if isinstance(identifier, keras.layers.Layer) else Block.get(identifier)
 
 
-def copy_layer(layer: Any, **changes: Any) -> keras.layers.Layer:
+def copy_layer(layer: Any, /, **changes: Any) -> keras.layers.Layer:
     """An unbuilt copy of `layer` (or of the block so named) with a name of its own and the given arguments changed."""
     layer = get_layer(layer)
     with backend.without_tensorflow():

@@ -6,20 +6,18 @@ import keras
 import numpy as np
 from keras import ops
 
-from kdiff import random
-from kdiff.base import check_choice, check_number
+from kdiff.base import check_choice
 from kdiff.blocks.base import build_layer, copy_layer
-from kdiff.blocks.conditions import Condition, Encoded, Input
+from kdiff.blocks.conditions import Encoded, Input
 from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding
+from kdiff.blocks.noising import Noising
 from kdiff.blocks.resizing import FORMS, resized
 from kdiff.checks import like_bytes, value_range
 
-__all__ = ["AUGMENTING", "LEVELS", "Beside"]
-
-LEVELS, AUGMENTING = 5, 6  # streams of random numbers, beside that of `Condition`
+__all__ = ["Beside"]
 
 
-class Beside(Condition):
+class Beside(Noising):
     """An image of any size, brought to that of x_t and joined to its channels: the low image of super-resolution, what
     is left of one to be filled in, a depth, a sketch.
 
@@ -68,12 +66,8 @@ class Beside(Condition):
         seed: int = 0,
         **kwargs,
     ):
-        super().__init__(dropout, seed, **kwargs)
+        super().__init__(noise, highest, level, dropout, seed, **kwargs)
         check_choice("Beside", "form", form, tuple(FORMS))
-        check_number("Beside", "highest", highest, 0, 1)
-        check_number("Beside", "level", level, 0, 1)
-        if not (noise is None or isinstance(noise, keras.layers.Layer)):
-            raise TypeError(f"Beside: `noise` must be None or a layer, noise(image, noise, level); received: {noise!r}")
         if of is not None and not (callable(of) and hasattr(of, "output_shape")):
             raise TypeError(
                 "Beside: `of` must be None, or make the image of a batch, of(x, key), and say its shape, such as "
@@ -81,23 +75,18 @@ class Beside(Condition):
             )
         self.form = form
         self.antialias = antialias
-        self.noise = noise
-        self.highest = highest
-        self.level = level
         self.noise_first = noise_first
         self.of = of
         self.embedding = None if embedding is None else copy_layer(embedding, name="embedding", dtype=self.dtype_policy)
         self._row: tuple | None = None
 
+    main = "image"
     any_size = True  # of the image, whatever the layer was built for
 
     def inputs_of(self, name: str) -> dict[str, Input]:
-        """The image and, where there is noise, the level and the noise, which may be missing."""
-        if self.noise is None:
-            return {name: Input(None, self, of=self.of)}
-        optional = {"level": _Level(), "noise": None}
-        others = {f"{name}_{key}": Input(key, part, True) for key, part in optional.items()}
-        return {name: Input("image", self, of=self.of), **others}
+        """The image, which `of` may make, and what `Noising` has beside it."""
+        found = super().inputs_of(name)
+        return {**found, name: found[name]._replace(of=self.of)}
 
     def build(self, x_shape, embed_shape=None, image_shape=None):
         """Builds the embedding of the level."""
@@ -144,25 +133,15 @@ class Beside(Condition):
                 f"Beside: the sizes of the image and of x_t must be known; received the shapes {tuple(x.shape)} and "
                 f"{tuple(image.shape)}"
             )
-        random_here = training and (self.dropout > 0 or self.noise is not None)
-        key = self._next() if random_here else ops.convert_to_tensor([self.seed, 0], "int32")
+        key = self._key_of_call(training)
         if training and self.dropout > 0:
             x = self._dropped(x, key)
         if self.noise is None:
             return Encoded(map=ops.cast(resized(x, sizes, self.form, self.antialias), self.compute_dtype))
         level = self._level_of(given, ops.shape(x)[0], key, training)
         y = x if self.noise_first else resized(x, sizes, self.form, self.antialias)
-        noise = given.get("noise")
-        noise = random.normal(random.fold(key, 0, AUGMENTING), ops.shape(y)) if noise is None else noise
-        y = resized(self.noise(y, ops.cast(noise, "float32"), level), sizes, self.form, self.antialias)
+        y = resized(self._noised(given, y, level, key), sizes, self.form, self.antialias)
         return Encoded(vector=self.level_embedding(level), map=ops.cast(y, self.compute_dtype))
-
-    def _level_of(self, given, batch, key, training):
-        if given.get("level") is not None:
-            return ops.cast(given["level"], "float32")
-        if training:
-            return self.highest * random.uniform(random.fold(key, 0, LEVELS), (batch,))
-        return ops.full((batch,), self.level, "float32")
 
     def compute_output_spec(self, x, embed=None, context=None, image=None, training=None):
         """A map of the size of x_t, and a vector if there is noise."""
@@ -171,14 +150,6 @@ class Beside(Condition):
         if self.noise is None:
             return Encoded(map=y)
         return Encoded(vector=self.level_embedding.compute_output_spec(keras.KerasTensor(shape[:1])), map=y)
-
-
-class _Level:
-    """What a level may be."""
-
-    def check(self, values) -> None:
-        if not np.all((values >= 0) & (values <= 1)):
-            raise ValueError(f"Beside: a level must be a number in [0, 1]; received: {values}")
 
 
 def _image(x):

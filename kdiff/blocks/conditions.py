@@ -63,6 +63,11 @@ class Encoded(NamedTuple):
             )
         return cls(**{kinds[len(shape)]: y})
 
+    def specified(self, dtype: str) -> "Encoded":
+        """Of shapes: the specifications of tensors, of which a mask is boolean."""
+        dtypes = zip(self._fields, self, strict=True)
+        return Encoded(**{n: one and keras.KerasTensor(one, "bool" if n == "mask" else dtype) for n, one in dtypes})
+
 
 class Input(NamedTuple):
     """An input of a network that goes to the layer of a condition.
@@ -295,6 +300,11 @@ class OptionalCondition(Condition):
             return ops.cast(x, self.compute_dtype)
         return apply_layer(self.layer, x, embed, training=training)
 
-    def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
-        """That of the layer's output."""
-        return tuple(x_shape) if self.layer is None else output_shape(self.layer, x_shape, embed_shape)
+    def compute_output_spec(self, x, embed=None, context=None, training=None):
+        """That of the layer's output, which may be `Encoded`."""
+        made = (
+            x.shape if self.layer is None else output_shape(self.layer, x.shape, None if embed is None else embed.shape)
+        )
+        if isinstance(made, Encoded):
+            return made.specified(self.compute_dtype)
+        return keras.KerasTensor(made, self.compute_dtype)

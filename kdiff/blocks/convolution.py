@@ -93,7 +93,8 @@ class ResidualBlock(Block):
 
     Args:
         width: the channels of the output; None keeps those of the input.
-        scale_shift: whether the embedding scales and shifts (True) or is added (False).
+        scale_shift: whether the embedding scales and shifts (True) or is added (False); None leaves it to the
+            normalisations, such as `SpatialNorm`, to which both get it.
         dropout: the rate of dropout before the last convolution.
         kernel_size: of both convolutions, whose padding keeps the size.
         normalization: a normalising layer or its name.
@@ -112,7 +113,7 @@ class ResidualBlock(Block):
     def __init__(
         self,
         width: int | None = None,
-        scale_shift: bool = True,
+        scale_shift: bool | None = True,
         dropout: float = 0.0,
         kernel_size: int = 3,
         normalization: Any = "group_norm",
@@ -150,16 +151,20 @@ class ResidualBlock(Block):
         check_map(self, x_shape)
         self.embedded = embed_shape is not None
         width = self.width or x_shape[-1]
-        build_layer(self.normalization, x_shape)
+        build_layer(self.normalization, x_shape, self._steering(embed_shape))
         x_shape = self._resampled_shape(x_shape)
         inner_shape = (*x_shape[:-1], width)
         self.first = self._convolution(x_shape, width)
         self.second_normalization = normalization_of(self, inner_shape, embed_shape, self._embed_activation)
-        self.projection = None if self.scale_shift else projection_of(self, embed_shape, width)
+        self.projection = projection_of(self, embed_shape, width) if self.scale_shift is False else None
         self.drop = dropout_layer(self)
         self.second = self._convolution(inner_shape, width, zero=True)
         projected = self.project or width != x_shape[-1]
         self.shortcut = self._convolution(x_shape, width, kernel_size=1) if projected else None
+
+    def _steering(self, embed):
+        """What the first normalisation gets of the embedding, or of its shape."""
+        return embed if self.scale_shift is None else None
 
     def _resampled_shape(self, x_shape):
         if self.resample is None:
@@ -191,7 +196,7 @@ class ResidualBlock(Block):
     def call(self, x, embed=None, context=None, training=None):
         """(batch, height, width, channels) to the same with `self.width` channels; `embed` is (batch, dim) or None."""
         check_embed(self, embed)
-        y = self._activate(apply_layer(self.normalization, x, training=training))
+        y = self._activate(apply_layer(self.normalization, x, self._steering(embed), training=training))
         if self.resample is not None:
             x, y = self.resample(x), self.resample(y)
         y = self.first(y)

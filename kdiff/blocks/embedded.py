@@ -1,16 +1,21 @@
-"""Conditions that come as embeddings: of an image, for DALL-E 2's decoder; of a text's tokens, with a mask."""
+"""Conditions that come as embeddings: of an image, for DALL-E 2's decoder, as it is or noised; of a text's tokens, with
+a mask.
+"""
 
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from kdiff.base import check_integer
-from kdiff.blocks.base import ConfigurableLayer, kernel_initializer
+from kdiff.blocks.base import ConfigurableLayer, build_layer, copy_layer, kernel_initializer
 from kdiff.blocks.conditions import Encoded, Input, OptionalCondition
+from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding
 from kdiff.blocks.layers import Dense
+from kdiff.blocks.noising import Noising
 
-__all__ = ["ImageEmbedding", "MaskedTokens"]
+__all__ = ["ImageEmbedding", "MaskedTokens", "NoisedEmbedding"]
 
 
 class ImageEmbedding(OptionalCondition):
@@ -68,6 +73,92 @@ class ImageEmbedding(OptionalCondition):
         batch, width = x.shape[0], self.width if embed is None else embed.shape[-1]
         tokens = keras.KerasTensor((batch, self.tokens, self.width), self.compute_dtype) if self.tokens else None
         return Encoded(vector=keras.KerasTensor((batch, width), self.compute_dtype), tokens=tokens)
+
+
+class NoisedEmbedding(Noising):
+    """An embedding of an image, noised at a level s that stands beside it, as a vector:
+
+        vector = layer([mean + std (alpha_s (z - mean) / std + sigma_s noise), waves(s)])
+
+    Stable unCLIP's, after the noise conditioning augmentation of `Noising`: the less is left of the embedding, the
+    freer the images. Of a condition "embedding" the inputs "embedding_level", (batch,), and "embedding_noise", of the
+    shape of the embedding, may be given; otherwise the level is `level`, with the same noise always, and in training
+    random, up to `highest`. An embedding of zeros stands for none, of which the layer sees zeros alone.
+
+        conditions={"embedding": NoisedEmbedding(schedules.CosineBeta(1000), dropout=0.1)}
+
+    Args:
+        noise: what makes the noisy embedding, a layer called as `noise(z, noise, level)`.
+        mean, std: of the embeddings, numbers or arrays (dim,).
+        waves: the layer of the level, a number in [0, 1], to a vector; None for a SinusoidalEmbedding of 64 channels.
+        layer: of both vectors, one after the other; None for two dense layers as wide as `embed`.
+        highest, level, dropout, seed: as of `Noising`.
+    """
+
+    main = "embedding"
+
+    def __init__(
+        self,
+        noise: keras.layers.Layer,
+        mean: Any = 0.0,
+        std: Any = 1.0,
+        waves: Any = None,
+        layer: Any = None,
+        highest: float = 1.0,
+        level: float = 0.001,
+        dropout: float = 0.0,
+        seed: int = 0,
+        **kwargs,
+    ):
+        super().__init__(noise, highest, level, dropout, seed, **kwargs)
+        self.mean, self.std = (np.asarray(ops.convert_to_numpy(value), "float32") for value in (mean, std))
+        if noise is None or not (np.isfinite(self.mean).all() and np.all(self.std > 0)):
+            raise ValueError(
+                "NoisedEmbedding: there must be a `noise`, `mean` be finite, and `std` above 0; received: "
+                f"{noise!r}, {mean!r} and {std!r}"
+            )
+        waves = SinusoidalEmbedding(64, scale=1000.0) if waves is None else waves
+        self.waves = copy_layer(waves, name="waves", dtype="float32")
+        self.layer = None if layer is None else copy_layer(layer, name="layer", dtype=self.dtype_policy)
+        self._row: tuple | None = None
+
+    def build(self, x_shape, embed_shape=None):
+        """Builds the layers."""
+        shape = tuple(x_shape[self.main])
+        if len(shape) != 2 or any(one.shape not in ((), shape[1:]) for one in (self.mean, self.std)):
+            raise ValueError(
+                "NoisedEmbedding: one vector an example is expected, (batch, dim), with as many numbers in `mean` and "
+                f"`std`; received: {shape}, {self.mean.shape} and {self.std.shape}"
+            )
+        self._row = shape[1:]
+        waves = build_layer(self.waves, shape[:1])
+        width = None if embed_shape is None else embed_shape[-1]
+        options = {"dtype": self.dtype_policy, "name": "layer"}
+        self.projection = self.layer or MLPEmbedding(keras.layers.Identity(), width, **options)
+        build_layer(self.projection, (shape[0], shape[1] + waves[-1]))
+
+    @property
+    def null(self) -> np.ndarray | None:
+        """Zeros; None before the shape of a row is known."""
+        return None if self._row is None else np.zeros(self._row, "float32")
+
+    def call(self, x, embed=None, context=None, training=None):
+        """The embedding, with its level and noise, in a dictionary, to `Encoded`."""
+        z, key = ops.cast(x[self.main], "float32"), self._key_of_call(training)
+        if training and self.dropout > 0:
+            z = self._dropped(z, key)
+        level = self._level_of(x, ops.shape(z)[0], key, training)
+        mean, std = (ops.convert_to_tensor(one) for one in (self.mean, self.std))
+        noised = mean + std * self._noised(x, (z - mean) / std, level, key)
+        joined = ops.concatenate([noised, self.waves(level)], axis=-1)
+        joined = ops.where(ops.any(z != 0, axis=-1, keepdims=True), joined, 0.0)
+        return Encoded(vector=self.projection(ops.cast(joined, self.compute_dtype)))
+
+    def compute_output_spec(self, x, embed=None, context=None, training=None):
+        """That of the layer's output."""
+        batch, width = x[self.main].shape
+        waves = self.waves.compute_output_shape((batch,))[-1]
+        return Encoded(vector=self.projection.compute_output_spec(keras.KerasTensor((batch, width + waves))))
 
 
 class MaskedTokens(ConfigurableLayer, keras.layers.Layer):

@@ -1,4 +1,4 @@
-"""Normalisations, with statistics in float32 whatever the precision, and the one that an embedding steers."""
+"""Normalisations, with statistics in float32 whatever the precision, and those that an embedding or a map steers."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from kdiff.blocks.base import (
 )
 from kdiff.blocks.layers import Dense
 
-__all__ = ["AdaptiveNorm", "GroupNorm", "LayerNorm", "RMSNorm"]
+__all__ = ["AdaptiveNorm", "GroupNorm", "LayerNorm", "RMSNorm", "SpatialNorm"]
 
 
 class GroupNorm(Block):
@@ -151,3 +151,46 @@ class AdaptiveNorm(Block):
         check_given(self, "embed", embed, "one vector an example")
         scale, shift = ops.split(over_positions(self.projection(self._activate(embed)), x), 2, axis=-1)
         return backend.scaled(apply_layer(self.normalization, x, training=training), 1 + scale, shift)
+
+
+class SpatialNorm(Block):
+    """A normalisation whose scale and shift at each position come from a map: `norm(x) (W z + b) + W' z + b'`.
+
+    Zheng et al., "MoVQ: Modulating Quantized Vectors for High-Fidelity Image Generation" (2022), section 3.2: z, the
+    vector at the nearest position of a map that may be smaller, is given as `embed`, (batch, height, width, dim).
+
+    Args:
+        normalization: a normalising layer or its name.
+
+    Raises:
+        ValueError: if `embed` is not given, or is no map.
+    """
+
+    def __init__(self, normalization: Any = "group_norm", **kwargs):
+        super().__init__(**kwargs)
+        self.normalization = copy_layer(normalization, name="normalization", dtype=self.dtype_policy)
+
+    def build(self, x_shape, embed_shape=None):
+        """Builds the normalisation, and the dense layers of each position of the map."""
+        if embed_shape is None or len(embed_shape) != len(x_shape):
+            raise ValueError(f"SpatialNorm: `embed` must be a map, as x, {tuple(x_shape)}; received: {embed_shape}")
+        build_layer(self.normalization, x_shape)
+        options = {"kernel_initializer": kernel_initializer(), "dtype": self.dtype_policy}
+        self.scale = Dense(x_shape[-1], bias_initializer="ones", name="scale", **options)
+        self.shift = Dense(x_shape[-1], name="shift", **options)
+        for layer in (self.scale, self.shift):
+            layer.build(embed_shape)
+
+    def call(self, x, embed=None, context=None, training=None):
+        """(batch, ..., channels), with a map `embed`, (batch, ..., dim), to the shape of `x`."""
+        check_given(self, "embed", embed, "a map")
+        scale, shift = (_nearest(layer(embed), x) for layer in (self.scale, self.shift))
+        return backend.scaled(apply_layer(self.normalization, x, training=training), scale, shift)
+
+
+def _nearest(z, x):
+    """A map at the positions of `x`."""
+    for axis in range(1, len(x.shape) - 1):
+        size, own = ops.shape(x)[axis], ops.shape(z)[axis]
+        z = ops.take(z, ops.arange(size) * own // size, axis=axis)
+    return z

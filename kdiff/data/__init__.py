@@ -9,7 +9,8 @@ An image is float32 in [-1, 1] with shape `(height, width, channels)`. The core 
 so that it needs no TensorFlow; this package needs the extra `data`.
 """
 
+from kdiff.data.pairs import load_pairs, save_pairs
 from kdiff.data.pipeline import images
 from kdiff.data.sources import EMBEDDED
 
-__all__ = ["EMBEDDED", "images"]
+__all__ = ["EMBEDDED", "images", "load_pairs", "save_pairs"]

@@ -7,6 +7,7 @@ from kdiff.encoders.clip import CLIPText, CLIPVision
 from kdiff.encoders.image_prompt import ImagePrompt
 from kdiff.encoders.joint_prompt import JointPrompt
 from kdiff.encoders.ldm import LDMText
+from kdiff.encoders.pair import Pair
 from kdiff.encoders.picture_prompt import PicturePrompt
 from kdiff.encoders.prompt import Prompt, PromptVector
 from kdiff.encoders.t5 import T5Text
@@ -19,6 +20,7 @@ __all__ = [
     "JSONTokenizer",
     "JointPrompt",
     "LDMText",
+    "Pair",
     "PicturePrompt",
     "Prompt",
     "PromptVector",

@@ -13,8 +13,8 @@ from keras import ops
 
 from kdiff import backend
 from kdiff.base import check_integer
-from kdiff.blocks.base import build_layer
-from kdiff.blocks.conditions import Condition, Encoded, Input
+from kdiff.blocks.base import apply_layer, build_layer, get_layer, output_shape
+from kdiff.blocks.conditions import Condition, Encoded, Input, inputs_of
 from kdiff.encoders.clip import CLIPVision
 from kdiff.encoders.pixels import MEAN, STD, prepared
 
@@ -32,11 +32,18 @@ class PicturePrompt(Condition):
 
     A vector of zeros stands for no picture. In training it takes the place of one with probability `dropout`.
 
+    With a `layer` the vector goes through it in place of the context. Stable unCLIP's image variations have it noised,
+    at a level that may be given as "picture_level", with the noise "picture_noise":
+
+        conditions={"picture": PicturePrompt(clip, layer=NoisedEmbedding(schedules.CosineBeta(1000)))}
+
     Args:
         encoder: a built `CLIPVision` with a `projection`. It is used as it is, not copied, and frozen.
         mean, std: of pixels in [0, 1], by channel, that the encoder was trained with.
         dropout, seed: as in `Condition`.
         batch_size: how many are encoded at once.
+        layer: of the vector, (batch, width), such as a `Dense`, an `ImageEmbedding` or a `NoisedEmbedding`, which see
+            zeros for none; it is trained. None for the one token.
 
     Raises:
         TypeError: if the encoder is another.
@@ -51,6 +58,7 @@ class PicturePrompt(Condition):
         dropout: float = 0.0,
         seed: int = 0,
         batch_size: int = 16,
+        layer: Any = None,
         **kwargs,
     ):
         super().__init__(dropout, seed, **kwargs)
@@ -60,6 +68,7 @@ class PicturePrompt(Condition):
         if encoder.projection is None:
             raise ValueError("PicturePrompt: the encoder must have a `projection`")
         self.encoder, self.batch_size = encoder, batch_size
+        self.layer = None if layer is None else get_layer(layer)
         self.mean, self.std = (tuple(float(one) for one in values) for values in (mean, std))
         if not len(self.mean) == len(self.std) == encoder.channels or min(self.std) <= 0:
             raise ValueError(
@@ -82,12 +91,15 @@ class PicturePrompt(Condition):
         return (self.width,)
 
     def inputs_of(self, name: str) -> dict[str, Input]:
-        """One, "picture"."""
-        return {PICTURE: Input(PICTURE, self)}
+        """One, "picture", and those that the layer has beside it."""
+        beside = {} if self.layer is None else inputs_of(self.layer, PICTURE)
+        return {**beside, PICTURE: Input(PICTURE, self)}
 
     def build(self, x_shape, embed_shape=None):
-        """Builds the encoder if it is not."""
+        """Builds the encoder if it is not, and the layer."""
         self._check_shape(_taken(x_shape))
+        if self.layer is not None:
+            build_layer(self.layer, self._for_layer(x_shape, tuple(_taken(x_shape))), embed_shape)
         build_layer(self.encoder, (None, self.encoder.size, self.encoder.size, self.encoder.channels))
         self.encoder.freeze()  # with the variables that it has now
 
@@ -140,17 +152,33 @@ class PicturePrompt(Condition):
     # In the network
 
     def call(self, x, embed=None, context=None, training=None):
-        """Rows to what `encode` gives."""
-        return super().call(_taken(x), embed, context, training)
+        """Rows, or a dictionary of them and what the layer has beside them, to `Encoded`: tokens, (batch, 1, width), or
+        what the layer gives.
+        """
+        rows = _taken(x)
+        if training and self.dropout > 0:
+            rows = self._dropped(rows, self._next())
+        self._check_shape(rows.shape)
+        rows = ops.cast(rows, self.compute_dtype)
+        if self.layer is None:
+            return Encoded(tokens=rows[:, None])
+        return Encoded.of(apply_layer(self.layer, self._for_layer(x, rows), embed, training=training))
 
-    def encode(self, x, embed, training):
-        """Vectors to tokens, (batch, 1, width)."""
-        self._check_shape(x.shape)
-        return Encoded(tokens=ops.cast(x, self.compute_dtype)[:, None])
+    def _for_layer(self, x, rows):
+        """What the layer is called with, of tensors or shapes."""
+        key = inputs_of(self.layer, PICTURE)[PICTURE].key
+        beside = {name: value for name, value in x.items() if name != PICTURE} if isinstance(x, dict) else {}
+        return rows if key is None else {key: rows, **beside}
 
     def compute_output_spec(self, x, embed=None, context=None, training=None):
-        """The specification of what `encode` gives."""
-        return Encoded(tokens=keras.KerasTensor((_taken(x).shape[0], 1, self.width), self.compute_dtype))
+        """The specification of what `call` gives."""
+        rows = keras.KerasTensor((_taken(x).shape[0], self.width), self.compute_dtype)
+        if self.layer is None:
+            return Encoded(tokens=keras.KerasTensor((rows.shape[0], 1, self.width), self.compute_dtype))
+        width = None if embed is None else tuple(embed.shape)
+        shapes = {name: tuple(one.shape) for name, one in x.items()} if isinstance(x, dict) else {}
+        made = Encoded.of(output_shape(self.layer, self._for_layer(shapes, tuple(rows.shape)), width))
+        return made.specified(self.compute_dtype)
 
 
 def _taken(x):

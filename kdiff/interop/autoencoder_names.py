@@ -10,6 +10,7 @@ import keras
 
 from kdiff.blocks.attention import MultiHeadAttention, SelfAttention
 from kdiff.blocks.convolution import ResidualBlock
+from kdiff.blocks.normalization import SpatialNorm
 from kdiff.blocks.resampling import Downsample, Upsample
 from kdiff.interop.unet_names import NAMES
 from kdiff.interop.weights import Part, Slot, slots
@@ -20,6 +21,7 @@ __all__ = [
     "DIFFUSERS_NAMES",
     "ORIGINAL_LAYERS",
     "ORIGINAL_NAMES",
+    "SPATIAL",
     "diffusers_slots",
     "original_slots",
     "tiny_slots",
@@ -35,6 +37,7 @@ DIFFUSERS_NAMES = {
     "norm": "{half}.conv_norm_out",
     "head": "{half}.conv_out",
 }
+SPATIAL = {"norm_layer": "normalization", "conv_y": Part("scale", "pixel"), "conv_b": Part("shift", "pixel")}
 ORIGINAL_NAMES = {
     "stem": "{half}.conv_in",
     "block": "{half}.{way}.{level}.block.{number}",
@@ -89,7 +92,11 @@ def _places(network: Convolutional) -> Iterator[tuple[str, dict[str, Any], keras
 
 def _slots(network: Convolutional, formats: Mapping[str, str], names: Mapping) -> Iterator[Slot]:
     for what, where, layer in _places(network):
-        yield from slots(layer, formats[what].format(**where), names)
+        if isinstance(layer, SelfAttention) and isinstance(layer.normalization, SpatialNorm):
+            called = {**names, SelfAttention: {"spatial_norm": "normalization", "": "attention"}}
+        else:
+            called = names
+        yield from slots(layer, formats[what].format(**where), called)
     before = network.to_latents if isinstance(network, VQ) else network.to_moments
     for name, layer in {"quant_conv": before, "post_quant_conv": network.from_latents}.items():
         yield from slots(layer, name, names)
@@ -104,7 +111,7 @@ def original_slots(network: Convolutional) -> Iterator[Slot]:
 
 def diffusers_slots(network: Convolutional) -> Iterator[Slot]:
     """The names of the weights of an `AutoencoderKL` or a `VQModel` of diffusers."""
-    return _slots(network, DIFFUSERS_NAMES, NAMES)
+    return _slots(network, DIFFUSERS_NAMES, {**NAMES, SpatialNorm: SPATIAL})
 
 
 def tiny_slots(network: Tiny) -> Iterator[Slot]:

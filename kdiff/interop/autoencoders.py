@@ -18,7 +18,20 @@ from kdiff.blocks.normalization import GroupNorm
 from kdiff.codecs.latent import Latent
 from kdiff.interop.arrays import array_of
 from kdiff.interop.autoencoder_names import diffusers_slots, original_slots, tiny_slots
-from kdiff.interop.configs import FLAG, Key, Keys, Rule, complete, explained, kind, listed, only, optional, real, whole
+from kdiff.interop.configs import (
+    FLAG,
+    Key,
+    Keys,
+    complete,
+    explained,
+    kind,
+    listed,
+    one_of,
+    only,
+    optional,
+    real,
+    whole,
+)
 from kdiff.interop.files import State, read_json, read_state, write_json, write_safetensors
 from kdiff.interop.folders import read_weights
 from kdiff.interop.unet_keys import COUNT, DEPTH, MAYBE, NAMED, SIZE
@@ -33,7 +46,6 @@ __all__ = [
     "DEPTHS",
     "DOWN",
     "FIRST_STAGE",
-    "GROUP",
     "KINDS",
     "KL",
     "SCALE",
@@ -50,10 +62,6 @@ __all__ = [
 ]
 
 SCALE = real(1e-6, 1e6)
-GROUP = Rule(
-    '"group"; "spatial" is of Kandinsky\'s movq, whose norms are steered by the latents, and kdiff has none such',
-    lambda value: value == "group",
-)
 VECTOR = optional(listed(real(-1e6, 1e6), 1, 1024))
 DEPTHS = listed(whole(0, 16), 1, 12)
 
@@ -85,7 +93,7 @@ VECTORS: Keys = {
     "latent_channels": Key(3, COUNT),
     "num_vq_embeddings": Key(256, whole(1, 10_000_000)),
     "vq_embed_dim": Key(None, MAYBE),
-    "norm_type": Key("group", GROUP),
+    "norm_type": Key("group", one_of("group", "spatial")),  # Kandinsky's movq
     "lookup_from_codebook": only(False),
     "force_upcast": Key(False, FLAG),
 }
@@ -137,7 +145,13 @@ def _kl(config, source) -> AutoencoderKL:
 
 
 def _vq(config, source) -> VQ:
-    codes = {"codes": config["num_vq_embeddings"], "code_width": config["vq_embed_dim"]}
+    spatial, widths = config["norm_type"] == "spatial", (config["vq_embed_dim"], config["latent_channels"])
+    if spatial and (config["norm_num_groups"] != 32 or widths[0] not in (None, widths[1])):
+        raise ValueError(
+            f"{source}: with `norm_type` 'spatial', `norm_num_groups` must be 32 and `vq_embed_dim` that of "
+            f"`latent_channels`; received: {config['norm_num_groups']}, {widths[0]} and {widths[1]}"
+        )
+    codes = {"codes": config["num_vq_embeddings"], "code_width": widths[0], "spatial": spatial}
     return VQ(**_convolutional(config, source), **codes)
 
 
@@ -202,7 +216,7 @@ def _config_of_kl(network: AutoencoderKL) -> dict[str, Any]:
 
 def _config_of_vq(network: VQ) -> dict[str, Any]:
     codes = {"num_vq_embeddings": network.codes, "vq_embed_dim": network.latent_width}
-    return {**_config_of_convolutional(network), **codes}
+    return {**_config_of_convolutional(network), **codes, "norm_type": "spatial" if network.spatial else "group"}
 
 
 def _config_of_tiny(network: Tiny) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def load(folder: Path, strict: bool = True, variant: str | None = None, prompt: 
         described = control_net(config, source)
         if prompt is not None:
             described = _prompted(described, prompt.vector, prompt.row)
-    variant = variant if variant in folders.variants(folder) else None
+    variant = folders.variant_of(folder, variant)
     state = unet_names.renamed(folders.read_weights(folder, variant))
     fill(described.network, {"time": (None,), **described.shapes}, control_slots, state, folder, strict)
     return described

@@ -24,6 +24,8 @@ give. The two stages of IF are one `Cascade([load("IF-I"), load("IF-II")])`. The
 | ...Upscale | `low`, the small picture with the noise of level `label` |
 | ...Depth2Img | `depth`, from -1 to 1; and `image`, `strength` |
 | ...ImageVariation | `picture`, of any size |
+| StableUnCLIPImg2Img | `picture`, of any size; `picture_level`, from 0 to 1, and `picture_noise` may be given |
+| StableUnCLIP, UnCLIP, UnCLIPImageVariation, KandinskyV22 | of an `UnCLIP` |
 | IFSuperResolution | `low`, the small picture |
 | DiT | `label` |
 
@@ -43,12 +45,15 @@ from kdiff.interop import (
     autoencoders,
     control,
     folders,
+    kandinsky,
     maps,
     mmdit,
     priors,
     prompts,
     saving_networks,
+    saving_unclip,
     schedulers,
+    stable_unclip,
     transformers,
     unclip,
     unet_names,
@@ -65,9 +70,11 @@ from kdiff.networks import Autoencoder, Controlled, ControlNet
 from kdiff.predictions import Noise
 from kdiff.sampling import Sampler
 from kdiff.times import Index
+from kdiff.unclip import UnCLIP
 
 __all__ = [
     "MODELS",
+    "MOVQ",
     "SCHEDULER",
     "UNIT_PIXELS",
     "UNIT_SCHEDULERS",
@@ -109,7 +116,7 @@ MODELS = {
     "Transformer2DModel": Model(transformers.dit, transformers.dit_slots, transformers.told),  # DiT's, in older files
     "PriorTransformer": Model(priors.prior, priors.prior_slots, others=priors.OF_CODEC),
 }
-SCHEDULER = "scheduler_config.json"
+SCHEDULER, MOVQ = "scheduler_config.json", "movq"
 
 UNIT_SCHEDULERS = ("ScoreSdeVeScheduler",)  # of networks of pictures in [0, 1], not [-1, 1]
 UNIT_PIXELS = Standard(-1.0, 2.0)
@@ -123,6 +130,7 @@ def load(
     clip_skip: int = 0,
     tokens: int | None = None,
     controlnet: control.Controls | None = None,
+    prior: str | Path | None = None,
     **options: Any,
 ) -> keras.Model | Latent:
     """What a folder of diffusers holds.
@@ -130,7 +138,8 @@ def load(
     Args:
         folder: of a model, with `config.json`, which makes a network, or of an autoencoder a codec; or of a pipeline,
             with `model_index.json`, which makes a `DiffusionModel` whose `sample` is by the pipeline's scheduler, of
-            Karlo's an `UnCLIP` (`interop.unclip`), for which `strict` and `variant` are the arguments.
+            Karlo's an `UnCLIP` (`interop.unclip`), for which `strict` and `variant` are the arguments; and of one with
+            a decoder and its prior too (`interop.stable_unclip`, `interop.kandinsky`), unless `text` is false.
         strict: whether weights that do not match are an error; otherwise a warning.
         variant: of the weights, such as "fp16" or "non_ema"; None for the file without one or, if there is none, for
             the only variant.
@@ -141,6 +150,7 @@ def load(
         controlnet: folders of ControlNets for a pipeline of a U-Net, by the names of their pictures: with
             `{"edges": folder}` `sample` takes `edges=picture`, see `networks.Controlled`. The picture of one folder is
             "control", those of a list "control", "control_1" and so on. None for those of the pipeline itself.
+        prior: for the decoder of Kandinsky 2.2, the folder of its prior, with which it is an `UnCLIP`.
         options: for a pipeline, arguments of `DiffusionModel`, in place of what the folder says; such as `ema`, which
             is None if not given.
 
@@ -150,16 +160,30 @@ def load(
     """
     folder = Path(folder)
     if (folder / "model_index.json").exists():
-        if read_json(folder / "model_index.json").get("_class_name") == unclip.PIPELINE:
+        index = read_json(folder / "model_index.json")
+        if index.get("_class_name") in unclip.PIPELINES:
             return unclip.load(folder, strict, variant)
-        prompt = prompts.load(folder, read_json(folder / "model_index.json"), clip_skip, variant) if text else None
-        return _load_pipeline(folder, strict, variant, options, prompt, tokens, controlnet)
-    options |= {name: one for name, one in {"tokens": tokens, "controlnet": controlnet}.items() if one is not None}
+        prompt = prompts.load(folder, index, clip_skip, variant) if text else None
+        if index.get("_class_name") in kandinsky.PRIORS:
+            return kandinsky.prior_of(folder, strict, variant)
+        before = _before(folder, index, prior, text, strict, variant)
+        model = _load_pipeline(folder, strict, variant, options, prompt, tokens, controlnet, before)
+        return model if before is None else before.joined(model)
+    others = {"tokens": tokens, "controlnet": controlnet, "prior": prior}
+    options |= {name: one for name, one in others.items() if one is not None}
     if options:
         raise ValueError(f"{folder}: {sorted(options)} are arguments for a pipeline, and this is a model's folder")
     if read_json(folder / "config.json").get("_class_name") in autoencoders.KINDS:
         return autoencoders.load(folder, strict, variant)
     return _load_network(folder, strict, variant).network
+
+
+def _before(folder, index, prior, text, strict, variant) -> unclip.Before | None:
+    """What comes before the network: of those without a prior that is asked for, only with the text."""
+    if prior is None and not text:
+        return None
+    given = None if prior is not None else stable_unclip.before(folder, index, strict, variant)
+    return given or kandinsky.before(folder, index, prior, strict, variant)
 
 
 def _load_network(
@@ -168,6 +192,7 @@ def _load_network(
     variant: str | None,
     index: Mapping[str, Any] | None = None,
     prompt: Prompt | None = None,
+    before: unclip.Before | None = None,
 ) -> Described:
     """The network of a folder; with the maps beside x_t as conditions if the pipeline that it is of is known."""
     source, index = folder / "config.json", index or {}
@@ -182,6 +207,7 @@ def _load_network(
             described = maps.with_maps(described, beside, noise=index.get("noising"))
             state = maps.maps_first(state, index["_class_name"], beside)
         described = described if prompt is None else prompts.conditioned(described, prompt)
+        described = described if before is None else before.change(described)
     fill(described.network, {"time": (None,), **described.shapes}, model.slots, state, folder, strict)
     return described
 
@@ -199,12 +225,13 @@ def _load_pipeline(
     prompt: Prompt | None,
     tokens: int | None,
     controlnet: control.Controls | None,
+    before: unclip.Before | None,
 ) -> DiffusionModel:
     index, source = read_json(folder / "model_index.json"), folders.scheduler_of(folder)
     part, scheduler = folders.check_parts(index, folder), read_json(source)
     learned = str(scheduler.get("variance_type")).startswith("learned")
     about = {"_class_name": "", **index, "learned": learned, "noising": _noising(folder, index)}
-    described = _load_network(folders.config_of(folder, part), strict, variant, about, prompt)
+    described = _load_network(folders.config_of(folder, part), strict, variant, about, prompt, before)
     learned_too = described.network.out_channels == 2 * described.shapes["image"][-1]
     process = schedulers.process(scheduler, source, learned_too, tokens)
     unit = scheduler["_class_name"] in UNIT_SCHEDULERS
@@ -250,7 +277,11 @@ def _codec(folder: Path, index: Mapping[str, Any], strict: bool, variant: str | 
     part = folder / parts[0]
     if not (part / "config.json").exists():
         return "identity"
-    return autoencoders.load(part, strict, variant if variant in folders.variants(part) else None)
+    raw = part.name == MOVQ  # Kandinsky's pipelines do not scale its latents, nor look up its codes
+    codec = autoencoders.load(part, strict, folders.variant_of(part, variant), **({"scale": 1.0} if raw else {}))
+    if raw:
+        codec.autoencoder.quantize = False
+    return codec
 
 
 def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
@@ -260,7 +291,8 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
         model: a network, for `from_pretrained` of its class; or a `DiffusionModel`, for that of a pipeline: `unet` or
             `transformer`, `scheduler`, the autoencoder, ControlNets and the encoders with their tokenizers. The index
             of the pipeline is written where diffusers has one, by the table of `interop.pipelines`; without it `load`
-            does not know what an image beside x_t was called. A `codecs.Latent` alone is written as its autoencoder.
+            does not know what an image beside x_t was called. A `codecs.Latent` alone is written as its autoencoder,
+            and an `UnCLIP` as Karlo's pipeline.
         folder: to write to; files of the same names are replaced.
         averages: whether to write the averaged weights of a model that has them, if they have moved. Either way a
             kernel with LoRA is written with its change, as `lora.merge` would leave it, and the model keeps its own.
@@ -274,6 +306,9 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
         return
     if isinstance(model, ControlNet):
         control.save(model, folder)
+        return
+    if isinstance(model, UnCLIP):
+        saving_unclip.save(model, folder, averages)
         return
     if not isinstance(model, DiffusionModel):
         _save_network(model, folder, {})

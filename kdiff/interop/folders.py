@@ -27,6 +27,7 @@ __all__ = [
     "has",
     "read_weights",
     "scheduler_of",
+    "variant_of",
     "variants",
 ]
 
@@ -45,7 +46,16 @@ EMA_NOTES = (
     "use_ema_warmup",
 )
 # Parts of a pipeline that stand before or after its network and change nothing of it.
-HARMLESS = ("bert", "feature_extractor", "image_normalizer", "image_processor", "safety_checker", "watermarker")
+HARMLESS = (
+    "bert",
+    "feature_extractor",
+    "image_normalizer",
+    "image_processor",
+    "prior",
+    "prior_prior",
+    "safety_checker",
+    "watermarker",
+)
 
 
 def has(index: Mapping[str, Any], name: str) -> bool:
@@ -129,6 +139,11 @@ def _names(variant: str | None) -> Iterator[tuple[str, str]]:
             yield f"{stem}.{variant}{kind}", kind
             if index:
                 yield f"{stem}{file}.index.{variant}.json", kind
+
+
+def variant_of(folder: Path, variant: str | None) -> str | None:
+    """The variant, if one part of a pipeline, in this folder, has it."""
+    return variant if variant in variants(folder) else None
 
 
 _VARIANT = re.compile(

@@ -21,13 +21,13 @@ from kdiff.blocks.patterns import Causal
 from kdiff.blocks.transformer import TransformerBlock
 from kdiff.codecs import Standard
 from kdiff.interop.arrays import State
-from kdiff.interop.configs import Described, Key, complete, only, optional, real, whole
+from kdiff.interop.configs import Described, Key, complete, explained, only, optional, real, whole
 from kdiff.interop.unet_keys import COUNT
 from kdiff.interop.unet_names import NAMES
 from kdiff.interop.weights import Layout, Slot, slots
 from kdiff.networks.prior_transformer import PriorTransformer
 
-__all__ = ["OF_CODEC", "PRIOR", "prior", "prior_codec", "prior_slots"]
+__all__ = ["OF_CODEC", "PRIOR", "prior", "prior_codec", "prior_config", "prior_slots", "state_of_codec"]
 
 PRIOR = {
     "num_attention_heads": Key(32, COUNT),
@@ -77,10 +77,41 @@ def prior(config: dict[str, Any], source: Any) -> Described:
     return Described(network, {"image": (None, size), "context": tokens, "text_embeds": vector})
 
 
-def prior_codec(state: State) -> Standard:
-    """The codec of the embeddings, by their mean and deviation among the weights."""
-    mean, std = (np.asarray(state[name], "float32").reshape(-1) for name in OF_CODEC)
-    return Standard(mean, std)
+def prior_codec(state: State, source: Any = "the weights", names: tuple[str, str] = OF_CODEC) -> Standard:
+    """The codec of the embeddings, by their mean and deviation among the weights, which have these names."""
+    if missing := [name for name in names if name not in state]:
+        raise ValueError(f"{source}: the weights must have {list(names)}; missing: {missing}")
+    with explained(source):
+        return Standard(*(np.asarray(state[name], "float32").reshape(-1) for name in names))
+
+
+def state_of_codec(codec: Standard, width: int) -> State:
+    """The inverse of `prior_codec`."""
+    values = (codec.mean, codec.std)
+    return {name: np.array(np.broadcast_to(one, (1, width))) for name, one in zip(OF_CODEC, values, strict=True)}
+
+
+def prior_config(network: PriorTransformer) -> dict[str, Any]:
+    """The configuration for diffusers of a built prior, with one condition that gives tokens and one vector."""
+    attention = network.blocks[0].layers[0].self_attention.attention
+    vectors = list(network.vector_projections.values())
+    if len(vectors) != 1:
+        raise ValueError(
+            f"{network.name}: diffusers' prior has one condition that gives a vector; this has "
+            f"{list(network.vector_projections)}"
+        )
+    heads, head_width = attention.split
+    return {
+        "_class_name": "PriorTransformer",
+        "num_attention_heads": heads,
+        "attention_head_dim": head_width,
+        "num_layers": network.depth,
+        "embedding_dim": network.stem.kernel.shape[0],
+        "num_embeddings": network.positions.table.shape[0] - PRIOR["additional_embeddings"].default,
+        "dropout": network.blocks[0].layers[0].dropout,
+        "embedding_proj_dim": vectors[0].kernel.shape[0],
+        "clip_embed_dim": network.out_channels,
+    }
 
 
 _ONE = Layout(lambda array: array[0], lambda array: array[None])

@@ -11,7 +11,7 @@ bert, tokenizer                latent diffusion's text to image: the last state
 image_encoder                  image variations: the vector of a picture is its one token
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,12 @@ __all__ = [
     "PIPELINES",
     "SD3",
     "SD3_LENGTH",
+    "UNCLIP",
     "VARIATIONS",
     "conditioned",
     "encoders_of",
     "load",
+    "picture",
     "prompt_of",
     "save",
 ]
@@ -52,12 +54,14 @@ IF += tuple(f"{name.removesuffix('Pipeline')}SuperResolutionPipeline" for name i
 IF_LENGTH = 77  # of texts, whatever the folder of its tokenizer says
 # The pipelines whose text is read so; that of others is given as what its encoders make of it.
 VARIATIONS = "StableDiffusionImageVariationPipeline"
+UNCLIP = ("StableUnCLIPPipeline", "StableUnCLIPImg2ImgPipeline")
 PIPELINES = (
     *IF,
     VARIATIONS,
     "LDMTextToImagePipeline",
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
+    *UNCLIP,
     *(
         f"StableDiffusion{name}Pipeline"
         for name in ("", "Img2Img", "Inpaint", "InstructPix2Pix", "Depth2Img", "Upscale")
@@ -99,13 +103,13 @@ def load(
         raise ValueError(f"{folder}: `clip_skip` is of CLIP's encoder of text; the pipeline has {parts[0][0]!r}")
     xl = PARTS[1] in parts
     clip = {"skip": skip + 1, "normalized": False} if xl else {"skip": skip}
-    there = {encoder: variant if variant in folders.variants(folder / encoder) else None for encoder, _ in parts}
+    if name == VARIATIONS:
+        return picture(folder / "image_encoder", folder / "feature_extractor", variant)
+    there = {encoder: folders.variant_of(folder / encoder, variant) for encoder, _ in parts}
     made = [
         encoders.load(folder / encoder, variant=variant, **(clip if own and encoder != PARTS[2][0] else {}))
         for encoder, variant in there.items()
     ]
-    if name == VARIATIONS:
-        return PicturePrompt(made[0], **_pixels_of(folder / "feature_extractor"))
     # BERT's own tokenizer may say that a text is longer than what this encoder takes.
     lengths = {
         part: None if own else IF_LENGTH if name in IF else one.length for part, one in zip(there, made, strict=True)
@@ -121,12 +125,21 @@ def load(
     return Prompt(made, words, zeros=index.get("force_zeros_for_empty_prompt") is True)
 
 
-def _pixels_of(folder: Path) -> dict[str, Any]:
-    """What a processor of images says of the pixels."""
-    path = folder / "preprocessor_config.json"
+def picture(encoder: Path, processor: Path, variant: str | None = None, **options: Any) -> PicturePrompt:
+    """The picture of a folder with CLIP's encoder of images, and one of a processor, which says of what pixels.
+
+    Args:
+        encoder, processor: the folders.
+        variant: of the weights, where the encoder has it.
+        options: arguments of `PicturePrompt`.
+    """
+    path = processor / "preprocessor_config.json"
     config = read_json(path) if path.is_file() else {}
     names = {"mean": "image_mean", "std": "image_std"}
-    return {name: config[key] for name, key in names.items() if isinstance(config.get(key), list)}
+    pixels = {name: config[key] for name, key in names.items() if isinstance(config.get(key), list)}
+    made = encoders.load(encoder, variant=folders.variant_of(encoder, variant))
+    with explained(encoder):
+        return PicturePrompt(made, **pixels, **options)
 
 
 def conditioned(described: Described, prompt: Prompt | PicturePrompt) -> Described:
@@ -182,8 +195,15 @@ def _parts(prompt: Prompt) -> tuple[tuple[str, str], ...]:
     return PARTS[1:] if second else PARTS
 
 
-def save(prompt: Prompt | PicturePrompt, folder: str | Path) -> dict[str, list[str]]:
+def save(
+    prompt: Prompt | PicturePrompt, folder: str | Path, parts: Sequence[tuple[str, str]] | None = None
+) -> dict[str, list[str]]:
     """Writes the folders of encoders and tokenizers; returns their entries of `model_index.json`.
+
+    Args:
+        prompt: the text, or the picture.
+        folder: of the pipeline.
+        parts: the names of the folders of each encoder of text and its tokenizer; None for those of Stable Diffusion.
 
     Raises:
         ValueError: if transformers has no such encoder or tokenizer.
@@ -192,7 +212,9 @@ def save(prompt: Prompt | PicturePrompt, folder: str | Path) -> dict[str, list[s
     if isinstance(prompt, PicturePrompt):
         return _save_picture(prompt, folder)
     index = {}
-    for (name, words), encoder, tokenizer in zip(_parts(prompt), prompt.encoders, prompt.tokenizers, strict=False):
+    for (name, words), encoder, tokenizer in zip(
+        parts or _parts(prompt), prompt.encoders, prompt.tokenizers, strict=False
+    ):
         encoders.save(encoder, folder / name)
         tokenizers.save(tokenizer, folder / words)
         kind = f"{type(encoder).__name__}Model{'WithProjection' if encoder.projection else ''}"

@@ -74,6 +74,7 @@ FREE = {"name", "seed", "zero", "trainable", "dtype", "build_config", "groups", 
 FREE_OF = {
     "LabelEmbedding": {"num_classes", "dropout"},
     "MLPEmbedding": set(),
+    "ImageEmbedding": {"dropout"},
     "DiT": {"out_channels", "separate"},
     "MMDiT": {"out_channels"},
     "PositionTable": {"base_size"},

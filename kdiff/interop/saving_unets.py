@@ -1,5 +1,6 @@
 """The configurations of U-Nets for diffusers, from ours, by their layers and the shapes of their weights."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -42,14 +43,20 @@ MIDDLES = {
 }
 
 
-def unet_config(network: UNet) -> Config:
-    """That of a U-Net, of the class with attention to a context if it has one."""
-    conditioned = bool({"context", "image_embeds"} & set(network.conditions))
+def unet_config(network: UNet, conditions: Mapping[str, keras.layers.Layer] | None = None) -> Config:
+    """That of a U-Net, of the class with attention to a context if it has one.
+
+    Args:
+        network: built.
+        conditions: by their names in `unet_conditions`; None for its own.
+    """
+    conditions = network.conditions if conditions is None else conditions
+    conditioned = bool({"context", "image_embeds"} & set(conditions))
     waves = attribute(network, network.embedding, "embedding")
     depths = [level.depth for level in network.levels]
     config = {
         "_class_name": "UNet2DConditionModel" if conditioned else "UNet2DModel",
-        **_shared(network),
+        **_shared(network, conditions),
         "flip_sin_to_cos": not attribute(network, waves, "sine_first"),
         "freq_shift": int(attribute(network, waves, "shift")),
         "time_embedding_dim": network.embedding.output_layer.units,
@@ -61,7 +68,7 @@ def unet_config(network: UNet) -> Config:
         **_middle(network, conditioned),
     }
     if conditioned:
-        return {**config, **_attention(network), **_conditions(network), **_tuned(network)}
+        return {**config, **_attention(network), **_conditions(network, conditions), **_tuned(network)}
     return {**config, "attention_head_dim": _head_width(network)}
 
 
@@ -78,7 +85,7 @@ def ncsnpp_config(network: NCSNpp) -> Config:
         one_of_all(network, "groups` in the middle and at the end", [first, *groups])
     return {
         "_class_name": "UNet2DModel",
-        **_shared(network),
+        **_shared(network, network.conditions),
         "time_embedding_type": "fourier",
         "time_embedding_dim": attribute(network, network.embedding, "output_layer").units,
         "down_block_types": [f"{kind}SkipDownBlock2D" for kind in attention],
@@ -91,7 +98,7 @@ def ncsnpp_config(network: NCSNpp) -> Config:
     }
 
 
-def _shared(network: UNet) -> Config:
+def _shared(network: UNet, conditions) -> Config:
     block = network.levels[0].block
     return {
         "sample_size": size_of(network),
@@ -100,7 +107,7 @@ def _shared(network: UNet) -> Config:
         "block_out_channels": [level.width for level in network.levels],
         "resnet_time_scale_shift": "scale_shift" if block.scale_shift else "default",
         "dropout": block.dropout,
-        **_labels(network),
+        **_labels(network, conditions),
     }
 
 
@@ -284,9 +291,9 @@ def _groups(network: UNet) -> int:
 KNOWN = {"context", "label", "added", "image_embeds", "text_embeds"}
 
 
-def _labels(network: UNet) -> Config:
-    layer = network.conditions.get("label")
-    unknown = sorted(set(network.conditions) - KNOWN - set(map_conditions(network)))
+def _labels(network: UNet, conditions) -> Config:
+    layer = conditions.get("label")
+    unknown = sorted(set(conditions) - KNOWN - set(map_conditions(network)))
     if unknown or not isinstance(layer, (type(None), LabelEmbedding, MLPEmbedding, Dense, keras.layers.Identity)):
         raise ValueError(f"{network.name}: diffusers has no such conditions: {unknown or {'label': layer}}")
     if layer is None and any(one.noise is not None for one in map_conditions(network).values()):
@@ -303,17 +310,17 @@ def _labels(network: UNet) -> Config:
     return {} if layer is None else {"class_embed_type": kinds[type(layer)]}
 
 
-def _conditions(network: UNet) -> Config:
+def _conditions(network: UNet, conditions) -> Config:
     """Of tokens and of vectors added to the time, but for the label."""
     config: Config = {}
     if isinstance(network.embedding, SteeredEmbedding):
         config["time_cond_proj_dim"] = network.embedding.size
-    context = network.conditions.get("context")
+    context = conditions.get("context")
     config |= _context(context.layer if isinstance(context, Prompt) else context)
-    if "image_embeds" in network.conditions:
-        config |= _image(network.conditions["image_embeds"])
-    if "added" in network.conditions:
-        added = network.conditions["added"]
+    if "image_embeds" in conditions:
+        config |= _image(conditions["image_embeds"])
+    if "added" in conditions:
+        added = conditions["added"]
         waves = attribute(network, attribute(network, added, "parts").get("time_ids"), "width")
         config["addition_embed_type"] = "text_time"
         config["addition_time_embed_dim"] = waves

@@ -17,7 +17,16 @@ from kdiff.interop.solvers import DDIMInverted, DDIMKeptNoise, DiffusersPNDM, Di
 from kdiff.interop.tables import ExponentialBeta, LaplaceBeta, NearlyZeroSNR, WuerstchenCosine
 from kdiff.times import TimeGrid
 
-__all__ = ["ENDS", "NAMES_OF_PREDICTIONS", "NOISES", "SCHEDULES", "SOLVERS", "Config", "scheduler_config"]
+__all__ = [
+    "ENDS",
+    "NAMES_OF_PREDICTIONS",
+    "NOISES",
+    "SCHEDULES",
+    "SOLVERS",
+    "Config",
+    "scheduler_config",
+    "unclip_config",
+]
 
 Config = dict[str, Any]
 
@@ -147,6 +156,27 @@ def scheduler_config(wanted: schedulers.Process) -> Config:
         f"{wanted.sampler!r} at once. Known solvers: {sorted(kind.__name__ for kind in SOLVERS)}; time labels: "
         "Index(), or Scaled for flow matching; grids: Leading, Trailing, Linspace and those of kdiff.interop.grids"
     )
+
+
+def unclip_config(wanted: schedulers.Process) -> Config:
+    """The configuration of an `UnCLIPScheduler`, which alone Karlo's pipelines run, that is read as this process.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    prediction = getattr(wanted.prediction, "prediction", wanted.prediction)
+    learned = isinstance(wanted.prediction, predictions.LearnedVariance)
+    config = {
+        "num_train_timesteps": wanted.schedule.num_steps,
+        "variance_type": "learned_range" if learned else "fixed_small_log",
+        "prediction_type": NAMES_OF_PREDICTIONS.get(type(prediction)),
+        **_changes(wanted.sampler.guidance, wanted.sampler.solver),
+    }
+    config = {"_class_name": "UnCLIPScheduler", **config}
+    with contextlib.suppress(ValueError):
+        if _comparable(schedulers.process(config, "", learned)) == _comparable(wanted):
+            return config
+    raise ValueError(f"diffusers' UnCLIPScheduler is no process like {wanted}; it would be, at the nearest, {config}")
 
 
 def _comparable(process: schedulers.Process) -> tuple:

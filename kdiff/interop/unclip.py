@@ -12,9 +12,9 @@
     unclip.sample(1, text="a red circle", prior={"guidance": 4.0, "steps": 25}, decoder={"guidance": 8.0, "steps": 25})
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
@@ -25,8 +25,8 @@ from kdiff.blocks.embedded import ImageEmbedding
 from kdiff.blocks.layers import Dense
 from kdiff.blocks.normalization import LayerNorm
 from kdiff.codecs import Codec
-from kdiff.encoders import Prompt, PromptVector
-from kdiff.interop import encoders, folders, maps, priors, schedulers, tokenizers, unet_names, unets
+from kdiff.encoders import Pair, Prompt, PromptVector
+from kdiff.interop import encoders, folders, maps, priors, prompts, schedulers, tokenizers, unet_names, unets
 from kdiff.interop.configs import Described, Key, complete, explained
 from kdiff.interop.files import State, read_json
 from kdiff.interop.unet_keys import COUNT
@@ -36,15 +36,47 @@ from kdiff.networks.experts import Experts
 from kdiff.networks.unet import UNet
 from kdiff.unclip import UnCLIP
 
-__all__ = ["PIPELINE", "TEXT_PROJ", "decoder", "decoder_slots", "load", "prior_of_text"]
+__all__ = [
+    "PIPELINES",
+    "TEXT_PROJ",
+    "Before",
+    "decoder",
+    "decoder_slots",
+    "load",
+    "prior_model",
+    "prior_of_text",
+    "prompt",
+]
 
-PIPELINE = "UnCLIPPipeline"
+PIPELINES = ("UnCLIPPipeline", "UnCLIPImageVariationPipeline")
 TEXT_PROJ = {
     "clip_extra_context_tokens": Key(4, COUNT),
     "clip_embeddings_dim": Key(768, COUNT),
     "time_embed_dim": Key(None, COUNT),
     "cross_attention_dim": Key(None, COUNT),
 }
+
+
+class Before(NamedTuple):
+    """What comes before the decoder of a pipeline.
+
+    Attributes:
+        change: gives the decoder's network, not built, its conditions.
+        prior: the model of embeddings, with which the decoder is an `UnCLIP`; None for none.
+        clip: of that.
+        embedding: the name of the decoder's condition.
+    """
+
+    change: Callable[[Described], Described]
+    prior: DiffusionModel | None = None
+    clip: Pair | None = None
+    embedding: str = "embedding"
+
+    def joined(self, decoder: DiffusionModel) -> keras.Model:
+        """The decoder, with all that."""
+        if self.prior is None:
+            return decoder
+        return UnCLIP(self.prior, decoder, clip=self.clip, embedding=self.embedding)
 
 
 def load(folder: str | Path, strict: bool = True, variant: str | None = None) -> UnCLIP:
@@ -58,29 +90,29 @@ def load(folder: str | Path, strict: bool = True, variant: str | None = None) ->
         ValueError: if a file is missing or damaged, or says what kdiff cannot do.
     """
     folder = Path(folder)
-    encoder = encoders.load(folder / "text_encoder", variant=_variant(folder / "text_encoder", variant))
-    words = tokenizers.load(folder / "tokenizer")
-
-    def prompt(**options):
-        return Prompt(encoder, words, masked=True, **options)
-
-    prior, codec = _prior(folder / "prior", prompt, strict, variant)
-    decoder = _decoder(folder, prompt, strict, variant)
-    upsampler = _upsampler(folder, strict, variant)
-    return UnCLIP(
-        _model(prior, folder / "prior_scheduler", codec),
-        _model(decoder, folder / "decoder_scheduler"),
-        _model(upsampler, folder / "super_res_scheduler"),
-    )
+    index = read_json(folder / "model_index.json")
+    text = prompt(folder / "text_encoder", folder / "tokenizer", variant)
+    prior, clip = None, None
+    if folders.has(index, "prior"):
+        prior = prior_model(folder / "prior", folder / "prior_scheduler", text, strict, variant)
+    if folders.has(index, "image_encoder"):
+        clip = Pair(
+            prompts.picture(folder / "image_encoder", folder / "feature_extractor", variant), text.through(None)
+        )
+    decoder = _model(_decoder(folder, text, strict, variant), folder / "decoder_scheduler")
+    upsampler = _model(_upsampler(folder, strict, variant), folder / "super_res_scheduler")
+    return UnCLIP(prior, decoder, upsampler, clip=clip)
 
 
-def _variant(folder: Path, variant: str | None) -> str | None:
-    return variant if variant in folders.variants(folder) else None
+def prompt(encoder: Path, tokenizer: Path, variant: str | None) -> Prompt:
+    """The text, of which what fills it up is hidden, of a folder with CLIP's encoder and one with its tokenizer."""
+    there = folders.variant_of(encoder, variant)
+    return Prompt(encoders.load(encoder, variant=there), tokenizers.load(tokenizer), masked=True)
 
 
 def _read(folder: Path, variant: str | None) -> tuple[dict[str, Any], State]:
-    config, state = read_json(folder / "config.json"), folders.read_weights(folder, _variant(folder, variant))
-    return config, unet_names.renamed(state)
+    config = read_json(folder / "config.json")
+    return config, unet_names.renamed(folders.read_weights(folder, folders.variant_of(folder, variant)))
 
 
 def _model(described: Described, scheduler: Path, codec: Codec | str = "pixels") -> DiffusionModel:
@@ -96,20 +128,21 @@ def _model(described: Described, scheduler: Path, codec: Codec | str = "pixels")
 # --- the prior
 
 
+def prior_model(folder: Path, scheduler: Path, text: Prompt, strict: bool, variant: str | None) -> DiffusionModel:
+    """The model of embeddings of a `PriorTransformer`, given the text, and of the folder of its scheduler."""
+    config, state = _read(folder, variant)
+    described = prior_of_text(priors.prior(config, folder / "config.json"), text)
+    own = {name: array for name, array in state.items() if name not in priors.OF_CODEC}
+    fill(described.network, {"time": (None,), **described.shapes}, priors.prior_slots, own, folder, strict)
+    return _model(described, scheduler, priors.prior_codec(state, folder))
+
+
 def prior_of_text(described: Described, prompt: Prompt) -> Described:
     """The prior, whose tokens and vector are those of the text."""
     vector = Joint({"text": PromptVector(prompt.vector)}, keras.layers.Identity())
     network, image = described.network, described.shapes["image"]
     network.conditions = {"text": prompt, "vector": vector}  # the encoder's weights with it, which a clone had not
     return Described(network, {"image": image, "text": (None, *prompt.row)})
-
-
-def _prior(folder, prompt, strict, variant) -> tuple[Described, Codec]:
-    config, state = _read(folder, variant)
-    described = prior_of_text(priors.prior(config, folder / "config.json"), prompt())
-    own = {name: array for name, array in state.items() if name not in priors.OF_CODEC}
-    fill(described.network, {"time": (None,), **described.shapes}, priors.prior_slots, own, folder, strict)
-    return described, priors.prior_codec(state)
 
 
 # --- the decoder
@@ -180,8 +213,9 @@ def _decoder(folder, prompt, strict, variant) -> Described:
     text, own = _read(folder / "text_proj", variant)
     state |= {f"text_proj.{name}": array for name, array in own.items()}
     with explained(folder / "decoder"):
-        described = decoder(config, text, prompt(), folder / "decoder" / "config.json")
-    fill(described.network, {"time": (None,), **described.shapes}, decoder_slots, state, folder, strict)
+        described = decoder(config, text, prompt, folder / "decoder" / "config.json")
+    both = f"{folder / 'decoder'}, and text_proj"
+    fill(described.network, {"time": (None,), **described.shapes}, decoder_slots, state, both, strict)
     return described
 
 

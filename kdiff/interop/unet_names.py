@@ -8,13 +8,15 @@ import keras
 from kdiff.blocks.attention import MultiHeadAttention, SelfAttention
 from kdiff.blocks.base import Chain
 from kdiff.blocks.beside import Beside
-from kdiff.blocks.conditions import VectorAndTokens
+from kdiff.blocks.conditions import OptionalCondition, VectorAndTokens
 from kdiff.blocks.context_attention import AttentionPool, ContextAttention
 from kdiff.blocks.convolution import ResidualBlock
+from kdiff.blocks.embedded import NoisedEmbedding
 from kdiff.blocks.embeddings import FourierEmbedding, MLPEmbedding, SteeredEmbedding
 from kdiff.blocks.normalization import AdaptiveNorm
 from kdiff.blocks.resampling import Downsample, Upsample
 from kdiff.blocks.transformer import FeedForward, SpatialTransformer, TransformerBlock
+from kdiff.encoders.picture_prompt import PicturePrompt
 from kdiff.encoders.prompt import Prompt
 from kdiff.interop.weights import Slot, slots
 from kdiff.networks.ncsnpp import NCSNpp
@@ -117,10 +119,13 @@ def _named_layers(network: UNet) -> Iterator[tuple[str, keras.layers.Layer]]:
 
 def _condition(network: WayDown, name: str, layer: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Layer]]:
     """The layers of a condition: see `kdiff.interop.unet_conditions`."""
-    layer = layer.layer if isinstance(layer, Prompt) and layer.layer is not None else layer
+    while isinstance(layer, (Prompt, PicturePrompt, OptionalCondition)) and layer.layer is not None:
+        layer = layer.layer
     both = isinstance(layer, VectorAndTokens)
     vector, tokens = (layer.vector, layer.tokens) if both else (layer, layer)
-    if name == "label":
+    if isinstance(layer, NoisedEmbedding):
+        yield "class_embedding", layer.projection
+    elif name == "label":
         yield "class_embedding", layer
     elif isinstance(layer, Beside) and layer.noise is not None:
         yield "class_embedding", layer.level_embedding

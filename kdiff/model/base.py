@@ -25,10 +25,10 @@ from kdiff.averages import Profile, profiles_of
 from kdiff.base import Configurable
 from kdiff.codecs import Codec
 from kdiff.conversion import moved
-from kdiff.denoisers import Estimate, Given
+from kdiff.denoisers import INTERVAL, Estimate, Given
 from kdiff.model import feeding
 from kdiff.model.averaging import Averaging
-from kdiff.model.condition_inputs import condition_layers, condition_names, derivations
+from kdiff.model.condition_inputs import condition_layers, condition_names, derivations, optional_names
 from kdiff.model.sampling import Sampling, as_sampler
 from kdiff.model.saving import Saving
 from kdiff.model.training import CheckedTraining, scaled
@@ -144,7 +144,10 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
             )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """`model.codec = codec` gives a model another codec at any time, and so another schedule or prediction."""
+        """`model.codec = codec` gives a model another codec at any time, and so another schedule or prediction.
+
+        `model.objective = "denoising"` lets go of what was asked in training, as a teacher, which is then not saved.
+        """
         if name not in _REPLACEABLE or not hasattr(self, name):
             super().__setattr__(name, value)
             return
@@ -152,6 +155,8 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
         if name == "codec":
             if self.built:
                 value.freeze()
+        elif name == "objective":
+            value.check(self)
         else:
             check_invertible(**{"prediction": self.prediction, "schedule": self.schedule, name: value})
         old = getattr(self, name)
@@ -193,7 +198,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
     def _known_shapes(self, shapes) -> tuple[dict[str, tuple], tuple | None]:
         """Those of encoded data, as "image", and of the conditions; and that of an example, if it is known."""
         shapes = dict(shapes) if isinstance(shapes, dict) else {"image": shapes}
-        shapes = {name: (None, *tuple(shape)[1:]) for name, shape in shapes.items()}
+        shapes = {n: (None, *tuple(shape)[1:]) for n, shape in shapes.items() if n not in self.objective.inputs}
         self._check_names(set(shapes) - {"image", "encoded"})
         data = (None, *feeding.data_shape(shapes, self.codec))
         made = {name: of for name, of in derivations(self.network).items() if name not in shapes}
@@ -367,7 +372,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
     def _new_check(self, shapes: dict[str, tuple]) -> feeding.BatchCheck:
         certain = self.built and not self._on_trial
         shape = self.shapes["image"][1:] if certain else feeding.data_shape(shapes, self.codec)
-        return feeding.BatchCheck(self.codec, shape, self.network)
+        return feeding.BatchCheck(self.codec, shape, self.network, others=self.objective.inputs)
 
     def _take_shapes_anew(self, shapes: dict[str, tuple]) -> None:
         self.shapes, self.example = self._known_shapes(shapes)
@@ -390,6 +395,8 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
     def _inputs(self, x_t, m: Marginal, conditions: Mapping[str, Any]) -> dict[str, Any]:
         """What the network is given."""
         label = ops.broadcast_to(self.time_label(self.schedule, m), ops.shape(x_t)[:1])
+        if INTERVAL in conditions and INTERVAL not in optional_names(self.network):
+            conditions = {name: value for name, value in conditions.items() if name != INTERVAL}
         return {"image": self.prediction.input_scale(m.like(x_t)) * x_t, "time": label, **conditions}
 
     def _checked_output(self, output, x_t):
@@ -440,7 +447,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
         return self._answer(averages, self.schedule, Given(conditions), x_t, m).x_hat
 
 
-_REPLACEABLE = {"codec": Codec, "schedule": NoiseSchedule, "prediction": Prediction}
+_REPLACEABLE = {"codec": Codec, "schedule": NoiseSchedule, "prediction": Prediction, "objective": Objective}
 
 _METHODS = (DiffusionModel.sample, DiffusionModel.sample_steps, DiffusionModel.invert)
 # What no condition can be named, for it is an argument of a method that takes conditions, or another input.
@@ -449,7 +456,7 @@ RESERVED = frozenset(
     for method in (*_METHODS, DiffusionModel._run, DiffusionModel.denoise)
     for name, parameter in inspect.signature(method).parameters.items()
     if parameter.kind is not parameter.VAR_KEYWORD and name != "self"
-) | {"time", "encoded", "sample_weight"}
+) | {"time", "encoded", "sample_weight", INTERVAL}
 
 
 def _compared(problem: Problem, sample_weight):

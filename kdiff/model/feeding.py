@@ -140,15 +140,23 @@ class BatchCheck:
         shape: the shape of one encoded example, with None for an axis of any length.
         network: whose conditions the batch must hold.
         weighted: whether examples may have weights.
+        others: the names of what else it may hold.
 
     Attributes:
         error: what was raised last: tf.data hides it in an error of its own.
     """
 
-    def __init__(self, codec: Codec, shape: tuple, network: keras.layers.Layer, weighted: bool = True):
+    def __init__(
+        self,
+        codec: Codec,
+        shape: tuple,
+        network: keras.layers.Layer,
+        weighted: bool = True,
+        others: Sequence[str] = (),
+    ):
         self.codec, self.shape, self.weighted = codec, tuple(shape), weighted
         self.conditions, self.layers = condition_names(network), condition_layers(network)
-        self.optional, self.derived = set(optional_names(network)), set(derivations(network))
+        self.optional, self.derived = {*optional_names(network), *others}, set(derivations(network))
         self.error: ValueError | None = None
         self.warned = False
 

@@ -350,15 +350,23 @@ class Sampling:
         others = (*sampler.models, schedule)  # which may have weights
         return self.compiled_function(key, partial(sampler.advance, answer, nulls, schedule), others)
 
-    def denoiser(self, averages: bool = True, **conditions) -> Denoiser:
-        """The model as a `Denoiser`: `estimate = model.denoiser()(x_t, m)`, m of the model's schedule.
+    def denoiser(self, averages: bool = True, schedule: NoiseSchedule | None = None, **conditions) -> Denoiser:
+        """The model as a `Denoiser`: `estimate = model.denoiser()(x_t, m)`.
 
         Args:
             averages: use the averaged weights.
+            schedule: that x_t and m are of; None for the model's own.
             **conditions: one row an example.
         """
         self._ready()
-        answer = partial(self._answer, averages, self.schedule)
+        return self.denoiser_in_step(averages, schedule, **conditions)
+
+    def denoiser_in_step(self, averages: bool = True, schedule: NoiseSchedule | None = None, **conditions) -> Denoiser:
+        """The same as `denoiser` for use in a compiled step, as that of an objective, before which all is up to date.
+
+        Arguments as of `denoiser`.
+        """
+        answer = partial(self._answer, averages, self.schedule if schedule is None else schedule)
         return Denoiser(answer, Given(conditions), condition_nulls(self.network))
 
     def compiled_function(self, key: Any, function: Callable, others: Sequence[keras.layers.Layer] = ()) -> Callable:

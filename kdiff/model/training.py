@@ -202,3 +202,17 @@ class OwnLoss(SafeFiles, CheckedTraining, backend.SafeTraining):
         """Keras' own step."""
         *state, data = args
         return super().test_step(*state, (self._batch(feeding.unpack(data)[0]),))
+
+    def get_compile_config(self) -> dict[str, Any] | None:
+        """The optimizers, without what belongs to a backend; None before `compile`."""
+        if not self.compiled:
+            return None
+        used = getattr(self, "_optimizers", {"optimizer": self.optimizer})  # the arguments of `compile`, by name
+        config = {name: keras.saving.serialize_keras_object(one) for name, one in used.items()}
+        return {name: one and backend.portable_optimizer(one) for name, one in config.items()}
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles a loaded model, and makes the optimizer's variables, which are loaded next."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built:
+            self.optimizer.build(self.trainable_variables)

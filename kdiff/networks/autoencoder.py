@@ -25,7 +25,7 @@ from kdiff.blocks.attention import SelfAttention
 from kdiff.blocks.base import Chain, ConfigurableLayer, Shape, build_layer, kernel_initializer
 from kdiff.blocks.convolution import ResidualBlock
 from kdiff.blocks.layers import Conv2D
-from kdiff.blocks.normalization import GroupNorm
+from kdiff.blocks.normalization import GroupNorm, SpatialNorm
 from kdiff.blocks.resampling import Downsample, Upsample
 from kdiff.networks.base import AXES, check_size
 from kdiff.networks.codebook import Codebook
@@ -205,24 +205,27 @@ class Convolutional(Autoencoder):
     def _pixelwise(self, name, width, **options):
         return self._convolution(width, 1, name=name, **options)
 
-    def _norm(self):
-        return GroupNorm(self.groups, 1e-6, dtype=self.dtype_policy)
+    def _norm(self, spatial=False):
+        norm = GroupNorm(self.groups, 1e-6, dtype=self.dtype_policy)
+        return SpatialNorm(norm, dtype=self.dtype_policy) if spatial else norm
 
-    def _unit(self, width, attention=False):
-        block = ResidualBlock(width, False, normalization=self._norm(), dtype=self.dtype_policy)
-        mixer = SelfAttention(1, normalization=self._norm(), dtype=self.dtype_policy)
+    def _unit(self, width, attention=False, spatial=False):
+        norm, scale_shift = self._norm(spatial), None if spatial else False
+        block = ResidualBlock(width, scale_shift, normalization=norm, dtype=self.dtype_policy)
+        mixer = SelfAttention(1, normalization=norm, dtype=self.dtype_policy)
         return [block, mixer] if attention else [block]
 
-    def _middle(self):
+    def _middle(self, spatial=False):
         width = self.widths[-1]
-        return [*self._unit(width, self.attention), *self._unit(width)]
+        return [*self._unit(width, self.attention, spatial), *self._unit(width, spatial=spatial)]
 
-    def _level(self, level, depth):
-        return [layer for _ in range(depth) for layer in self._unit(self.widths[level], level in self.attention_at)]
+    def _level(self, level, depth, spatial=False):
+        attention = level in self.attention_at
+        return [layer for _ in range(depth) for layer in self._unit(self.widths[level], attention, spatial)]
 
-    def _ends(self, outputs):
+    def _ends(self, outputs, spatial=False):
         activation = keras.layers.Activation("silu", dtype=self.dtype_policy)
-        return [self._norm(), activation, self._convolution(outputs, dtype="float32")]
+        return [self._norm(spatial), activation, self._convolution(outputs, dtype="float32")]
 
     def _chain(self, layers, name):
         return Chain(layers, name=name, dtype=self.dtype_policy)
@@ -234,12 +237,13 @@ class Convolutional(Autoencoder):
             layers += self._level(level, self.depth)
         return self._chain([*layers, *self._middle(), *self._ends(outputs)], "encoder")
 
-    def _decoder(self) -> Chain:
-        layers = [self._convolution(self.widths[-1]), *self._middle()]
+    def _decoder(self, spatial: bool = False) -> Chain:
+        """With `spatial`, all norms are steered by a map."""
+        layers = [self._convolution(self.widths[-1]), *self._middle(spatial)]
         for level in reversed(range(len(self.widths))):
-            layers += self._level(level, self.depth + 1)
+            layers += self._level(level, self.depth + 1, spatial)
             layers += [Upsample(dtype=self.dtype_policy)] if level else []
-        return self._chain([*layers, *self._ends(self.out_channels or self.channels)], "decoder")
+        return self._chain([*layers, *self._ends(self.out_channels or self.channels, spatial)], "decoder")
 
 
 class AutoencoderKL(Convolutional):
@@ -329,6 +333,8 @@ class VQ(Convolutional):
         widths, latent_channels, depth, channels, out_channels, attention, attention_at, groups: of `Convolutional`.
         codes: the number of codes.
         code_width: the channels of a code, and so of `encode`; None for `latent_channels`.
+        spatial: whether the decoder's norms are `SpatialNorm`s of the latents (Zheng et al., "MoVQ", 2022).
+        quantize: whether `decode` takes the nearest codes, unless told otherwise; Kandinsky's takes the latents.
         kwargs: `name` and `dtype`.
     """
 
@@ -344,6 +350,8 @@ class VQ(Convolutional):
         groups: int | None = None,
         codes: int = 8192,
         code_width: int | None = None,
+        spatial: bool = False,
+        quantize: bool = True,
         **kwargs,
     ):
         shared = (widths, latent_channels, depth, channels, out_channels, attention, attention_at, groups)
@@ -353,9 +361,11 @@ class VQ(Convolutional):
             check_integer("VQ", "code_width", code_width)
         self.codes = codes
         self.code_width = code_width
+        self.spatial = spatial
+        self.quantize = quantize
         self.codebook = Codebook(codes, name="codebook", dtype=self.dtype_policy)
         self.encoder = self._encoder(latent_channels)
-        self.decoder = self._decoder()
+        self.decoder = self._decoder(spatial)
         self.to_latents = self._pixelwise("to_latents", code_width or latent_channels, dtype="float32")
         self.from_latents = self._pixelwise("from_latents", latent_channels)
 
@@ -366,7 +376,8 @@ class VQ(Convolutional):
     def _build_parts(self, image_shape, latent_shape):
         build_layer(self.to_latents, build_layer(self.encoder, image_shape))
         self.codebook.build(latent_shape)
-        build_layer(self.decoder, build_layer(self.from_latents, latent_shape))
+        steering = latent_shape if self.spatial else None
+        build_layer(self.decoder, build_layer(self.from_latents, latent_shape), steering)
 
     def _encode(self, images, training):
         return self.to_latents(self.encoder(images, training=training)), None
@@ -377,12 +388,14 @@ class VQ(Convolutional):
         """
         return self.codebook(latents)
 
-    def decode(self, latents, training=None, quantize: bool = True):
-        """Latents to images; with `quantize` by their nearest codes."""
+    def decode(self, latents, training=None, quantize: bool | None = None):
+        """Latents to images; by their nearest codes if `quantize`, or if that is None and the constructor's is true."""
+        quantize = self.quantize if quantize is None else quantize
         return super().decode(self.nearest(latents)[0] if quantize else latents, training)
 
     def _decode(self, latents, training):
-        return self.decoder(self.from_latents(latents), training=training)
+        steering = latents if self.spatial else None
+        return self.decoder(self.from_latents(latents), embed=steering, training=training)
 
     @classmethod
     def f4(cls, **options: Any) -> Self:

@@ -10,18 +10,36 @@ from kdiff.objectives.effective_weight import (
     plot_objective,
     same_objective,
 )
+from kdiff.objectives.flow_maps import MeanFlow, Shortcut
+from kdiff.objectives.given_noise import Reflow
+from kdiff.objectives.halving import Distillation
+from kdiff.objectives.latent_consistency import LCM
 from kdiff.objectives.learned_schedule import LearnedSchedule
 from kdiff.objectives.loss_aware import LossAware
+from kdiff.objectives.pairing import Consistency, Discretised, Easy, Pairs
+from kdiff.objectives.tangential import TangentConsistency
+from kdiff.objectives.taught import Taught
 
 __all__ = [
+    "LCM",
     "POINTS",
+    "Consistency",
     "Denoising",
+    "Discretised",
+    "Distillation",
     "Drawn",
+    "Easy",
     "LearnedSchedule",
     "LossAware",
+    "MeanFlow",
     "Objective",
+    "Pairs",
     "Problem",
     "Recipe",
+    "Reflow",
+    "Shortcut",
+    "TangentConsistency",
+    "Taught",
     "VariationalBound",
     "effective_weight",
     "loss_weight",

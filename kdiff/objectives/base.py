@@ -22,6 +22,7 @@ it; the averages are of the network alone.
 """
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import keras
@@ -70,7 +71,15 @@ class Problem(NamedTuple):
 
 
 class Objective(Configurable, keras.layers.Layer):
-    """The base of all objectives. A new one defines `problem`."""
+    """The base of all objectives. A new one defines `problem`.
+
+    Attributes:
+        inputs: what data may hold beside what the network takes, by name; `problem` finds it among the conditions.
+        sampled_by: the arguments of the `Sampler` that suits what is learned, which `students.student` takes.
+    """
+
+    inputs: tuple[str, ...] = ()
+    sampled_by: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self):
         super().__init__(dtype="float32", autocast=False)

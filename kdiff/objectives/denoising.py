@@ -28,11 +28,16 @@ class Denoising(Objective):
     held = True  # whether the bound is of the variance alone
 
     def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
+        return self.problem_of(model, x, None, conditions, keys, training)
+
+    def problem_of(self, model: Any, x, noise, conditions, keys: Iterator, training: bool) -> Problem:
+        """The problem of a batch and its noise, of the shape of x; None for noise that is drawn. Else as `problem`."""
         schedule, prediction = model.schedule, model.prediction
         # Times of one's own may not know that a discrete process has none below its first step.
         times = self.density(model)
         t = ops.maximum(self.times(model)(schedule, ops.shape(x)[0], next(keys)), schedule.first_time)
-        noise, m = random.normal(next(keys), ops.shape(x)), schedule.at(t)
+        drawn, m = random.normal(next(keys), ops.shape(x)) if noise is None else None, schedule.at(t)
+        noise = drawn if noise is None else ops.cast(noise, "float32")
         x_t = schedule(x, noise, t)
         output = model.output(x_t, m, conditions, training, averages=not training)
         learned = prediction.share(output) is not None

@@ -3,7 +3,7 @@
 from kdiff.solvers.adaptive import Adaptive
 from kdiff.solvers.ancestral import DDIM, DDPM, DDIMInversion
 from kdiff.solvers.base import Denoise, Draw, Solver
-from kdiff.solvers.consistency import LCM, TCD, Consistency
+from kdiff.solvers.consistency import LCM, TCD, Consistency, FlowMap
 from kdiff.solvers.dpm import DPMSolver, DPMSolverPP, DPMSolverPPSinglestep, DPMSolverSinglestep
 from kdiff.solvers.dpm_sde import (
     DPMSolverPP2SAncestral,
@@ -48,6 +48,7 @@ __all__ = [
     "Draw",
     "Euler",
     "EulerAncestral",
+    "FlowMap",
     "Heun",
     "Ratio",
     "SASolver",

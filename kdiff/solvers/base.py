@@ -55,6 +55,8 @@ class Solver(Value):
         "keuler": "euler",
         "keulera": "euler_ancestral",
         "klms": "lms",
+        "meanflow": "flow_map",
+        "shortcut": "flow_map",
         "kheun": "heun",
         "plms": "pndm",
     }

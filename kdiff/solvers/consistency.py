@@ -1,9 +1,12 @@
-"""Solvers for distilled networks, which jump to the data in one step: consistency sampling, LCM and TCD.
+"""Solvers for distilled networks, which jump to the data, or to the next time, in one step.
 
 Their `denoise` is a consistency function: it does not answer with the mean of all x that x_t may come from, but with
 the one x that the probability flow leads to. A step jumps there, and goes back to `then` with fresh noise; so each step
 mends the last one's errors, and one step is enough. More steps do not converge to anything: `order` is 0. With a
 denoiser that was not distilled they blur the samples in few steps.
+
+A network that has learned to lead from any time to any other (`objectives.Shortcut`, `objectives.MeanFlow`) is asked by
+`Denoiser.jump`: all of these do so, and tell one that has not nothing.
 """
 
 from keras import ops
@@ -12,7 +15,7 @@ from kdiff.base import check_number
 from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.solvers.base import Denoise, Draw, Solver, flow_to
 
-__all__ = ["LCM", "TCD", "Consistency", "renoised"]
+__all__ = ["LCM", "TCD", "Consistency", "FlowMap", "renoised"]
 
 
 def renoised(x_hat, then: Marginal, noise: Draw, s=None):
@@ -41,12 +44,28 @@ class Consistency(Solver):
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One jump to the data and back to `then`; arguments and results as in `Solver.step`."""
-        estimate = denoise(x, now)
+        estimate = denoise.jump(x, now, schedule.sampled_at(0.0))
         x_hat = estimate.x_hat
         # A difference of squares, so that it is exactly 0 where sigma_then / alpha_then is epsilon.
         least = then.alpha * self.epsilon
         s = ops.sqrt(ops.maximum((then.sigma - least) * (then.sigma + least), 0.0))
         return renoised(x_hat, then, noise, s), estimate, state
+
+
+class FlowMap(Solver):
+    """Jumps along the probability flow, of a network that has learned them: average velocities, shortcuts.
+
+        x_then = (sigma_then / sigma_now) x_now + alpha_then (1 - e^{l_now - l_then}) x_hat(x_now, now, then)
+
+    On the rectified schedule, with a network that predicts the velocity u, it is x_now - (t_now - t_then) u(x_now, now,
+    then): Frans et al. 2024 (shortcut models), arXiv:2410.12557, algorithm 2; Geng et al. 2025 (MeanFlow),
+    arXiv:2505.13447, eq. 12. A network that has not learned them is sampled by DDIM: so its `order` is 1.
+    """
+
+    def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
+        """One jump to `then`; arguments and results as in `Solver.step`."""
+        estimate = denoise.jump(x, now, then)
+        return flow_to(x, estimate.x_hat, now, then), estimate, state
 
 
 class LCM(Solver):
@@ -75,7 +94,7 @@ class LCM(Solver):
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One jump to the data and back to `then`; arguments and results as in `Solver.step`."""
         c_skip, c_out = self.scalings(schedule, now)
-        estimate = denoise(x, now)
+        estimate = denoise.jump(x, now, schedule.sampled_at(0.0))
         x_hat = c_skip * x + c_out * estimate.x_hat
         return renoised(x_hat, then, noise), estimate._replace(x_hat=x_hat), state
 
@@ -94,8 +113,8 @@ class TCD(Solver):
         x_s = (sigma_s / sigma_now) x_now + alpha_s (1 - e^{l_now - l_s}) x_hat,
         x_then = (alpha_then / alpha_s) x_s + sqrt(sigma_then^2 - (alpha_then sigma_s / alpha_s)^2) noise.
 
-    With gamma = 0 it is DDIM; with gamma = 1, where s = 0, it is `Consistency`, and `denoise` a consistency function
-    (see the module).
+    With gamma = 0 it is `FlowMap`, or DDIM; with gamma = 1, where s = 0, it is `Consistency`, and `denoise` a
+    consistency function (see the module).
 
     Args:
         gamma: in [0, 1]; how much of the noise is fresh.
@@ -111,11 +130,11 @@ class TCD(Solver):
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One step down to s and up to `then`; arguments and results as in `Solver.step`."""
-        estimate = denoise(x, now)
+        s = schedule.sampled_at((1.0 - self.gamma) * then.t) if self.stochastic else then
+        estimate = denoise.jump(x, now, s)
         x_hat = estimate.x_hat
         if not self.stochastic:
             return flow_to(x, x_hat, now, then), estimate, state
-        s = schedule.sampled_at((1.0 - self.gamma) * then.t)
         x_s = flow_to(x, x_hat, now, s)
         # sigma_then sqrt(1 - SNR_then / SNR_s), which does not cancel.
         fresh = then.sigma * ops.sqrt(-ops.expm1(then.log_snr - s.log_snr))

@@ -1,0 +1,86 @@
+"""What the conditions that are noised have in common: a level, and noise, drawn in training and given otherwise."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from kdiff import random
+from kdiff.base import check_number
+from kdiff.blocks.conditions import Condition, Input
+
+__all__ = ["AUGMENTING", "LEVELS", "Noising"]
+
+LEVELS, AUGMENTING = 5, 6  # streams of random numbers, beside that of `Condition`
+
+
+class Noising(Condition):
+    """The base of conditions that are noised: noise conditioning augmentation (Ho et al., "Cascaded Diffusion Models",
+    2021, section 4).
+
+    Args:
+        noise: what makes the noisy input, a layer called as `noise(x, noise, level)`, such as
+            `kdiff.schedules.Cosine()`; None for none.
+        highest: of the levels in training, up to 1, which are drawn from U(0, highest), one an example, as a function
+            of `seed` and the number of the call.
+        level: where none is given.
+        dropout, seed: as in `Condition`.
+    """
+
+    main = ""  # the key of what is noised, in the dictionary that the layer is called with
+
+    def __init__(
+        self,
+        noise: keras.layers.Layer | None = None,
+        highest: float = 1.0,
+        level: float = 0.1,
+        dropout: float = 0.0,
+        seed: int = 0,
+        **kwargs,
+    ):
+        super().__init__(dropout, seed, **kwargs)
+        owner = type(self).__name__
+        check_number(owner, "highest", highest, 0, 1)
+        check_number(owner, "level", level, 0, 1)
+        if not (noise is None or isinstance(noise, keras.layers.Layer)):
+            raise TypeError(
+                f"{owner}: `noise` must be None or a layer, noise({self.main}, noise, level); received: {noise!r}"
+            )
+        self.noise = noise
+        self.highest = highest
+        self.level = level
+
+    def inputs_of(self, name: str) -> dict[str, Input]:
+        """What is noised and, where it is, the level and the noise, which may be missing."""
+        if self.noise is None:
+            return {name: Input(None, self)}
+        others = {"level": _Level(type(self).__name__), "noise": None}
+        others = {f"{name}_{key}": Input(key, part, True) for key, part in others.items()}
+        return {name: Input(self.main, self), **others}
+
+    def _key_of_call(self, training):
+        """(seed, number of the call) in training, if anything is drawn; otherwise always the same."""
+        drawn = training and (self.dropout > 0 or self.noise is not None)
+        return self._next() if drawn else ops.convert_to_tensor([self.seed, 0], "int32")
+
+    def _level_of(self, given, batch, key, training):
+        if given.get("level") is not None:
+            return ops.cast(given["level"], "float32")
+        if training:
+            return self.highest * random.uniform(random.fold(key, 0, LEVELS), (batch,))
+        return ops.full((batch,), self.level, "float32")
+
+    def _noised(self, given, x, level, key):
+        noise = given.get("noise")
+        noise = random.normal(random.fold(key, 0, AUGMENTING), ops.shape(x)) if noise is None else noise
+        return self.noise(x, ops.cast(noise, "float32"), level)
+
+
+class _Level:
+    """What a level may be."""
+
+    def __init__(self, owner: str):
+        self.owner = owner
+
+    def check(self, values) -> None:
+        if not np.all((values >= 0) & (values <= 1)):
+            raise ValueError(f"{self.owner}: a level must be a number in [0, 1]; received: {values}")

@@ -1,0 +1,110 @@
+"""Kandinsky 2.2 of diffusers: a prior, whose folder has both encoders of CLIP, and a decoder of its embeddings.
+
+| folder | here |
+|---|---|
+| of the prior: `prior`, `scheduler`, `text_encoder`, `tokenizer` | a model of embeddings, of a text |
+| its `image_encoder`, `image_processor` | with the text's encoder the `clip` of an `UnCLIP` |
+| of the decoder: `unet`, `scheduler`, `movq` | a model of images, with the condition "image_embeds" |
+
+    prior, decoder = load("kandinsky-2-2-prior"), load("kandinsky-2-2-decoder")
+    unclip = load("kandinsky-2-2-decoder", prior="kandinsky-2-2-prior")
+    unclip.sample(1, text="a red circle", prior={"guidance": 4.0, "steps": 25}, decoder={"guidance": 4.0, "steps": 50})
+    unclip.variations(photo, 4, decoder={"guidance": 4.0, "steps": 50})
+
+In the `UnCLIP` the embedding of pixels that are zero to CLIP stands for no image, as diffusers' prior gives it.
+One folder may have both, with "prior_" before the names of the prior's.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import ops
+
+from kdiff.blocks.conditions import OptionalCondition
+from kdiff.encoders import Pair
+from kdiff.interop import prompts, unclip
+from kdiff.interop.configs import Described
+from kdiff.interop.files import read_json
+from kdiff.model import DiffusionModel
+
+__all__ = ["COMBINED", "CONDITION", "DECODERS", "PRIORS", "before", "conditioned", "prior_of"]
+
+PRIORS = ("KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline")
+COMBINED = tuple(f"KandinskyV22{task}CombinedPipeline" for task in ("", "Img2Img", "Inpaint"))
+DECODERS = tuple(f"KandinskyV22{task}Pipeline" for task in ("", "Img2Img", "Inpaint"))
+CONDITION = "image_embeds"
+
+
+class _Parts(NamedTuple):
+    """The folders of the parts of a prior."""
+
+    prior: Path
+    scheduler: Path
+    text_encoder: Path
+    tokenizer: Path
+    image_encoder: Path
+    image_processor: Path
+
+
+def _parts(folder: Path, prefix: str = "") -> _Parts:
+    return _Parts(*(folder / f"{prefix}{name}" for name in _Parts._fields))
+
+
+def prior_of(folder: Path, strict: bool = True, variant: str | None = None) -> DiffusionModel:
+    """The prior of its folder."""
+    parts = _parts(folder)
+    text = unclip.prompt(parts.text_encoder, parts.tokenizer, variant)
+    return unclip.prior_model(parts.prior, parts.scheduler, text, strict, variant)
+
+
+def before(
+    folder: Path, index: Mapping[str, Any], prior: str | Path | None, strict: bool, variant: str | None
+) -> unclip.Before | None:
+    """What comes before the network of a decoder; None where there is no prior.
+
+    Args:
+        folder: of the decoder.
+        index: its `model_index.json`.
+        prior: the folder of its prior; None for one in the same folder, or none.
+        strict, variant: as of `diffusers.load`.
+
+    Raises:
+        ValueError: if there is a `prior` that is none, or what it is for is no such decoder.
+    """
+    name = index.get("_class_name")
+    if prior is None and name not in COMBINED:
+        return None
+    if prior is not None:
+        kind = read_json(Path(prior) / "model_index.json").get("_class_name")
+        if name not in DECODERS or kind not in PRIORS:
+            raise ValueError(
+                f"{folder}: a `prior` is the folder of one of {list(PRIORS)} for one of {list(DECODERS)}; received "
+                f"{kind!r} for {name!r}"
+            )
+    parts = _parts(folder, "prior_") if prior is None else _parts(Path(prior))
+    text = unclip.prompt(parts.text_encoder, parts.tokenizer, variant)
+    model = unclip.prior_model(parts.prior, parts.scheduler, text, strict, variant)
+    clip = Pair(prompts.picture(parts.image_encoder, parts.image_processor, variant), text.through(None))
+    encoder = clip.picture.encoder
+    pixels = np.zeros((1, encoder.size, encoder.size, encoder.channels), "float32")
+    absent = ops.convert_to_numpy(encoder(pixels, training=False).vector)[0]
+    return unclip.Before(partial(conditioned, absent=absent), model, clip, CONDITION)
+
+
+def conditioned(described: Described, absent: np.ndarray) -> Described:
+    """A network that is not built, with what stands for no image.
+
+    Raises:
+        ValueError: if it takes no embedding of an image, or of another width.
+    """
+    network, shape = described.network, described.shapes.get(CONDITION)
+    if shape is None or shape[-1] != len(absent):
+        raise ValueError(
+            f"the network must take embeddings of {len(absent)} numbers, as the prior makes; it takes {shape}"
+        )
+    layer = OptionalCondition(network.conditions[CONDITION], absent, dropout=0.0)
+    network.conditions = {**network.conditions, CONDITION: layer}
+    return described

@@ -1,0 +1,104 @@
+"""Stable unCLIP of diffusers: Stable Diffusion that is also given an image by its embedding, noised at a level.
+
+| folder | here |
+|---|---|
+| `image_encoder`, `feature_extractor` | a frozen `PicturePrompt`; without them "embedding" is given |
+| `image_normalizer`, `image_noising_scheduler` | a `NoisedEmbedding`, in place of the label |
+| `prior`, `prior_scheduler`, `prior_text_encoder`, `prior_tokenizer` | the prior of an `UnCLIP` |
+
+The noise of step n of T there is that of the level (n + 1) / T.
+
+    model = load("stable-diffusion-2-1-unclip")
+    model.sample(4, text="", picture=photo, picture_level=0.201, guidance=10.0)        # noise_level=200 there
+    unclip = load("stable-diffusion-2-1-unclip-small")                                 # of which there is a prior
+    unclip.sample(4, text="a red circle", prior={"guidance": 4.0}, decoder={"guidance": 10.0})
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from kdiff.blocks.embedded import NoisedEmbedding
+from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding
+from kdiff.encoders import PicturePrompt
+from kdiff.encoders.picture_prompt import PICTURE
+from kdiff.interop import folders, maps, priors, prompts, schedulers, unclip
+from kdiff.interop.configs import Described, Key, complete
+from kdiff.interop.files import read_json
+from kdiff.interop.unet_keys import COUNT
+
+__all__ = ["NORMALIZER", "before", "conditioned", "noised"]
+
+NORMALIZER = {"embedding_dim": Key(768, COUNT)}
+
+
+def before(folder: Path, index: Mapping[str, Any], strict: bool, variant: str | None) -> unclip.Before | None:
+    """What comes before the network of one of these pipelines; None for that of another."""
+    if index.get("_class_name") not in prompts.UNCLIP:
+        return None
+    change = partial(conditioned, layer=noised(folder, variant), picture=_picture(folder, index, variant))
+    if not folders.has(index, "prior"):
+        return unclip.Before(change)
+    text = unclip.prompt(folder / "prior_text_encoder", folder / "prior_tokenizer", variant)
+    prior = unclip.prior_model(folder / "prior", folder / "prior_scheduler", text, strict, variant)
+    return unclip.Before(change, prior)
+
+
+def _picture(folder, index, variant) -> Callable[..., PicturePrompt] | None:
+    if not folders.has(index, "image_encoder"):
+        return None
+    return partial(prompts.picture, folder / "image_encoder", folder / "feature_extractor", variant)
+
+
+def noised(folder: Path, variant: str | None = None) -> NoisedEmbedding:
+    """The condition of a pipeline's `image_normalizer` and `image_noising_scheduler`, but for its dense layers."""
+    part, source = folder / "image_normalizer", folder / maps.NOISING / "scheduler_config.json"
+    width = complete(read_json(part / "config.json"), NORMALIZER, part / "config.json")["embedding_dim"]
+    state = folders.read_weights(part, folders.variant_of(part, variant))
+    codec = priors.prior_codec(state, part, ("mean", "std"))
+    if extra := sorted(set(state) - {"mean", "std"}):
+        raise ValueError(f"{part}: the weights must have 'mean' and 'std' alone; they have: {extra}")
+    if not codec.mean.shape == codec.std.shape == (width,):
+        raise ValueError(
+            f"{part}: 'mean' and 'std' must have `embedding_dim` numbers, {width}; they have the shapes "
+            f"{codec.mean.shape} and {codec.std.shape}"
+        )
+    schedule = schedulers.process(read_json(source), source).schedule
+    if schedule.num_steps is None:
+        raise ValueError(f"{source}: the scheduler must have a table, by whose steps the network is told the level")
+    waves = SinusoidalEmbedding(width, scale=float(schedule.num_steps), offset=-1.0)
+    return NoisedEmbedding(schedule, codec.mean, codec.std, waves, level=1.0 / schedule.num_steps)
+
+
+def conditioned(
+    described: Described, layer: NoisedEmbedding, picture: Callable[..., PicturePrompt] | None
+) -> Described:
+    """A network that is not built, with the embedding as a condition in place of the label.
+
+    Args:
+        described: the network, which takes the noised embedding and the waves of the level as its label.
+        layer: of `noised`.
+        picture: what makes the condition of the image of that layer; None for its embedding.
+
+    Raises:
+        ValueError: if it takes another label.
+    """
+    network, shapes = described.network, dict(described.shapes)
+    conditions, width = dict(network.conditions), len(layer.mean)
+    label, shape = conditions.pop("label", None), shapes.pop("label", None)
+    own = isinstance(label, MLPEmbedding) and isinstance(label.embedding, keras.layers.Identity)
+    if not own or shape[-1] != 2 * width:
+        raise ValueError(
+            f"the network must take an embedding of {width} numbers and as many of its level as its label, by the "
+            f"`class_embed_type` 'projection' of {2 * width}; it takes: {shape} by {label!r}"
+        )
+    layer = layer.clone(layer=label)
+    name = "embedding" if picture is None else PICTURE
+    conditions[name] = layer if picture is None else picture(layer=layer)
+    if picture is not None and conditions[name].width != width:
+        raise ValueError(f"the encoder of images must give {width} numbers; it gives: {conditions[name].width}")
+    network.conditions = conditions
+    return Described(network, {**shapes, name: (None, width)})

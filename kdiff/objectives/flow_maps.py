@@ -1,0 +1,220 @@
+"""Networks that are told where to lead: from any noise level to any lower one, in one step.
+
+Both need the input "interval", as of `blocks.Interval`, and are sampled by `solvers.FlowMap`; with an interval of 0
+they are a diffusion model, which any other solver samples.
+"""
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from kdiff import random
+from kdiff.base import check_integer, check_number
+from kdiff.denoisers import INTERVAL, interval
+from kdiff.objectives.base import Objective, Problem
+from kdiff.objectives.effective_weight import loss_weight
+from kdiff.objectives.taught import (
+    Taught,
+    check_continuous,
+    check_precise,
+    check_simple,
+    implied_output,
+    joined_jumps,
+    noised,
+    rows,
+    still,
+)
+from kdiff.predictions import Flow
+from kdiff.solvers.base import flow_to
+from kdiff.tangents import Tangent
+
+__all__ = ["MeanFlow", "Shortcut"]
+
+
+def _check_interval(owner: str, model: Any) -> None:
+    taken = getattr(model.network, "condition_inputs", {})
+    if INTERVAL not in taken or not taken[INTERVAL].optional:
+        raise ValueError(
+            f"{owner}: the network must have the input {INTERVAL!r}: give it `conditions={{'interval': "
+            f"blocks.Interval()}}`; it has: {sorted(taken)}"
+        )
+
+
+def _part(share: float, batch):
+    """How many examples of a batch a share is, at least one."""
+    return (
+        ops.maximum(ops.cast(share * ops.cast(batch, "float32"), "int32"), 1)
+        if ops.is_tensor(batch)
+        else max(int(share * batch), 1)
+    )
+
+
+def _joined(*parts):
+    return ops.concatenate(parts, axis=0)
+
+
+class Shortcut(Objective):
+    """Shortcut models (Frans et al. 2024, arXiv:2410.12557, algorithm 1), on any continuous schedule. Of each batch
+
+        a share     x_hat(x_now, now, then) = two steps of half the length, by the averaged weights, as one
+        the rest    denoising, with an interval of 0: flow matching
+
+    where now = (i + 1) / N, then = i / N, i = 0 ... N - 1, with N one of 1, 2, 4 ... `steps` / 2. Steps of 1 / `steps`,
+    the shortest, are asked with an interval of 0. With Flow on Rectified the target of a share is the paper's, the mean
+    (s(x_now, now, d) + s(x_mid, mid, d)) / 2 of two velocities. The model's `times` are of the rest alone.
+
+    It needs no teacher: one network learns both at once. Sampled by `FlowMap` in 1, 2, 4 ... steps.
+
+    Args:
+        share: of the batch that learns longer steps; its first examples, one at least.
+        steps: the number of the shortest steps, a power of 2.
+    """
+
+    sampled_by = MappingProxyType({"solver": "flow_map", "steps": 4})
+
+    def __init__(self, share: float = 0.25, steps: int = 128):
+        super().__init__()
+        check_number("Shortcut", "share", share, 0.0, 1.0)
+        check_integer("Shortcut", "steps", steps, 2)
+        if steps & (steps - 1):
+            raise ValueError(f"Shortcut: `steps` must be a power of 2; received: {steps}")
+        self.share, self.steps = share, steps
+
+    def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
+        schedule, prediction, batch = model.schedule, model.prediction, ops.shape(x)[0]
+        count = _part(self.share, batch)
+        noise = random.normal(next(keys), ops.shape(x))
+        now, mid, then, shortest = self._steps(schedule, random.uniform(next(keys), (batch, 2))[:count])
+        t = _joined(now.t, model.times(schedule, batch, next(keys))[count:])
+        m = schedule.at(ops.maximum(t, schedule.first_time))
+        x_t = noised(x, noise, m)
+        long = interval(now, then)
+        told = {**conditions, INTERVAL: _joined(long, ops.zeros_like(t[count:]))}
+        output = model.output(x_t, m, told, training, averages=not training)
+
+        def target():
+            start = x_t[:count]
+            some = {name: value[:count] for name, value in conditions.items()}
+
+            def x_hat(at, here, there):
+                short = ops.where(shortest, 0.0, interval(here, there))
+                answer = model.output(at, here, {**some, INTERVAL: short}, training=False, averages=True)
+                return prediction.denoise(answer, at, here)
+
+            first = x_hat(start, now, mid)
+            second = x_hat(flow_to(start, first, now.like(start), mid.like(start)), mid, then)
+            return implied_output(prediction, joined_jumps(first, second, now, mid, then), start, now)
+
+        rest = type(m)(*(field[count:] for field in m))
+        target = _joined(still(target), prediction.target(x[count:], noise[count:], rest))
+        return Problem(output, target, loss_weight(schedule, prediction, model.weighting, model.times, m))
+
+    def _steps(self, schedule, u):
+        """(now, mid, then, whether the halves are the shortest steps), of two uniform numbers an example."""
+        levels = int(np.log2(self.steps))
+        number = ops.cast(2 ** ops.cast(levels * u[:, 0], "int32"), "float32")  # N = 1, 2, 4 ... steps / 2
+        i = ops.minimum(ops.floor(number * u[:, 1]), number - 1.0)
+        now, mid, then = (schedule.sampled_at((i + 1.0 - part) / number) for part in (0.0, 0.5, 1.0))
+        return now, mid, then, number > 0.75 * self.steps / 2
+
+    def check(self, model: Any) -> None:
+        """Raises a ValueError for a network without the interval, a discrete schedule, or what cannot be learned so."""
+        _check_interval("Shortcut", model)
+        check_continuous("Shortcut", model)
+        check_simple("Shortcut", model)
+
+
+class MeanFlow(Taught):
+    """MeanFlow (Geng et al. 2025, arXiv:2505.13447, eqs. 6 and 11): u, the mean velocity between two times, is learned,
+
+        u(x_s, s, r) = 1 / (s - r) integral of the velocity v from r to s,
+        target       = v - (s - r) du/ds,    du/ds along (dx, ds, dr) = (v, 1, 0),      v = noise - x
+        loss         = w |u - target|^2,     w = 1 / (|u - target|^2 + c)^power,        a constant
+
+    with the prediction Flow, on Rectified or another schedule where alpha + sigma = 1; s and r are values of sigma, of
+    two draws of the model's `times`, the larger first, for a share of each batch; for the rest r = s, which is flow
+    matching. The paper's times are LogitNormal(-0.4, 1.0). With a teacher v is its velocity. It needs no other network,
+    and far more training than the others: the share learns from its own derivative. It should see time slowly, as by
+    `time_label=Scaled(10.0)`: see `tangents.Difference`.
+
+    Args:
+        teacher: a `DiffusionModel`, whose velocity is followed; None for that of the data and the noise.
+        share: of the batch with r < s; its first examples, one at least.
+        tangent: a `Tangent` or its name: how du/ds is found; `tangents.Difference` wants a network in float32.
+        power: of the adaptive weight; 0 for none.
+        c: what keeps it finite.
+        guidance, steering: as of `Taught`.
+    """
+
+    sampled_by = MappingProxyType({"solver": "flow_map", "steps": 1})
+
+    def __init__(
+        self,
+        teacher: Any = None,
+        share: float = 0.25,
+        tangent="difference",
+        power: float = 1.0,
+        c: float = 1e-3,
+        guidance: Any = None,
+        steering: str = "timestep_cond",
+    ):
+        super().__init__(teacher, guidance, steering)
+        check_number("MeanFlow", "share", share, 0.0, 1.0)
+        check_number("MeanFlow", "power", power, 0.0)
+        check_number("MeanFlow", "c", c, 1e-12)
+        self.share, self.tangent, self.power, self.c = share, Tangent.get(tangent), power, c
+
+    def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
+        schedule, batch = model.schedule, ops.shape(x)[0]
+        count = _part(self.share, batch)
+        noise = random.normal(next(keys), ops.shape(x))
+        first, second = (model.times(schedule, batch, next(keys)) for _ in range(2))
+        late = _joined(ops.maximum(first, second)[:count], first[count:])
+        early = _joined(ops.minimum(first, second)[:count], first[count:])
+        m, r = schedule.at(late), schedule.at(early)
+        x_t, scale = noised(x, noise, m), self.scales(x, next(keys))
+        data, fresh = self.ends(model, x, noise, x_t, m, conditions, scale)
+        conditions, velocity = self.told(conditions, scale), fresh - data
+        told = {**conditions, INTERVAL: interval(m, r)}
+        u = model.output(x_t, m, told, training, averages=not training)
+        slope = self._slope(model, x_t, velocity, m, r, conditions, count, training)
+        change = _joined(rows((m.sigma - r.sigma)[:count], x) * slope, ops.zeros_like(x[count:]))
+        target = ops.stop_gradient(velocity - change)
+        size = ops.sum(ops.square(ops.stop_gradient(u) - target), axis=tuple(range(1, len(x.shape))))
+        dimension = float(np.prod(x.shape[1:]))  # the loss of Keras is a mean over the coordinates
+        return Problem(u, target, dimension / (size + self.c) ** self.power if self.power else None)
+
+    def _slope(self, model, x_t, velocity, m, r, conditions, count, training):
+        """du/ds of the first examples."""
+        some = {name: value[:count] for name, value in conditions.items()}
+        x_t, velocity, s = x_t[:count], velocity[:count], m.sigma[:count]
+        end = type(r)(*(field[:count] for field in r))
+
+        def curve(e):
+            moved = s + e
+            here = model.schedule.at_log_snr(2.0 * ops.log((1.0 - moved) / moved))
+            told = {**some, INTERVAL: interval(here, end)}
+            return model.output(x_t + rows(e, x_t) * velocity, here, told, training=False, averages=not training)
+
+        clean, noisy = (model.schedule.scales(end)[1] for end in model.schedule.log_snr_ends())
+        return self.tangent(curve, ops.zeros_like(s), s - clean, noisy - s)
+
+    def check(self, model: Any) -> None:
+        """Raises a ValueError for another prediction or schedule, a network without the interval or not precise."""
+        super().check(model)
+        _check_interval("MeanFlow", model)
+        check_continuous("MeanFlow", model)
+        if not isinstance(model.prediction, Flow):
+            raise ValueError(f"MeanFlow: the prediction must be Flow(), the velocity; received: {model.prediction!r}")
+        m = model.schedule.at(np.linspace(0.0, 1.0, 5, dtype="float32"))
+        if not np.allclose(ops.convert_to_numpy(m.alpha + m.sigma), 1.0, atol=1e-4):
+            raise ValueError(
+                f"MeanFlow: the schedule must go straight, alpha + sigma = 1, as Rectified(); received: "
+                f"{model.schedule!r}"
+            )
+        if model.weighting is not None:
+            raise ValueError(f"MeanFlow: it has a weight of its own; received: weighting={model.weighting!r}")
+        check_precise("MeanFlow", self.tangent, model)

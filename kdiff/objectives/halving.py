@@ -1,0 +1,93 @@
+"""Progressive distillation: a network learns to do in one step what another does in two."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from kdiff import random
+from kdiff.base import check_integer
+from kdiff.denoisers import INTERVAL, interval
+from kdiff.objectives.base import Problem
+from kdiff.objectives.effective_weight import loss_weight
+from kdiff.objectives.taught import Taught, check_simple, implied_output, joined_jumps, noised, still
+from kdiff.solvers.base import flow_to
+from kdiff.times import TimeGrid
+
+__all__ = ["Distillation"]
+
+
+class Distillation(Taught):
+    """Progressive distillation (Salimans and Ho 2022, arXiv:2202.00512, algorithm 2): each of `steps` steps is learned
+    as two of a teacher that takes twice as many,
+
+        x_mid  = DDIM(x_now, x_hat_1),    x_hat_1 = teacher(x_now, now),      now, then of the grid of `steps` steps
+        x_then = DDIM(x_mid, x_hat_2),    x_hat_2 = teacher(x_mid, mid),      mid of that of 2 `steps` between them
+        loss   = w(log_snr) |x_hat(x_now, now) - x_target|^2,                  DDIM(x_now, x_target) = x_then.
+
+    The paper's weight, max(SNR, 1), is `weighting="truncated_snr"`; with None the loss is that of the network's output,
+    of Velocity SNR + 1. The model's `times` are not used. `students.progressive` goes from many steps to one; a model
+    of `students.student` samples by `FlowMap`, which is DDIM, on this grid in these steps.
+
+        model = students.student(teacher, Distillation(teacher, steps=8))
+
+    Args:
+        teacher: the model that takes twice as many steps.
+        steps: how many the network is to take.
+        grid: a `TimeGrid` or its name: every second of the times of its 2 `steps` steps must be one of its `steps`.
+        guidance, steering: as of `Taught` (Meng et al. 2023, arXiv:2210.03142, section 3).
+
+    Raises:
+        ValueError: if the grid of twice as many steps is no finer version of the other.
+    """
+
+    def __init__(
+        self,
+        teacher: Any = None,
+        steps: int = 8,
+        grid="trailing",
+        guidance: Any = None,
+        steering: str = "timestep_cond",
+    ):
+        if teacher is None:
+            raise TypeError("Distillation: `teacher` must be a DiffusionModel; received: None")
+        super().__init__(teacher, guidance, steering)
+        check_integer("Distillation", "steps", steps)
+        self.steps, self.grid = steps, TimeGrid.get(grid)
+
+    @property
+    def sampled_by(self) -> dict[str, Any]:
+        """These steps of this grid."""
+        return {"solver": "flow_map", "grid": self.grid, "steps": self.steps}
+
+    def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
+        schedule, batch = model.schedule, ops.shape(x)[0]
+        times = ops.convert_to_tensor(self.grid(schedule, 2 * self.steps).astype("float32"))
+        i = 2 * ops.cast(self.steps * random.uniform(next(keys), (batch,)), "int32")
+        now, mid, then = (schedule.sampled_at(ops.take(times, i + more)) for more in range(3))
+        x_t = noised(x, random.normal(next(keys), ops.shape(x)), now)
+        scale = self.scales(x, next(keys))
+        taught = self.taught(model, conditions, scale)
+        conditions = {**self.told(conditions, scale), INTERVAL: interval(now, then)}
+        output = model.output(x_t, now, conditions, training, averages=not training)
+
+        def target():
+            first = taught(x_t, now)
+            x_mid = flow_to(x_t, first, now.like(x), mid.like(x))
+            x_hat = joined_jumps(first, taught(x_mid, mid), now, mid, then)
+            return implied_output(model.prediction, x_hat, x_t, now)
+
+        weight = loss_weight(schedule, model.prediction, model.weighting, model.times, now)
+        return Problem(output, still(target), weight)
+
+    def check(self, model: Any) -> None:
+        """Raises a ValueError as of `Taught`, for a learned variance or a weight per log-SNR, and for the grid."""
+        super().check(model)
+        check_simple("Distillation", model)
+        fine, coarse = (self.grid(model.schedule, count) for count in (2 * self.steps, self.steps))
+        if not np.allclose(fine[::2], coarse, atol=1e-6):
+            raise ValueError(
+                f"Distillation: on {model.schedule!r} the {self.steps} steps of {self.grid!r} are not every second of "
+                f"its {2 * self.steps}: {np.round(coarse, 4)} and {np.round(fine, 4)}. Take 'trailing', or other steps"
+            )

@@ -1,0 +1,89 @@
+"""Latent consistency models: a discrete diffusion model, its guidance distilled in, made a consistency function."""
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from keras import ops
+
+from kdiff import random, solvers
+from kdiff.base import check_integer
+from kdiff.objectives.base import Problem
+from kdiff.objectives.taught import Taught, check_simple, noised, rows, still
+from kdiff.solvers.base import flow_to
+
+__all__ = ["LCM"]
+
+
+class LCM(Taught):
+    """Latent consistency distillation (Luo et al. 2023, arXiv:2310.04378, algorithm 1), of a process of T steps:
+
+        x_r  = DDIM(x_t, guided x_hat of the teacher),    t = (i + 1) / steps,  r = max(i / steps, 1 / T)
+        loss = d(f(x_t, t), f^-(x_r, r)),                 i = 0 ... steps - 1
+        f    = c_skip x_t + c_out x_hat,                  of `solvers.LCM`, by which it is sampled
+
+    where f^-, a constant, is of the averaged weights (of the paper's decay, `ema=0.95`) and d the loss, "mse" or
+    `losses.PseudoHuber(0.001, whole=False)`. A scale of guidance that is drawn is told to the network by the input
+    `steering`, as of `blocks.SteeredEmbedding`, which published latent consistency models have; where 1 is no guidance,
+    the paper draws from 6 to 16:
+
+        model = students.student(teacher, LCM(teacher, guidance=(6.0, 16.0)), network=..., ema=0.95)
+        model.sample(4, text="a red hat", timestep_cond=8.0)
+
+    With `lora.enable(model, rank=64)` before `compile` a LoRA learns it (Luo et al. 2023, arXiv:2311.05556); it has no
+    such input, and `guidance` is then a number. Where r = 1 / T, c_skip is 1, and f^- is x_r itself.
+
+    Args:
+        teacher: a `DiffusionModel` on a discrete schedule.
+        steps: how many the teacher's solver takes, 50 of 1000 in the paper; it must divide T.
+        guidance, steering: as of `Taught`.
+        solver: the `solvers.LCM` whose scalings are learned.
+    """
+
+    sampled_by = MappingProxyType({"solver": "lcm", "steps": 4})
+
+    def __init__(
+        self,
+        teacher: Any = None,
+        steps: int = 50,
+        guidance: Any = None,
+        steering: str = "timestep_cond",
+        solver: Any = "lcm",
+    ):
+        if teacher is None:
+            raise TypeError("LCM: `teacher` must be a DiffusionModel; received: None")
+        super().__init__(teacher, guidance, steering)
+        check_integer("LCM", "steps", steps)
+        self.steps, self.solver = steps, solvers.Solver.get(solver)
+        if not isinstance(self.solver, solvers.LCM):
+            raise ValueError(f"LCM: `solver` must be solvers.LCM(), whose scalings are learned; received: {solver!r}")
+
+    def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
+        schedule, batch = model.schedule, ops.shape(x)[0]
+        i = ops.floor(self.steps * random.uniform(next(keys), (batch,)))
+        now, then = (schedule.at(ops.maximum((i + more) / self.steps, schedule.first_time)) for more in (1.0, 0.0))
+        x_t = noised(x, random.normal(next(keys), ops.shape(x)), now)
+        scale = self.scales(x, next(keys))
+        told = self.told(conditions, scale)
+
+        def f(at, m, training, averages):
+            x_hat = model.prediction.denoise(model.output(at, m, told, training, averages), at, m)
+            c_skip, c_out = (rows(value, at) for value in self.solver.scalings(schedule, m))
+            return c_skip * at + c_out * x_hat
+
+        def target():
+            x_r = flow_to(x_t, self.taught(model, conditions, scale)(x_t, now), now.like(x), then.like(x))
+            return f(x_r, then, False, True)
+
+        weight = None if model.weighting is None else model.weighting(now.log_snr)
+        return Problem(f(x_t, now, training, not training), still(target), weight)
+
+    def check(self, model: Any) -> None:
+        """Raises a ValueError for a continuous schedule, or one whose number of steps is no multiple of `steps`."""
+        super().check(model)
+        check_simple("LCM", model)
+        if model.schedule.num_steps is None or model.schedule.num_steps % self.steps:
+            raise ValueError(
+                f"LCM: the schedule must be discrete, with a multiple of {self.steps} steps, as ScaledLinearBeta(); "
+                f"received: {model.schedule!r}. On a continuous one take Consistency"
+            )

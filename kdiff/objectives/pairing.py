@@ -1,0 +1,198 @@
+"""Consistency models: a network answers alike all along a trajectory of the probability flow.
+
+Their noise levels are ratios, s = sigma / alpha, the sigma of Karras et al. 2022, on any continuous schedule.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from kdiff import random
+from kdiff.base import Value, check_integer, check_number
+from kdiff.denoisers import INTERVAL, interval
+from kdiff.objectives.base import Problem
+from kdiff.objectives.taught import Taught, check_continuous, check_simple, noised, rows, still
+from kdiff.schedules import CLEAN_LOG_SNR, Marginal, NoiseSchedule
+
+__all__ = ["Consistency", "Discretised", "Easy", "Pairs"]
+
+
+class Pairs(Value):
+    """The base of what says which two noise levels of a trajectory are compared. A new one defines `__call__`."""
+
+    def __call__(self, s, least, most, step):
+        """(s, r), r < s, `(batch,)` both; what is not above `least` stands for data.
+
+        Args:
+            s: ratios that were drawn by the model's times, `(batch,)`.
+            least, most: the ratios at the ends of the schedule, scalars.
+            step: the number of training steps that were made, a scalar int32.
+        """
+        raise NotImplementedError
+
+
+class Discretised(Pairs):
+    """Neighbours on a grid that becomes finer (Song and Dhariwal 2023, arXiv:2310.14189, sections 3.4 and 3.5):
+
+        s_i = (least^(1/rho) + i / (N - 1) (most^(1/rho) - least^(1/rho)))^rho,       i = 0 ... N - 1,
+        N   = min(first 2^floor(step / K'), last) + 1,     K' = floor(iterations / (log2(last / first) + 1)).
+
+    A ratio that was drawn is moved to the next s_{i+1} above, and compared with s_i below: with the paper's times,
+    LogNormalSigma(-1.1, 2.0), i has the paper's probability, erf - erf.
+
+    Args:
+        iterations: the steps of the whole training.
+        first, last: the numbers of intervals at its beginning and end.
+        rho: of the grid.
+    """
+
+    def __init__(self, iterations: int, first: int = 10, last: int = 1280, rho: float = 7.0):
+        check_integer("Discretised", "iterations", iterations)
+        check_integer("Discretised", "first", first)
+        check_integer("Discretised", "last", last, first)
+        check_number("Discretised", "rho", rho, 0.1, 100.0)
+        self.iterations, self.first, self.last, self.rho = iterations, first, last, rho
+
+    def intervals(self, step):
+        """N - 1 at a step, float32."""
+        stay = max(1, int(self.iterations / (math.floor(math.log2(self.last / self.first)) + 1)))
+        doublings = ops.minimum(ops.cast(step, "int32") // stay, 30)
+        return ops.cast(ops.minimum(self.first * ops.cast(2**doublings, "float32"), float(self.last)), "float32")
+
+    def __call__(self, s, least, most, step):
+        count, low, high = self.intervals(step), least ** (1.0 / self.rho), most ** (1.0 / self.rho)
+        place = (s ** (1.0 / self.rho) - low) / (high - low) * count
+        i = ops.clip(ops.floor(place), 0.0, count - 1.0)
+        return tuple((low + (i + more) / count * (high - low)) ** self.rho for more in (1.0, 0.0))
+
+
+class Easy(Pairs):
+    """A share of the way, which shrinks (Geng et al. 2024, easy consistency tuning, arXiv:2406.14548, section 3.2):
+
+        r = s max(0, 1 - q^-(a + 1) (1 + k sigmoid(-b s))),     a = floor(step / doubling).
+
+    At first nearly all r are data, which is denoising: so it goes on from a diffusion model (`students.student`).
+
+    Args:
+        doubling: the steps after which the way becomes q times shorter.
+        q, k, b: as above.
+        most: the largest a.
+    """
+
+    def __init__(self, doubling: int = 10000, q: float = 2.0, k: float = 8.0, b: float = 1.0, most: int = 10):
+        check_integer("Easy", "doubling", doubling)
+        check_number("Easy", "q", q, 1.0 + 1e-6)
+        check_number("Easy", "k", k, 0.0)
+        check_number("Easy", "b", b, 0.0)
+        check_integer("Easy", "most", most, 0)
+        self.doubling, self.q, self.k, self.b, self.most = doubling, q, k, b, most
+
+    def __call__(self, s, least, most, step):
+        a = ops.cast(ops.minimum(ops.cast(step, "int32") // self.doubling, self.most), "float32")
+        way = (1.0 + self.k * ops.sigmoid(-self.b * s)) * self.q ** (-(a + 1.0))
+        return s, s * ops.maximum(1.0 - way, 0.0)
+
+
+class Consistency(Taught):
+    """A consistency function f = x_hat(x_s, s): the same at two noise levels of a trajectory, and x at the clean end.
+
+        loss = w d(f(x_s, s), f(x_r, r)),     w = 1 / (s - r),     f(x_r, r) a constant, and x_r if r is the clean end
+
+    Song et al. 2023, arXiv:2303.01469, algorithms 2 and 3. x_r is
+
+        without a teacher   of the same data and noise: consistency training (eq. 10)
+        with one            a step of Heun's method by the teacher from x_s: consistency distillation (eq. 7)
+
+    and d the model's loss, `losses.PseudoHuber()` in the better ones. Three published recipes, on
+    `VarianceExploding()` with the prediction Karras(0.5), and sampled by `solvers.Consistency` in 1, 2, 4 steps:
+
+        improved (iCT)   Consistency(pairs=Discretised(iterations)), times=LogNormalSigma(-1.1, 2.0), PseudoHuber()
+        easy (ECT)       Consistency(pairs=Easy(doubling)), of `students.student(diffusion_model, ...)`
+        distilled (CD)   Consistency(teacher, Discretised(iterations, 18, 18), averaged=True)
+
+    The target is asked without dropout. A `weighting` of the model takes the place of w.
+
+    Args:
+        teacher: a `DiffusionModel`, whose trajectories are followed; None for those of data and noise.
+        pairs: a `Pairs`: which two noise levels.
+        averaged: whether the target is of the averaged weights.
+        guidance, steering: as of `Taught`.
+    """
+
+    sampled_by = MappingProxyType({"solver": "consistency", "steps": 2})
+
+    def __init__(
+        self,
+        teacher: Any = None,
+        pairs: Any = "easy",
+        averaged: bool = False,
+        guidance: Any = None,
+        steering: str = "timestep_cond",
+    ):
+        super().__init__(teacher, guidance, steering)
+        self.pairs, self.averaged = Pairs.get(pairs), averaged
+
+    def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
+        schedule, (clean, noisy) = model.schedule, model.schedule.log_snr_ends()
+        least, most = ops.exp(-0.5 * clean), ops.exp(-0.5 * noisy)
+        drawn = schedule.at(model.times(schedule, ops.shape(x)[0], next(keys)))
+        s, r = self.pairs(ops.exp(-0.5 * drawn.log_snr), least, most, model.step.value)
+        m, at_end = _at(schedule, s), r <= 1.0001 * least
+        end = _at(schedule, ops.where(at_end, math.exp(-0.5 * CLEAN_LOG_SNR), r))
+        noise = random.normal(next(keys), ops.shape(x))
+        x_t, scale = noised(x, noise, m), self.scales(x, next(keys))
+        told = self.told(conditions, scale)
+
+        def f(at, m, training, averages):
+            answer = model.output(at, m, {**told, INTERVAL: interval(m)}, training, averages)
+            return model.prediction.denoise(answer, at, m)
+
+        def target():
+            if self.teacher is None:
+                x_r = noised(x, noise, end)
+            else:
+                x_r = _heun(self.taught(model, conditions, scale), x_t, m, end, at_end)
+            inside = _at(schedule, ops.maximum(r, 1.0001 * least))
+            answer = f(x_r, inside, False, self.averaged or not training)
+            return ops.where(rows(at_end, x), x_r / end.like(x).alpha, answer)
+
+        weight = 1.0 / (s - ops.where(at_end, 0.0, r))
+        weight = weight if model.weighting is None else model.weighting(m.log_snr)
+        return Problem(f(x_t, m, training, not training), still(target), weight)
+
+    def check(self, model: Any) -> None:
+        """Raises a ValueError for a discrete schedule, a weight per log-SNR, a learned variance, and a prediction that
+        does not give x itself at the clean end.
+        """
+        super().check(model)
+        check_continuous("Consistency", model)
+        check_simple("Consistency", model)
+        gain = float(ops.convert_to_numpy(model.prediction.gain(model.schedule.at(np.float32(0.0)))))
+        if gain > 0.1:
+            raise ValueError(
+                f"Consistency: x_hat must be x itself at the clean end, whatever the network answers, and with "
+                f"{model.prediction!r} on {model.schedule!r} it counts {gain:.2g} there. Take Karras(), TrigFlow(), "
+                "Velocity() or Flow()"
+            )
+
+
+def _at(schedule: NoiseSchedule, s) -> Marginal:
+    """The marginal where sigma / alpha is s."""
+    m = schedule.at_log_snr(-2.0 * ops.log(s))
+    return m._replace(t=ops.clip(m.t, 0.0, 1.0))
+
+
+def _heun(taught, x_t, now: Marginal, then: Marginal, at_end):
+    """Heun's method from `now` to `then` for dz/ds = (z - x_hat) / s, z = x / alpha; where `at_end`, Euler's."""
+    wide, after = now.like(x_t), then.like(x_t)
+    z, s, r = x_t / wide.alpha, wide.sigma / wide.alpha, after.sigma / after.alpha
+    slope = (z - taught(x_t, now)) / s
+    ahead = z + (r - s) * slope
+    safe = Marginal(*(ops.where(at_end, *pair) for pair in zip(now, then, strict=True)))
+    there = safe.like(x_t)
+    second = (ahead - taught(there.alpha * ahead, safe)) / (there.sigma / there.alpha)
+    return after.alpha * (z + (r - s) * ops.where(rows(at_end, x_t), slope, 0.5 * (slope + second)))

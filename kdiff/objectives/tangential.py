@@ -1,0 +1,131 @@
+"""Consistency in continuous time: the network's answer does not change along a trajectory, to first order."""
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from keras import ops
+
+from kdiff import random
+from kdiff.base import check_integer, check_number
+from kdiff.denoisers import INTERVAL, interval
+from kdiff.objectives.base import Problem
+from kdiff.objectives.taught import Taught, check_continuous, check_precise, noised, rows
+from kdiff.predictions import TrigFlow
+from kdiff.tangents import Tangent
+
+__all__ = ["TangentConsistency"]
+
+
+class TangentConsistency(Taught):
+    """sCM, stable consistency in continuous time (Lu and Song 2024, arXiv:2410.11081, algorithm 1), on any continuous
+    schedule, with the prediction TrigFlow(sd). In its angle, tan(u) = sigma / (alpha sd), and
+
+        z = cos(u) x + sin(u) sd noise = x_t cos(u) / alpha,     dz/du = cos(u) sd noise - sin(u) x,
+        f = cos(u) z - sin(u) sd F,      F the network's output,
+
+    with F^- the same as F and constant, the output is moved along the tangent of f:
+
+        g    = -cos(u)^2 (sd F^- - dz/du) - r (cos(u) sin(u) z + sd cos(u) sin(u) dF^-/du),    r = min(1, step / warmup)
+        g    = g / (|g| + c)
+        loss = e^w(u) |F - (F^- + g)|^2 / dimension - w(u),
+
+    where w is learned: a cosine series in 2 u. cos(u) sin(u) d/du is d / d log tan(u), along which the derivative is
+    taken. With a teacher dz/du is its velocity (sCD), without one that of data and noise (sCT). The paper's times are
+    LogNormalSigma(-1.0, 1.4) for sd = 0.5, and it goes on from a diffusion model (`students.student`). The model is
+    sampled by `solvers.Consistency` in 1 or 2 steps. Compile it with the loss "mse". The derivative is asked without
+    dropout. The network should see time slowly, as by `time_label=Scaled(10.0)`: see `tangents.Difference`.
+
+    Args:
+        teacher: a `DiffusionModel`, whose trajectories are followed; None for those of data and noise.
+        tangent: a `Tangent` or its name: how the derivative is found; `tangents.Difference` wants a network in float32.
+        warmup: the steps until the tangent counts in full; 0 from the beginning on.
+        c: in the normalisation of g; None leaves g as it is.
+        terms: of the series of w; 0 for w = 0.
+        guidance, steering: as of `Taught`.
+    """
+
+    sampled_by = MappingProxyType({"solver": "consistency", "steps": 2})
+
+    def __init__(
+        self,
+        teacher: Any = None,
+        tangent="difference",
+        warmup: int = 10000,
+        c: float | None = 0.1,
+        terms: int = 8,
+        guidance: Any = None,
+        steering: str = "timestep_cond",
+    ):
+        super().__init__(teacher, guidance, steering)
+        check_integer("TangentConsistency", "warmup", warmup, 0)
+        check_integer("TangentConsistency", "terms", terms, 0)
+        if c is not None:
+            check_number("TangentConsistency", "c", c, 0.0)
+        self.tangent, self.warmup, self.c, self.terms = Tangent.get(tangent), warmup, c, terms
+        if terms:
+            self.series = self.add_weight(shape=(terms,), initializer="zeros", name="series")
+
+    def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
+        schedule, sd = model.schedule, model.prediction.sigma_data
+        m = schedule.at(model.times(schedule, ops.shape(x)[0], next(keys)))
+        noise = random.normal(next(keys), ops.shape(x))
+        x_t, scale = noised(x, noise, m), self.scales(x, next(keys))
+        data, fresh = self.ends(model, x, noise, x_t, m, conditions, scale)
+        conditions = self.told(conditions, scale)
+        output = model.output(x_t, m, {**conditions, INTERVAL: interval(m)}, training, averages=not training)
+        velocity = model.prediction.target(data, fresh, m)  # dz/du / sd
+        cos, sin, z = _angle(x_t, m, sd)
+        slope = self._slope(model, z, cos * sin * sd * velocity, m, conditions, training)
+        held = ops.stop_gradient(output)
+        g = -(cos**2) * sd * (held - velocity) - self._warm(model) * (cos * sin * z + sd * slope)
+        if self.c is not None:
+            axes = tuple(range(1, len(x.shape)))
+            g = g / (ops.sqrt(ops.sum(ops.square(g), axis=axes, keepdims=True)) + self.c)
+        w = self.log_weight(m, sd)
+        weight, extra = (None, None) if w is None else (ops.exp(w), -w)
+        return Problem(output, ops.stop_gradient(held + g), weight, extra)
+
+    def _slope(self, model, z, direction, m, conditions, training):
+        """dF / d log tan(u), with dz / d log tan(u) = `direction`."""
+        sd = model.prediction.sigma_data
+
+        def curve(e):
+            here = model.schedule.at_log_snr(m.log_snr - 2.0 * e)
+            wide = here.like(z)
+            x_t = (z + rows(e, z) * direction) * ops.sqrt(wide.alpha**2 + (wide.sigma / sd) ** 2)  # alpha / cos(u)
+            return model.output(x_t, here, {**conditions, INTERVAL: interval(here)}, False, averages=not training)
+
+        return self.tangent(curve, ops.zeros_like(m.t))
+
+    def _warm(self, model):
+        """r."""
+        return ops.minimum(ops.cast(model.step.value, "float32") / self.warmup, 1.0) if self.warmup else 1.0
+
+    def log_weight(self, m, sd: float):
+        """w(u) = sum_k a_k cos(2 k u), `(batch,)`; None for 0."""
+        if not self.terms:
+            return None
+        u = ops.arctan2(m.sigma, sd * m.alpha)
+        waves = ops.cos(2.0 * u[:, None] * ops.arange(self.terms, dtype="float32"))
+        return ops.sum(waves * ops.convert_to_tensor(self.series), axis=-1)
+
+    def check(self, model: Any) -> None:
+        """Raises a ValueError for another prediction, a discrete schedule, a weighting, or a network not precise."""
+        super().check(model)
+        check_continuous("TangentConsistency", model)
+        if not isinstance(model.prediction, TrigFlow):
+            raise ValueError(
+                f"TangentConsistency: the prediction must be TrigFlow(), on any schedule; received: "
+                f"{model.prediction!r}"
+            )
+        if model.weighting is not None:
+            raise ValueError(f"TangentConsistency: it learns its weight; received: weighting={model.weighting!r}")
+        check_precise("TangentConsistency", self.tangent, model)
+
+
+def _angle(x_t, m, sd: float):
+    """(cos(u), sin(u), z), the first two shaped as x_t needs them."""
+    m = m.like(x_t)
+    size = ops.sqrt((sd * m.alpha) ** 2 + m.sigma**2)
+    return sd * m.alpha / size, m.sigma / size, sd / size * x_t

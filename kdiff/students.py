@@ -1,0 +1,158 @@
+"""Students: models that begin as another, and learn to do with fewer steps what it does.
+
+teacher = keras.saving.load_model("teacher.keras")
+model = student(teacher, objectives.TangentConsistency(teacher))     # the same, with weights of its own
+model.compile(keras.optimizers.Adam(1e-4))
+model.fit(images, epochs=20)
+model.objective = "denoising"                                        # lets the teacher go
+model.sample(16, steps=2)
+
+model = progressive(teacher, images, steps=(8, 4, 2, 1), epochs=5)   # distilled four times
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import keras
+from keras import ops
+
+from kdiff.base import check_integer
+from kdiff.codecs import Codec
+from kdiff.model import DiffusionModel
+from kdiff.objectives import Distillation, Objective
+from kdiff.sampling import Sampler
+
+__all__ = ["progressive", "student"]
+
+
+def student(model: DiffusionModel, objective: Any, **changes: Any) -> DiffusionModel:
+    """A model that begins with the averaged weights of another, and learns something else.
+
+    Args:
+        model: the model that it begins as, built.
+        objective: an `Objective` or its name.
+        **changes: other arguments of `DiffusionModel` than the model's own, such as `times`, `weighting` or `ema`. A
+            `network` must have all layers of the model's, as one with `blocks.Interval` beside: what it has besides
+            begins as it is. Another `schedule` or `prediction` is learned from the beginning in a sense: the weights
+            are for the model's. The `sampler` is, unless given, that of the objective.
+
+    Returns:
+        The model, built, not compiled.
+
+    Raises:
+        ValueError: if the model has no weights yet, or the network lacks a weight of it.
+    """
+    if not isinstance(model, DiffusionModel) or not model.built:
+        raise ValueError(f"student: it begins as a DiffusionModel that has weights; received: {model!r}")
+    objective = Objective.get(objective)
+    own = {name: getattr(model, name) for name in model._argument_defaults() if name != "name"}
+    if "network" not in changes:
+        own["network"] = _copied(model.network)
+    if objective.sampled_by:
+        own["sampler"] = Sampler(**objective.sampled_by)
+    codec = model.codec
+    if codec.weights and "codec" not in changes:  # each model is saved with its own
+        own["codec"] = Codec.get(keras.saving.serialize_keras_object(codec))
+    made = DiffusionModel(**{**own, "objective": objective, **changes})
+    made.build_from_config(model.get_build_config())
+    if made.codec is not codec and "codec" not in changes:
+        made.codec.set_weights(codec.get_weights())
+    _give(made.network, _values(model))
+    made.reset_averages()
+    return made
+
+
+def progressive(
+    teacher: DiffusionModel,
+    x: Any,
+    steps: Sequence[int] = (8, 4, 2, 1),
+    *,
+    optimizer: Any = "adam",
+    loss: Any = "mse",
+    grid: Any = "trailing",
+    guidance: float | None = None,
+    changes: dict[str, Any] | None = None,
+    **fit: Any,
+) -> DiffusionModel:
+    """Progressive distillation from the first of `steps` to the last: each a student of the one before.
+
+    Salimans and Ho 2022, arXiv:2202.00512, algorithm 2. See `objectives.Distillation`.
+
+    Args:
+        teacher: the model to begin with, which need not have been distilled; it is not trainable from now on.
+        x: the data, as of `fit`, but for generators, which are read once.
+        steps: of each student, each half as many as those before.
+        optimizer: as of `compile`; each student has a fresh one.
+        loss: as of `compile`.
+        grid: as of `Distillation`.
+        guidance: the scale of classifier-free guidance that the first student learns with it.
+        changes: other arguments of the students, as of `student`, such as `{"weighting": "truncated_snr"}`.
+        **fit: as of `fit`, such as `epochs`.
+
+    Returns:
+        The last student, an ordinary `DiffusionModel` whose `sample` takes the last of `steps`.
+
+    Raises:
+        ValueError: if `steps` are not each half of the ones before.
+    """
+    steps = list(steps)
+    for count in steps:
+        check_integer("progressive", "steps", count)
+    if not steps or any(2 * after != before for before, after in pairwise(steps)):
+        raise ValueError(f"progressive: each of `steps` must be half of the one before; received: {steps}")
+    optimizer, model = keras.optimizers.get(optimizer), teacher
+    for count in steps:
+        objective = Distillation(model, count, grid, guidance if model is teacher else None)
+        learner = student(model, objective, **(changes or {}))
+        learner.compile(type(optimizer).from_config(optimizer.get_config()), loss)
+        learner.fit(x, **fit)
+        learner.objective = "denoising"
+        model = learner
+    return model
+
+
+def _copied(network: keras.layers.Layer) -> keras.layers.Layer:
+    return type(network).from_config(network.get_config())
+
+
+def _values(model: DiffusionModel) -> dict[tuple, Any]:
+    """The value of each variable of the network, averaged if they are, by its place."""
+    averages = {}
+    if model.averages and model.averages.moved:
+        averages = {id(weight): average for weight, average in model.averages.pairs(model.network)}
+    return {place: averages.get(id(weight), weight) for place, weight in _places(model.network, (), set())}
+
+
+def _places(part: Any, place: tuple, seen: set[int]) -> Iterator[tuple[tuple, keras.Variable]]:
+    """The variables inside, each by the attributes, keys and numbers that lead to it: names differ between copies."""
+    if isinstance(part, keras.Variable):
+        if id(part) not in seen:
+            seen.add(id(part))
+            yield place, part
+        return
+    if isinstance(part, keras.layers.Layer):
+        if id(part) in seen:
+            return
+        seen.add(id(part))
+        inside = {name: value for name, value in vars(part).items() if name != "_layers"}  # in the order of making
+    elif isinstance(part, Mapping):
+        inside = {str(name): value for name, value in part.items()}
+    elif isinstance(part, (list, tuple)):
+        inside = dict(enumerate(part))
+    else:
+        return
+    for name in sorted(inside):
+        yield from _places(inside[name], (*place, name), seen)
+
+
+def _give(network: keras.layers.Layer, values: Mapping[tuple, Any]) -> None:
+    """Gives the variables of these places these values."""
+    places = dict(_places(network, (), set()))
+    for place, value in values.items():
+        if place not in places or tuple(places[place].shape) != tuple(value.shape):
+            raise ValueError(
+                f"student: the network must have all weights of the model that it begins as; it lacks "
+                f"{'.'.join(map(str, place))}, of the shape {tuple(value.shape)}"
+            )
+        places[place].assign(ops.convert_to_numpy(value))
