@@ -1,10 +1,12 @@
+import re
+
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
 from kdiff import blocks
-from kdiff.networks import Hybrid, Level, NCSNpp, UNet
+from kdiff.networks import MLP, Hybrid, Level, NCSNpp, SimpleUNet, UNet
 from tests.helpers_gradients import perturb, run, value_and_gradients
 from tests.toys import mostly_once
 
@@ -261,6 +263,7 @@ def test_errors_of_arguments():
         (lambda: NCSNpp(3), "NCSNpp: `levels` must be a list of `Level`s; received: 3"),
         (lambda: Hybrid(3), "Hybrid: `levels` must be a list of `Level`s; received: 3"),
         (lambda: NCSNpp(3.0), "NCSNpp: `levels` must be one `Level` or more; received: 3.0"),
+        (lambda: SimpleUNet(64), r"SimpleUNet: `widths` must be one width a level.*received: 64"),
         (lambda: UNet([Level(8, mixer=keras.layers.MultiHeadAttention(2, 4))]), r"SelfAttention\(heads=2\)"),
         (lambda: UNet.basic(levels=0), "`levels`.*received: 0"),
         (lambda: UNet.basic(multipliers=(1, 2)), "`multipliers` must be 3 numbers"),
@@ -280,6 +283,10 @@ def test_errors_of_arguments():
 
 @pytest.mark.once
 def test_errors_of_condition_layers():
+    for network in (lambda **options: UNet.basic(8, 1, 1, **options), lambda **options: MLP(8, 1, **options)):
+        for wrong in (["label"], {"label": 10}, "label"):
+            with pytest.raises(TypeError, match=f"`conditions` must be layers by name.*{re.escape(repr(wrong))}"):
+                network(conditions=wrong)
     narrow = UNet.basic(**SMALL, conditions={"label": blocks.LabelEmbedding(3, width=5)})
     with pytest.raises(ValueError, match=r"condition 'label' must give \(batch, 32\)"):
         narrow(arrays(narrow))

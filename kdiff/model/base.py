@@ -441,7 +441,12 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
 
         Returns:
             x_hat, with the shape of `x_t`.
+
+        Raises:
+            TypeError: if `m` is not a marginal, but a time.
         """
+        if not isinstance(m, Marginal):
+            raise TypeError(f"denoise: `m` must be a marginal, such as `model.schedule.at(t)`; received: {m!r}")
         if averages and self.averages and backend.concrete(self.averages.updates.value) is not None:
             self._follow_averages()  # else it is a part of a graph, which does that first
         return self._answer(averages, self.schedule, Given(conditions), x_t, m).x_hat

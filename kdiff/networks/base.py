@@ -57,9 +57,16 @@ class Network(ConfigurableLayer, keras.Model):
         **kwargs,
     ):
         super().__init__(autocast=False, **kwargs)
+        name = type(self).__name__
         if out_channels is not None:
-            check_integer(type(self).__name__, "out_channels", out_channels)
-        check_integer(type(self).__name__, "seed", seed, 0)
+            check_integer(name, "out_channels", out_channels)
+        check_integer(name, "seed", seed, 0)
+        layers = conditions.values() if isinstance(conditions, Mapping) else [conditions] if conditions else []
+        if not all(isinstance(layer, keras.layers.Layer) for layer in layers):
+            raise TypeError(
+                f"{name}: `conditions` must be layers by name, such as {{'label': LabelEmbedding(10)}}; received: "
+                f"{conditions!r}"
+            )
         self.embedding = embedding
         self.conditions = dict(conditions or {})
         self.out_channels = out_channels

@@ -56,6 +56,8 @@ class SimpleUNet(Network):
         remat: bool = False,
         **kwargs,
     ):
+        if not isinstance(widths, Sequence) or not widths:
+            raise ValueError(f"SimpleUNet: `widths` must be one width a level, such as (64, 128); received: {widths!r}")
         for width in (*widths, *([] if bottleneck is None else [bottleneck])):
             check_integer("SimpleUNet", "a width", width, 8)
         check_integer("SimpleUNet", "embed_width", embed_width, 4)

@@ -56,7 +56,9 @@ class DPMSolverSDE(OfNoise, _MultistepSDE):
 
     Its noise does not fall with sigma_then: the step to t = 0 is made without noise, and in few steps from alpha near
     zero a run does not stay near the data, so that unless another grid is named it begins at a log-SNR of -6, and wants
-    10 steps. `DPMSolverPPSDE` has neither fault.
+    10 steps. On `schedules.Laplace`, whose even times lie far apart in log-SNR at both ends, samples of 50 steps are
+    still spread 1.2 times as far as the data: name `times.Exponential(0.02, 20.0)` there. `DPMSolverPPSDE` has none of
+    these faults.
 
     Args:
         order: 1 or 2.
