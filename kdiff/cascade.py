@@ -137,8 +137,10 @@ class Cascade(SafeFiles, Configurable, keras.Model):
                 )
 
     def fit(self, *args, **options):
-        """Raises a NotImplementedError: its stages are trained, each by its own `fit`."""
-        raise NotImplementedError("Cascade: train each stage alone, `cascade.stages[1].fit(images)`")
+        """Raises a NotImplementedError, as `evaluate` and `predict` do: its stages have these methods."""
+        raise NotImplementedError("Cascade: train and evaluate each stage alone, `cascade.stages[1].fit(images)`")
+
+    evaluate = predict = fit
 
     def call(self, inputs, training=None):
         """Raises a NotImplementedError: a cascade draws."""

@@ -119,8 +119,10 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
         return [*self._encoder_of_clip(), *(encoder for prompt in self._prompts() for encoder in prompt.encoders)]
 
     def fit(self, *args, **options):
-        """Raises a NotImplementedError: its parts are trained, each by its own `fit`."""
-        raise NotImplementedError("UnCLIP: train each part alone: `prior.fit`, `decoder.fit`")
+        """Raises a NotImplementedError, as `evaluate` and `predict` do: its parts have these methods."""
+        raise NotImplementedError("UnCLIP: train and evaluate each part alone: `prior.fit`, `decoder.fit`")
+
+    evaluate = predict = fit
 
     def call(self, inputs, training=None):
         """Raises a NotImplementedError: it draws."""

@@ -283,8 +283,8 @@ def test_what_is_no_cascade(cascade):
         model.build({"image": (None, size, size, 1), "label": (None,)})
     with pytest.raises(ValueError, match="stages 0 and 1 have one layer"):
         Cascade(two)
-    with pytest.raises(NotImplementedError, match="train each stage"):
-        cascade.fit(images(2))
+    with pytest.raises(NotImplementedError, match="evaluate each stage"):
+        cascade.evaluate(images(2))
     with pytest.raises(ValueError, match="for the stages after the first, of which there are none"):
         Cascade([base]).sample(1, label=0, low=np.zeros((1, 2, 2, 1)))
 

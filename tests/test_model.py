@@ -518,7 +518,7 @@ def test_denoise():
     output = model.network({"image": x_t, "time": np.full(4, 300, "float32")})
     x_hat = model.denoise(ops.convert_to_tensor(x_t), model.schedule.at(0.3))
     np.testing.assert_allclose(numpy(x_hat), numpy(output), rtol=1e-4, atol=1e-5)
-    with pytest.raises(TypeError, match="`m` must be a marginal.*received: 0.3"):
+    with pytest.raises(TypeError, match=r"`m` must be a marginal.*received: 0\.3"):
         model.denoise(x_t, 0.3)
 
 

@@ -184,7 +184,7 @@ def test_what_it_refuses(unclip, images):
         UnCLIP(unclip.prior, unclip.decoder).variations(images)
     with pytest.raises(ValueError, match="`after` and `before` must differ"):
         unclip.difference(images[0], "red", "red")
-    with pytest.raises(NotImplementedError, match="train each part"):
+    with pytest.raises(NotImplementedError, match="evaluate each part"):
         unclip.fit(images)
     with pytest.raises(NotImplementedError, match="it draws"):
         unclip(images)
