@@ -1,7 +1,7 @@
 """Students: models that begin as another, and learn to do with fewer steps what it does.
 
 teacher = keras.saving.load_model("teacher.keras")
-model = student(teacher, objectives.TangentConsistency(teacher))     # the same, with weights of its own
+model = student(teacher, objectives.TangentConsistency(teacher))     # of TrigFlow; the same, with weights of its own
 model.compile(keras.optimizers.Adam(1e-4))
 model.fit(images, epochs=20)
 model.objective = "denoising"                                        # lets the teacher go
