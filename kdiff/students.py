@@ -55,7 +55,8 @@ def student(model: DiffusionModel, objective: Any, **changes: Any) -> DiffusionM
     if codec.weights and "codec" not in changes:  # each model is saved with its own
         own["codec"] = Codec.get(keras.saving.serialize_keras_object(codec))
     made = DiffusionModel(**{**own, "objective": objective, **changes})
-    made.build_from_config(model.get_build_config())
+    built = model.get_build_config()
+    made.build_from_config({name: one for name, one in built.items() if name != "frozen"})  # as a teacher is
     if made.codec is not codec and "codec" not in changes:
         made.codec.set_weights(codec.get_weights())
     _give(made.network, _values(model))

@@ -34,9 +34,10 @@ ARGUMENTS = {
 }
 
 
-def all_of(base):
-    """One of each public class below `base` that is kdiff's own."""
+def all_of(base, but=()):
+    """One of each public class below `base` that is kdiff's own, but for those below some."""
     kinds = [kind for kind in base.names().values() if kind.__module__.startswith("kdiff.")]
+    kinds = [kind for kind in kinds if not issubclass(kind, but)]
     return [kind(*ARGUMENTS.get(kind.__name__, ())) for kind in kinds]
 
 
@@ -44,9 +45,10 @@ SCHEDULES = all_of(schedules.NoiseSchedule)
 PREDICTIONS = all_of(predictions.Prediction)
 WEIGHTINGS = [None, *all_of(weightings.Weighting)]
 TIMES = all_of(times.TimeSampler)
-# VariationalBound goes with LearnedVariance alone, LearnedSchedule with Learned; they have tests of their own.
-PARTICULAR = (objectives.VariationalBound, objectives.LearnedSchedule)
-OBJECTIVES = [one for one in all_of(objectives.Objective) if not isinstance(one, PARTICULAR)]
+# VariationalBound goes with LearnedVariance alone, LearnedSchedule with Learned, others with a teacher or an interval;
+# they have tests of their own.
+PARTICULAR = (objectives.VariationalBound, objectives.LearnedSchedule, objectives.Taught, objectives.Shortcut)
+OBJECTIVES = all_of(objectives.Objective, but=PARTICULAR)
 GRIDS = [grid for grid in all_of(times.TimeGrid) if not isinstance(grid, times.All)]
 SOLVERS = [solver for solver in all_of(solvers.Solver) if not isinstance(solver, solvers.DDIMInversion)]
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from kdiff.base import check_integer
+from kdiff.data._tensorflow import tf
 
 __all__ = ["load_pairs", "save_pairs"]
 

@@ -230,9 +230,9 @@ class Sampling:
     def _inversion(self, image, iterations, options) -> _Run:
         """The run from these examples to noise."""
         image = np.asarray(image)
-        if self.built and image.ndim != len(self.shapes["image"]):
+        if self.example is not None and image.ndim != 1 + len(self.example):
             raise ValueError(
-                f"invert: examples must be a batch, with {len(self.shapes['image'])} axes; received the shape "
+                f"invert: examples must be a batch, with {1 + len(self.example)} axes; received the shape "
                 f"{image.shape}. Of one example it is `image[None]`"
             )
         run = self._run(len(image), image=image, iterations=iterations, **options)

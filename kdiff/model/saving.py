@@ -1,6 +1,7 @@
 """How a model is saved: to files that are moved into place, with the states of random layers."""
 
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -58,7 +59,7 @@ class Saving(SafeFiles):
         shapes = dict(self.shapes)
         example = {} if self.example is None else {"image": (None, *self.example)}
         config = {"shapes": {"encoded": shapes.pop("image"), **example, **shapes}}
-        if any(frozen := _frozen(self.network)):
+        if any((frozen := _frozen(self.network)).values()):
             config["frozen"] = frozen
         changed = lora.plan(self.network)
         adapted = changed or any(getattr(weight, "adapts", False) for weight in self.network.weights)
@@ -107,19 +108,55 @@ class Saving(SafeFiles):
         return [variable for variable in self.network.variables if id(variable) not in weights]
 
 
-def _frozen(network: keras.layers.Layer) -> list[list[int]]:
-    """The numbers of those layers, and of those weights, that are not trained."""
-    layers, weights = network._flatten_layers(), network.weights
-    return [[i for i, one in enumerate(some) if not one.trainable] for some in (layers, weights)]
+def _parts(network: keras.layers.Layer) -> dict[str, keras.layers.Layer]:
+    """Its layers by the attributes that lead to them, the outer first; a shared one by the first. Not those of
+    constants, as text encoders are, which know by themselves what of them is trained.
+
+    Numbers would not do: a layer that took the place of another is the last in its owner's list.
+    """
+    found: dict[str, keras.layers.Layer] = {}
+    known = set()
+
+    def walk(path, value):
+        if isinstance(value, keras.layers.Layer):
+            if id(value) not in known and not getattr(value, "frozen", False):
+                known.add(id(value))
+                found[path] = value
+                walk(path, {name: one for name, one in vars(value).items() if not name.startswith("_")})
+                walk(f"{path}/_", [one for one in value._layers if id(one) not in known])
+        elif isinstance(value, Mapping):
+            for name in sorted(value, key=str):
+                walk(f"{path}/{name}", value[name])
+        elif isinstance(value, (list, tuple)):
+            for i, one in enumerate(value):
+                walk(f"{path}/{i}", one)
+
+    walk("", network)
+    return found
 
 
-def _freeze(network: keras.layers.Layer, frozen: list[list[int]]) -> None:
+def _frozen(network: keras.layers.Layer) -> dict[str, list]:
+    """The layers that are not trained, and the weights that are not, of a layer that is."""
+    parts = _parts(network)
+    weights = [
+        [path, i]
+        for path, layer in parts.items()
+        if layer.trainable
+        for i, weight in enumerate(layer._trainable_variables)
+        if not weight.trainable
+    ]
+    return {"layers": [path for path, layer in parts.items() if not layer.trainable], "weights": weights}
+
+
+def _freeze(network: keras.layers.Layer, frozen: dict[str, list]) -> None:
     """Of a network that was built as the other was."""
-    for i, layer in enumerate(network._flatten_layers()):  # the outer first: it sets those inside
-        if layer.trainable != (i not in frozen[0]):
-            layer.trainable = i not in frozen[0]
-    for i, weight in enumerate(network.weights):
-        weight.trainable = i not in frozen[1]
+    parts = _parts(network)
+    for path, layer in parts.items():  # the outer first, which sets those inside
+        trainable = path not in frozen["layers"]
+        if not trainable or not layer.trainable:  # an outer layer may have been frozen before those inside were made
+            layer.trainable = trainable
+    for path, i in frozen["weights"]:
+        parts[path]._trainable_variables[i].trainable = False
 
 
 def _new_file(path: Any, overwrite: bool) -> AbstractContextManager:
