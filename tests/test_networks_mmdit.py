@@ -8,8 +8,6 @@ from kdiff import DiffusionModel, networks, text
 from kdiff.blocks import LabelEmbedding, PositionTable, TextEncoder
 from kdiff.networks import MMDiT, published
 
-pytestmark = pytest.mark.eager
-
 # Those of diffusers' `SD3Transformer2DModel` of the published configurations, which has the table beside them.
 COUNTS = {"3-medium": 2_028_328_000, "3.5-medium": 2_243_171_520, "3.5-large": 8_056_627_520}
 
