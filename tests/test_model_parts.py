@@ -155,6 +155,11 @@ def test_what_the_objective_needs_stays_when_a_part_is_replaced():
         model.schedule = "cosine"
     assert model.schedule is learned
     model.fit(images(4), verbose=0)
+    plain = kdiff.DiffusionModel(kdiff.networks.MLP(8, 1), codec="identity")
+    before = plain.objective
+    with pytest.raises(ValueError, match="Shortcut: the network must have the input 'interval'"):
+        plain.objective = "shortcut"
+    assert plain.objective is before
     model.schedule = schedules.Shifted(schedules.Learned(), 1.0)
     assert np.isfinite(model.fit(images(4), verbose=0).history["loss"]).all()
 

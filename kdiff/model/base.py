@@ -155,15 +155,13 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
         if name == "codec":
             if self.built:
                 value.freeze()
-        elif name == "objective":
-            value.check(self)
-        else:
+        elif name != "objective":
             check_invertible(**{"prediction": self.prediction, "schedule": self.schedule, name: value})
         old = getattr(self, name)
         self._replace(name, old, value)
         try:
             self.objective.check(self)
-        except ValueError:
+        except (TypeError, ValueError):
             self._replace(name, value, old)
             raise
         self._forget_graphs()
