@@ -129,7 +129,7 @@ def tune_style(model: kdiff.DiffusionModel, options: argparse.Namespace) -> None
     data = load(options, model.example[0], 10)
     prompts = np.repeat([options.text] if options.text else PROMPTS, 8)
     before, loss = model.sample(len(prompts), text=prompts), evaluated(model, data)
-    for weight, average in model.averages.pairs(model.network) if model.averages.moved else ():
+    for weight, average in model.ema_weights.pairs(model.network) if model.ema_weights.moved else ():
         weight.assign(average)  # what is frozen has none
     layers = lora.enable(model, options.rank, lora.ATTENTION if large else r"u_net\w*/(down|bridge|up)")
     learned = sum(int(np.prod(weight.shape)) for weight in model.trainable_variables)

@@ -29,7 +29,7 @@ from dalle2 import LENGTH, Clock, drawn, read_right, train
 
 import kdiff
 from kdiff import operators, pictures, scenes
-from kdiff.blocks import Beside, TextEncoder, TransformerBlock
+from kdiff.blocks import Concat, TextEncoder, TransformerBlock
 from kdiff.blocks.resizing import resized
 from kdiff.encoders import Prompt
 from kdiff.evaluation import frechet_distance
@@ -99,7 +99,7 @@ def base_of(options: argparse.Namespace, words) -> kdiff.DiffusionModel:
 def larger_of(options: argparse.Namespace, words, factor: int, noise, name: str) -> kdiff.DiffusionModel:
     """Super-resolution; `noise` makes the noisy picture that it sees, None for none."""
     small = operators.Downsample(factor)
-    low = Beside("bicubic", noise=noise, noise_first=noise is not None, level=LEVEL, of=small)
+    low = Concat("bicubic", noise=noise, noise_first=noise is not None, level=LEVEL, of=small)
     network = published.efficient(options.width // 4, levels=2, conditions={"low": low, "text": words()})
     sampler = kdiff.Sampler("dpm_solver_pp", "trailing", options.steps)
     return kdiff.DiffusionModel(network, "cosine", "data", sampler=sampler, ema=0.99, name=name)

@@ -132,7 +132,7 @@ class GaussianMixture(Value):
         """x drawn from p(x | x_t), one for each x_t; the same on every backend."""
         flat, alpha, sigma = _flat(x_t, m)
         logs, y, c = self._parts(ops, flat, alpha, sigma)
-        keys = random.fold(random.key_of(seed), np.arange(2))
+        keys = random.fold_in(random.key_of(seed), np.arange(2))
         gumbel = -ops.log(-ops.log(random.uniform(keys[0], logs.shape) + 2.0**-25))
         chosen = ops.one_hot(ops.argmax(logs + gumbel, axis=-1), logs.shape[-1])[..., None]
         # In the axes of the covariance, the posterior has the variance cov sigma^2 / C.

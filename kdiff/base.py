@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Self
 import keras
 import numpy as np
 
-from kdiff import backend
+from kdiff import backend, deprecated
 
 __all__ = ["Configurable", "Value", "check_choice", "check_integer", "check_number", "needs"]
 
@@ -38,6 +38,7 @@ class Configurable:
     """
 
     aliases: ClassVar[dict[str, str]] = {}  # of a family: names of elsewhere, in lower case letters, to ours
+    formerly: ClassVar[tuple[str, ...]] = ()  # of a class: the names under which old files have it, "kdiff.part>Name"
     named = True  # whether `get` finds the class by its name; subclasses are found unless they say otherwise too
 
     def __init_subclass__(cls, **kwargs):
@@ -45,6 +46,7 @@ class Configurable:
         module = cls.__module__.split(".")
         package = ".".join(module[:2]) if module[0] == "kdiff" else "Custom"
         keras.saving.register_keras_serializable(package)(cls)
+        keras.saving.get_custom_objects().update(dict.fromkeys(vars(cls).get("formerly", ()), cls))
 
     @classmethod
     def _argument_defaults(cls) -> dict[str, Any]:
@@ -60,7 +62,9 @@ class Configurable:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """The object that `get_config` described."""
-        return cls(**{name: keras.saving.deserialize_keras_object(value) for name, value in config.items()})
+        renamed = getattr(cls.__init__, "renamed", {})
+        values = {name: keras.saving.deserialize_keras_object(value) for name, value in config.items()}
+        return cls(**{renamed.get(name, name): value for name, value in values.items()})
 
     def clone(self, **changes: Any) -> Self:
         """A new object with the same constructor arguments, except for `changes`. Weights are not copied."""
@@ -106,6 +110,10 @@ class Configurable:
         wanted = _letters(cls.aliases.get(wanted, wanted))
         for name, subclass in known.items():
             if _letters(name) == wanted:
+                return subclass._by_name()
+        for subclass in known.values():
+            if wanted in [_letters(old.partition(">")[2]) for old in vars(subclass).get("formerly", ())]:
+                deprecated.warn(f"{cls.__name__} {identifier!r}", repr(_snake_case(subclass.__name__)))
                 return subclass._by_name()
         close = difflib.get_close_matches(_snake_case(identifier), known, 1)
         hint = f" Did you mean {close[0]!r}?" if close else ""

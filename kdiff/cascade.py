@@ -6,7 +6,7 @@
 Ho et al., "Cascaded Diffusion Models" (2021); Saharia et al., "Imagen" (2022). Each stage is a `DiffusionModel` of its
 own, trained and checked alone. A super-resolution stage has the picture before it as a condition beside x_t:
 
-    conditions={"low": Beside("bicubic", noise=Cosine(), of=operators.Downsample(4))}
+    conditions={"low": Concat("bicubic", noise=Cosine(), of=operators.Downsample(4))}
 
 `of` makes that picture of the batch in `fit`. `noise` is noise conditioning augmentation: what the stage is given has
 noise of a level s that it is told of, in training a random one, so that it does not trust the mistakes of the stage
@@ -24,9 +24,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from kdiff import random
+from kdiff import deprecated, random
 from kdiff.base import Configurable, check_integer, check_number
-from kdiff.blocks.beside import Beside
+from kdiff.blocks.concat import Concat
 from kdiff.checks import check_examples, is_integer, like_bytes
 from kdiff.codecs import Identity, Pixels
 from kdiff.codecs.base import to_unit
@@ -61,7 +61,7 @@ class Cascade(SafeFiles, Configurable, keras.Model):
     its stages are.
 
     Args:
-        stages: built `DiffusionModel`s, one or more. All but the first need a condition that is a `blocks.Beside`, of
+        stages: built `DiffusionModel`s, one or more. All but the first need a condition that is a `blocks.Concat`, of
             the shape of what the one before makes; if a network has several, it is the one named "low".
         name: the model's name.
 
@@ -146,12 +146,14 @@ class Cascade(SafeFiles, Configurable, keras.Model):
         """Raises a NotImplementedError: a cascade draws."""
         raise NotImplementedError("Cascade: it has no output for an input; it draws, `cascade.sample(8)`")
 
+    @deprecated.arguments(averages="ema")
     def sample(self, num_samples: int, **options) -> np.ndarray:
         """The pictures of the last stage; for all arguments see `sample_stages`."""
         for images in self.sample_stages(num_samples, **options):
             last = images
         return last
 
+    @deprecated.arguments(averages="ema")
     def sample_stages(
         self,
         num_samples: int,
@@ -160,7 +162,7 @@ class Cascade(SafeFiles, Configurable, keras.Model):
         guidance: Any = None,
         steps: Any = None,
         schedule: Any = None,
-        averages: Any = True,
+        ema: Any = True,
         level: Any = None,
         truncated: Any = False,
         low: Any = None,
@@ -175,14 +177,14 @@ class Cascade(SafeFiles, Configurable, keras.Model):
 
         Args:
             num_samples: how many.
-            sampler, guidance, steps, schedule, averages: as of `DiffusionModel.sample`, for all stages; or a list, one
+            sampler, guidance, steps, schedule, ema: as of `DiffusionModel.sample`, for all stages; or a list, one
                 a stage, the first first. Several guidance rules of a stage are a list in that list.
             level: of the noise that a stage's picture is given, in [0, 1]; for all stages after the first, or a list,
-                one for each of these; None for what the stage's `Beside` says. At 0 a stage trusts it, at 1 it does not
+                one for each of these; None for what the stage's `Concat` says. At 0 a stage trusts it, at 1 it does not
                 see it; published values are 0.1 to 0.3.
             truncated: whether the stage before stops at that level, in place of noise added to what it has finished;
                 for all stages after the first, or a list. What the stage before yields is then x_s / alpha. It needs a
-                `Beside` with `noise_first`.
+                `Concat` with `noise_first`.
             low: pictures in place of what the first stage makes, which is left out and yields nothing: in [-1, 1], or
                 whole numbers in 0..255; one a sample, or one for all.
             seed: names the noise of all stages, of stage i that of `stage_seed(seed, i)`; of the first it is as of
@@ -196,7 +198,7 @@ class Cascade(SafeFiles, Configurable, keras.Model):
             ValueError: if a list has another length, no stage takes a condition, or a stage's `sample` would raise.
         """
         check_integer("Cascade", "num_samples", num_samples)
-        own = {"sampler": sampler, "guidance": guidance, "steps": steps, "schedule": schedule, "averages": averages}
+        own = {"sampler": sampler, "guidance": guidance, "steps": steps, "schedule": schedule, "ema": ema}
         options = self._own_options(own)
         noisings = self._noisings(level, truncated)
         seed = py_random.randrange(2**32) if seed is None else seed
@@ -250,7 +252,7 @@ class Cascade(SafeFiles, Configurable, keras.Model):
             made.append(_Noising(layer.level if one is None and layer.noise is not None else one, bool(cut)))
         return made
 
-    def _check_truncated(self, i: int, layer: Beside) -> None:
+    def _check_truncated(self, i: int, layer: Concat) -> None:
         codec = self.stages[i - 1].codec
         if not (layer.noise_first and isinstance(layer.noise, NoiseSchedule)):
             raise ValueError(
@@ -261,7 +263,7 @@ class Cascade(SafeFiles, Configurable, keras.Model):
                 f"Cascade: `truncated` needs a stage {i - 1} that learns the pictures themselves; its codec: {codec!r}"
             )
 
-    def _beside(self, i: int) -> Beside:
+    def _beside(self, i: int) -> Concat:
         return self.stages[i].network.conditions[self.lows[i]]
 
     def _stop(self, i: int, level: float, options: dict[str, Any]) -> tuple[float, _Noising]:
@@ -315,7 +317,7 @@ class Cascade(SafeFiles, Configurable, keras.Model):
         if noising.truncated:  # it has its noise: x_s = alpha (x_s / alpha) + sigma 0
             noise = np.zeros((num_samples, *shape), "float32")
         else:
-            key = random.fold(random.key_of(seed), 0, STAGES)
+            key = random.fold_in(random.key_of(seed), 0, STAGES)
             noise = ops.convert_to_numpy(random.normal(key, (num_samples, *shape)))
         level = np.full((num_samples,), noising.level, "float32")
         return {name: images, f"{name}_level": level, f"{name}_noise": noise}
@@ -334,17 +336,17 @@ def stage_seed(seed: int | Sequence[int], stage: int) -> Any:
         return seed
     if isinstance(seed, (list, tuple, range, np.ndarray)):
         return [stage_seed(int(one), stage) for one in seed]
-    high, low = ops.convert_to_numpy(random.fold(random.key_of(seed), stage, STAGES)).astype("uint32")
+    high, low = ops.convert_to_numpy(random.fold_in(random.key_of(seed), stage, STAGES)).astype("uint32")
     return (int(high) << 32) | int(low)
 
 
 def _low_of(stage: DiffusionModel, i: int) -> str:
     """The name of the condition that is the picture before."""
     layers = getattr(stage.network, "conditions", None)
-    found = [name for name, one in layers.items() if isinstance(one, Beside)] if isinstance(layers, dict) else []
+    found = [name for name, one in layers.items() if isinstance(one, Concat)] if isinstance(layers, dict) else []
     if len(found) != 1 and "low" not in found:
         raise ValueError(
-            f"Cascade: the network of stage {i} must have one condition that is a blocks.Beside, or one named 'low', "
+            f"Cascade: the network of stage {i} must have one condition that is a blocks.Concat, or one named 'low', "
             f"for the picture before; it has: {found}"
         )
     return found[0] if len(found) == 1 else "low"

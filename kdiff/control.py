@@ -42,13 +42,13 @@ def add(model: keras.Model, channels: int = 3, **controls: ControlNet) -> None:
         raise ValueError(f"control.add: the model has controls of these names already: {taken}")
     pictures = {name: (None, None, None, channels) for name in controls}
     model._check_names([*controls, *(f"{name}_scale" for name in controls)])
-    if model.averages and model.averages.moved:
-        for weight, average in model.averages.pairs(old):
+    if model.ema_weights and model.ema_weights.moved:
+        for weight, average in model.ema_weights.pairs(old):
             weight.assign(ops.convert_to_numpy(average))
     new = Controlled(old.network if before else old, {**before, **controls})
     new.build({"time": (None,), **model.shapes, **pictures})
     with backend.replaced(model, old):
         model.network = new
     model.shapes = {**model.shapes, **pictures}
-    model.reset_averages()
+    model.reset_ema()
     model._forget_graphs()

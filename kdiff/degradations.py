@@ -5,9 +5,9 @@
 An operator alone, `operators.Downsample(4)`, makes the same of an image each time. In use the small image comes from
 another model, whose mistakes the operator does not make, so that training makes some at random (Ho et al., "Cascaded
 Diffusion Models", 2021, section 4: blur and noise; Ramesh et al., "DALL-E 2", 2022, section 2.3). Noise whose level the
-network is told is not one of them: `blocks.Beside(noise=...)`.
+network is told is not one of them: `blocks.Concat(noise=...)`.
 
-    Beside(of=Degradations([RandomBlur(0.4, 0.6), operators.Downsample(4)]))
+    Concat(of=Degradations([RandomBlur(0.4, 0.6), operators.Downsample(4)]))
 """
 
 from collections.abc import Sequence
@@ -62,7 +62,7 @@ class Degradations(Degradation):
 
     def degrade(self, x, key):
         for number, one in enumerate(self.parts):
-            x = one(x, random.fold(key, number))
+            x = one(x, random.fold_in(key, number))
         return x
 
     def output_shape(self, shape: Shape) -> Shape:
@@ -120,5 +120,5 @@ class RandomNoise(Degradation):
         self.high = high
 
     def degrade(self, x, key):
-        std = self.high * random.uniform(random.fold(key, 0), (ops.shape(x)[0], 1, 1, 1))
-        return x + std * random.normal(random.fold(key, 1), ops.shape(x))
+        std = self.high * random.uniform(random.fold_in(key, 0), (ops.shape(x)[0], 1, 1, 1))
+        return x + std * random.normal(random.fold_in(key, 1), ops.shape(x))

@@ -9,7 +9,7 @@ here, in two values:
     Estimate    what is answered: the data, how large the variance of a step is, and what is to be remembered
 
 Both are nests of tensors with one row a sample. To ask several questions in one batch is therefore to repeat the rows
-of the one (`Denoiser.each`) and to split those of the other.
+of the one (`Denoiser.batched`) and to split those of the other.
 """
 
 import functools
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self
 
 from keras import ops, tree
 
-from kdiff import backend
+from kdiff import backend, deprecated
 from kdiff.schedules import Marginal
 
 __all__ = ["INTERVAL", "Denoise", "Denoiser", "Estimate", "Given", "interval"]
@@ -109,7 +109,7 @@ class Denoiser(functools.partial):
         """The conditions that are given."""
         return self.given.conditions
 
-    def each(self, x, m: Marginal, *conditions: Mapping[str, Any]) -> list[Estimate]:
+    def batched(self, x, m: Marginal, *conditions: Mapping[str, Any]) -> list[Estimate]:
         """The estimates under each of these conditions, asked in one batch.
 
         Raises:
@@ -152,7 +152,11 @@ class Denoiser(functools.partial):
         given = self.given._replace(conditions={**self.given.conditions, INTERVAL: rows})
         return self.answer(given, x, now)
 
-    def linearised(self, x, m: Marginal, often: bool = False) -> tuple[Estimate, Callable]:
+    each = deprecated.member("each", "batched")
+    linearised = deprecated.member("linearised", "vjp")
+    without = deprecated.member("without", "unconditional")
+
+    def vjp(self, x, m: Marginal, often: bool = False) -> tuple[Estimate, Callable]:
         """(estimate, pull): `pull(v)`, of the shape of `x`, is (d x_hat / d x)^T v. No gradient flows through it.
 
         It is to be called once, unless `often`.
@@ -162,10 +166,12 @@ class Denoiser(functools.partial):
             x_hat, *rest = self(x, m)
             return x_hat, rest
 
-        x_hat, pull, rest = backend.pullback(parts, x, often)
+        x_hat, pull, rest = backend.vjp(parts, x, often)
         return Estimate(x_hat, *rest), pull
 
-    def without(self, names: Sequence[str] | None = None, instead: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def unconditional(
+        self, names: Sequence[str] | None = None, instead: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """The conditions without some of them: their null rows in their place.
 
         Args:

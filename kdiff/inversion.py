@@ -20,7 +20,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kdiff import lora
+from kdiff import deprecated, lora
 from kdiff.base import check_integer
 
 __all__ = ["add", "enable", "extend", "finish", "prompt_of", "vectors_of"]
@@ -109,15 +109,16 @@ def enable(model: keras.layers.Layer, token: str) -> None:
     lora.changed(model)
 
 
-def finish(model: keras.layers.Layer, averages: bool = True) -> None:
+@deprecated.arguments(averages="ema")
+def finish(model: keras.layers.Layer, ema: bool = True) -> None:
     """Ends the learning of a token: its vectors are in the encoders' tables, and all that learned before may again.
 
     Args:
         model: a `DiffusionModel` or its network.
-        averages: whether to take the averages of the vectors, if a model has averages that were moved.
+        ema: whether to take the averages of the vectors, if a model has averages that were moved.
     """
     prompt = prompt_of(model, "inversion.finish")
-    averaged = lora.averages_of(model) if averages else {}
+    averaged = lora.ema_of(model) if ema else {}
     for encoder in prompt.encoders:
         if encoder.learned:
             rows = encoder.table.rows
@@ -126,20 +127,21 @@ def finish(model: keras.layers.Layer, averages: bool = True) -> None:
     lora.changed(model)
 
 
-def vectors_of(model: keras.layers.Layer, token: str, averages: bool = True) -> list[np.ndarray | None]:
+@deprecated.arguments(averages="ema")
+def vectors_of(model: keras.layers.Layer, token: str, ema: bool = True) -> list[np.ndarray | None]:
     """The vectors of a token that was added, (count, width) for each encoder; None for one that does not have it.
 
     Args:
         model: a `DiffusionModel` or its network.
         token: that was added.
-        averages: whether to take the averages of vectors that learn, if a model has averages that were moved.
+        ema: whether to take the averages of vectors that learn, if a model has averages that were moved.
 
     Raises:
         ValueError: if no encoder has this token.
     """
     prompt = prompt_of(model, "inversion.vectors_of")
     numbers = {id(encoder): found for encoder, found in _numbers(prompt, token, "inversion.vectors_of")}
-    averaged = lora.averages_of(model) if averages else {}
+    averaged = lora.ema_of(model) if ema else {}
     vectors = []
     for encoder in prompt.encoders:
         found = numbers.get(id(encoder))

@@ -20,12 +20,13 @@ import keras
 import numpy as np
 from keras import ops
 
+from kdiff import deprecated
 from kdiff.base import check_integer, check_number
 
 __all__ = [
     "ATTENTION",
-    "averages_of",
     "changed",
+    "ema_of",
     "enable",
     "enabled",
     "find",
@@ -102,14 +103,15 @@ def enabled(model: keras.layers.Layer) -> list[keras.layers.Layer]:
     return [layer for layer in _layers(_network(model)) if layer.lora_enabled]
 
 
-def merge(model: keras.layers.Layer, averages: bool = True) -> None:
+@deprecated.arguments(averages="ema")
+def merge(model: keras.layers.Layer, ema: bool = True) -> None:
     """Adds scale A B to the kernels and ends LoRA: the network computes as before, and all of it may learn again.
 
     Args:
         model: a `DiffusionModel` or its network.
-        averages: whether to merge the averages of A and B, if a model has averages that were moved.
+        ema: whether to merge the averages of A and B, if a model has averages that were moved.
     """
-    averaged = averages_of(model) if averages else {}
+    averaged = ema_of(model) if ema else {}
     for layer in enabled(model):
         a, b = (_numbers(averaged.get(id(one), one)) for one in (layer.lora_kernel_a, layer.lora_kernel_b))
         change = np.float32(layer.lora_alpha / layer.lora_rank) * (a @ b)
@@ -147,8 +149,8 @@ def changed(model: keras.layers.Layer) -> None:
     for part in _network(model)._flatten_layers():
         if hasattr(part, "encoders") and hasattr(part, "changed"):  # the text that a network takes
             part.changed()
-    if hasattr(model, "reset_averages") and model.built:
-        model.reset_averages()
+    if hasattr(model, "reset_ema") and model.built:
+        model.reset_ema()
         model._take_rows_anew()
 
 
@@ -164,9 +166,9 @@ def restore(model: keras.layers.Layer, planned: list[list[float]]) -> None:
     _enable(model, [(layers[int(i)], int(rank), alpha) for i, rank, alpha in planned])
 
 
-def averages_of(model: keras.layers.Layer) -> dict[int, keras.Variable]:
+def ema_of(model: keras.layers.Layer) -> dict[int, keras.Variable]:
     """The averages of a model by the `id` of the network's weights; none if there are none, or they never moved."""
-    averages = getattr(model, "averages", None)
+    averages = getattr(model, "ema_weights", None)
     moved = averages is not None and averages.moved
     return {id(weight): average for weight, average in averages.pairs(_network(model))} if moved else {}
 
@@ -208,3 +210,6 @@ def _low_rank(network) -> Iterator[keras.layers.Layer]:
 
 def _numbers(variable) -> np.ndarray:
     return np.asarray(ops.convert_to_numpy(variable), "float32")
+
+
+__getattr__ = deprecated.names(__name__, averages_of="ema_of")

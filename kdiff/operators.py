@@ -58,7 +58,7 @@ class Operator(Value):
         """A^T y, for examples of this shape: <A x, y> = <x, A^T y>."""
         y = ops.convert_to_tensor(y, "float32")
         zeros = ops.zeros((ops.shape(y)[0], *shape))
-        return backend.pullback(lambda x: (self.forward(x), None), zeros)[1](y)
+        return backend.vjp(lambda x: (self.forward(x), None), zeros)[1](y)
 
     def solve(self, v, shape: Shape, a, b, iterations: int = 10):
         """(a A A^T + b I)^-1 v, by `conjugate_gradients`.

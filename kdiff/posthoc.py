@@ -3,20 +3,20 @@
 How long an average should reach back cannot be known before, and it matters. While a model trains, a few power averages
 are kept and written now and then; that of any other length is a sum of what was written:
 
-    model = DiffusionModel(network, ema=[averages.Power(0.05), averages.Power(0.1)])
+    model = DiffusionModel(network, ema=[ema.Power(0.05), ema.Power(0.1)])
     model.compile("adam")
     model.fit(dataset, epochs=64, callbacks=[posthoc.SnapshotCallback("runs/a/averages")])
 
     curve = posthoc.sweep(model, "runs/a/averages", lambda model: model.evaluate(images, verbose=0))
     curve.plot("runs/a/lengths.png")
-    posthoc.give(model, "runs/a/averages", curve.best)         # what `sample`, `evaluate` and `save` see from now on
+    posthoc.reconstruct(model, "runs/a/averages", curve.best)   # what `sample`, `evaluate` and `save` use from now on
 
-A snapshot i was taken after t_i updates of an average whose profile is p_i, `averages.Power.density`. The average with
+A snapshot i was taken after t_i updates of an average whose profile is p_i, `ema.Power.density`. The average with
 profile p that was wanted is sum_i c_i snapshot_i, where c solves
 
     minimise the integral of (p - sum_i c_i p_i)^2,    sum_i c_i = 1,
 
-from inner products that are known in closed form, `averages.Power.product`. The paper leaves out the condition, with
+from inner products that are known in closed form, `ema.Power.product`. The paper leaves out the condition, with
 which weights that training hardly changes stay as they are: on random walks, with 16 snapshots, it makes the error of
 the weights five to thirty times smaller. The error that remains falls fast with the number of snapshots, and most of it
 is where a length is far from those that were kept: 32 snapshots of 0.05 and 0.1 are enough from 0.03 to 0.2.
@@ -35,19 +35,20 @@ import keras
 import numpy as np
 from keras import ops
 
-from kdiff.averages import Averages, Power
+from kdiff import deprecated
 from kdiff.base import check_choice, check_integer, needs
+from kdiff.ema import EMA, Power
 from kdiff.periodic import DIGITS, Periodic
 from kdiff.writing import replacing
 
-__all__ = ["LENGTHS", "Fit", "SnapshotCallback", "Sweep", "fit", "give", "steps", "sweep"]
+__all__ = ["LENGTHS", "Fit", "SnapshotCallback", "Sweep", "fit", "reconstruct", "steps", "sweep"]
 
 LENGTHS = (0.02, 0.03, 0.04, 0.05, 0.065, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25)
 _NAME = re.compile(r"snapshot-(\d+)\.h5")
 
 
 class SnapshotCallback(Periodic):
-    """Writes the power averages of a model that trains, of which `give` and `sweep` make others.
+    """Writes the power averages of a model that trains, of which `reconstruct` and `sweep` make others.
 
     It leaves `snapshot-00001000.h5`, ... in `folder`, named by the optimizer's updates; the last is that of the end of
     training. Each is written beside and moved into place. A snapshot removes those of more updates, which an earlier
@@ -73,23 +74,23 @@ class SnapshotCallback(Periodic):
         """Looks for the averages."""
         super().on_train_begin(logs)
         self._written = None
-        averages = getattr(self.model, "averages", None)
+        averages = getattr(self.model, "ema_weights", None)
         begun_anew = averages and not averages.moved and int(ops.convert_to_numpy(averages.last_iteration))
         if begun_anew and _files(self.folder):
             raise ValueError(
-                f"SnapshotCallback: the averages begin anew, as after `give` or `reset_averages`; {self.folder} has "
+                f"SnapshotCallback: the averages begin anew, as after `reconstruct` or `reset_ema`; {self.folder} has "
                 "the snapshots of the training before, which those of this one would remove: give another folder"
             )
         if not _powers(self.model):
             raise ValueError(
-                "SnapshotCallback: the model must keep power averages, DiffusionModel(..., ema=[averages.Power(0.05), "
-                f"averages.Power(0.1)]); it was made with ema={getattr(self.model, 'ema', None)!r}"
+                "SnapshotCallback: the model must keep power averages, DiffusionModel(..., ema=[ema.Power(0.05), "
+                f"ema.Power(0.1)]); it was made with ema={getattr(self.model, 'ema', None)!r}"
             )
 
     def act(self, number: int) -> None:
         """Writes a snapshot."""
         model = self.model
-        updates = int(ops.convert_to_numpy(model.averages.updates))
+        updates = int(ops.convert_to_numpy(model.ema_weights.updates))
         if updates in (0, self._written):
             return
         path = self.folder / f"snapshot-{updates:0{DIGITS['step']}d}.h5"
@@ -110,9 +111,9 @@ class SnapshotCallback(Periodic):
 
     def _write(self, file: h5py.File, model: keras.Model, updates: int) -> None:
         powers = _powers(model)
-        file.attrs.update(updates=updates, lengths=[model.averages.profiles[which].length for which in powers])
+        file.attrs.update(updates=updates, lengths=[model.ema_weights.profiles[which].length for which in powers])
         for number, which in enumerate(powers):
-            for index, (_, average) in enumerate(model.averages.pairs(model.network, which)):
+            for index, (_, average) in enumerate(model.ema_weights.pairs(model.network, which)):
                 value = ops.convert_to_numpy(average)
                 fits = np.abs(value).max(initial=0.0) <= np.finfo(self.dtype).max
                 file[f"{number}/{index}"] = value.astype(self.dtype if fits else "float32")
@@ -209,7 +210,7 @@ def fit(kept: Sequence[tuple[float, Power]], at: float, wanted: Power) -> tuple[
     return coefficients, float(np.sqrt(max(rest, 0.0) / norm))
 
 
-def give(model: keras.Model, folder: str | os.PathLike, length: float, at: int | None = None) -> Fit:
+def reconstruct(model: keras.Model, folder: str | os.PathLike, length: float, at: int | None = None) -> Fit:
     """Gives a model the average of this length, as its weights and as its averages.
 
     What it has learned since is lost, of its weights: to train on, load what `save` or a backup has kept.
@@ -217,14 +218,14 @@ def give(model: keras.Model, folder: str | os.PathLike, length: float, at: int |
     Args:
         model: a built `DiffusionModel` with the network that was trained; with any `ema`, or none.
         folder: of the snapshots.
-        length: sigma_rel, as of `averages.Power`.
+        length: sigma_rel, as of `ema.Power`.
         at: after how many updates, one of `steps(folder)`; None is the last. Only snapshots up to there are used.
 
     Raises:
         ValueError: if there are no snapshots, or none at `at`, or they are of another network; if a file is damaged.
     """
     weights, found = _checked(model, folder, at)
-    return _give(model, weights, found, Power(length))
+    return _reconstruct(model, weights, found, Power(length))
 
 
 def sweep(
@@ -237,14 +238,14 @@ def sweep(
     """A metric of the model with the averages of several lengths. Afterwards the model is as it was.
 
     Args:
-        model: as of `give`; not while it is being trained.
+        model: as of `reconstruct`; not while it is being trained.
         folder: of the snapshots.
         metric: a function of the model to a number, the less the better.
         lengths: of the averages.
-        at: as of `give`.
+        at: as of `reconstruct`.
 
     Raises:
-        ValueError: as of `give`.
+        ValueError: as of `reconstruct`.
     """
     weights, found = _checked(model, folder, at)
     powers = [Power(length) for length in lengths]
@@ -253,14 +254,14 @@ def sweep(
     values, errors = [], []
     with _restored(model, weights):
         for power in powers:
-            errors.append(_give(model, weights, found, power).error)
+            errors.append(_reconstruct(model, weights, found, power).error)
             values.append(float(metric(model)))
     return Sweep(np.array([power.length for power in powers]), np.array(values), np.array(errors), max(found))
 
 
 def _powers(model: keras.Model) -> list[int]:
     """The numbers of the power averages that a model keeps."""
-    averages = getattr(model, "averages", None)
+    averages = getattr(model, "ema_weights", None)
     profiles = averages.profiles if averages else ()
     return [which for which, profile in enumerate(profiles) if isinstance(profile, Power)]
 
@@ -282,7 +283,7 @@ def _opened(path: Path) -> Iterator[h5py.File]:
 
 def _checked(model: keras.Model, folder: str | os.PathLike, at: int | None) -> tuple[list, dict[int, Path]]:
     """The weights that snapshots are of, and the files, once it is known that they are of each other."""
-    if not hasattr(model, "reset_averages"):
+    if not hasattr(model, "reset_ema"):
         raise TypeError(f"posthoc: a DiffusionModel is expected; received: {model!r}")
     if not model.built:
         raise ValueError("posthoc: the model has no weights yet; load it, or call `build`")
@@ -294,7 +295,7 @@ def _checked(model: keras.Model, folder: str | os.PathLike, at: int | None) -> t
     if at is not None and at not in found:
         raise ValueError(f"posthoc: `at` must be the updates of a snapshot, {sorted(found)}; received: {at}")
     found = {step: path for step, path in sorted(found.items()) if at is None or step <= at}
-    weights = Averages.of(model.network)
+    weights = EMA.of(model.network)
     wanted = [tuple(weight.shape) for weight in weights]
     for path in found.values():
         with _opened(path) as file:
@@ -308,7 +309,7 @@ def _checked(model: keras.Model, folder: str | os.PathLike, at: int | None) -> t
     return weights, found
 
 
-def _give(model: keras.Model, weights: list, found: dict[int, Path], wanted: Power) -> Fit:
+def _reconstruct(model: keras.Model, weights: list, found: dict[int, Path], wanted: Power) -> Fit:
     kept = []
     for step, path in found.items():
         with _opened(path) as file:
@@ -324,19 +325,22 @@ def _give(model: keras.Model, weights: list, found: dict[int, Path], wanted: Pow
                     total += coefficient * file[f"{number}/{index}"][()].astype("float64")
     for weight, total in zip(weights, sums, strict=True):
         weight.assign(total.astype("float32"))
-    model.reset_averages()
+    model.reset_ema()
     return Fit(coefficients, error)
 
 
 @contextlib.contextmanager
 def _restored(model: keras.Model, weights: list) -> Iterator[None]:
     """Afterwards the weights and the averages are as they were."""
-    if model.averages:
-        model.averages.pairs(model.network)  # they must fit, or others would be made
-    changed = [*weights, *(model.averages.variables if model.averages else ())]
+    if model.ema_weights:
+        model.ema_weights.pairs(model.network)  # they must fit, or others would be made
+    changed = [*weights, *(model.ema_weights.variables if model.ema_weights else ())]
     values = [np.array(ops.convert_to_numpy(variable)) for variable in changed]
     try:
         yield
     finally:
         for variable, value in zip(changed, values, strict=True):
             variable.assign(value)
+
+
+__getattr__ = deprecated.names(__name__, give="reconstruct")

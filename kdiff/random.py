@@ -4,7 +4,7 @@ A counter-based generator is a function, not a state: `words = threefry(key, cou
 counter a place in it, so that any number can be had at any time, in any order, inside a compiled loop, without a
 carry. kdiff draws all its noise this way:
 
-    key = fold(key_of(seed), step, TRAINING)     one stream a step
+    key = fold_in(key_of(seed), step, TRAINING)     one stream a step
     noise = normal(key, shape, first=n)          counters (sample number, place in the sample)
 
 Sample number n therefore gets the same noise whether it is drawn in a batch of 1 or of 1,000, and a run that is
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 from keras import ops
 
-from kdiff import backend
+from kdiff import backend, deprecated
 from kdiff.base import check_integer
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
     "STEPS",
     "TRAINING",
     "Keys",
-    "fold",
+    "fold_in",
     "key_of",
     "normal",
     "slerp",
@@ -99,7 +99,7 @@ def key_of(seed: int | Sequence[int]) -> np.ndarray:
     return np.array([word - 2**32 * (word >= 2**31) for word in words], "int32")
 
 
-def fold(key, number, stream: int = 0):
+def fold_in(key, number, stream: int = 0):
     """Keys of streams below `key`.
 
     Args:
@@ -115,7 +115,7 @@ def fold(key, number, stream: int = 0):
 
 
 class Keys:
-    """Fresh keys, one after the other: `next(keys)` number n is `fold(key, n)`.
+    """Fresh keys, one after the other: `next(keys)` number n is `fold_in(key, n)`.
 
     An iterator and not a generator: PyTorch's compiler would run an endless one to its end.
 
@@ -131,7 +131,7 @@ class Keys:
 
     def __next__(self):
         self.drawn += 1
-        return fold(self.key, self.drawn - 1)
+        return fold_in(self.key, self.drawn - 1)
 
 
 def uniform(key, shape, first=0):
@@ -193,3 +193,6 @@ def slerp(a, b, fractions):
     if np.sin(angle) < 1e-6:
         return ((1 - f) * a + f * b).astype("float32")
     return ((np.sin((1 - f) * angle) * a + np.sin(f * angle) * b) / np.sin(angle)).astype("float32")
+
+
+__getattr__ = deprecated.names(__name__, fold="fold_in")

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from kdiff import deprecated
 from kdiff.model import DiffusionModel
 from kdiff.sampling import initial_noise
 
 __all__ = ["pairs"]
 
 
+@deprecated.arguments(averages="ema")
 def pairs(model: DiffusionModel, count: int, *, batch_size: int = 256, **options: Any) -> dict[str, np.ndarray]:
     """Noise, and the data to which the model's flow leads from it; for `fit` with the objective `Reflow`.
 
@@ -29,7 +31,7 @@ def pairs(model: DiffusionModel, count: int, *, batch_size: int = 256, **options
         model: the model that makes the data, by a deterministic sampler.
         count: how many.
         batch_size: how many are made at once.
-        **options: as of `DiffusionModel.sample`: `sampler`, `steps`, `guidance`, `seed`, `averages`, conditions.
+        **options: as of `DiffusionModel.sample`: `sampler`, `steps`, `guidance`, `seed`, `ema`, conditions.
 
     Returns:
         float32 arrays {"encoded": data as the codec encodes it, "noise": noise}, and the conditions, a row each.

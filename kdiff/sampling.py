@@ -251,7 +251,7 @@ class Sampler(Value):
         def noise():
             if draw is not None:
                 return _drawn(draw, int(index), tuple(x.shape))
-            return random.normal(random.fold(key, index, next(streams)), ops.shape(x), first)
+            return random.normal(random.fold_in(key, index, next(streams)), ops.shape(x), first)
 
         x, estimate, solver = self.solver.step(denoise, schedule, x, place.now, place.then, noise, state.solver)
         return x, estimate.x_hat, State(solver, state.given._replace(memory=estimate.memory))
@@ -321,7 +321,7 @@ def _drawn(draw: Callable, step: int, shape: tuple[int, ...]):
 
 def initial_noise(shape: tuple[int, ...], seed: int | Sequence[int] = 0, first: int = 0):
     """The noise that a run begins with: standard normal, the same on every backend. `seed` may be one a sample."""
-    return random.normal(random.fold(random.key_of(seed), 0, random.INITIAL), shape, first)
+    return random.normal(random.fold_in(random.key_of(seed), 0, random.INITIAL), shape, first)
 
 
 def _from(start: float, times: np.ndarray) -> np.ndarray:
@@ -350,7 +350,7 @@ def _noisier(schedule: NoiseSchedule, x, now, then, key, index: int, first: int,
     now, then = schedule.sampled_at(now), schedule.sampled_at(then)
     ratio = then.alpha / now.alpha
     if draw is None:
-        noise = random.normal(random.fold(key, np.int32(index), random.STEPS), ops.shape(x), np.int32(first))
+        noise = random.normal(random.fold_in(key, np.int32(index), random.STEPS), ops.shape(x), np.int32(first))
     else:
         noise = _drawn(draw, index, tuple(x.shape))
     # sigma_then^2 - r^2 sigma_now^2, without cancellation.

@@ -1,7 +1,7 @@
 """Students: models that begin as another, and learn to do with fewer steps what it does.
 
 teacher = keras.saving.load_model("teacher.keras")
-model = student(teacher, objectives.TangentConsistency(teacher))     # of TrigFlow; the same, with weights of its own
+model = student(teacher, objectives.SCM(teacher))     # of TrigFlow; the same, with weights of its own
 model.compile(keras.optimizers.Adam(1e-4))
 model.fit(images, epochs=20)
 model.objective = "denoising"                                        # lets the teacher go
@@ -20,7 +20,7 @@ from keras import ops
 from kdiff.base import check_integer
 from kdiff.codecs import Codec
 from kdiff.model import DiffusionModel
-from kdiff.objectives import Distillation, Objective
+from kdiff.objectives import Objective, ProgressiveDistillation
 from kdiff.sampling import Sampler
 
 __all__ = ["progressive", "student"]
@@ -60,7 +60,7 @@ def student(model: DiffusionModel, objective: Any, **changes: Any) -> DiffusionM
     if made.codec is not codec and "codec" not in changes:
         made.codec.set_weights(codec.get_weights())
     _give(made.network, _values(model))
-    made.reset_averages()
+    made.reset_ema()
     return made
 
 
@@ -78,7 +78,7 @@ def progressive(
 ) -> DiffusionModel:
     """Progressive distillation from the first of `steps` to the last: each a student of the one before.
 
-    Salimans and Ho 2022, arXiv:2202.00512, algorithm 2. See `objectives.Distillation`.
+    Salimans and Ho 2022, arXiv:2202.00512, algorithm 2. See `objectives.ProgressiveDistillation`.
 
     Args:
         teacher: the model to begin with, which need not have been distilled; it is not trainable from now on.
@@ -86,7 +86,7 @@ def progressive(
         steps: of each student, each half as many as those before.
         optimizer: as of `compile`; each student has a fresh one.
         loss: as of `compile`.
-        grid: as of `Distillation`.
+        grid: as of `ProgressiveDistillation`.
         guidance: the scale of classifier-free guidance that the first student learns with it.
         changes: other arguments of the students, as of `student`, such as `{"weighting": "truncated_snr"}`.
         **fit: as of `fit`, such as `epochs`.
@@ -104,7 +104,7 @@ def progressive(
         raise ValueError(f"progressive: each of `steps` must be half of the one before; received: {steps}")
     optimizer, model = keras.optimizers.get(optimizer), teacher
     for count in steps:
-        objective = Distillation(model, count, grid, guidance if model is teacher else None)
+        objective = ProgressiveDistillation(model, count, grid, guidance if model is teacher else None)
         learner = student(model, objective, **(changes or {}))
         learner.compile(type(optimizer).from_config(optimizer.get_config()), loss)
         learner.fit(x, **fit)
@@ -120,8 +120,8 @@ def _copied(network: keras.layers.Layer) -> keras.layers.Layer:
 def _values(model: DiffusionModel) -> dict[tuple, Any]:
     """The value of each variable of the network, averaged if they are, by its place."""
     averages = {}
-    if model.averages and model.averages.moved:
-        averages = {id(weight): average for weight, average in model.averages.pairs(model.network)}
+    if model.ema_weights and model.ema_weights.moved:
+        averages = {id(weight): average for weight, average in model.ema_weights.pairs(model.network)}
     return {place: averages.get(id(weight), weight) for place, weight in _places(model.network, (), set())}
 
 

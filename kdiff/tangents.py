@@ -11,10 +11,10 @@ from typing import Any
 
 from keras import ops
 
-from kdiff import backend
+from kdiff import backend, deprecated
 from kdiff.base import Value, check_number
 
-__all__ = ["Difference", "Forward", "Tangent"]
+__all__ = ["FiniteDifference", "ForwardMode", "Tangent"]
 
 
 class Tangent(Value):
@@ -37,7 +37,7 @@ class Tangent(Value):
         raise NotImplementedError
 
 
-class Difference(Tangent):
+class FiniteDifference(Tangent):
     """The central difference (curve(h) - curve(-h)) / 2h, with less of h on a side where `below` or `above` is less.
 
     It asks the network twice, by its fast operations, whatever they are. It is wrong by 1e-7 / h of the size of the
@@ -50,10 +50,12 @@ class Difference(Tangent):
         h: the distance.
     """
 
+    formerly = ("kdiff.tangents>Difference",)
+
     precise = True
 
     def __init__(self, h: float = 0.001):
-        check_number("Difference", "h", h, 1e-5, 1.0)
+        check_number("FiniteDifference", "h", h, 1e-5, 1.0)
         self.h = h
 
     def __call__(self, curve: Callable[[Any], Any], zero, below=None, above=None):
@@ -67,7 +69,7 @@ class Difference(Tangent):
         return ops.stop_gradient(backend.without_gradients(difference)())
 
 
-class Forward(Tangent):
+class ForwardMode(Tangent):
     """The derivative itself, by forward-mode differentiation.
 
     The operations of kdiff's layers are then computed by plain formulas (`backend.forward_mode`), for their fast forms
@@ -75,5 +77,10 @@ class Forward(Tangent):
     its own. It costs what two calls of the network do, or a little more, and goes with any precision.
     """
 
+    formerly = ("kdiff.tangents>Forward",)
+
     def __call__(self, curve: Callable[[Any], Any], zero, below=None, above=None):
         return ops.stop_gradient(backend.without_gradients(lambda: backend.jvp(curve, zero, ops.ones_like(zero)))())
+
+
+__getattr__ = deprecated.names(__name__, Difference="FiniteDifference", Forward="ForwardMode")

@@ -365,7 +365,7 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
 
     def _inverted(self, images, z, options, conditions, batch_size) -> np.ndarray:
         """The noise of which the decoder makes the images."""
-        kept = {name: options[name] for name in ("guidance", "steps", "averages") if name in options}
+        kept = {name: options[name] for name in ("guidance", "steps", "ema") if name in options}
         given = {**self._decoded_of(conditions), self.embedding: z}
         return self.decoder.invert(images, sampler=self._sampler(options, 0.0), batch_size=batch_size, **kept, **given)
 

@@ -31,7 +31,7 @@ def test_fifty_steps(tmp_path):
     model.train()
     for step in range(STEPS):
         posterior = model.encode(images).latent_dist
-        key = random.fold(random.key_of(0), step, random.TRAINING)
+        key = random.fold_in(random.key_of(0), step, random.TRAINING)
         noise = ops.convert_to_numpy(random.normal(key, (4, 8, 8, 2)))
         latents = posterior.mean + posterior.std * torch.tensor(np.moveaxis(noise, -1, 1).copy())
         decoded = model.decode(latents).sample

@@ -51,7 +51,7 @@ def main(phase: str, folder: Path) -> None:
     generator = np.random.default_rng(0)
     for weight in network.weights:
         weight.assign(0.1 * generator.standard_normal(weight.shape))
-    model.reset_averages()
+    model.reset_ema()
     history = model.fit(x, LABELS, epochs=3, batch_size=8, shuffle=False, validation_data=(x, LABELS)).history
     model.save(folder / f"{name}.keras")
     measured = kdiff.guidance.PiGDM("downsample", np.zeros((4, 4, 2)), 0.1, iterations=1)
@@ -61,7 +61,7 @@ def main(phase: str, folder: Path) -> None:
         initial=initial,
         normal=random.normal(random.key_of(5), (4, 3, 3, 2)),
         uniform=random.uniform(random.key_of(5), (4, 7)),
-        keys=random.fold(random.key_of(2**40 + 3), np.arange(6), random.STEPS),
+        keys=random.fold_in(random.key_of(2**40 + 3), np.arange(6), random.STEPS),
         times=kdiff.times.Stratified()(model.schedule, 16, random.key_of(1)),
         ddim=model.sample(3, sampler="ddim", steps=5, label=[0, 1, 2]),
         ddpm=model.sample(3, sampler="ddpm", steps=5, label=[0, 1, 2]),

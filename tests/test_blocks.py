@@ -301,7 +301,7 @@ def test_attention_and_its_gradient_are_the_formula(tokens, keys):
         def attention(x, i=i):
             return backend.attention(*given[:i], x, *given[i + 1 :]), None
 
-        y, pull, _ = backend.pullback(attention, given[i])
+        y, pull, _ = backend.vjp(attention, given[i])
         gradient = ops.convert_to_numpy(pull(ops.convert_to_tensor(direction)))
         np.testing.assert_allclose(gradient, expected[i], atol=1e-5 + 1e-5 * np.abs(expected[i]).max())
     np.testing.assert_allclose(ops.convert_to_numpy(y), np.einsum("bhqk,bkhd->bqhd", weights, v), atol=1e-5)

@@ -106,9 +106,9 @@ def test_a_noised_embedding_is_a_formula():
 
     for call in range(2):
         key = np.array([3, call], "int32")
-        level = 0.5 * numpy(random.uniform(random.fold(key, 0, LEVELS), (40,)))
-        noise = numpy(random.normal(random.fold(key, 0, AUGMENTING), (40, 5)))
-        dropped = numpy(random.uniform(random.fold(key, 0, DROPPING), (40,))) < 0.4
+        level = 0.5 * numpy(random.uniform(random.fold_in(key, 0, LEVELS), (40,)))
+        noise = numpy(random.normal(random.fold_in(key, 0, AUGMENTING), (40, 5)))
+        dropped = numpy(random.uniform(random.fold_in(key, 0, DROPPING), (40,))) < 0.4
         wanted = np.where(dropped[:, None], 0.0, expected(x, level, noise))
         assert 5 < dropped.sum() < 35
         np.testing.assert_allclose(numpy(layer({"embedding": x}, training=True).vector), wanted, atol=1e-3)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from kdiff import Cascade, DiffusionModel, Sampler, analytic, degradations, operators, schedules
-from kdiff.blocks import Beside, Dense, LabelEmbedding, SinusoidalEmbedding, TransformerBlock
+from kdiff.blocks import Concat, Dense, LabelEmbedding, SinusoidalEmbedding, TransformerBlock
 from kdiff.blocks.base import apply_layer, build_layer
 from kdiff.blocks.conditions import given_to, inputs_of
 from kdiff.cascade import stage_seed
@@ -34,7 +34,7 @@ ENLARGED = np.full((4, 4), 0.25)  # what a stage sees of the small picture that 
 
 
 class Exact(keras.layers.Layer):
-    """E[x | x_t], of a picture whose level is known E[x | x_t, z], as a network with a `Beside`."""
+    """E[x | x_t], of a picture whose level is known E[x | x_t, z], as a network with a `Concat`."""
 
     def __init__(self, low=None):
         super().__init__(autocast=False)
@@ -64,7 +64,7 @@ def exact(noise_first):
     base = DiffusionModel(Exact(), NOISE, **options)
     base.build((None, 1, 1, 1))
     embedding = SinusoidalEmbedding(4)
-    low = Beside("nearest", noise=NOISE, embedding=embedding, of=SMALL, noise_first=noise_first)
+    low = Concat("nearest", noise=NOISE, embedding=embedding, of=SMALL, noise_first=noise_first)
     large = DiffusionModel(Exact(low), NOISE, **options, codec="identity")
     base.codec = "identity"
     large.build((None, 2, 2, 1))
@@ -117,7 +117,7 @@ def labelled():
 
 def trained(**options):
     """Two small networks, of which the second makes its small pictures itself."""
-    low = Beside(noise=schedules.Cosine(), of=SMALL, noise_first=True, level=0.2)
+    low = Concat(noise=schedules.Cosine(), of=SMALL, noise_first=True, level=0.2)
     base = DiffusionModel(UNet.residual(8, 1, 1, conditions=labelled()))
     large = DiffusionModel(UNet.residual(8, 1, 1, conditions={**labelled(), "low": low}), sampler="ddpm", **options)
     x = images(4, (8, 8, 1))
@@ -126,7 +126,7 @@ def trained(**options):
         model.compile("adam")
         model.fit(batch, batch_size=2, verbose=0)
         perturb(model.network)
-        model.reset_averages()
+        model.reset_ema()
     return base, large
 
 
@@ -198,7 +198,7 @@ def test_a_truncated_stage_is_told_the_level_of_another_schedule():
 def test_a_text_is_encoded_once_by_encoders_that_stages_share(tmp_path, monkeypatch):
     encoder = t5()
     prompts = [Prompt(encoder, Bytes(5), layer=layer, masked=True) for layer in (None, Dense(6))]
-    low = Beside(noise=schedules.Cosine())
+    low = Concat(noise=schedules.Cosine())
     networks = [DiT(8, 1, 2, TransformerBlock(2), conditions={"text": prompts[0]})]
     networks += [DiT(8, 1, 4, TransformerBlock(2), conditions={"words": prompts[1], "low": low})]
     base, large = (DiffusionModel(network, ema=None) for network in networks)
@@ -263,7 +263,7 @@ def test_whole_numbers_are_pictures_of_a_file(cascade):
         with pytest.raises(ValueError, match="`low`"):
             cascade.sample(2, low=bad, **given)
     stage, name = cascade.stages[1], cascade.lows[1]
-    with pytest.raises(ValueError, match=r"Beside.*0 to 255"):
+    with pytest.raises(ValueError, match=r"Concat.*0 to 255"):
         stage.sample(2, label=1, steps=2, **{name: 255.0 * np.ones_like(low) * np.eye(low.shape[1])[..., None]})
 
 
@@ -272,12 +272,12 @@ def test_what_is_no_cascade(cascade):
     base, large = cascade.stages
     with pytest.raises(TypeError, match="must be DiffusionModels"):
         Cascade([])
-    with pytest.raises(ValueError, match=r"stage 1 must have one condition that is a blocks.Beside.*has: \[\]"):
+    with pytest.raises(ValueError, match=r"stage 1 must have one condition that is a blocks.Concat.*has: \[\]"):
         Cascade([large, base])
     with pytest.raises(ValueError, match=r"takes pictures \(4, 4, 1\) as 'low', and stage 1 makes \(8, 8, 1\)"):
         Cascade([base, large, large])
     shared = labelled()
-    low = Beside(noise=schedules.Cosine(), of=SMALL)
+    low = Concat(noise=schedules.Cosine(), of=SMALL)
     two = [DiffusionModel(UNet.residual(8, 1, 1, conditions={**shared, **more})) for more in ({}, {"low": low})]
     for model, size in zip(two, (4, 8), strict=True):
         model.build({"image": (None, size, size, 1), "label": (None,)})
@@ -297,7 +297,7 @@ def test_fit_makes_the_small_picture():
     """The loss is that of the small picture given, and it may still be given."""
 
     def model():
-        low = Beside("bicubic", of=SMALL)
+        low = Concat("bicubic", of=SMALL)
         made = DiffusionModel(UNet.residual(8, 1, 1, conditions={"low": low}), seed=3)
         made.compile("sgd")
         return made
@@ -317,12 +317,12 @@ def test_fit_makes_the_small_picture():
     with pytest.raises(ValueError, match="whose shape must be known"):
         model().build((None, None, None, 1))
     with pytest.raises(TypeError, match=r"of\(x, key\)"):
-        Beside(of=4)
+        Concat(of=4)
 
 
 def test_degradations_are_learned_from():
     of = degradations.Degradations([degradations.RandomBlur(probability=1.0), SMALL, degradations.RandomNoise(0.2)])
-    model = DiffusionModel(UNet.residual(8, 1, 1, conditions={"low": Beside(of=of)}))
+    model = DiffusionModel(UNet.residual(8, 1, 1, conditions={"low": Concat(of=of)}))
     model.compile("adam")
     x = images(4, (8, 8, 1))
     assert np.isfinite(model.fit(x, batch_size=2, verbose=0).history["loss"]).all()

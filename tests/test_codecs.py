@@ -178,7 +178,7 @@ def test_a_codec_is_not_trained_nor_averaged():
     assert len(ours) == 6
     assert not ours & {id(weight) for weight in model.trainable_variables}
     assert ours <= {id(weight) for weight in model.non_trainable_variables}
-    assert len(model.averages.values) == len(model.network.weights) == len(model.optimizer.variables[2:]) / 2
+    assert len(model.ema_weights.values) == len(model.network.weights) == len(model.optimizer.variables[2:]) / 2
     for weight, value in zip(model.codec.weights, before, strict=True):
         np.testing.assert_array_equal(numpy(weight), value)
 

@@ -85,7 +85,7 @@ def test_what_is_dropped_is_a_formula(name):
     perturb(model)
     masks = []
     for call in range(2):
-        key = numpy(random.fold(np.array([layer.seed, call], "int32"), 0, DROPPING))
+        key = numpy(random.fold_in(np.array([layer.seed, call], "int32"), 0, DROPPING))
         dropped = numpy(random.uniform(key, (len(x),))) < dropout
         rows = np.where(dropped.reshape(-1, *[1] * (x.ndim - 1)), layer.null, x).astype(x.dtype)
         expected = run(model, {"x": rows, "embed": embed})

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 from kdiff import DiffusionModel, backend, blocks, networks, random, schedules
-from kdiff.blocks import Beside, Encoded, Joint, MLPEmbedding, SinusoidalEmbedding, TextEncoder
+from kdiff.blocks import Concat, Encoded, Joint, MLPEmbedding, SinusoidalEmbedding, TextEncoder
 from kdiff.blocks.noising import AUGMENTING, LEVELS
 from kdiff.blocks.resizing import FORMS, resized
 from kdiff.networks import MLP, DiT, Hybrid, Level, NCSNpp, SimpleUNet, UNet, UViT
@@ -230,7 +230,7 @@ def test_a_mask_keeps_to_the_fast_path():
 
 
 def low(**options):
-    return Beside(**{"noise": schedules.Cosine(), "level": 0.3, "seed": 3, **options})
+    return Concat(**{"noise": schedules.Cosine(), "level": 0.3, "seed": 3, **options})
 
 
 MAPS = {
@@ -264,7 +264,7 @@ def with_maps(name, **conditions):
 
 @pytest.mark.parametrize("name", mostly_once(MAPS, ("unet", "ncsnpp", "uvit")))
 def test_a_map_is_joined_to_the_channels(name):
-    network, inputs = with_maps(name, low=low(), depth=Beside("area"))
+    network, inputs = with_maps(name, low=low(), depth=Concat("area"))
     y = run(network, inputs)
     assert y.shape == inputs["image"].shape
     for key in ("low", "depth"):
@@ -292,7 +292,7 @@ def test_a_noised_map_is_learned_and_saved(tmp_path):
 
 def test_the_channels_are_those_of_image_then_maps():
     """The network of more channels, given all as one image, is the same."""
-    network, inputs = with_maps("unet", depth=Beside("nearest"))
+    network, inputs = with_maps("unet", depth=Concat("nearest"))
     whole = UNet.residual(8, 2, 1, out_channels=2)
     enlarged = inputs["depth"].repeat(4, axis=1).repeat(4, axis=2)
     joined = {"image": np.concatenate([inputs["image"], enlarged], -1), "time": inputs["time"]}
@@ -310,12 +310,12 @@ def test_the_noise_beside_is_a_formula(highest):
     blocks.base.build_layer(layer, x.shape, (None, 6), image=image.shape)
     for call in range(2):
         key = np.array([3, call], "int32")
-        level = highest * numpy(random.uniform(random.fold(key, 0, LEVELS), (40,)))
+        level = highest * numpy(random.uniform(random.fold_in(key, 0, LEVELS), (40,)))
         assert np.ptp(level) > 0.8 * highest
         assert level.max() < highest
-        dropped = numpy(random.uniform(random.fold(key, 0, blocks.conditions.DROPPING), (40,))) < 0.4
+        dropped = numpy(random.uniform(random.fold_in(key, 0, blocks.conditions.DROPPING), (40,))) < 0.4
         kept = numpy(resized(np.where(dropped[:, None, None, None], 0, x), (4, 4)))
-        noise = random.normal(random.fold(key, 0, AUGMENTING), (40, 4, 4, 1))
+        noise = random.normal(random.fold_in(key, 0, AUGMENTING), (40, 4, 4, 1))
         y = layer({"image": x}, image=image, training=True)
         expected = layer.noise(ops.convert_to_tensor(kept), noise, ops.convert_to_tensor(level))
         np.testing.assert_allclose(numpy(y.map), numpy(expected), atol=1e-5)
@@ -501,9 +501,9 @@ class Added(keras.Model):
 def test_errors():
     shapes = {"image": (1, 4, 4, 2), "time": (1,)}
     cases = [
-        (lambda: Beside("cubic"), r"Beside: `form` must be one of \['nearest', .*received: 'cubic'"),
-        (lambda: Beside(level=2), "Beside: `level`.*received: 2"),
-        (lambda: Beside(highest=2), "Beside: `highest`.*received: 2"),
+        (lambda: Concat("cubic"), r"Concat: `form` must be one of \['nearest', .*received: 'cubic'"),
+        (lambda: Concat(level=2), "Concat: `level`.*received: 2"),
+        (lambda: Concat(highest=2), "Concat: `highest`.*received: 2"),
         (lambda: Joint({}, keras.layers.Identity()), "`parts` must be layers by name"),
         (
             lambda: SimpleUNet((8,), 8, 8, {"text": keras.layers.Dense(5)}).build({**shapes, "text": (1, 3, 2)}),
@@ -526,12 +526,12 @@ def test_errors():
             r"or `Encoded`; it gives: \(1, 2, 2, 1, 1\)",
         ),
         (
-            lambda: MLP(8, 1, conditions={"low": Beside()}).build({"image": (1, 2), "time": (1,), "low": (1, 2, 2, 1)}),
-            r"Beside: an image is expected.*\(1, 2, 2, 1\) and \(1, 2\)",
+            lambda: MLP(8, 1, conditions={"low": Concat()}).build({"image": (1, 2), "time": (1,), "low": (1, 2, 2, 1)}),
+            r"Concat: an image is expected.*\(1, 2, 2, 1\) and \(1, 2\)",
         ),
     ]
     for function, message in cases:
         with pytest.raises(ValueError, match=message):
             function()
     with pytest.raises(TypeError, match="`noise` must be None or a layer"):
-        Beside(noise="cosine")
+        Concat(noise="cosine")

@@ -60,7 +60,7 @@ def level(width, mixer, **options):
 def steered():
     """A U-Net with one input of two uses, and a vector beside the time."""
     mixer = blocks.ContextAttention(2, zero=False)
-    embedding = blocks.SteeredEmbedding(blocks.SinusoidalEmbedding(8), "scale", 3)
+    embedding = blocks.GuidanceEmbedding(blocks.SinusoidalEmbedding(8), "scale", 3)
     tokens = blocks.Chain([keras.layers.Dense(8), keras.layers.Reshape((2, 4))])
     conditions = {"picture": blocks.VectorAndTokens(keras.layers.Dense(32), tokens)}
     levels = [level(8, None, up_mixer=[None, mixer]), level(8, mixer, up_mixer=None)]

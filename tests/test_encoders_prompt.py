@@ -6,7 +6,6 @@ import pytest
 from keras import ops
 
 import kdiff
-from kdiff.averages import Averages
 from kdiff.blocks import (
     AttentionPool,
     Chain,
@@ -17,6 +16,7 @@ from kdiff.blocks import (
     SinusoidalEmbedding,
     VectorAndTokens,
 )
+from kdiff.ema import EMA
 from kdiff.encoders import CLIPText, CLIPVision, Prompt, PromptVector, T5Text
 from kdiff.networks import DiT
 from kdiff.text import Bytes
@@ -137,7 +137,7 @@ def test_trained_with_strings_and_sampled_against_the_empty_text(tmp_path):
     for weight, old in zip(prompt.encoders[0].weights, before, strict=True):
         np.testing.assert_array_equal(numpy(weight), old)
     own = {id(weight) for weight in prompt.encoders[0].weights}
-    assert own.isdisjoint(id(weight) for weight in Averages.of(model.network))
+    assert own.isdisjoint(id(weight) for weight in EMA.of(model.network))
     assert own.isdisjoint(id(weight) for weight in model.trainable_variables)
     options = {"steps": 2, "guidance": 7.5}
     y = model.sample(2, text=["red", "box"], **options)

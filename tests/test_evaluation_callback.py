@@ -41,7 +41,7 @@ def test_scores_of_the_averages_are_logged_where_other_callbacks_find_them(tmp_p
     metric.update_state(model.sample(16, steps=2, seed=3))
     assert metric.result() == pytest.approx(seen[-1], rel=1e-6)
     metric.reset_state()
-    metric.update_state(model.sample(16, steps=2, seed=3, averages=False))
+    metric.update_state(model.sample(16, steps=2, seed=3, ema=False))
     assert metric.result() != pytest.approx(seen[-1], rel=1e-4)
     assert len(list(tmp_path.glob("*.h5"))) == 2
 

@@ -29,7 +29,7 @@ def model_of(network=None, **options):
     model = kdiff.DiffusionModel(network or labelled(), **options)
     model.build({"image": (None, *SHAPE), "label": (None,)})
     draw_weights(model.network)
-    model.reset_averages()
+    model.reset_ema()
     return model
 
 
@@ -167,7 +167,7 @@ def test_a_learned_variance_passes():
 def test_autoguidance_is_its_formula(model):
     weak = model_of(labelled(seed=3), schedule="rectified", prediction="flow")
     draw_weights(weak.network, seed=1)
-    weak.reset_averages()
+    weak.reset_ema()
     x = np.random.default_rng(0).normal(size=(3, *SHAPE)).astype("float32")
     m = model.schedule.at(np.float32(1.0))
     there = weak.schedule.at_log_snr(m.log_snr)
@@ -179,7 +179,7 @@ def test_autoguidance_is_its_formula(model):
     # Its weights are arguments of the compiled step: others give other samples.
     before = model.sample(2, sampler=Sampler("ddim", steps=2, guidance=Autoguidance(weak)), label=0)
     draw_weights(weak.network, seed=9)
-    weak.reset_averages()
+    weak.reset_ema()
     after = model.sample(2, sampler=Sampler("ddim", steps=2, guidance=Autoguidance(weak)), label=0)
     assert np.abs(before - after).max() > 1e-4
 
@@ -347,7 +347,7 @@ def test_no_models(make):
 
 def test_a_pullback_is_the_transposed_derivative():
     x = ops.convert_to_tensor(np.array([[1.0, 2.0], [3.0, -1.0]], "float32"))
-    y, pull, rest = backend.pullback(lambda x: (x**2, 3.0 * x), x)
+    y, pull, rest = backend.vjp(lambda x: (x**2, 3.0 * x), x)
     np.testing.assert_allclose(numpy(y), numpy(x) ** 2)
     np.testing.assert_allclose(numpy(rest), 3 * numpy(x))
     np.testing.assert_allclose(numpy(pull(ops.ones((2, 2)))), 2 * numpy(x))

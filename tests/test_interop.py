@@ -516,11 +516,11 @@ def test_whole_model_there_and_back(tmp_path):
 def test_averages_are_what_is_saved(tmp_path):
     model = DiffusionModel(unet(), "linear_beta", "noise", time_label="index", ema=0.9)
     model.build((None, 8, 8, 3))
-    model.update_averages()  # those that never moved are not used
+    model.update_ema()  # those that never moved are not used
     for weight in model.network.weights:
         weight.assign(weight + 1.0)
     diffusers.save(model, tmp_path)
-    diffusers.save(model, tmp_path / "trained", averages=False)
+    diffusers.save(model, tmp_path / "trained", ema=False)
     averaged, trained = diffusers.load(tmp_path).network, diffusers.load(tmp_path / "trained").network
     for a, b, c in zip(averaged.weights, trained.weights, unet().weights, strict=True):
         np.testing.assert_allclose(ops.convert_to_numpy(a), ops.convert_to_numpy(c), atol=1e-6)

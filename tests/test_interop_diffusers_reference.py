@@ -398,7 +398,7 @@ def test_averages_and_lora_are_exported(averages, tmp_path):
         for i, layer in enumerate(changed):
             for j, one in enumerate((layer.lora_kernel_a, layer.lora_kernel_b)):
                 one.assign(0.3 * normal(*one.shape, seed=100 * seed + 2 * i + j))
-        model.update_averages()
+        model.update_ema()
     interop.save(model, tmp_path / "again", averages)
     again = type(unet).from_pretrained(tmp_path / "again" / "unet").eval()
     x, t = normal(2, 8, 8, 3), np.array([3.0, 977.0], "float32")

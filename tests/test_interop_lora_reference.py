@@ -208,7 +208,7 @@ def test_with_text_encoders(kind, tmp_path):
     pipeline = xl(tmp_path, zeros=False)
     pipeline.save_pretrained(tmp_path / "saved")
     model = interop.load(tmp_path / "saved", ema=0.9)
-    model.averages.updates.assign(1)
+    model.ema_weights.updates.assign(1)
     prompt = prompts.prompt_of(model.network)
     plain, _ = prompt.prepare(TEXTS), prompt.null
     state, about, parts = {}, {}, {}
@@ -225,7 +225,7 @@ def test_with_text_encoders(kind, tmp_path):
     check(np.stack([prompt.null] * 2)[:, :LENGTH], no_tokens, 5e-6)
     wanted = pipeline.unet.state_dict()["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].T
     layer = model.network.bridge.layers[1].blocks[0].cross_attention.attention.key
-    averages = dict((id(weight), average) for weight, average in model.averages.pairs(model.network))
+    averages = dict((id(weight), average) for weight, average in model.ema_weights.pairs(model.network))
     for variable in (layer.kernel, averages[id(layer.kernel)]):
         np.testing.assert_allclose(ops.convert_to_numpy(variable), wanted, atol=1e-6)
     change.remove()

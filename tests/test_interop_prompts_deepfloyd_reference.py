@@ -11,7 +11,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from kdiff import Cascade, Sampler, schedules, times
-from kdiff.blocks import Beside
+from kdiff.blocks import Concat
 from kdiff.guidance import ClassifierFree, DynamicThreshold
 from kdiff.interop import diffusers as interop
 from kdiff.interop import prompts
@@ -207,7 +207,7 @@ def test_saved_again(stages, stage, tmp_path, monkeypatch):
 def test_a_network_that_is_not_told_the_step(stages, tmp_path):
     _, folder, model = stages[2]
     low = model.network.conditions["low"]
-    broken = model.network.clone(conditions={**model.network.conditions, "low": Beside(noise=low.noise)})
+    broken = model.network.clone(conditions={**model.network.conditions, "low": Concat(noise=low.noise)})
     broken.build({"time": (None,), "image": (None, 8, 8, 3), "low": (None, 8, 8, 3), "text": (None, 77, 13)})
     with pytest.raises(ValueError, match=r"diffusers has no such network:\n  .*low"):
         interop.save(broken, tmp_path)

@@ -426,7 +426,7 @@ def test_averages(states):
     plain = states["sd_1"]
     averages = {"model_ema." + name.removeprefix("model.").replace(".", ""): one + 1.0 for name, one in plain.items()}
     both = {**plain, **averages, "model_ema.decay": torch.ones(())}
-    given = single_files.load(both), single_files.load(both, averages=False), single_files.load(plain)
+    given = single_files.load(both), single_files.load(both, ema=False), single_files.load(plain)
     found, without, wanted = (ops.convert_to_numpy(model.network.head.kernel) for model in given)
     np.testing.assert_array_equal(without, wanted)
     np.testing.assert_allclose(found, wanted + 1.0, rtol=1e-6)

@@ -54,7 +54,7 @@ def model_of(prompt=None, ema=0.9, optimizer=None, **options):
     sizes = {"numbers": (None, 1)} if prompt.vector else {}
     model.build({"image": (None, 8, 8, 1), "text": (None, *prompt.row), **sizes})
     draw_weights(network)
-    model.reset_averages()
+    model.reset_ema()
     prompt.changed()
     return model, prompt
 
@@ -98,7 +98,7 @@ def test_only_the_vectors_of_the_token_move(vectors, tmp_path):
     inversion.enable(model, "<toy>")
     rows = [encoder.table.rows for encoder in prompt.encoders]
     assert {id(weight) for weight in model.trainable_variables} == {id(weight) for weight in rows}
-    assert len(model.averages.values) == 2
+    assert len(model.ema_weights.values) == 2
     starts = [numpy(one).copy() for one in rows]
     assert np.isfinite(model.fit(data(TEXTS, prompt), epochs=3, batch_size=2, verbose=0).history["loss"]).all()
     assert all(np.abs(numpy(one) - start).max() > 1e-3 for one, start in zip(rows, starts, strict=True))
@@ -115,7 +115,7 @@ def test_only_the_vectors_of_the_token_move(vectors, tmp_path):
         one.fit(data(TEXTS, prompt), batch_size=4, verbose=0, shuffle=False)
     np.testing.assert_allclose(numpy(again.trainable_variables[0]), numpy(model.trainable_variables[0]), atol=1e-5)
     inversion.finish(again)
-    averages = [numpy(one) for one in model.averages.values]
+    averages = [numpy(one) for one in model.ema_weights.values]
     for encoder, average in zip(inversion.prompt_of(again, "").encoders, averages, strict=True):
         np.testing.assert_allclose(numpy(encoder.table.table)[-vectors:], average, atol=1e-5)
         assert not encoder.trainable_variables

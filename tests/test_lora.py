@@ -22,7 +22,7 @@ def model_of(ema=0.9, make=UNet.residual):
     model = kdiff.DiffusionModel(network, ema=ema)
     model.build(X.shape)
     draw_weights(network)
-    model.reset_averages()
+    model.reset_ema()
     return model
 
 
@@ -37,7 +37,7 @@ def adapted(model, where="", rank=2, alpha=3.0, seed=1):
     for layer in lora.enabled(model):
         for weight in (layer.lora_kernel_a, layer.lora_kernel_b):
             weight.assign(0.3 * generator.standard_normal(weight.shape))
-    model.reset_averages()
+    model.reset_ema()
     return paths
 
 
@@ -86,7 +86,7 @@ def test_only_a_and_b_learn_and_are_averaged():
     paths = lora.enable(model, 2, r"conv2d(_\d+)?$")
     assert paths
     assert all("conv2d" in path for path in paths)
-    assert len(model.network.trainable_weights) == len(model.averages.values) == 2 * len(paths)
+    assert len(model.network.trainable_weights) == len(model.ema_weights.values) == 2 * len(paths)
     model.compile(keras.optimizers.Adam(1e-2))
     model.fit(X, epochs=3, batch_size=4, verbose=0)
     for weight in model.network.weights:
@@ -94,7 +94,7 @@ def test_only_a_and_b_learn_and_are_averaged():
             np.testing.assert_array_equal(numpy(weight), before[weight.path], err_msg=weight.path)
     assert all(np.abs(numpy(layer.lora_kernel_b)).max() > 0 for layer in lora.enabled(model))
     learned = [layer.lora_kernel_b for layer in lora.enabled(model)]
-    averages = {id(weight): average for weight, average in model.averages.pairs(model.network)}
+    averages = {id(weight): average for weight, average in model.ema_weights.pairs(model.network)}
     assert all(np.abs(numpy(averages[id(weight)]) - numpy(weight)).max() > 0 for weight in learned)
 
 
@@ -103,14 +103,14 @@ def test_merged_the_network_computes_as_before(averages):
     model = model_of()
     count = len(model.network.weights)
     adapted(model)
-    for average in model.averages.values:
+    for average in model.ema_weights.values:
         average.assign(0.5 * numpy(average))
-    model.averages.updates.assign(1)
-    with model.averages.scope(model.network) if averages else keras.StatelessScope():
+    model.ema_weights.updates.assign(1)
+    with model.ema_weights.scope(model.network) if averages else keras.StatelessScope():
         wanted = numpy(model.network(INPUTS))
     lora.merge(model, averages)
     np.testing.assert_allclose(numpy(model.network(INPUTS)), wanted, atol=1e-5 * np.abs(wanted).max())
-    assert len(model.network.weights) == count == len(model.averages.values)
+    assert len(model.network.weights) == count == len(model.ema_weights.values)
     assert not lora.enabled(model)
 
 

@@ -21,7 +21,7 @@ def network_weights(model):
 
 
 def averages(model):
-    return [numpy(average).copy() for average in model.averages.values]
+    return [numpy(average).copy() for average in model.ema_weights.values]
 
 
 def fit(model, x, y=None, **options):
@@ -33,8 +33,8 @@ def fit(model, x, y=None, **options):
 
 def expected_loss(model, x, prediction, kind, weighted):
     """The loss of the first training step, by hand: from the network, in float64, with the model's own t and noise."""
-    step = random.fold(random.key_of(model.seed), 0, random.TRAINING)
-    _, of_times, of_noise = (random.fold(step, number) for number in range(3))  # the first is the codec's
+    step = random.fold_in(random.key_of(model.seed), 0, random.TRAINING)
+    _, of_times, of_noise = (random.fold_in(step, number) for number in range(3))  # the first is the codec's
     t = numpy(model.times(model.schedule, len(x), of_times))
     noise = numpy(random.normal(of_noise, x.shape)).astype("float64")
     m = model.schedule.at(t)
@@ -216,9 +216,9 @@ def test_accumulation_updates_the_averages_once_an_update():
     model = compiled_model(optimizer=keras.optimizers.SGD(0.1, gradient_accumulation_steps=2), ema=0.5)
     x = images(48)
     fit(model, x)  # three steps of 16: one update
-    assert int(numpy(model.averages.updates)) == 1
+    assert int(numpy(model.ema_weights.updates)) == 1
     fit(model, x)  # six steps in all: three updates
-    assert int(numpy(model.averages.updates)) == 3
+    assert int(numpy(model.ema_weights.updates)) == 3
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras 3.15 raises on PyTorch")
@@ -229,7 +229,7 @@ def test_steps_per_execution():
         model = kdiff.DiffusionModel(tiny_network())
         model.compile(keras.optimizers.Adam(1e-2), steps_per_execution=steps)
         losses.append(fit(model, x, epochs=2)["loss"])
-        assert int(numpy(model.averages.updates)) == int(numpy(model.step)) == 8
+        assert int(numpy(model.ema_weights.updates)) == int(numpy(model.step)) == 8
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -348,7 +348,7 @@ class Plain(keras.Model):
 def test_a_network_without_a_build(tmp_path):
     model = compiled_model(Plain())
     fit(model, images(16), LABELS[:16].astype("int32"))
-    assert len(model.averages.values) == len(model.network.weights) == 5
+    assert len(model.ema_weights.values) == len(model.network.weights) == 5
     samples = model.sample(2, label=[1, 2], steps=2)
     model.save(tmp_path / "model.keras")
     twin = keras.saving.load_model(tmp_path / "model.keras", custom_objects={"Plain": Plain})
@@ -375,17 +375,17 @@ def test_averages_are_used_for_validation_and_sampling_alone():
     model.build((None, 8, 8, 1))
     x = images(16)
     plain, validated = model.sample(2, steps=3), model.evaluate(x, verbose=0)
-    np.testing.assert_allclose(model.sample(2, steps=3, averages=False), plain, atol=1e-6)
+    np.testing.assert_allclose(model.sample(2, steps=3, ema=False), plain, atol=1e-6)
     trained = fit(compiled_model(), x)["loss"]
-    for average in model.averages.values:
+    for average in model.ema_weights.values:
         average.assign(numpy(average) * 1.5)
     assert fit(model, x)["loss"] == pytest.approx(trained, rel=1e-5)
-    for average in model.averages.values:
+    for average in model.ema_weights.values:
         average.assign(numpy(average) * 1.5)
     assert np.abs(model.sample(2, steps=3) - plain).max() > 1e-3
-    np.testing.assert_allclose(model.sample(2, steps=3, averages=False), plain, atol=1e-6)
+    np.testing.assert_allclose(model.sample(2, steps=3, ema=False), plain, atol=1e-6)
     assert model.evaluate(x, verbose=0) != pytest.approx(validated, rel=1e-3)
-    model.reset_averages()
+    model.reset_ema()
     np.testing.assert_allclose(model.sample(2, steps=3), plain, atol=1e-5)
 
 
@@ -393,8 +393,8 @@ def test_averages_are_used_for_validation_and_sampling_alone():
 def test_without_averages():
     model = compiled_model(ema=None)
     fit(model, images(16))
-    assert model.averages is None
-    np.testing.assert_array_equal(model.sample(2, steps=2), model.sample(2, steps=2, averages=False))
+    assert model.ema_weights is None
+    np.testing.assert_array_equal(model.sample(2, steps=2), model.sample(2, steps=2, ema=False))
 
 
 def test_fitting_again_and_evaluating_leaves_weights_alone():

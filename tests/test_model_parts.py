@@ -64,8 +64,8 @@ def test_the_learned_variance_is_part_of_the_loss():
     )
     model.compile("sgd")
     loss = model.evaluate(x, batch_size=16, verbose=0)
-    step = random.fold(random.key_of(5), 0, random.EVALUATION)
-    keys = [random.fold(step, number) for number in (1, 2)]  # number 0 is the codec's
+    step = random.fold_in(random.key_of(5), 0, random.EVALUATION)
+    keys = [random.fold_in(step, number) for number in (1, 2)]  # number 0 is the codec's
     t, noise = model.times(model.schedule, 16, keys[0]), random.normal(keys[1], (16, 2))
     m, x_t = model.schedule.at(t), model.schedule(x, noise, t)
     error = np.mean((0.5 * numpy(x_t) - numpy(noise)) ** 2)

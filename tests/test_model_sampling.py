@@ -82,7 +82,7 @@ def test_noise_of_each_step(model):
 
     def noise(step, shape):
         asked.append((step, shape))
-        return numpy(random.normal(random.fold(key, np.int32(step), random.STEPS), shape, np.int32(0)))
+        return numpy(random.normal(random.fold_in(key, np.int32(step), random.STEPS), shape, np.int32(0)))
 
     options = {"sampler": "ddpm", "steps": 3, "seed": 3}
     wanted = model.sample(2, **options)

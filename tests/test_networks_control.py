@@ -24,7 +24,7 @@ ASKED = {"label": 1, "text": TEXT[0], "steps": 2}
 
 def conditions():
     text = blocks.TextEncoder(kdiff.text.Bytes(5), 8, depth=1, masked=True, dropout=0.1)
-    return {"label": blocks.LabelEmbedding(3, dropout=0.1), "text": text, "beside": blocks.Beside()}
+    return {"label": blocks.LabelEmbedding(3, dropout=0.1), "text": text, "beside": blocks.Concat()}
 
 
 def model_of(ema=0.9, dtype=None):
@@ -33,7 +33,7 @@ def model_of(ema=0.9, dtype=None):
     model = kdiff.DiffusionModel(network, ema=ema)
     model.build({"image": X.shape, "label": (4,), "text": (4, 5), "beside": X.shape})
     draw_weights(network)
-    model.reset_averages()
+    model.reset_ema()
     return model
 
 
@@ -44,7 +44,7 @@ def with_control(model, draw=True, **names):
     for i, one in enumerate(made.values()):
         if draw:
             draw_weights(one, seed=i + 5)
-    model.reset_averages()
+    model.reset_ema()
     return model
 
 
@@ -113,7 +113,7 @@ def test_only_the_control_learns_and_is_averaged(dtype, tmp_path):
         np.testing.assert_array_equal(numpy(weight), value, err_msg=weight.path)
     np.testing.assert_array_equal(sample(model), at_first)
     assert {id(w) for w in model.trainable_variables} == {id(w) for w in one.trainable_variables}
-    averages = [average for _, average in model.averages.pairs(model.network)]
+    averages = [average for _, average in model.ema_weights.pairs(model.network)]
     assert len(averages) == len([weight for weight in one.weights if "float" in weight.dtype])
     assert all(np.abs(numpy(layer.kernel)).max() > 0 for layer in (*one.outlets, one.hint.last))
     steered = sample(model, edges=EDGES[0])
@@ -124,7 +124,7 @@ def test_only_the_control_learns_and_is_averaged(dtype, tmp_path):
     again = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(sample(again, edges=EDGES[0]), steered)
     assert len(again.trainable_variables) == len(model.trainable_variables)
-    assert len(again.averages.values) == len(averages)
+    assert len(again.ema_weights.values) == len(averages)
     assert again.fit(data(edges=EDGES), epochs=1, verbose=0).history["loss"][0] > 0
 
 
@@ -144,13 +144,13 @@ def test_several_controls():
 @pytest.mark.once
 def test_the_averages_that_there_were_are_the_frozen_weights():
     model = model_of()
-    for average in model.averages.values:
+    for average in model.ema_weights.values:
         average.assign(0.5 * numpy(average))
-    model.averages.updates.assign(1)
+    model.ema_weights.updates.assign(1)
     before = sample(model)
     with_control(model, draw=False)
     np.testing.assert_allclose(sample(model, edges=EDGES[0]), before, atol=1e-6)
-    assert not model.averages.moved
+    assert not model.ema_weights.moved
 
 
 @pytest.mark.once

@@ -30,8 +30,8 @@ def test_the_loss_is_that_of_the_formula():
     )
     model.compile("sgd")
     x = MIXTURE.sample(16)
-    step = random.fold(random.key_of(3), 0, random.EVALUATION)
-    _, for_times, for_noise = (random.fold(step, number) for number in range(3))
+    step = random.fold_in(random.key_of(3), 0, random.EVALUATION)
+    _, for_times, for_noise = (random.fold_in(step, number) for number in range(3))
     m, noise = schedule.at(model.times(schedule, 16, for_times)), numpy(random.normal(for_noise, (16, 2)))
     alpha, sigma, snr = (numpy(v).astype("float64") for v in (m.alpha, m.sigma, np.exp(numpy(m.log_snr))))
     x_t = alpha[:, None] * x + sigma[:, None] * noise
@@ -83,7 +83,7 @@ class Distilled(Objective):
     def problem(self, model, x, conditions, keys, training):
         t = model.times(model.schedule, ops.shape(x)[0], next(keys))
         x_t, m = model.schedule(x, random.normal(next(keys), ops.shape(x)), t), model.schedule.at(t)
-        output = model.output(x_t, m, conditions, training, averages=not training)
+        output = model.output(x_t, m, conditions, training, ema=not training)
         target = ops.stop_gradient(self.teacher.denoise(x_t, m, **conditions))
         return Problem(model.prediction.denoise(output, x_t, m), target)
 
@@ -129,7 +129,7 @@ def test_objectives_of_ones_own_train_and_are_saved(make, tmp_path):
     assert loaded.evaluate(X, batch_size=32, verbose=0) == pytest.approx(after, rel=1e-4)
     again = [one.fit(X, **order).history["loss"][0] for one in (model, loaded)]
     assert again[0] == pytest.approx(again[1], rel=1e-4)
-    assert len(model.averages.values) == len(model.network.weights)
+    assert len(model.ema_weights.values) == len(model.network.weights)
 
 
 def test_an_objective_may_have_weights_that_are_trained():
@@ -150,9 +150,9 @@ def test_another_model_is_frozen_and_saved_once(tmp_path):
     frozen = teacher()
     model = kdiff.DiffusionModel(points(), objective=Distilled(frozen), codec="identity")
     model.compile(keras.optimizers.Adam(1e-2))
-    before = [numpy(weight).copy() for weight in frozen.network.weights + frozen.averages.values]
+    before = [numpy(weight).copy() for weight in frozen.network.weights + frozen.ema_weights.values]
     model.fit(X, batch_size=32, verbose=0)
-    for weight, value in zip(frozen.network.weights + frozen.averages.values, before, strict=True):
+    for weight, value in zip(frozen.network.weights + frozen.ema_weights.values, before, strict=True):
         np.testing.assert_array_equal(numpy(weight), value)
     ours = {id(variable) for variable in frozen.variables}
     assert not ours & {id(variable) for variable in model.trainable_variables}

@@ -14,13 +14,13 @@ from keras import ops
 
 import kdiff
 from kdiff import lora, losses, objectives, random, reflow, schedules, solvers, students
-from kdiff.blocks import Input, Interval, LabelEmbedding, SinusoidalEmbedding, SteeredEmbedding
+from kdiff.blocks import GuidanceEmbedding, Input, Interval, LabelEmbedding, SinusoidalEmbedding
 from kdiff.denoisers import interval
 from kdiff.networks import MLP
 from kdiff.objectives.taught import implied_output, joined_jumps
 from kdiff.predictions import Karras, Prediction, TrigFlow
 from kdiff.solvers.base import flow_to
-from kdiff.tangents import Difference
+from kdiff.tangents import FiniteDifference
 from kdiff.times import TimeSampler
 from tests.toys import draw_weights, mostly_once, numpy
 
@@ -94,9 +94,13 @@ TIMES = Given(np.linspace(0.05, 0.95, 64), np.linspace(0.9, 0.1, 64))
 
 
 LAWS = {
-    "MeanFlow": (lambda: objectives.MeanFlow(exact_model(RECTIFIED, "flow"), 1.0, "forward", 0.0), RECTIFIED, "flow"),
+    "MeanFlow": (
+        lambda: objectives.MeanFlow(exact_model(RECTIFIED, "flow"), 1.0, "forward_mode", 0.0),
+        RECTIFIED,
+        "flow",
+    ),
     "sCD": (
-        lambda: objectives.TangentConsistency(exact_model(COSINE, TrigFlow()), "forward", 0, None, 0),
+        lambda: objectives.SCM(exact_model(COSINE, TrigFlow()), "forward_mode", 0, None, 0),
         COSINE,
         TrigFlow(),
     ),
@@ -106,12 +110,12 @@ LAWS = {
         Karras(),
     ),
     "MeanFlow, differences": (
-        lambda: objectives.MeanFlow(exact_model(RECTIFIED, "flow"), 1.0, Difference(0.005), 0.0),
+        lambda: objectives.MeanFlow(exact_model(RECTIFIED, "flow"), 1.0, FiniteDifference(0.005), 0.0),
         RECTIFIED,
         "flow",
     ),
     "sCD, differences": (
-        lambda: objectives.TangentConsistency(exact_model(EXPLODING, TrigFlow()), Difference(0.005), 0, None, 0),
+        lambda: objectives.SCM(exact_model(EXPLODING, TrigFlow()), FiniteDifference(0.005), 0, None, 0),
         EXPLODING,
         TrigFlow(),
     ),
@@ -150,9 +154,13 @@ def product(values):
 
 
 UNTAUGHT = {
-    "MeanFlow": (lambda: objectives.MeanFlow(None, 0.5, Difference(0.005), 0.0), RECTIFIED, "flow"),
+    "MeanFlow": (lambda: objectives.MeanFlow(None, 0.5, FiniteDifference(0.005), 0.0), RECTIFIED, "flow"),
     "Shortcut": (lambda: objectives.Shortcut(0.5, 1024), COSINE, "velocity"),
-    "sCT": (lambda: objectives.TangentConsistency(None, Difference(0.005), 0, None, 0), COSINE, TrigFlow()),
+    "sCT": (
+        lambda: objectives.SCM(None, FiniteDifference(0.005), 0, None, 0),
+        COSINE,
+        TrigFlow(),
+    ),
     "Shortcut, flow": (lambda: objectives.Shortcut(0.5, 1024), RECTIFIED, "flow"),
 }
 
@@ -183,7 +191,9 @@ def test_progressive_distillation_is_two_steps_of_ddim(case):
     """Salimans and Ho 2022, algorithm 2, in float64, from the marginals and the exact denoiser."""
     prediction, schedule, steps = case
     prediction = Prediction.get(prediction)
-    model = exact_model(schedule, prediction, objectives.Distillation(exact_model(schedule, prediction), steps))
+    model = exact_model(
+        schedule, prediction, objectives.ProgressiveDistillation(exact_model(schedule, prediction), steps)
+    )
     problem = model.objective.problem(model, ops.convert_to_tensor(X), {}, random.Keys(random.key_of(0)), True)
     keys = random.Keys(random.key_of(0))
     i = np.floor(steps * numpy(random.uniform(next(keys), (64,))))
@@ -300,15 +310,19 @@ def diffusion(schedule="cosine", prediction="velocity", **options):
     model = kdiff.DiffusionModel(network(), schedule, prediction, codec="identity", ema=0.9, **options)
     model.build((None, 2))
     draw_weights(model.network, 1)
-    model.update_averages()
+    model.update_ema()
     return model
 
 
 TRAINED = {
-    "Distillation": ("cosine", "velocity", lambda teacher: objectives.Distillation(teacher, 2)),
-    "MeanFlow": ("rectified", "flow", lambda _: objectives.MeanFlow(tangent="forward")),
-    "Consistency": ("cosine", "velocity", lambda teacher: objectives.Consistency(teacher, averaged=True)),
-    "TangentConsistency": ("cosine", "trig_flow", lambda teacher: objectives.TangentConsistency(teacher, "forward", 5)),
+    "ProgressiveDistillation": ("cosine", "velocity", lambda teacher: objectives.ProgressiveDistillation(teacher, 2)),
+    "MeanFlow": ("rectified", "flow", lambda _: objectives.MeanFlow(tangent="forward_mode")),
+    "Consistency": ("cosine", "velocity", lambda teacher: objectives.Consistency(teacher, ema=True)),
+    "SCM": (
+        "cosine",
+        "trig_flow",
+        lambda teacher: objectives.SCM(teacher, "forward_mode", 5),
+    ),
     "Shortcut": ("rectified", "flow", lambda _: objectives.Shortcut()),
 }
 
@@ -320,7 +334,7 @@ def test_it_trains_samples_and_is_saved(name, tmp_path):
     teacher = diffusion(schedule, prediction)
     before, trainable = [numpy(value).copy() for value in teacher.variables], len(teacher.trainable_variables)
     model = students.student(teacher, make(teacher))
-    for weight, average in zip(model.network.weights, teacher.averages.values, strict=True):
+    for weight, average in zip(model.network.weights, teacher.ema_weights.values, strict=True):
         np.testing.assert_array_equal(numpy(weight), numpy(average))
     model.compile(keras.optimizers.Adam(1e-2), losses.PseudoHuber() if name == "Consistency" else "mse")
     assert len(model.network.trainable_variables) == trainable
@@ -330,7 +344,7 @@ def test_it_trains_samples_and_is_saved(name, tmp_path):
     for value, variable in zip(before, teacher.variables, strict=True):
         np.testing.assert_array_equal(value, numpy(variable))
     assert np.abs(numpy(model.network.trainable_variables[0]) - old).max() > 1e-3
-    assert len(model.averages.values) == len(model.network.weights)
+    assert len(model.ema_weights.values) == len(model.network.weights)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert repr(loaded.sampler) == repr(model.sampler)
@@ -360,7 +374,7 @@ TABLE = schedules.ScaledLinearBeta(100)
 def labelled(steering=False):
     """A model of two classes, its embedding steered or not, trained for a step."""
     waves = SinusoidalEmbedding(8)
-    embedding = SteeredEmbedding(waves, "timestep_cond", 8, 16) if steering else None
+    embedding = GuidanceEmbedding(waves, "timestep_cond", 8, 16) if steering else None
     made = MLP(16, 1, embedding=embedding, conditions={"label": LabelEmbedding(2, dropout=0.1)})
     made.build(
         {"image": (None, 2), "time": (None,), "label": (None,), **({"timestep_cond": (None,)} if steering else {})}
@@ -379,7 +393,7 @@ def test_latent_consistency_follows_the_guided_teacher(guidance):
     teacher = labelled(True)
     model = students.student(teacher, objectives.LCM(teacher, 10, guidance))
     draw_weights(model.network, 3)
-    model.reset_averages()
+    model.reset_ema()
     conditions = {"label": ops.convert_to_tensor(LABELS, "int32")}
     problem = model.objective.problem(model, ops.convert_to_tensor(X), conditions, random.Keys(random.key_of(0)), False)
     keys = random.Keys(random.key_of(0))
@@ -495,9 +509,20 @@ def refused(message, schedule, prediction, make, **options):
         refused("MeanFlow: the prediction must be Flow", RECTIFIED, "velocity", "mean_flow"),
         refused("MeanFlow: the schedule must go straight", COSINE, "flow", "mean_flow"),
         refused("MeanFlow: it has a weight of its own", RECTIFIED, "flow", "mean_flow", weighting="min_snr"),
-        refused("TangentConsistency: the prediction must be TrigFlow", COSINE, "velocity", "tangent_consistency"),
-        refused("TangentConsistency: it learns its weight", COSINE, "trig_flow", "tangent_consistency", weighting="p2"),
-        refused("TangentConsistency: the schedule must be cont", TABLE, "trig_flow", "tangent_consistency"),
+        refused(
+            "SCM: the prediction must be TrigFlow",
+            COSINE,
+            "velocity",
+            "scm",
+        ),
+        refused(
+            "SCM: it learns its weight",
+            COSINE,
+            "trig_flow",
+            "scm",
+            weighting="p2",
+        ),
+        refused("SCM: the schedule must be cont", TABLE, "trig_flow", "scm"),
         refused("Consistency: the schedule must be continuous", TABLE, "velocity", "consistency"),
         refused("Consistency: x_hat must be x itself at the cl", COSINE, "data", "consistency"),
         refused("Shortcut: it has noise levels of its own", RECTIFIED, "flow", "shortcut", weighting="variational"),
@@ -518,24 +543,27 @@ def test_what_makes_no_sense_is_refused(schedule, prediction, make, options, mes
 def test_wrong_teachers():
     model = diffusion()
     for make, message in (
-        (lambda: objectives.Distillation(kdiff.DiffusionModel(MLP(8, 1))), "has no weights yet"),
+        (lambda: objectives.ProgressiveDistillation(kdiff.DiffusionModel(MLP(8, 1))), "has no weights yet"),
         (lambda: objectives.Consistency(guidance=2.0), "is of a teacher"),
-        (lambda: objectives.Distillation(model, guidance=(1.0, 2.0, 3.0)), "a number, or \\(low, high\\)"),
-        (lambda: students.student(model, objectives.Distillation(model, guidance=2.0)), "cannot be guided"),
+        (lambda: objectives.ProgressiveDistillation(model, guidance=(1.0, 2.0, 3.0)), "a number, or \\(low, high\\)"),
+        (lambda: students.student(model, objectives.ProgressiveDistillation(model, guidance=2.0)), "cannot be guided"),
         (lambda: students.student(model, objectives.LCM(model)), "the schedule must be discrete"),
         (lambda: students.student(model, "denoising", network=MLP(8, 1)), "must have all weights"),
         (
-            lambda: students.student(model, objectives.Distillation(model), codec="pixels"),
+            lambda: students.student(model, objectives.ProgressiveDistillation(model), codec="pixels"),
             "the codec must be the teach",
         ),
-        (lambda: students.student(model, objectives.Distillation(model, 5, "leading")), "are not every second of"),
+        (
+            lambda: students.student(model, objectives.ProgressiveDistillation(model, 5, "leading")),
+            "are not every second of",
+        ),
         (lambda: objectives.Shortcut(steps=12), "a power of 2"),
     ):
         with pytest.raises(ValueError, match=message):
             make()
     for wrong in (None, "model"):
         with pytest.raises(TypeError, match="`teacher` must be a DiffusionModel"):
-            objectives.Distillation(wrong)
+            objectives.ProgressiveDistillation(wrong)
     low = MLP(16, 1, conditions={"interval": Interval(8)}, dtype="mixed_bfloat16")
     with pytest.raises(ValueError, match="needs a network that computes in float32"):
         kdiff.DiffusionModel(low, "rectified", "flow", objective="mean_flow")

@@ -26,7 +26,7 @@ def value_and_gradients(function, arrays):
         def of_one(x, i=i):
             return function(*tensors[:i], x, *tensors[i + 1 :]), None
 
-        y, pull, _ = backend.pullback(of_one, tensor)
+        y, pull, _ = backend.vjp(of_one, tensor)
         gradients.append(ops.convert_to_numpy(pull(ops.convert_to_tensor(drawn(*y.shape, seed=9)))))
     return ops.convert_to_numpy(y), gradients
 
@@ -90,7 +90,7 @@ def test_the_gradient_of_a_kernel_to_one_channel(size):
     """In a batch of one: PyTorch has none on a CPU, of the kernel as it lies."""
     x, kernel = ops.convert_to_tensor(drawn(1, *size, 3)), ops.convert_to_tensor(drawn(*[3] * len(size), 3, 1))
     ones = (1,) * len(size)
-    pull = backend.pullback(lambda one: (backend.convolution(x, one, None, ones, "same", ones), None), kernel)[1]
+    pull = backend.vjp(lambda one: (backend.convolution(x, one, None, ones, "same", ones), None), kernel)[1]
     gradient = ops.convert_to_numpy(pull(ops.ones((1, *size, 1))))
     padded = np.pad(numpy(x), [(0, 0), *[(1, 1)] * len(size), (0, 0)])
     windows = np.lib.stride_tricks.sliding_window_view(padded, size, tuple(range(1, len(size) + 1)))

@@ -22,6 +22,7 @@ FILES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*
 # A part may import what stands before it, on each of these paths that it is on. So mathematics, neural blocks and
 # pipelines meet in nothing but the foundations.
 FOUNDATIONS = (
+    "deprecated",
     "circular_padding",
     "backend",
     "base",
@@ -55,6 +56,7 @@ PATHS = (
         *FOUNDATIONS,
         *MATHEMATICS,
         "codecs",
+        "ema",
         "averages",
         "lora",
         "inversion",
@@ -80,6 +82,7 @@ PATHS = (
         "control",
         *MATHEMATICS,
         "codecs",
+        "ema",
         "averages",
         "lora",
         "inversion",

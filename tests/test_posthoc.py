@@ -7,7 +7,7 @@ import pytest
 
 import kdiff
 from kdiff import posthoc
-from kdiff.averages import Power
+from kdiff.ema import Power
 from tests.toys import compiled_model, images, numpy, tiny_network
 
 SHAPE = (4, 4, 1)
@@ -118,9 +118,9 @@ def test_what_was_kept_is_given_back(run, other):
     model, history, folder = run
     assert posthoc.steps(folder) == list(range(2, STEPS + 1, 2))
     for which, power in enumerate(KEPT):
-        fitted = posthoc.give(other, folder, power.length)
+        fitted = posthoc.reconstruct(other, folder, power.length)
         assert fitted.error < 1e-6
-        assert_close(weights_of(other), [numpy(one) for one in model.averages.kept[which]], 1e-6)
+        assert_close(weights_of(other), [numpy(one) for one in model.ema_weights.kept[which]], 1e-6)
         assert_close(weights_of(other), history.average(power.length), 1e-5)
 
 
@@ -128,7 +128,7 @@ def test_any_other_length_is_near_the_one_that_was_not_kept(run, other):
     _, history, folder = run
     moved = max(np.abs(a - b).max() for a, b in zip(history.average(0.05), history.average(0.15), strict=True))
     for length, at in ((0.07, None), (0.15, None), (0.12, 20)):
-        fitted = posthoc.give(other, folder, length, at=at)
+        fitted = posthoc.reconstruct(other, folder, length, at=at)
         assert len(fitted.coefficients) == (at or STEPS)
         assert_close(weights_of(other), history.average(length, at), 0.01 * moved)
 
@@ -138,11 +138,11 @@ def test_a_model_computes_with_what_it_is_given(run, tmp_path):
     _, history, folder = run
     model = fit(trained_model(), epochs=1)
     before = model.sample(2, steps=2)
-    posthoc.give(model, folder, 0.1)
+    posthoc.reconstruct(model, folder, 0.1)
     assert_close(weights_of(model), history.average(0.1), 1e-5)
     samples = model.sample(2, steps=2)
     assert np.abs(samples - before).max() > 1e-4
-    np.testing.assert_allclose(model.sample(2, steps=2, averages=False), samples, atol=1e-6)
+    np.testing.assert_allclose(model.sample(2, steps=2, ema=False), samples, atol=1e-6)
     model.save(tmp_path / "model.keras")
     np.testing.assert_allclose(keras.saving.load_model(tmp_path / "model.keras").sample(2, steps=2), samples, atol=1e-6)
 
@@ -155,8 +155,8 @@ def test_half_precision(tmp_path):
         model = fit(trained_model(), posthoc.SnapshotCallback(tmp_path, dtype="float16"), epochs=2)
     finally:
         keras.config.set_dtype_policy(before)
-    average = [numpy(one) for one in model.averages.kept[1]]
-    posthoc.give(model, tmp_path, 0.1)
+    average = [numpy(one) for one in model.ema_weights.kept[1]]
+    posthoc.reconstruct(model, tmp_path, 0.1)
     assert_close(weights_of(model), average, 1e-3)
     with h5py.File(tmp_path / "snapshot-00000016.h5") as file:
         assert file["1/0"].dtype == "float16"
@@ -166,7 +166,7 @@ def test_snapshots_count_updates_and_the_last_is_of_the_end(tmp_path):
     """Of two steps each, with gradient accumulation; the number in `every` is of steps."""
     model = fit(trained_model(gradient_accumulation_steps=2), posthoc.SnapshotCallback(tmp_path, 6, unit="step"))
     assert posthoc.steps(tmp_path) == [3, 6, 9, 12, 15, 16]
-    assert int(numpy(model.averages.updates)) == 16
+    assert int(numpy(model.ema_weights.updates)) == 16
 
 
 class Killed(keras.callbacks.Callback):
@@ -189,9 +189,9 @@ def test_a_killed_run_leaves_the_snapshots_of_one_that_was_not(run, other, tmp_p
     fit(trained_model(), *callbacks)
     assert posthoc.steps(tmp_path) == posthoc.steps(run[2])
     for at in (14, None):
-        posthoc.give(other, run[2], 0.1, at=at)
+        posthoc.reconstruct(other, run[2], 0.1, at=at)
         unbroken = weights_of(other)
-        posthoc.give(other, tmp_path, 0.1, at=at)
+        posthoc.reconstruct(other, tmp_path, 0.1, at=at)
         assert_close(weights_of(other), unbroken, 1e-6)
 
 
@@ -208,7 +208,7 @@ def test_a_full_disk_is_a_warning(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.warns(UserWarning, match="training goes on"):
         model = fit(trained_model(), posthoc.SnapshotCallback(tmp_path / "file"), epochs=1)
-    assert int(numpy(model.averages.updates)) == 8
+    assert int(numpy(model.ema_weights.updates)) == 8
 
 
 # The sweep
@@ -231,7 +231,7 @@ def test_a_sweep_leaves_the_model_as_it_was(run):
         posthoc.sweep(model, folder, lambda model: 1 / 0)
     assert_close(weights_of(model), before, 0.0)
     np.testing.assert_allclose(model.sample(1, steps=2), samples, atol=1e-6)
-    assert int(numpy(model.averages.updates)) == STEPS
+    assert int(numpy(model.ema_weights.updates)) == STEPS
 
 
 @pytest.mark.once
@@ -273,10 +273,10 @@ def test_what_is_no_run(run, other, tmp_path):
         (larger, folder, None, "another network"),
     ]:
         with pytest.raises(ValueError, match=words):
-            posthoc.give(model, place, 0.1, at)
+            posthoc.reconstruct(model, place, 0.1, at)
     (tmp_path / "snapshot-00000002.h5").write_bytes((folder / "snapshot-00000002.h5").read_bytes()[:3000])
     with pytest.raises(ValueError, match="not a whole snapshot"):
-        posthoc.give(other, tmp_path, 0.1)
+        posthoc.reconstruct(other, tmp_path, 0.1)
     with pytest.raises(ValueError, match="lengths"):
         posthoc.sweep(other, folder, float, [])
     with pytest.raises(ValueError, match="float64"):
@@ -287,7 +287,7 @@ def test_what_is_no_run(run, other, tmp_path):
 @pytest.mark.once
 def test_training_that_goes_on_after_give_does_not_remove_the_snapshots(tmp_path):
     model = fit(trained_model(), posthoc.SnapshotCallback(tmp_path), epochs=2)
-    posthoc.give(model, tmp_path, 0.07)
+    posthoc.reconstruct(model, tmp_path, 0.07)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"begin anew.*another folder"):
         fit(model, posthoc.SnapshotCallback(tmp_path), epochs=1)
@@ -296,7 +296,7 @@ def test_training_that_goes_on_after_give_does_not_remove_the_snapshots(tmp_path
     assert len(list((tmp_path / "other").iterdir())) == 1
     plain = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     with pytest.raises(TypeError, match="DiffusionModel is expected"):
-        posthoc.give(plain, tmp_path, 0.07)
+        posthoc.reconstruct(plain, tmp_path, 0.07)
     plain.compile("sgd", "mse")
     with pytest.raises(ValueError, match="must keep power averages"):
         plain.fit(np.zeros((2, 3)), np.zeros((2, 1)), callbacks=[posthoc.SnapshotCallback(tmp_path)], verbose=0)

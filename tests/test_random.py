@@ -59,8 +59,8 @@ def test_a_sample_does_not_depend_on_its_batch(draw):
 def test_seeds_and_streams_differ():
     shape = (4, 50)
     seeds = [random.key_of(seed) for seed in (0, 1, 2**32, 2**64 - 1)]
-    streams = list(numpy(random.fold(random.key_of(0), np.arange(4), 1)))
-    streams += list(numpy(random.fold(random.key_of(0), np.arange(4), 2)))
+    streams = list(numpy(random.fold_in(random.key_of(0), np.arange(4), 1)))
+    streams += list(numpy(random.fold_in(random.key_of(0), np.arange(4), 2)))
     draws = [numpy(random.normal(key, shape)) for key in seeds + streams]
     for i, a in enumerate(draws):
         for b in draws[:i]:
@@ -80,12 +80,12 @@ def test_inside_a_compiled_loop():
     class Loop(keras.layers.Layer):
         def call(self, x):
             def body(step, total):
-                key = random.fold(random.key_of(0), step, random.STEPS)
+                key = random.fold_in(random.key_of(0), step, random.STEPS)
                 return total + random.normal(key, (2, 3))
 
             return ops.fori_loop(0, 3, body, x)
 
     model = keras.Sequential([Loop()])
     result = model.predict(np.zeros((2, 3), "float32"), verbose=0)
-    keys = numpy(random.fold(random.key_of(0), np.arange(3), random.STEPS))
+    keys = numpy(random.fold_in(random.key_of(0), np.arange(3), random.STEPS))
     np.testing.assert_allclose(result, sum(numpy(random.normal(key, (2, 3))) for key in keys), rtol=1e-5, atol=1e-6)

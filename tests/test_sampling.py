@@ -154,7 +154,7 @@ def test_noise_may_be_given():
 
     def noise(step, shape):
         asked.append((step, shape))
-        return numpy(random.normal(random.fold(key, np.int32(step), random.STEPS), shape, np.int32(0)))
+        return numpy(random.normal(random.fold_in(key, np.int32(step), random.STEPS), shape, np.int32(0)))
 
     sampler = Sampler("ddpm", steps=5)
     np.testing.assert_array_equal(sample(sampler, noise=noise), sample(sampler))

@@ -307,7 +307,7 @@ def test_ddpm_is_ho_et_al():
             mean = np.sqrt(previous) * beta[i] / (1 - bar[i]) * x_hat
             mean += np.sqrt(1 - beta[i]) * (1 - previous) / (1 - bar[i]) * x
             spread = beta[i] if variance == "large" else (1 - previous) / (1 - bar[i]) * beta[i]
-            key = random.fold(random.key_of(4), step.index - 1, random.STEPS)
+            key = random.fold_in(random.key_of(4), step.index - 1, random.STEPS)
             x = mean + (np.sqrt(spread) * numpy(random.normal(key, (5, 3))) if i else 0)
             np.testing.assert_allclose(numpy(step.x), x, rtol=1e-4, atol=1e-5)
 

@@ -7,7 +7,7 @@ from keras import ops
 
 from kdiff import backend, networks
 from kdiff.blocks import adaptive_block
-from kdiff.tangents import Difference, Forward, Tangent
+from kdiff.tangents import FiniteDifference, ForwardMode, Tangent
 from tests.helpers_gradients import perturb
 from tests.toys import mostly_once, numpy
 
@@ -20,7 +20,7 @@ def cubic(e):
     return ops.convert_to_tensor(START) + ops.convert_to_tensor(SPEED)[:, None] * e[:, None] + e[:, None] ** 3
 
 
-@pytest.mark.parametrize(("tangent", "error"), [(Forward(), 0.0), (Difference(0.1), 0.01)], ids=repr)
+@pytest.mark.parametrize(("tangent", "error"), [(ForwardMode(), 0.0), (FiniteDifference(0.1), 0.01)], ids=repr)
 def test_the_derivative_of_a_polynomial(tangent, error):
     """The difference is wrong by h^2, and between unequal sides by (above^3 + below^3) / (above + below)."""
     value = numpy(tangent(cubic, ops.convert_to_tensor(ZERO)))
@@ -57,7 +57,7 @@ def test_both_agree_through_networks(name):
     def compiled(tangent):
         return numpy(backend.fused(lambda zero: tangent(curve, zero))(ops.convert_to_tensor(ZERO)))
 
-    exact, difference = compiled(Forward()), compiled(Difference(0.005))
+    exact, difference = compiled(ForwardMode()), compiled(FiniteDifference(0.005))
     assert np.abs(exact).max() > 0.1
     np.testing.assert_allclose(difference, exact, atol=5e-3 * np.abs(exact).max())
 
@@ -65,7 +65,7 @@ def test_both_agree_through_networks(name):
 @pytest.mark.once
 def test_no_gradient_flows():
     x = keras.Variable(np.float32([1.0, 2.0, 3.0]))
-    for tangent in (Forward(), Difference()):
+    for tangent in (ForwardMode(), FiniteDifference()):
         made = tangent(lambda e: (x.value * e)[:, None], ops.convert_to_tensor(ZERO))
         np.testing.assert_allclose(numpy(made)[:, 0], [1.0, 2.0, 3.0], rtol=1e-4)
         assert not getattr(made, "requires_grad", False)  # on PyTorch, which alone records
@@ -73,7 +73,7 @@ def test_no_gradient_flows():
 
 @pytest.mark.once
 def test_arguments():
-    assert Tangent.get("difference") == Difference(0.001)
-    assert Tangent.get("forward") == Forward()
-    with pytest.raises(ValueError, match="Difference: `h`"):
-        Difference(0.0)
+    assert Tangent.get("finite_difference") == FiniteDifference(0.001)
+    assert Tangent.get("forward_mode") == ForwardMode()
+    with pytest.raises(ValueError, match="FiniteDifference: `h`"):
+        FiniteDifference(0.0)

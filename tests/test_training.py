@@ -66,13 +66,13 @@ def made(loss="mse", optimizer=None):
 
 
 def state(model):
-    variables = (*model.network.variables, *model.averages.variables, *model.optimizer.variables)
+    variables = (*model.network.variables, *model.ema_weights.variables, *model.optimizer.variables)
     return [numpy(variable) for variable in variables]
 
 
 def assert_whole(model, before, steps, path):
     """The state is the one before, or one after so many more steps of all its parts, and can be saved."""
-    assert int(numpy(model.averages.updates)) == int(numpy(model.optimizer.iterations))
+    assert int(numpy(model.ema_weights.updates)) == int(numpy(model.optimizer.iterations))
     if steps == 0:
         for now, then in zip(state(model), before, strict=True):
             np.testing.assert_array_equal(now, then)

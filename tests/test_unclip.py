@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kdiff import Contrastive, DiffusionModel, UnCLIP, codecs
-from kdiff.blocks import Beside, ImageEmbedding, Joint, TextEncoder, TransformerBlock
+from kdiff.blocks import Concat, ImageEmbedding, Joint, TextEncoder, TransformerBlock
 from kdiff.cascade import stage_seed
 from kdiff.encoders import CLIPText, CLIPVision, Prompt, PromptVector
 from kdiff.networks import DiT, PriorTransformer, UNet
@@ -154,7 +154,7 @@ def test_it_is_saved_with_its_parts(unclip, tmp_path, images):
 
 @pytest.mark.once
 def test_upsamplers(unclip):
-    network = UNet.basic(4, 1, conditions={"low": Beside("bicubic")})
+    network = UNet.basic(4, 1, conditions={"low": Concat("bicubic")})
     twice = DiffusionModel(network, ema=None)
     twice.build({"image": (None, 16, 16, 3), "low": (None, 8, 8, 3)})
     draw_weights(network)

@@ -162,7 +162,7 @@ class AutoencoderTrainer(OwnLoss, Configurable, keras.Model):
         numbers = float(np.prod(x.shape[1:])) if None not in x.shape[1:] else ops.cast(ops.size(x[0]), "float32")
         latents = mean
         if training:
-            key = random.fold(random.key_of(self.seed), self.step.value, random.TRAINING)
+            key = random.fold_in(random.key_of(self.seed), self.step.value, random.TRAINING)
             latents = mean + ops.exp(0.5 * log_variance) * random.normal(key, ops.shape(mean))
         return self.autoencoder.decode(latents, training=training), ops.mean(divergence) / numbers, self.kl
 

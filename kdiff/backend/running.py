@@ -27,14 +27,14 @@ __all__ = [
     "move_towards",
     "needs_no_preparation",
     "portable_optimizer",
-    "pullback",
-    "recomputed",
+    "remat",
     "replaced",
     "synchronise",
     "tensor",
     "unallocated",
     "uncompiled",
     "uninterrupted",
+    "vjp",
     "with_fixed_shapes",
     "without_gradients",
 ]
@@ -193,7 +193,7 @@ def by_numpy(function: Callable, x: Any, shape: tuple) -> Any:
     return ops.convert_to_tensor(function(ops.convert_to_numpy(x)))
 
 
-def pullback(function: Callable, x: Any, often: bool = False) -> tuple[Any, Callable, Any]:
+def vjp(function: Callable, x: Any, often: bool = False) -> tuple[Any, Callable, Any]:
     """(y, pull, rest) of `(y, rest) = function(x)`, where `pull(v)` is (dy / dx)^T v; called once, unless `often`.
 
     A gradient that is taken around it flows through y and `rest`, and takes what `pull` gives for constant: there are
@@ -282,7 +282,7 @@ def portable_optimizer(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "module": "keras.optimizers", "registered_name": None}
 
 
-def recomputed(layer: keras.layers.Layer, tensors: dict[str, Any], **options: Any) -> Any:
+def remat(layer: keras.layers.Layer, tensors: dict[str, Any], **options: Any) -> Any:
     """`layer(**tensors, **options)`, of which only the inputs are kept for the gradient: the rest is computed again.
 
     `keras.RematScope` does not do it: on TensorFlow it takes no keyword arguments, on JAX only arrays, and with dropout

@@ -1,21 +1,22 @@
 """Keras layers from which networks are composed, each usable alone in any Keras model."""
 
+from kdiff import deprecated
 from kdiff.blocks.attention import CrossAttention, MultiHeadAttention, SelfAttention
 from kdiff.blocks.base import Block, Chain, Tokens
-from kdiff.blocks.beside import Beside
 from kdiff.blocks.beside_context import DecoupledAttention, Resampler
+from kdiff.blocks.concat import Concat
 from kdiff.blocks.conditions import Condition, Encoded, Input, Joint, OptionalCondition, VectorAndTokens
 from kdiff.blocks.context_attention import AttentionPool, ContextAttention
 from kdiff.blocks.convolution import ConvBlock, ConvNeXtBlock, ResidualBlock, SimpleBlock
 from kdiff.blocks.embedded import ImageEmbedding, MaskedTokens, NoisedEmbedding
 from kdiff.blocks.embeddings import (
     FourierEmbedding,
+    GuidanceEmbedding,
     LabelEmbedding,
     LearnedEmbedding,
     MLPEmbedding,
     SinusoidalEmbedding,
     SizeWaves,
-    SteeredEmbedding,
 )
 from kdiff.blocks.interval import Interval
 from kdiff.blocks.joint import JointBlock
@@ -41,10 +42,10 @@ from kdiff.blocks.transformer import FeedForward, SpatialTransformer, Transforme
 __all__ = [
     "AdaptiveNorm",
     "AttentionPool",
-    "Beside",
     "Block",
     "Causal",
     "Chain",
+    "Concat",
     "Condition",
     "ContextAttention",
     "Conv2D",
@@ -62,6 +63,7 @@ __all__ = [
     "FourierEmbedding",
     "Global",
     "GroupNorm",
+    "GuidanceEmbedding",
     "ImageEmbedding",
     "Input",
     "Interval",
@@ -96,7 +98,6 @@ __all__ = [
     "SizeWaves",
     "SpatialNorm",
     "SpatialTransformer",
-    "SteeredEmbedding",
     "TextEncoder",
     "Tokens",
     "TransformerBlock",
@@ -110,3 +111,5 @@ __all__ = [
     "mp_silu",
     "mp_sum",
 ]
+
+__getattr__ = deprecated.names(__name__, Beside="Concat", SteeredEmbedding="GuidanceEmbedding")

@@ -182,7 +182,7 @@ class Condition(Block):
     Which examples lose their condition in call number n of training depends on `seed` and n alone, so it is the same on
     every backend; conditions with one seed are lost together:
 
-        dropped = uniform(fold((seed, n), 0, DROPPING), (batch,)) < dropout
+        dropped = uniform(fold_in((seed, n), 0, DROPPING), (batch,)) < dropout
 
     Args:
         dropout: the probability with which, in training, `null` takes the place of an example's condition.
@@ -232,7 +232,7 @@ class Condition(Block):
             raise ValueError(
                 f"{type(self).__name__}: a `dropout` needs a `null`, which takes the place of what is lost"
             )
-        dropped = random.uniform(random.fold(key, 0, DROPPING), (ops.shape(x)[0],)) < self.dropout
+        dropped = random.uniform(random.fold_in(key, 0, DROPPING), (ops.shape(x)[0],)) < self.dropout
         x = ops.cast(x, null.dtype)
         return ops.where(ops.reshape(dropped, (-1, *[1] * (len(x.shape) - 1))), ops.convert_to_tensor(null), x)
 

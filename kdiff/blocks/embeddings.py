@@ -18,12 +18,12 @@ from kdiff.blocks.layers import Dense
 
 __all__ = [
     "FourierEmbedding",
+    "GuidanceEmbedding",
     "LabelEmbedding",
     "LearnedEmbedding",
     "MLPEmbedding",
     "SinusoidalEmbedding",
     "SizeWaves",
-    "SteeredEmbedding",
 ]
 
 
@@ -210,13 +210,13 @@ class MLPEmbedding(Block):
         return (*shape, self.width or 4 * width)
 
 
-class SteeredEmbedding(MLPEmbedding):
+class GuidanceEmbedding(MLPEmbedding):
     """An `MLPEmbedding` to which a vector is added: `W2 activation(W1 (embedding(t) + C c) + b1) + b2`.
 
     As of latent consistency models (Luo et al., "Latent Consistency Models", 2023, section 4.3; Meng et al., "On
     Distillation of Guided Diffusion Models", 2023), whose networks know the scale of guidance w by its waves:
 
-        UNet(..., embedding=SteeredEmbedding(SinusoidalEmbedding(320), "timestep_cond", 256))
+        UNet(..., embedding=GuidanceEmbedding(SinusoidalEmbedding(320), "timestep_cond", 256))
         network({"image": x, "time": t, "timestep_cond": w})                # or the vectors:
         waves = SinusoidalEmbedding(256, scale=1000, sine_first=True, shift=1)
         network({"image": x, "time": t, "timestep_cond": waves(w - 1)})
@@ -228,6 +228,8 @@ class SteeredEmbedding(MLPEmbedding):
         size: of `c`.
     """
 
+    formerly = ("kdiff.blocks>SteeredEmbedding",)
+
     def __init__(
         self,
         embedding: keras.layers.Layer,
@@ -238,7 +240,7 @@ class SteeredEmbedding(MLPEmbedding):
         **kwargs,
     ):
         super().__init__(embedding, width, activation, **kwargs)
-        check_integer("SteeredEmbedding", "size", size)
+        check_integer("GuidanceEmbedding", "size", size)
         self.name_of_input = name_of_input
         self.size = size
 

@@ -66,12 +66,12 @@ class Noising(Condition):
         if given.get("level") is not None:
             return ops.cast(given["level"], "float32")
         if training:
-            return self.highest * random.uniform(random.fold(key, 0, LEVELS), (batch,))
+            return self.highest * random.uniform(random.fold_in(key, 0, LEVELS), (batch,))
         return ops.full((batch,), self.level, "float32")
 
     def _noised(self, given, x, level, key):
         noise = given.get("noise")
-        noise = random.normal(random.fold(key, 0, AUGMENTING), ops.shape(x)) if noise is None else noise
+        noise = random.normal(random.fold_in(key, 0, AUGMENTING), ops.shape(x)) if noise is None else noise
         return self.noise(x, ops.cast(noise, "float32"), level)
 
 

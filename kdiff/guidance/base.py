@@ -7,7 +7,7 @@ wants, and answers with an estimate made from one of the answers. That is all th
 
     class Twice(Guidance):
         def guide(self, denoise, x, m, here):
-            given, none = denoise.each(x, m, denoise.conditions, denoise.without())       # one batch
+            given, none = denoise.batched(x, m, denoise.conditions, denoise.unconditional())       # one batch
             return given.guided(none.x_hat + 2.0 * (given.x_hat - none.x_hat))
 
 What it has for each sample, its `arrays`, and what it remembered come to it as `here`, one row a sample, and travel as

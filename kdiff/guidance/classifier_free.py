@@ -71,7 +71,9 @@ class _TwoAnswers(Guidance):
         return {**rows, "negative": run.conditions(self.negative)}
 
     def guide(self, denoise: Denoiser, x, m: Marginal, here: Here) -> Estimate:
-        given, none = denoise.each(x, m, denoise.conditions, denoise.without(self.drop, here.rows.get("negative")))
+        given, none = denoise.batched(
+            x, m, denoise.conditions, denoise.unconditional(self.drop, here.rows.get("negative"))
+        )
         place = over(m.sigma / m.alpha, x)
         inside = ops.logical_and(place >= self.lowest, place <= self.highest)
         guided = self.combine(given, none, over(here.rows["scale"], x), x, m.like(x), here)

@@ -117,7 +117,7 @@ class _Measured(Guidance):
             )
 
     def guide(self, denoise: Denoiser, x, m: Marginal, here: Here) -> Estimate:
-        estimate, pull = denoise.linearised(x, m)
+        estimate, pull = denoise.vjp(x, m)
         rest = here.rows["measurement"] - self.operator.forward(estimate.x_hat)
         shape = tuple(x.shape[1:])
         gradient = pull(self.operator.adjoint(self._weighted(rest, shape, m), shape))
@@ -261,7 +261,7 @@ class MomentMatching(_Measured):
         self.std, self.iterations, self.highest = std, iterations, highest
 
     def guide(self, denoise: Denoiser, x, m: Marginal, here: Here) -> Estimate:
-        estimate, pull = denoise.linearised(x, m, often=True)
+        estimate, pull = denoise.vjp(x, m, often=True)
         shape, at, forward = tuple(x.shape[1:]), m.like(x), self.operator.forward
 
         def change(u):

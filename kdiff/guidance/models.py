@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kdiff import backend, circular_padding, identity_attention
+from kdiff import backend, circular_padding, deprecated, identity_attention
 from kdiff.base import check_integer
 from kdiff.conversion import transfer
 from kdiff.denoisers import Denoiser, Estimate
@@ -28,16 +28,17 @@ class Autoguidance(Guidance):
         weak: a `DiffusionModel`, smaller or trained for less time, or any denoiser x_hat = weak(x, m) on the schedule
             of the run. A model is asked under those of the conditions that it takes, at the same log-SNR.
         scale: 1 is off; one number, or one a sample.
-        averages: whether a weak model uses its averaged weights.
+        ema: whether a weak model uses its averaged weights.
     """
 
     arrays = ("scale",)
 
-    def __init__(self, weak: Any, scale: Any = 2.0, averages: bool = True):
+    @deprecated.arguments(averages="ema")
+    def __init__(self, weak: Any, scale: Any = 2.0, ema: bool = True):
         if not callable(weak):
             raise TypeError(f"Autoguidance: `weak` must be a DiffusionModel or a denoiser; received: {weak!r}")
         check_scale("Autoguidance", scale)
-        self.weak, self.scale, self.averages = weak, scale, averages
+        self.weak, self.scale, self.ema = weak, scale, ema
 
     @property
     def active(self) -> bool:
@@ -66,7 +67,7 @@ class Autoguidance(Guidance):
         if not self.models:
             return self.weak
         taken = {name: value for name, value in conditions.items() if name in self.weak.shapes}
-        weak = partial(self.weak.denoise, averages=self.averages, **taken)
+        weak = partial(self.weak.denoise, ema=self.ema, **taken)
         return transfer(weak, self.weak.schedule, here.step(self).schedule)
 
 
@@ -122,7 +123,7 @@ class ClassifierGuidance(Guidance):
             time = ops.broadcast_to(self.time_label(here.step(self).schedule, m), ops.shape(x)[:1])
             gradient = self._gradient(lambda x: {"image": x, "time": time}, x, labels)
         else:
-            estimate, pull = denoise.linearised(x, m)
+            estimate, pull = denoise.vjp(x, m)
             gradient = pull(self._gradient(lambda x: x, estimate.x_hat, labels))
         m = m.like(x)
         return estimate.guided(estimate.x_hat + over(here.rows["scale"], x) * m.sigma**2 / m.alpha * gradient)
@@ -135,7 +136,7 @@ class ClassifierGuidance(Guidance):
             chosen = labels[:, None] == ops.arange(logits.shape[-1], dtype=labels.dtype)  # none for the null class
             return ops.sum(ops.where(chosen, ops.log_softmax(logits, axis=-1), 0.0), axis=-1), None
 
-        value, pull, _ = backend.pullback(log_probability, x)
+        value, pull, _ = backend.vjp(log_probability, x)
         return pull(ops.ones_like(value))
 
 

@@ -70,10 +70,12 @@ class Successive(Guidance):
         negative, names = here.rows.get("negative", {}), tuple(self.scales)
         left_out = [names[: count + 1] for count in range(len(names))]
         asked = [
-            denoise.without([n for n in some if n not in negative], {n: negative[n] for n in some if n in negative})
+            denoise.unconditional(
+                [n for n in some if n not in negative], {n: negative[n] for n in some if n in negative}
+            )
             for some in left_out
         ]
-        answers = denoise.each(x, m, denoise.conditions, *asked)
+        answers = denoise.batched(x, m, denoise.conditions, *asked)
         x_hat = answers[-1].x_hat
         for name, more, less in zip(names, answers[:-1], answers[1:], strict=True):
             x_hat = x_hat + over(here.rows["scales"][name], x) * (more.x_hat - less.x_hat)

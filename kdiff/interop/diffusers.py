@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 
 import keras
 
+from kdiff import deprecated
 from kdiff.codecs import Latent, Standard
 from kdiff.encoders import Prompt
 from kdiff.interop import (
@@ -64,7 +65,7 @@ from kdiff.interop.files import State, read_json, write_json, write_safetensors
 from kdiff.interop.pipelines import pipeline_of
 from kdiff.interop.scheduler_saving import scheduler_config
 from kdiff.interop.weights import Slot, export, fill
-from kdiff.lora import averages_of
+from kdiff.lora import ema_of
 from kdiff.model import DiffusionModel
 from kdiff.networks import Autoencoder, Controlled, ControlNet
 from kdiff.predictions import Noise
@@ -284,7 +285,8 @@ def _codec(folder: Path, index: Mapping[str, Any], strict: bool, variant: str | 
     return codec
 
 
-def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
+@deprecated.arguments(averages="ema")
+def save(model: keras.Model, folder: str | Path, ema: bool = True) -> None:
     """Writes a folder that diffusers reads.
 
     Args:
@@ -294,7 +296,7 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
             does not know what an image beside x_t was called. A `codecs.Latent` alone is written as its autoencoder,
             and an `UnCLIP` as Karlo's pipeline.
         folder: to write to; files of the same names are replaced.
-        averages: whether to write the averaged weights of a model that has them, if they have moved. Either way a
+        ema: whether to write the averaged weights of a model that has them, if they have moved. Either way a
             kernel with LoRA is written with its change, as `lora.merge` would leave it, and the model keeps its own.
 
     Raises:
@@ -308,14 +310,14 @@ def save(model: keras.Model, folder: str | Path, averages: bool = True) -> None:
         control.save(model, folder)
         return
     if isinstance(model, UnCLIP):
-        saving_unclip.save(model, folder, averages)
+        saving_unclip.save(model, folder, ema)
         return
     if not isinstance(model, DiffusionModel):
         _save_network(model, folder, {})
         return
     process = schedulers.Process(model.schedule, model.prediction, model.time_label, model.sampler)
     scheduler = scheduler_config(process)
-    values = averages_of(model) if averages else {}
+    values = ema_of(model) if ema else {}
     network = model.network.network if isinstance(model.network, Controlled) else model.network
     config = saving_networks.network_config(network)
     part = "transformer" if "Transformer" in config["_class_name"] else "unet"

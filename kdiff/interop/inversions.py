@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from kdiff import inversion
+from kdiff import deprecated, inversion
 from kdiff.interop.arrays import State, array_of
 from kdiff.interop.files import read_archived, read_state, write_safetensors
 from kdiff.interop.unsupported import listing
@@ -117,20 +117,21 @@ def _tensors(content: Any, stem: str | None, where: str) -> tuple[State, str | N
     return {key: array_of(value, key, where) for key, value in arrays.items()}, name
 
 
-def save(model: Any, token: str, path: str | Path, averages: bool = True) -> None:
+@deprecated.arguments(averages="ema")
+def save(model: Any, token: str, path: str | Path, ema: bool = True) -> None:
     """Writes the vectors of a token in diffusers' form: {token: (count, width)}; of two encoders "clip_l", "clip_g".
 
     Args:
         model: a `DiffusionModel` or its network, to which `inversion.add` or `load` has added the token.
         token: its name.
         path: of the file, `.safetensors`, or of a folder, for diffusers' name in it.
-        averages: whether to write the averages of vectors that learn, if a model has averages that were moved.
+        ema: whether to write the averages of vectors that learn, if a model has averages that were moved.
 
     Raises:
         ValueError: if no encoder has the token.
     """
     path = Path(path)
-    rows = inversion.vectors_of(model, token, averages)
+    rows = inversion.vectors_of(model, token, ema)
     known = [one for one in rows if one is not None]
     state = {token: known[0]} if len(known) == 1 else dict(zip(_OF_XL, known, strict=True))
     write_safetensors(path if path.suffix == ".safetensors" else path / NAMES[0], state)

@@ -21,7 +21,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kdiff import lora
+from kdiff import deprecated, lora
 from kdiff.interop import lora_names, prompts
 from kdiff.interop.arrays import State, array_of
 from kdiff.interop.configs import shown
@@ -128,7 +128,7 @@ def load(model: keras.layers.Layer, *sources: Source | tuple[Source, float], str
             changes.setdefault(place, []).append((factors, weight))
     names = {part: sorted(name for one, name in changes if one == part) for part in parts}
     change = Change(model, {part: found for part, found in names.items() if found})
-    averages = lora.averages_of(model)
+    averages = lora.ema_of(model)
     for (part, name), several in changes.items():
         whole = sum(np.float32(weight) * factors.product() for factors, weight in several)
         for slot in parts[part][name]:
@@ -164,7 +164,8 @@ def read(source: Source) -> dict[str, Factors]:
     return {name: _factors(name, entry, about, where) for name, entry in entries.items()}
 
 
-def save(model: keras.layers.Layer, path: str | Path, averages: bool = True, convolutions: bool = False) -> None:
+@deprecated.arguments(averages="ema")
+def save(model: keras.layers.Layer, path: str | Path, ema: bool = True, convolutions: bool = False) -> None:
     """Writes A and B of a network, and nothing else, by names that diffusers' `load_lora_weights` reads.
 
     The scale is in `up`, so that alpha is the rank, which is what readers take it for where a file does not say.
@@ -172,7 +173,7 @@ def save(model: keras.layers.Layer, path: str | Path, averages: bool = True, con
     Args:
         model: a `DiffusionModel` or its network, with `kdiff.lora.enable`.
         path: of the file, "mine.safetensors"; or of a folder, for diffusers' name in it.
-        averages: whether to write the averages of A and B, if a model has averages that were moved.
+        ema: whether to write the averages of A and B, if a model has averages that were moved.
         convolutions: whether `proj_in` and `proj_out` of the network that diffusers has are convolutions of size 1, as
             in Stable Diffusion 1, where `use_linear_projection` is false; kdiff's are dense layers, as it saves them.
 
@@ -183,7 +184,7 @@ def save(model: keras.layers.Layer, path: str | Path, averages: bool = True, con
     changed = {id(layer) for layer in lora.enabled(model)}
     if not changed:
         raise ValueError("lora.save: the network has no LoRA; `kdiff.lora.enable(model, rank)` begins it")
-    averaged = lora.averages_of(model) if averages else {}
+    averaged = lora.ema_of(model) if ema else {}
     state: State = {}
     for part, layers in lora_names.parts_of(model).items():
         for name, found in layers.items():

@@ -4,7 +4,7 @@ diffusers    9 channels in, x_t, a mask and the masked image; 4 out
 here         image 4, conditions "mask_image" 1 and "masked_image" 4; 4 out
 
 DeepFloyd IF's second stage has a picture beside x_t that is noised at step n of `image_noising_scheduler`, which it is
-told as a label: here it is a `Beside` with `noise`, at the level (n + 1) / T.
+told as a label: here it is a `Concat` with `noise`, at the level (n + 1) / T.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kdiff.blocks.beside import Beside
+from kdiff.blocks.concat import Concat
 from kdiff.blocks.embeddings import MLPEmbedding
 from kdiff.interop.configs import Described
 from kdiff.interop.files import State
@@ -87,14 +87,17 @@ def maps_of(pipeline: str, inputs: int, outputs: int, learned: bool, source: Any
 
 
 def with_maps(
-    described: Described, maps: Mapping[str, int], layers: Mapping[str, Beside] | None = None, noise: Any = None
+    described: Described,
+    maps: Mapping[str, int],
+    layers: Mapping[str, Concat] | None = None,
+    noise: Any = None,
 ) -> Described:
     """The network with the last channels of its image as conditions.
 
     Args:
         described: a network, not built.
         maps: the channels of each condition by name, in their order.
-        layers: of the conditions; None for `Beside`, of a mask the "nearest".
+        layers: of the conditions; None for `Concat`, of a mask the "nearest".
         noise: the schedule by which a picture "low" is noised, if it is.
 
     Raises:
@@ -116,7 +119,7 @@ def with_maps(
     return Described(network, {**shapes, **image, **own})
 
 
-def noised(label: Any, noise: Any, like: Beside | None = None) -> Beside:
+def noised(label: Any, noise: Any, like: Concat | None = None) -> Concat:
     """The picture that a network sees noised, whose step it took as a label.
 
     Args:
@@ -133,13 +136,13 @@ def noised(label: Any, noise: Any, like: Beside | None = None) -> Beside:
     options = {"noise": noise, "embedding": embedding}
     if like is not None and like.noise is not None:
         return like.clone(form="aligned", noise_first=False, **options)
-    return Beside("aligned", level=(LEVEL + 1) / noise.num_steps, **options)
+    return Concat("aligned", level=(LEVEL + 1) / noise.num_steps, **options)
 
 
-def _layer(name: str) -> Beside:
+def _layer(name: str) -> Concat:
     """InstructPix2Pix can do without its picture, for which zeros stand (Brooks et al. 2022, section 3.2.1)."""
     form = "nearest" if name == "mask_image" else "bilinear"
-    return Beside(form, dropout=0.05) if name == "source" else Beside(form)
+    return Concat(form, dropout=0.05) if name == "source" else Concat(form)
 
 
 def maps_first(state: State, pipeline: str, maps: Mapping[str, int]) -> State:
@@ -150,9 +153,9 @@ def maps_first(state: State, pipeline: str, maps: Mapping[str, int]) -> State:
     return {**state, name: np.roll(state[name], -sum(maps.values()), axis=1)}
 
 
-def map_conditions(network: Any) -> dict[str, Beside]:
+def map_conditions(network: Any) -> dict[str, Concat]:
     """The conditions of a network that are maps."""
-    return {name: one for name, one in network.conditions.items() if isinstance(one, Beside)}
+    return {name: one for name, one in network.conditions.items() if isinstance(one, Concat)}
 
 
 def channels_of(network: Any) -> dict[str, int]:

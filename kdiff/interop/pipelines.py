@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from kdiff.blocks.embeddings import SteeredEmbedding
+from kdiff.blocks.embeddings import GuidanceEmbedding
 from kdiff.codecs import Codec, Latent
 from kdiff.encoders.joint_prompt import JointPrompt
 from kdiff.encoders.ldm import LDMText
@@ -148,7 +148,7 @@ def _of_text(network, prompt, beside) -> Pipeline:
     if beside not in _BESIDE:
         return Pipeline({})
     plain, plain_more, double, double_more = _BESIDE[beside]
-    if isinstance(network.embedding, SteeredEmbedding):
+    if isinstance(network.embedding, GuidanceEmbedding):
         return _named("LatentConsistencyModel", _PLAIN) if plain == "StableDiffusion" else Pipeline({})
     names = set(prompts.encoders_of(prompt))
     zeros = {"force_zeros_for_empty_prompt": prompt.zeros}

@@ -11,7 +11,8 @@ from typing import Any
 
 import keras
 
-from kdiff.blocks.beside import Beside
+from kdiff import deprecated
+from kdiff.blocks.concat import Concat
 from kdiff.blocks.embedded import ImageEmbedding
 from kdiff.codecs import Standard
 from kdiff.encoders import Pair, Prompt
@@ -22,7 +23,7 @@ from kdiff.interop.saving_networks import check_same
 from kdiff.interop.saving_unets import unet_config
 from kdiff.interop.scheduler_saving import unclip_config
 from kdiff.interop.weights import export
-from kdiff.lora import averages_of
+from kdiff.lora import ema_of
 from kdiff.model import DiffusionModel
 from kdiff.networks.experts import Experts
 from kdiff.networks.prior_transformer import PriorTransformer
@@ -34,13 +35,14 @@ __all__ = ["LIBRARY", "save"]
 LIBRARY = "diffusers.pipelines.deprecated.unclip.text_proj"
 
 
-def save(model: UnCLIP, folder: str | Path, averages: bool = True) -> None:
+@deprecated.arguments(averages="ema")
+def save(model: UnCLIP, folder: str | Path, ema: bool = True) -> None:
     """Writes the folder.
 
     Args:
         model: as `unclip.load` makes it: a prior, or a `Pair` in its place; a decoder; one upsampler of two networks.
             Of one with both, the `clip` is not written, for which the pipeline has no place.
-        folder, averages: as of `diffusers.save`.
+        folder, ema: as of `diffusers.save`.
 
     Raises:
         ValueError: if diffusers has no such pipeline, network or scheduler.
@@ -53,13 +55,13 @@ def save(model: UnCLIP, folder: str | Path, averages: bool = True) -> None:
             f"{model.name}: diffusers' pipeline has a prior, or a `clip` of an `encoders.Pair` with a picture, and one "
             f"upsampler, `Experts` with `bound` 0; this has {model.prior!r}, {model.clip!r} and {upsamplers}"
         )
-    values = [averages_of(one) if averages else {} for one in (model.decoder, upsamplers[0])]
+    values = [ema_of(one) if ema else {} for one in (model.decoder, upsamplers[0])]
     text = _text_of(model.decoder, "text")
     index = prompts.save(text, folder, prompts.PARTS[:1])
     if model.prior is not None:
         if _text_of(model.prior, "text").encoders[0] is not text.encoders[0]:
             raise ValueError(f"{model.name}: diffusers' prior and decoder have one encoder of text; these have two")
-        index |= _save_prior(model.prior, folder, averages_of(model.prior) if averages else {})
+        index |= _save_prior(model.prior, folder, ema_of(model.prior) if ema else {})
     else:
         index |= prompts.save(vision, folder)
     index |= _save_decoder(model.decoder, folder, values[0])
@@ -131,7 +133,7 @@ def _save_decoder(model: DiffusionModel, folder: Path, values) -> dict[str, list
 
 def _save_upsampler(network: UNet, folder: Path, values) -> dict[str, list[str]]:
     config, beside = unet_config(network), maps.map_conditions(network)
-    low = Beside("bicubic", of=beside["low"].of if "low" in beside else None)
+    low = Concat("bicubic", of=beside["low"].of if "low" in beside else None)
     again = maps.with_maps(unets.unet_2d(config, folder), maps.channels_of(network), dict.fromkeys(beside, low))
     check_same(network, again.network)
     return _write(folder, config, export(unet_names.unet_slots(network), values))

@@ -10,7 +10,7 @@ from kdiff.blocks.base import Chain
 from kdiff.blocks.conditions import VectorAndTokens
 from kdiff.blocks.context_attention import ContextAttention
 from kdiff.blocks.convolution import ResidualBlock
-from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SteeredEmbedding
+from kdiff.blocks.embeddings import GuidanceEmbedding, LabelEmbedding, MLPEmbedding
 from kdiff.blocks.layers import Dense
 from kdiff.blocks.normalization import GroupNorm, LayerNorm
 from kdiff.blocks.transformer import SpatialTransformer
@@ -313,7 +313,7 @@ def _labels(network: UNet, conditions) -> Config:
 def _conditions(network: UNet, conditions) -> Config:
     """Of tokens and of vectors added to the time, but for the label."""
     config: Config = {}
-    if isinstance(network.embedding, SteeredEmbedding):
+    if isinstance(network.embedding, GuidanceEmbedding):
         config["time_cond_proj_dim"] = network.embedding.size
     context = conditions.get("context")
     config |= _context(context.layer if isinstance(context, Prompt) else context)

@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdiff import deprecated
 from kdiff.base import check_integer
 from kdiff.blocks.attention import MultiHeadAttention
 from kdiff.blocks.transformer import FeedForward, SpatialTransformer, TransformerBlock
@@ -119,6 +120,7 @@ _BARE = {
 }
 
 
+@deprecated.arguments(averages="ema")
 def load(
     source: Source,
     tokenizer: Any = None,
@@ -126,7 +128,7 @@ def load(
     velocity: bool | None = None,
     zero_snr: bool | None = None,
     image_size: int | None = None,
-    averages: bool = True,
+    ema: bool = True,
     clip_skip: int = 0,
     strict: bool = True,
     **options: Any,
@@ -151,7 +153,7 @@ def load(
             arXiv:2305.08891); None for whether there is a "ztsnr". Version 3 has neither `velocity` nor `zero_snr`.
         image_size: of samples, if `sample` is not told; None for 512, of version 2 with velocities 768, of XL and 3
             1024.
-        averages: whether to take the averaged weights of the U-Net, if there are any.
+        ema: whether to take the averaged weights of the U-Net, if there are any.
         clip_skip: how many of the last blocks of the text encoders to leave out.
         strict: whether weights that do not match are an error; otherwise a warning.
         options: arguments of `DiffusionModel`, in place of what the file says.
@@ -187,7 +189,7 @@ def load(
         if prompt is not None:
             described = prompts.conditioned(described, prompt)
         process = schedulers.process(_scheduler(xl, velocity, zero_snr), name)
-    _fill_unet(described, state, name, averages, strict)
+    _fill_unet(described, state, name, ema, strict)
     return diffusers.assembled(described, process, codec, options)
 
 
@@ -305,17 +307,17 @@ def unet_slots(network: UNet) -> Iterator[Slot]:
         yield from slots(network.conditions["added"].layer, f"{UNET}label_emb.0", LDM_NAMES)
 
 
-def _fill_unet(described: Described, state: State, name: str, averages: bool, strict: bool) -> None:
+def _fill_unet(described: Described, state: State, name: str, ema: bool, strict: bool) -> None:
     """The weights of the U-Net, with which all is named that is of no part."""
     mine = {key: array for key, array in state.items() if not OTHERS.match(key)}
-    averages = averages and any(key.startswith(AVERAGES) for key in state)
-    if averages:
+    ema = ema and any(key.startswith(AVERAGES) for key in state)
+    if ema:
         mine = {key: array for key, array in mine.items() if not key.startswith(UNET)}
         mine |= {key: array for key, array in state.items() if key.startswith(AVERAGES)}
 
     def named(network):
         found = unet_slots(network)
-        return (slot._replace(name=_averaged(slot.name)) for slot in found) if averages else found
+        return (slot._replace(name=_averaged(slot.name)) for slot in found) if ema else found
 
     fill(described.network, {"time": (None,), **described.shapes}, named, mine, name, strict)
 

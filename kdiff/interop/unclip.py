@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import keras
 
 from kdiff.blocks.base import Chain
-from kdiff.blocks.beside import Beside
+from kdiff.blocks.concat import Concat
 from kdiff.blocks.conditions import Joint
 from kdiff.blocks.embedded import ImageEmbedding
 from kdiff.blocks.layers import Dense
@@ -230,7 +230,7 @@ def _upsampler(folder, strict, variant) -> Described:
         with explained(source):
             described = unets.unet_2d(config, source)
             beside = described.shapes["image"][-1] // 2
-            described = maps.with_maps(described, {"low": beside}, {"low": Beside("bicubic")})
+            described = maps.with_maps(described, {"low": beside}, {"low": Concat("bicubic")})
         shapes = {**described.shapes, "low": (None, None, None, beside)}
         fill(described.network, {"time": (None,), **shapes}, unet_names.unet_slots, state, source.parent, strict)
         networks.append(described.network)

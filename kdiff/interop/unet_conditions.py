@@ -19,7 +19,7 @@ import keras
 from kdiff.blocks.base import Chain
 from kdiff.blocks.conditions import VectorAndTokens
 from kdiff.blocks.context_attention import AttentionPool
-from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbedding, SizeWaves, SteeredEmbedding
+from kdiff.blocks.embeddings import GuidanceEmbedding, LabelEmbedding, MLPEmbedding, SinusoidalEmbedding, SizeWaves
 from kdiff.blocks.layers import Dense
 from kdiff.blocks.normalization import LayerNorm
 from kdiff.interop.configs import each
@@ -48,7 +48,7 @@ def time(config: dict[str, Any]) -> MLPEmbedding:
     """The embedding of the time."""
     waves, width, activation = _waves(config, config["block_out_channels"][0]), time_width(config), _activation(config)
     if config.get("time_cond_proj_dim"):
-        return SteeredEmbedding(waves, STEERING, config["time_cond_proj_dim"], width, activation)
+        return GuidanceEmbedding(waves, STEERING, config["time_cond_proj_dim"], width, activation)
     return MLPEmbedding(waves, width, activation)
 
 

@@ -7,12 +7,12 @@ import keras
 
 from kdiff.blocks.attention import MultiHeadAttention, SelfAttention
 from kdiff.blocks.base import Chain
-from kdiff.blocks.beside import Beside
+from kdiff.blocks.concat import Concat
 from kdiff.blocks.conditions import OptionalCondition, VectorAndTokens
 from kdiff.blocks.context_attention import AttentionPool, ContextAttention
 from kdiff.blocks.convolution import ResidualBlock
 from kdiff.blocks.embedded import NoisedEmbedding
-from kdiff.blocks.embeddings import FourierEmbedding, MLPEmbedding, SteeredEmbedding
+from kdiff.blocks.embeddings import FourierEmbedding, GuidanceEmbedding, MLPEmbedding
 from kdiff.blocks.normalization import AdaptiveNorm
 from kdiff.blocks.resampling import Downsample, Upsample
 from kdiff.blocks.transformer import FeedForward, SpatialTransformer, TransformerBlock
@@ -26,7 +26,7 @@ __all__ = ["MIXERS", "NAMES", "OLD_NAMES", "named_slots", "renamed", "unet_slots
 
 NAMES = {
     MLPEmbedding: {"linear_1": "hidden", "linear_2": "output_layer"},
-    SteeredEmbedding: {"linear_1": "hidden", "linear_2": "output_layer", "cond_proj": "steering"},
+    GuidanceEmbedding: {"linear_1": "hidden", "linear_2": "output_layer", "cond_proj": "steering"},
     ContextAttention: {
         "group_norm": "normalization",
         "norm_cross": "context_normalization",
@@ -127,7 +127,7 @@ def _condition(network: WayDown, name: str, layer: keras.layers.Layer) -> Iterat
         yield "class_embedding", layer.projection
     elif name == "label":
         yield "class_embedding", layer
-    elif isinstance(layer, Beside) and layer.noise is not None:
+    elif isinstance(layer, Concat) and layer.noise is not None:
         yield "class_embedding", layer.level_embedding
     elif name == "added":
         yield "add_embedding", layer.layer

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from kdiff import random
+from kdiff import deprecated, random
 from kdiff.base import check_integer
 from kdiff.gaussian import kl_divergence
 from kdiff.likelihood.decoders import decoder_of, sum_of_rows
@@ -31,6 +31,7 @@ from kdiff.times import TimeGrid
 __all__ = ["bound", "prior"]
 
 
+@deprecated.arguments(averages="ema")
 def bound(
     model: Any,
     data: Any,
@@ -44,7 +45,7 @@ def bound(
     noise: Callable[[int, tuple[int, ...]], Any] | None = None,
     seed: int = 0,
     batch_size: int = 64,
-    averages: bool = True,
+    ema: bool = True,
 ) -> Report:
     """The variational bound of each example, term by term (see the module).
 
@@ -64,7 +65,7 @@ def bound(
         noise: `noise(step, shape)` in place of the noise of the seed; of the steps 0, 1, ... of the run.
         seed: names the noise, the same on every backend.
         batch_size: how many examples of an array are measured at once.
-        averages: use the averaged weights.
+        ema: use the averaged weights.
 
     Returns:
         A `Report`, with a curve of one number a step.
@@ -73,7 +74,7 @@ def bound(
         ValueError: if there is no data; if it is not of the decoder's levels; if `steps` is below 2, or more than the
             schedule has; if `variance` is to be learned and the denoiser says none.
     """
-    subject = Subject(model, schedule, averages)
+    subject = Subject(model, schedule, ema)
     schedule, variance, decoder = subject.schedule, _variance(variance, subject), decoder_of(decoder, subject.limit)
     steps = (schedule.num_steps or 1000) if steps is None else steps
     check_integer("bound", "steps", steps, minimum=2)  # the last step reads its variance at the one before
@@ -129,7 +130,7 @@ def _by_step(functions: tuple, times: np.ndarray, batch: Batch, seed: int, draw:
         now, then = times[step], times[step + 1]
         read = (times[max(step - 1, 0)], now) if step == last else (now, then)
         if draw is None:
-            noise = random.normal(random.fold(key, step, random.STEPS), batch.x.shape, batch.first)
+            noise = random.normal(random.fold_in(key, step, random.STEPS), batch.x.shape, batch.first)
         else:
             noise = ops.convert_to_tensor(draw(step, batch.x.shape), "float32")
         nats = functions[step == last](x, noise, batch.given, (now, then, *read))

@@ -18,7 +18,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kdiff import random
+from kdiff import deprecated, random
 from kdiff.base import Configurable, check_integer
 from kdiff.likelihood.bound import prior
 from kdiff.likelihood.decoders import Decoder, decoder_of, sum_of_rows
@@ -32,6 +32,7 @@ BINS = 20  # of a curve
 EVEN = LogUniform("stratified")
 
 
+@deprecated.arguments(averages="ema")
 def continuous_bound(
     model: Any,
     data: Any,
@@ -43,7 +44,7 @@ def continuous_bound(
     noise: Callable[[int, tuple[int, ...]], Any] | None = None,
     seed: int = 0,
     batch_size: int = 64,
-    averages: bool = True,
+    ema: bool = True,
 ) -> Report:
     """The bound of each example in continuous time (see the module).
 
@@ -58,7 +59,7 @@ def continuous_bound(
         noise: `noise(draw, shape)` in place of the noise of the seed; of each draw, and then of the reconstruction.
         seed: names times and noise, the same on every backend.
         batch_size: how many examples of an array are measured at once.
-        averages: use the averaged weights.
+        ema: use the averaged weights.
 
     Returns:
         A `Report`; its curve has 20 bins with as many of the drawn times each.
@@ -67,7 +68,7 @@ def continuous_bound(
         ValueError: if there is no data; if it is not of the decoder's levels; if `times` have no density.
     """
     check_integer("continuous_bound", "draws", draws)
-    subject, times = Subject(model, schedule, averages), TimeSampler.get(times)
+    subject, times = Subject(model, schedule, ema), TimeSampler.get(times)
     schedule, decoder = subject.schedule, decoder_of(decoder, subject.limit)
     if not times.has_density:
         raise ValueError(f"continuous_bound: {times!r} does not say its density, which the integrand is divided by")
@@ -85,7 +86,7 @@ def continuous_bound(
     for number, batch in enumerate(subject.batches(data, batch_size)):
         decoder.check(batch.x)
         total, shape, x = np.zeros(len(batch.x)), batch.x.shape, ops.convert_to_tensor(batch.x)
-        keys = random.Keys(random.fold(key, number, random.EVALUATION))
+        keys = random.Keys(random.fold_in(key, number, random.EVALUATION))
         for draw in range(draws):
             t = times(schedule, len(batch.x), next(keys))
             drawn_noise = random.normal(next(keys), shape) if noise is None else noise(draw, shape)
@@ -161,8 +162,8 @@ class BitsPerDim(Configurable, keras.metrics.Metric):
         error = sum_of_rows((problem.output - problem.target) ** 2) * model.prediction.gain(m) ** 2
         diffusion = -0.5 * slope / density * ops.exp(m.log_snr) * error
         end = 0.5 * math.exp(self._end) * sum_of_rows(x**2)
-        key = random.fold(random.key_of(model.seed), ops.cast(self.count, "int32"), random.EVALUATION)
-        noise = random.normal(random.fold(key, 0, random.EVALUATION), ops.shape(x))
+        key = random.fold_in(random.key_of(model.seed), ops.cast(self.count, "int32"), random.EVALUATION)
+        noise = random.normal(random.fold_in(key, 0, random.EVALUATION), ops.shape(x))
         nats = end + diffusion + self._decoder.nats_of_signal(x, noise, self._start)
         self.add(nats / (math.prod(x.shape[1:]) * math.log(2.0)), sample_weight)
 

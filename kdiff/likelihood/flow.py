@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from keras import ops, tree
 
-from kdiff import random
+from kdiff import deprecated, random
 from kdiff.base import Value, check_integer, check_number
 from kdiff.denoisers import Denoiser
 from kdiff.likelihood.report import Report
@@ -75,6 +75,7 @@ class Hutchinson(Probes):
         return ops.where(drawn > 0, 1.0, -1.0)
 
 
+@deprecated.arguments(averages="ema")
 def ode(
     model: Any,
     data: Any,
@@ -89,7 +90,7 @@ def ode(
     schedule: Any = None,
     seed: int = 0,
     batch_size: int = 64,
-    averages: bool = True,
+    ema: bool = True,
 ) -> Report:
     """-log p(x) of each example under the probability flow (see the module).
 
@@ -112,7 +113,7 @@ def ode(
         schedule: of a denoiser; a model has its own.
         seed: names the noise and the probes, the same on every backend.
         batch_size: how many examples of an array are measured at once.
-        averages: use the averaged weights.
+        ema: use the averaged weights.
 
     Returns:
         A `Report` of the terms "noise", the density at the end of the flow, "volume", the integral, and "levels", what
@@ -124,13 +125,13 @@ def ode(
     """
     if tolerance is not None:
         check_number("ode", "tolerance", tolerance, 1e-6)
-    flow = _Flow(Subject(model, schedule, averages), solver, steps, grid, probes, start)
+    flow = _Flow(Subject(model, schedule, ema), solver, steps, grid, probes, start)
     images = flow.subject.limit is not None if dequantise is None else dequantise
     terms: dict[str, list] = {"noise": [], "volume": []} | ({"levels": []} if images else {})
     for batch in flow.subject.batches(data, batch_size):
         size = math.prod(batch.x.shape[1:])
         if images:
-            noise = random.uniform(random.fold(random.key_of(seed), 0, random.INITIAL), batch.x.shape, batch.first)
+            noise = random.uniform(random.fold_in(random.key_of(seed), 0, random.INITIAL), batch.x.shape, batch.first)
             batch = batch._replace(x=batch.x + (ops.convert_to_numpy(noise) - 0.5) / 127.5)
             terms["levels"].append(np.full(batch.count, size * math.log(127.5)))
         noise, volume = flow.likelihood(batch, seed, tolerance)
@@ -140,6 +141,7 @@ def ode(
     return Report(joined, size, start=flow.begin.t)
 
 
+@deprecated.arguments(averages="ema")
 def encode(
     model: Any,
     data: Any,
@@ -150,12 +152,12 @@ def encode(
     start: float | None = None,
     schedule: Any = None,
     batch_size: int = 64,
-    averages: bool = True,
+    ema: bool = True,
 ) -> np.ndarray:
     """The noise at the end of the flow from each example, x_1: `Sampler(solver, grid, steps)` from there gives it back.
 
     Args:
-        model, data, solver, steps, grid, start, schedule, batch_size, averages: as of `ode`.
+        model, data, solver, steps, grid, start, schedule, batch_size, ema: as of `ode`.
 
     Returns:
         float32, with the shape of the encoded data.
@@ -163,7 +165,7 @@ def encode(
     Raises:
         ValueError: as of `ode`.
     """
-    flow, ends = _Flow(Subject(model, schedule, averages), solver, steps, grid, None, start), []
+    flow, ends = _Flow(Subject(model, schedule, ema), solver, steps, grid, None, start), []
     for batch in flow.subject.batches(data, batch_size):
         noise, _ = flow.encode(batch, 0, steps, volume=False)
         ends.append((flow.end.sigma * noise).reshape(batch.x.shape)[: batch.count].astype("float32"))
@@ -219,7 +221,7 @@ class _Flow:
         size = math.prod(shape[1:])
         probes = self.probes or (Exact() if size <= 16 else Hutchinson())
         if volume:
-            key = random.fold(random.key_of(seed), 1, random.INITIAL)
+            key = random.fold_in(random.key_of(seed), 1, random.INITIAL)
             directions = probes.directions(key, shape, batch.first)
         else:
             directions = ops.zeros((shape[0], 0, size))
@@ -251,7 +253,7 @@ class _Flow:
                 if count == 0:
                     x_hat = ops.reshape(repeated(data, m).x_hat, (-1, size))
                     return ops.concatenate([x_hat, volume], axis=1)
-                estimate, pull = repeated.linearised(data, m)
+                estimate, pull = repeated.vjp(data, m)
                 x_hat = ops.reshape(estimate.x_hat, (-1, copies, size))[:, 0]
                 pulled = ops.reshape(pull(ops.reshape(directions, (-1, *shape))), (-1, count, size))
                 trace = m.alpha * ops.sum(directions * pulled, axis=-1)

@@ -38,14 +38,14 @@ class Subject:
     Args:
         model: a `DiffusionModel`, or `x_hat = denoise(x, m)`, or a `Denoiser`; of `keras.ops`, for it is compiled.
         schedule: of a denoiser; a model has its own.
-        averages: use the averaged weights of a model.
+        ema: use the averaged weights of a model.
 
     Raises:
         TypeError: if it is neither.
         ValueError: if a denoiser comes without a schedule, or a model with one.
     """
 
-    def __init__(self, model: Any, schedule: Any, averages: bool):
+    def __init__(self, model: Any, schedule: Any, ema: bool):
         self.model = model if isinstance(model, DiffusionModel) else None
         if self.model is None:
             if not callable(model):
@@ -61,16 +61,16 @@ class Subject:
                 raise ValueError("likelihood: a model is measured on its own schedule; leave out `schedule`")
             if not model.built:
                 raise ValueError("likelihood: the model has no weights yet; train it, load it, or call `build`")
-            denoiser = model.denoiser(averages)
+            denoiser = model.denoiser(ema)
             self.schedule, self.limit, self.given = model.schedule, model.codec.limit, Given()
-        self.answer, self.averages = denoiser.answer, averages
+        self.answer, self.ema = denoiser.answer, ema
 
     def compiled(self, key: Any, function: Callable) -> Callable:
         """`function(answer, *arguments)` of nests of tensors, without `answer`, compiled; of a model once for a key."""
         function = partial(function, self.answer)
         if self.model is None:
             return backend.compiled(function)
-        return self.model.compiled_function((key, self.averages), function)
+        return self.model.compiled_function((key, self.ema), function)
 
     def batches(self, data: Any, size: int) -> Iterator[Batch]:
         """The batches of data, encoded.

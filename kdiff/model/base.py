@@ -20,12 +20,12 @@ from typing import Any
 import keras
 from keras import ops
 
-from kdiff import backend, random
-from kdiff.averages import Profile, profiles_of
+from kdiff import backend, deprecated, random
 from kdiff.base import Configurable
 from kdiff.codecs import Codec
 from kdiff.conversion import moved
 from kdiff.denoisers import INTERVAL, Estimate, Given
+from kdiff.ema import Profile, profiles_of
 from kdiff.model import feeding
 from kdiff.model.averaging import Averaging
 from kdiff.model.condition_inputs import condition_layers, condition_names, derivations, optional_names
@@ -60,7 +60,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
         sampler: a `Sampler`, a `Solver`, or the name of one: by which `sample` samples where nothing else is asked for.
         ema: the decay of the averaged weights, in [0, 1); None keeps no averages. In update n it is
             min(ema, (1 + n) / (10 + n)), so that the first weights are soon forgotten. Or another profile of
-            `kdiff.averages`, or a list of several. Validation and sampling use the averages, the first if there are
+            `kdiff.ema`, or a list of several. Validation and sampling use the averages, the first if there are
             several; `kdiff.posthoc` makes others of `[Power(0.05), Power(0.1)]` after training.
         seed: names the random numbers of training, the same on every backend.
         name: the model's name.
@@ -114,7 +114,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
         self.seed = seed
         self.shapes: dict[str, tuple] | None = None  # of what the network takes, encoded data included
         self.example: tuple | None = None  # the shape of an example that is not encoded, if it is known
-        self._averaging = False  # whether the averages are used: see `_follow_averages`
+        self._averaging = False  # whether the averages are used: see `_follow_ema`
         self._compiled_steps: dict[Any, Any] = {}
         self._compiled_problem: Callable | None = None  # on PyTorch
         self._measures = SimpleNamespace(metrics=[])
@@ -189,7 +189,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
             self._build_network(shapes)
             self.step = self._counter("step")
             self.evaluation_step = self._counter("evaluation_step")
-            self.averages = self._new_averages()
+            self.ema_weights = self._new_ema()
         self.shapes, self.example = shapes, example  # only now: what fails leaves no shapes behind
         self.built = True
 
@@ -276,15 +276,15 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
         else:
             x = self.codec(batch.pop("image"), key, training=False)
         made = {name: of for name, of in derivations(self.network).items() if name not in batch}
-        batch |= {name: of(x, random.fold(key, i, DERIVING)) for i, (name, of) in enumerate(made.items())}
+        batch |= {name: of(x, random.fold_in(key, i, DERIVING)) for i, (name, of) in enumerate(made.items())}
         return self.objective.problem(self, x, batch, keys, bool(training))
 
     def _keys(self, training) -> Iterator:
         """The keys of this step: training goes on from step to step, each evaluation draws the same numbers."""
         stream, counter = (random.TRAINING, self.step) if training else (random.EVALUATION, self.evaluation_step)
-        key = random.fold(random.key_of(self.seed), counter.value, stream)
+        key = random.fold_in(random.key_of(self.seed), counter.value, stream)
         if (replica := backend.replica()) is not None:
-            key = random.fold(key, replica, random.REPLICAS)
+            key = random.fold_in(key, replica, random.REPLICAS)
         if backend.has_numbers(counter.value):  # if that fails, Keras asks again with numbers, in the same scope
             counter.assign_add(1)  # after its last use: on TensorFlow `value` is not a copy
         return random.Keys(key)
@@ -309,11 +309,13 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
         """Keras' own step, then the averages. `args` are `(data,)`, on JAX `(state, data)`."""
         *state, data = args
         x, sample_weight = feeding.unpack(data)
-        self._use_averages(True)  # from this step on: an objective that asks them is traced once for all steps
+        self._use_ema(True)  # from this step on: an objective that asks them is traced once for all steps
         result = super().train_step(*state, (x, None, sample_weight))
-        if self.averages is None:
+        if self.ema_weights is None:
             return result
-        return backend.after_step(self, result, lambda: self.averages.update(self.network, self.optimizer.iterations))
+        return backend.after_step(
+            self, result, lambda: self.ema_weights.update(self.network, self.optimizer.iterations)
+        )
 
     def make_train_function(self, force: bool = False):
         """Keras' own; on PyTorch only `call` is compiled."""
@@ -377,16 +379,16 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
 
     def _before_training(self) -> None:
         """Averages that do not fit the network are an error before anything is trained."""
-        if self.averages:
-            self.averages.pairs(self.network)
-            self._use_averages(True)  # not first in a step, which PyTorch may compile
-        self._follow_averages_of_others()
+        if self.ema_weights:
+            self.ema_weights.pairs(self.network)
+            self._use_ema(True)  # not first in a step, which PyTorch may compile
+        self._follow_ema_of_others()
 
     def _before_evaluating(self, anew: bool) -> None:
         """The averaged weights, and the same times and noise at each call of `evaluate`."""
         if anew:
             self.evaluation_step.assign(0)
-        self._follow_averages()
+        self._follow_ema()
 
     # Denoising
 
@@ -407,7 +409,8 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
             )
         return ops.cast(output, "float32")
 
-    def output(self, x_t, m: Marginal, conditions: Mapping[str, Any], training: bool = False, averages: bool = True):
+    @deprecated.arguments(averages="ema")
+    def output(self, x_t, m: Marginal, conditions: Mapping[str, Any], training: bool = False, ema: bool = True):
         """The network's output, float32, which means what `prediction` says.
 
         Args:
@@ -415,26 +418,27 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
             m: the marginal that it is at; fields of shape `()` or `(batch,)`.
             conditions: by name, one row an example.
             training: whether dropout and the like are at work.
-            averages: use the averaged weights.
+            ema: use the averaged weights.
         """
-        with self._weights(averages):
+        with self._weights(ema):
             return self._checked_output(self.network(self._inputs(x_t, m, conditions), training=training), x_t)
 
-    def _answer(self, averages: bool, schedule: NoiseSchedule, given: Given, x_t, m: Marginal) -> Estimate:
+    def _answer(self, ema: bool, schedule: NoiseSchedule, given: Given, x_t, m: Marginal) -> Estimate:
         """The answer of a `Denoiser` to a question on `schedule`. Not by `output`: each call in a step is a frame."""
         x_t, m = moved(x_t, m, schedule, self.schedule)
-        with self._weights(averages):
+        with self._weights(ema):
             output = self.network(self._inputs(x_t, m, given.conditions), training=False)
         output = self._checked_output(output, x_t)
         return Estimate(self.prediction.denoise(output, x_t, m), self.prediction.share(output))
 
-    def denoise(self, x_t, m: Marginal, averages: bool = True, **conditions):
+    @deprecated.arguments(averages="ema")
+    def denoise(self, x_t, m: Marginal, ema: bool = True, **conditions):
         """The network's estimate of the data, x_hat.
 
         Args:
             x_t: a noisy batch, with shape `(batch, ...)`.
             m: the marginal that it is at, `schedule.at(t)`; the fields have shape `()` or `(batch,)`.
-            averages: use the averaged weights.
+            ema: use the averaged weights.
             **conditions: one row an example.
 
         Returns:
@@ -445,9 +449,9 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
         """
         if not isinstance(m, Marginal):
             raise TypeError(f"denoise: `m` must be a marginal, such as `model.schedule.at(t)`; received: {m!r}")
-        if averages and self.averages and backend.concrete(self.averages.updates.value) is not None:
-            self._follow_averages()  # else it is a part of a graph, which does that first
-        return self._answer(averages, self.schedule, Given(conditions), x_t, m).x_hat
+        if ema and self.ema_weights and backend.concrete(self.ema_weights.updates.value) is not None:
+            self._follow_ema()  # else it is a part of a graph, which does that first
+        return self._answer(ema, self.schedule, Given(conditions), x_t, m).x_hat
 
 
 _REPLACEABLE = {"codec": Codec, "schedule": NoiseSchedule, "prediction": Prediction, "objective": Objective}

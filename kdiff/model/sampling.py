@@ -16,7 +16,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from kdiff import backend
+from kdiff import backend, deprecated
 from kdiff.base import check_integer, check_number
 from kdiff.checks import check_examples
 from kdiff.codecs import Codec
@@ -113,6 +113,7 @@ class _Run(NamedTuple):
 class Sampling:
     """The half of a `DiffusionModel` that samples; it needs `denoise`, `schedule`, `codec` and `sampler`."""
 
+    @deprecated.arguments(averages="ema")
     def sample(
         self,
         num_samples: int,
@@ -134,7 +135,7 @@ class Sampling:
         mask: Any = None,
         seed: int | Sequence[int] | None = 0,
         batch_size: int = 64,
-        averages: bool = True,
+        ema: bool = True,
         verbose: bool = False,
         **conditions,
     ) -> np.ndarray:
@@ -174,7 +175,7 @@ class Sampling:
                 list, one a sample, each of which is then the first sample of its own seed. None: one is drawn, from
                 Python's generator, which `keras.utils.set_random_seed` seeds.
             batch_size: how many are made at once.
-            averages: use the averaged weights.
+            ema: use the averaged weights.
             verbose: show a progress bar.
             **conditions: one value for all samples, or one a sample, with shape `(num_samples, ...)`; text as strings.
                 None is no condition, where training has left it out at times.
@@ -189,10 +190,11 @@ class Sampling:
         options = {"sampler": sampler, "guidance": guidance, "steps": steps, "schedule": schedule}
         options |= {"height": height, "width": width, "size": size}
         begin = {"image": image, "strength": strength, "x": x, "noise": noise, "start": start, "stop": stop}
-        options |= {**begin, "known": known, "mask": mask, "seed": seed, "averages": averages}
+        options |= {**begin, "known": known, "mask": mask, "seed": seed, "ema": ema}
         run = self._run(num_samples, **options, **conditions)
         return run.ends(ops.convert_to_numpy if stop else self.decode, batch_size, verbose)
 
+    @deprecated.arguments(averages="ema")
     def sample_steps(self, num_samples: int, *, preview: Codec | str | None = None, **options) -> Iterator[Step]:
         """The same as `sample`, in one batch, step by step: yields a `Step` whose x and x_hat are decoded arrays.
 
@@ -204,6 +206,7 @@ class Sampling:
         decode = self.decode if preview is None else partial(self._by_codec, Codec.get(preview).decode)
         return self._run(num_samples, **options).decoded(decode)
 
+    @deprecated.arguments(averages="ema")
     def invert(self, image: Any, *, iterations: int = 1, batch_size: int = 64, **options) -> np.ndarray:
         """The noise from which a deterministic sampler makes these examples: `sample(n, x=noise)` gives them again.
 
@@ -213,7 +216,7 @@ class Sampling:
                 steps are short for how fast the network's estimate changes; if they are not, take more steps.
             batch_size: how many are inverted at once.
             **options: `sampler`, whose solver must have an inverse, as DDIM and Euler have, `guidance`, `steps`,
-                `averages` and conditions, as of `sample`.
+                `ema` and conditions, as of `sample`.
 
         Returns:
             A float32 array with the shape of the encoded examples.
@@ -223,6 +226,7 @@ class Sampling:
         """
         return self._inversion(image, iterations, options).ends(ops.convert_to_numpy, batch_size)
 
+    @deprecated.arguments(averages="ema")
     def invert_steps(self, image: Any, *, iterations: int = 1, **options) -> Iterator[Step]:
         """The same as `invert`, in one batch, step by step: yields a `Step` whose x and x_hat are decoded arrays."""
         return self._inversion(image, iterations, options).decoded(self.decode)
@@ -260,7 +264,7 @@ class Sampling:
         known=None,
         mask=None,
         seed=0,
-        averages=True,
+        ema=True,
         iterations=None,
         **conditions,
     ) -> _Run:
@@ -308,7 +312,7 @@ class Sampling:
             x = x if data is None else x + float(begin.alpha) * data
         sampler = sampler if iterations is None else sampler.inverse(iterations)
         self._check_beginning(schedule, times)
-        step = self._step(sampler, schedule, averages, draw)
+        step = self._step(sampler, schedule, ema, draw)
         return _Run(sampler, schedule, times, shape, data, x, before, given, step, seed, draw)
 
     @staticmethod
@@ -336,37 +340,39 @@ class Sampling:
             raise ValueError(f"{sampler.solver!r} needs the prediction LearnedVariance; this is {self.prediction!r}")
         return sampler
 
-    def _step(self, sampler: Sampler, schedule: NoiseSchedule, averages: bool, draw: Callable | None) -> Callable:
+    def _step(self, sampler: Sampler, schedule: NoiseSchedule, ema: bool, draw: Callable | None) -> Callable:
         """A compiled `Sampler.advance`, made once: seed, times, conditions and arrays are arguments of it.
 
         With a function that draws it is not compiled.
         """
-        answer, nulls = partial(self._answer, averages, schedule), condition_nulls(self.network)
+        answer, nulls = partial(self._answer, ema, schedule), condition_nulls(self.network)
         if draw is not None:
             self._ready(sampler.models)
             return backend.without_gradients(partial(sampler.advance, answer, nulls, schedule, draw=draw))
         rows = tuple((name, np.asarray(null).tobytes()) for name, null in nulls.items())  # constants of the step
-        key = (sampler.key(), schedule, averages, rows)
+        key = (sampler.key(), schedule, ema, rows)
         others = (*sampler.models, schedule)  # which may have weights
         return self.compiled_function(key, partial(sampler.advance, answer, nulls, schedule), others)
 
-    def denoiser(self, averages: bool = True, schedule: NoiseSchedule | None = None, **conditions) -> Denoiser:
+    @deprecated.arguments(averages="ema")
+    def denoiser(self, ema: bool = True, schedule: NoiseSchedule | None = None, **conditions) -> Denoiser:
         """The model as a `Denoiser`: `estimate = model.denoiser()(x_t, m)`.
 
         Args:
-            averages: use the averaged weights.
+            ema: use the averaged weights.
             schedule: that x_t and m are of; None for the model's own.
             **conditions: one row an example.
         """
         self._ready()
-        return self.denoiser_in_step(averages, schedule, **conditions)
+        return self.denoiser_in_step(ema, schedule, **conditions)
 
-    def denoiser_in_step(self, averages: bool = True, schedule: NoiseSchedule | None = None, **conditions) -> Denoiser:
+    @deprecated.arguments(averages="ema")
+    def denoiser_in_step(self, ema: bool = True, schedule: NoiseSchedule | None = None, **conditions) -> Denoiser:
         """The same as `denoiser` for use in a compiled step, as that of an objective, before which all is up to date.
 
         Arguments as of `denoiser`.
         """
-        answer = partial(self._answer, averages, self.schedule if schedule is None else schedule)
+        answer = partial(self._answer, ema, self.schedule if schedule is None else schedule)
         return Denoiser(answer, Given(conditions), condition_nulls(self.network))
 
     def compiled_function(self, key: Any, function: Callable, others: Sequence[keras.layers.Layer] = ()) -> Callable:
@@ -391,7 +397,7 @@ class Sampling:
         models = [model for model in (self, *others) if isinstance(model, keras.Model)]
         for model in models:
             backend.synchronise(model)
-        return tuple(model._follow_averages() for model in models if isinstance(model, Sampling))
+        return tuple(model._follow_ema() for model in models if isinstance(model, Sampling))
 
     def encode(self, examples):
         """Examples, such as images, as data."""

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kdiff import backend, lora
+from kdiff import backend, deprecated, lora
 from kdiff.codecs import Absent
 from kdiff.writing import replacing
 
@@ -98,6 +98,7 @@ class Saving(SafeFiles):
 
     def load_own_variables(self, store) -> None:
         """Keras' own, and the states of random layers."""
+        deprecated.find_old_paths(store)
         names = list(store.keys())
         super().load_own_variables({name: store[name] for name in names if not name.startswith("random_state_")})
         for index, state in enumerate(self._random_states()):

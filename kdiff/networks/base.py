@@ -14,7 +14,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from kdiff import backend
+from kdiff import backend, deprecated
 from kdiff.base import check_integer
 from kdiff.blocks.attention import CrossAttention
 from kdiff.blocks.base import Chain, ConfigurableLayer, Tokens, apply_layer, build_layer, copy_layer, derive_seed
@@ -114,7 +114,7 @@ class Network(ConfigurableLayer, keras.Model):
         """Calls a chain or block, with its inside forgotten until the gradient wants it if `remat`."""
         if not (self.remat and training):
             return layer(x, embed=embed, context=context, training=training)
-        return backend.recomputed(layer, {"x": x, "embed": embed, "context": context}, training=training)
+        return backend.remat(layer, {"x": x, "embed": embed, "context": context}, training=training)
 
     def build(self, input_shape):
         """Builds every layer, from the shapes of the inputs by name."""
@@ -130,6 +130,11 @@ class Network(ConfigurableLayer, keras.Model):
         for name, layer in self.conditions.items():
             if hasattr(layer, "attach"):  # to what attends to its tokens
                 self._attach(name, layer)
+
+    def load_own_variables(self, store) -> None:
+        """As in Keras; in a file of an older kdiff, layers are found under their old names."""
+        deprecated.find_old_paths(store)
+        super().load_own_variables(store)
 
     def add_condition(self, name: str, layer: keras.layers.Layer, shapes: Mapping[str, tuple]) -> None:
         """Gives a built network one more condition, which changes nothing of its other weights.
@@ -194,7 +199,7 @@ class Network(ConfigurableLayer, keras.Model):
             if not known or any(None not in pair and pair[0] != pair[1] for pair in pairs):
                 raise ValueError(
                     f"{type(self).__name__}: the map of condition {name!r} must have the sizes of the image, {image}; "
-                    f"it has the shape: {shape}. `blocks.Beside` resizes."
+                    f"it has the shape: {shape}. `blocks.Concat` resizes."
                 )
 
     def _check_attended(self, context):

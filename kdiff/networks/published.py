@@ -227,7 +227,7 @@ def efficient(width: int = 128, levels: int = 4, **options: Any) -> UNet:
     The size is halved before the convolutions of each level and doubled after them, sums are divided by the square root
     of 2, and the coarsest level alone attends, to itself and to the text at once, in heads of 64. Each block of the way
     down, not each level, is joined to one of the way up, as in every `UNet` here: 696 M parameters, and 600 M in the
-    paper. The picture that is made larger is a condition of the caller's, `{"low": Beside("bicubic", noise=...),
+    paper. The picture that is made larger is a condition of the caller's, `{"low": Concat("bicubic", noise=...),
     "context": ...}`; without any there is a `context` alone.
 
     Args:

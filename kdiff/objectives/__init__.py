@@ -1,5 +1,6 @@
 """Objectives: what a network learns. Each makes of a clean batch the problem that a training step solves."""
 
+from kdiff import deprecated
 from kdiff.objectives.base import Drawn, Objective, Problem
 from kdiff.objectives.denoising import Denoising, VariationalBound, variance_bound
 from kdiff.objectives.effective_weight import (
@@ -12,21 +13,21 @@ from kdiff.objectives.effective_weight import (
 )
 from kdiff.objectives.flow_maps import MeanFlow, Shortcut
 from kdiff.objectives.given_noise import Reflow
-from kdiff.objectives.halving import Distillation
+from kdiff.objectives.halving import ProgressiveDistillation
 from kdiff.objectives.latent_consistency import LCM
 from kdiff.objectives.learned_schedule import LearnedSchedule
 from kdiff.objectives.loss_aware import LossAware
 from kdiff.objectives.pairing import Consistency, Discretised, Easy, Pairs
-from kdiff.objectives.tangential import TangentConsistency
+from kdiff.objectives.tangential import SCM
 from kdiff.objectives.taught import Taught
 
 __all__ = [
     "LCM",
     "POINTS",
+    "SCM",
     "Consistency",
     "Denoising",
     "Discretised",
-    "Distillation",
     "Drawn",
     "Easy",
     "LearnedSchedule",
@@ -35,10 +36,10 @@ __all__ = [
     "Objective",
     "Pairs",
     "Problem",
+    "ProgressiveDistillation",
     "Recipe",
     "Reflow",
     "Shortcut",
-    "TangentConsistency",
     "Taught",
     "VariationalBound",
     "effective_weight",
@@ -47,3 +48,5 @@ __all__ = [
     "same_objective",
     "variance_bound",
 ]
+
+__getattr__ = deprecated.names(__name__, Distillation="ProgressiveDistillation", TangentConsistency="SCM")

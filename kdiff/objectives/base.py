@@ -12,9 +12,9 @@ same data come together:
             t = model.times(model.schedule, ops.shape(x)[0], next(keys))
             noise = random.normal(next(keys), ops.shape(x))
             here, less = model.schedule.at(t), model.schedule.at(0.9 * t)
-            def x_hat(m, training, averages):
+            def x_hat(m, training, ema):
                 x_t = m.like(x).alpha * x + m.like(x).sigma * noise
-                return model.prediction.denoise(model.output(x_t, m, conditions, training, averages), x_t, m)
+                return model.prediction.denoise(model.output(x_t, m, conditions, training, ema), x_t, m)
             return Problem(x_hat(here, training, not training), ops.stop_gradient(x_hat(less, False, True)))
 
 It is a Keras layer, so that what it holds, another model or counts of its own, is a part of the model and saved with

@@ -39,7 +39,7 @@ class Denoising(Objective):
         drawn, m = random.normal(next(keys), ops.shape(x)) if noise is None else None, schedule.at(t)
         noise = drawn if noise is None else ops.cast(noise, "float32")
         x_t = schedule(x, noise, t)
-        output = model.output(x_t, m, conditions, training, averages=not training)
+        output = model.output(x_t, m, conditions, training, ema=not training)
         learned = prediction.share(output) is not None
         known = (times.density(schedule, t), m, schedule.slope(t)) if times.has_density else (None, m)
         return Problem(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from kdiff import random
+from kdiff import deprecated, random
 from kdiff.base import check_integer, check_number
 from kdiff.denoisers import INTERVAL, interval
 from kdiff.objectives.base import Objective, Problem
@@ -93,7 +93,7 @@ class Shortcut(Objective):
         x_t = noised(x, noise, m)
         long = interval(now, then)
         told = {**conditions, INTERVAL: _joined(long, ops.zeros_like(t[count:]))}
-        output = model.output(x_t, m, told, training, averages=not training)
+        output = model.output(x_t, m, told, training, ema=not training)
 
         def target():
             start = x_t[:count]
@@ -101,7 +101,7 @@ class Shortcut(Objective):
 
             def x_hat(at, here, there):
                 short = ops.where(shortest, 0.0, interval(here, there))
-                answer = model.output(at, here, {**some, INTERVAL: short}, training=False, averages=True)
+                answer = model.output(at, here, {**some, INTERVAL: short}, training=False, ema=True)
                 return prediction.denoise(answer, at, here)
 
             first = x_hat(start, now, mid)
@@ -138,30 +138,31 @@ class MeanFlow(Taught):
     two draws of the model's `times`, the larger first, for a share of each batch; for the rest r = s, which is flow
     matching. The paper's times are LogitNormal(-0.4, 1.0). With a teacher v is its velocity. It needs no other network,
     and far more training than the others: the share learns from its own derivative. It should see time slowly, as by
-    `time_label=Scaled(10.0)`: see `tangents.Difference`.
+    `time_label=Scaled(10.0)`: see `tangents.FiniteDifference`.
 
     Args:
         teacher: a `DiffusionModel`, whose velocity is followed; None for that of the data and the noise.
         share: of the batch with r < s; its first examples, one at least.
-        tangent: a `Tangent` or its name: how du/ds is found; `tangents.Difference` wants a network in float32.
+        tangent: a `Tangent` or its name: how du/ds is found; `tangents.FiniteDifference` wants a network in float32.
         power: of the adaptive weight; 0 for none.
         c: what keeps it finite.
-        guidance, steering: as of `Taught`.
+        guidance, guidance_input: as of `Taught`.
     """
 
     sampled_by = MappingProxyType({"solver": "flow_map", "steps": 1})
 
+    @deprecated.arguments(steering="guidance_input")
     def __init__(
         self,
         teacher: Any = None,
         share: float = 0.25,
-        tangent="difference",
+        tangent="finite_difference",
         power: float = 1.0,
         c: float = 1e-3,
         guidance: Any = None,
-        steering: str = "timestep_cond",
+        guidance_input: str = "timestep_cond",
     ):
-        super().__init__(teacher, guidance, steering)
+        super().__init__(teacher, guidance, guidance_input)
         check_number("MeanFlow", "share", share, 0.0, 1.0)
         check_number("MeanFlow", "power", power, 0.0)
         check_number("MeanFlow", "c", c, 1e-12)
@@ -179,7 +180,7 @@ class MeanFlow(Taught):
         data, fresh = self.ends(model, x, noise, x_t, m, conditions, scale)
         conditions, velocity = self.told(conditions, scale), fresh - data
         told = {**conditions, INTERVAL: interval(m, r)}
-        u = model.output(x_t, m, told, training, averages=not training)
+        u = model.output(x_t, m, told, training, ema=not training)
         slope = self._slope(model, x_t, velocity, m, r, conditions, count, training)
         change = _joined(rows((m.sigma - r.sigma)[:count], x) * slope, ops.zeros_like(x[count:]))
         target = ops.stop_gradient(velocity - change)
@@ -197,7 +198,7 @@ class MeanFlow(Taught):
             moved = s + e
             here = model.schedule.at_log_snr(2.0 * ops.log((1.0 - moved) / moved))
             told = {**some, INTERVAL: interval(here, end)}
-            return model.output(x_t + rows(e, x_t) * velocity, here, told, training=False, averages=not training)
+            return model.output(x_t + rows(e, x_t) * velocity, here, told, training=False, ema=not training)
 
         clean, noisy = (model.schedule.scales(end)[1] for end in model.schedule.log_snr_ends())
         return self.tangent(curve, ops.zeros_like(s), s - clean, noisy - s)

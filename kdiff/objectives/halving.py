@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from kdiff import random
+from kdiff import deprecated, random
 from kdiff.base import check_integer
 from kdiff.denoisers import INTERVAL, interval
 from kdiff.objectives.base import Problem
@@ -15,10 +15,10 @@ from kdiff.objectives.taught import Taught, check_simple, implied_output, joined
 from kdiff.solvers.base import flow_to
 from kdiff.times import TimeGrid
 
-__all__ = ["Distillation"]
+__all__ = ["ProgressiveDistillation"]
 
 
-class Distillation(Taught):
+class ProgressiveDistillation(Taught):
     """Progressive distillation (Salimans and Ho 2022, arXiv:2202.00512, algorithm 2): each of `steps` steps is learned
     as two of a teacher that takes twice as many,
 
@@ -30,30 +30,33 @@ class Distillation(Taught):
     of Velocity SNR + 1. The model's `times` are not used. `students.progressive` goes from many steps to one; a model
     of `students.student` samples by `FlowMap`, which is DDIM, on this grid in these steps.
 
-        model = students.student(teacher, Distillation(teacher, steps=8))
+        model = students.student(teacher, ProgressiveDistillation(teacher, steps=8))
 
     Args:
         teacher: the model that takes twice as many steps.
         steps: how many the network is to take.
         grid: a `TimeGrid` or its name: every second of the times of its 2 `steps` steps must be one of its `steps`.
-        guidance, steering: as of `Taught` (Meng et al. 2023, arXiv:2210.03142, section 3).
+        guidance, guidance_input: as of `Taught` (Meng et al. 2023, arXiv:2210.03142, section 3).
 
     Raises:
         ValueError: if the grid of twice as many steps is no finer version of the other.
     """
 
+    formerly = ("kdiff.objectives>Distillation",)
+
+    @deprecated.arguments(steering="guidance_input")
     def __init__(
         self,
         teacher: Any = None,
         steps: int = 8,
         grid="trailing",
         guidance: Any = None,
-        steering: str = "timestep_cond",
+        guidance_input: str = "timestep_cond",
     ):
         if teacher is None:
-            raise TypeError("Distillation: `teacher` must be a DiffusionModel; received: None")
-        super().__init__(teacher, guidance, steering)
-        check_integer("Distillation", "steps", steps)
+            raise TypeError("ProgressiveDistillation: `teacher` must be a DiffusionModel; received: None")
+        super().__init__(teacher, guidance, guidance_input)
+        check_integer("ProgressiveDistillation", "steps", steps)
         self.steps, self.grid = steps, TimeGrid.get(grid)
 
     @property
@@ -70,7 +73,7 @@ class Distillation(Taught):
         scale = self.scales(x, next(keys))
         taught = self.taught(model, conditions, scale)
         conditions = {**self.told(conditions, scale), INTERVAL: interval(now, then)}
-        output = model.output(x_t, now, conditions, training, averages=not training)
+        output = model.output(x_t, now, conditions, training, ema=not training)
 
         def target():
             first = taught(x_t, now)
@@ -84,10 +87,11 @@ class Distillation(Taught):
     def check(self, model: Any) -> None:
         """Raises a ValueError as of `Taught`, for a learned variance or a weight per log-SNR, and for the grid."""
         super().check(model)
-        check_simple("Distillation", model)
+        check_simple("ProgressiveDistillation", model)
         fine, coarse = (self.grid(model.schedule, count) for count in (2 * self.steps, self.steps))
         if not np.allclose(fine[::2], coarse, atol=1e-6):
             raise ValueError(
-                f"Distillation: on {model.schedule!r} the {self.steps} steps of {self.grid!r} are not every second of "
-                f"its {2 * self.steps}: {np.round(coarse, 4)} and {np.round(fine, 4)}. Take 'trailing', or other steps"
+                f"ProgressiveDistillation: on {model.schedule!r} the {self.steps} steps of {self.grid!r} are not every "
+                f"second of its {2 * self.steps}: {np.round(coarse, 4)} and {np.round(fine, 4)}. Use 'trailing', or "
+                "another number of steps"
             )

@@ -6,7 +6,7 @@ from typing import Any
 
 from keras import ops
 
-from kdiff import random, solvers
+from kdiff import deprecated, random, solvers
 from kdiff.base import check_integer
 from kdiff.objectives.base import Problem
 from kdiff.objectives.taught import Taught, check_simple, noised, rows, still
@@ -24,8 +24,8 @@ class LCM(Taught):
 
     where f^-, a constant, is of the averaged weights (of the paper's decay, `ema=0.95`) and d the loss, "mse" or
     `losses.PseudoHuber(0.001, whole=False)`. A scale of guidance that is drawn is told to the network by the input
-    `steering`, as of `blocks.SteeredEmbedding`, which published latent consistency models have; where 1 is no guidance,
-    the paper draws from 6 to 16:
+    `guidance_input`, as in `blocks.GuidanceEmbedding`, which published latent consistency models have; where 1 is no
+    guidance, the paper draws from 6 to 16:
 
         model = students.student(teacher, LCM(teacher, guidance=(6.0, 16.0)), network=..., ema=0.95)
         model.sample(4, text="a red hat", timestep_cond=8.0)
@@ -36,23 +36,24 @@ class LCM(Taught):
     Args:
         teacher: a `DiffusionModel` on a discrete schedule.
         steps: how many the teacher's solver takes, 50 of 1000 in the paper; it must divide T.
-        guidance, steering: as of `Taught`.
+        guidance, guidance_input: as of `Taught`.
         solver: the `solvers.LCM` whose scalings are learned.
     """
 
     sampled_by = MappingProxyType({"solver": "lcm", "steps": 4})
 
+    @deprecated.arguments(steering="guidance_input")
     def __init__(
         self,
         teacher: Any = None,
         steps: int = 50,
         guidance: Any = None,
-        steering: str = "timestep_cond",
+        guidance_input: str = "timestep_cond",
         solver: Any = "lcm",
     ):
         if teacher is None:
             raise TypeError("LCM: `teacher` must be a DiffusionModel; received: None")
-        super().__init__(teacher, guidance, steering)
+        super().__init__(teacher, guidance, guidance_input)
         check_integer("LCM", "steps", steps)
         self.steps, self.solver = steps, solvers.Solver.get(solver)
         if not isinstance(self.solver, solvers.LCM):
@@ -66,8 +67,8 @@ class LCM(Taught):
         scale = self.scales(x, next(keys))
         told = self.told(conditions, scale)
 
-        def f(at, m, training, averages):
-            x_hat = model.prediction.denoise(model.output(at, m, told, training, averages), at, m)
+        def f(at, m, training, ema):
+            x_hat = model.prediction.denoise(model.output(at, m, told, training, ema), at, m)
             c_skip, c_out = (rows(value, at) for value in self.solver.scalings(schedule, m))
             return c_skip * at + c_out * x_hat
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from kdiff import random
+from kdiff import deprecated, random
 from kdiff.base import Value, check_integer, check_number
 from kdiff.denoisers import INTERVAL, interval
 from kdiff.objectives.base import Problem
@@ -112,29 +112,30 @@ class Consistency(Taught):
 
         improved (iCT)   Consistency(pairs=Discretised(iterations)), times=LogNormalSigma(-1.1, 2.0), PseudoHuber()
         easy (ECT)       Consistency(pairs=Easy(doubling)), of `students.student(diffusion_model, ...)`
-        distilled (CD)   Consistency(teacher, Discretised(iterations, 18, 18), averaged=True)
+        distilled (CD)   Consistency(teacher, Discretised(iterations, 18, 18), ema=True)
 
     The target is asked without dropout. A `weighting` of the model takes the place of w.
 
     Args:
         teacher: a `DiffusionModel`, whose trajectories are followed; None for those of data and noise.
         pairs: a `Pairs`: which two noise levels.
-        averaged: whether the target is of the averaged weights.
-        guidance, steering: as of `Taught`.
+        ema: whether the target is of the averaged weights.
+        guidance, guidance_input: as of `Taught`.
     """
 
     sampled_by = MappingProxyType({"solver": "consistency", "steps": 2})
 
+    @deprecated.arguments(averaged="ema", steering="guidance_input")
     def __init__(
         self,
         teacher: Any = None,
         pairs: Any = "easy",
-        averaged: bool = False,
+        ema: bool = False,
         guidance: Any = None,
-        steering: str = "timestep_cond",
+        guidance_input: str = "timestep_cond",
     ):
-        super().__init__(teacher, guidance, steering)
-        self.pairs, self.averaged = Pairs.get(pairs), averaged
+        super().__init__(teacher, guidance, guidance_input)
+        self.pairs, self.ema = Pairs.get(pairs), ema
 
     def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
         schedule, (clean, noisy) = model.schedule, model.schedule.log_snr_ends()
@@ -147,8 +148,8 @@ class Consistency(Taught):
         x_t, scale = noised(x, noise, m), self.scales(x, next(keys))
         told = self.told(conditions, scale)
 
-        def f(at, m, training, averages):
-            answer = model.output(at, m, {**told, INTERVAL: interval(m)}, training, averages)
+        def f(at, m, training, ema):
+            answer = model.output(at, m, {**told, INTERVAL: interval(m)}, training, ema)
             return model.prediction.denoise(answer, at, m)
 
         def target():
@@ -157,7 +158,7 @@ class Consistency(Taught):
             else:
                 x_r = _heun(self.taught(model, conditions, scale), x_t, m, end, at_end)
             inside = _at(schedule, ops.maximum(r, 1.0001 * least))
-            answer = f(x_r, inside, False, self.averaged or not training)
+            answer = f(x_r, inside, False, self.ema or not training)
             return ops.where(rows(at_end, x), x_r / end.like(x).alpha, answer)
 
         weight = 1.0 / (s - ops.where(at_end, 0.0, r))

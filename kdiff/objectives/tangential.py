@@ -6,7 +6,7 @@ from typing import Any
 
 from keras import ops
 
-from kdiff import random
+from kdiff import deprecated, random
 from kdiff.base import check_integer, check_number
 from kdiff.denoisers import INTERVAL, interval
 from kdiff.objectives.base import Problem
@@ -14,10 +14,10 @@ from kdiff.objectives.taught import Taught, check_continuous, check_precise, noi
 from kdiff.predictions import TrigFlow
 from kdiff.tangents import Tangent
 
-__all__ = ["TangentConsistency"]
+__all__ = ["SCM"]
 
 
-class TangentConsistency(Taught):
+class SCM(Taught):
     """sCM, stable consistency in continuous time (Lu and Song 2024, arXiv:2410.11081, algorithm 1), on any continuous
     schedule, with the prediction TrigFlow(sd). In its angle, tan(u) = sigma / (alpha sd), and
 
@@ -34,34 +34,37 @@ class TangentConsistency(Taught):
     taken. With a teacher dz/du is its velocity (sCD), without one that of data and noise (sCT). The paper's times are
     LogNormalSigma(-1.0, 1.4) for sd = 0.5, and it goes on from a diffusion model (`students.student`). The model is
     sampled by `solvers.Consistency` in 1 or 2 steps. Compile it with the loss "mse". The derivative is asked without
-    dropout. The network should see time slowly, as by `time_label=Scaled(10.0)`: see `tangents.Difference`.
+    dropout. The network should see time slowly, as by `time_label=Scaled(10.0)`: see `tangents.FiniteDifference`.
 
     Args:
         teacher: a `DiffusionModel`, whose trajectories are followed; None for those of data and noise.
-        tangent: a `Tangent` or its name: how the derivative is found; `tangents.Difference` wants a network in float32.
+        tangent: a `Tangent` or its name: how the derivative is computed; `tangents.FiniteDifference` needs float32.
         warmup: the steps until the tangent counts in full; 0 from the beginning on.
         c: in the normalisation of g; None leaves g as it is.
         terms: of the series of w; 0 for w = 0.
-        guidance, steering: as of `Taught`.
+        guidance, guidance_input: as of `Taught`.
     """
+
+    formerly = ("kdiff.objectives>TangentConsistency",)
 
     sampled_by = MappingProxyType({"solver": "consistency", "steps": 2})
 
+    @deprecated.arguments(steering="guidance_input")
     def __init__(
         self,
         teacher: Any = None,
-        tangent="difference",
+        tangent="finite_difference",
         warmup: int = 10000,
         c: float | None = 0.1,
         terms: int = 8,
         guidance: Any = None,
-        steering: str = "timestep_cond",
+        guidance_input: str = "timestep_cond",
     ):
-        super().__init__(teacher, guidance, steering)
-        check_integer("TangentConsistency", "warmup", warmup, 0)
-        check_integer("TangentConsistency", "terms", terms, 0)
+        super().__init__(teacher, guidance, guidance_input)
+        check_integer("SCM", "warmup", warmup, 0)
+        check_integer("SCM", "terms", terms, 0)
         if c is not None:
-            check_number("TangentConsistency", "c", c, 0.0)
+            check_number("SCM", "c", c, 0.0)
         self.tangent, self.warmup, self.c, self.terms = Tangent.get(tangent), warmup, c, terms
         if terms:
             self.series = self.add_weight(shape=(terms,), initializer="zeros", name="series")
@@ -73,7 +76,7 @@ class TangentConsistency(Taught):
         x_t, scale = noised(x, noise, m), self.scales(x, next(keys))
         data, fresh = self.ends(model, x, noise, x_t, m, conditions, scale)
         conditions = self.told(conditions, scale)
-        output = model.output(x_t, m, {**conditions, INTERVAL: interval(m)}, training, averages=not training)
+        output = model.output(x_t, m, {**conditions, INTERVAL: interval(m)}, training, ema=not training)
         velocity = model.prediction.target(data, fresh, m)  # dz/du / sd
         cos, sin, z = _angle(x_t, m, sd)
         slope = self._slope(model, z, cos * sin * sd * velocity, m, conditions, training)
@@ -94,7 +97,7 @@ class TangentConsistency(Taught):
             here = model.schedule.at_log_snr(m.log_snr - 2.0 * e)
             wide = here.like(z)
             x_t = (z + rows(e, z) * direction) * ops.sqrt(wide.alpha**2 + (wide.sigma / sd) ** 2)  # alpha / cos(u)
-            return model.output(x_t, here, {**conditions, INTERVAL: interval(here)}, False, averages=not training)
+            return model.output(x_t, here, {**conditions, INTERVAL: interval(here)}, False, ema=not training)
 
         return self.tangent(curve, ops.zeros_like(m.t))
 
@@ -113,15 +116,12 @@ class TangentConsistency(Taught):
     def check(self, model: Any) -> None:
         """Raises a ValueError for another prediction, a discrete schedule, a weighting, or a network not precise."""
         super().check(model)
-        check_continuous("TangentConsistency", model)
+        check_continuous("SCM", model)
         if not isinstance(model.prediction, TrigFlow):
-            raise ValueError(
-                f"TangentConsistency: the prediction must be TrigFlow(), on any schedule; received: "
-                f"{model.prediction!r}"
-            )
+            raise ValueError(f"SCM: the prediction must be TrigFlow(), on any schedule; received: {model.prediction!r}")
         if model.weighting is not None:
-            raise ValueError(f"TangentConsistency: it learns its weight; received: weighting={model.weighting!r}")
-        check_precise("TangentConsistency", self.tangent, model)
+            raise ValueError(f"SCM: it learns its weight; received: weighting={model.weighting!r}")
+        check_precise("SCM", self.tangent, model)
 
 
 def _angle(x_t, m, sd: float):

@@ -20,7 +20,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from kdiff import backend, random
+from kdiff import backend, deprecated, random
 from kdiff.base import check_number
 from kdiff.objectives.base import Objective
 from kdiff.predictions import Prediction
@@ -98,7 +98,7 @@ def check_precise(owner: str, tangent: Tangent, model: Any) -> None:
     if tangent.precise and model.network.compute_dtype != "float32":
         raise ValueError(
             f"{owner}: {tangent!r} needs a network that computes in float32, not {model.network.compute_dtype}: take "
-            "tangent='forward'"
+            "tangent='forward_mode'"
         )
 
 
@@ -110,12 +110,13 @@ class Taught(Objective):
             weights are constants from now on, until `teacher.trainable = True`. None for none.
         guidance: the scale of classifier-free guidance that is learned with it: a number, of which 1 or None is none;
             or a pair `(low, high)`, between which it is drawn for each example, and told to the network that learns.
-        steering: the input by which the network is told it, as of `blocks.SteeredEmbedding`.
+        guidance_input: the input by which the network is told it, as of `blocks.GuidanceEmbedding`.
     """
 
     named = False
 
-    def __init__(self, teacher: Any = None, guidance: Any = None, steering: str = "timestep_cond"):
+    @deprecated.arguments(steering="guidance_input")
+    def __init__(self, teacher: Any = None, guidance: Any = None, guidance_input: str = "timestep_cond"):
         super().__init__()
         name = type(self).__name__
         if teacher is not None and not hasattr(teacher, "denoiser_in_step"):
@@ -131,7 +132,7 @@ class Taught(Objective):
             raise ValueError(f"{name}: `guidance` is of a teacher; received: {guidance!r}, and no teacher")
         for variable in () if teacher is None else teacher.variables:
             variable.trainable = False  # and not its layers, of which a student is a copy
-        self.teacher, self.steering = teacher, steering
+        self.teacher, self.guidance_input = teacher, guidance_input
         self.guidance = tuple(guidance) if several else guidance
 
     def check(self, model: Any) -> None:
@@ -146,10 +147,12 @@ class Taught(Objective):
                 f"{name}: the teacher cannot be guided, for none of its conditions can be left out; received: "
                 f"guidance={self.guidance!r}"
             )
-        if isinstance(self.guidance, tuple) and self.steering not in getattr(model.network, "condition_inputs", {}):
+        if isinstance(self.guidance, tuple) and self.guidance_input not in getattr(
+            model.network, "condition_inputs", {}
+        ):
             raise ValueError(
-                f"{name}: a scale that is drawn must be told to the network, by an input {self.steering!r}, as of "
-                f"blocks.SteeredEmbedding; it has: {sorted(getattr(model.network, 'condition_inputs', {}))}"
+                f"{name}: a scale that is drawn must be told to the network, by an input {self.guidance_input!r}, as "
+                f"in blocks.GuidanceEmbedding; it has: {sorted(getattr(model.network, 'condition_inputs', {}))}"
             )
 
     @property
@@ -168,7 +171,7 @@ class Taught(Objective):
 
     def told(self, conditions: Mapping[str, Any], scale) -> dict[str, Any]:
         """What the network that learns is given: the conditions, and the scale if it is drawn."""
-        return {**conditions, self.steering: scale} if isinstance(self.guidance, tuple) else dict(conditions)
+        return {**conditions, self.guidance_input: scale} if isinstance(self.guidance, tuple) else dict(conditions)
 
     def taught(self, model: Any, conditions: Mapping[str, Any], scale=None) -> Callable[[Any, Marginal], Any]:
         """x_hat = taught(x_t, m): what the teacher answers, guided, m of the schedule of `model`."""
@@ -178,7 +181,7 @@ class Taught(Objective):
         def answer(x_t, m):
             if scale is None:
                 return denoise(x_t, m).x_hat
-            given, none = denoise.each(x_t, m, denoise.conditions, denoise.without())
+            given, none = denoise.batched(x_t, m, denoise.conditions, denoise.unconditional())
             return none.x_hat + rows(scale, x_t) * (given.x_hat - none.x_hat)
 
         return lambda x_t, m: still(lambda: answer(x_t, m))

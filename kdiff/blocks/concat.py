@@ -14,14 +14,14 @@ from kdiff.blocks.noising import Noising
 from kdiff.blocks.resizing import FORMS, resized
 from kdiff.checks import like_bytes, value_range
 
-__all__ = ["Beside"]
+__all__ = ["Concat"]
 
 
-class Beside(Noising):
+class Concat(Noising):
     """An image of any size, brought to that of x_t and joined to its channels: the low image of super-resolution, what
     is left of one to be filled in, a depth, a sketch.
 
-        UNet.attention(conditions={"low": Beside("bicubic")})               # network({"image", "time", "low"})
+        UNet.attention(conditions={"low": Concat("bicubic")})               # network({"image", "time", "low"})
 
     With `noise` it is noise conditioning augmentation (Ho et al., "Cascaded Diffusion Models", 2021, section 4; Saharia
     et al., "Photorealistic Text-to-Image Diffusion Models", 2022, section 2.4). The resized image is noised, as
@@ -33,7 +33,7 @@ class Beside(Noising):
 
     With `of` the image need not be in the data: `fit` makes it of each clean batch, and only `sample` is given one.
 
-        Beside("bicubic", noise=Cosine(), of=operators.Downsample(4))       # the super-resolution of a cascade
+        Concat("bicubic", noise=Cosine(), of=operators.Downsample(4))       # the super-resolution of a cascade
 
     Args:
         form: of the resizing: "nearest", "bilinear", "bicubic", "area", or "aligned" for a bilinear one in which the
@@ -52,6 +52,8 @@ class Beside(Noising):
         dropout, seed: as in `Condition`. An image of zeros, grey, stands for none.
     """
 
+    formerly = ("kdiff.blocks>Beside",)
+
     def __init__(
         self,
         form: str = "bilinear",
@@ -67,10 +69,10 @@ class Beside(Noising):
         **kwargs,
     ):
         super().__init__(noise, highest, level, dropout, seed, **kwargs)
-        check_choice("Beside", "form", form, tuple(FORMS))
+        check_choice("Concat", "form", form, tuple(FORMS))
         if of is not None and not (callable(of) and hasattr(of, "output_shape")):
             raise TypeError(
-                "Beside: `of` must be None, or make the image of a batch, of(x, key), and say its shape, such as "
+                "Concat: `of` must be None, or make the image of a batch, of(x, key), and say its shape, such as "
                 f"kdiff.operators.Downsample(4); received: {of!r}"
             )
         self.form = form
@@ -93,7 +95,7 @@ class Beside(Noising):
         self._row = tuple(_image(x_shape)[1:])
         if image_shape is None or len(self._row) + 1 != len(image_shape) or len(image_shape) < 3:
             raise ValueError(
-                "Beside: an image is expected, beside another, x_t, (batch, height, width, channels); received the "
+                "Concat: an image is expected, beside another, x_t, (batch, height, width, channels); received the "
                 f"shapes {tuple(_image(x_shape))} and {image_shape}"
             )
         if self.noise is not None:
@@ -115,12 +117,12 @@ class Beside(Noising):
         """Raises a ValueError for whole numbers, and for numbers in 0 ... 255 if the image is as the data is."""
         if values.dtype.kind != "f":
             raise ValueError(
-                "Beside: an image must be floating-point numbers, such as x / 127.5 - 1 for x in 0..255; received: "
+                "Concat: an image must be floating-point numbers, such as x / 127.5 - 1 for x in 0..255; received: "
                 f"{values.dtype}"
             )
         if (self.of is not None or self.noise is not None) and like_bytes(values):
             raise ValueError(
-                "Beside: an image must be as the data is, in [-1, 1] if that is pictures; received numbers of "
+                "Concat: an image must be as the data is, in [-1, 1] if that is pictures; received numbers of "
                 f"{value_range(values)[0]:.4g} to {value_range(values)[1]:.4g}. Scale it, x / 127.5 - 1 for 0..255"
             )
 
@@ -130,7 +132,7 @@ class Beside(Noising):
         x, sizes = ops.cast(given["image"], "float32"), tuple(image.shape[1:-1])
         if None in (*x.shape[1:], *sizes):
             raise ValueError(
-                f"Beside: the sizes of the image and of x_t must be known; received the shapes {tuple(x.shape)} and "
+                f"Concat: the sizes of the image and of x_t must be known; received the shapes {tuple(x.shape)} and "
                 f"{tuple(image.shape)}"
             )
         key = self._key_of_call(training)

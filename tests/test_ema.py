@@ -7,7 +7,7 @@ from keras import ops
 from scipy.integrate import quad
 
 import kdiff
-from kdiff.averages import Averages, Exponential, Power
+from kdiff.ema import EMA, Exponential, Power
 from kdiff.model.sampling import COMPILED_STEPS
 from tests.toys import compiled_model, images, numpy, tiny_network
 
@@ -24,7 +24,7 @@ def network():
 
 def test_averages_move_when_the_optimizer_has_made_an_update_and_not_else(network):
     """decay_0 = 1 / 10 and decay_1 = 2 / 11; between them the optimizer only accumulates gradients."""
-    averages = Averages(Exponential(0.9))
+    averages = EMA(Exponential(0.9))
     averages.follow(network)
     network.kernel.assign(SECOND)
     averages.update(network, 0)  # no update yet
@@ -41,7 +41,7 @@ def test_averages_move_when_the_optimizer_has_made_an_update_and_not_else(networ
 
 
 def test_the_decay_is_reached(network):
-    averages = Averages(Exponential(0.3))
+    averages = EMA(Exponential(0.3))
     averages.follow(network)
     averages.updates.assign(5)  # 6 / 15 is more
     network.kernel.assign(SECOND)
@@ -52,7 +52,7 @@ def test_the_decay_is_reached(network):
 
 
 def test_a_scope_computes_with_the_averages(network):
-    averages = Averages(Exponential(0.9))
+    averages = EMA(Exponential(0.9))
     averages.follow(network)
     network.kernel.assign(SECOND)
     with averages.scope(network):
@@ -61,24 +61,24 @@ def test_a_scope_computes_with_the_averages(network):
 
 
 def test_averages_that_were_never_moved_are_not_used():
-    """In a training loop of one's own, until it calls `update_averages`; evaluation is traced with either."""
+    """In a training loop of one's own, until it calls `update_ema`; evaluation is traced with either."""
     x = np.zeros((2, 4, 4, 1), "float32")
     model = kdiff.DiffusionModel(tiny_network((4, 4, 1)))
     model.build(x.shape)
     model.compile("adam")
     for weight in model.network.weights:
         weight.assign(2.0 * weight)
-    plain, loss = model.sample(1, steps=2, averages=False), model.evaluate(x, verbose=0)
+    plain, loss = model.sample(1, steps=2, ema=False), model.evaluate(x, verbose=0)
     np.testing.assert_allclose(model.sample(1, steps=2), plain, atol=1e-6)
-    model.update_averages()  # decay_0 = 1 / 10
-    np.testing.assert_allclose(numpy(model.averages.values[0]), numpy(model.network.weights[0]) * 0.95, rtol=1e-5)
+    model.update_ema()  # decay_0 = 1 / 10
+    np.testing.assert_allclose(numpy(model.ema_weights.values[0]), numpy(model.network.weights[0]) * 0.95, rtol=1e-5)
     averaged = model.sample(1, steps=2)
     assert np.abs(averaged - plain).max() > 1e-4
     assert model.evaluate(x, verbose=0) != pytest.approx(loss, rel=1e-4)
-    with model.averages.scope(model.network):
+    with model.ema_weights.scope(model.network):
         weights = [numpy(weight.value) for weight in model.network.weights]
     model.network.set_weights(weights)
-    np.testing.assert_allclose(model.sample(1, steps=2, averages=False), averaged, atol=1e-5)
+    np.testing.assert_allclose(model.sample(1, steps=2, ema=False), averaged, atol=1e-5)
 
 
 def test_a_network_that_changes():
@@ -88,18 +88,18 @@ def test_a_network_that_changes():
     model.compile("adam")
     x = np.zeros((2, 4, 4, 1), "float32")
     model.build(x.shape)
-    model.update_averages()
+    model.update_ema()
     next(layer for layer in network.layers if isinstance(layer, keras.layers.Dense)).enable_lora(2)
     model.compile("adam")
-    with pytest.raises(ValueError, match="reset_averages"):
+    with pytest.raises(ValueError, match="reset_ema"):
         model.sample(1, steps=2)
-    with pytest.raises(ValueError, match="reset_averages"):
+    with pytest.raises(ValueError, match="reset_ema"):
         model.fit(x, verbose=0)
     assert int(numpy(model.step)) == 0
-    model.reset_averages()
+    model.reset_ema()
     model.fit(x, verbose=0)
-    assert len(model.averages.values) == len(network.weights)
-    assert int(numpy(model.averages.updates)) == 1
+    assert len(model.ema_weights.values) == len(network.weights)
+    assert int(numpy(model.ema_weights.updates)) == 1
 
 
 def test_compiled_steps_are_forgotten():
@@ -146,7 +146,7 @@ def test_products_of_profiles_are_integrals():
 def test_a_power_average_is_the_integral_of_its_profile(network):
     """weight(u) is constant between two updates; the first weights, before any, do not count."""
     weights = np.random.default_rng(0).normal(size=(30, 1, 2))
-    averages = Averages(Power(0.1), Power(0.25))
+    averages = EMA(Power(0.1), Power(0.25))
     averages.follow(network)
     for number, weight in enumerate(weights):
         network.kernel.assign(weight)
@@ -172,15 +172,15 @@ def test_several_averages_are_trained_and_saved(tmp_path):
     """The first are used."""
     model = compiled_model(tiny_network((4, 4, 1)), ema=[Power(0.2), 0.5])
     model.fit(images(12, (4, 4, 1)), epochs=2, batch_size=4, verbose=0)
-    first, second = ([numpy(one) for one in kept] for kept in model.averages.kept)
+    first, second = ([numpy(one) for one in kept] for kept in model.ema_weights.kept)
     assert max(np.abs(a - b).max() for a, b in zip(first, second, strict=True)) > 1e-4
-    with model.averages.scope(model.network):
+    with model.ema_weights.scope(model.network):
         used = [numpy(weight.value) for weight in model.network.weights]
     np.testing.assert_allclose(used[0], first[0], rtol=1e-6)
     model.save(tmp_path / "model.keras")
     twin = keras.saving.load_model(tmp_path / "model.keras")
-    assert twin.averages.profiles == (Power(0.2), Exponential(0.5))
-    for kept, values in zip(twin.averages.kept, (first, second), strict=True):
+    assert twin.ema_weights.profiles == (Power(0.2), Exponential(0.5))
+    for kept, values in zip(twin.ema_weights.kept, (first, second), strict=True):
         for average, value in zip(kept, values, strict=True):
             np.testing.assert_array_equal(numpy(average), value)
     np.testing.assert_allclose(twin.sample(1, steps=2), model.sample(1, steps=2), atol=1e-6)

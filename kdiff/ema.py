@@ -1,0 +1,225 @@
+"""Averaged weights, with which a diffusion model draws better samples than with the weights that it is training.
+
+    average += step_n (weight - average)        in update n = 0, 1, ...
+
+How fast it moves is its profile. Of an exponential average, `Exponential`, which a number `ema=0.999` stands for,
+
+    step_n = 1 - min(decay, (1 + n) / (10 + n)),
+
+small at first, so that the first weights are soon forgotten. Of a power function's, `Power`, which grows with training,
+
+    step_n = 1 - (1 - 1 / (n + 1))^(gamma + 1).
+
+`kdiff.posthoc` makes power averages of any length after training from a few that were kept.
+"""
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from kdiff import backend
+from kdiff.base import Value, check_number
+
+__all__ = ["EMA", "LONGEST", "Exponential", "Power", "Profile", "profiles_of"]
+
+LONGEST = 1.0 / math.sqrt(12.0)  # the length of a plain mean, gamma = 0
+
+
+class Profile(Value):
+    """How an average weighs the past. A new one defines `step`."""
+
+    def step(self, updates):
+        """By how much of the difference update number `updates`, 0 for the first, moves an average; a float32 scalar.
+
+        Args:
+            updates: how many there were before, a float32 scalar tensor.
+        """
+        raise NotImplementedError
+
+
+class Exponential(Profile):
+    """step_n = 1 - min(decay, (1 + n) / (10 + n)).
+
+    Args:
+        decay: in [0, 1); the average reaches back about 1 / (1 - decay) updates.
+    """
+
+    formerly = ("kdiff.averages>Exponential",)
+
+    def __init__(self, decay: float = 0.999):
+        check_number("Exponential", "decay", decay, 0.0, 1.0 - 1e-9)
+        self.decay = decay
+
+    def step(self, updates):
+        return 1.0 - ops.minimum(self.decay, (1.0 + updates) / (10.0 + updates))
+
+
+class Power(Profile):
+    """The power-function average of Karras et al. 2024 (EDM2, arXiv:2312.02696, section 3): after t updates it is
+
+        integral over u from 0 to t of p(u; t) weight(u),    p(u; t) = (gamma + 1) u^gamma / t^(gamma + 1),
+
+    where weight(u) is that after update number ceil(u), so that step_n = 1 - (1 - 1 / t)^(gamma + 1), t = n + 1. It
+    reaches back by the same part of the training at every time, and the weights before the first update do not count.
+
+    Args:
+        length: sigma_rel, the standard deviation of p as a part of t, from 0.001 to 1 / sqrt(12). gamma is the largest
+            root of length^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), for instance 16.97 for 0.05 and 6.94 for 0.1.
+            With 1 / sqrt(12) = 0.2887 it is 0 and the average a plain mean.
+
+    Attributes:
+        gamma: the exponent.
+    """
+
+    formerly = ("kdiff.averages>Power",)
+
+    def __init__(self, length: float = 0.05):
+        check_number("Power", "length", length, 1e-3, LONGEST + 1e-4)
+        self.length = length
+        inverse = 1.0 / min(length, LONGEST) ** 2
+        self.gamma = float(np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse]).real.max())
+
+    def step(self, updates):
+        # Not 1 minus a decay, which after a million updates would keep two digits. At the first the logarithm is -inf.
+        return -ops.expm1((self.gamma + 1.0) * ops.log1p(-1.0 / (updates + 1.0)))
+
+    def density(self, u, t: float) -> np.ndarray:
+        """p(u; t), float64, of the shape of `u`; 0 outside of [0, t]."""
+        u = np.asarray(u, "float64")
+        inside = (u >= 0.0) & (u <= t)
+        return np.where(inside, (self.gamma + 1.0) / t * (np.where(inside, u, 0.0) / t) ** self.gamma, 0.0)
+
+    def product(self, t: float, other: "Power", other_t: float) -> float:
+        """integral of p(u; t) q(u; other_t) du, q the profile of `other` (EDM2, appendix C):
+
+        (a + 1) (b + 1) / (a + b + 1) (s / l)^c / l,    s <= l the two times, a and b the gammas, c that of l.
+        """
+        a, b = self.gamma, other.gamma
+        shorter, longer, exponent = (t, other_t, b) if t < other_t else (other_t, t, a)
+        return (a + 1.0) * (b + 1.0) / (a + b + 1.0) * (shorter / longer) ** exponent / longer
+
+
+def profiles_of(ema: Any) -> tuple[Profile, ...]:
+    """The profiles that `DiffusionModel(ema=...)` asks for: a number, a `Profile`, or several of them; of None, none.
+
+    Raises:
+        ValueError: for a number out of range, an unknown name, an empty list, or a profile that is there twice.
+        TypeError: for anything else.
+    """
+    if ema is None:
+        return ()
+    several = ema if isinstance(ema, (list, tuple)) else (ema,)
+    profiles = tuple(map(_profile_of, several))
+    if not profiles or len(set(profiles)) < len(profiles):
+        raise ValueError(f"`ema` must be a decay, a `Profile`, or several different ones; received: {ema!r}")
+    return profiles
+
+
+def _profile_of(one: Any) -> Profile:
+    if not isinstance(one, (int, float, np.number)):
+        return Profile.get(one)
+    check_number("DiffusionModel", "ema", one, 0.0, 1.0 - 1e-9)
+    return Exponential(float(one))
+
+
+class EMA(keras.layers.Layer):
+    """Averages of a network's floating-point weights, in float32.
+
+    Args:
+        profiles: one for each average that is kept. The first are those that the network computes with in `scope`.
+
+    Attributes:
+        values: the averages with the first profile, one a weight.
+        kept: a list of those with each profile; `values` is its first.
+    """
+
+    def __init__(self, *profiles: Profile):
+        super().__init__(dtype="float32", autocast=False)
+        self.profiles = profiles
+
+    def follow(self, network: keras.layers.Layer) -> None:
+        """Makes the averages of each weight of `network`, which must be built, with the weight's value."""
+        self.updates = self._counter("updates")
+        self.last_iteration = self._counter("last_iteration")
+        weights = self.of(network)
+        self.kept = [[self._average_of(weight) for weight in weights] for _ in self.profiles]
+        self.values = self.kept[0]
+        self.followed = [id(weight) for weight in weights]
+        self.built = True
+
+    def fits(self, network: keras.layers.Layer) -> bool:
+        """Whether the network has the weights that it had when the averages were made."""
+        return self._are_followed(self.of(network))
+
+    def _are_followed(self, weights: list) -> bool:
+        return self.followed == [id(weight) for weight in weights]
+
+    def _counter(self, name: str):
+        return self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False, name=name)
+
+    def _average_of(self, weight):
+        # Through NumPy: on JAX the two must not share a buffer, which a training step gives away.
+        value = ops.convert_to_numpy(weight).astype("float32")
+        return self.add_weight(
+            shape=value.shape,
+            dtype="float32",
+            initializer=lambda shape, dtype: ops.convert_to_tensor(value, dtype),
+            trainable=False,
+            name=f"average_of_{weight.name}",
+        )
+
+    @staticmethod
+    def of(network: keras.layers.Layer) -> list:
+        """The weights that are averaged: not those with `averaged = False`, such as of frozen encoders, which stay."""
+        return [weight for weight in network.weights if "float" in weight.dtype and getattr(weight, "averaged", True)]
+
+    def pairs(self, network: keras.layers.Layer, which: int = 0) -> list[tuple]:
+        """(weight, average) of each weight that is averaged, with the profile of this number.
+
+        Raises:
+            ValueError: if the network has other weights than when the averages were made.
+        """
+        weights = self.of(network)
+        if not self._are_followed(weights):
+            raise ValueError(
+                f"the network has changed since its averages were made: it has {len(weights)} weights that are not "
+                f"all those of the {len(self.values)} averages. Call `model.reset_ema()`, which makes averages of "
+                "its weights as they are now; then `model.compile`, if an optimizer knew the others."
+            )
+        return list(zip(weights, self.kept[which], strict=True))
+
+    @property
+    def moved(self) -> bool:
+        """Whether there was an update; not to be asked in a graph."""
+        return int(ops.convert_to_numpy(self.updates)) > 0
+
+    def update(self, network: keras.layers.Layer, iteration=None) -> None:
+        """Moves the averages, if the optimizer, which counts to `iteration`, has made an update since the last call.
+
+        Under gradient accumulation, or when a loss scale overflows, it does not at every step. None moves them anyway.
+        """
+        iteration = self.last_iteration.value + 1 if iteration is None else ops.cast(iteration, "int32")
+        updated = ops.cast(iteration != self.last_iteration.value, "int32")
+        count = ops.cast(self.updates.value, "float32")
+        for which, profile in enumerate(self.profiles):
+            weights, averages = zip(*self.pairs(network, which), strict=True)
+            backend.move_towards(averages, weights, ops.cast(updated, "float32") * profile.step(count))
+        self.last_iteration.assign(iteration)
+        self.updates.assign(self.updates.value + updated)
+
+    def reset(self, network: keras.layers.Layer) -> None:
+        """Sets the averages to the weights as they are now, as if they were new: they have not moved."""
+        for which in range(len(self.profiles)):
+            for weight, average in self.pairs(network, which):
+                average.assign(ops.convert_to_numpy(weight).astype("float32"))
+        self.updates.assign(0)
+
+    def scope(self, network: keras.layers.Layer) -> keras.StatelessScope:
+        """A scope in which `network` computes with the averages."""
+        averaged = {id(w): a.value for w, a in self.pairs(network)}
+        # Every variable must be named, those that are not averaged with their own value.
+        values = [(v, ops.cast(averaged.get(id(v), v.value), v.dtype)) for v in network.variables]
+        return keras.StatelessScope(values)
