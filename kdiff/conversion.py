@@ -1,12 +1,13 @@
-"""Conversions: what a network learned under one prediction and one schedule, used under another.
+"""Conversions: a network trained with one prediction and schedule, used with another.
 
-All that a network can tell is an estimate of the data at a signal-to-noise ratio. Two schedules that differ in their
-times and in their normalisation meet at the same log-SNR, where their x_t differ by a factor,
+A network provides an estimate of the data at a given signal-to-noise ratio. At the same log-SNR, the x_t of two
+schedules with different times and normalisations differ only by a factor,
 
     x_t / alpha = x'_t / alpha' = x + (sigma / alpha) noise,
 
-and two predictions are two mixtures of the same x and noise. So no retraining is needed: a denoiser trained on one
-schedule is sampled on another (`transfer`), and an output is rewritten for another prediction (`convert`).
+and two predictions are two linear combinations of the same x and noise. So no retraining is needed: a denoiser trained
+on one schedule can be sampled on another (`transfer`), and its output can be converted to another prediction
+(`convert`).
 
 Karras et al. 2022 (EDM), arXiv:2206.00364, section 2 and appendix C; Kingma et al. 2021, arXiv:2107.00630, section 5.
 """
@@ -23,9 +24,9 @@ __all__ = ["convert", "moved", "transfer"]
 
 
 def convert(output, x_t, m: Marginal, source, target, schedule=None):
-    """The output of a network with the prediction `source`, as that of one with the prediction `target`.
+    """Converts the output of a network from the prediction `source` to the prediction `target`.
 
-    With (a, b) of `source` and (alpha, sigma) of `m`, the output y and x_t fix x_hat and noise_hat:
+    With (a, b) of `source` and (alpha, sigma) of `m`, the output y and x_t determine x_hat and noise_hat:
 
         x_hat = (b x_t - sigma y) / (b alpha - a sigma),   noise_hat = (alpha y - a x_t) / (b alpha - a sigma).
 
@@ -33,21 +34,21 @@ def convert(output, x_t, m: Marginal, source, target, schedule=None):
 
         y' = ((a' b - b' a) x_t + (b' alpha - a' sigma) y) / (b alpha - a sigma).
 
-    With a `schedule`, (a', b') are taken there at the log-SNR of `m`. The result is then what the network of the
-    other prediction and schedule would answer for the x_t rescaled to it, x'_t = x_t alpha' / alpha, if both networks
-    had learned the same: `target.denoise(y', x'_t, schedule.at_log_snr(m.log_snr))` is
+    If a `schedule` is given, (a', b') are those of that schedule at the log-SNR of `m`. The result is then the output
+    that an equivalent network with the other prediction and schedule would give for x_t rescaled to that schedule,
+    x'_t = x_t alpha' / alpha: `target.denoise(y', x'_t, schedule.at_log_snr(m.log_snr))` equals
     `source.denoise(y, x_t, m)`.
 
     Args:
-        output: what the network answered, with shape `(batch, ..., channels)`.
-        x_t: the noisy batch that it was asked about.
-        m: the marginal that `x_t` is at; fields of shape `(batch,)` or `()`.
+        output: the output of the network, with shape `(batch, ..., channels)`.
+        x_t: the noisy batch for which it was computed.
+        m: the marginal of `x_t`, with fields of shape `(batch,)` or `()`.
         source: the network's `Prediction` or its name.
-        target: the `Prediction` to go to, or its name.
-        schedule: the `NoiseSchedule` to go to, or its name; None stays on that of `m`.
+        target: the `Prediction` to convert to, or its name.
+        schedule: the `NoiseSchedule` to convert to, or its name; None keeps that of `m`.
 
     Returns:
-        y', float32, with the shape of `output`; without the channels of a learned variance, if `target` has none.
+        y', float32, with the shape of `output`, but without the channels of a learned variance if `target` has none.
 
     Raises:
         ValueError: if `target` has a learned variance and `source` has none.
@@ -67,29 +68,29 @@ def convert(output, x_t, m: Marginal, source, target, schedule=None):
 
 
 def transfer(denoise: Callable[[Any, Marginal], Any], trained, sampled) -> Callable[[Any, Marginal], Any]:
-    """The denoiser of a model that was trained under one schedule, for a run under another.
+    """Converts a denoiser that was trained on one schedule to a denoiser for sampling on another,
 
-        x_hat = denoise(x_t alpha_trained / alpha_sampled, trained at the same log-SNR)
+        x_hat = denoise(x_t alpha_trained / alpha_sampled, m'),    m' the marginal of `trained` at the same log-SNR.
 
-    The run may ask for log-SNRs that the trained schedule does not reach. They are passed on as they are, with t cut
-    to [0, 1]: past the noisy end x_t is as good as noise on either schedule. A network with `times.LogSNR` as its
-    label then sees numbers that it was not trained on; a grid that stays within its range avoids it.
+    Log-SNRs outside the range of the trained schedule are passed on unchanged, with t clipped to [0, 1]: beyond the
+    noisy end, x_t is essentially noise on either schedule. A network with `times.LogSNR` as its time label then
+    receives values that it was not trained on, which a grid within the trained range avoids.
 
     Args:
-        denoise: x_hat = denoise(x_t, m, **conditions) under `trained`.
-        trained: the `NoiseSchedule` that it was trained under, or its name.
+        denoise: the denoiser x_hat = denoise(x_t, m, **conditions) on `trained`.
+        trained: the `NoiseSchedule` that it was trained on, or its name.
         sampled: the `NoiseSchedule` of the run, or its name.
 
     Returns:
-        x_hat = denoiser(x_t, m, **conditions) under `sampled`.
+        The denoiser x_hat = denoiser(x_t, m, **conditions) on `sampled`.
     """
     trained, sampled = NoiseSchedule.get(trained), NoiseSchedule.get(sampled)
     return lambda x_t, m, **conditions: denoise(*moved(x_t, m, sampled, trained), **conditions)
 
 
 def moved(x_t, m: Marginal, source: NoiseSchedule, target: NoiseSchedule) -> tuple[Any, Marginal]:
-    """x_t at the marginal m of one schedule, as it is at the same log-SNR under another: (x_t alpha' / alpha, m')."""
-    if source == target:  # times stay as they are: read back from the log-SNR they would lose a digit
+    """Moves x_t from a marginal m of one schedule to that of another at the same log-SNR: (x_t alpha' / alpha, m')."""
+    if source == target:  # times stay exact: recomputed from the log-SNR they would lose a digit
         return x_t, m
     x_t = ops.convert_to_tensor(x_t, "float32")
     here, there = source.at_log_snr(m.log_snr), target.at_log_snr(m.log_snr)

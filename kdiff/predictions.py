@@ -1,15 +1,15 @@
 """Parametrisations: what the network predicts.
 
-A network may predict the data, the noise, or any mixture of them. One pair of numbers says which,
+A network may predict the data, the noise, or any linear combination of the two, given by a pair (a, b):
 
-    target = a x + b noise,
+    target = a x + b noise.
 
-and since x_t = alpha x + sigma noise is the other linear equation in the same two unknowns, any output y gives
+Since x_t = alpha x + sigma noise is a second linear equation in the same two unknowns, any output y implies
 
     x_hat = (b x_t - sigma y) / (b alpha - a sigma).
 
-An error of the output is an error of x_hat multiplied by the gain, sigma / |b alpha - a sigma|, so a loss weight
-stated for x_hat is a loss weight for the output times gain^2.
+The error of x_hat is the error of the output times the gain, sigma / |b alpha - a sigma|. A loss weight for x_hat,
+times gain^2, is therefore the loss weight for the output.
 
 | class    | a             | b               | x_hat                                 | gain^2                          |
 |----------|---------------|-----------------|---------------------------------------|---------------------------------|
@@ -21,10 +21,10 @@ stated for x_hat is a loss weight for the output times gain^2.
 | Karras   | sin(u) / sd   | -cos(u)         | c_skip x_t / alpha + c_out y          | c_out^2 = (sd sigma / r)^2      |
 | TrigFlow | -sin(u) / sd  | cos(u)          | c_skip x_t / alpha - c_out y          | (sd sigma / r)^2                |
 
-In the last two sd is the standard deviation of the data, r = sqrt(alpha^2 sd^2 + sigma^2) that of x_t, and
-tan(u) = sigma / (alpha sd). Both also scale what the network sees by 1 / r (`input_scale`).
+In the last two rows, sd is the standard deviation of the data, r = sqrt(alpha^2 sd^2 + sigma^2) is that of x_t, and
+tan(u) = sigma / (alpha sd). Both also scale the input of the network by 1 / r (`input_scale`).
 
-`LearnedVariance` wraps any of them for a network that predicts the variance of DDPM's steps as well.
+`LearnedVariance` wraps any of them for a network that also predicts the variance of the DDPM steps.
 """
 
 from typing import ClassVar
@@ -51,10 +51,10 @@ __all__ = [
 
 
 class Prediction(Value):
-    """The base of all parametrisations. A new one defines `coefficients` alone.
+    """The base class of all parametrisations. A new one defines only `coefficients`.
 
     Attributes:
-        factor: how many channels the network's output has for each channel of the data.
+        factor: the number of output channels of the network per channel of the data.
     """
 
     aliases: ClassVar = {
@@ -74,7 +74,7 @@ class Prediction(Value):
         raise NotImplementedError
 
     def input_scale(self, m: Marginal):
-        """The factor on x_t before the network sees it; the number 1.0, or of the shape of the fields of `m`."""
+        """The factor by which x_t is scaled for the network; 1.0, or a tensor with the shape of the fields of `m`."""
         return 1.0
 
     def value(self, output):
@@ -82,17 +82,17 @@ class Prediction(Value):
         return output
 
     def share(self, output):
-        """The part of the output that says how large the variance of a step is (`LearnedVariance`), or None."""
+        """The part of the output that parametrises the variance of a step (`LearnedVariance`), or None."""
         return None
 
     def target(self, x, noise, m: Marginal):
-        """What the network should answer, a x + b noise, with the shape of `x`."""
+        """The network's target, a x + b noise, with the shape of `x`."""
         x, noise = ops.convert_to_tensor(x, "float32"), ops.convert_to_tensor(noise, "float32")
         a, b = self.coefficients(m.like(x))
         return a * x + b * noise
 
     def denoise(self, output, x_t, m: Marginal):
-        """The data that the network's output implies, x_hat = (b x_t - sigma y) / (b alpha - a sigma)."""
+        """The estimate of the data for an output y: x_hat = (b x_t - sigma y) / (b alpha - a sigma)."""
         output, x_t = ops.convert_to_tensor(output, "float32"), ops.convert_to_tensor(x_t, "float32")
         m = m.like(x_t)
         a, b = self.coefficients(m)
@@ -105,10 +105,10 @@ class Prediction(Value):
 
 
 def check_invertible(prediction: Prediction, schedule: NoiseSchedule) -> None:
-    """Raises a ValueError if the two equations of this module do not fix x at some time of the schedule.
+    """Raises a ValueError if the two equations of this module do not determine x at some time of the schedule.
 
-    b alpha - a sigma must be finite and keep its sign; it is looked at from the schedule's first step, or t = 0, to
-    t = 1, at 1000 times.
+    b alpha - a sigma must be finite, nonzero and of constant sign. It is evaluated at 1000 times, from the first step
+    of the schedule, or t = 0, to t = 1.
     """
     t = np.linspace(1.0 / schedule.num_steps if schedule.num_steps else 0.0, 1.0, 1000, dtype="float32")
     m = schedule.at(t)
@@ -117,8 +117,9 @@ def check_invertible(prediction: Prediction, schedule: NoiseSchedule) -> None:
     wrong = ~np.isfinite(determinant) | (np.sign(determinant) != np.sign(determinant[len(t) // 2])) | (determinant == 0)
     if wrong.any():
         raise ValueError(
-            f"{prediction!r} does not fix the data on {schedule!r}: b alpha - a sigma is {determinant[wrong][0]:.3g} "
-            f"at t = {t[wrong][0]:.4g}, and must be finite and of one sign. Choose another, such as `Velocity()`"
+            f"{prediction!r} does not determine the data on {schedule!r}: b alpha - a sigma is "
+            f"{determinant[wrong][0]:.3g} at t = {t[wrong][0]:.4g}, and must be finite and of one sign. Use another, such "
+            "as `Velocity()`"
         )
 
 
@@ -126,12 +127,12 @@ _HIGHEST_GAIN = 1e6
 
 
 def check_beginning(prediction: Prediction, schedule: NoiseSchedule, log_snr) -> None:
-    """Raises a ValueError if a run that begins at this log-SNR begins with an x_hat that is mere error.
+    """Raises a ValueError if x_hat is dominated by the network's error at this initial log-SNR of a run.
 
-    A network that is wrong by a small part e of the size of its target, which is sqrt(a^2 + b^2) where x and noise are
-    of size 1, is wrong in x_hat by e times gain sqrt(a^2 + b^2). That factor may be a million at most. It has no bound
-    as SNR goes to 0 for a network that says the noise, or the score: x_hat is then divided by alpha. Where alpha is 1
-    the factor is sigma for both, 1348 at the beginning of NCSN++: the score's gain is sigma^2, and its size 1 / sigma.
+    If x and noise have unit size, the target has size sqrt(a^2 + b^2), and a relative error e of the output becomes
+    an error e gain sqrt(a^2 + b^2) of x_hat. That factor may be at most 1e6. For a network that predicts the noise or
+    the score, it diverges as the SNR goes to 0, because x_hat is divided by alpha. If alpha is 1 the factor is sigma
+    for both, 1348 for NCSN++: the gain of the score is sigma^2, and its size is 1 / sigma.
     """
     m = schedule.at_log_snr(log_snr)
     a, b = (ops.cast(value, "float32") for value in prediction.coefficients(m))
@@ -139,9 +140,9 @@ def check_beginning(prediction: Prediction, schedule: NoiseSchedule, log_snr) ->
     if not gain <= _HIGHEST_GAIN:
         raise ValueError(
             f"{prediction!r} and {schedule!r} do not go together where the run begins: at a log-SNR of "
-            f"{float(ops.convert_to_numpy(log_snr)):.4g} the estimate of the data is the network's error, "
-            f"as a part of its output, times {gain:.1e}. Choose a prediction that tells the data there, such as "
-            "`Velocity()`, or a grid that begins lower, such as `UniformLogSNR(min_log_snr=-10.0)`"
+            f"{float(ops.convert_to_numpy(log_snr)):.4g} the network's relative error is multiplied by {gain:.1e} in "
+            "the estimate of the data. Use a prediction that determines the data there, such as `Velocity()`, or a "
+            "grid that begins at less noise, such as `UniformLogSNR(min_log_snr=-10.0)`"
         )
 
 
@@ -162,8 +163,9 @@ class Noise(Prediction):
 class Score(Prediction):
     """The network predicts the score, the gradient of log q(x_t): a = 0, b = -1 / sigma.
 
-    That of q(x_t | x), -noise / sigma, has it as its mean, so it can be the target (Vincent 2011; Song et al. 2021,
-    arXiv:2011.13456, eq. 7). Near t = 0 the target grows as 1 / sigma; the paper's weight, sigma^2, undoes it.
+    The target is the score of q(x_t | x), -noise / sigma, whose conditional mean is the score of q(x_t) (Vincent 2011;
+    Song et al. 2021, arXiv:2011.13456, eq. 7). It grows as 1 / sigma near t = 0, which the paper's weight sigma^2
+    compensates.
     """
 
     def coefficients(self, m: Marginal):
@@ -193,9 +195,9 @@ class Flow(Prediction):
 class Karras(Prediction):
     """The preconditioning of EDM (Karras et al. 2022, arXiv:2206.00364, table 1 and appendix B.6), on any schedule:
 
-        a = sin(u) / sigma_data,   b = -cos(u),   tan(u) = sigma / (alpha sigma_data),
+        a = sin(u) / sigma_data,   b = -cos(u),   tan(u) = sigma / (alpha sigma_data).
 
-    which is x_hat = c_skip z + c_out y, z = x_t / alpha, where with s = sigma / alpha
+    It is equivalent to x_hat = c_skip z + c_out y with z = x_t / alpha, where for s = sigma / alpha
 
         c_skip = sigma_data^2 / (s^2 + sigma_data^2),   c_out = s sigma_data / sqrt(s^2 + sigma_data^2).
 
@@ -224,8 +226,8 @@ class TrigFlow(Karras):
 
         a = -sin(u) / sigma_data,   b = cos(u),   tan(u) = sigma / (alpha sigma_data),
 
-    the paper's velocity cos(u) z - sin(u) x in units of sigma_data, where z = sigma_data noise. On its own schedule,
-    alpha = cos(u), and with sigma_data = 1, it is `Velocity`.
+    the paper's velocity cos(u) z - sin(u) x in units of sigma_data, where z = sigma_data noise. On the paper's
+    schedule, alpha = cos(u), and with sigma_data = 1, it is `Velocity`.
 
     Args:
         sigma_data: the standard deviation of the data.
@@ -237,20 +239,20 @@ class TrigFlow(Karras):
 
 
 class LearnedVariance(Prediction):
-    """A prediction, and with it the variance of each step (Nichol and Dhariwal 2021, arXiv:2102.09672, section 3.1).
+    """A prediction with a learned variance of each step (Nichol and Dhariwal 2021, arXiv:2102.09672, section 3.1).
 
     The network's output has twice the channels of the data. The first half is the output of `prediction`; the second
-    half, v in [-1, 1], says where between its bounds the variance of the step from t to t - 1/T lies (eq. 15):
+    half, v in [-1, 1], interpolates the variance of the step from t to t - 1/T between its bounds (eq. 15):
 
         log variance = share log(beta) + (1 - share) log(beta_tilde),   share = (v + 1) / 2,
         beta = sigma_now^2 (1 - r),   beta_tilde = sigma_then^2 (1 - r),   r = SNR_now / SNR_then.
 
-    `solvers.DDPM("learned")` samples with it. `objectives.Denoising` trains it by L_vlb, the bound of eq. 16.
+    `solvers.DDPM("learned")` samples with this variance. `objectives.Denoising` trains it by L_vlb (eq. 16).
 
     Args:
         prediction: a `Prediction` or its name.
-        num_steps: T, at least 2. None: the schedule's own, or 1000 on a continuous one.
-        weight: the factor on L_vlb, the paper's lambda.
+        num_steps: T, at least 2. None: that of the schedule, or 1000 for a continuous one.
+        weight: the weight of L_vlb, the paper's lambda.
     """
 
     factor = 2
@@ -262,7 +264,7 @@ class LearnedVariance(Prediction):
         self.prediction, self.num_steps, self.weight = Prediction.get(prediction), num_steps, weight
         if self.prediction.factor != 1:
             raise ValueError(
-                f"LearnedVariance: `prediction` must have one output a channel, as Noise or Velocity; received: "
+                f"LearnedVariance: `prediction` must have one output per channel, as Noise or Velocity do; received: "
                 f"{self.prediction!r}"
             )
 

@@ -1,18 +1,18 @@
-"""Counter-based random numbers: one seed gives the same numbers on every backend.
+"""Counter-based random numbers: a seed gives the same numbers on every backend.
 
-A counter-based generator is a function, not a state: `words = threefry(key, counter)`. The key names a stream, the
-counter a place in it, so that any number can be had at any time, in any order, inside a compiled loop, without a
-carry. kdiff draws all its noise this way:
+A counter-based generator is a pure function, `words = threefry(key, counter)`. The key selects a stream and the
+counter a position in it, so any number can be computed at any time, in any order and inside a compiled loop, without
+carrying a state. All noise in kdiff is drawn in this way:
 
-    key = fold_in(key_of(seed), step, TRAINING)     one stream a step
-    noise = normal(key, shape, first=n)          counters (sample number, place in the sample)
+    key = fold_in(key_of(seed), step, TRAINING)     one stream per step
+    noise = normal(key, shape, first=n)             counters (sample index, position in the sample)
 
-Sample number n therefore gets the same noise whether it is drawn in a batch of 1 or of 1,000, and a run that is
-resumed at step k goes on with the numbers that it would have had.
+Sample n therefore gets the same noise in a batch of 1 and in a batch of 1,000, and a run that is resumed at step k
+continues with the numbers that it would have drawn without the interruption.
 
 The generator is Threefry-2x32 with 20 rounds (Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy
-as 1, 2, 3"): 64 bits in, 64 bits out, by additions, rotations and exclusive ors of 32-bit words. The words are kept in
-int32, whose additions wrap around in the same way on TensorFlow, JAX and PyTorch.
+as 1, 2, 3"): it maps 64 bits to 64 bits by additions, rotations and exclusive ors of 32-bit words. The words are stored
+as int32, whose additions wrap around identically on TensorFlow, JAX and PyTorch.
 """
 
 import math
@@ -44,9 +44,9 @@ __all__ = [
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA
 
-# What a seed's numbers are used for: no two uses share a stream. A step that draws noise again takes STEPS + 1, ...
+# The uses of a seed's numbers; no two uses share a stream. A step that draws noise more than once uses STEPS + 1, ...
 TRAINING, EVALUATION, INITIAL, STEPS = range(4)
-REPLICAS = -1  # a stream a device, of those that train on parts of one batch
+REPLICAS = -1  # one stream per device, where several devices train on parts of one batch
 
 
 def threefry(key, counter):
@@ -57,7 +57,7 @@ def threefry(key, counter):
         counter: a pair of int32 tensors or numbers, (c0, c1). All four broadcast together.
 
     Returns:
-        A pair of int32 tensors: 64 random bits for every counter.
+        A pair of int32 tensors: 64 random bits per counter.
     """
     return _rounds(*[backend.tensor(word, "int32") for word in (*key, *counter)])
 
@@ -85,7 +85,7 @@ def _shift_right(word, distance: int):
 
 
 def key_of(seed: int | Sequence[int]) -> np.ndarray:
-    """The key of a seed: its 64 bits as two int32 words, with shape `(2,)`; of several seeds `(seeds, 2)`.
+    """The key of a seed: its 64 bits as two int32 words, with shape `(2,)`, or `(seeds, 2)` for several seeds.
 
     Raises:
         ValueError: if a seed is not a whole number in [0, 2^64).
@@ -100,12 +100,12 @@ def key_of(seed: int | Sequence[int]) -> np.ndarray:
 
 
 def fold_in(key, number, stream: int = 0):
-    """Keys of streams below `key`.
+    """Derives the keys of substreams from `key`.
 
     Args:
-        key: int32, shape `(2,)`, or `(keys, 2)` with a single `number`.
-        number: whole numbers, of any shape: which streams.
-        stream: which family of streams, one of those below or a number of your own.
+        key: int32, with shape `(2,)`, or `(keys, 2)` with a scalar `number`.
+        number: integers of any shape: the indices of the substreams.
+        stream: the family of substreams, such as `TRAINING`, or any other integer.
 
     Returns:
         An int32 tensor of shape `(*number.shape, 2)`, or `(keys, 2)`.
@@ -115,12 +115,12 @@ def fold_in(key, number, stream: int = 0):
 
 
 class Keys:
-    """Fresh keys, one after the other: `next(keys)` number n is `fold_in(key, n)`.
+    """An iterator over fresh keys: call n of `next(keys)` returns `fold_in(key, n)`.
 
-    An iterator and not a generator: PyTorch's compiler would run an endless one to its end.
+    It is not a generator function, because PyTorch's compiler would run an infinite generator to its end.
 
     Args:
-        key: int32, shape `(2,)`.
+        key: int32, with shape `(2,)`.
     """
 
     def __init__(self, key):
@@ -138,9 +138,10 @@ def uniform(key, shape, first=0):
     """Uniform float32 numbers in [0, 1), multiples of 2^-24.
 
     Args:
-        key: int32, shape `(2,)`: the stream; or `(samples, 2)`, a stream for each, of which it is sample `first`.
-        shape: shape of the result, `(samples, ...)`. On TensorFlow its numbers may be tensors.
-        first: the number of the first sample, so that batches continue one another.
+        key: int32, with shape `(2,)`: one stream for all samples; or `(samples, 2)`: one stream per sample, of which
+            sample `first` is drawn.
+        shape: the shape of the result, `(samples, ...)`. On TensorFlow its entries may be tensors.
+        first: the index of the first sample, so that consecutive batches continue each other.
     """
     return _draw(key, shape, first, lambda u0, u1: (u0, u1))
 
@@ -148,7 +149,7 @@ def uniform(key, shape, first=0):
 def normal(key, shape, first=0):
     """Standard normal float32 numbers, by the method of Box and Muller (1958): z = sqrt(-2 ln u0) (cos, sin)(2 pi u1).
 
-    With 24 bits, u0 >= 2^-24 and |z| <= 5.77. Arguments as of `uniform`.
+    With 24 bits, u0 >= 2^-24 and |z| <= 5.77. The arguments are those of `uniform`.
     """
     return _draw(key, shape, first, _box_muller)
 
@@ -161,7 +162,7 @@ def _box_muller(u0, u1):
 
 
 def _draw(key, shape, first, transform):
-    """Two numbers a counter: the first of each pair fill the first half of a sample, the second the other half."""
+    """Two numbers per counter: the first of each pair fill the first half of a sample, the second the other half."""
     samples, size = shape[0], math.prod(shape[1:])
     numbers = ops.arange(samples, dtype="int32")[:, None] if len(key.shape) == 1 else 0
     places = ops.arange((size + 1) // 2, dtype="int32")[None, :]
@@ -171,23 +172,23 @@ def _draw(key, shape, first, transform):
 
 
 def slerp(a, b, fractions):
-    """Points on the arc from noise `a` to noise `b`, which keep the length that noise has (Shoemake 1985):
+    """Spherical linear interpolation from noise `a` to noise `b`, which preserves the norm of noise (Shoemake 1985):
 
         (sin((1 - f) angle) a + sin(f angle) b) / sin(angle),    cos(angle) = <a, b> / (|a| |b|)
 
-    Where the two are parallel it is the straight line.
+    If the two are parallel, the interpolation is linear.
 
     Args:
-        a: of any shape.
-        b: of the same shape.
-        fractions: f, with shape `(count,)`; 0 is `a` and 1 is `b`.
+        a: an array of any shape.
+        b: an array of the same shape.
+        fractions: f, with shape `(count,)`; 0 gives `a` and 1 gives `b`.
 
     Returns:
         A float32 array with shape `(count, ...)`.
     """
     a, b, f = (np.asarray(ops.convert_to_numpy(value), "float64") for value in (a, b, fractions))
     if a.shape != b.shape:
-        raise ValueError(f"slerp: `a` and `b` must have one shape; received: {a.shape} and {b.shape}")
+        raise ValueError(f"slerp: `a` and `b` must have the same shape; received: {a.shape} and {b.shape}")
     cosine = np.clip(np.sum(a * b) / np.maximum(np.linalg.norm(a) * np.linalg.norm(b), 1e-30), -1.0, 1.0)
     f, angle = f.reshape(-1, *[1] * a.ndim), np.arccos(cosine)
     if np.sin(angle) < 1e-6:

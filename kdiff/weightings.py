@@ -1,12 +1,12 @@
-"""Loss weights: how much each noise level counts.
+"""Loss weights: the weight of each noise level in training.
 
-A weighting is a function of the log-SNR l that multiplies |x_hat - x|^2. The network's own loss is an error of its
-output, so the model multiplies the weight by `prediction.gain(m)^2`: one class serves every parametrisation. No
-weighting at all is the simple loss of DDPM: every output counts the same, whatever the network predicts.
+A weighting is a function of the log-SNR l that multiplies |x_hat - x|^2. The training loss is an error of the network's
+output, so the model multiplies the weight by `prediction.gain(m)^2`: one class serves every parametrisation. Without a
+weighting the loss is the simple loss of DDPM, the unweighted error of the output.
 
-Some weightings are stated for an integral over l, as the variational bound is, and not for random times. With
-`per_log_snr` the loss is divided by the density of l, so that neither the schedule nor the times change it
-(`kdiff.objectives`). In terms of SNR = exp(l) = alpha^2 / sigma^2,
+Some weightings, such as the variational bound, are defined for an integral over l rather than for random times. If
+`per_log_snr` is true, the loss is divided by the density of l, so that it depends neither on the schedule nor on the
+distribution of times (`kdiff.objectives`). In terms of SNR = exp(l) = alpha^2 / sigma^2,
 
 | class              | weight of abs(x_hat - x)^2          | of abs(noise_hat - noise)^2          | per unit of l |
 |--------------------|-------------------------------------|--------------------------------------|---------------|
@@ -50,16 +50,17 @@ __all__ = [
 
 
 class Weighting(Value):
-    """The base of all loss weights. A new one defines `__call__` alone.
+    """The base class of all loss weights. A new one defines only `__call__`.
 
     Attributes:
-        per_log_snr: whether the loss is an integral over log-SNR, and is divided by its density for random times.
+        per_log_snr: whether the weight is that of an integral over log-SNR, so that the loss at random times is divided
+            by the density of log-SNR.
     """
 
     per_log_snr: bool = False
 
     def __call__(self, log_snr):
-        """The weight of |x_hat - x|^2 at this log-SNR; float32, of the same shape."""
+        """The weight of |x_hat - x|^2 at this log-SNR, float32, with the same shape."""
         raise NotImplementedError
 
 
@@ -70,7 +71,7 @@ class MinSNR(Weighting):
     min(SNR, gamma) / (SNR + 1).
 
     Args:
-        gamma: the SNR from which on all levels count the same.
+        gamma: the SNR above which the weight of x_hat is constant.
     """
 
     def __init__(self, gamma: float = 5.0):
@@ -82,8 +83,8 @@ class MinSNR(Weighting):
 
 
 class SoftMinSNR(Weighting):
-    """SNR gamma / (SNR + gamma): half the harmonic mean of the two, min-SNR without its corner (Crowson et al. 2024,
-    "Hourglass diffusion transformers", arXiv:2401.11605).
+    """SNR gamma / (SNR + gamma), a smooth variant of min-SNR (Crowson et al. 2024, "Hourglass diffusion transformers",
+    arXiv:2401.11605).
 
     Args:
         gamma: the weight at high SNR, above 0.
@@ -94,17 +95,17 @@ class SoftMinSNR(Weighting):
         self.gamma = gamma
 
     def __call__(self, log_snr):
-        """SNR gamma / (SNR + gamma), written gamma sigmoid(log_snr - log(gamma))."""
+        """SNR gamma / (SNR + gamma), computed as gamma sigmoid(log_snr - log(gamma))."""
         return self.gamma * ops.sigmoid(_tensor(log_snr) - math.log(self.gamma))
 
 
 class P2(Weighting):
-    """SNR / (k + SNR)^gamma: perception prioritised training, where the noise error has 1 / (k + SNR)^gamma (Choi et
-    al. 2022, arXiv:2204.00227, eq. 8).
+    """SNR / (k + SNR)^gamma, perception prioritised (P2) weighting: 1 / (k + SNR)^gamma on the error of the noise
+    (Choi et al. 2022, arXiv:2204.00227, eq. 8).
 
     Args:
-        k: above 0; bounds the weight at low SNR.
-        gamma: 0 is the simple loss of a network that predicts the noise.
+        k: bounds the weight at low SNR; above 0.
+        gamma: the strength; 0 gives the simple loss of a network that predicts the noise.
     """
 
     def __init__(self, k: float = 1.0, gamma: float = 1.0):
@@ -127,7 +128,7 @@ class TruncatedSNR(Weighting):
 class EDM(Weighting):
     """(s^2 + sd^2) / (s sd)^2 = SNR + 1 / sd^2, s = sigma / alpha (Karras et al. 2022, arXiv:2206.00364, table 1).
 
-    With EDM's own parametrisation it is the plain squared error of the network.
+    With EDM's parametrisation, `predictions.Karras`, it is the unweighted squared error of the network.
 
     Args:
         sigma_data: sd, the standard deviation of the data.
@@ -142,19 +143,19 @@ class EDM(Weighting):
 
 
 class Velocity(Weighting):
-    """SNR + 1: the plain squared error of the velocity (Salimans and Ho 2022, arXiv:2202.00512, section 4)."""
+    """SNR + 1: the unweighted squared error of the velocity (Salimans and Ho 2022, arXiv:2202.00512, section 4)."""
 
     def __call__(self, log_snr):
         return _snr(log_snr) + 1.0
 
 
 class Uniform(Weighting):
-    """1 / gain^2: the plain squared error of one parametrisation, whatever the network predicts (Kingma and Gao 2023,
-    arXiv:2303.00848, table 1, states the plain losses of the noise, the velocity and the flow as weights in this way).
+    """1 / gain^2: the unweighted squared error of one parametrisation, whatever the network predicts (Kingma and Gao
+    2023, arXiv:2303.00848, table 1, state the losses of the noise, the velocity and the flow as weights in this way).
 
     Args:
-        prediction: a `Prediction` or its name, as of a variance preserving schedule. Only of `Velocity` and `Score`
-            does the normalisation matter.
+        prediction: a `Prediction` or its name, on a variance preserving schedule. The normalisation matters only for
+            `Velocity` and `Score`.
     """
 
     def __init__(self, prediction="noise"):
@@ -167,12 +168,13 @@ class Uniform(Weighting):
 
 
 class SigmaSqrt(Weighting):
-    """1 / r^2 on the loss of rectified flow, r = sigma / (alpha + sigma) = sigmoid(-log_snr / 2), so 1 / r^4 on x_hat.
+    """1 / r^2 on the loss of rectified flow, r = sigma / (alpha + sigma) = sigmoid(-log_snr / 2): 1 / r^4 on x_hat.
 
-    It is "sigma_sqrt" of diffusers' training scripts for Stable Diffusion 3 (2024). Where these turn the output into
-    x_hat first, they apply the same 1 / r^2 to its error: the plain loss of rectified flow, `Uniform("flow")`.
+    It is "sigma_sqrt" in the training scripts of diffusers for Stable Diffusion 3 (2024). Those that convert the output
+    to x_hat first apply the same 1 / r^2 to its error, which is the unweighted loss of rectified flow,
+    `Uniform("flow")`.
 
-    The weight grows as SNR^2, so that it wants a schedule, or times, that keep away from t = 0.
+    The weight grows as SNR^2, so it requires a schedule, or training times, that avoid t = 0.
     """
 
     def __call__(self, log_snr):
@@ -180,9 +182,9 @@ class SigmaSqrt(Weighting):
 
 
 class CosMap(Weighting):
-    """2 / (pi (1 - 2 r + 2 r^2)) on the loss of rectified flow, and 1 / r^2 times that on x_hat, r = sigma / (alpha +
-    sigma): gives rectified flow's noise levels the share that a cosine schedule has of them (Esser et al. 2024,
-    arXiv:2403.03206, eq. 21, there a density of times).
+    """2 / (pi (1 - 2 r + 2 r^2)) on the loss of rectified flow, and 1 / r^2 times that on x_hat, with r = sigma /
+    (alpha + sigma): it gives the noise levels of rectified flow the density that they have under a cosine schedule
+    (Esser et al. 2024, arXiv:2403.03206, eq. 21, stated there as a density of times).
     """
 
     def __call__(self, log_snr):
@@ -191,8 +193,8 @@ class CosMap(Weighting):
 
 
 class Variational(Weighting):
-    """SNR / 2 per unit of log-SNR: the diffusion loss of the variational bound, in nats (Kingma et al. 2021,
-    arXiv:2107.00630, eq. 18, for a sum over all coordinates):
+    """SNR / 2 per unit of log-SNR: the diffusion loss of the variational bound, in nats, summed over all coordinates
+    (Kingma et al. 2021, arXiv:2107.00630, eq. 18):
 
         L = 1/2 integral of SNR |x_hat - x|^2 dl = 1/2 integral of |noise_hat - noise|^2 dl,        l = log_snr
     """
@@ -206,8 +208,8 @@ class Variational(Weighting):
 class Likelihood(Variational):
     """g(t)^2 / 2 on the error of the score (Song et al. 2021, "Maximum likelihood training", arXiv:2101.09258, eq. 7).
 
-    It is `Variational` in other words. On any schedule g^2 = -sigma^2 dl/dt, and an error of the score is alpha /
-    sigma^2 times one of x_hat, so that
+    It is equivalent to `Variational`: on any schedule g^2 = -sigma^2 dl/dt, and the error of the score is alpha /
+    sigma^2 times that of x_hat, so that
 
         g^2 |score_hat - score|^2 dt = sigma^2 (alpha / sigma^2)^2 |x_hat - x|^2 |dl| = SNR |x_hat - x|^2 |dl|.
     """
@@ -215,10 +217,10 @@ class Likelihood(Variational):
 
 class Sigmoid(Weighting):
     """SNR sigmoid(bias - log_snr) / 2 per unit of log-SNR (Kingma and Gao 2023, arXiv:2303.00848; Hoogeboom et al.
-    2024, "Simpler diffusion", arXiv:2410.19324): the variational bound, without what the eye does not see.
+    2024, "Simpler diffusion", arXiv:2410.19324): the variational bound with less weight on imperceptible detail.
 
     Args:
-        bias: the log-SNR from which on the weight of x_hat stays constant; without end it is `Variational`.
+        bias: the log-SNR above which the weight of x_hat is constant; in the limit of a large bias it is `Variational`.
     """
 
     per_log_snr = True
@@ -228,7 +230,7 @@ class Sigmoid(Weighting):
         self.bias = bias
 
     def __call__(self, log_snr):
-        """SNR sigmoid(bias - log_snr) / 2, written exp(bias) sigmoid(log_snr - bias) / 2."""
+        """SNR sigmoid(bias - log_snr) / 2, computed as exp(bias) sigmoid(log_snr - bias) / 2."""
         return 0.5 * math.exp(self.bias) * ops.sigmoid(_tensor(log_snr) - self.bias)
 
 
@@ -241,5 +243,5 @@ def _snr(log_snr):
 
 
 def _sigma(log_snr):
-    """sigma of the rectified schedule, t: sigmoid(-log_snr / 2)."""
+    """The sigma of the rectified schedule: sigmoid(-log_snr / 2)."""
     return ops.sigmoid(-0.5 * _tensor(log_snr))

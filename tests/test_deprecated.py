@@ -209,6 +209,7 @@ MODELS = {
     "MeanFlow": lambda: vector_model(
         {"interval": blocks.Interval()},
         schedule="rectified",
+        prediction="flow",
         objective=objectives.MeanFlow(tangent=tangents.ForwardMode()),
     ),
     "Consistency": lambda: vector_model(objective=objectives.Consistency(ema=True)),

@@ -203,7 +203,7 @@ def test_number_of_steps():
         (lambda: predictions.TrigFlow(-1.0), "TrigFlow: `sigma_data`"),
         (lambda: predictions.LearnedVariance(num_steps=1), "num_steps"),
         (lambda: predictions.LearnedVariance(weight=-1.0), "weight"),
-        (lambda: predictions.LearnedVariance(LEARNED), "one output a channel"),
+        (lambda: predictions.LearnedVariance(LEARNED), "one output per channel"),
         (lambda: predictions.LearnedVariance("nois"), "Did you mean 'noise'"),
         (lambda: LEARNED.value(np.ones((1, 3))), "even number of channels"),
     ],

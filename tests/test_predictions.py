@@ -235,9 +235,11 @@ class _Mixture(Prediction):
 )
 def test_predictions_that_do_not_fix_the_data(a, b, value):
     prediction = _Mixture(a, b)
-    with pytest.raises(ValueError, match=rf"does not fix the data on Cosine\(\): b alpha - a sigma is.*({value})"):
+    with pytest.raises(
+        ValueError, match=rf"does not determine the data on Cosine\(\): b alpha - a sigma is.*({value})"
+    ):
         check_invertible(prediction, schedules.Cosine())
-    with pytest.raises(ValueError, match="does not fix the data"):
+    with pytest.raises(ValueError, match="does not determine the data"):
         kdiff.DiffusionModel(tiny_network(), prediction=prediction)
 
 

@@ -1,6 +1,6 @@
 """Keras layers from which networks are composed, each usable alone in any Keras model."""
 
-from kdiff import deprecated
+from kdiff import deprecated as _deprecated
 from kdiff.blocks.attention import CrossAttention, MultiHeadAttention, SelfAttention
 from kdiff.blocks.base import Block, Chain, Tokens
 from kdiff.blocks.beside_context import DecoupledAttention, Resampler
@@ -112,4 +112,4 @@ __all__ = [
     "mp_sum",
 ]
 
-__getattr__ = deprecated.names(__name__, Beside="Concat", SteeredEmbedding="GuidanceEmbedding")
+__getattr__ = _deprecated.names(__name__, Beside="Concat", SteeredEmbedding="GuidanceEmbedding")

@@ -1,6 +1,6 @@
 """Objectives: what a network learns. Each makes of a clean batch the problem that a training step solves."""
 
-from kdiff import deprecated
+from kdiff import deprecated as _deprecated
 from kdiff.objectives.base import Drawn, Objective, Problem
 from kdiff.objectives.denoising import Denoising, VariationalBound, variance_bound
 from kdiff.objectives.effective_weight import (
@@ -49,4 +49,4 @@ __all__ = [
     "variance_bound",
 ]
 
-__getattr__ = deprecated.names(__name__, Distillation="ProgressiveDistillation", TangentConsistency="SCM")
+__getattr__ = _deprecated.names(__name__, Distillation="ProgressiveDistillation", TangentConsistency="SCM")

@@ -1,4 +1,4 @@
-"""Noise schedules: how much signal and how much noise there is at each time. The theory is in `schedules.base`."""
+"""Noise schedules: the amounts of signal and noise at each time. The theory is in `schedules.base`."""
 
 from kdiff.schedules.base import CLEAN_LOG_SNR, Marginal, NoiseSchedule, bridge
 from kdiff.schedules.continuous import (

@@ -1,25 +1,25 @@
-"""Noise schedules: how much signal and how much noise there is at each time.
+"""Noise schedules: the amounts of signal and noise at each time.
 
 A Gaussian diffusion process mixes data `x` with standard normal `noise`,
 
     x_t = alpha(t) x + sigma(t) noise,        q(x_t | x) = N(alpha x, sigma^2 I),
 
-from t = 0, data, to t = 1, noise. All that matters is the signal-to-noise ratio alpha^2 / sigma^2, or its logarithm
+from data at t = 0 to noise at t = 1. It is determined by the signal-to-noise ratio alpha^2 / sigma^2, or its logarithm
 
     log_snr(t) = 2 log(alpha / sigma),
 
-which decreases in t, and how the pair is normalised. A schedule is therefore one function, `log_snr(t)`, with its
-inverse, `time(log_snr)`, and one normalisation, `scales(log_snr) = (alpha, sigma)`:
+which decreases in t, and by the normalisation of the pair. A schedule is therefore one function, `log_snr(t)`, with
+its inverse, `time(log_snr)`, and one normalisation, `scales(log_snr) = (alpha, sigma)`:
 
     variance preserving     alpha^2 + sigma^2 = 1     alpha = sqrt(sigmoid(l)),   sigma = sqrt(sigmoid(-l))
     variance exploding      alpha = 1                                             sigma = exp(-l / 2)
     interpolant             alpha + sigma = 1         alpha = sigmoid(l / 2),     sigma = sigmoid(-l / 2)
     sub-variance-preserving alpha^2 + sigma = 1       alpha = exp(l / 2) sigma,   sigma = 2 / (1 + sqrt(1 + 4 e^l))
 
-A discrete process of T steps, given by a table, is the continuous one read at t = (i + 1) / T, i = 0 ... T - 1;
-between the entries of the table log_snr is linear in t. Tables are computed in float64 and are constants, not
-weights; everything that depends on t is float32. Where the formula of a continuous schedule has an infinite log-SNR
-at an end, the schedule is drawn a hair short there, by an `epsilon` that its documentation names.
+A discrete process of T steps, given by a table, is the continuous process evaluated at t = (i + 1) / T,
+i = 0 ... T - 1; between the entries of the table log_snr is linear in t. Tables are computed in float64 and are
+constants, not weights; everything that depends on t is float32. If the formula of a continuous schedule has an
+infinite log-SNR at one end, the schedule is truncated there by a small `epsilon`, which its documentation states.
 
 Sources: Ho et al. 2020 (DDPM), arXiv:2006.11239; Kingma et al. 2021 (variational diffusion models),
 arXiv:2107.00630; Nichol and Dhariwal 2021 (improved DDPM), arXiv:2102.09672; Hoogeboom et al. 2023 (simple
@@ -39,7 +39,7 @@ from kdiff.writing import replacing
 
 __all__ = ["CLEAN_LOG_SNR", "Marginal", "NoiseSchedule", "bridge"]
 
-# At t = 0 a table has no noise at all. Its log-SNR is written as 40, sigma = 2e-9, so that no infinity arises.
+# At t = 0 a table has no noise. Its log-SNR is set to 40, sigma = 2e-9, so that no infinity arises.
 CLEAN_LOG_SNR = 40.0
 
 
@@ -52,28 +52,28 @@ class Marginal(NamedTuple):
     log_snr: Any
 
     def like(self, x) -> Self:
-        """The same numbers with axes of length 1 added, so that they broadcast against the batch `x`."""
+        """The same values with axes of length 1 appended, so that they broadcast against the batch `x`."""
         axes = (..., *[None] * (len(x.shape) - 1))
         return Marginal(*(v[axes] if len(v.shape) == 1 else v for v in self))
 
 
 def bridge(now: Marginal, then: Marginal):
-    """(kept, fresh), the two numbers of a step back in time, from x_now to x_then:
+    """(kept, fresh), the two coefficients of a step of the reverse process from x_now to x_then:
 
         kept = (alpha_now sigma_then^2) / (alpha_then sigma_now^2),    fresh = 1 - SNR_now / SNR_then.
 
-    `fresh` is written -expm1(log_snr_now - log_snr_then), which does not cancel near t = 0.
+    `fresh` is computed as -expm1(log_snr_now - log_snr_then), which does not cancel near t = 0.
     """
     kept = now.alpha * then.sigma**2 / (then.alpha * now.sigma**2)
     return kept, -ops.expm1(now.log_snr - then.log_snr)
 
 
 class NoiseSchedule(Value, keras.layers.Layer):
-    """The base of all schedules: a Keras layer that computes in float32 under any policy, and hardly ever has weights.
+    """The base class of all schedules: a Keras layer that computes in float32 under any dtype policy.
 
-    One that has, or is made of one that has, is equal to itself alone.
+    A schedule with weights, or one that wraps such a schedule, is equal only to itself.
 
-    A new schedule defines `log_snr` and `time`, and `scales` if it is not variance preserving:
+    A new schedule defines `log_snr` and `time`, and also `scales` if it is not variance preserving:
 
         class Linear(NoiseSchedule):
             def log_snr(self, t):
@@ -103,24 +103,24 @@ class NoiseSchedule(Value, keras.layers.Layer):
     __hash__ = Value.__hash__
 
     def log_snr(self, t):
-        """log(alpha^2 / sigma^2) at t in [0, 1]; decreasing in t. Any shape; returns float32 of the same shape."""
+        """log(alpha^2 / sigma^2) at t in [0, 1], decreasing in t. `t` has any shape; the result is float32."""
         raise NotImplementedError
 
     def time(self, log_snr):
-        """The inverse of `log_snr`: the t in [0, 1] at which it has this value."""
+        """The inverse of `log_snr`: the t in [0, 1] with this log-SNR."""
         raise NotImplementedError
 
     def scales(self, log_snr):
-        """(alpha, sigma) from the log-SNR; variance preserving unless overridden."""
+        """(alpha, sigma) as a function of the log-SNR; variance preserving unless overridden."""
         return ops.sqrt(ops.sigmoid(log_snr)), ops.sqrt(ops.sigmoid(-log_snr))
 
     @property
     def first_time(self) -> float:
-        """The clean end of what is trained and sampled: the first step 1 / T of a discrete process, or 0."""
+        """The lowest time in training and sampling: 1 / T for a discrete process, 0 for a continuous one."""
         return 0.0 if self.num_steps is None else 1.0 / self.num_steps
 
     def log_snr_ends(self) -> tuple:
-        """(largest, smallest) log-SNR, at `first_time` and at t = 1; scalar tensors."""
+        """(largest, smallest) log-SNR, at `first_time` and at t = 1, as scalar tensors."""
         ends = self.log_snr(ops.convert_to_tensor([self.first_time, 1.0], "float32"))
         return ends[0], ends[1]
 
@@ -129,10 +129,10 @@ class NoiseSchedule(Value, keras.layers.Layer):
         return ops.exp(self.at(t).log_snr)
 
     def slope(self, t):
-        """d log_snr / dt at t in [0, 1], negative. Any shape; returns float32 of the same shape.
+        """d log_snr / dt at t in [0, 1], negative. `t` has any shape; the result is float32.
 
-        Unless overridden, the central difference over t +- 0.001, cut to [0, 1]. Every schedule of kdiff has its own
-        formula; a discrete process has the difference between two of its steps.
+        The default is a central difference over t +- 0.001, clipped to [0, 1]. Every schedule of kdiff overrides it
+        with its own formula; a discrete process uses the difference between two adjacent steps.
         """
         t = ops.convert_to_tensor(t, "float32")
         before, after = ops.maximum(t - 1e-3, 0.0), ops.minimum(t + 1e-3, 1.0)
@@ -142,7 +142,7 @@ class NoiseSchedule(Value, keras.layers.Layer):
         """The marginal q(x_t | x) at times `t` in [0, 1], of any shape.
 
         Raises:
-            ValueError: if a time whose number is at hand, which in a compiled function it is not, is not in [0, 1].
+            ValueError: if a time is not in [0, 1]; not checked for symbolic tensors inside a compiled function.
         """
         self._check_times(t)
         t = ops.convert_to_tensor(t, "float32")
@@ -150,9 +150,9 @@ class NoiseSchedule(Value, keras.layers.Layer):
         return Marginal(t, *self.scales(log_snr), log_snr)
 
     def sampled_at(self, t) -> Marginal:
-        """The marginal at times `t` of a sampling run: as `at`, but t = 0 is data with no noise left, as of a table.
+        """The marginal at times `t` of a sampling run: as `at`, except that t = 0 is data without noise.
 
-        Where a schedule ends a hair above it, or at EDM's sigma of 0.002, a run goes all the way.
+        So a run ends at the data even if the schedule itself is truncated, or ends at EDM's sigma of 0.002.
         """
         m = self.at(t)
         log_snr = ops.where(m.t > 0, m.log_snr, ops.maximum(m.log_snr, CLEAN_LOG_SNR))
@@ -165,8 +165,8 @@ class NoiseSchedule(Value, keras.layers.Layer):
         wrong = numbers[~inside].flat[0]
         raise ValueError(
             f"{type(self).__name__}: times must lie in [0, 1], where 0 is data and 1 is noise; received t = {wrong:g}. "
-            f"The step i = 0 ... T - 1 of a discrete process is t = (i + 1) / T; {_counted(self.num_steps)}. (What the "
-            "network sees as time is another matter: `times.Index` tells it i)"
+            f"Step i = 0 ... T - 1 of a discrete process is t = (i + 1) / T; {_counted(self.num_steps)}. (The time "
+            "that is passed to the network is separate: `times.Index` passes i)"
         )
 
     def at_log_snr(self, log_snr) -> Marginal:
@@ -175,7 +175,7 @@ class NoiseSchedule(Value, keras.layers.Layer):
         return Marginal(self.time(log_snr), *self.scales(log_snr), log_snr)
 
     def nearest(self, t: float) -> float:
-        """The time nearest to `t` that the process has: of T steps, i / T, and not 0 unless `t` is."""
+        """The time of the process nearest to `t`: i / T for T steps, and 0 only if `t` is 0."""
         if self.num_steps is None or t == 0:
             return t
         return max(1, round(t * self.num_steps)) / self.num_steps
@@ -189,20 +189,20 @@ class NoiseSchedule(Value, keras.layers.Layer):
             t: times in [0, 1], with shape `(batch,)` or `()`.
 
         Raises:
-            ValueError: as of `at`.
+            ValueError: as in `at`.
         """
         x, noise = ops.convert_to_tensor(x, "float32"), ops.convert_to_tensor(noise, "float32")
         m = self.at(t).like(x)
         return m.alpha * x + m.sigma * noise
 
     def posterior(self, x, x_t, now: Marginal, then: Marginal):
-        """q(x_then | x_now, x), exactly, for then.t < now.t (DDPM eqs. 6 and 7, for any schedule):
+        """The exact posterior q(x_then | x_now, x) for then.t < now.t (DDPM eqs. 6 and 7, for any schedule):
 
             mean = (alpha_now sigma_then^2) / (alpha_then sigma_now^2) x_now + alpha_then (1 - r) x
             variance = sigma_then^2 (1 - r),       r = SNR_now / SNR_then
 
         Returns:
-            The mean, of the shape of `x`, and the variance, which broadcasts against it.
+            The mean, with the shape of `x`, and the variance, which broadcasts against it.
         """
         x, x_t = ops.convert_to_tensor(x, "float32"), ops.convert_to_tensor(x_t, "float32")
         now, then = now.like(x), then.like(x)
@@ -213,7 +213,7 @@ class NoiseSchedule(Value, keras.layers.Layer):
         return x_shape
 
     def plot(self, path: str | None = None, points: int = 400):
-        """Draws alpha, sigma and log-SNR against t; with `path`, writes the figure there.
+        """Plots alpha, sigma and log-SNR against t, and writes the figure to `path` if it is given.
 
         Returns:
             The matplotlib figure.

@@ -1,7 +1,7 @@
 """Continuous schedules: log_snr as a formula in t, and its inverse.
 
-Near t = 1 a formula in t loses its digits, because float32 has no more of them near 1; each is therefore written in
-1 - t there, which has them.
+Near t = 1 a formula in t loses precision, because float32 is too coarse near 1. There, each formula is therefore
+written in terms of 1 - t.
 """
 
 import numpy as np
@@ -33,12 +33,12 @@ class Cosine(NoiseSchedule):
 
         alpha = cos(u),  sigma = sin(u),  log_snr = -2 log tan(u),
 
-    with the angle u linear in t, from the one at which log_snr is `max_log_snr` to the one at which it is
+    with the angle u linear in t, from the value at which log_snr is `max_log_snr` to that at which it is
     `min_log_snr`.
 
     Args:
-        min_log_snr: log-SNR at t = 1.
-        max_log_snr: log-SNR at t = 0.
+        min_log_snr: the log-SNR at t = 1.
+        max_log_snr: the log-SNR at t = 0.
     """
 
     def __init__(self, min_log_snr: float = -15.0, max_log_snr: float = 15.0):
@@ -50,7 +50,7 @@ class Cosine(NoiseSchedule):
         self.span = np.pi / 2 - self.first - self.rest
 
     def log_snr(self, t):
-        """-2 log tan(u); near t = 1 from pi / 2 - u, because tan(u) loses its digits there."""
+        """-2 log tan(u); near t = 1 in terms of pi / 2 - u, because tan(u) loses precision there."""
         t = _tensor(t)
         early = -2.0 * ops.log(ops.tan(self.first + self.span * ops.minimum(t, 0.5)))
         late = 2.0 * ops.log(ops.tan(self.rest + self.span * ops.minimum(1.0 - t, 0.5)))
@@ -73,11 +73,11 @@ class Trigonometric(Cosine):
 
         alpha = cos(pi t / 2),  sigma = sin(pi t / 2),
 
-    drawn a hair short at both ends: t stands for `epsilon` + (1 - 2 `epsilon`) t, so that log_snr stays finite.
-    It is `Cosine` with other ends.
+    truncated at both ends, where t is replaced by `epsilon` + (1 - 2 `epsilon`) t so that log_snr stays finite. It is
+    `Cosine` with a different range.
 
     Args:
-        epsilon: what is cut off t at each end. 1e-5 gives log-SNRs from 22 to -22.
+        epsilon: the part of the range of t that is removed at each end. 1e-5 gives log-SNRs from 22 to -22.
     """
 
     def __init__(self, epsilon: float = 1e-5):
@@ -92,21 +92,21 @@ class Laplace(NoiseSchedule):
 
         log_snr = mu - b sgn(0.5 - u) log(1 - 2 |u - 0.5|),
 
-    so that with t uniform, log_snr has a Laplace distribution: training dwells where it is near mu. u is linear in t,
-    from where log_snr is `max_log_snr` to where it is `min_log_snr`: the distribution, cut at both ends.
+    so that for uniform t, log_snr has a Laplace distribution, and training concentrates on noise levels near mu. u is
+    linear in t and covers the log-SNRs from `max_log_snr` to `min_log_snr`: the distribution is truncated at both ends.
 
     Args:
-        mu: the centre of the log-SNRs.
-        b: their mean distance from it, above zero.
-        min_log_snr: log-SNR at t = 1.
-        max_log_snr: log-SNR at t = 0.
+        mu: the mode of the distribution of log-SNR.
+        b: its scale, the mean distance from mu, above zero.
+        min_log_snr: the log-SNR at t = 1.
+        max_log_snr: the log-SNR at t = 0.
     """
 
     def __init__(self, mu: float = 0.0, b: float = 0.5, min_log_snr: float = -15.0, max_log_snr: float = 15.0):
         super().__init__()
         check_range("Laplace", min_log_snr, max_log_snr)
         check_number("Laplace", "mu", mu, min_log_snr, max_log_snr)
-        # Below the lower limit the ends, exp(-distance / b), are less than the smallest float32.
+        # Below the lower limit the tails, exp(-distance / b), underflow float32.
         check_number("Laplace", "b", b, max(max_log_snr - mu, mu - min_log_snr) / 80.0, 1000.0)
         self.mu, self.b, self.min_log_snr, self.max_log_snr = mu, b, min_log_snr, max_log_snr
         self.first = float(0.5 * np.exp(-(max_log_snr - mu) / b))  # u at t = 0
@@ -138,13 +138,13 @@ class LinearVP(NoiseSchedule):
         alpha = exp(-B / 2),   B(t) = integral of beta from 0 to t = t beta_min + t^2 (beta_max - beta_min) / 2,
         log_snr = -log(e^B - 1).
 
-    It is the limit of `LinearBeta(T, beta_min / T, beta_max / T)`. Drawn a hair short at t = 0: t stands for `epsilon`
-    + (1 - `epsilon`) t.
+    It is the limit of `LinearBeta(T, beta_min / T, beta_max / T)` for large T. It is truncated at t = 0, where t is
+    replaced by `epsilon` + (1 - `epsilon`) t.
 
     Args:
-        beta_min: the rate at t = 0, above zero.
-        beta_max: the rate at t = 1, at most 100.
-        epsilon: the first time. 1e-5, as in the paper's training, gives log-SNRs from 13.8 to -10.
+        beta_min: beta at t = 0, above zero.
+        beta_max: beta at t = 1, at most 100.
+        epsilon: the smallest time. 1e-5, as in the paper's training, gives log-SNRs from 13.8 to -10.
     """
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, epsilon: float = 1e-5):
@@ -159,7 +159,7 @@ class LinearVP(NoiseSchedule):
         return -ops.log(ops.expm1(self._integral(t)))
 
     def time(self, log_snr):
-        """From B = log(1 + e^-log_snr)."""
+        """Solves B = log(1 + e^-log_snr) for t."""
         return self._time(ops.softplus(-_tensor(log_snr)))
 
     def slope(self, t):
@@ -175,7 +175,7 @@ class LinearVP(NoiseSchedule):
         return (1.0 - self.epsilon) * (self.beta_min + (self.beta_max - self.beta_min) * u)
 
     def _time(self, integral):
-        """The root of B(u) = integral, as a quotient, which does not cancel for small B."""
+        """The root of B(u) = integral, written as a quotient that does not cancel for small B."""
         root = ops.sqrt(self.beta_min**2 + 2.0 * (self.beta_max - self.beta_min) * integral)
         return (2.0 * integral / (self.beta_min + root) - self.epsilon) / (1.0 - self.epsilon)
 
@@ -185,13 +185,13 @@ class SubVP(LinearVP):
 
         alpha = exp(-B / 2),   sigma = 1 - exp(-B),   log_snr = -B - 2 log(1 - e^-B),
 
-    with B(t) as in `LinearVP`: the alpha of the VP process with the square of its sigma, alpha^2 + sigma = 1. Drawn a
-    hair short at t = 0.
+    with B(t) as in `LinearVP`: the same alpha as the VP process and the square of its sigma, so that
+    alpha^2 + sigma = 1. It is truncated at t = 0 as `LinearVP` is.
 
     Args:
-        beta_min: the rate at t = 0, above zero.
-        beta_max: the rate at t = 1, at most 100.
-        epsilon: the first time. 1e-5 gives log-SNRs from 27.6 to -10.
+        beta_min: beta at t = 0, above zero.
+        beta_max: beta at t = 1, at most 100.
+        epsilon: the smallest time. 1e-5 gives log-SNRs from 27.6 to -10.
     """
 
     def log_snr(self, t):
@@ -200,7 +200,7 @@ class SubVP(LinearVP):
         return -integral - 2.0 * ops.log(-ops.expm1(-integral))
 
     def time(self, log_snr):
-        """From B = -log(1 - sigma); where sigma is near 1, from the same in alpha, B = -log_snr - 2 log(sigma)."""
+        """Solves B = -log(1 - sigma) for t; where sigma is near 1, B = -log_snr - 2 log(sigma) instead."""
         log_snr = _tensor(log_snr)
         _, sigma = self.scales(log_snr)
         early = -ops.log1p(-ops.minimum(sigma, 0.5))
@@ -217,12 +217,12 @@ class SubVP(LinearVP):
 
 
 class VarianceExploding(NoiseSchedule):
-    """Noise that is added to data kept as it is; log_snr is linear in t (Song et al. 2021, arXiv:2011.13456, eq. 31):
+    """The variance exploding process, in which log_snr is linear in t (Song et al. 2021, arXiv:2011.13456, eq. 31):
 
         alpha = 1,   sigma = sigma_min (sigma_max / sigma_min)^t,   log_snr = -2 log(sigma).
 
-    The defaults are EDM's (Karras et al. 2022, arXiv:2206.00364, table 1), which chooses the times of training and
-    sampling apart from the schedule.
+    The defaults are those of EDM (Karras et al. 2022, arXiv:2206.00364, table 1), which chooses the training noise
+    levels and the sampling grid separately from the schedule.
 
     Args:
         sigma_min: sigma at t = 0, above zero.
@@ -254,14 +254,14 @@ class VarianceExploding(NoiseSchedule):
 
 
 class Rectified(NoiseSchedule):
-    """Rectified flow (Liu et al. 2022, eq. 1): the straight line from data to noise,
+    """Rectified flow (Liu et al. 2022, arXiv:2209.03003, eq. 1): linear interpolation between data and noise,
 
         alpha = 1 - t,  sigma = t,  log_snr = 2 log(alpha / sigma),
 
-    drawn a hair short at both ends, sigma = `epsilon` + (1 - 2 `epsilon`) t, so that log_snr stays finite.
+    truncated at both ends, sigma = `epsilon` + (1 - 2 `epsilon`) t, so that log_snr stays finite.
 
     Args:
-        epsilon: what is kept of the noise at t = 0, and of the data at t = 1.
+        epsilon: sigma at t = 0, and alpha at t = 1.
     """
 
     def __init__(self, epsilon: float = 1e-5):
@@ -297,13 +297,14 @@ class SigmoidAlphaBar(NoiseSchedule):
         log_snr = log(sinh(h (1 - t)) / sinh(h t)) + log(cosh(start / 2 tau) / cosh(end / 2 tau)),
         h = (end - start) / 2 tau,
 
-    which cancels nowhere. Drawn a hair short at both ends: t stands for `epsilon` + (1 - 2 `epsilon`) t.
+    which has no cancellation. It is truncated at both ends, where t is replaced by `epsilon` + (1 - 2 `epsilon`) t.
 
     Args:
-        start: the sigmoid's argument at t = 0, times tau.
-        end: the sigmoid's argument at t = 1, times tau.
+        start: the argument of the sigmoid at t = 0, times tau.
+        end: the argument of the sigmoid at t = 1, times tau.
         tau: the temperature, above zero; `start` / tau and `end` / tau must lie in [-40, 40].
-        epsilon: what is cut off t at each end. 1e-6, with the other defaults, gives log-SNRs from 15 to -15.
+        epsilon: the part of the range of t that is removed at each end. 1e-6, with the other defaults, gives log-SNRs
+            from 15 to -15.
     """
 
     def __init__(self, start: float = -3.0, end: float = 3.0, tau: float = 1.0, epsilon: float = 1e-6):
@@ -339,14 +340,14 @@ class CosineAlphaBar(NoiseSchedule):
         alpha_bar = alpha^2 = (v(1) - v(t)) / (v(1) - v(0)),
         v(t) = cos(w)^(2 tau),   w = (start + (end - start) t) pi / 2.
 
-    Drawn a hair short at both ends: t stands for `epsilon` + (1 - 2 `epsilon`) t. With the defaults it is
+    It is truncated at both ends, where t is replaced by `epsilon` + (1 - 2 `epsilon`) t. With the defaults it equals
     `Trigonometric()`.
 
     Args:
-        start: in [0, 1).
-        end: in (`start`, 1].
+        start: the angle w at t = 0 in units of pi / 2, in [0, 1).
+        end: the angle w at t = 1 in units of pi / 2, in (`start`, 1].
         tau: the temperature, in [0.1, 3].
-        epsilon: what is cut off t at each end, in [1e-6, 0.1].
+        epsilon: the part of the range of t that is removed at each end, in [1e-6, 0.1].
     """
 
     def __init__(self, start: float = 0.0, end: float = 1.0, tau: float = 1.0, epsilon: float = 1e-5):
@@ -365,7 +366,7 @@ class CosineAlphaBar(NoiseSchedule):
         return ops.log(ops.expm1(-y) / ops.expm1(-x)) - x
 
     def time(self, log_snr):
-        """From v(t) / v(0) = 1 - (1 - alpha_bar) (1 - v(1) / v(0))."""
+        """Solves v(t) / v(0) = 1 - (1 - alpha_bar) (1 - v(1) / v(0)) for t."""
         log_snr = _tensor(log_snr)
         signal, noise = ops.sigmoid(log_snr), ops.sigmoid(-log_snr)
         last = (self.last_cosine / self.first_cosine) ** (2.0 * self.tau)
@@ -392,16 +393,16 @@ class CosineAlphaBar(NoiseSchedule):
         return 2.0 * self.tau * x, 2.0 * self.tau * y, ops.sin(self.first + gone) / cosine
 
     def _angle(self, log_ratio):
-        """w from log(cos(w) / cos(w(0))), by 1 - cos(w) = 2 sin(w / 2)^2, which keeps a small w."""
+        """w from log(cos(w) / cos(w(0))), by 1 - cos(w) = 2 sin(w / 2)^2, which is accurate for small w."""
         fallen = 1.0 - self.first_cosine - self.first_cosine * ops.expm1(log_ratio)  # 1 - cos(w)
         return 2.0 * ops.arcsin(ops.sqrt(ops.clip(fallen / 2, 0.0, 0.5)))
 
 
 def _between(t, first: float, rest: float):
-    """(u, 1 - u), where u goes in a straight line from `first` to 1 - `rest`, both of which may be tiny."""
+    """(u, 1 - u), where u is linear in t, from `first` to 1 - `rest`, both of which may be tiny."""
     t = _tensor(t)
     span = 1.0 - first - rest
-    # A compiler that sees a span of 1 makes (1 + rest) - t of the second, which has forgotten `rest` at t = 1.
+    # If span is 1, a compiler may rewrite the second value as (1 + rest) - t, which loses `rest` at t = 1.
     return first + span * t, ops.maximum(rest + span * (1.0 - t), rest)
 
 
@@ -415,7 +416,7 @@ def _log_cosh(x: float) -> float:
 
 
 def check_range(name: str, min_log_snr: float, max_log_snr: float) -> None:
-    """Raises a ValueError unless both are in [-40, 40], the second above the first."""
+    """Raises a ValueError unless both are in [-40, 40] and the second exceeds the first."""
     check_number(name, "min_log_snr", min_log_snr, -40.0, 40.0)
     check_number(name, "max_log_snr", max_log_snr, min_log_snr, 40.0)
     if min_log_snr == max_log_snr:

@@ -1,14 +1,15 @@
-"""A schedule that training shapes (Kingma et al. 2021, "VDM", arXiv:2107.00630, section 5.1 and appendix I).
+"""A schedule that is learned in training (Kingma et al. 2021, "VDM", arXiv:2107.00630, section 5.1 and appendix I).
 
-In continuous time the variational bound depends on a schedule by its ends alone. The estimate of it from random times
-does not: of a loss h(l) per unit of l = log_snr, and t uniform, it is h(l) / p(l), where p(l) = |dt / dl|. Its mean is
-the integral of h whatever p is, and its second moment, the integral of E[h^2] / p, is least where
+In continuous time the variational bound depends on the schedule only through its endpoints, but the variance of its
+Monte Carlo estimate depends on the whole schedule. For a loss h(l) per unit of l = log_snr and uniform t, the estimate
+is h(l) / p(l), where p(l) = |dt / dl|. Its mean is the integral of h for any p, and its second moment, the integral of
+E[h^2] / p, is smallest if
 
     p(l)  is proportional to  sqrt(E[h(l)^2]).
 
-VDM has a monotone network for l(t), and descends the gradient of that moment. Here t(l) is linear in each of a number
-of parts, of which the probabilities are known as soon as the moments of h are, so that no gradient is needed. They are
-running means, and weights of the schedule: saved with the model, neither averaged nor touched by an optimizer.
+VDM uses a monotone network for l(t) and descends the gradient of that moment. Here t(l) is piecewise linear, and the
+probability of each piece follows from the moments of h, so no gradient is needed. The moments are running means. They
+are weights of the schedule: saved with the model, but not averaged and not updated by an optimizer.
 """
 
 import keras
@@ -22,20 +23,20 @@ __all__ = ["Learned"]
 
 
 class Learned(NoiseSchedule):
-    """Piecewise linear, variance preserving, and learned by the objective `LearnedSchedule` (Kingma et al. 2021, VDM):
+    """A piecewise linear, variance preserving schedule, learned by the objective `LearnedSchedule` (VDM):
 
         log_snr = l_k - width (t - c_k) / p_k   in part k,    l_k = max_log_snr - k width,    c_k = p_0 + ... + p_(k-1).
 
-    All parts are equally wide in log-SNR. Before training p_k = 1 / parts, and log_snr is linear in t. With any other
-    objective it stays as it is. It is equal to itself alone, for a copy has not learned what it has.
+    All parts have the same width in log-SNR. Before training p_k = 1 / parts, and log_snr is linear in t. Any other
+    objective leaves the schedule unchanged. The schedule is equal only to itself, since a copy has other weights.
 
     Args:
-        min_log_snr: log-SNR at t = 1, which stays, as that at t = 0 does. The defaults are those that VDM begins with.
-        max_log_snr: log-SNR at t = 0.
-        parts: how many there are.
-        floor: this share of the probability is spread evenly over the parts, in (0, 1]: p_k is never below
-            floor / parts, so that log_snr always falls, and no loss counts more than parts / floor times.
-        rate: by how much a loss moves the running mean of its part, in (0, 1]; it goes back about 1 / rate losses.
+        min_log_snr: the log-SNR at t = 1, which is fixed, as is that at t = 0. The defaults are VDM's initial values.
+        max_log_snr: the log-SNR at t = 0.
+        parts: the number of parts.
+        floor: the fraction of the probability that is spread evenly over the parts, in (0, 1]: p_k is at least
+            floor / parts, so log_snr always decreases, and no loss is weighted by more than parts / floor.
+        rate: the update rate of the running means, in (0, 1]; they average over about 1 / rate losses.
     """
 
     def __init__(
@@ -54,8 +55,8 @@ class Learned(NoiseSchedule):
         self.min_log_snr, self.max_log_snr = min_log_snr, max_log_snr
         self.parts, self.floor, self.rate = parts, floor, rate
         self.width = (max_log_snr - min_log_snr) / parts
-        self.moments = self._state("moments", 0.0)  # running means of squares that begin at 0
-        self.known = self._state("known", 0.0)  # what those of 1 would be
+        self.moments = self._state("moments", 0.0)  # running means of squares, initially 0
+        self.known = self._state("known", 0.0)  # the same running means of 1, which correct the bias of these
         self.p = self._state("p", 1.0 / parts)
 
     def _state(self, name: str, value: float):
@@ -63,7 +64,7 @@ class Learned(NoiseSchedule):
         return self.add_weight(name=name, shape=(self.parts,), initializer=initializer, trainable=False)
 
     def best(self):
-        """The p_k that suit the losses, `(parts,)`; of a part of which none was seen yet, by the mean of the others."""
+        """The optimal p_k for the losses so far, `(parts,)`; a part without losses uses the mean of the others."""
         moments, known = self.moments.value, self.known.value
         mean = ops.sum(moments) / ops.maximum(ops.sum(known), 1e-30)
         size = ops.sqrt(ops.where(known > 0.0, moments / ops.maximum(known, 1e-30), mean))
@@ -72,11 +73,12 @@ class Learned(NoiseSchedule):
         return (1.0 - self.floor) * learned + self.floor / self.parts
 
     def learn(self, t, losses) -> None:
-        """Takes note of losses that were estimated at uniform times; the schedule stays until `settle` is called.
+        """Updates the running means by losses at uniform times; the schedule changes when `settle` is called.
 
         Args:
-            t: the times, shape `(batch,)`.
-            losses: h(log_snr) / p(log_snr) of each, shape `(batch,)`; those that are not finite are left out.
+            t: the times, with shape `(batch,)`.
+            losses: h(log_snr) / p(log_snr) at these times, with shape `(batch,)`; values that are not finite are
+                ignored.
         """
         p, begins = self._steps()
         k = self._part(ops.convert_to_tensor(t, "float32"), begins)
@@ -90,7 +92,7 @@ class Learned(NoiseSchedule):
         self.known.assign(kept * self.known.value + (1.0 - kept))
 
     def settle(self) -> None:
-        """Takes on what it has learned."""
+        """Sets p_k to the optimum for the losses so far."""
         self.p.assign(self.best())
 
     def log_snr(self, t):
@@ -113,7 +115,7 @@ class Learned(NoiseSchedule):
         return -self.width / ops.take(p, self._part(ops.convert_to_tensor(t, "float32"), begins))
 
     def _steps(self):
-        """(p_k, c_k), scaled so that the last part ends at 1 also in float32."""
+        """(p_k, c_k), normalised so that the last part ends at exactly 1 in float32."""
         p = self.p.value
         until = ops.cumsum(p)
         return p / until[-1], ops.concatenate([ops.zeros((1,)), until[:-1] / until[-1]])

@@ -1,6 +1,6 @@
-"""Discrete processes: T steps given by a table, between whose entries log_snr is linear in t.
+"""Discrete processes: T steps given by a table, with log_snr linear in t between its entries.
 
-The entry i = 0 ... T - 1 is at t = (i + 1) / T. At t = 0, which no table has, the log-SNR is `CLEAN_LOG_SNR`.
+Entry i = 0 ... T - 1 is at t = (i + 1) / T. At t = 0, which no table includes, the log-SNR is `CLEAN_LOG_SNR`.
 """
 
 import numpy as np
@@ -23,16 +23,16 @@ __all__ = [
 ]
 
 
-LARGEST = 80.0  # |log-SNR|, beyond which float32 has no alpha^2, or no sigma^2
+LARGEST = 80.0  # the largest |log-SNR|, beyond which alpha^2 or sigma^2 underflows float32
 MOST_STEPS = 1_000_000
 
 
 def check_ends(owner: str, log_snrs: np.ndarray) -> None:
-    """Raises a ValueError if alpha or sigma of one of these log-SNRs is next to nothing in float32, and then NaN."""
+    """Raises a ValueError if alpha or sigma underflows float32 at one of these log-SNRs."""
     if not np.all(np.abs(log_snrs) <= LARGEST):
         raise ValueError(
-            f"{owner}: log-SNR must lie in [{-LARGEST:g}, {LARGEST:g}], or alpha or sigma underflows float32; it goes "
-            f"from {np.max(log_snrs):.4g} to {np.min(log_snrs):.4g}"
+            f"{owner}: log-SNR must lie in [{-LARGEST:g}, {LARGEST:g}], or alpha or sigma underflows float32; received "
+            f"values from {np.max(log_snrs):.4g} to {np.min(log_snrs):.4g}"
         )
 
 
@@ -46,19 +46,19 @@ class _Table(NoiseSchedule):
         self.log_snrs = np.append(max(CLEAN_LOG_SNR, log_snrs[0] + 1.0), log_snrs)
         if not np.all(np.diff(self.log_snrs.astype("float32")) < 0):
             raise ValueError(
-                f"{type(self).__name__}: log-SNR must fall at each step by more than float32 resolves, about 1e-6; "
-                f"the smallest fall is {-np.diff(self.log_snrs).max():.1e}"
+                f"{type(self).__name__}: log-SNR must decrease at each step by more than the float32 resolution, about "
+                f"1e-6; the smallest decrease is {-np.diff(self.log_snrs).max():.1e}"
             )
 
     def log_snr(self, t):
-        """Read from the table, linear in t between its entries."""
+        """Interpolates the table, linearly in t."""
         place = self._place(t)
         index = ops.cast(ops.clip(ops.floor(place), 0, self.num_steps - 1), "int32")
         left, right = self._neighbours(index)
         return left + (place - ops.cast(index, "float32")) * (right - left)
 
     def time(self, log_snr):
-        """The place in the table, linear in log_snr between its entries."""
+        """Inverts the table, linearly in log_snr between its entries."""
         log_snr = ops.convert_to_tensor(log_snr, "float32")
         table = backend.tensor(self.log_snrs, "float32")
         not_below = ops.sum(ops.cast(ops.less_equal(log_snr[..., None], table), "int32"), axis=-1)
@@ -68,11 +68,11 @@ class _Table(NoiseSchedule):
         return ops.clip(place / self.num_steps, 0.0, 1.0)
 
     def slope(self, t):
-        """T (log_snr_i - log_snr_(i-1)) of the interval that ends at t or contains it.
+        """T (log_snr_i - log_snr_(i-1)), for the interval that contains t or ends at it.
 
-        Where that interval is the first, which begins at `CLEAN_LOG_SNR`, a number with no meaning, the second's.
+        The first interval begins at the arbitrary `CLEAN_LOG_SNR`, so there the slope of the second is used.
         """
-        # A hundredth of a step is taken off, so that the rounding of t T does not move a step into the next interval.
+        # A hundredth of a step is subtracted, so that the rounding of t T does not move a step into the next interval.
         index = ops.clip(ops.ceil(self._place(t) - 0.01) - 1, min(1, self.num_steps - 1), self.num_steps - 1)
         left, right = self._neighbours(ops.cast(index, "int32"))
         return self.num_steps * (right - left)
@@ -91,10 +91,10 @@ class BetaTable(_Table):
     Ho et al. 2020, section 2.
 
     Args:
-        betas: the variance of each step of the forward process, each in (0, 1), with shape `(T,)`.
+        betas: the variances of the steps of the forward process, each in (0, 1), with shape `(T,)`.
 
     Raises:
-        ValueError: if a beta is not in (0, 1), so that alpha would not decrease.
+        ValueError: if a beta is not in (0, 1).
     """
 
     def __init__(self, betas):
@@ -103,7 +103,7 @@ class BetaTable(_Table):
         if not np.all((betas > 0) & (betas < 1)):
             raise ValueError(
                 f"{name}: `betas` must lie in (0, 1), so that alpha decreases; "
-                f"received numbers from {betas.min()} to {betas.max()}"
+                f"received values from {betas.min()} to {betas.max()}"
             )
         log_alpha_bar = np.cumsum(np.log1p(-betas))
         super().__init__(log_alpha_bar - np.log(-np.expm1(log_alpha_bar)))
@@ -116,10 +116,10 @@ class AlphaBarTable(_Table):
     Ho et al. 2020, section 2.
 
     Args:
-        alpha_bars: strictly decreasing numbers in (0, 1), with shape `(T,)`.
+        alpha_bars: strictly decreasing values in (0, 1), with shape `(T,)`.
 
     Raises:
-        ValueError: if they are not.
+        ValueError: if they are not strictly decreasing or not in (0, 1).
     """
 
     def __init__(self, alpha_bars):
@@ -134,7 +134,7 @@ class AlphaBarTable(_Table):
 
 
 class LinearBeta(BetaTable):
-    """The linear table of DDPM (Ho et al. 2020, section 4): beta rises in equal steps.
+    """The linear schedule of DDPM (Ho et al. 2020, section 4): beta_i is linear in i.
 
     Args:
         num_steps: the number of steps T.
@@ -149,7 +149,7 @@ class LinearBeta(BetaTable):
 
 
 class ScaledLinearBeta(BetaTable):
-    """The table of Stable Diffusion (Rombach et al. 2022, arXiv:2112.10752): sqrt(beta) rises in equal steps.
+    """The schedule of Stable Diffusion (Rombach et al. 2022, arXiv:2112.10752): sqrt(beta_i) is linear in i.
 
     Args:
         num_steps: the number of steps T.
@@ -166,7 +166,7 @@ class ScaledLinearBeta(BetaTable):
 
 
 class CosineBeta(BetaTable):
-    """The cosine table of improved DDPM (Nichol and Dhariwal 2021, eq. 17):
+    """The cosine schedule of improved DDPM (Nichol and Dhariwal 2021, eq. 17):
 
         alpha_bar(t) = f(t) / f(0),    f(t) = cos^2((t + s) / (1 + s) pi / 2),
         beta_i = 1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), clipped to [min_beta, max_beta].
@@ -175,9 +175,9 @@ class CosineBeta(BetaTable):
 
     Args:
         num_steps: the number of steps T.
-        s: the offset that keeps the first betas from being too small.
-        max_beta: betas are clipped here, below the singularity at t = 1.
-        min_beta: and here, at the clean end.
+        s: the offset that prevents the first betas from being too small.
+        max_beta: the upper limit of beta, which avoids the singularity at t = 1.
+        min_beta: the lower limit of beta.
     """
 
     def __init__(self, num_steps: int = 1000, s: float = 0.008, max_beta: float = 0.999, min_beta: float = 0.0):
@@ -191,16 +191,16 @@ class CosineBeta(BetaTable):
 
 
 class SigmoidBeta(BetaTable):
-    """The sigmoid table of GeoDiff (Xu et al. 2022, arXiv:2203.02923), which diffusers calls "sigmoid":
+    """The sigmoid schedule of GeoDiff (Xu et al. 2022, arXiv:2203.02923), "sigmoid" in diffusers:
 
-        beta_i = beta_start + sigmoid(u_i) (beta_end - beta_start),    u from -6 to 6 in equal steps.
+        beta_i = beta_start + sigmoid(u_i) (beta_end - beta_start),    u_i linear in i, from -6 to 6.
 
-    `SigmoidAlphaBar` is another schedule: there it is alpha_bar that is a sigmoid.
+    In the different schedule `SigmoidAlphaBar`, alpha_bar is a sigmoid.
 
     Args:
         num_steps: the number of steps T.
-        beta_start: the beta that the first is a hair above.
-        beta_end: the beta that the last is a hair below.
+        beta_start: the lower limit of beta, slightly below the first one.
+        beta_end: the upper limit of beta, slightly above the last one.
     """
 
     def __init__(self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02):

@@ -1,4 +1,4 @@
-"""Schedules made from a schedule: another log-SNR, the same normalisation, the same number of steps."""
+"""Schedules that wrap another: they change its log-SNR, and keep its normalisation and its number of steps."""
 
 from typing import Self
 
@@ -13,7 +13,7 @@ __all__ = ["Shifted", "ZeroTerminalSNR", "token_mu"]
 
 
 def token_mu(owner: str, tokens: int, base_tokens: int, max_tokens: int, base_mu: float, max_mu: float) -> float:
-    """Flux's mu, linear in the tokens (see `Shifted.for_tokens`)."""
+    """The mu of Flux, linear in the number of tokens (see `Shifted.for_tokens`)."""
     check_number(owner, "tokens", tokens, 1)
     check_number(owner, "base_tokens", base_tokens, 1)
     check_number(owner, "max_tokens", max_tokens, base_tokens + 1)
@@ -21,14 +21,14 @@ def token_mu(owner: str, tokens: int, base_tokens: int, max_tokens: int, base_mu
 
 
 class Shifted(NoiseSchedule):
-    """A schedule whose log-SNR is moved by a constant, log_snr = schedule.log_snr + shift; the normalisation stays.
+    """A schedule whose log-SNR is shifted by a constant, log_snr = schedule.log_snr + shift.
 
-    Averaging s x s pixels divides the variance of noise by s^2, and hardly that of an image; so a larger image, at the
-    same log-SNR, is less destroyed, and is given a negative shift (Hoogeboom et al. 2023, section 3.1).
+    Averaging s x s pixels divides the variance of the noise by s^2 but hardly changes that of the image. At the same
+    log-SNR a larger image is therefore less corrupted, and needs a negative shift (Hoogeboom et al. 2023, section 3.1).
 
     Args:
         schedule: a `NoiseSchedule` or its name.
-        shift: is added to log_snr; below zero there is more noise.
+        shift: the constant that is added to log_snr; a negative one adds noise.
     """
 
     def __init__(self, schedule, shift: float):
@@ -40,10 +40,10 @@ class Shifted(NoiseSchedule):
 
     @classmethod
     def by_factor(cls, schedule, factor: float) -> Self:
-        """sigma / alpha times `factor`: shift = -2 log(factor).
+        """Multiplies sigma / alpha by `factor`: shift = -2 log(factor).
 
-        On `Rectified` it moves t to factor t / (1 + (factor - 1) t) (Esser et al. 2024, "SD3", arXiv:2403.03206,
-        eq. 23, factor = sqrt(m / n) for m pixels where n were tuned for; SD3 uses 3).
+        For `Rectified` it maps t to factor t / (1 + (factor - 1) t) (Esser et al. 2024, "SD3", arXiv:2403.03206,
+        eq. 23, with factor = sqrt(m / n) for m pixels if the schedule was tuned for n; SD3 uses 3).
         """
         check_number("Shifted", "factor", factor, 1e-6, 1e6)
         return cls(schedule, float(-2.0 * np.log(factor)))
@@ -53,9 +53,9 @@ class Shifted(NoiseSchedule):
         """shift = 2 log(base / resolution) (Hoogeboom et al. 2023, "simple diffusion", arXiv:2301.11093, section 3.1).
 
         Args:
-            schedule: a schedule that suits images of `base` x `base` pixels.
-            resolution: the side of the images, in pixels.
-            base: the side that the schedule was made for.
+            schedule: a schedule designed for images of `base` x `base` pixels.
+            resolution: the side length of the images, in pixels.
+            base: the side length that the schedule was designed for, in pixels.
         """
         check_number("Shifted", "resolution", resolution, 1)
         check_number("Shifted", "base", base, 1)
@@ -71,20 +71,20 @@ class Shifted(NoiseSchedule):
         base_mu: float = 0.5,
         max_mu: float = 1.15,
     ) -> Self:
-        """The shift of Flux, which depends on the size of the sample: shift = -2 mu, mu linear in the tokens,
+        """The resolution-dependent shift of Flux: shift = -2 mu, with mu linear in the number of tokens,
 
             mu = base_mu + (max_mu - base_mu) (tokens - base_tokens) / (max_tokens - base_tokens).
 
-        It is `by_factor` with the factor e^mu. The constants are those of the published sampling code of Flux.1 dev
+        It equals `by_factor` with the factor e^mu. The defaults are those of the published sampling code of Flux.1 dev
         (Black Forest Labs 2024, no paper), which diffusers calls "dynamic shifting".
 
         Args:
             schedule: the schedule to shift; `Rectified` in Flux.
             tokens: the length of the transformer's sequence, (height / patch) (width / patch).
-            base_tokens: where mu is `base_mu`.
-            max_tokens: where mu is `max_mu`.
-            base_mu: log(sigma / alpha) is raised by so much at `base_tokens`.
-            max_mu: and by so much at `max_tokens`.
+            base_tokens: the number of tokens at which mu is `base_mu`.
+            max_tokens: the number of tokens at which mu is `max_mu`.
+            base_mu: the increase of log(sigma / alpha) at `base_tokens`.
+            max_mu: the increase of log(sigma / alpha) at `max_tokens`.
         """
         return cls(schedule, -2.0 * token_mu("Shifted", tokens, base_tokens, max_tokens, base_mu, max_mu))
 
@@ -98,26 +98,26 @@ class Shifted(NoiseSchedule):
         return self.schedule.scales(log_snr)
 
     def slope(self, t):
-        """The schedule's: a constant has none."""
+        """The slope of the wrapped schedule: a constant shift does not change it."""
         return self.schedule.slope(t)
 
 
 class ZeroTerminalSNR(NoiseSchedule):
-    """A schedule that ends in nothing but noise (Lin et al. 2024, arXiv:2305.08891, algorithm 1):
+    """A schedule rescaled to zero terminal SNR, which ends in pure noise (Lin et al. 2024, arXiv:2305.08891, alg. 1):
 
         alpha'(t) = (alpha(t) - alpha(1)) alpha_0 / (alpha_0 - alpha(1)),   sigma'^2 = 1 - alpha'^2,
 
-    where alpha_0 is the alpha of the first step of a discrete process, and alpha(0) of a continuous one: both stay as
-    they were. alpha is the variance preserving one, sqrt(sigmoid(log_snr)), and the new log-SNR goes back into the
-    normalisation of the schedule.
+    where alpha_0 is the alpha of the first step of a discrete process, or alpha(0) of a continuous one; it does not
+    change. alpha is that of the variance preserving normalisation, sqrt(sigmoid(log_snr)); the new log-SNR is then
+    used with the normalisation of the schedule.
 
-    At t = 1 the log-SNR would be minus infinity. It is `min_log_snr`, and no infinity arises: at -40 alpha is 2e-9, as
-    good as zero. A network that predicts the noise cannot be sampled from there, x_hat being divided by alpha; one that
-    predicts the velocity, the data or the flow can, which is why the paper changes the prediction with the schedule.
+    The log-SNR at t = 1 would be minus infinity and is set to `min_log_snr`; at -40 alpha is 2e-9. A network that
+    predicts the noise cannot be sampled from there, because x_hat is divided by alpha. One that predicts the velocity,
+    the data or the flow can, which is why the paper changes the prediction along with the schedule.
 
     Args:
-        schedule: a `NoiseSchedule` or its name; not one whose sigma grows without bound.
-        min_log_snr: log-SNR at t = 1. None is -40, or less where the step before is near to that or below.
+        schedule: a `NoiseSchedule` or its name, with bounded sigma.
+        min_log_snr: the log-SNR at t = 1. None: -40, or less if the log-SNR of the preceding step is close to that.
     """
 
     def __init__(self, schedule, min_log_snr: float | None = None):
@@ -129,11 +129,11 @@ class ZeroTerminalSNR(NoiseSchedule):
             check_number("ZeroTerminalSNR", "min_log_snr", min_log_snr, -80.0, end - 1.0)
         if _number(self.schedule.scales(ops.convert_to_tensor(min(-40.0, end), "float32"))[1]) > 10.0:
             raise ValueError(
-                f"ZeroTerminalSNR: the noise of {self.schedule!r} is without bound; give a schedule whose sigma ends "
-                "near 1, as do the variance preserving ones and Rectified"
+                f"ZeroTerminalSNR: the sigma of {self.schedule!r} is without bound; use a schedule whose sigma ends "
+                "near 1, such as a variance preserving one or Rectified"
             )
         if self.num_steps == 1:
-            raise ValueError(f"ZeroTerminalSNR: of one step nothing is left; received: {self.schedule!r}")
+            raise ValueError(f"ZeroTerminalSNR: a schedule of one step cannot be rescaled; received: {self.schedule!r}")
         self._rescaled = (_RescaledTable if self.num_steps else _Rescaled)(self.schedule, min_log_snr)
 
     def log_snr(self, t):
@@ -141,19 +141,19 @@ class ZeroTerminalSNR(NoiseSchedule):
         return self._rescaled.log_snr(t)
 
     def time(self, log_snr):
-        """The schedule's own time of alpha = alpha' (alpha_0 - alpha(1)) / alpha_0 + alpha(1)."""
+        """The time of the wrapped schedule with alpha = alpha' (alpha_0 - alpha(1)) / alpha_0 + alpha(1)."""
         return self._rescaled.time(log_snr)
 
     def scales(self, log_snr):
         return self.schedule.scales(log_snr)
 
     def slope(self, t):
-        """By the chain rule; of a discrete process, as of any table."""
+        """By the chain rule; for a discrete process, as for any table."""
         return self._rescaled.slope(t)
 
 
 class _RescaledTable(_Table):
-    """Algorithm 1 on a discrete process: a table of its own, in float64."""
+    """Algorithm 1 for a discrete process: a new table, computed in float64."""
 
     def __init__(self, schedule, min_log_snr):
         times = np.arange(1, schedule.num_steps + 1) / schedule.num_steps
@@ -164,11 +164,11 @@ class _RescaledTable(_Table):
             log_snrs = 2.0 * np.log(alpha) - np.log1p(-(alpha**2))
         lowest = min(-40.0, log_snrs[-2] - 1.0) if min_log_snr is None else min_log_snr
         super().__init__(np.maximum(log_snrs, lowest))
-        self.schedule, self.min_log_snr = schedule, min_log_snr  # compiling a model asks for the hash, and it for these
+        self.schedule, self.min_log_snr = schedule, min_log_snr  # for the hash, which compiling a model needs
 
 
 class _Rescaled(NoiseSchedule):
-    """Algorithm 1 on a continuous schedule. Near t = 0 everything is written in d = 1 - alpha, which has the digits."""
+    """Algorithm 1 for a continuous schedule. Near t = 0 it is computed from d = 1 - alpha, to keep precision."""
 
     def __init__(self, schedule, min_log_snr):
         super().__init__()
@@ -198,14 +198,14 @@ class _Rescaled(NoiseSchedule):
         return _alpha(self.schedule.log_snr(t))
 
     def _new(self, old):
-        """(alpha', 1 - alpha'); alpha' is at least that at t = 1."""
+        """(alpha', 1 - alpha'); alpha' is at least its value at t = 1."""
         alpha, d = old
         lowest = float(np.exp(self.lowest / 2))
         return ops.maximum(self.factor * (alpha - self.last), lowest), self.factor * d + self.offset
 
 
 def _alpha(log_snr):
-    """(alpha, 1 - alpha) of the variance preserving normalisation."""
+    """(alpha, 1 - alpha) for the variance preserving normalisation."""
     alpha = ops.sqrt(ops.sigmoid(log_snr))
     return alpha, ops.sigmoid(-log_snr) / (1.0 + alpha)
 
