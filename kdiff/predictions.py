@@ -118,8 +118,8 @@ def check_invertible(prediction: Prediction, schedule: NoiseSchedule) -> None:
     if wrong.any():
         raise ValueError(
             f"{prediction!r} does not determine the data on {schedule!r}: b alpha - a sigma is "
-            f"{determinant[wrong][0]:.3g} at t = {t[wrong][0]:.4g}, and must be finite and of one sign. Use another, such "
-            "as `Velocity()`"
+            f"{determinant[wrong][0]:.3g} at t = {t[wrong][0]:.4g}, and must be finite and of one sign. Use another, "
+            "such as `Velocity()`"
         )
 
 

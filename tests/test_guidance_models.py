@@ -345,7 +345,7 @@ def test_no_models(make):
         make()
 
 
-def test_a_pullback_is_the_transposed_derivative():
+def test_a_vjp_is_the_transposed_derivative():
     x = ops.convert_to_tensor(np.array([[1.0, 2.0], [3.0, -1.0]], "float32"))
     y, pull, rest = backend.vjp(lambda x: (x**2, 3.0 * x), x)
     np.testing.assert_allclose(numpy(y), numpy(x) ** 2)
