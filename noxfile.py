@@ -1,17 +1,19 @@
-"""The test runner: `pip install nox && nox` runs all that follows, on the Python that runs nox.
+"""The test runner: `pip install nox && nox` runs all of the following, with the Python that runs nox.
 
     lint            ruff's rules and format
-    alone(backend)  a short selection where `kdiff[backend,plot]` is all there is: the extra is enough, and on JAX and
-                    PyTorch nothing but kdiff.data misses TensorFlow, which is not installed
+    alone(backend)  a selection of tests with only `kdiff[backend,plot]` installed: the extra is sufficient, and on JAX
+    and
+                    PyTorch only kdiff.data needs TensorFlow, which is not installed
     together        one environment with every extra: the backends compared, then the suite on each
-    thorough        not by default: on each backend everything, and what takes minutes, such as all pairs of guidance
-                    rules compiled
-    mutation        not by default: is a change of the mathematics noticed? (tests/mutation.py)
+    thorough        not by default: everything on each backend, including slow tests, such as all pairs of guidance
+    rules
+                    compiled
+    mutation        not by default: mutation testing of the mathematics (tests/mutation.py)
 
-What says the same on every backend, tests marked `once`, runs on one of them, PyTorch; so does every case of a test
-with many, such as all predictions on all schedules, of which the others run one each, not the same.
-`nox -s "alone(jax)"` runs one session, `nox -- -k unet` hands what follows `--` to pytest, `nox -R` reuses the
-environments as they are. Without nox, in an environment with `kdiff[jax,test,plot]`, JAX is tested as here by
+Tests marked `once`, whose result does not depend on the backend, run only on PyTorch; likewise all cases of a test with
+many, such as all predictions on all schedules, of which the other backends run one each, in turn. `nox -s "alone(jax)"`
+runs one session, `nox -- -k unet` passes the arguments after `--` to pytest, `nox -R` reuses the environments
+unchanged. Without nox, in an environment with `kdiff[jax,test,plot]`, JAX is tested as here by
 `KERAS_BACKEND=jax pytest -n auto -m "not once" --cases 1`.
 """
 
@@ -23,26 +25,26 @@ BACKENDS = ("tensorflow", "jax", "torch")
 ONCE = "torch"  # starts fastest
 COMPARED = "tests/test_backends_agree.py"
 ALONE = ("package", "base", "callbacks", "model_feeding", "model_parts", "text")
-SPLIT = ("-n", "auto", "--dist", "worksteal")  # small programs leave cores idle, so each core has a process of its own
-SHARE = ("-m", "not once", "--cases", "1")  # of the backends beside ONCE
-JAX_CACHE = str(Path(__file__).parent / ".nox" / "jax-cache")  # the sessions compile many programs alike
+SPLIT = ("-n", "auto", "--dist", "worksteal")  # small programs leave cores idle, so each core has its own process
+SHARE = ("-m", "not once", "--cases", "1")  # for the backends other than ONCE
+JAX_CACHE = str(Path(__file__).parent / ".nox" / "jax-cache")  # the sessions compile many of the same programs
 
 nox.needs_version = ">=2024.4.15"
-nox.options.default_venv_backend = "virtualenv"  # which comes with pip: constraints.txt is written for pip
-nox.options.reuse_venv = "yes"  # pip brings an old environment up to date in seconds
+nox.options.default_venv_backend = "virtualenv"  # it includes pip:  constraints.txt is written for pip
+nox.options.reuse_venv = "yes"  # pip updates an old environment in seconds
 
 
 def install(session: nox.Session, *requirements: str) -> None:
-    """Install what the ranges of pyproject.toml allow and constraints.txt pins.
+    """Install within the ranges of pyproject.toml, with the pins of constraints.txt.
 
-    Of the thousands of files a fraction is ever imported, and compiled then: pip would compile all, for minutes.
+    Only a fraction of the thousands of files is ever imported, and then compiled; pip would compile all, for minutes.
     """
     session.install("--no-compile", "-c", "constraints.txt", *requirements)
 
 
 def pytest(session: nox.Session, backend: str, *arguments: str) -> None:
-    """Run tests of the installed package: unlike `python -m pytest`, `pytest` puts no checkout before it."""
-    # A selection after `--` may leave nothing to run here, which pytest reports as exit code 5.
+    """Run tests of the installed package: unlike `python -m pytest`, `pytest` does not put the checkout on the path."""
+    # A selection after `--` may leave no tests here, which pytest reports as exit code 5.
     success = (0, 5) if session.posargs else (0,)
     environment = {"KERAS_BACKEND": backend, "JAX_COMPILATION_CACHE_DIR": JAX_CACHE}
     session.run("pytest", *arguments, *session.posargs, env=environment, success_codes=success)
@@ -59,16 +61,16 @@ def lint(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("backend", BACKENDS, ids=BACKENDS)
 def alone(session: nox.Session, backend: str) -> None:
-    """Import everything, train, save and sample with one backend and nothing of the others."""
+    """Import everything, train, save and sample with one backend and without the others."""
     install(session, f".[{backend},plot]", "pytest", "pytest-xdist")
     pytest(session, backend, *(f"tests/test_{name}.py" for name in ALONE), *SPLIT, *SHARE)
 
 
 @nox.session
 def together(session: nox.Session) -> None:
-    """Compare the backends, and run the suite on each, whether or not it passes on the others."""
+    """Compare the backends, and run the suite on each, regardless of failures on the others."""
     install(session, ".[all]")
-    runs = [(ONCE, COMPARED)]  # which has a process for each backend
+    runs = [(ONCE, COMPARED)]  # it starts a process for each backend
     runs += [(one, "--ignore", COMPARED, *SPLIT, *(() if one == ONCE else SHARE)) for one in BACKENDS]
     failed = []
     for backend, *arguments in runs:
@@ -90,7 +92,7 @@ def thorough(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def mutation(session: nox.Session) -> None:
-    """Change the mathematics at 200 places, each alone: of the changes 90 % must fail a test of their module."""
+    """Mutate the mathematics at 200 places, one at a time: 90 % of the mutants must fail a test of their module."""
     install(session, f".[{ONCE},test]", "cosmic-ray")
     environment = {"KERAS_BACKEND": ONCE, "OMP_NUM_THREADS": "1"}
     session.run("python", "tests/mutation.py", *session.posargs, env=environment)

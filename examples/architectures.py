@@ -1,10 +1,10 @@
-"""Four architectures on the same data for the same time, and the sizes of those that were published.
+"""Four architectures on the same data for the same time, and the sizes of published networks.
 
-    KERAS_BACKEND=jax python examples/architectures.py --sizes             # a table; nothing is trained
+    KERAS_BACKEND=jax python examples/architectures.py --sizes             # print a table, without training
     KERAS_BACKEND=jax python examples/architectures.py                     # on digits, a minute each
     KERAS_BACKEND=jax python examples/architectures.py fashion_mnist --data-dir ~/tensorflow_datasets --minutes 3
 
-A network is an argument of `DiffusionModel`; nothing else changes. It leaves a picture with a grid for each.
+A network is an argument of `DiffusionModel`; nothing else changes. It writes one grid of samples for each.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from kdiff import DiffusionModel, data, pictures
 from kdiff.blocks import LabelEmbedding, Neighborhood
 from kdiff.networks import DiT, Hybrid, SimpleUNet, UNet, UViT, flops, parameters, published, summary
 
-COLUMNS = 10  # one a class
+COLUMNS = 10  # one per class
 
 
 def architectures(classes: int):
-    """By name: functions of no arguments, for images of 28x28 or 16x16 pixels."""
+    """Constructors of networks by name, for images of 28x28 or 16x16 pixels."""
 
     def label(width=None):
         return {"label": LabelEmbedding(classes, width)}
@@ -37,7 +37,7 @@ def architectures(classes: int):
     }
 
 
-# Name, network, shape of the image, shapes of conditions, published millions of parameters and 10^9 multiply-adds.
+# Name, network, shape of the image, shapes of conditions, published parameters (M) and multiply-adds (G).
 SIZES = [
     ("DDPM, CIFAR-10", published.ddpm_cifar10, (32, 32, 3), {}, 35.7, None),
     ("DDPM, 256x256", published.ddpm_256, (256, 256, 3), {}, 113.7, None),
@@ -79,7 +79,7 @@ def print_sizes() -> None:
 
 
 class Until(keras.callbacks.Callback):
-    """Stops the training after so many seconds, of which compiling is a part."""
+    """Stops training after this many seconds, including compilation."""
 
     def __init__(self, seconds: float):
         super().__init__()
@@ -95,9 +95,9 @@ class Until(keras.callbacks.Callback):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", nargs="?", default="digits", help="digits, or a name in TensorFlow Datasets")
-    parser.add_argument("--data-dir", help="where TensorFlow Datasets are")
-    parser.add_argument("--minutes", type=float, default=1, help="of training for each")
-    parser.add_argument("--sizes", action="store_true", help="print the published sizes, and train nothing")
+    parser.add_argument("--data-dir", help="the folder of TensorFlow Datasets")
+    parser.add_argument("--minutes", type=float, default=1, help="minutes of training per network")
+    parser.add_argument("--sizes", action="store_true", help="print the published sizes, without training")
     parser.add_argument("--out", type=Path, default=Path("runs") / "architectures")
     options = parser.parse_args()
     if options.sizes:

@@ -1,4 +1,4 @@
-"""Write examples/catalogue.md: every object that has a name, with its arguments, from the objects themselves.
+"""Write examples/catalogue.md: every named object with its arguments, from the objects themselves.
 
 python examples/catalogue.py
 """
@@ -41,14 +41,14 @@ FAMILIES = {
     "Tokenizers": text.Tokenizer,
     "Networks": networks.Network,
     "Blocks": blocks.Block,
-    "Attention: who attends to whom": blocks.Pattern,
-    "Attention: relative positions": blocks.RelativePositions,
+    "Attention patterns": blocks.Pattern,
+    "Relative positions of attention": blocks.RelativePositions,
 }
 PAGE = Path(__file__).with_name("catalogue.md")
 
 
 def summary(kind: type) -> str:
-    """The first sentence of the docstring, without the equation that may follow it."""
+    """The first sentence of the docstring, without a following equation."""
     lines = itertools.takewhile(str.strip, inspect.getdoc(kind).splitlines())
     text = " ".join(line.strip() for line in lines)
     return re.split(r"(?<=\.)\s+(?=[A-Z])", text)[0].rstrip(":,").replace("|", "\\|")
@@ -56,7 +56,7 @@ def summary(kind: type) -> str:
 
 def call(kind: type) -> str:
     """The constructor call with its defaults."""
-    # Of the class itself Python 3.11.2 gives that of a base's `__new__`.
+    # For the class itself Python 3.11.2 returns the signature of `__new__` of a base.
     parameters = [] if kind.__init__ is object.__init__ else list(inspect.signature(kind.__init__).parameters.values())
     arguments = [str(p.replace(annotation=p.empty)) for p in parameters[1:]]
     return f"{kind.__name__}({', '.join(arguments)})"
@@ -65,7 +65,7 @@ def call(kind: type) -> str:
 def rows(base: type):
     """The lines of the table of one family."""
     solver = base is solvers.Solver
-    yield "| name | object | what it is |" + (" order | evaluations a step |" if solver else "")
+    yield "| name | object | what it is |" + (" order | evaluations per step |" if solver else "")
     yield "|---|---|---|" + ("---|---|" if solver else "")
     for name, kind in sorted(base.names().items()):
         if kind.__module__.startswith("kdiff."):
@@ -76,11 +76,11 @@ def rows(base: type):
 def catalogue() -> str:
     """The whole page."""
     lines = [
-        "# All that has a name",
+        "# Catalogue of named objects",
         "",
-        "Written by `examples/catalogue.py` from the objects; a test keeps it true. Any of them may be given by its",
+        "Written by `examples/catalogue.py` from the objects, and checked by a test. Each can be given by",
         'name, `schedule="cosine"`, or as an object, `schedule=Cosine(min_log_snr=-12.0)`; `object.explain()` prints',
-        "all of its documentation: equation, source, arguments and their limits.",
+        "its documentation: equation, source, arguments and their limits.",
     ]
     for title, base in FAMILIES.items():
         lines += ["", f"## {title}", "", *rows(base)]

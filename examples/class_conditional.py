@@ -1,10 +1,10 @@
-"""Ask for a class, and ask louder: classifier-free guidance on fashion_mnist, with its effect measured.
+"""Classifier-free guidance on fashion_mnist, with its effect measured.
 
     KERAS_BACKEND=jax python examples/class_conditional.py --data-dir ~/tensorflow_datasets       # or with --download
 
-It trains a class-conditional U-Net, and a small classifier on the real images. It leaves a grid with a row for each
-class and a column for each guidance scale, and prints which share of the samples the classifier assigns to the class
-that was asked for. On two cores this takes about half an hour.
+It trains a class-conditional U-Net, and a small classifier on the real images. It writes a grid with one row per class
+and one column per guidance scale, and prints the share of samples that the classifier assigns to the requested class.
+On two cores this takes about half an hour.
 """
 
 import argparse
@@ -27,13 +27,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dataset", default="fashion_mnist", help="a TensorFlow Dataset, an embedded set, class folders"
     )
-    parser.add_argument("--data-dir", help="where TensorFlow Datasets are")
-    parser.add_argument("--download", action="store_true", help="download the TensorFlow Dataset if it is not there")
+    parser.add_argument("--data-dir", help="the folder of TensorFlow Datasets")
+    parser.add_argument("--download", action="store_true", help="download the TensorFlow Dataset if it is missing")
     parser.add_argument("--image-size", type=int, default=28, help="a multiple of 4")
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--samples", type=int, default=100, help="for each scale, to measure the share")
+    parser.add_argument("--samples", type=int, default=100, help="samples per scale, to measure the share")
     parser.add_argument("--out", type=Path, default=Path("runs") / f"class-conditional-{keras.backend.backend()}")
     return parser.parse_args()
 
@@ -44,7 +44,7 @@ def load(options: argparse.Namespace, split: str, **changes):
 
 
 def train(options: argparse.Namespace) -> tuple[kdiff.DiffusionModel, list[str]]:
-    """The diffusion model: in a tenth of the examples the label is dropped, and the network learns to do without."""
+    """The diffusion model: the label is dropped in 10 % of the examples."""
     dataset = load(options, "train", repeat=None)
     conditions = {"label": kdiff.blocks.LabelEmbedding(len(dataset.class_names), dropout=0.1)}
     network = kdiff.networks.UNet.residual(options.width, 3, 1, multipliers=(1, 2, 3), conditions=conditions)
@@ -59,7 +59,7 @@ def train(options: argparse.Namespace) -> tuple[kdiff.DiffusionModel, list[str]]
 
 
 def train_classifier(options: argparse.Namespace, classes: int) -> keras.Model:
-    """A small convolutional network, which also says how far its own judgement is to be trusted."""
+    """A small convolutional network, which also prints its accuracy on real images."""
     real, test = load(options, "train"), load(options, "test", shuffle=False, drop_remainder=False)
     classifier = keras.Sequential(
         [
@@ -72,7 +72,7 @@ def train_classifier(options: argparse.Namespace, classes: int) -> keras.Model:
     classifier.compile(keras.optimizers.Adam(2e-3), loss, metrics=["accuracy"])
     pairs = [dataset.map(lambda batch: (batch["image"], batch["label"])) for dataset in (real, test)]
     classifier.fit(pairs[0], epochs=3, shuffle=False, verbose=2)
-    print(f"The classifier is right about {classifier.evaluate(pairs[1], verbose=0)[1]:.1%} of the real test images.")
+    print(f"The classifier is correct for {classifier.evaluate(pairs[1], verbose=0)[1]:.1%} of the real test images.")
     return classifier
 
 
@@ -81,7 +81,7 @@ def main() -> None:
     model, names = train(options)
     classifier = train_classifier(options, len(names))
 
-    # Every sample has a scale of its own, so that all are made in one run: a row a class, a column a scale, and from
+    # The scale is per sample, so that all samples are drawn in one run: one row per class, one column per scale, and
     # the same noise in each row.
     classes, scales = (axis.ravel() for axis in np.meshgrid(np.arange(len(names)), SCALES, indexing="ij"))
     noise = kdiff.sampling.initial_noise((len(names), *model.shapes["image"][1:]), seed=1)
@@ -90,7 +90,7 @@ def main() -> None:
     captions = [f"{names[label]}, {scale:g}" for label, scale in zip(classes, scales, strict=True)]
     pictures.save_png(options.out / "classes-by-scale.png", picture, len(SCALES), captions=captions)
 
-    print("scale  share of samples that are of the class asked for")
+    print("scale  share of samples of the requested class")
     labels = np.arange(options.samples) % len(names)
     for scale in SCALES:
         samples = model.sample(options.samples, label=labels, guidance=ClassifierFree(scale), seed=2)

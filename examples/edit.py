@@ -1,9 +1,9 @@
-"""What a trained model does with an image that is there: paint a hole, redraw it, blend two, sharpen a small one.
+"""Image editing with a trained model: inpainting, redrawing, interpolation and super-resolution.
 
     KERAS_BACKEND=jax python examples/edit.py runs/class-conditional-jax/model.keras --data-dir ~/tensorflow_datasets
 
-It takes the model that examples/class_conditional.py saved, and leaves one contact sheet. The loop is that of `sample`;
-what is known of the image is a guidance, or the place where the run begins.
+It uses the model that examples/class_conditional.py saved, and writes one contact sheet. The loop is that of `sample`;
+what is known of the image is a guidance rule, or the start of the run.
 """
 
 import argparse
@@ -17,23 +17,23 @@ from kdiff import data, guidance, operators, pictures, times
 
 STRENGTHS = [0.3, 0.5, 0.7, 0.9]
 COLUMNS = 6
-DDIM = kdiff.Sampler("ddim", "trailing")  # which has an inverse
+DDIM = kdiff.Sampler("ddim", "trailing")  # an invertible solver
 ANCESTRAL = kdiff.Sampler("ddpm", times.Jumps("trailing", length=5, repeats=4))
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a saved DiffusionModel whose condition is a label")
-    parser.add_argument("--dataset", default="fashion_mnist", help="whose test images are edited")
-    parser.add_argument("--data-dir", help="where TensorFlow Datasets are")
-    parser.add_argument("--download", action="store_true", help="download the TensorFlow Dataset if it is not there")
-    parser.add_argument("--steps", type=int, default=30, help="of each run; three times as many for DPS")
+    parser.add_argument("--dataset", default="fashion_mnist", help="the data set whose test images are edited")
+    parser.add_argument("--data-dir", help="the folder of TensorFlow Datasets")
+    parser.add_argument("--download", action="store_true", help="download the TensorFlow Dataset if it is missing")
+    parser.add_argument("--steps", type=int, default=30, help="steps per run; three times as many for DPS")
     parser.add_argument("--out", type=Path, default=Path("runs") / f"edit-{keras.backend.backend()}")
     return parser.parse_args()
 
 
 def inpainting(model, image, label, steps) -> list[tuple]:
-    """The lower half painted anew, four times, going back and forth over its border (RePaint)."""
+    """The lower half inpainted, four times, with resampling jumps (RePaint)."""
     mask = np.zeros(image.shape[:2])
     mask[image.shape[0] // 2 :] = 1
     hole = np.where(mask[..., None] > 0, 0.0, image)
@@ -55,11 +55,11 @@ def redrawing(model, image, label, other, name, steps) -> list[tuple]:
         label=label,
     )
     captions = [f"as {name}, {strength:g}" for strength in STRENGTHS]
-    return [("image", image), ("inverted and made again", again[0]), *zip(captions, rows, strict=True)]
+    return [("image", image), ("inverted and reconstructed", again[0]), *zip(captions, rows, strict=True)]
 
 
 def blending(model, first, second, label, steps) -> list[tuple]:
-    """From one image to another of its class, through the noise that each is made from."""
+    """From one image to another of its class, by interpolation of their inverted noise."""
     noise = model.invert(np.stack([first, second]), sampler=DDIM, steps=steps, iterations=3, label=label)
     fractions = np.linspace(0, 1, COLUMNS)
     path = model.sample(COLUMNS, sampler=DDIM, steps=steps, x=kdiff.random.slerp(*noise, fractions), label=label)
@@ -67,7 +67,7 @@ def blending(model, first, second, label, steps) -> list[tuple]:
 
 
 def sharpening(model, image, label, steps) -> list[tuple]:
-    """Super-resolution and deblurring: images that agree with what was measured."""
+    """Super-resolution and deblurring: images that agree with a measurement."""
     rows = [("image", image)]
     for name, operator in (("4 times smaller", operators.Downsample(4)), ("blurred", operators.Blur.gaussian(2.0))):
         y = keras.ops.convert_to_numpy(operator(image[None]))[0]

@@ -1,14 +1,14 @@
-"""Fine-tuning: LoRA teaches a text-to-image model a style from ten pictures; a ControlNet teaches it to follow edges.
+"""Fine-tuning a text-to-image model: a style from ten pictures with LoRA, or edges with a ControlNet.
 
-    KERAS_BACKEND=jax python examples/finetune.py                             # a small model, and pictures drawn here
+    KERAS_BACKEND=jax python examples/finetune.py                             # a small model, and generated pictures
     KERAS_BACKEND=jax python examples/finetune.py --control edges
     python examples/finetune.py PICTURES --model stable-diffusion-v1-5 --text "a photo of my dog" --rate 1e-4
     python examples/finetune.py PICTURES --model stable-diffusion-v1-5 --control edges --rate 1e-5 --steps 20000
 
-Without --model a small U-Net first learns captioned shapes (--base-minutes), and is saved as base.keras for other runs.
-The style is that of shapes of which only the outlines are drawn. PICTURES is a folder of one's own; the caption of
-photo.jpg is in photo.txt, or --text for all. lora.png has pictures from the same noise, before in the upper row of each
-two and after in the lower one; edges.png has edges, what was drawn without them, and what with them.
+Without --model a small U-Net is first trained on captioned shapes (--base-minutes), and saved as base.keras for other
+runs. The style is outlines of the shapes. PICTURES is a folder of your own; the caption of photo.jpg is in photo.txt,
+or --text for all. lora.png shows pictures from the same noise, in each pair of rows before (upper) and after (lower);
+edges.png shows edges, pictures without them, and pictures with them.
 """
 
 import argparse
@@ -33,23 +33,27 @@ PROMPTS = (
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", nargs="?", type=Path, help="a folder; not given: shapes are drawn")
-    parser.add_argument("--text", help="the caption of all pictures, and what is asked for")
-    parser.add_argument("--control", choices=["edges"], help="train a ControlNet, not LoRA")
+    parser.add_argument("pictures", nargs="?", type=Path, help="a folder; by default shapes are generated")
+    parser.add_argument("--text", help="the caption of all pictures, and the prompt")
+    parser.add_argument("--control", choices=["edges"], help="train a ControlNet instead of LoRA")
     parser.add_argument("--model", type=Path, help="a folder of Stable Diffusion, or a saved model, such as base.keras")
-    parser.add_argument("--base-minutes", type=float, default=8, help="of training a small model, where none is given")
-    parser.add_argument("--steps", type=int, help="of fine-tuning; 300 of LoRA, 1500 of a ControlNet")
-    parser.add_argument("--rank", type=int, default=4, help="of LoRA")
+    parser.add_argument(
+        "--base-minutes", type=float, default=8, help="minutes of training a small model, if none is given"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="steps of fine-tuning; by default 300 for LoRA, 1500 for a ControlNet"
+    )
+    parser.add_argument("--rank", type=int, default=4, help="the rank of LoRA")
     parser.add_argument("--rate", type=float, default=2e-3, help="the learning rate; 1e-4 or less for a large model")
     parser.add_argument("--batch-size", type=int, default=10)
-    parser.add_argument("--image-size", type=int, default=16, help="of a small model, a multiple of 4")
-    parser.add_argument("--width", type=int, default=48, help="of a small model, a multiple of 8")
+    parser.add_argument("--image-size", type=int, default=16, help="the image size of a small model, a multiple of 4")
+    parser.add_argument("--width", type=int, default=48, help="the width of a small model, a multiple of 8")
     parser.add_argument("--out", type=Path, default=Path("runs") / f"finetune-{keras.backend.backend()}")
     return parser.parse_args()
 
 
 class Until(keras.callbacks.Callback):
-    """Ends training after some time."""
+    """Stops training after this many minutes."""
 
     def __init__(self, minutes: float):
         super().__init__()
@@ -60,7 +64,7 @@ class Until(keras.callbacks.Callback):
 
 
 def base(options: argparse.Namespace) -> kdiff.DiffusionModel:
-    """What is to be fine-tuned: of a folder, of a file, or a small U-Net that learns captioned shapes here."""
+    """The model to fine-tune: from a folder, from a file, or a small U-Net trained here on captioned shapes."""
     if options.model and options.model.is_dir():
         return interop.diffusers.load(options.model, ema=0.99)
     if options.model:
@@ -73,7 +77,7 @@ def base(options: argparse.Namespace) -> kdiff.DiffusionModel:
     model.compile(keras.optimizers.Adam(1e-3, clipnorm=1.0))
     data = {"image": images, "text": np.array(captions)}
     until = Until(options.base_minutes)
-    while not model.stop_training:  # short epochs, for the clock
+    while not model.stop_training:  # short epochs, as time is checked after each
         part = np.random.default_rng(int(until.end * 1e3) % 2**31).permutation(len(images))[:640]
         model.fit({name: rows[part] for name, rows in data.items()}, batch_size=64, callbacks=[until], verbose=2)
     model.save(options.out / "base.keras")
@@ -81,7 +85,7 @@ def base(options: argparse.Namespace) -> kdiff.DiffusionModel:
 
 
 def outlines(images: np.ndarray) -> np.ndarray:
-    """The pictures, uint8, with the inside of all shapes in the colour of the corner."""
+    """The pictures, uint8, with the interior of all shapes in the colour of the corner."""
     ground = images[:, :1, :1]
     covered = np.abs(images.astype(int) - ground).max(axis=-1, keepdims=True) > 96
     inside = covered.copy()
@@ -91,7 +95,7 @@ def outlines(images: np.ndarray) -> np.ndarray:
 
 
 def edges(images: np.ndarray) -> np.ndarray:
-    """White lines on black, in [-1, 1] with three channels, where pictures in [-1, 1] change."""
+    """White lines on black, in [-1, 1] with three channels, at the edges of pictures in [-1, 1]."""
     steps = [np.diff(images, axis=axis, append=np.take(images, [-1], axis)) for axis in (1, 2)]
     strength = np.maximum(*(np.abs(step).max(axis=-1, keepdims=True) for step in steps))
     return np.repeat(np.where(strength > 0.4, 1.0, -1.0), 3, axis=-1).astype("float32")
@@ -113,7 +117,7 @@ def load(options: argparse.Namespace, size: int, count: int) -> dict[str, np.nda
 
 
 def fit(model: kdiff.DiffusionModel, data: dict[str, np.ndarray], options: argparse.Namespace, steps: int) -> None:
-    """So many steps, the learning rate falling to 0."""
+    """Trains for `steps` steps, with a learning rate that decays to 0."""
     size = min(options.batch_size, len(data["image"]))
     schedule = keras.optimizers.schedules.CosineDecay(options.rate, steps)
     model.compile(keras.optimizers.Adam(schedule, clipnorm=1.0))
@@ -124,22 +128,24 @@ def fit(model: kdiff.DiffusionModel, data: dict[str, np.ndarray], options: argpa
 
 
 def tune_style(model: kdiff.DiffusionModel, options: argparse.Namespace) -> None:
-    """LoRA on ten pictures: what the model draws before and after, and its loss on them."""
+    """LoRA on ten pictures: samples before and after, and the loss on them."""
     large = options.model is not None and options.model.is_dir()
     data = load(options, model.example[0], 10)
     prompts = np.repeat([options.text] if options.text else PROMPTS, 8)
     before, loss = model.sample(len(prompts), text=prompts), evaluated(model, data)
     for weight, average in model.ema_weights.pairs(model.network) if model.ema_weights.moved else ():
-        weight.assign(average)  # what is frozen has none
+        weight.assign(average)  # frozen weights have none
     layers = lora.enable(model, options.rank, lora.ATTENTION if large else r"u_net\w*/(down|bridge|up)")
     learned = sum(int(np.prod(weight.shape)) for weight in model.trainable_variables)
-    print(f"LoRA in {len(layers)} layers: {learned:,} weights beside {model.network.count_params() - learned:,}")
+    print(
+        f"LoRA in {len(layers)} layers: {learned:,} trained weights, {model.network.count_params() - learned:,} frozen"
+    )
     fit(model, data, options, options.steps or 300)
     after = model.sample(len(prompts), text=prompts)
     rows = np.stack([one.reshape(-1, 8, *one.shape[1:]) for one in (before, after)], axis=1)
     pictures.save_png(options.out / "lora.png", rows.reshape(-1, *before.shape[1:]), 8)
     pictures.save_png(options.out / "pictures.png", data["image"], 5)
-    print(f"The loss on the pictures was {loss:.4f}, and is {evaluated(model, data):.4f}")
+    print(f"The loss on the pictures was {loss:.4f} and is {evaluated(model, data):.4f}")
     interop.lora.save(model, options.out / "lora.safetensors", convolutions=large)
 
 
@@ -150,14 +156,14 @@ def evaluated(model: kdiff.DiffusionModel, data: dict[str, np.ndarray]) -> float
 
 
 def tune_control(model: kdiff.DiffusionModel, options: argparse.Namespace) -> None:
-    """A ControlNet on edges: how many of the edges that it is shown its pictures have."""
+    """A ControlNet on edges, with the share of given edges that its pictures reproduce."""
     large = options.model is not None and options.model.is_dir()
     data = load(options, model.example[0], 2000 + 16)
     data["edges"] = edges(data["image"])
     shown = {name: one[:16] for name, one in data.items()}
     made = networks.ControlNet.of(model.network, networks.Hint() if large else networks.Hint((16,)))
     control.add(model, edges=made)
-    print(f"A ControlNet of {made.count_params():,} weights beside a U-Net of {model.network.network.count_params():,}")
+    print(f"A ControlNet of {made.count_params():,} weights, for a U-Net of {model.network.network.count_params():,}")
     if not options.pictures:
         data = {name: one[16:] for name, one in data.items()}
     fit(model, data, options, options.steps or 1500)
@@ -166,7 +172,7 @@ def tune_control(model: kdiff.DiffusionModel, options: argparse.Namespace) -> No
     without, steered = model.sample(count, **asked), model.sample(count, edges=shown["edges"], **asked)
     for name, images in {"without them": without, "with them": steered}.items():
         found, wanted = edges(images) > 0, shown["edges"] > 0
-        print(f"Of the edges that were shown, pictures drawn {name} have {(found & wanted).sum() / wanted.sum():.0%}")
+        print(f"Of the given edges, pictures {name} have {(found & wanted).sum() / wanted.sum():.0%}")
     width = min(8, count)
     rows = [some[i : i + width] for i in range(0, count, width) for some in (shown["edges"], without, steered)]
     pictures.save_png(options.out / "edges.png", np.concatenate(rows), width)

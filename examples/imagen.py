@@ -1,23 +1,23 @@
-"""Imagen, small, from nothing: captioned pictures of 16 pixels, made 32 and 64 by two models more.
+"""A small Imagen from scratch: captioned pictures of 16 pixels, enlarged to 32 and 64 by two further models.
 
     KERAS_BACKEND=jax python examples/imagen.py "a small red circle" "a large blue square on a white background"
 
-Saharia et al., "Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding" (2022). The base
-learns the words, by an encoder that is learned or a frozen T5 from a folder (--t5), and is guided, with a dynamic
-threshold. Each super-resolution stage, an Efficient U-Net, makes the small pictures that it learns from of the batch,
-and sees them with noise of a level that it is told. What is measured:
+Saharia et al., "Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding" (2022). The base model
+is conditioned on text by an encoder trained with it, or by a frozen T5 from a folder (--t5), and sampled with guidance
+and dynamic thresholding. Each super-resolution stage, an Efficient U-Net, computes its low-resolution input from the
+batch, and sees it noised at a level that is a further input. It measures:
 
-    what a program reads in the pictures, after each stage
-    how near the result, made small again, is to the picture that a stage was given, in dB: the less, the more noise
-    the Frechet distance of large pictures to real ones, where the base has made the small ones: of the first
-    super-resolution stage, of one trained for as long without that noise, and of bicubic interpolation
+    what a program reads in the pictures after each stage
+    the PSNR of the result, downsampled, to the input of a stage, in dB, which falls with the noise
+    the Frechet distance to real pictures of enlarged samples of the base: of the first super-resolution stage, of one
+    trained for the same time without that noise, and of bicubic interpolation
 
-The distance is of the Gaussians of all squares of 8 x 8 pixels: it sees edges, corners and colours, not what the
-pictures show; it needs the extra `evaluation`. --minutes are those of a core. The cascade that is saved draws other
-prompts: --model FOLDER/imagen.keras.
+The distance is between Gaussians of all squares of 8 x 8 pixels: it measures edges, corners and colours, not content;
+it needs the extra `evaluation`. --minutes are minutes of one core. The saved cascade can draw other prompts: --model
+FOLDER/imagen.keras.
 
-Other pictures, such as emoji, come from a folder, each with its caption beside it, cat.png and cat.txt: --folder
-(which needs the extra `data`). A tenth of them is the test. No program reads those.
+Other pictures, such as emoji, can be read from a folder, with captions in files of the same name, cat.png and cat.txt:
+--folder (which needs the extra `data`). A tenth of them is the test set. No program reads those.
 """
 
 import argparse
@@ -41,33 +41,39 @@ PROMPTS = (
     "a large blue square on a white background",
     "a large yellow triangle on a gray background",
 )
-SHARES = (0.3, 0.2, 0.3, 0.2)  # of the time, by stage; the last is the one that sees no noise
+SHARES = (0.3, 0.2, 0.3, 0.2)  # of the time, by stage; the last is the stage without noise
 RATES = (2e-3, 1e-3, 1e-3, 1e-3)
 LEVELS = (0.05, 0.2, 0.5, 0.8)
-LEVEL = 0.1  # in use
-PATCH = 8  # pixels, of the Frechet distance
+LEVEL = 0.1  # the noise level in sampling
+PATCH = 8  # the side of the squares of the Frechet distance, in pixels
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompts", nargs="*", help="of shapes, three; of a folder, those of its test")
-    parser.add_argument("--minutes", type=float, default=50, help="of training, of one core")
-    parser.add_argument("--sizes", type=int, nargs=3, default=[16, 32, 64], help="of the pictures, multiples of 8")
-    parser.add_argument("--pictures", type=int, default=10000, help="of training")
-    parser.add_argument("--folder", type=Path, help="of pictures with captions, in place of shapes that are drawn")
-    parser.add_argument("--things", type=int, default=1, choices=(1, 2), help="at most, in a picture")
-    parser.add_argument("--batch-size", type=int, default=64, help="of the base; of the next a quarter, and so on")
+    parser.add_argument("prompts", nargs="*", help="by default three of shapes, or those of the test set of a folder")
+    parser.add_argument("--minutes", type=float, default=50, help="minutes of training, on one core")
+    parser.add_argument(
+        "--sizes", type=int, nargs=3, default=[16, 32, 64], help="the sizes of the pictures, multiples of 8"
+    )
+    parser.add_argument("--pictures", type=int, default=10000, help="the number of training pictures")
+    parser.add_argument("--folder", type=Path, help="a folder of pictures with captions, instead of shapes")
+    parser.add_argument(
+        "--things", type=int, default=1, choices=(1, 2), help="the maximum number of objects in a picture"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="of the base; a quarter for the next stage, and so on"
+    )
     parser.add_argument("--width", type=int, default=128, help="a multiple of 32; the base has half, a U-Net a quarter")
     parser.add_argument("--t5", type=Path, help="a folder of transformers with a T5 and its tokenizer")
-    parser.add_argument("--steps", type=int, default=20, help="of sampling")
-    parser.add_argument("--test", type=int, default=100, help="how many pictures are drawn and read")
-    parser.add_argument("--model", type=Path, help="a cascade that this program has saved, not to train one")
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps")
+    parser.add_argument("--test", type=int, default=100, help="the number of pictures that are sampled and read")
+    parser.add_argument("--model", type=Path, help="a cascade saved by this program, instead of training one")
     parser.add_argument("--out", type=Path, default=Path("runs") / f"imagen-{keras.backend.backend()}")
     return parser.parse_args()
 
 
 def some(options: argparse.Namespace, size: int, count: int, test: bool = False) -> tuple[np.ndarray, list[str]]:
-    """Pictures, uint8, and their captions, as many as there are."""
+    """Up to `count` pictures, uint8, and their captions."""
     if not options.folder:
         return drawn(count, options.things, size, seed=int(test))
     split = "train[90%:]" if test else "train[:90%]"
@@ -77,7 +83,7 @@ def some(options: argparse.Namespace, size: int, count: int, test: bool = False)
 
 
 def words_of(options: argparse.Namespace, captions: list[str]):
-    """What makes a network's condition: a frozen encoder is that of all stages."""
+    """A function that builds the text condition of a network: all stages share a frozen encoder."""
     if options.t5:
         from kdiff.interop import encoders, tokenizers
 
@@ -88,7 +94,7 @@ def words_of(options: argparse.Namespace, captions: list[str]):
 
 
 def base_of(options: argparse.Namespace, words) -> kdiff.DiffusionModel:
-    """A narrow transformer on small patches, that attends to the words."""
+    """A narrow transformer on small patches that attends to the words."""
     block = TransformerBlock(heads=4, adaptive=True, gated=True)
     network = DiT(options.width // 2, depth=3, patch=2, block=block, conditions={"text": words()})
     rules = [ClassifierFree(1.5), DynamicThreshold(0.995)]
@@ -97,7 +103,7 @@ def base_of(options: argparse.Namespace, words) -> kdiff.DiffusionModel:
 
 
 def larger_of(options: argparse.Namespace, words, factor: int, noise, name: str) -> kdiff.DiffusionModel:
-    """Super-resolution; `noise` makes the noisy picture that it sees, None for none."""
+    """A super-resolution model; `noise` is the schedule of its noised input, None for no noise."""
     small = operators.Downsample(factor)
     low = Concat("bicubic", noise=noise, noise_first=noise is not None, level=LEVEL, of=small)
     network = published.efficient(options.width // 4, levels=2, conditions={"low": low, "text": words()})
@@ -131,7 +137,7 @@ def decibels(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Of the Gaussians of squares of pixels."""
+    """The Frechet distance of squares of pixels."""
 
     def squares(x):
         count, size = len(x), x.shape[1] // PATCH
@@ -143,7 +149,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def follow(cascade: kdiff.Cascade, options: argparse.Namespace) -> None:
-    """What each stage makes of true small pictures, at several levels of noise."""
+    """Enlarges true small pictures with each stage, at several noise levels."""
     for i in (1, 2):
         images, captions = some(options, options.sizes[i], options.test, test=True)
         images, small = images / 127.5 - 1, cascade.stages[i].network.conditions["low"].of
@@ -154,7 +160,7 @@ def follow(cascade: kdiff.Cascade, options: argparse.Namespace) -> None:
             rows.append(stage.sample(len(images), text=captions, low=low, level=level))
             back = keras.ops.convert_to_numpy(small(rows[-1]))
             truth = decibels(rows[-1], images)
-            print(f"{sizes}, level {level}: {decibels(back, low):.1f} dB to what was given, {truth:.1f} to the truth")
+            print(f"{sizes}, level {level}: {decibels(back, low):.1f} dB to the input, {truth:.1f} to the ground truth")
         pictures.save_png(options.out / f"levels-{i}.png", np.concatenate([*(row[:8] for row in rows), images[:8]]), 8)
 
 
@@ -164,16 +170,18 @@ def main() -> None:
     images, captions = some(options, options.sizes[1], options.test, test=True)
     count, prompts = len(images), options.prompts or (captions[:3] if options.folder else PROMPTS)
     if not options.folder:
-        prompts = [scenes.Scene.parse(prompt).caption for prompt in prompts]  # in the words of training
+        prompts = [
+            scenes.Scene.parse(prompt).caption for prompt in prompts
+        ]  # in the vocabulary of the training captions
     cascade, plain = (keras.saving.load_model(options.model), None) if options.model else learn(options)
     stages = list(cascade.sample_stages(count, text=captions))
     for made in stages if not options.folder else ():
-        print(f"{made.shape[1]} pixels: of {count}, read as the caption says: {read_right(made, captions):.1%}")
+        print(f"{made.shape[1]} pixels: of {count}, read as in the caption:  {read_right(made, captions):.1%}")
     follow(cascade, options)
     if plain:
         without = kdiff.Cascade([cascade.stages[0], plain]).sample(count, text=captions, low=stages[0])
         bicubic = keras.ops.convert_to_numpy(resized(stages[0], stages[1].shape[1:3], "bicubic"))
-        print("The Frechet distance to real pictures of what is made of the base's:")
+        print("Frechet distance to real pictures of enlarged samples of the base:")
         for name, made in {"with noise": stages[1], "without": without, "bicubic": bicubic}.items():
             print(f"  {name:12} {frechet(made, images / 127.5 - 1):.3f}")
         rows = [row[:8] for row in (bicubic, without, stages[1], images / 127.5 - 1)]

@@ -1,11 +1,11 @@
-"""Latent diffusion from nothing: an autoencoder learns to make pictures small, a transformer to draw what it makes.
+"""Latent diffusion from scratch: an autoencoder, and a diffusion transformer on its latents.
 
-    KERAS_BACKEND=jax python examples/latent_diffusion.py FOLDER --image-size 64        # of images, at any depth
-    KERAS_BACKEND=jax python examples/latent_diffusion.py cifar10 --labels --image-size 32 --download
+    KERAS_BACKEND=jax python examples/latent_diffusion.py FOLDER --image-size 64        # of images, searched
+    recursively KERAS_BACKEND=jax python examples/latent_diffusion.py cifar10 --labels --image-size 32 --download
 
-It trains the autoencoder (absolute error, edges, bands of frequencies and local statistics, and in the second half of
-its time a discriminator of patches), encodes every picture once, trains a DiT on the latents and draws with it. It
-leaves reconstructions and samples, and prints how much faster training is than that of the same network on the pixels.
+It trains the autoencoder (absolute error, edges, frequency bands and local statistics, and in the second half of its
+time a patch discriminator), encodes every picture once, trains a DiT on the latents, and samples. It writes
+reconstructions and samples, and prints how much faster training is than that of the same network on pixels.
 """
 
 import argparse
@@ -25,24 +25,26 @@ SAMPLER = kdiff.Sampler("dpm_solver_pp", "uniform_log_snr", steps=30)
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", nargs="?", default="shapes", help="an embedded set, a folder, a TensorFlow Dataset")
-    parser.add_argument("--data-dir", help="where TensorFlow Datasets are")
-    parser.add_argument("--download", action="store_true", help="download the TensorFlow Dataset if it is not there")
-    parser.add_argument("--labels", action="store_true", help="learn classes too, a folder each")
+    parser.add_argument("--data-dir", help="the folder of TensorFlow Datasets")
+    parser.add_argument("--download", action="store_true", help="download the TensorFlow Dataset if it is missing")
+    parser.add_argument("--labels", action="store_true", help="condition on classes, one folder each")
     parser.add_argument("--image-size", type=int, default=64, help="a multiple of 16")
     parser.add_argument("--flips", action="store_true", help="mirror half of the pictures")
-    parser.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64], help="of the autoencoder's levels")
-    parser.add_argument("--channels", type=int, default=4, help="of the latents")
-    parser.add_argument("--width", type=int, default=192, help="of the DiT, a multiple of 64")
-    parser.add_argument("--depth", type=int, default=6, help="of the DiT")
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=[16, 32, 64], help="the widths of the levels of the autoencoder"
+    )
+    parser.add_argument("--channels", type=int, default=4, help="the channels of the latents")
+    parser.add_argument("--width", type=int, default=192, help="the width of the DiT, a multiple of 64")
+    parser.add_argument("--depth", type=int, default=6, help="the depth of the DiT")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--autoencoder-minutes", type=float, default=15)
-    parser.add_argument("--minutes", type=float, default=20, help="of training the DiT")
+    parser.add_argument("--minutes", type=float, default=20, help="minutes of training the DiT")
     parser.add_argument("--out", type=Path, default=Path("runs") / f"latent-diffusion-{keras.backend.backend()}")
     return parser.parse_args()
 
 
 class Clock(keras.callbacks.Callback):
-    """Ends training when the time is over; the learning rate falls linearly with what is left of it."""
+    """Stops training at the end of the time, with a learning rate that decays linearly with the remaining time."""
 
     def __init__(self, minutes: float, rate: float):
         super().__init__()
@@ -68,7 +70,7 @@ def load(options: argparse.Namespace, batch_size: int | None = None, **changes):
 
 
 def train_autoencoder(options: argparse.Namespace) -> networks.AutoencoderKL:
-    """First without a discriminator, then with one: it would have nothing to tell from blurred pictures."""
+    """Trains without a discriminator first, as it learns nothing from blurred pictures, then with one."""
     dataset = load(options, repeat=None)
     shown = next(iter(load(options, 16))).numpy()
     watch = autoencoding.ReconstructionCallback(options.out / "autoencoder", shown, every=5, columns=8)
@@ -83,7 +85,7 @@ def train_autoencoder(options: argparse.Namespace) -> networks.AutoencoderKL:
         name = "reconstructions.png" if discriminator else "reconstructions-before.png"
         pictures.save_png(options.out / name, made, 8)
         edges = [np.abs(np.diff(one, axis=2)).mean() for one in (trainer.reconstruct(shown), shown)]
-        print(f"{name}: edges are {edges[0] / edges[1]:.2f} times as strong as in the pictures")
+        print(f"{name}: edges have {edges[0] / edges[1]:.2f} times the strength of those in the pictures")
     return autoencoder
 
 
@@ -97,7 +99,7 @@ def model_of(options: argparse.Namespace, codec, class_names) -> kdiff.Diffusion
 
 
 def seconds_a_batch(model: kdiff.DiffusionModel, dataset) -> float:
-    """Of training, without the first, which is compiled."""
+    """The time per training batch, without the first, which compiles."""
     model.fit(dataset.take(2), verbose=0)
     start = time.monotonic()
     model.fit(dataset.take(4), verbose=0)
@@ -110,12 +112,12 @@ def main() -> None:
     codec = codecs.Latent.fitted(autoencoder, load(options), batches=20)
     latents = load(options, labels=options.labels, codec=codec, flips=options.flips)
     first = next(iter(latents))["encoded"].numpy()
-    print(f"{codec!r}\nlatents {first.shape[1:]}, of mean {first.mean():.2f} and deviation {first.std():.2f}")
+    print(f"{codec!r}\nlatents {first.shape[1:]}, mean {first.mean():.2f}, std {first.std():.2f}")
 
     model = model_of(options, codec, latents.class_names)
     fast = seconds_a_batch(model, latents)
     slow = seconds_a_batch(model_of(options, "pixels", latents.class_names), load(options, labels=options.labels))
-    print(f"A batch takes {fast:.2f} s on latents, and on pixels {slow:.2f} s, {slow / fast:.1f} times as long")
+    print(f"A batch takes {fast:.2f} s on latents and {slow:.2f} s on pixels, {slow / fast:.1f} times as long")
 
     model = model_of(options, codec, latents.class_names)
     endless = load(options, labels=options.labels, codec=codec, flips=options.flips, repeat=None)

@@ -2,12 +2,12 @@
 
     KERAS_BACKEND=jax python examples/recipes.py                       # or tensorflow, or torch
     KERAS_BACKEND=jax python examples/recipes.py --data mixture
-    KERAS_BACKEND=jax python examples/recipes.py --steps 8000          # as the picture in README
+    KERAS_BACKEND=jax python examples/recipes.py --steps 8000          # as in the figure of the README
 
-Only objects are swapped: schedule, prediction, training times, loss weight, grid and solver. It leaves a picture with
-the data, and the samples of each, and prints how far these are from the data. DDPM and Stable Diffusion take longest to
-learn: of their samples of the swiss roll, 14 % and 7 % are off it by more than 0.15, four of its standard deviations,
-after 2,000 steps, 0.1 % and 2.4 % after 8,000, and with the exact denoiser in the network's place 0 and 0.6 %.
+Only objects are exchanged: schedule, prediction, training times, loss weight, grid and solver. It draws the data and
+the samples of each recipe, and prints their distance to the data. DDPM and Stable Diffusion train slowest: of their
+samples of the swiss roll, 14 % and 7 % are more than 0.15, four standard deviations of the noise, from the roll after
+2,000 steps, 0.1 % and 2.4 % after 8,000, and 0 and 0.6 % with the exact denoiser instead of the network.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from kdiff import (
     weightings,
 )
 
-# At t = 1 there is hardly any signal, and x_hat = (x_t - sigma noise_hat) / alpha multiplies errors of noise_hat by up
-# to thousands: those who predict noise clip x_hat to the range of the data.
+# At t = 1 there is almost no signal, and x_hat = (x_t - sigma noise_hat) / alpha amplifies errors of noise_hat by up to
+# thousands: recipes that predict noise clip x_hat to the range of the data.
 CLIP = guidance.Clip(2.0)
 RECIPES = {
     "DDPM": (
@@ -85,14 +85,14 @@ DATA = {"swiss-roll": swiss_roll, "mixture": mixture}
 
 
 def distance(samples: np.ndarray, points: np.ndarray) -> float:
-    """The mean distance to the nearest of some points of data."""
+    """The mean distance to the nearest data point."""
     parts = np.array_split(samples, 20)
     nearest = [np.linalg.norm(part[:, None] - points, axis=-1).min(axis=1) for part in parts]
     return float(np.mean(np.concatenate(nearest)))
 
 
 def network(width: int = 128) -> keras.Model:
-    """Three dense layers that see the point and an embedding of time."""
+    """Three dense layers on the point and an embedding of time."""
     point, label = keras.Input((2,), name="image"), keras.Input((), name="time")
     embedding = blocks.MLPEmbedding(blocks.SinusoidalEmbedding(64), width)(label)
     x = layers.Dense(width)(point)

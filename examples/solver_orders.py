@@ -1,10 +1,11 @@
-"""Draw the error of every solver against the number of network evaluations, on data whose answer is known exactly.
+"""Plot the error of every solver against the number of network evaluations, on data with a known solution.
 
     KERAS_BACKEND=torch python examples/solver_orders.py          # or jax, or tensorflow; under a minute
 
-The data is a mixture of Gaussians in the plane, whose best denoiser has a formula and takes the network's place. A
-deterministic solver is compared with the exact probability flow from the same noise: its line falls with a slope that
-is its order. A stochastic one is compared by the mean and covariance of 20,000 samples, whose own noise is about 0.01.
+The data is a mixture of Gaussians in the plane, whose optimal denoiser is known in closed form and replaces the
+network. A deterministic solver is compared with the exact probability flow from the same noise: the slope of its line
+is its order. A stochastic solver is compared by the mean and covariance of 20,000 samples, whose sampling error is
+about 0.01.
 """
 
 import argparse
@@ -21,12 +22,12 @@ from kdiff import Sampler, schedules, solvers
 from kdiff.denoisers import Denoiser, Given
 
 DATA = kdiff.analytic.GaussianMixture([[-0.8, 0.2], [0.5, -0.6], [0.4, 0.7]], [0.1, 0.04, 0.08], [1.0, 2.0, 1.5])
-# Not beyond log-SNR 8: there the samples are within a hundredth of a standard deviation of the data.
+# Up to log-SNR 8, where the samples are within a hundredth of a standard deviation of the data.
 SCHEDULE = schedules.Cosine(-8.0, 8.0)
 START = ops.convert_to_numpy(kdiff.random.normal(kdiff.random.key_of(1), (64, 2)))
 MANY = kdiff.random.normal(kdiff.random.key_of(0), (20000, 2))
 EXACT = DATA.flow(START, SCHEDULE, 1.0, 0.0)
-# These go the other way, want a consistency function for a denoiser, or choose the number of evaluations themselves.
+# These go the other way, need a consistency function, or choose the number of evaluations themselves.
 OTHERS = (solvers.DDIMInversion, solvers.Consistency, solvers.LCM, solvers.TCD, solvers.Adaptive)
 EVALUATIONS = (6, 9, 12, 18, 24, 36, 48, 72, 96)
 
@@ -34,7 +35,7 @@ EVALUATIONS = (6, 9, 12, 18, 24, 36, 48, 72, 96)
 def panel_of(solver) -> str:
     if solver.stochastic:
         return "Stochastic: mean and covariance"
-    return "One evaluation a step" if solver.evaluations == 1 else "Several evaluations a step"
+    return "One evaluation per step" if solver.evaluations == 1 else "Several evaluations per step"
 
 
 def steps_for(solver, evaluations: int) -> int:
@@ -43,7 +44,7 @@ def steps_for(solver, evaluations: int) -> int:
 
 @cache
 def advance(solver):
-    """One step of the solver, which JAX and TensorFlow compile once for all numbers of steps."""
+    """One step of the solver, compiled once for all numbers of steps on JAX and TensorFlow."""
     return kdiff.backend.compiled(partial(Sampler(solver).advance, Denoiser.of(DATA).answer, {}, SCHEDULE))
 
 

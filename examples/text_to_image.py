@@ -1,11 +1,11 @@
-"""Text to image, from nothing: a network and a text encoder learn from captioned pictures that are drawn here.
+"""Text to image from scratch: a network and a text encoder, trained on generated, captioned pictures.
 
     KERAS_BACKEND=jax python examples/text_to_image.py "a small red circle above a large blue square"
 
-The captions tell of one or two coloured shapes; one in eight of the pairs of coloured shapes is never shown in
-training. Those are the test: a program reads the pictures that the model draws for them, and the share that is right in
+The captions describe one or two coloured shapes; one in eight of the pairs of coloured shapes never occurs in training.
+These are the test set: a program reads the pictures that the model draws for them, and the share that is correct in
 every colour, shape, size and relation is printed. Training takes --minutes, the rest one or two more. The saved model
-draws other prompts at once: --model FOLDER/model.keras. A prompt that names no background means a black one.
+draws other prompts directly: --model FOLDER/model.keras. A prompt without a background means a black one.
 """
 
 import argparse
@@ -33,18 +33,18 @@ PROMPTS = (
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="*", default=PROMPTS)
-    parser.add_argument("--minutes", type=float, default=18, help="of training")
+    parser.add_argument("--minutes", type=float, default=18, help="minutes of training")
     parser.add_argument("--image-size", type=int, default=16, help="a multiple of 4")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--width", type=int, default=128, help="of the network, a multiple of 8")
-    parser.add_argument("--test", type=int, default=200, help="how many held-out prompts are drawn and read")
-    parser.add_argument("--model", type=Path, help="a model that this program has saved, not to train one")
+    parser.add_argument("--width", type=int, default=128, help="the width of the network, a multiple of 8")
+    parser.add_argument("--test", type=int, default=200, help="the number of held-out prompts that are drawn and read")
+    parser.add_argument("--model", type=Path, help="a model saved by this program, instead of training one")
     parser.add_argument("--out", type=Path, default=Path("runs") / f"text-to-image-{keras.backend.backend()}")
     return parser.parse_args()
 
 
 class Clock(keras.callbacks.Callback):
-    """Lets the learning rate fall with the time that is left, and ends training when there is none."""
+    """Decays the learning rate with the remaining time, and stops training at the end."""
 
     def __init__(self, seconds: float, rate: float):
         super().__init__()
@@ -63,10 +63,10 @@ class Clock(keras.callbacks.Callback):
 
 
 def train(options: argparse.Namespace, prompts: list[str]) -> kdiff.DiffusionModel:
-    """A transformer that attends to the words.
+    """Trains a transformer that attends to the words.
 
-    Flat pictures say little in their noise, so it predicts the data. Muon needs far fewer of them than AdamW to learn
-    which words are meant for which place.
+    Flat pictures show little of their content in the noise, so it predicts the data. Muon needs far fewer steps than
+    AdamW to learn which words refer to which place.
     """
     _, captions = scenes.dataset(1000, options.image_size)
     tokenizer = kdiff.text.BytePair.learn(captions, vocabulary_size=512, length=16)
@@ -93,7 +93,7 @@ def train(options: argparse.Namespace, prompts: list[str]) -> kdiff.DiffusionMod
 
 
 def measure(model: kdiff.DiffusionModel, count: int, folder: Path) -> None:
-    """What share of the held-out prompts is drawn as they say."""
+    """Measures the share of held-out prompts that are drawn correctly."""
     size = model.shapes["image"][1]
     _, captions = scenes.dataset(count, size, held_out=True, seed=1)
     images = model.sample(count, text=captions)
@@ -109,7 +109,7 @@ def measure(model: kdiff.DiffusionModel, count: int, folder: Path) -> None:
     def things(scene, fields):
         return sorted([getattr(thing, field) for field in fields] for thing in (scene.first, scene.second) if thing)
 
-    print(f"Of {count} pairs never seen in training, the share of pictures in which a program reads ...")
+    print(f"For {count} pairs that never occur in training, the share of pictures in which a program reads ...")
     print(f"  the right colours             {share(all_of('colour')):.1%}")
     print(f"  the right coloured shapes     {share(all_of('colour', 'shape')):.1%}")
     print(f"  ... and the right relation    {share(lambda seen, wanted: scenes.same(alike(seen), alike(wanted))):.1%}")
@@ -117,14 +117,14 @@ def measure(model: kdiff.DiffusionModel, count: int, folder: Path) -> None:
 
 
 def alike(scene: scenes.Scene) -> scenes.Scene:
-    """The scene, of things of one size on one background."""
+    """The scene with objects of one size on one background."""
     first, second = (thing and thing._replace(size="small") for thing in (scene.first, scene.second))
     return scene._replace(first=first, second=second, background="black")
 
 
 def main() -> None:
     options = arguments()
-    # In the words of training, or an error.
+    # In the vocabulary of the training captions, or an error.
     prompts = [scenes.Scene.parse(prompt).caption for prompt in options.prompts]
     model = keras.saving.load_model(options.model) if options.model else train(options, prompts)
     measure(model, options.test, options.out)

@@ -3,7 +3,7 @@
     KERAS_BACKEND=jax python examples/train_tfds.py fashion_mnist --download
     KERAS_BACKEND=jax python examples/train_tfds.py cifar10 --data-dir ~/tensorflow_datasets --width 64 --flip
 
-Every grid of samples has one class a row. The folder that it names at the end holds them, with the saved model.
+Every grid of samples has one class per row. The grids and the saved model are in the folder printed at the end.
 """
 
 import argparse
@@ -15,21 +15,21 @@ import numpy as np
 import kdiff
 from kdiff import data, pictures
 
-ROWS, COLUMNS = 10, 6  # of the grids: the first ten classes, six samples of each, which makes one batch
+ROWS, COLUMNS = 10, 6  # of the grids: the first ten classes, six samples each, in one batch
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", nargs="?", default="fashion_mnist", help="its name in TensorFlow Datasets")
-    parser.add_argument("--data-dir", help="where TensorFlow Datasets are")
-    parser.add_argument("--download", action="store_true", help="download the data set if it is not there")
+    parser.add_argument("--data-dir", help="the folder of TensorFlow Datasets")
+    parser.add_argument("--download", action="store_true", help="download the data set if it is missing")
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--steps-per-epoch", type=int, help="all of the data set unless given")
-    parser.add_argument("--image-size", type=int, help="a multiple of 4; the data set's own unless given")
+    parser.add_argument("--steps-per-epoch", type=int, help="by default the whole data set")
+    parser.add_argument("--image-size", type=int, help="a multiple of 4; by default that of the data set")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--width", type=int, default=32, help="channels of the network at full size")
-    parser.add_argument("--flip", action="store_true", help="mirror half of the images, anew in each epoch")
-    parser.add_argument("--out", type=Path, help="runs/DATASET-BACKEND unless given")
+    parser.add_argument("--flip", action="store_true", help="mirror half of the images, at random in each epoch")
+    parser.add_argument("--out", type=Path, help="by default runs/DATASET-BACKEND")
     return parser.parse_args()
 
 
@@ -44,11 +44,11 @@ def main() -> None:
         data_dir=options.data_dir,
         download=options.download,
         augment=keras.layers.RandomFlip("horizontal") if options.flip else None,
-        repeat=None if options.steps_per_epoch else 1,  # steps are counted over endless data
+        repeat=None if options.steps_per_epoch else 1,  # a number of steps needs endless data
     )
     classes = dataset.class_names
 
-    # The label is one more input of the network, a learned vector for each class, and part of the saved model.
+    # The label is a further input of the network, with a learned vector for each class.
     conditions = {"label": kdiff.blocks.LabelEmbedding(len(classes))}
     network = kdiff.networks.UNet.attention(width=options.width, levels=3, depth=1, conditions=conditions)
     model = kdiff.DiffusionModel(network, schedule="cosine", prediction="velocity", ema=0.995)

@@ -1,19 +1,20 @@
-"""A cascade: a model that makes small pictures, and models that make each of them larger.
+"""Cascades: a model that generates small pictures, and super-resolution models that enlarge them in turn.
 
     cascade = Cascade([base, twice, four_times])
     images = cascade.sample(4, text="a red circle", guidance=[5.0, 1.5, 1.0])
 
-Ho et al., "Cascaded Diffusion Models" (2021); Saharia et al., "Imagen" (2022). Each stage is a `DiffusionModel` of its
-own, trained and checked alone. A super-resolution stage has the picture before it as a condition beside x_t:
+Ho et al., "Cascaded Diffusion Models" (2021); Saharia et al., "Imagen" (2022). Each stage is a separate
+`DiffusionModel`, trained and evaluated on its own. A super-resolution stage is conditioned on the picture of the
+previous stage:
 
     conditions={"low": Concat("bicubic", noise=Cosine(), of=operators.Downsample(4))}
 
-`of` makes that picture of the batch in `fit`. `noise` is noise conditioning augmentation: what the stage is given has
-noise of a level s that it is told of, in training a random one, so that it does not trust the mistakes of the stage
-before. With z the picture that a stage is given, from x that the stage before made:
+`of` computes that picture from the batch in `fit`. `noise` is noise conditioning augmentation: the condition has noise
+of a level s, an input of the network that is random in training, so that the stage is robust to artefacts of the
+previous stage. With z the noised condition and x the picture of the previous stage:
 
-    not truncated    z ~ q(z_s | x), noise added to what that stage has finished
-    truncated        z = x_s, of a run that stopped at s; the rest of its steps is saved
+    not truncated    z ~ q(z_s | x), noise added to the finished picture
+    truncated        z = x_s, from a run that stopped at s, which saves its remaining steps
 """
 
 import random as py_random
@@ -39,15 +40,15 @@ from kdiff.text import is_text, strings
 
 __all__ = ["STAGES", "Cascade", "stage_seed"]
 
-STAGES = -2  # the stream of random numbers that the stages after the first take theirs from
+STAGES = -2  # the stream of random numbers for the stages after the first
 
 
 class _Noising(NamedTuple):
-    """How the picture for a stage is noised.
+    """The noising of the picture for a stage.
 
     Attributes:
-        level: s; None where the stage has no noise, or says it itself.
-        truncated: whether the stage before is to stop.
+        level: s; None if the stage has no noise, or its `Concat` decides.
+        truncated: whether the previous stage is truncated.
     """
 
     level: float | None
@@ -55,14 +56,14 @@ class _Noising(NamedTuple):
 
 
 class Cascade(SafeFiles, Configurable, keras.Model):
-    """Models one after the other: the first makes pictures, each other one makes larger ones of those before.
+    """A sequence of models: the first generates pictures, each other one enlarges those of the previous stage.
 
-    It is saved and loaded as any Keras model, `cascade.save("cascade.keras")`, with all its stages. It is not trained:
-    its stages are.
+    It is saved and loaded like any Keras model, `cascade.save("cascade.keras")`, with all its stages. Only its stages
+    are trained.
 
     Args:
-        stages: built `DiffusionModel`s, one or more. All but the first need a condition that is a `blocks.Concat`, of
-            the shape of what the one before makes; if a network has several, it is the one named "low".
+        stages: one or more built `DiffusionModel`s. All but the first need a condition that is a `blocks.Concat`, of
+            the shape of the output of the previous stage; if a network has several, the one named "low".
         name: the model's name.
 
     Raises:
@@ -73,14 +74,14 @@ class Cascade(SafeFiles, Configurable, keras.Model):
         super().__init__(name=name, dtype="float32", autocast=False)
         self.stages = list(stages)
         if not self.stages or not all(isinstance(one, DiffusionModel) for one in self.stages):
-            raise TypeError(f"Cascade: `stages` must be DiffusionModels, one or more; received: {stages!r}")
+            raise TypeError(f"Cascade: `stages` must be one or more DiffusionModels; received: {stages!r}")
         self.lows = [None, *(_low_of(stage, i) for i, stage in enumerate(self.stages) if i)]
         self._check_shapes()
         self._check_apart()
         self.built = True
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, serialised, and which texts have the encoders of which other."""
+        """The constructor's arguments, serialised, and which text conditions share encoders."""
         prompts = self._prompts()
         same = [
             [list(place), list(first)]
@@ -101,7 +102,7 @@ class Cascade(SafeFiles, Configurable, keras.Model):
         return cascade
 
     def _prompts(self) -> list[tuple[tuple[int, str], Prompt]]:
-        """The texts that frozen encoders read, each with its place: the stage and the condition's name."""
+        """The text conditions with frozen encoders, each with its stage and name."""
         layers = [getattr(stage.network, "conditions", None) for stage in self.stages]
         return [
             ((i, name), layer)
@@ -112,7 +113,7 @@ class Cascade(SafeFiles, Configurable, keras.Model):
         ]
 
     def _check_apart(self) -> None:
-        """Raises a ValueError for a layer of two stages, but for frozen encoders: loading would make two of it."""
+        """Raises a ValueError if stages share a layer other than frozen encoders: loading would duplicate it."""
         encoders = [encoder for _, prompt in self._prompts() for encoder in prompt.encoders]
         free = {id(layer) for encoder in encoders for layer in encoder._flatten_layers()}
         seen: dict[int, int] = {}
@@ -120,31 +121,31 @@ class Cascade(SafeFiles, Configurable, keras.Model):
             for layer in stage._flatten_layers():
                 if id(layer) not in free and layer.weights and seen.setdefault(id(layer), i) != i:
                     raise ValueError(
-                        f"Cascade: stages {seen[id(layer)]} and {i} have one layer, {layer!r:.200}; give each one of "
-                        "its own, of a `Prompt` for the same encoders `prompt.through(prompt.layer)`"
+                        f"Cascade: stages {seen[id(layer)]} and {i} share a layer, {layer!r:.200}; use separate ones, "
+                        "or, for a `Prompt` with the same encoders, `prompt.through(prompt.layer)`"
                     )
 
     def _check_shapes(self) -> None:
-        """Of those stages that are built; a loaded one is built before its weights are read."""
+        """Checks the built stages; a loaded stage is built before its weights are read."""
         for i, (before, stage) in enumerate(zip(self.stages, self.stages[1:], strict=False), 1):
             if not (before.built and stage.built) or before.example is None:
                 continue
             wanted = stage.shapes[self.lows[i]][1:]
             if not fits(before.example, wanted):
                 raise ValueError(
-                    f"Cascade: stage {i} takes pictures ({words(wanted)}) as {self.lows[i]!r}, and stage {i - 1} makes "
+                    f"Cascade: stage {i} takes pictures ({words(wanted)}) as {self.lows[i]!r}, but stage {i - 1} makes "
                     f"({words(before.example)})"
                 )
 
     def fit(self, *args, **options):
-        """Raises a NotImplementedError, as `evaluate` and `predict` do: its stages have these methods."""
-        raise NotImplementedError("Cascade: train and evaluate each stage alone, `cascade.stages[1].fit(images)`")
+        """Raises a NotImplementedError, as do `evaluate` and `predict`: use those of its stages."""
+        raise NotImplementedError("Cascade: train and evaluate each stage on its own,  `cascade.stages[1].fit(images)`")
 
     evaluate = predict = fit
 
     def call(self, inputs, training=None):
-        """Raises a NotImplementedError: a cascade draws."""
-        raise NotImplementedError("Cascade: it has no output for an input; it draws, `cascade.sample(8)`")
+        """Raises a NotImplementedError: a cascade only samples."""
+        raise NotImplementedError("Cascade: it has no output for an input; use `cascade.sample(8)`")
 
     @deprecated.arguments(averages="ema")
     def sample(self, num_samples: int, **options) -> np.ndarray:
@@ -171,31 +172,32 @@ class Cascade(SafeFiles, Configurable, keras.Model):
         verbose: bool = False,
         **conditions,
     ) -> Iterator[np.ndarray]:
-        """Yields the pictures of each stage, as soon as it has made them: those of the last are what `sample` returns.
+        """Yields the pictures of each stage as soon as they are finished; `sample` returns those of the last.
 
-        Everything is checked, for all stages, before the first begins.
+        All arguments are checked, for all stages, before the first runs.
 
         Args:
-            num_samples: how many.
-            sampler, guidance, steps, schedule, ema: as of `DiffusionModel.sample`, for all stages; or a list, one
-                a stage, the first first. Several guidance rules of a stage are a list in that list.
-            level: of the noise that a stage's picture is given, in [0, 1]; for all stages after the first, or a list,
-                one for each of these; None for what the stage's `Concat` says. At 0 a stage trusts it, at 1 it does not
-                see it; published values are 0.1 to 0.3.
-            truncated: whether the stage before stops at that level, in place of noise added to what it has finished;
-                for all stages after the first, or a list. What the stage before yields is then x_s / alpha. It needs a
+            num_samples: the number of samples.
+            sampler, guidance, steps, schedule, ema: as in `DiffusionModel.sample`, for all stages; or a list, one
+                per stage in order. Several guidance rules of one stage are a list in that list.
+            level: of the noise on the condition of a stage, in [0, 1]; for all stages after the first, or a list, one
+                for each of these; None for that of its `Concat`. At 0 a stage trusts the picture, at 1 it ignores it;
+                published values are 0.1 to 0.3.
+            truncated: whether the previous stage stops at that level, instead of adding noise to its finished picture;
+                for all stages after the first, or a list. The previous stage then yields x_s / alpha. It needs a
                 `Concat` with `noise_first`.
-            low: pictures in place of what the first stage makes, which is left out and yields nothing: in [-1, 1], or
-                whole numbers in 0..255; one a sample, or one for all.
-            seed: names the noise of all stages, of stage i that of `stage_seed(seed, i)`; of the first it is as of
-                `DiffusionModel.sample`. Or a list, one a sample. None: one is drawn.
-            batch_size: how many are made at once.
-            verbose: show a progress bar, one a stage.
-            **conditions: as of `DiffusionModel.sample`; each is given to those stages whose networks take it. A text
-                for stages that share their encoders is encoded once.
+            low: pictures that replace those of the first stage, which is skipped and yields nothing: in [-1, 1], or
+                integers in 0..255; one per sample, or one for all.
+            seed: for the noise of all stages, of stage i by `stage_seed(seed, i)`; for the first as in
+                `DiffusionModel.sample`. Or a list, one per sample. None draws one.
+            batch_size: the number of samples drawn at once.
+            verbose: show a progress bar per stage.
+            **conditions: as in `DiffusionModel.sample`; each is passed to the stages whose networks take it. A text for
+                stages that share their encoders is encoded once.
 
         Raises:
-            ValueError: if a list has another length, no stage takes a condition, or a stage's `sample` would raise.
+            ValueError: if a list has another length, no stage takes a condition, or the `sample` of a stage would
+                raise.
         """
         check_integer("Cascade", "num_samples", num_samples)
         own = {"sampler": sampler, "guidance": guidance, "steps": steps, "schedule": schedule, "ema": ema}
@@ -206,10 +208,10 @@ class Cascade(SafeFiles, Configurable, keras.Model):
         if first:
             _check_low(low)
         if first == len(self.stages):
-            raise ValueError("Cascade: `low` is for the stages after the first, of which there are none")
+            raise ValueError("Cascade: `low` needs a stage after the first")
         given = self._given(conditions, first)
         if first and noisings[1].truncated:
-            raise ValueError("Cascade: `truncated` is of a stage that runs, and `low` takes the place of the first")
+            raise ValueError("Cascade: `truncated` cannot apply to the first stage, which `low` replaces")
         for i in range(first, len(self.stages)):
             options[i] |= {**given[i], "seed": stage_seed(seed, i)}
             if noisings[i].truncated:
@@ -234,7 +236,7 @@ class Cascade(SafeFiles, Configurable, keras.Model):
         return [{name: values[i] for name, values in each.items()} for i in range(len(self.stages))]
 
     def _noisings(self, level, truncated) -> list[_Noising]:
-        """Of the first stage none."""
+        """The noising of each stage; none for the first."""
         count = len(self.stages) - 1
         levels, cuts = (
             _each(name, value, count, "stage after the first")
@@ -244,7 +246,7 @@ class Cascade(SafeFiles, Configurable, keras.Model):
         for i, (one, cut) in enumerate(zip(levels, cuts, strict=True), 1):
             layer = self._beside(i)
             if (one is not None or cut) and layer.noise is None:
-                raise ValueError(f"Cascade: `level` and `truncated` need noise, and stage {i} has none: {layer!r}")
+                raise ValueError(f"Cascade: `level` and `truncated` need noise, but stage {i} has none: {layer!r}")
             if one is not None:
                 check_number("Cascade", "level", one, 0, 1)
             if cut:
@@ -256,18 +258,16 @@ class Cascade(SafeFiles, Configurable, keras.Model):
         codec = self.stages[i - 1].codec
         if not (layer.noise_first and isinstance(layer.noise, NoiseSchedule)):
             raise ValueError(
-                f"Cascade: `truncated` needs a schedule as `noise`, and `noise_first`, of stage {i}; it has: {layer!r}"
+                f"Cascade: `truncated` needs a schedule as `noise`, and `noise_first`, in stage {i}; it has: {layer!r}"
             )
         if not isinstance(codec, (Pixels, Identity)):
-            raise ValueError(
-                f"Cascade: `truncated` needs a stage {i - 1} that learns the pictures themselves; its codec: {codec!r}"
-            )
+            raise ValueError(f"Cascade: `truncated` needs a stage {i - 1} that works on pixels; its codec: {codec!r}")
 
     def _beside(self, i: int) -> Concat:
         return self.stages[i].network.conditions[self.lows[i]]
 
     def _stop(self, i: int, level: float, options: dict[str, Any]) -> tuple[float, _Noising]:
-        """(the time at which stage i - 1 stops, the level that stage i is told): of one signal-to-noise ratio."""
+        """(the time at which stage i - 1 stops, the noise level of stage i), at the same signal-to-noise ratio."""
         noise, schedule = self._beside(i).noise, _sampled(self.stages[i - 1], options)
         log_snr = noise.at(ops.convert_to_tensor([level], "float32")).log_snr
         stop = schedule.nearest(float(ops.convert_to_numpy(schedule.time(log_snr))[0]))
@@ -277,7 +277,7 @@ class Cascade(SafeFiles, Configurable, keras.Model):
         return stop, _Noising(float(ops.convert_to_numpy(noise.time(log_snr))[0]), True)
 
     def _given(self, conditions: dict[str, Any], first: int) -> list[dict[str, Any]]:
-        """The conditions of each stage, text as numbers where it is encoded by a frozen encoder."""
+        """The conditions of each stage, with text already encoded by frozen encoders."""
         taken, rows = [], {}
         for i, stage in enumerate(self.stages):
             names = (*(condition_names(stage.network) or ()), *optional_names(stage.network))
@@ -289,13 +289,13 @@ class Cascade(SafeFiles, Configurable, keras.Model):
         if unknown := sorted(set(conditions) - known):
             takes = [list(condition_names(stage.network) or ()) for stage in self.stages]
             raise ValueError(
-                f"Cascade: no stage takes {unknown}; the stages take {takes}, of which the picture before is given to "
-                "each by the cascade"
+                f"Cascade: no stage takes {unknown}; the stages take {takes}, where the previous picture is supplied "
+                "by the cascade"
             )
         return taken
 
     def _check(self, i: int, num_samples: int, options: dict[str, Any]) -> None:
-        """Raises the ValueError that the stage's `sample` would raise, with the number of the stage."""
+        """Raises the ValueError that `sample` of the stage would raise, with the index of the stage."""
         stage = self.stages[i]
         picture = {}
         if i and stage.built:
@@ -307,14 +307,14 @@ class Cascade(SafeFiles, Configurable, keras.Model):
             raise type(error)(f"Cascade: stage {i}: {error}") from error
 
     def _low(self, i: int, images, noising: _Noising, num_samples: int, seed) -> dict[str, Any]:
-        """The inputs of a stage that are made of the pictures before it."""
+        """The inputs of a stage that come from the previous pictures."""
         name, layer = self.lows[i], self._beside(i)
         images = ops.convert_to_numpy(to_unit(np.asarray(images)))
         if noising.level is None:
             return {name: images}
         row = images.shape[-3:]
         shape = row if layer.noise_first else (*self.stages[i].shapes["image"][1:-1], row[-1])
-        if noising.truncated:  # it has its noise: x_s = alpha (x_s / alpha) + sigma 0
+        if noising.truncated:  # already noised: x_s = alpha (x_s / alpha) + sigma 0
             noise = np.zeros((num_samples, *shape), "float32")
         else:
             key = random.fold_in(random.key_of(seed), 0, STAGES)
@@ -324,13 +324,13 @@ class Cascade(SafeFiles, Configurable, keras.Model):
 
 
 def stage_seed(seed: int | Sequence[int], stage: int) -> Any:
-    """The seed of a stage of a cascade: for the first the same, for each other one of its own.
+    """The seed of a stage of a cascade: unchanged for the first, distinct for each other one.
 
-    With the same seed the noise of two stages would be alike, number for number, and their errors would add up.
+    With the same seed the noise of two stages would be equal, and their errors would add up.
 
     Args:
-        seed: of the cascade; or a list, one a sample.
-        stage: 0 for the first.
+        seed: of the cascade; or a list, one per sample.
+        stage: the index of the stage, from 0.
     """
     if stage == 0:
         return seed
@@ -341,13 +341,13 @@ def stage_seed(seed: int | Sequence[int], stage: int) -> Any:
 
 
 def _low_of(stage: DiffusionModel, i: int) -> str:
-    """The name of the condition that is the picture before."""
+    """The name of the condition for the previous picture."""
     layers = getattr(stage.network, "conditions", None)
     found = [name for name, one in layers.items() if isinstance(one, Concat)] if isinstance(layers, dict) else []
     if len(found) != 1 and "low" not in found:
         raise ValueError(
             f"Cascade: the network of stage {i} must have one condition that is a blocks.Concat, or one named 'low', "
-            f"for the picture before; it has: {found}"
+            f"for the previous picture; received: {found}"
         )
     return found[0] if len(found) == 1 else "low"
 
@@ -357,8 +357,8 @@ def _check_low(low: Any) -> None:
     check_examples(low, 1.0 if is_integer(low) else None, "low")
     if not is_integer(low) and like_bytes(low):
         raise ValueError(
-            f"Cascade: `low` of floating-point numbers must be in [-1, 1]; received {low.min():.4g} to "
-            f"{low.max():.4g}. Scale it, x / 127.5 - 1 for 0..255, or give it as uint8"
+            f"Cascade: floating-point `low` must be in [-1, 1]; received {low.min():.4g} to "
+            f"{low.max():.4g}. Scale it, x / 127.5 - 1 for 0..255, or pass uint8"
         )
 
 
@@ -367,7 +367,7 @@ def _same_encoders(one: Prompt, other: Prompt) -> bool:
 
 
 def _each(name: str, value: Any, count: int, of: str) -> list:
-    """One value a stage."""
+    """One value per stage."""
     if not isinstance(value, (list, tuple)):
         return [value] * count
     if len(value) != count:
@@ -379,12 +379,12 @@ def _each(name: str, value: Any, count: int, of: str) -> list:
 
 
 def _sampled(stage: DiffusionModel, options: dict[str, Any]) -> NoiseSchedule:
-    """The schedule that the stage is sampled under."""
+    """The schedule under which the stage is sampled."""
     return stage.schedule if options["schedule"] is None else NoiseSchedule.get(options["schedule"])
 
 
 def _encoded(value: Any, layer: Any, rows: dict) -> Any:
-    """The value; of text for a `Prompt` its rows, from `rows` if the same encoders have made them already."""
+    """The value; for text of a `Prompt` its rows, taken from `rows` if the same encoders already computed them."""
     if value is None or not isinstance(layer, Prompt) or not is_text(value):
         return value
     one = np.ndim(value) == 0

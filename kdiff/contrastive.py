@@ -1,14 +1,14 @@
-"""CLIP: two encoders that learn one space for images and texts, in which a pair is near and what is no pair is far.
+"""CLIP: contrastive training of an image and a text encoder with a joint embedding space.
 
     clip = Contrastive(CLIPVision(32, 4, projection=64, ...), CLIPText(512, 16, projection=64, ...), tokenizer)
     clip.compile("adam")
     clip.fit({"image": images, "text": captions}, batch_size=64)
-    clip.evaluate({"image": images, "text": captions}, batch_size=64)    # loss, and retrieval among the 64 of a batch
+    clip.evaluate({"image": images, "text": captions}, batch_size=64)    # loss, and retrieval within batches of 64
     clip.evaluate(images, labels, classes=["a cat", "a dog"])            # zero-shot classification
     z = clip.embed_image(images)                                         # (count, 64), of length 1
 
-Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021). DALL-E 2's prior makes
-such embeddings of texts, and its decoder images of such embeddings (`kdiff.UnCLIP`).
+Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021). DALL-E 2 uses such
+embeddings: its prior maps texts to them, and its decoder maps them to images (`kdiff.UnCLIP`).
 """
 
 import math
@@ -35,33 +35,33 @@ from kdiff.text import Tokenizer, is_text
 
 __all__ = ["LARGEST_SCALE", "Contrastive"]
 
-LARGEST_SCALE = 100.0  # without the bound training becomes unstable (section 2.5 of the paper)
+LARGEST_SCALE = 100.0  # needed for stable training (section 2.5 of the paper)
 
 
 class Contrastive(OwnLoss, Configurable, keras.Model):
-    """Two encoders in contrastive training, the symmetric InfoNCE of CLIP (Radford et al., 2021, figure 3):
+    """Contrastive training of two encoders with the symmetric InfoNCE loss of CLIP (Radford et al., 2021, figure 3):
 
         u_i = f(image_i) / |f(image_i)|,  v_j = g(text_j) / |g(text_j)|,  s_ij = exp(log_scale) u_i v_j
         loss = mean_i (-s_ii + log sum_j exp(s_ij)) / 2 + mean_j (-s_jj + log sum_i exp(s_ij)) / 2
 
-    over the examples of a batch, all of whose other texts are taken to be wrong, even one that says the same. The scale
-    is learned, from 1 / 0.07, and at most 100. All but the encoders is float32.
+    over the examples of a batch, where all other texts count as wrong, even equal ones. The scale is learned, initially
+    1 / 0.07, and at most 100. Everything except the encoders is float32.
 
-    `fit` and `evaluate` report the loss and, of retrieval in the batch, the shares "image_to_text" of images whose own
-    text is the nearest of all, and "text_to_image" of texts whose own image is: by chance 1 / batch size.
+    `fit` and `evaluate` report the loss and retrieval within the batch: the share "image_to_text" of images whose own
+    text is the nearest, and "text_to_image" of texts whose own image is; chance level is 1 / batch size.
 
     Args:
-        image: a Keras layer or model from "image", whole numbers scaled to [-1, 1] or floating-point ones as they are,
-            to a vector (batch, dim), or to `Encoded` with one, as `encoders.CLIPVision`. It is used as it is.
-        text: the same of "text", such as `encoders.CLIPText` or `blocks.TextEncoder(pooled=True, dropout=0)`.
-        tokenizer: a `Tokenizer` or its name, by which strings are made tokens; None for those of `text`, if it has
-            one, and otherwise data must hold numbers.
-        width: of the space, to which both vectors are projected, without a bias; None for vectors of one width as they
-            come.
-        name: the model's name.
+        image: a Keras layer or model from "image", integers scaled to [-1, 1] or floats unchanged, to a vector
+            (batch, dim), or to `Encoded` with one, such as `encoders.CLIPVision`. It is used directly, not copied.
+        text: the same for "text", such as `encoders.CLIPText` or `blocks.TextEncoder(pooled=True, dropout=0)`.
+        tokenizer: a `Tokenizer` or its name, which converts strings to tokens; None for that of `text`, if it has one;
+            otherwise data must be token ids.
+        width: of the joint space, to which both vectors are projected, without a bias; None for no projection of
+            vectors of equal width.
+        name: the name of the model.
 
     Raises:
-        ValueError: if the vectors differ in width, or `text` would drop texts.
+        ValueError: if the vectors differ in width, or `text` has dropout of texts.
     """
 
     def __init__(
@@ -77,10 +77,7 @@ class Contrastive(OwnLoss, Configurable, keras.Model):
             if not isinstance(layer, keras.layers.Layer):
                 raise TypeError(f"Contrastive: `{argument}` must be a Keras layer or model; received: {layer!r}")
         if getattr(text, "dropout", 0.0) and hasattr(text, "null"):
-            raise ValueError(
-                f"Contrastive: `text` must not drop texts, whose images would have none: give it `dropout=0`; received "
-                f"{text.dropout}"
-            )
+            raise ValueError(f"Contrastive: `text` must not drop texts: set `dropout=0`; received {text.dropout}")
         if width is not None:
             check_integer("Contrastive", "width", width)
         self.image, self.text, self.width = image, text, width
@@ -96,12 +93,12 @@ class Contrastive(OwnLoss, Configurable, keras.Model):
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What makes numbers of the texts in data."""
+        """Converts texts in data to tokens."""
         return {"text": _Text(self.text, self.tokenizer)}
 
     @backend.uninterrupted
     def build(self, shapes) -> None:
-        """Makes all weights, for the shapes of "image" and "text", {"image": (None, 32, 32, 3), "text": (None, 16)}."""
+        """Creates all weights, for the shapes {"image": (None, 32, 32, 3), "text": (None, 16)}."""
         if self.built:
             return
         shapes = {name: (None, *tuple(shapes[name])[1:]) for name in ("image", "text")}
@@ -110,13 +107,13 @@ class Contrastive(OwnLoss, Configurable, keras.Model):
             vector = Encoded.of(build_layer(layer, shapes[name])).vector
             if vector is None:
                 raise ValueError(
-                    f"Contrastive: `{name}` must give one vector an example, (batch, dim), or `Encoded` with one; "
-                    "pool what it gives"
+                    f"Contrastive: `{name}` must return one vector per example, (batch, dim), or `Encoded` with one; "
+                    "pool its output"
                 )
             widths[name] = vector[-1]
         if self.width is None and widths["image"] != widths["text"]:
             raise ValueError(
-                f"Contrastive: the vectors must have one width, or a `width` is needed; they have: {widths}"
+                f"Contrastive: the vectors must have one width unless `width` is given; received: {widths}"
             )
         self.projections = {}
         if self.width is not None:
@@ -135,7 +132,7 @@ class Contrastive(OwnLoss, Configurable, keras.Model):
         self.built = True
 
     def get_build_config(self) -> dict[str, Any] | None:
-        """What `build` was given."""
+        """The argument of `build`."""
         return None if self.shapes is None else {"shapes": self.shapes}
 
     def build_from_config(self, config: dict[str, Any]) -> None:
@@ -146,7 +143,7 @@ class Contrastive(OwnLoss, Configurable, keras.Model):
     # What it computes
 
     def _embedded(self, name: str, x, training: bool = False):
-        """The vectors of length 1 of one side, (batch, width), float32."""
+        """The normalised vectors of one side, (batch, width), float32."""
         x = to_unit(ops.convert_to_tensor(x)) if name == "image" else x
         vector = Encoded.of(apply_layer(getattr(self, name), x, training=training)).vector
         vector = ops.cast(vector, "float32")
@@ -156,7 +153,7 @@ class Contrastive(OwnLoss, Configurable, keras.Model):
 
     @backend.uninterrupted
     def call(self, inputs, training: bool | None = None) -> dict[str, Any]:
-        """A batch {"image": ..., "text": ...} to the loss and, for each example, 1 where it is retrieved, else 0."""
+        """Maps a batch {"image": ..., "text": ...} to the loss and, per example, 1 if it is retrieved, else 0."""
         training = bool(training)
         image, text = (self._embedded(name, inputs[name], training) for name in ("image", "text"))
         logits = ops.exp(ops.convert_to_tensor(self.log_scale)) * ops.matmul(image, ops.transpose(text))
@@ -168,7 +165,7 @@ class Contrastive(OwnLoss, Configurable, keras.Model):
 
     # Training
 
-    instead = "it embeds, `embed_image(images)`, `embed_text(texts)`, and classifies, `classify(images, classes)`"
+    instead = "use `embed_image(images)`, `embed_text(texts)` or `classify(images, classes)`"
 
     def _new_check(self, shapes: dict[str, tuple]) -> BatchCheck:
         if missing := {"image", "text"} - set(shapes):
@@ -180,13 +177,13 @@ class Contrastive(OwnLoss, Configurable, keras.Model):
         self.shapes = {name: (None, *shapes[name][1:]) for name in self.shapes}
 
     def evaluate(self, x=None, y=None, *args, classes: Sequence | None = None, **options):
-        """Keras' `evaluate`: the loss, and retrieval among the examples of each batch; or zero-shot classification.
+        """Keras' `evaluate`: the loss, and retrieval within each batch; or zero-shot classification.
 
         Args:
-            x: as of `fit`; with `classes`, images.
+            x: as in `fit`; with `classes`, images.
             y: with `classes`, the label of each image, 0 ... len(classes) - 1.
-            *args, **options: as of `keras.Model.evaluate`; with `classes`, `batch_size` and `return_dict`.
-            classes: as of `classify`: the share of images that are given their own class is returned, "accuracy".
+            *args, **options: as in `keras.Model.evaluate`; with `classes`, `batch_size` and `return_dict`.
+            classes: as in `classify`: "accuracy", the share of correctly classified images, is returned.
         """
         if classes is None:
             return super().evaluate(x, y, *args, **options)
@@ -196,35 +193,37 @@ class Contrastive(OwnLoss, Configurable, keras.Model):
         right = labels.shape in (found.shape, (*found.shape, 1)) and labels.dtype.kind in "iuf"
         if not right or not np.isin(labels, np.arange(len(classes))).all():
             raise ValueError(
-                f"evaluate: `y` must be {len(found)} labels, whole numbers, each in 0..{len(classes) - 1}; received "
+                f"evaluate: `y` must be {len(found)} integer labels in 0..{len(classes) - 1}; received "
                 f"{labels.dtype} of the shape {labels.shape}"
             )
         labels = labels.reshape(-1)
         accuracy = float(np.mean(found == labels))
         return {"accuracy": accuracy} if return_dict else accuracy
 
-    # What it is for
+    # Use
 
     def embed_image(self, images: Any, batch_size: int = 64) -> np.ndarray:
-        """u of images, (count, width), float32, each of length 1."""
+        """The embeddings u of images, (count, width), float32, of length 1."""
         return self._rows("image", np.asarray(images), batch_size)
 
     def embed_text(self, texts: Any, batch_size: int = 64) -> np.ndarray:
-        """v of strings, or of what `text` takes, (count, width), float32, each of length 1."""
+        """The embeddings v of strings, or of inputs of `text`, (count, width), float32, of length 1."""
         texts = [texts] if isinstance(texts, str) else texts
         return self._rows("text", np.asarray(Preparation(self).value("text", texts)), batch_size)
 
     def classify(self, images: Any, classes: Sequence, batch_size: int = 64) -> np.ndarray:
-        """The class of each image whose text is nearest, whole numbers (count,): zero-shot (section 3.1).
+        """Zero-shot classification: the class with the nearest text for each image, integers (count,) (section 3.1).
 
         Args:
-            images: as of `embed_image`.
-            classes: a text for each class, or several, whose mean is taken, as over "a photo of a cat", "a drawing of
+            images: as in `embed_image`.
+            classes: a text for each class, or several, which are averaged, such as "a photo of a cat", "a drawing of
                 a cat" (section 3.1.4).
-            batch_size: how many are encoded at once.
+            batch_size: the number encoded at once.
         """
         if isinstance(classes, str) or not len(classes):
-            raise ValueError(f"classify: `classes` must be a list of texts, one a class or more; received: {classes!r}")
+            raise ValueError(
+                f"classify: `classes` must be a list of texts, one or more per class; received: {classes!r}"
+            )
         groups = [[one] if isinstance(one, str) else list(one) for one in classes]
         vectors = self.embed_text([text for group in groups for text in group], batch_size)
         ends = np.cumsum([len(group) for group in groups])
@@ -247,14 +246,14 @@ class Contrastive(OwnLoss, Configurable, keras.Model):
             program = backend.compiled(partial(self._embedded, name), self)
             self._programs[name] = program
         size, rows = min(batch_size, len(x)), []
-        for first in range(0, len(x), size):  # the last batch is filled up: one of another size is compiled again
+        for first in range(0, len(x), size):  # the last batch is padded, as another size would be recompiled
             at = np.minimum(np.arange(first, first + size), len(x) - 1)
             rows.append(ops.convert_to_numpy(program(x[at])))
         return np.concatenate(rows)[: len(x)]
 
 
 class _Check(BatchCheck):
-    """Of batches of images and texts."""
+    """The check of batches of images and texts."""
 
     def numbers(self, name: str, examples: Any) -> None:
         super().numbers(name, examples)
@@ -262,23 +261,23 @@ class _Check(BatchCheck):
 
 
 def _check_images(images: Any) -> None:
-    """Raises a ValueError for images that are not finite, or floating-point ones in 0 ... 255."""
+    """Raises a ValueError if images are not finite, or are floats in 0 ... 255."""
     check_examples(images, 1.0 if is_integer(images) else None)
     if not is_integer(images) and like_bytes(images) and value_range(images)[1] > 20.0:
         raise ValueError(
-            f"Contrastive: floating-point images are taken as they are, and these reach {value_range(images)[1]:.4g}, "
-            "as if they were in 0..255: give them as uint8, or x / 127.5 - 1"
+            f"Contrastive: floating-point images are not scaled, but these reach {value_range(images)[1]:.4g}, "
+            "as if in 0..255: pass uint8, or x / 127.5 - 1"
         )
 
 
 class _Text:
-    """What makes numbers of strings, and checks them."""
+    """Converts strings to tokens, and checks them."""
 
     def __init__(self, layer: keras.layers.Layer, tokenizer: Tokenizer | None):
         self.layer, self.tokenizer = layer, tokenizer
 
     def prepare(self, values: Any) -> np.ndarray:
-        """Strings to tokens; numbers are left as they are."""
+        """Converts strings to tokens; token ids are unchanged."""
         if not is_text(values):
             return np.asarray(values)
         if self.tokenizer is not None:
@@ -286,16 +285,16 @@ class _Text:
         if hasattr(self.layer, "prepare"):
             return self.layer.prepare(values)
         raise ValueError(
-            f"Contrastive: strings need a `tokenizer`, which the encoder of text, {type(self.layer).__name__}, does "
+            f"Contrastive: strings need a `tokenizer`, which the text encoder, {type(self.layer).__name__}, does "
             "not have"
         )
 
     def check(self, values: np.ndarray) -> None:
-        """As of the layer."""
+        """As in the layer."""
         if hasattr(self.layer, "check"):
             self.layer.check(values)
 
 
 def _bounded(log_scale):
-    """After each update."""
+    """The constraint after each update."""
     return ops.minimum(log_scale, math.log(LARGEST_SCALE))

@@ -1,17 +1,17 @@
-"""Textual inversion: a new token of a text encoder learns what to mean, and nothing else learns.
+"""Textual inversion: the embedding of a new token of a text encoder is trained, and nothing else.
 
     v* = argmin_v E w |prediction of x_t given (text with v in place of the token) - target|^2
 
 Gal et al., "An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual Inversion" (2023),
-equation 2, where v is one row of the encoder's table of tokens, or several.
+equation 2, where v is one or several rows of the token table of the encoder.
 
     model = interop.diffusers.load("stable-diffusion-v1-5")
-    inversion.add(model, "<cat-toy>", like="toy")        # a token that is "toy" at first
-    inversion.enable(model, "<cat-toy>")                 # its vector alone learns
+    inversion.add(model, "<cat-toy>", like="toy")        # a token that is initialised with "toy"
+    inversion.enable(model, "<cat-toy>")                 # only its vector is trained
     model.compile(keras.optimizers.Adam(5e-3))
     model.fit({"image": images, "text": ["a photo of <cat-toy>"] * len(images)})
     interop.inversions.save(model, "<cat-toy>", "learned_embeds.safetensors")
-    inversion.finish(model)                              # the encoders are constants again
+    inversion.finish(model)                              # the encoders are frozen again
 """
 
 from typing import Any
@@ -27,41 +27,42 @@ __all__ = ["add", "enable", "extend", "finish", "prompt_of", "vectors_of"]
 
 
 def add(model: keras.layers.Layer, token: str, like: str, vectors: int = 1) -> None:
-    """Adds a token to the text of a model, in all of its encoders, with the vectors of a word.
+    """Adds a token to all text encoders of a model, initialised with the vectors of a word.
 
-    In a text the token stands for all of its vectors, each of which takes the place of one token of the encoder.
+    In a text the token expands to all of its vectors, each of which takes the place of one token of the encoder.
 
     Args:
-        model: a `DiffusionModel` or its network, built, whose text is a `Prompt` of `CLIPText` with `JSONTokenizer`s.
-        token: such as "<cat-toy>", which no vocabulary must have.
-        like: a word, from whose tokens the vectors begin: each from the one in its place, or all from its only one.
-        vectors: their number.
+        model: a `DiffusionModel` or its network, built, whose text condition is a `Prompt` of `CLIPText` with
+            `JSONTokenizer`s.
+        token: such as "<cat-toy>", which must not be in the vocabulary.
+        like: a word from whose tokens the vectors are initialised: one each, or all from a single one.
+        vectors: the number of vectors.
 
     Raises:
-        ValueError: if the model has no such text, or the token is known; if the word has another number of tokens.
+        ValueError: if the model has no such text condition, or the token exists; if the word has another number of
+            tokens.
     """
     check_integer("inversion.add", "vectors", vectors)
     prompt, rows = prompt_of(model, "inversion.add"), []
     for encoder, tokenizer in zip(prompt.encoders, prompt.tokenizers, strict=True):
         numbers = tokenizer.tokens(like)
         if len(numbers) not in (1, vectors):
-            raise ValueError(
-                f"inversion.add: `like` must be of one token, or of {vectors}; {like!r} is of {len(numbers)}"
-            )
+            raise ValueError(f"inversion.add: `like` must have one token, or {vectors}; {like!r} has {len(numbers)}")
         rows.append(np.broadcast_to(_table(encoder)[numbers], (vectors, encoder.width)))
     extend(model, token, rows)
 
 
 def extend(model: keras.layers.Layer, token: str, rows: list[np.ndarray | None]) -> None:
-    """Adds a token with these vectors, (count, width) for each encoder; None leaves an encoder, and its text, alone.
+    """Adds a token with these vectors, (count, width) for each encoder; None leaves an encoder and its tokenizer
+    unchanged.
 
     Raises:
-        ValueError: if the model has no such text, or another token learns; if the token is known; if the vectors have
-            another width. Then nothing has been changed.
+        ValueError: if the model has no such text condition, or another token is being trained; if the token exists; if
+            the vectors have another width. In these cases nothing is changed.
     """
     prompt = prompt_of(model, "inversion")
     if any(encoder.learned for encoder in prompt.encoders):
-        raise ValueError("inversion: a token of the model learns; `inversion.finish` it first")
+        raise ValueError("inversion: a token of the model is being trained; call `inversion.finish` first")
     made: list[tuple] = []
     for encoder, tokenizer, vectors in zip(prompt.encoders, prompt.tokenizers, rows, strict=True):
         if vectors is None:
@@ -86,21 +87,23 @@ def extend(model: keras.layers.Layer, token: str, rows: list[np.ndarray | None])
 
 
 def enable(model: keras.layers.Layer, token: str) -> None:
-    """Freezes all weights but the vectors of one token, which are then all that learns and all that is averaged.
+    """Freezes all weights except the vectors of one token; only these are then trained and averaged.
 
-    Call it before `compile`. The network calls the encoders in each step, on tokens, into which `fit` and `sample` make
-    texts; embeddings that were made before are no longer taken. A LoRA that is on goes on to learn.
+    Call it before `compile`. The network calls the encoders in each step, on tokens, to which `fit` and `sample`
+    convert texts; precomputed embeddings are no longer accepted. An enabled LoRA remains trainable.
 
     Args:
         model: a `DiffusionModel` or its network, built.
-        token: one that `add`, or `interop.inversions.load`, has added.
+        token: a token added by `add` or `interop.inversions.load`.
 
     Raises:
-        ValueError: if no encoder has this token, or one learns already.
+        ValueError: if no encoder has this token, or a token is already being trained.
     """
     prompt = prompt_of(model, "inversion.enable")
     if any(encoder.learned for encoder in prompt.encoders):
-        raise ValueError("inversion.enable: a token of the model learns already; `inversion.finish` it first")
+        raise ValueError(
+            "inversion.enable: a token of the model is already being trained; call `inversion.finish` first"
+        )
     known = _numbers(prompt, token, "inversion.enable")
     lora.freeze(model)
     for encoder, numbers in known:
@@ -111,11 +114,11 @@ def enable(model: keras.layers.Layer, token: str) -> None:
 
 @deprecated.arguments(averages="ema")
 def finish(model: keras.layers.Layer, ema: bool = True) -> None:
-    """Ends the learning of a token: its vectors are in the encoders' tables, and all that learned before may again.
+    """Ends the training of a token: its vectors are stored in the tables, and other weights are trainable again.
 
     Args:
         model: a `DiffusionModel` or its network.
-        ema: whether to take the averages of the vectors, if a model has averages that were moved.
+        ema: whether to store the averages of the vectors, if the model has averages that have been updated.
     """
     prompt = prompt_of(model, "inversion.finish")
     averaged = lora.ema_of(model) if ema else {}
@@ -129,12 +132,12 @@ def finish(model: keras.layers.Layer, ema: bool = True) -> None:
 
 @deprecated.arguments(averages="ema")
 def vectors_of(model: keras.layers.Layer, token: str, ema: bool = True) -> list[np.ndarray | None]:
-    """The vectors of a token that was added, (count, width) for each encoder; None for one that does not have it.
+    """The vectors of an added token, (count, width) for each encoder; None for encoders without it.
 
     Args:
         model: a `DiffusionModel` or its network.
-        token: that was added.
-        ema: whether to take the averages of vectors that learn, if a model has averages that were moved.
+        token: an added token.
+        ema: whether to return averages of trained vectors, if the model has averages that have been updated.
 
     Raises:
         ValueError: if no encoder has this token.
@@ -153,19 +156,19 @@ def vectors_of(model: keras.layers.Layer, token: str, ema: bool = True) -> list[
 
 
 def prompt_of(model: keras.layers.Layer, name: str) -> Any:
-    """The text of a model whose encoders can have new tokens.
+    """The text condition of a model whose encoders accept new tokens.
 
     Args:
         model: a `DiffusionModel` or its network.
-        name: of the function, for the error.
+        name: of the calling function, for errors.
 
     Raises:
-        ValueError: if it has none, or its encoders or tokenizers cannot.
+        ValueError: if there is none, or its encoders or tokenizers do not accept new tokens.
     """
     network = getattr(model, "network", model)
     found = [part for part in network._flatten_layers() if hasattr(part, "encoders") and hasattr(part, "tokenizers")]
     if not found:
-        raise ValueError(f"{name}: the network must take text by a `kdiff.encoders.Prompt`; it has none")
+        raise ValueError(f"{name}: the network must have a `kdiff.encoders.Prompt` as text condition; it has none")
     prompt = found[0]
     for encoder, tokenizer in zip(prompt.encoders, prompt.tokenizers, strict=True):
         if not hasattr(encoder, "extend") or not hasattr(tokenizer, "with_token") or not encoder.built:
@@ -177,7 +180,7 @@ def prompt_of(model: keras.layers.Layer, name: str) -> Any:
 
 
 def _numbers(prompt: Any, token: str, name: str) -> list[tuple[Any, list[int]]]:
-    """(encoder, numbers of the token) of each encoder that has it."""
+    """(encoder, ids of the token) for each encoder that has it."""
     pairs = zip(prompt.encoders, prompt.tokenizers, strict=True)
     known = [(encoder, tokenizer.numbers_of(token)) for encoder, tokenizer in pairs]
     known = [(encoder, numbers) for encoder, numbers in known if numbers]

@@ -1,16 +1,16 @@
-"""LoRA: a network learns by small changes of some of its kernels, and by nothing else.
+"""LoRA: low-rank changes of some kernels of a network are trained, and nothing else.
 
     y = x W + scale (x A) B,    scale = alpha / rank,    A (inputs, rank) ~ N(0, 1 / rank^2),  B (rank, outputs) = 0
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2022), section 4.1, with the standard deviation that
-diffusers' training scripts have. A convolution's A has its kernel's size, and its B is one of size 1.
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2022), section 4.1, with the standard deviation of the
+training scripts of diffusers. For a convolution, A has the size of its kernel, and B is a 1x1 convolution.
 
     model = interop.diffusers.load("stable-diffusion-v1-5", ema=0.99)
-    lora.enable(model, rank=8)                    # only A and B learn from now on, and are averaged
+    lora.enable(model, rank=8)                    # from now on only A and B are trained and averaged
     model.compile(keras.optimizers.Adam(1e-4))
     model.fit(...)
-    interop.lora.save(model, "mine.safetensors")  # A and B alone, by diffusers' names
-    lora.merge(model)                             # or lora.remove(model): the network has no A and B again
+    interop.lora.save(model, "mine.safetensors")  # only A and B, with the names of diffusers
+    lora.merge(model)                             # or lora.remove(model)
 """
 
 import re
@@ -42,14 +42,14 @@ ATTENTION = r"attention\w*/(query|key|value|output)$"
 
 
 def find(model: keras.layers.Layer, where: str = ATTENTION, text: bool = False) -> dict[str, keras.layers.Layer]:
-    """The layers that LoRA may change, by their paths in Keras.
+    """The layers to which LoRA applies, by their paths in Keras.
 
     Args:
         model: a `DiffusionModel` or its network, built.
-        where: a regular expression, which is searched for in the paths, such as
+        where: a regular expression, searched in the paths, such as
             "u_net/down_0/spatial_transformer/transformer_block/cross_attention/multi_head_attention/key"; "" for all
-            dense layers and convolutions. By default those of attention.
-        text: whether to look in the text encoders of the network, too.
+            dense layers and convolutions. By default the layers of attention.
+        text: whether to search in the text encoders of the network too.
     """
     found = _layers(_network(model)) if text else _own_layers(_network(model))
     layers = {layer._kernel.path.rpartition("/")[0]: layer for layer in found}
@@ -63,37 +63,37 @@ def enable(
     alpha: float | None = None,
     text: bool = False,
 ) -> list[str]:
-    """Freezes all weights and gives some layers A and B, which are then all that learns and all that is averaged.
+    """Freezes all weights and adds A and B to some layers; only these are then trained and averaged.
 
-    Call it before `compile`. At first B is zero, and so is the change. What is frozen has no averages. The vectors of a
-    token that `kdiff.inversion.enable` has let learn go on to do so.
+    Call it before `compile`. B is initialised to zero, and so is the change. Frozen weights have no averages. The
+    vectors of a token that `kdiff.inversion.enable` made trainable remain trainable.
 
     Args:
         model: a `DiffusionModel` or its network, built.
-        rank: of the changes.
-        where: which layers, as of `find`.
+        rank: the rank of the changes.
+        where: the layers, as in `find`.
         alpha: scale times rank; None for the rank itself.
-        text: whether `where` is of the text encoders, too. The network calls them then in each step, on tokens, into
-            which `fit` and `sample` make texts; embeddings that were made before are no longer taken.
+        text: whether `where` applies to the text encoders too. The network then calls them in each step, on tokens, to
+            which `fit` and `sample` convert texts; precomputed embeddings are no longer accepted.
 
     Returns:
-        the paths of the layers.
+        The paths of the layers.
 
     Raises:
-        ValueError: if there are no such layers, or LoRA is on already.
+        ValueError: if no layer matches, or LoRA is already enabled.
     """
     check_integer("lora.enable", "rank", rank)
     if alpha is not None:
         check_number("lora.enable", "alpha", alpha, 0.0)
     if enabled(model):
         raise ValueError(
-            f"lora.enable: LoRA is on already, in {len(enabled(model))} layers; `lora.merge` or `lora.remove` first"
+            f"lora.enable: LoRA is already on, in {len(enabled(model))} layers; `lora.merge` or `lora.remove` it first"
         )
     found = find(model, where, text)
     if not found:
         known = list(find(model, "", text))
         shown = known[:10] + [f"... {len(known) - 10} more"] * (len(known) > 10)
-        raise ValueError(f"lora.enable: `where` must be found in the path of a layer, {shown}; received: {where!r}")
+        raise ValueError(f"lora.enable: `where` must match the path of a layer, {shown}; received: {where!r}")
     _enable(model, [(layer, rank, rank if alpha is None else alpha) for layer in found.values()])
     return list(found)
 
@@ -105,11 +105,11 @@ def enabled(model: keras.layers.Layer) -> list[keras.layers.Layer]:
 
 @deprecated.arguments(averages="ema")
 def merge(model: keras.layers.Layer, ema: bool = True) -> None:
-    """Adds scale A B to the kernels and ends LoRA: the network computes as before, and all of it may learn again.
+    """Adds scale A B to the kernels and removes A and B: the network computes the same, and is trainable again.
 
     Args:
         model: a `DiffusionModel` or its network.
-        ema: whether to merge the averages of A and B, if a model has averages that were moved.
+        ema: whether to merge the averages of A and B, if the model has averages that have been updated.
     """
     averaged = ema_of(model) if ema else {}
     for layer in enabled(model):
@@ -120,7 +120,7 @@ def merge(model: keras.layers.Layer, ema: bool = True) -> None:
 
 
 def remove(model: keras.layers.Layer) -> None:
-    """Ends LoRA: the network is as it was before `enable`, to the last bit, and all of it may learn again."""
+    """Removes A and B: the network is exactly as before `enable`, and trainable again."""
     for layer in enabled(model):
         layer.disable_lora()
     release(model)
@@ -128,14 +128,14 @@ def remove(model: keras.layers.Layer) -> None:
 
 
 def freeze(model: keras.layers.Layer) -> None:
-    """Makes all weights constants but those that adapt the network: A, B, and the vectors of tokens that learn."""
+    """Freezes all weights except A, B, and the vectors of trained tokens."""
     for weight in _network(model).trainable_variables:
         if not getattr(weight, "adapts", False):
             weight.trainable, weight.frozen, weight.averaged = False, True, False
 
 
 def release(model: keras.layers.Layer) -> None:
-    """What `freeze` has made constant may learn again, if nothing is left that adapts the network."""
+    """Undoes `freeze`, unless LoRA or trained tokens remain."""
     weights = _network(model).weights
     if any(getattr(weight, "adapts", False) for weight in weights):
         return
@@ -145,9 +145,9 @@ def release(model: keras.layers.Layer) -> None:
 
 
 def changed(model: keras.layers.Layer) -> None:
-    """To be called when other weights learn: averages, graphs and compiled steps of a model are of those before."""
+    """Must be called when the trainable weights change: resets averages, graphs and compiled steps of a model."""
     for part in _network(model)._flatten_layers():
-        if hasattr(part, "encoders") and hasattr(part, "changed"):  # the text that a network takes
+        if hasattr(part, "encoders") and hasattr(part, "changed"):  # a text condition
             part.changed()
     if hasattr(model, "reset_ema") and model.built:
         model.reset_ema()
@@ -155,19 +155,19 @@ def changed(model: keras.layers.Layer) -> None:
 
 
 def plan(network: keras.layers.Layer) -> list[list[float]]:
-    """[number of the layer, rank, alpha] of each with A and B, which `restore` reads."""
+    """[index, rank, alpha] of each layer with A and B, for `restore`."""
     layers = enumerate(_layers(network))
     return [[i, layer.lora_rank, layer.lora_alpha] for i, layer in layers if layer.lora_enabled]
 
 
 def restore(model: keras.layers.Layer, planned: list[list[float]]) -> None:
-    """Gives a network of the same architecture A and B in the same layers."""
+    """Adds A and B to the same layers of a network of the same architecture."""
     layers = list(_layers(_network(model)))
     _enable(model, [(layers[int(i)], int(rank), alpha) for i, rank, alpha in planned])
 
 
 def ema_of(model: keras.layers.Layer) -> dict[int, keras.Variable]:
-    """The averages of a model by the `id` of the network's weights; none if there are none, or they never moved."""
+    """The averages of a model by the `id` of the network's weights; empty without averages, or updates."""
     averages = getattr(model, "ema_weights", None)
     moved = averages is not None and averages.moved
     return {id(weight): average for weight, average in averages.pairs(_network(model))} if moved else {}
@@ -176,7 +176,7 @@ def ema_of(model: keras.layers.Layer) -> dict[int, keras.Variable]:
 def _enable(model, layers) -> None:
     freeze(model)
     for layer, rank, alpha in layers:
-        if layer.lora_enabled:  # of a configuration
+        if layer.lora_enabled:  # from a configuration
             layer.lora_alpha = alpha
         else:
             layer.enable_lora(rank, alpha)
@@ -190,7 +190,7 @@ def _network(model):
 
 
 def _layers(network) -> Iterator[keras.layers.Layer]:
-    """All that can have A and B (`kdiff.blocks.layers.LowRank`): those of constants, as text encoders are, last."""
+    """All layers that can have A and B (`kdiff.blocks.layers.LowRank`), those of frozen parts last."""
     own = list(_own_layers(network))
     yield from own
     known = {id(layer) for layer in own}
@@ -198,7 +198,7 @@ def _layers(network) -> Iterator[keras.layers.Layer]:
 
 
 def _own_layers(network) -> Iterator[keras.layers.Layer]:
-    """Those that are not of constants."""
+    """The layers that are not part of frozen parts."""
     constant = [part for part in network._flatten_layers() if getattr(part, "frozen", False)]
     inside = {id(layer) for part in constant for layer in part._flatten_layers()}
     yield from (layer for layer in _low_rank(network) if id(layer) not in inside)

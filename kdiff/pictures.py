@@ -1,7 +1,7 @@
 """Pictures from batches of images: grids, PNG files, animated GIFs, and a plot of the loss.
 
 A batch of images has the shape `(count, height, width, channels)`, with 1, 3 or 4 channels, and values in [-1, 1]
-(those outside are clipped: a noisy sample has them) or uint8. A picture is a uint8 array `(height, width, channels)`.
+(values outside, as of noisy samples, are clipped) or uint8. A picture is a uint8 array `(height, width, channels)`.
 """
 
 import contextlib
@@ -36,25 +36,25 @@ __all__ = [
 
 READABLE = 64  # tiny images are enlarged to about this many pixels
 CAPTIONED = 128  # and to this many above a caption
-# What is read. Pillow knows more: for PostScript, whatever the file's name, it would start Ghostscript.
+# The formats that are read. Pillow has more, but for PostScript it would start Ghostscript, whatever the file name.
 FORMATS = (
     *("AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX"),
     *("PNG", "PPM", "PSD", "QOI", "SGI", "TGA", "TIFF", "WEBP"),
 )
-FRAME = 200  # the grey of the line around an image with a caption, which may be white as the page is
+FRAME = 200  # the grey of the frame of an image with a caption
 
 
 def to_uint8(images: Any) -> np.ndarray:
-    """Images of any shape from [-1, 1] to 0..255, rounded; uint8 stays as it is.
+    """Converts images of any shape from [-1, 1] to 0..255, rounded; uint8 is unchanged.
 
     Raises:
-        ValueError: if there are NaN.
+        ValueError: if there are NaNs.
     """
     images = keras.ops.convert_to_numpy(images)
     if images.dtype == np.uint8:
         return images
     if np.isnan(images).any():
-        raise ValueError("images: there are NaN in them, as from a model that diverged")
+        raise ValueError("images: they contain NaN, as from a diverged model")
     return np.round((np.clip(images.astype("float32"), -1, 1) + 1) * 127.5).astype("uint8")
 
 
@@ -69,19 +69,19 @@ def grid(
     """One picture of all images, row by row, on white.
 
     Args:
-        images: a batch `(count, height, width, channels)`, as said above.
-        columns: how many images a row has; `None` makes the grid about square.
+        images: a batch `(count, height, width, channels)`, as described above.
+        columns: the number of images per row; `None` makes the grid about square.
         padding: white pixels between images and around them; `None` is 2, or 8 with captions.
-        scale: how many times each pixel is repeated in either direction; `None` enlarges tiny images until they can
-            be seen, and a caption can be read.
+        scale: how many times each pixel is repeated along each axis; `None` enlarges tiny images so that they, and
+            their captions, are legible.
         captions: the text under each image, wrapped at its width.
 
     Returns:
         The picture, uint8 with shape `(height, width, channels)`.
 
     Raises:
-        ValueError: for another rank or number of channels, no images, NaN, or another number of captions.
-        ImportError: if Pillow is missing, which writes captions.
+        ValueError: for a wrong rank or number of channels, no images, NaN, or a wrong number of captions.
+        ImportError: if Pillow is missing, which captions need.
     """
     images = _check_batch(to_uint8(images))
     count, height, width, _ = images.shape
@@ -98,7 +98,7 @@ def grid(
 
 
 def _table(cells: Sequence[np.ndarray], columns: int, padding: int, framed: int | None) -> np.ndarray:
-    """Cells of one width in rows, with padding around each, on white; the first `framed` pixels of each in a frame."""
+    """Cells of one width in rows, padded, on white; the first `framed` pixel rows of each in a frame."""
     _, width, channels = cells[0].shape
     heights = [max(map(len, cells[i : i + columns])) for i in range(0, len(cells), columns)]
     tops = padding + np.cumsum([0, *(height + padding for height in heights)])
@@ -114,17 +114,17 @@ def _table(cells: Sequence[np.ndarray], columns: int, padding: int, framed: int 
 def _check_batch(images: np.ndarray) -> np.ndarray:
     if images.ndim != 4 or images.shape[-1] not in (1, 3, 4) or len(images) == 0:
         raise ValueError(
-            "images: one batch (count, height, width, channels) is expected, with at least one image of 1, 3 or 4 "
+            "images: a batch (count, height, width, channels) is expected, with at least one image of 1, 3 or 4 "
             f"channels; received the shape {images.shape}"
         )
     return images
 
 
 def check_captions(owner: str, captions: Any, count: int) -> list[str]:
-    """Captions as a list of strings, one an image.
+    """Captions as a list of strings, one per image.
 
     Raises:
-        ValueError: if there is another number of them.
+        ValueError: if their number is wrong.
     """
     array = np.asarray(captions, dtype=object)
     if array.shape != (count,):
@@ -138,13 +138,13 @@ def _with_caption(image: np.ndarray, caption: str) -> np.ndarray:
 
 
 def _opaque(channels: int) -> np.ndarray:
-    """What a colour must have at least: a fourth channel is 255."""
+    """The minimum of each channel: a fourth one is 255."""
     return np.array([0, 0, 0, 255][:channels], "uint8")
 
 
-@functools.lru_cache(1024)  # the frames of an animation have the same
+@functools.lru_cache(1024)  # shared by the frames of an animation
 def _caption(text: str, width: int) -> np.ndarray:
-    """The end of the frame, and words in black on white, in centred lines, with shape `(height, width, 1)`."""
+    """The lower edge of the frame and the words, black on white, in centred lines, `(height, width, 1)`."""
     pillow()
     from PIL import Image, ImageDraw, ImageFont
 
@@ -161,7 +161,7 @@ def _caption(text: str, width: int) -> np.ndarray:
 
 
 def _lines(text: str, fits: Callable[[str], bool]) -> list[str]:
-    """The words of a text in lines that fit. Of a word that is longer than a line, the beginning."""
+    """The words of a text in lines that fit; words longer than a line are truncated."""
     lines = []
     for word in text.encode("utf-8", "replace").decode().split():
         if lines and fits(f"{lines[-1]} {word}"):
@@ -180,17 +180,17 @@ def _shortened(word: str, fits: Callable[[str], bool]) -> str:
 def save_png(
     path: str | os.PathLike, images: Any, columns: int | None = None, captions: Sequence[str] | None = None
 ) -> Path:
-    """Writes a batch of images as a grid, or a picture as it is, and returns the path. Makes folders as needed.
+    """Writes a batch of images as a grid, or a picture unchanged, and returns the path. Creates missing folders.
 
     Args:
         path: the file to write.
         images: a batch `(count, height, width, channels)`, or a picture such as `grid` returns.
-        columns: the images in a row of the grid; `None` makes it about square.
+        columns: the number of images per row; `None` makes it about square.
         captions: the text under each image of a batch.
 
     Raises:
         ImportError: if Pillow is missing.
-        ValueError: as of `grid`, or for captions of a picture.
+        ValueError: as in `grid`, or if captions are given for a picture.
     """
     image = _pillow_image(_picture(images, columns, captions))
     with replacing(path) as new:
@@ -207,19 +207,19 @@ def save_gif(
     hold: float = 2,
     captions: Sequence[str] | None = None,
 ) -> Path:
-    """Writes an animation that repeats for ever, and returns the path. Makes folders as needed.
+    """Writes an animation that loops forever, and returns the path. Creates missing folders.
 
     Args:
         path: the file to write.
         frames: batches of images (each becomes a grid) or pictures, all of one size.
-        columns: the images in a row of a grid; `None` makes it about square.
-        fps: frames a second, up to 50.
-        hold: seconds that the last frame stays.
+        columns: the number of images per row; `None` makes it about square.
+        fps: frames per second, at most 50.
+        hold: the duration of the last frame, in seconds.
         captions: the text under each image of a batch, the same in all frames.
 
     Raises:
         ImportError: if Pillow is missing.
-        ValueError: if there are no frames, as of `grid`, and for captions of pictures.
+        ValueError: if there are no frames, as in `grid`, or if captions are given for pictures.
     """
     check_number("save_gif", "fps", fps, 0.01, 50)
     check_number("save_gif", "hold", hold, 0)
@@ -233,19 +233,19 @@ def save_gif(
 
 
 def loss_plot(path: str | os.PathLike, history: Any) -> Path:
-    """Plots the losses of a training run against its epochs, and returns the path. Makes folders as needed.
+    """Plots the losses of a training run against its epochs, and returns the path. Creates missing folders.
 
     Args:
-        path: the file to write, a PNG or what else its suffix says.
-        history: what `model.fit` returned, or its dictionary from names to lists; those that end in "loss" are drawn.
+        path: the file to write, in the format of its suffix.
+        history: the result of `model.fit`, or its dictionary from names to lists; names that end in "loss" are drawn.
 
     Raises:
         ImportError: if matplotlib is missing.
-        ValueError: if there are no losses in `history`.
+        ValueError: if `history` has no losses.
     """
     curves = {name: values for name, values in _losses(history).items() if name.endswith("loss") and len(values)}
     if not curves:
-        raise ValueError(f"loss_plot: `history` holds no losses, only {list(_losses(history))}")
+        raise ValueError(f"loss_plot: `history` has no losses, only {list(_losses(history))}")
     figure = _figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, values in curves.items():
@@ -261,14 +261,14 @@ def loss_plot(path: str | os.PathLike, history: Any) -> Path:
 
 
 def read_picture(path: str | os.PathLike) -> np.ndarray:
-    """The picture in a file that `save_png` wrote."""
+    """Reads a picture that `save_png` wrote."""
     with opened(path) as image:
         picture = np.asarray(image)
     return picture[..., None] if picture.ndim == 2 else picture
 
 
 def pillow():
-    """The module `PIL.Image`, imported when it is used; an ImportError names the extra that installs it."""
+    """The module `PIL.Image`, imported on use; an ImportError names the extra that installs it."""
     with needs("plot", "Reading and writing image files needs Pillow"):
         from PIL import Image
     return Image
@@ -280,16 +280,16 @@ def opened(path: str | os.PathLike) -> Iterator:
 
     Raises:
         ImportError: if Pillow is missing.
-        OSError: if the file cannot be read, or is in no such format.
+        OSError: if the file cannot be read, or is in another format.
         ValueError: if the image has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, at which Pillow itself only warns.
     """
     pil = pillow()
     pil.init()
     limit = pil.MAX_IMAGE_PIXELS
-    with pil.open(path, formats=[name for name in FORMATS if name in pil.OPEN]) as image:  # some builds lack some
+    with pil.open(path, formats=[name for name in FORMATS if name in pil.OPEN]) as image:  # not every build has all
         if limit is not None and image.width * image.height > limit:
             raise ValueError(
-                f"it has {image.width} x {image.height} pixels, and at most {limit:,} are read: make it smaller, or "
+                f"it has {image.width} x {image.height} pixels, more than the limit of {limit:,}: make it smaller, or "
                 "raise PIL.Image.MAX_IMAGE_PIXELS"
             )
         yield image
@@ -298,7 +298,7 @@ def opened(path: str | os.PathLike) -> Iterator:
 def _losses(history: Any) -> Mapping[str, Any]:
     losses = getattr(history, "history", history)
     if not isinstance(losses, Mapping):
-        raise ValueError(f"loss_plot: `history` must be what `fit` returned, or a dictionary; received: {history!r}")
+        raise ValueError(f"loss_plot: `history` must be the result of `fit`, or a dictionary; received: {history!r}")
     return losses
 
 
@@ -306,7 +306,7 @@ def _picture(images: Any, columns: int | None, captions: Sequence[str] | None = 
     if not (isinstance(images, np.ndarray) and images.ndim == 3 and images.dtype == np.uint8):
         return grid(images, columns, captions=captions)
     if captions is not None:
-        raise ValueError("images: `captions` belong to a batch of images; a picture is written as it is")
+        raise ValueError("images: `captions` need a batch of images; a picture is written unchanged")
     return images
 
 
@@ -315,7 +315,7 @@ def _pillow_image(picture: np.ndarray):
 
 
 def _on_white(image):
-    """An opaque copy: a GIF knows no half-transparent pixels."""
+    """An opaque copy: GIF has no partial transparency."""
     if image.mode != "RGBA":
         return image
     white = _pillow_image(np.full((*image.size[::-1], 4), 255, "uint8"))

@@ -1,10 +1,10 @@
-"""Text as numbers, on the host: tokens to learn from, or the embeddings of an encoder that has learned already.
+"""Text as arrays, on the host: tokens, or embeddings from a pretrained encoder.
 
-    tokenizer(["a red circle", ""])      # int32, (2, length); 0 where there is no token
+    tokenizer(["a red circle", ""])      # int32, (2, length); 0 for padding
     encoder(["a red circle", ""])        # float32, (2, length, dim)
 
-Both take a list of strings and give an array with one row a string, and so may any function that stands in their place.
-They run in Python, before the batch reaches the backend, so that tokens are the same on all three.
+Both map a list of strings to an array with one row per string, and any other such function can replace them. They run
+in Python, before the batch reaches the backend, so that tokens are the same on all three backends.
 """
 
 import functools
@@ -20,11 +20,11 @@ from kdiff.base import Value, check_integer
 
 __all__ = ["CACHE", "BytePair", "Bytes", "HubText", "Tokenizer", "is_text", "strings", "warn_of_cut"]
 
-CACHE = 2**16  # how many different texts a tokenizer remembers
+CACHE = 2**16  # the number of distinct texts that a tokenizer caches
 
 
 def is_text(value: Any) -> bool:
-    """Whether this is a string, or a list, an array or a tensor of strings (`str` or `bytes`)."""
+    """Whether `value` is a string, or a list, an array or a tensor of strings (`str` or `bytes`)."""
     if isinstance(value, (str, bytes)):
         return True
     if isinstance(value, (list, tuple)):
@@ -39,7 +39,7 @@ def strings(texts: Any) -> list[str]:
     """A string, or a list or an array of `str` or UTF-8 `bytes`, as a list of strings.
 
     Raises:
-        TypeError: if there is anything else in it.
+        TypeError: if it contains anything else.
     """
     rows = [texts] if isinstance(texts, (str, bytes)) else np.asarray(texts, dtype=object).reshape(-1).tolist()
     rows = [row.decode() if isinstance(row, bytes) else row for row in rows]
@@ -50,17 +50,17 @@ def strings(texts: Any) -> list[str]:
 
 
 class Tokenizer(Value):
-    """Text as whole numbers: row n has the tokens of text n, cut or filled up with `padding` to `length`.
+    """Text as token ids: row n has the tokens of text n, truncated or padded with `padding` to `length`.
 
-    Before and after the tokens of each text stand `start` and `end`, which are never cut off. A text without tokens,
-    "", has them and padding alone. A new tokenizer defines `tokens` and `vocabulary_size`, and calls this constructor.
+    The tokens of each text are enclosed in `start` and `end`, which are never truncated. The empty text has only these
+    and padding. A new tokenizer defines `tokens` and `vocabulary_size`, and calls this constructor.
 
     Args:
-        length: the number of tokens of a row.
+        length: the number of tokens per row.
 
     Attributes:
-        padding: the token that fills up, 0.
-        start, end: the tokens that begin and end each text; none.
+        padding: the padding token, 0.
+        start, end: the tokens before and after those of each text; none by default.
     """
 
     padding: int = 0
@@ -74,17 +74,17 @@ class Tokenizer(Value):
 
     @property
     def vocabulary_size(self) -> int:
-        """Tokens are 0 ... vocabulary_size - 1."""
+        """The number of token ids, 0 ... vocabulary_size - 1."""
         raise NotImplementedError
 
     def tokens(self, text: str) -> list[int]:
-        """All tokens of one text, each at least 1 where `padding` is 0, without `start` and `end`."""
+        """All tokens of one text, without `start` and `end`, each at least 1 if `padding` is 0."""
         raise NotImplementedError
 
     def __call__(self, texts: Any) -> np.ndarray:
-        """A string, or a list or an array of strings, to int32 with shape `(count, length)`.
+        """Maps a string, or a list or an array of strings, to int32 with shape `(count, length)`.
 
-        Warns where a text has more tokens than there is room for.
+        Warns if a text is truncated.
 
         Raises:
             TypeError: if `texts` holds anything but `str` and `bytes`.
@@ -92,7 +92,7 @@ class Tokenizer(Value):
         return self._rows(texts)[0]
 
     def masked(self, texts: Any) -> tuple[np.ndarray, np.ndarray]:
-        """As a call, and a mask of the same shape: True where there is a token, and not what fills up."""
+        """The result of a call, and a mask of the same shape, True for tokens and False for padding."""
         rows, counts = self._rows(texts)
         return rows, np.arange(self.length) < counts[:, None]
 
@@ -110,10 +110,10 @@ class Tokenizer(Value):
 
 
 class Bytes(Tokenizer):
-    """A token for each byte of the UTF-8 text: `byte + 1`. It needs no vocabulary, and nothing is unknown to it.
+    """A token for each byte of the UTF-8 text: `byte + 1`. It needs no vocabulary, and covers every text.
 
     Args:
-        length: the number of tokens of a row.
+        length: the number of tokens per row.
     """
 
     vocabulary_size = 257
@@ -130,18 +130,18 @@ class BytePair(Tokenizer):
     """Byte-pair encoding: frequent words are one token, others a few (Sennrich et al. 2016, arXiv:1508.07909; on bytes,
     as Radford et al. 2019, section 2.2).
 
-    It needs the package `tokenizers`, the extra `text`. The vocabulary is a part of a saved model.
+    It needs the package `tokenizers`, the extra `text`. The vocabulary is part of a saved model.
 
         BytePair.learn(captions, length=16)
 
     Args:
-        model: the JSON of a `tokenizers.Tokenizer`, as its method `to_str` or a file tokenizer.json gives it. A token
-            is its number there plus 1; special tokens are not added.
-        length: the number of tokens of a row.
+        model: the JSON of a `tokenizers.Tokenizer`, as from its method `to_str` or a file tokenizer.json. A token
+            id is the id there plus 1; special tokens are not added.
+        length: the number of tokens per row.
 
     Raises:
         ImportError: if `tokenizers` is missing.
-        ValueError: if `model` is no such JSON.
+        ValueError: if `model` is not such a JSON.
     """
 
     def __init__(self, model: str, length: int = 32):
@@ -149,7 +149,7 @@ class BytePair(Tokenizer):
         package = _tokenizers()
         try:
             self._encoder = package.Tokenizer.from_str(model)
-        except Exception as error:  # `tokenizers` raises nothing more precise
+        except Exception as error:  # `tokenizers` raises no more specific type
             raise ValueError(
                 f"BytePair: `model` must be the JSON of a tokenizer: {error}; received: {model!r:.60}"
             ) from None
@@ -159,13 +159,13 @@ class BytePair(Tokenizer):
 
     @classmethod
     def learn(cls, texts: Iterable[str], vocabulary_size: int = 512, length: int = 32, lowercase: bool = True) -> Self:
-        """The vocabulary of these texts. The same texts give the same one.
+        """Learns a vocabulary from texts, deterministically.
 
         Args:
             texts: a list of strings, or anything that yields them.
-            vocabulary_size: the most tokens that there may be, at least 257: padding and all bytes are among them.
-            length: the number of tokens of a row.
-            lowercase: whether capitals are made small; otherwise "Red" and "red" are two words.
+            vocabulary_size: the maximum number of tokens, at least 257, including padding and all bytes.
+            length: the number of tokens per row.
+            lowercase: whether texts are lower-cased; otherwise "Red" and "red" are two words.
         """
         check_integer("BytePair", "vocabulary_size", vocabulary_size, 257)
         package = _tokenizers()
@@ -181,30 +181,30 @@ class BytePair(Tokenizer):
 
     @property
     def vocabulary_size(self) -> int:
-        """The tokens of the vocabulary, and padding."""
+        """The number of tokens, including padding."""
         return self._encoder.get_vocab_size() + 1
 
     def tokens(self, text: str) -> list[int]:
-        """Their numbers in the vocabulary, each plus 1."""
+        """The token ids in the vocabulary, each plus 1."""
         return [number + 1 for number in self._encoder.encode(text, add_special_tokens=False).ids]
 
 
 class HubText(Value):
-    """Embeddings of text by a text encoder of KerasHub that has learned already, such as CLIP's or T5's.
+    """Embeddings of text from a pretrained text encoder of KerasHub, such as CLIP's or T5's.
 
         encoder = HubText("clip_vit_base_patch32")
         encoder(["a red circle"])                    # float32, (1, 77, 512)
 
-    It runs on the backend of this process, `batch_size` texts at once, each different text once. It needs the package
-    `keras-hub`, the extra `hub`. Its weights are of no model: they are not trained, averaged or saved. Of an encoder in
-    a model's configuration the preset's name is saved, and nothing of one that was given as objects.
+    It runs on the backend of this process, `batch_size` texts at once, each distinct text once. It needs the package
+    `keras-hub`, the extra `hub`. Its weights belong to no model: they are not trained, averaged or saved. In the
+    configuration of a model an encoder is saved by the name of its preset; one given as objects is not saved.
 
     Args:
-        backbone: the name, handle or folder of a preset, loaded when it is first used; or a backbone of KerasHub, or
-            any Keras model with inputs named as theirs. Of CLIP the text encoder is taken, of T5 the encoder.
-        tokenizer: a tokenizer of KerasHub; None for the one of the preset.
-        length: the number of tokens of a row. Longer texts are cut, shorter ones padded, with a warning.
-        batch_size: how many texts are encoded at once.
+        backbone: the name, handle or folder of a preset, loaded on first use; or a backbone of KerasHub, or any Keras
+            model with inputs of the same names. Only the text encoder of CLIP, or the encoder of T5, is used.
+        tokenizer: a tokenizer of KerasHub; None for that of the preset.
+        length: the number of tokens per row. Longer texts are truncated, with a warning, shorter ones padded.
+        batch_size: the number of texts that are encoded at once.
 
     Raises:
         ImportError: if `keras-hub` is missing.
@@ -221,14 +221,14 @@ class HubText(Value):
         self.batch_size = batch_size
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments, but for objects, which are not saved."""
+        """The arguments, except objects, which are not saved."""
         names = {name: getattr(self, name) for name in ("backbone", "tokenizer", "length", "batch_size")}
         return {name: value if isinstance(value, (str, int)) else None for name, value in names.items()}
 
     def __call__(self, texts: Any) -> np.ndarray:
-        """A string, or a list or an array of strings, to float32 with shape `(count, length, dim)`.
+        """Maps a string, or a list or an array of strings, to float32 with shape `(count, length, dim)`.
 
-        Warns where a text has more tokens than there is room for.
+        Warns if a text is truncated.
 
         Raises:
             TypeError: if `texts` holds anything but `str` and `bytes`.
@@ -240,12 +240,10 @@ class HubText(Value):
         return np.concatenate([self._batch(ids[rows], mask[rows]) for rows in batches])[places]
 
     def _packed(self, texts):
-        """Tokens, (count, length), with those that begin and end a text, and a mask that is 1 where there are any."""
+        """Tokens, (count, length), with start and end tokens, and a mask that is 1 for tokens."""
         tokenizer = self._parts[0]
         end = [tokenizer.end_token_id]
-        start = [
-            id for id in [getattr(tokenizer, "start_token_id", None)] if id not in (None, *end)
-        ]  # T5 has one alone
+        start = [id for id in [getattr(tokenizer, "start_token_id", None)] if id not in (None, *end)]  # T5 has only one
         room = self.length - len(start) - 1
         found = [list(row) for row in tokenizer(texts)]
         warn_of_cut(self, room, [(text, len(row)) for text, row in zip(texts, found, strict=True) if len(row) > room])
@@ -255,7 +253,7 @@ class HubText(Value):
         return np.array(ids, "int32"), np.array(mask, "int32")
 
     def _batch(self, ids, mask):
-        """One batch, filled up so that no other size is compiled."""
+        """One batch, padded so that no other size is compiled."""
         fill = [(0, self.batch_size - len(ids)), (0, 0)]
         y = self._parts[1](np.pad(ids, fill, mode="edge"), np.pad(mask, fill, mode="edge"))
         return keras.ops.convert_to_numpy(y)[: len(ids)]
@@ -266,8 +264,8 @@ class HubText(Value):
         tokenizer, backbone = self.tokenizer, self.backbone
         if backbone is None:
             raise ValueError(
-                "HubText: there is no backbone, for one that was given as an object is not saved; give embeddings in "
-                "place of strings, or set the `encoder` of the layer again"
+                "HubText: there is no backbone, since one given as an object is not saved; pass embeddings "
+                "instead of strings, or set the `encoder` of the layer again"
             )
         if isinstance(backbone, str):
             models = _keras_hub().models
@@ -284,7 +282,7 @@ class HubText(Value):
 
 
 def _encoder_of(backbone: keras.Model) -> keras.Model:
-    """The model from tokens to their embeddings alone, where a backbone has other outputs, or a decoder."""
+    """The model from tokens only to their embeddings, without other outputs or a decoder of the backbone."""
     if not isinstance(backbone.output, dict):
         return backbone
     names = [name for name in ("encoder_sequence_output", "sequence_output") if name in backbone.output]
@@ -295,7 +293,7 @@ def _encoder_of(backbone: keras.Model) -> keras.Model:
 
 
 def warn_of_cut(owner: Any, room: int, cut: list[tuple[str, int]]) -> None:
-    """Warns of texts that are too long: pairs of the text and the number of its tokens."""
+    """Warns of truncated texts, given as pairs of the text and the number of its tokens."""
     if cut:
         text, count = cut[0]
         more = f", as are {len(cut) - 1} more" if len(cut) > 1 else ""

@@ -1,4 +1,4 @@
-"""DALL-E 2: a model that makes the embedding of an image from a text, and one that makes an image of the embedding.
+"""DALL-E 2: a prior from text to image embeddings, and a decoder from embeddings to images.
 
     unclip = UnCLIP(prior, decoder, twice, clip=clip)
     images = unclip.sample(4, text="a red circle", best_of=2, decoder={"guidance": 3.0})
@@ -10,9 +10,9 @@ Ramesh et al., "Hierarchical Text-Conditional Image Generation with CLIP Latents
 
     z_i ~ prior(z_i | text),    x ~ decoder(x | z_i, text)
 
-Each part is a `DiffusionModel` that is trained and checked alone, the prior on embeddings, such as those of a
-`Contrastive`, by `networks.PriorTransformer` with the prediction "data"; the decoder on images with the embedding as a
-condition, a `blocks.ImageEmbedding`; upsamplers are the later stages of a `Cascade`.
+Each part is a `DiffusionModel`, trained and evaluated on its own: the prior on embeddings, such as those of a
+`Contrastive`, with `networks.PriorTransformer` and the prediction "data"; the decoder on images, with the embedding as
+a condition, a `blocks.ImageEmbedding`; upsamplers are the later stages of a `Cascade`.
 """
 
 import random as py_random
@@ -41,21 +41,21 @@ __all__ = ["UnCLIP"]
 
 
 class UnCLIP(SafeFiles, Configurable, keras.Model):
-    """A prior, a decoder and upsamplers, as one object that draws. It is not trained: its parts are.
+    """A prior, a decoder and upsamplers as one object for sampling. Only its parts are trained.
 
-    It is saved and loaded as any Keras model, `unclip.save("unclip.keras")`, with all its parts.
+    It is saved and loaded like any Keras model, `unclip.save("unclip.keras")`, with all its parts.
 
     Args:
-        prior: a built `DiffusionModel` of embeddings, (batch, width); None where images alone are to be varied.
+        prior: a built `DiffusionModel` of embeddings, (batch, width); None if only variations of images are needed.
         decoder: a built `DiffusionModel` of images with the embedding as a condition.
-        upsamplers: `DiffusionModel`s as the later stages of a `Cascade`, none or more.
-        clip: what embeds images and texts, with the methods `embed_image(images)` and `embed_text(texts)`, such as a
-            `Contrastive`, or an `encoders.Pair`; None where neither `best_of` nor images are asked for.
-        embedding: the name of the decoder's condition.
-        name: the model's name.
+        upsamplers: `DiffusionModel`s as the later stages of a `Cascade`, possibly none.
+        clip: embeds images and texts by its methods `embed_image(images)` and `embed_text(texts)`, such as a
+            `Contrastive` or an `encoders.Pair`; None if neither `best_of` nor images are used.
+        embedding: the name of the condition of the decoder.
+        name: the name of the model.
 
     Raises:
-        ValueError: if the decoder has no such condition, or it has another width than the prior's embeddings.
+        ValueError: if the decoder has no such condition, or its width differs from that of the embeddings of the prior.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
         if prior is not None and prior.built and decoder.built:
             made, wanted = prior.example or prior.shapes["image"][1:], decoder.shapes[embedding][1:]
             if tuple(made) != tuple(wanted):
-                raise ValueError(f"UnCLIP: the prior makes {made}, and the decoder takes {wanted} as {embedding!r}")
+                raise ValueError(f"UnCLIP: the prior returns {made}, but the decoder takes {wanted} as {embedding!r}")
         self.built = True
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, serialised, and for each frozen encoder the first that is the same."""
+        """The constructor's arguments, serialised, and for each frozen encoder the first equal one."""
         upsamplers = [keras.saving.serialize_keras_object(one) for one in self.upsamplers]
         ids = [id(encoder) for encoder in self._encoders()]
         return {**Configurable.get_config(self), "upsamplers": upsamplers, "same": [ids.index(one) for one in ids]}
@@ -108,25 +108,25 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
         return [one for one in [getattr(self.clip, "text", None)] if isinstance(one, Encoder)]
 
     def _prompts(self) -> list[Prompt]:
-        """The conditions of all parts that are texts which frozen encoders read, and that of `clip`."""
+        """The text conditions of all parts with frozen encoders, and that of `clip`."""
         layers = [getattr(model.network, "conditions", None) for model in self._models]
         found = [layer for some in layers if isinstance(some, dict) for layer in some.values()]
         found.append(getattr(self.clip, "text", None))
         return [layer for layer in found if isinstance(layer, Prompt)]
 
     def _encoders(self) -> list[Encoder]:
-        """The encoders of text of all parts, of which several may be the same."""
+        """The text encoders of all parts, of which several may be the same."""
         return [*self._encoder_of_clip(), *(encoder for prompt in self._prompts() for encoder in prompt.encoders)]
 
     def fit(self, *args, **options):
-        """Raises a NotImplementedError, as `evaluate` and `predict` do: its parts have these methods."""
-        raise NotImplementedError("UnCLIP: train and evaluate each part alone: `prior.fit`, `decoder.fit`")
+        """Raises a NotImplementedError, as do `evaluate` and `predict`: use those of its parts."""
+        raise NotImplementedError("UnCLIP: train and evaluate each part on its own:  `prior.fit`, `decoder.fit`")
 
     evaluate = predict = fit
 
     def call(self, inputs, training=None):
-        """Raises a NotImplementedError: it draws."""
-        raise NotImplementedError("UnCLIP: it has no output for an input; it draws, `unclip.sample(8, text=...)`")
+        """Raises a NotImplementedError: it only samples."""
+        raise NotImplementedError("UnCLIP: it has no output for an input; use `unclip.sample(8, text=...)`")
 
     # From text
 
@@ -143,19 +143,19 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
         verbose: bool = False,
         **conditions,
     ) -> np.ndarray:
-        """Images of embeddings that the prior draws.
+        """Samples embeddings from the prior, and images from the decoder.
 
         Args:
-            num_samples: how many.
-            best_of: how many embeddings the prior draws for each, of which the one with the largest product with the
-                text's embedding is kept (section 2.2 has two).
-            prior, decoder: arguments of that model's `sample`, such as {"guidance": 4.0, "steps": 25}.
+            num_samples: the number of samples.
+            best_of: the number of embeddings that the prior draws for each sample, of which the one with the largest
+                inner product with the embedding of the text is kept (2 in section 2.2).
+            prior, decoder: arguments of the `sample` of that model, such as {"guidance": 4.0, "steps": 25}.
             upsampling: arguments of `Cascade.sample`.
-            seed: names the noise of the prior; the decoder's is that of `cascade.stage_seed(seed, 1)`. Or a list, one a
-                sample. None: one is drawn.
-            batch_size: how many are made at once.
+            seed: for the noise of the prior; that of the decoder is `cascade.stage_seed(seed, 1)`. Or a list, one per
+                sample. None draws one.
+            batch_size: the number of samples drawn at once.
             verbose: show progress bars.
-            **conditions: as of `DiffusionModel.sample`, text among them; each is given to those parts that take it.
+            **conditions: as in `DiffusionModel.sample`, including text; each is passed to the parts that take it.
 
         Returns:
             A float32 array, in [-1, 1].
@@ -179,7 +179,7 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
         verbose: bool = False,
         **conditions,
     ) -> np.ndarray:
-        """Embeddings of images that the prior draws, (num_samples, width); `options` are arguments of its `sample`."""
+        """Image embeddings from the prior, (num_samples, width); `options` are arguments of its `sample`."""
         self._check_prior()
         for name, value in {"num_samples": num_samples, "best_of": best_of}.items():
             check_integer("UnCLIP", name, value)
@@ -187,7 +187,7 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
             raise ValueError("UnCLIP: `best_of` above 1 needs a `clip`, and a `text` of strings")
         rows = self.prior.condition_rows(conditions, num_samples)
         rows = {name: np.repeat(value, best_of, axis=0) for name, value in rows.items()}
-        if best_of > 1 and np.ndim(seed):  # of a seed's candidates the first is what it has alone
+        if best_of > 1 and np.ndim(seed):  # the first candidate of a seed equals that without `best_of`
             seed = [one if k == 0 else stage_seed(one, k + 1) for one in seed for k in range(best_of)]
         options = {**(options or {}), "seed": seed, "batch_size": batch_size, "verbose": verbose}
         z = self.prior.sample(num_samples * best_of, **options, **rows)
@@ -213,15 +213,15 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
         batch_size: int = 64,
         **conditions,
     ) -> np.ndarray:
-        """Images of the same embedding, `count` one after the other for each image (section 3.1).
+        """Images with the same embedding, `count` consecutive ones for each image (section 3.1).
 
         Args:
-            images: one, or several in a batch: whole numbers, or floating-point ones in [-1, 1].
-            count: how many of each.
-            eta: None for new noise; in [0, 1] they begin from the noise that the decoder makes the image itself of, by
-                `invert`, and are drawn by `DDIM(eta)`: at 0 they are the image again, and the larger, the freer.
-            decoder, upsampling, seed, batch_size: as of `sample`.
-            **conditions: of the decoder and the upsamplers, none if left out.
+            images: one, or several in a batch: integers, or floats in [-1, 1].
+            count: the number of variations of each.
+            eta: None for new noise; in [0, 1] they start from the noise to which `invert` maps the image, and are drawn
+                by `DDIM(eta)`: at 0 they reproduce the image, and vary more with larger values.
+            decoder, upsampling, seed, batch_size: as in `sample`.
+            **conditions: of the decoder and the upsamplers; null if omitted.
         """
         images, z = self._given(images, batch_size)
         z, decoder = np.repeat(z, count, axis=0), dict(decoder or {})
@@ -243,13 +243,14 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
         batch_size: int = 64,
         **conditions,
     ) -> np.ndarray:
-        """Images from `a` to `b`, whose embeddings, and noise, lie on the arc between theirs (section 3.2).
+        """Images from `a` to `b`, by spherical interpolation of their embeddings and noise (section 3.2).
 
         Args:
             a, b: one image each.
-            count: how many, both ends included.
-            noise: whether the noise goes from that of `a` to that of `b`, by `invert`; otherwise all have the same.
-            decoder, upsampling, seed, batch_size, conditions: as of `variations`.
+            count: the number of images, including both ends.
+            noise: whether the noise is interpolated from that of `a` to that of `b`, by `invert`; otherwise it is
+                fixed.
+            decoder, upsampling, seed, batch_size, conditions: as in `variations`.
         """
         check_integer("UnCLIP", "count", count, 2)
         images, z = self._given(np.stack([self._one(a), self._one(b)]), batch_size)
@@ -273,18 +274,18 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
         batch_size: int = 64,
         **conditions,
     ) -> np.ndarray:
-        """The image as one text would have it in place of another (section 3.3, "text diffs"):
+        """Edits an image along the difference of two texts (section 3.3, "text diffs"):
 
             d = (z_after - z_before) / |z_after - z_before|,    z = slerp(z_i, |z_i| d, fraction)
 
-        from the noise that the decoder makes the image itself of.
+        starting from the noise to which `invert` maps the image.
 
         Args:
             image: one image.
-            after: the text that says what it is to be.
-            before: the text that says what it is.
-            fractions: how far to go, one image each; the paper goes to 0.25 to 0.5.
-            decoder, upsampling, seed, batch_size, conditions: as of `variations`.
+            after: a description of the desired image.
+            before: a description of the given image.
+            fractions: the strengths, one image each; the paper uses up to 0.25 to 0.5.
+            decoder, upsampling, seed, batch_size, conditions: as in `variations`.
         """
         images, z = self._given(self._one(image)[None], batch_size)
         texts = np.asarray(self.clip.embed_text([after, before]))
@@ -302,7 +303,7 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
 
     def _check_prior(self) -> None:
         if self.prior is None:
-            raise ValueError("UnCLIP: it has no prior, which makes embeddings of texts; there are `variations`")
+            raise ValueError("UnCLIP: it has no prior for texts; use `variations`")
 
     @property
     def _models(self) -> list[DiffusionModel]:
@@ -315,15 +316,15 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
     def _check_names(self, conditions, models) -> None:
         known = {name for model in models for name in _names(model)} - {self.embedding}
         if unknown := sorted(set(conditions) - known):
-            raise ValueError(f"UnCLIP: no part takes {unknown}; the conditions of all parts are {sorted(known)}")
+            raise ValueError(f"UnCLIP: no part takes {unknown}; the parts take {sorted(known)}")
 
     @staticmethod
     def _of(model: DiffusionModel, conditions) -> dict[str, Any]:
-        """Those that the model takes."""
+        """The conditions that the model takes."""
         return {name: value for name, value in conditions.items() if name in _names(model)}
 
     def _images(self, z, conditions, decoder, upsampling, *, seed, batch_size=64, verbose=False) -> np.ndarray:
-        """The images of embeddings."""
+        """The images for embeddings."""
         self._check_names(conditions, self._stages)
         options = {"seed": seed, "batch_size": batch_size, "verbose": verbose}
         given = {**self._decoded_of(conditions), self.embedding: z}
@@ -334,7 +335,7 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
         return self.cascade.sample(len(z), low=images, **{**options, **(upsampling or {})}, **given)
 
     def _decoded_of(self, conditions) -> dict[str, Any]:
-        """The decoder's conditions, those that are left out as none where it has learned to do without."""
+        """The conditions of the decoder; omitted ones are null if they have a null input."""
         nulls = condition_nulls(self.decoder.network)
         absent = dict.fromkeys(name for name in condition_names(self.decoder.network) if name in nulls)
         return {**absent, **self._of(self.decoder, conditions)}
@@ -345,9 +346,9 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
         return image[0] if image.ndim == 4 and len(image) == 1 else image
 
     def _given(self, images: Any, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """(images of the decoder's size, in [-1, 1]; their embeddings)."""
+        """(images at the size of the decoder, in [-1, 1]; their embeddings)."""
         if self.clip is None:
-            raise ValueError("UnCLIP: images are embedded by a `clip`, which it does not have")
+            raise ValueError("UnCLIP: embedding images needs a `clip`")
         images = np.asarray(images)
         images = images[None] if images.ndim == 3 else images
         check_examples(images, 1.0, "images")
@@ -358,25 +359,25 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
 
     @staticmethod
     def _sized(images, size) -> np.ndarray:
-        """Of that size, where it is known; bicubic weights, some of which are negative, lead out of [-1, 1]."""
+        """Images resized to a known size, and clipped, as bicubic interpolation overshoots [-1, 1]."""
         known = size is not None and None not in size
         images = resized(images, tuple(size), "bicubic") if known else images
         return np.clip(ops.convert_to_numpy(images), -1.0, 1.0)
 
     def _inverted(self, images, z, options, conditions, batch_size) -> np.ndarray:
-        """The noise of which the decoder makes the images."""
+        """The noise that the decoder maps to the images."""
         kept = {name: options[name] for name in ("guidance", "steps", "ema") if name in options}
         given = {**self._decoded_of(conditions), self.embedding: z}
         return self.decoder.invert(images, sampler=self._sampler(options, 0.0), batch_size=batch_size, **kept, **given)
 
     def _sampler(self, options, eta: float) -> Any:
-        """The decoder's sampler, by DDIM."""
+        """The sampler of the decoder, with DDIM."""
         sampler = self.decoder.sampler
         return sampler.replaced(solver=DDIM(eta), **({"steps": options["steps"]} if "steps" in options else {}))
 
 
 def _seed(seed: Any) -> Any:
-    """The seed; for None one that is drawn, of which those of all parts are made."""
+    """The seed, or a random one for None, from which those of all parts are derived."""
     return py_random.randrange(2**32) if seed is None else seed
 
 

@@ -260,11 +260,11 @@ def test_errors():
         (lambda: blocks.Rotary(0.5), "`max_period`.*received: 0.5"),
         (lambda: blocks.SelfAttention(4, rotary="rotary")(x), "a multiple of 4; received: 2"),
         (lambda: blocks.SelfAttention(8, rotary="rotary")(tokens), "a multiple of 2; received: 1"),
-        (lambda: blocks.SelfAttention(2, rotary=blocks.Rotary(frequencies=[1, 2]))(x), "turn 8 channels.*heads of 4"),
+        (lambda: blocks.SelfAttention(2, rotary=blocks.Rotary(frequencies=[1, 2]))(x), "need 8 channels.*heads of 4"),
         (lambda: blocks.SinCos2D()(np.ones((1, 2, 2, 6), "float32")), "a multiple of 4; received: 6"),
         (lambda: blocks.SinCos2D()(tokens[0]), "batch, height, width, channels"),
         (lambda: blocks.SinCos2D(base_size=0), "`base_size`.*received: 0"),
-        (lambda: blocks.SelfAttention(gated=True)(x), "`embed` is needed.*gate"),
+        (lambda: blocks.SelfAttention(gated=True)(x), "`embed` is required.*gate"),
         (lambda: blocks.SelfAttention(drop_path=2), r"`drop_path`.*\[0, 1\]; received: 2"),
         (lambda: blocks.SelfAttention(rescale=0), "`rescale`.*received: 0"),
         (lambda: blocks.MultiHeadAttention()(np.ones((1, 8), "float32")), "map.*or tokens"),
@@ -278,7 +278,7 @@ def test_errors():
 def test_an_embedding_forgotten_later():
     block = blocks.SelfAttention(gated=True)
     block(np.ones((1, 2, 2, 8), "float32"), embed=np.ones((1, 3), "float32"))
-    with pytest.raises(ValueError, match="`embed` is needed"):
+    with pytest.raises(ValueError, match="`embed` is required"):
         block(np.ones((1, 2, 2, 8), "float32"))
 
 

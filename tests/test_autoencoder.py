@@ -120,16 +120,16 @@ def test_codebook():
 WRONG = [
     (lambda: AutoencoderKL(()), "`widths` must be the channels"),
     (lambda: AutoencoderKL((8, 0)), "a width"),
-    (lambda: AutoencoderKL((8,), attention_at=[1]), r"`attention_at` must be levels of 0\.\.0; received: \[1\]"),
-    (lambda: Tiny(8, depths=(1,)), "as many levels"),
+    (lambda: AutoencoderKL((8,), attention_at=[1]), r"`attention_at` must be levels in 0\.\.0; received: \[1\]"),
+    (lambda: Tiny(8, depths=(1,)), "the same number of levels"),
     (lambda: VQ(codes=0), "`codes`"),
-    (lambda: made("kl").encode(images(1, (16, 15, 3))), "a width that 2 divides; received: 15"),
+    (lambda: made("kl").encode(images(1, (16, 15, 3))), "a width divisible by 2; received: 15"),
     (lambda: made("kl").encode(images(1, (16, 16, 1))), r"images must have the shape .*received: \(16, 16, 1\)"),
     (lambda: made("kl").decode(images(1, (8, 8, 3))), "latents must have 4 channels"),
     (lambda: Latent(made("kl"), 0.0), "`scale` must not be 0"),
     (lambda: Latent(made("kl"), np.nan), "`scale` must be a finite number"),
     (lambda: Latent(made("kl"), tiles=12), "`tiles` must be a multiple of 8"),
-    (lambda: Latent.fitted(made("kl"), []), "there must be examples"),
+    (lambda: Latent.fitted(made("kl"), []), "needs examples"),
 ]
 
 

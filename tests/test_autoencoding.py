@@ -70,7 +70,7 @@ def test_what_terms_refuse():
         MSSSIM(3, 7)(X, Y)
     with pytest.raises(TypeError, match="a built Keras model"):
         Features(keras.layers.Dense(3))
-    with pytest.raises(ValueError, match=r"gives maps of \[4\] channels; the heads are for \[5\]"):
+    with pytest.raises(ValueError, match=r"returns maps of \[4\] channels, but the heads are for \[5\]"):
         LPIPS(vgg16(stages=[[4]]), [np.ones(5)])
 
 

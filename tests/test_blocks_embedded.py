@@ -143,11 +143,11 @@ def test_a_noised_embedding_in_a_model(policy, tmp_path):
 
 @pytest.mark.once
 def test_what_it_refuses():
-    with pytest.raises(ValueError, match="there must be a `noise`, `mean` be finite, and `std` above 0"):
+    with pytest.raises(ValueError, match="`noise` must be given, `mean` finite and `std` positive"):
         NoisedEmbedding(schedules.Cosine(), std=0.0)
-    with pytest.raises(ValueError, match="with as many numbers in `mean` and `std`; received: "):
+    with pytest.raises(ValueError, match="and `mean` and `std` of that size; received: "):
         noised().build({"embedding": (None, 4)})
-    with pytest.raises(ValueError, match="one vector an example"):
+    with pytest.raises(ValueError, match="one vector per example"):
         ImageEmbedding(4).build((None, 2, 5))
     with pytest.raises(ValueError, match="`tokens` must be a whole number of at least 0"):
         ImageEmbedding(4, -1)

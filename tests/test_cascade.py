@@ -244,7 +244,7 @@ def test_progress_is_shown(cascade, capsys):
         ({"level": 2.0}, r"`level` must be a number in \[0.0?, 1.0?\]|`level` must be a number in \[0, 1\]"),
         ({"sampler": ["ddim", "best"]}, "stage 1: Unknown Solver 'best'"),
         ({"label": 5}, "stage 0: .*Labels must be"),
-        ({"low": np.zeros((2, 4, 4, 1)), "truncated": True}, "`low` takes the place of the first"),
+        ({"low": np.zeros((2, 4, 4, 1)), "truncated": True}, "which `low` replaces"),
     ],
 )
 def test_what_it_refuses(cascade, options, message):
@@ -270,22 +270,22 @@ def test_whole_numbers_are_pictures_of_a_file(cascade):
 @pytest.mark.once
 def test_what_is_no_cascade(cascade):
     base, large = cascade.stages
-    with pytest.raises(TypeError, match="must be DiffusionModels"):
+    with pytest.raises(TypeError, match="must be one or more DiffusionModels"):
         Cascade([])
-    with pytest.raises(ValueError, match=r"stage 1 must have one condition that is a blocks.Concat.*has: \[\]"):
+    with pytest.raises(ValueError, match=r"stage 1 must have one condition that is a blocks.Concat.*received: \[\]"):
         Cascade([large, base])
-    with pytest.raises(ValueError, match=r"takes pictures \(4, 4, 1\) as 'low', and stage 1 makes \(8, 8, 1\)"):
+    with pytest.raises(ValueError, match=r"takes pictures \(4, 4, 1\) as 'low', but stage 1 makes \(8, 8, 1\)"):
         Cascade([base, large, large])
     shared = labelled()
     low = Concat(noise=schedules.Cosine(), of=SMALL)
     two = [DiffusionModel(UNet.residual(8, 1, 1, conditions={**shared, **more})) for more in ({}, {"low": low})]
     for model, size in zip(two, (4, 8), strict=True):
         model.build({"image": (None, size, size, 1), "label": (None,)})
-    with pytest.raises(ValueError, match="stages 0 and 1 have one layer"):
+    with pytest.raises(ValueError, match="stages 0 and 1 share a layer"):
         Cascade(two)
     with pytest.raises(NotImplementedError, match="evaluate each stage"):
         cascade.evaluate(images(2))
-    with pytest.raises(ValueError, match="for the stages after the first, of which there are none"):
+    with pytest.raises(ValueError, match="`low` needs a stage after the first"):
         Cascade([base]).sample(1, label=0, low=np.zeros((1, 2, 2, 1)))
 
 

@@ -158,7 +158,7 @@ def test_condition_errors():
         (lambda: LabelEmbedding(3, dropout=1.5), r"LabelEmbedding: `dropout` must be a number in \[0, 1\]"),
         (lambda: TextEncoder(seed=-1), "TextEncoder: `seed` must be a whole number of at least 0"),
         (lambda: TextEncoder(depth=-1), "`depth`"),
-        (lambda: text(np.zeros((1, 5), "int32")), r"\(batch, 4\), as the tokenizer gives them; received: \(1, 5\)"),
+        (lambda: text(np.zeros((1, 5), "int32")), r"\(batch, 4\), as the tokenizer returns them; received: \(1, 5\)"),
         (lambda: text.check(np.array([[0, 1, 2, 257]])), r"in 0\.\.256; received int64, 0 to 257"),
         (lambda: text.check(np.zeros((1, 4))), r"in 0\.\.256; received float64"),
         (lambda: OptionalCondition(absent=[1.0])(floats(2, 3)), r"`absent`, \(1,\); received: \(3,\)"),
@@ -180,7 +180,7 @@ def test_a_dropout_needs_a_null():
             return 2 * x
 
     np.testing.assert_array_equal(numpy(Doubled()(floats(2, 3), training=True)), 2 * floats(2, 3))
-    with pytest.raises(ValueError, match="Doubled: a `dropout` needs a `null`"):
+    with pytest.raises(ValueError, match="Doubled: `dropout` needs a `null`"):
         Doubled(0.5)(floats(2, 3), training=True)
 
 

@@ -349,7 +349,7 @@ def test_super_resolution_in_a_model(policy):
         model.sample(2, **options, low_level=5.0)
     with pytest.raises(ValueError, match=r"the conditions \['low', 'low_level', 'low_noise'\]; received: \['high'\]"):
         model.sample(2, **options, high=1)
-    with pytest.raises(ValueError, match=r"must be floating-point numbers, such as x / 127.5 - 1"):
+    with pytest.raises(ValueError, match=r"must be floating-point, such as x / 127.5 - 1"):
         model.fit({**data, "low": (data["low"] * 100 + 100).astype("uint8")}, verbose=0)
 
 
@@ -504,10 +504,10 @@ def test_errors():
         (lambda: Concat("cubic"), r"Concat: `form` must be one of \['nearest', .*received: 'cubic'"),
         (lambda: Concat(level=2), "Concat: `level`.*received: 2"),
         (lambda: Concat(highest=2), "Concat: `highest`.*received: 2"),
-        (lambda: Joint({}, keras.layers.Identity()), "`parts` must be layers by name"),
+        (lambda: Joint({}, keras.layers.Identity()), "`parts` must be a non-empty mapping"),
         (
             lambda: SimpleUNet((8,), 8, 8, {"text": keras.layers.Dense(5)}).build({**shapes, "text": (1, 3, 2)}),
-            "conditions give tokens, and no layer attends",
+            "some conditions give tokens, but no layer attends",
         ),
         (
             lambda: SimpleUNet((8,), 8, 8, {"map": keras.layers.Identity()}).build({**shapes, "map": (1, 2, 2, 1)}),
@@ -523,11 +523,11 @@ def test_errors():
             lambda: MLP(8, 1, conditions={"odd": keras.layers.Identity()}).build(
                 {"image": (1, 2), "time": (1,), "odd": (1, 2, 2, 1, 1)}
             ),
-            r"or `Encoded`; it gives: \(1, 2, 2, 1, 1\)",
+            r"or `Encoded`; received: \(1, 2, 2, 1, 1\)",
         ),
         (
             lambda: MLP(8, 1, conditions={"low": Concat()}).build({"image": (1, 2), "time": (1,), "low": (1, 2, 2, 1)}),
-            r"Concat: an image is expected.*\(1, 2, 2, 1\) and \(1, 2\)",
+            r"Concat: both the image and x_t must be.*\(1, 2, 2, 1\) and \(1, 2\)",
         ),
     ]
     for function, message in cases:

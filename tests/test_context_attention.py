@@ -107,11 +107,11 @@ def test_levels():
     assert [len(unit) for unit in one.units_down()] == [2]
     assert [len(unit) for unit in one.units_up()] == [1, 2]
     assert [len(unit) for unit in level(8, attention, up_mixers=1).units_up()] == [1, 2]
-    with pytest.raises(ValueError, match="must have 1, one a block; received: 2"):
+    with pytest.raises(ValueError, match="must have 1 entries, one per block; received: 2"):
         level(8, [attention, None])
-    with pytest.raises(ValueError, match="a list of mixers for the way down needs an `up_mixer`"):
+    with pytest.raises(ValueError, match="a list of mixers for the encoder needs an `up_mixer`"):
         UNet([level(8, [attention])])
-    with pytest.raises(ValueError, match="a `depth` of 1 or more"):
+    with pytest.raises(ValueError, match="a `depth` of at least 1"):
         UNet([Level(8, 0)])
-    with pytest.raises(ValueError, match="`context` is needed"):
+    with pytest.raises(ValueError, match="`context` is required"):
         blocks.ContextAttention()(np.ones((1, 2, 8), "float32"))

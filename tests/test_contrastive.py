@@ -119,9 +119,9 @@ def test_what_it_refuses():
     with pytest.raises(ValueError, match="must not drop texts"):
         Contrastive(vision, TextEncoder(pooled=True))
     shapes = {"image": (None, 8, 8, 3), "text": (None, 6)}
-    with pytest.raises(ValueError, match=r"one width, or a `width` is needed; they have: {'image': 12, 'text': 16}"):
+    with pytest.raises(ValueError, match=r"one width unless `width` is given; received: {'image': 12, 'text': 16}"):
         Contrastive(vision, text).build(shapes)
-    with pytest.raises(ValueError, match="`text` must give one vector"):
+    with pytest.raises(ValueError, match="`text` must return one vector"):
         Contrastive(vision, TextEncoder(Bytes(6), 8, 1, 2, dropout=0.0)).build(shapes)
     speechless = Contrastive(vision, text, width=4)
     speechless.compile("adam")
@@ -133,5 +133,5 @@ def test_what_it_refuses():
     model.compile("adam")
     with pytest.raises(ValueError, match=r"missing: \['text'\]"):
         model.evaluate({"image": images(2, (8, 8, 3))})
-    with pytest.raises(ValueError, match=r"each in 0\.\.7"):
+    with pytest.raises(ValueError, match=r"labels in 0\.\.7"):
         model.evaluate(pictures(2)[0], [0, 8], classes=WORDS)

@@ -277,7 +277,7 @@ def test_a_convolution_takes_the_rank_of_what_it_is_given():
     assert layer.kernel.shape == (3, 2, 3)
     again = blocks.Conv2D.from_config(layer.get_config())
     assert again(np.ones((1, 4, 4, 4, 2), "float32")).shape == (1, 2, 2, 2, 3)
-    with pytest.raises(ValueError, match=r"made for other maps; received: \(1, 8, 2\)"):
+    with pytest.raises(ValueError, match=r"fix another number of axes; received the shape: \(1, 8, 2\)"):
         blocks.Conv2D(3, (3, 5))(np.ones((1, 8, 2), "float32"))
 
 

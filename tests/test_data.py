@@ -10,7 +10,7 @@ import pytest
 tf = pytest.importorskip("tensorflow", reason="the extra `data` is not installed")
 
 from kdiff import data, scenes  # noqa: E402
-from kdiff.data import encoding, sources  # noqa: E402
+from kdiff.data import encoding, folders, sources  # noqa: E402
 from kdiff.text import Bytes  # noqa: E402
 
 pytestmark = [pytest.mark.data, pytest.mark.once]
@@ -101,7 +101,7 @@ def test_only_the_shapes_asked_for_are_drawn(few_shapes, monkeypatch):
 
 
 def test_bad_shapes(few_shapes):
-    with pytest.raises(ValueError, match="captions, and no `labels`"):
+    with pytest.raises(ValueError, match="captions but no `labels`"):
         data.images("shapes", labels=True)
     with pytest.raises(ValueError, match="square"):
         data.images("shapes", (8, 16))
@@ -250,7 +250,7 @@ def test_without_a_cache_text_is_encoded_every_epoch(colours):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (True, "no captions of its own"),
+        (True, "for an array pass captions"),
         (NAMES[:9], "one string for each of 10 images"),
         ("ten letters", "one string for each of 10 images; received: 'ten letters'"),
         (3, "one string for each of 10 images; received: 3"),
@@ -281,7 +281,7 @@ def test_bad_encoders(colours, encoder):
 
 def test_encoders_that_change_their_mind(colours):
     dataset = data.images(colours, batch_size=2, text=NAMES, text_encoder=lambda texts: np.zeros((len(texts),) * 2))
-    with pytest.raises(tf.errors.InvalidArgumentError, match="must fill up to one length"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="must pad to one length"):
         list(dataset)
 
 
@@ -566,7 +566,7 @@ def test_missing_captions_are_named(captioned):
         unshuffled(captioned, text=True)
     (captioned / "cat" / "1.txt").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"1\.txt is not UTF-8"):
-        sources._read_caption(captioned / "cat" / "1.txt")
+        folders._read_caption(captioned / "cat" / "1.txt")
     with pytest.raises(ValueError, match="text"):
         unshuffled(captioned, text=["a"] * 6)
 
@@ -588,7 +588,7 @@ def test_more_than_8_bits_are_reported(folder):
     from PIL import Image
 
     Image.fromarray(np.full((6, 8), 40_000, "uint16")).save(folder / "dog" / "deep.png")
-    with pytest.warns(UserWarning, match="deep.png: its pixels are of mode 'I;16'"):
+    with pytest.warns(UserWarning, match="deep.png: its pixels have the mode 'I;16'"):
         assert len(values(unshuffled(folder))) == 6
 
 
@@ -628,7 +628,7 @@ def test_folders_that_hold_nothing(folder, tmp_path):
     (tmp_path / "empty" / "a.png").write_text("no picture")
     with pytest.raises(ValueError, match=r"1 of 1 files.*\n.*a\.png"):
         data.images(tmp_path / "empty")
-    with pytest.raises(ValueError, match=r"one folder a class.*a\.png"):
+    with pytest.raises(ValueError, match=r"one subfolder per class.*a\.png"):
         data.images(tmp_path / "empty", labels=True)
     with pytest.raises(ValueError, match="labels"):
         data.images(folder, labels=np.arange(6))
@@ -653,19 +653,19 @@ def test_links_are_followed(folder, tmp_path):
     assert dataset.class_names == ["bird", "cat", "dog"]
     assert next(dataset.as_numpy_iterator())["label"].tolist() == [0, 1, 1, 2, 2, 2]
     (folder / "fish").symlink_to(tmp_path / "missing")
-    with pytest.raises(ValueError, match=r"fish is a link to .*missing, which is not there"):
+    with pytest.raises(ValueError, match=r"fish is a link to .*missing, which does not exist"):
         unshuffled(folder, labels=True)
 
 
 def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
-    iterdir = sources.Path.iterdir  # root may read all
+    iterdir = folders.Path.iterdir  # root may read all
 
     def denied(path):
         if path.name == "dog":
             raise PermissionError(13, "Permission denied", str(path))
         return iterdir(path)
 
-    monkeypatch.setattr(sources.Path, "iterdir", denied)
+    monkeypatch.setattr(folders.Path, "iterdir", denied)
     with pytest.raises(ValueError, match=r"the folder .*dog cannot be read: .*Permission denied"):
         unshuffled(folder, labels=True)
 

@@ -40,9 +40,9 @@ def test_vectors(tmp_path):
 @pytest.mark.once
 def test_what_it_refuses():
     for parts in ((), (PicturePrompt(encoder()), text(5))):
-        with pytest.raises(ValueError, match="both encoders must give vectors of one width"):
+        with pytest.raises(ValueError, match="both encoders must return vectors of one width"):
             Pair(*parts)
-    with pytest.raises(ValueError, match="it has no encoder of texts"):
+    with pytest.raises(ValueError, match="there is no text encoder"):
         Pair(PicturePrompt(encoder())).embed_text("a")
-    with pytest.raises(ValueError, match="it has no encoder of images"):
+    with pytest.raises(ValueError, match="there is no image encoder"):
         Pair(text=text()).embed_image(PICTURES)

@@ -165,7 +165,7 @@ def test_broken_folders(name, tmp_path):
         (lambda: JSONTokenizer("tokenizer.json"), r"must be the JSON of a tokenizer: .*received: 'tokenizer\.json'"),
         (lambda: clip(length=2), "`length` must be a whole number of at least 3; received: 2"),
         (lambda: SentencePiece("?"), "must be a model of sentencepiece in base64: .*received"),
-        (lambda: SentencePiece(base64.b64encode(pieces(pad_id=-1)).decode()), "and one for padding"),
+        (lambda: SentencePiece(base64.b64encode(pieces(pad_id=-1)).decode()), "and a padding token"),
     ],
 )
 def test_errors(make, message):

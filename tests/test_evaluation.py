@@ -137,7 +137,7 @@ def test_moments_of_a_file_are_a_reference(tmp_path):
     metric = updated(evaluation.FrechetDistance(None, read), x)
     assert metric.result() == pytest.approx(updated(evaluation.FrechetDistance(None, y), x).result(), rel=1e-9)
     assert metric.report().reference_n is None
-    with pytest.raises(ValueError, match="a mean and a covariance alone"):
+    with pytest.raises(ValueError, match="only a mean and a covariance"):
         updated(evaluation.KernelDistance(None, read), x).result()
     np.savez(tmp_path / "other.npz", mean=1)
     with pytest.raises(ValueError, match=r"'mu', 'sigma'.*'mean'"):
@@ -376,22 +376,22 @@ BAD = [
     ),
     (lambda m: m.update_state(np.full((3, 3), np.nan)), "NaN"),
     (lambda m: m.update_state(np.zeros((3, 4))), r"received: \[4, 3\]"),
-    (lambda m: m.result(), "fd: 2 samples are needed at least; it has seen 0"),
+    (lambda m: m.result(), "fd: at least 2 samples are needed; received 0"),
     (lambda m: evaluation.FrechetDistance(None, np.zeros((5, 2)), np.zeros((5, 3))), r"\[2, 3\]"),
     (lambda m: evaluation.FrechetDistance(None, groups=1), "`groups` must be a whole number of at least 2"),
     (lambda m: evaluation.Precision(None, np.zeros((5, 2)), k=0), "`k`"),
-    (lambda m: updated(evaluation.Coverage(None, np.zeros((5, 3))), drawn(40)).result(), "there are 5"),
+    (lambda m: updated(evaluation.Coverage(None, np.zeros((5, 3))), drawn(40)).result(), "received 5"),
     (lambda m: evaluation.KernelDistance(gamma=-1.0), "`gamma`"),
     (lambda m: updated(evaluation.CMMD(None, drawn(3)), drawn(9)).result(), "4 real examples are needed"),
     (lambda m: evaluation.CMMD(sigma=0.0), "`sigma`"),
     (lambda m: evaluation.FeatureLikelihoodDivergence(None, np.zeros((5, 2))), "`held_out`"),
-    (lambda m: updated(evaluation.FrechetDistance(), np.zeros((5, 2))).result(), "there is no `reference`"),
+    (lambda m: updated(evaluation.FrechetDistance(), np.zeros((5, 2))).result(), "a `reference` is required"),
     (lambda m: evaluation.CLIPScore().update_state(np.ones((3, 2)), np.ones((3, 4))), r"\(3, 2\) and \(3, 4\)"),
-    (lambda m: evaluation.CLIPScore().update_state(np.zeros((3, 2)), np.ones((3, 2))), "is 0, which has no direction"),
+    (lambda m: evaluation.CLIPScore().update_state(np.zeros((3, 2)), np.ones((3, 2))), "is zero and has no direction"),
     (lambda m: evaluation.Retrieval(k=3, pool=3), "`pool`"),
-    (lambda m: evaluation.Reference(), "give features, or a mean"),
-    (lambda m: updated(evaluation.FrechetDistance(None, drawn(1)), drawn(9)).result(), "needs 2 examples at least"),
-    (lambda m: evaluation.FrechetDistance(None, {"x": drawn(9)}), r"needs its examples, 'image'; received: \['x'\]"),
+    (lambda m: evaluation.Reference(), "pass features, or a mean"),
+    (lambda m: updated(evaluation.FrechetDistance(None, drawn(1)), drawn(9)).result(), "needs at least 2 examples"),
+    (lambda m: evaluation.FrechetDistance(None, {"x": drawn(9)}), r"must have 'image'; received: \['x'\]"),
     (lambda m: compiled_model(metrics=[m]), "give it to `evaluation.EvaluationCallback`"),
     (lambda m: evaluation.Reference(mean=np.zeros(2), covariance=np.zeros((3, 3))), r"\(2,\) and \(3, 3\)"),
 ]
@@ -408,7 +408,7 @@ def test_is_no_metric_to_compile():
     metric = evaluation.FrechetDistance(None, drawn(9))
     with pytest.raises(TypeError, match="on the host"):
         metric.update_state(keras.KerasTensor((4, 3)))
-    with pytest.raises(NotImplementedError, match="made anew"):
+    with pytest.raises(NotImplementedError, match="create it anew"):
         metric.get_config()
     with pytest.raises(TypeError, match="must be a function"):
         evaluation.FrechetDistance("inception")
@@ -434,6 +434,6 @@ def test_a_batch_as_fit_takes_it_is_a_reference():
 def test_files_that_are_no_moments(tmp_path):
     np.save(tmp_path / "one.npy", np.zeros(3))
     (tmp_path / "junk.npz").write_bytes(b"junk")
-    for name, message in (("one.npy", "holds one array"), ("junk.npz", "not a whole file")):
+    for name, message in (("one.npy", "has a single array"), ("junk.npz", "not a complete")):
         with pytest.raises(ValueError, match=rf"{name}.*{message}"):
             evaluation.Reference.load(tmp_path / name)

@@ -82,7 +82,7 @@ def test_a_damaged_file_is_named(tmp_path):
     cached_reference(features, pictures(), tmp_path)
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="not a whole file of features"):
+    with pytest.raises(ValueError, match="not a complete file of features"):
         cached_reference(features, pictures(), tmp_path)
 
 

@@ -144,12 +144,12 @@ def test_conditions_are_those_of_the_samples():
     callback.conditions = {}
     with warnings.catch_warnings(record=True) as caught:
         callback.on_epoch_end(0, {})
-    assert "samples of a condition `text` are needed" in str(caught[0].message)
+    assert "samples need a condition `text`" in str(caught[0].message)
 
 
 BAD = [
-    ({"metrics": []}, ValueError, "different names"),
-    ({"metrics": [Scripted(), Scripted()]}, ValueError, "different names"),
+    ({"metrics": []}, ValueError, "distinct names"),
+    ({"metrics": [Scripted(), Scripted()]}, ValueError, "distinct names"),
     ({"metrics": keras.metrics.Mean()}, TypeError, "a metric of kdiff.evaluation"),
     ({"every": 0}, ValueError, "`every`"),
     ({"num_samples": 1}, ValueError, "`num_samples`"),

@@ -152,7 +152,7 @@ BAD = [
     (lambda: Extractor(abs, 3), TypeError, "`prepare` must be a function"),
     (lambda: Extractor(abs, batch_size=0), ValueError, "`batch_size`"),
     (lambda: Extractor(abs, layer="x"), ValueError, "`layer` needs a functional"),
-    (lambda: Extractor(abs)(np.zeros((0, 3))), ValueError, "there are no examples"),
+    (lambda: Extractor(abs)(np.zeros((0, 3))), ValueError, "at least one example"),
     (lambda: Images(form="lanczos"), ValueError, "`form` must be one of"),
     (lambda: Images(channels=2), ValueError, "`channels` must be one of"),
     (lambda: Images((3, 0)), ValueError, "`size`"),
@@ -161,7 +161,7 @@ BAD = [
     (lambda: Images()(np.arange(255.0).reshape(1, 17, 5, 3)), ValueError, r"in \[-1, 1\]; received 0 to 254"),
     (lambda: Images()(np.full((1, 3, 3, 3), 300)), ValueError, r"in 0\.\.255; received 300"),
     (lambda: Images()(np.ones((1, 3, 3, 3), bool)), ValueError, "received bool"),
-    (lambda: Images()(np.zeros((1, 3, 3, 2))), ValueError, "3 channels are needed; received: 2"),
+    (lambda: Images()(np.zeros((1, 3, 3, 2))), ValueError, "must have 3 channels; received: 2"),
 ]
 
 

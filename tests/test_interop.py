@@ -27,7 +27,8 @@ from kdiff.interop import (
 from kdiff.interop.multistep import DiffusersDPMSolverPP
 from kdiff.interop.scheduler_saving import scheduler_config
 from kdiff.interop.solvers import DDIMKeptNoise, DiffusersPNDM, EvenSteps
-from kdiff.networks.unet import Level, UNet
+from kdiff.networks.levels import Level
+from kdiff.networks.unet import UNet
 
 pytest.importorskip("safetensors", reason="the extra `interop` is not installed")
 
@@ -118,7 +119,7 @@ def test_all_that_does_not_match_is_listed(folder):
 def test_truncated_safetensors(folder, length):
     file = folder / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors: not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors: not a complete safetensors file"):
         diffusers.load(folder)
 
 
@@ -198,7 +199,7 @@ def test_pickle_is_not_run(folder, name):
 def test_arrays_of_objects_are_not_unpickled(tmp_path):
     mark = tmp_path / "executed"
     np.savez(tmp_path / "weights.npz", bomb=np.array([Bomb(mark)], dtype=object))
-    with pytest.raises(ValueError, match=r"weights\.npz: not a whole \.npz file of numbers"):
+    with pytest.raises(ValueError, match=r"weights\.npz: not a complete \.npz file of numbers"):
         original.guided(tmp_path / "weights.npz", 8, (1, 2))
     assert not mark.exists()
 
@@ -208,7 +209,7 @@ def test_shard_outside_of_its_folder(folder):
     (folder / "diffusion_pytorch_model.safetensors").rename(folder.parent / "elsewhere.safetensors")
     index = {"weight_map": {"conv_in.bias": "../elsewhere.safetensors"}}
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="a shard must lie beside its index"):
+    with pytest.raises(ValueError, match="a shard must be in the folder of its index"):
         diffusers.load(folder)
 
 
@@ -329,10 +330,10 @@ def test_no_value_of_a_network_is_an_error_without_a_name(keys):
 DPM = {"_class_name": "DPMSolverMultistepScheduler"}
 WORDS = [
     ({"_class_name": "PNDMScheduler", "rescale_betas": True}, "`rescale_betas` is unknown to kdiff; received: True"),
-    ({"_class_name": "DDPMScheduler", "predict_epsilon": False}, "`predict_epsilon` is of an old version"),
+    ({"_class_name": "DDPMScheduler", "predict_epsilon": False}, "`predict_epsilon` is from an old version"),
     ({"_class_name": "LMSDiscreteScheduler", "num_train_timesteps": 10**24}, r"a whole number in \[1, 100000\]"),
     ({"_class_name": "DDIMScheduler", "clip_sample": 1}, r"`clip_sample` must be .*True, False.*received: 1"),
-    ({"_class_name": "DDIMScheduler", "trained_betas": [0.1, 0.2]}, "is 1000, and `trained_betas` are 2"),
+    ({"_class_name": "DDIMScheduler", "trained_betas": [0.1, 0.2]}, "is 1000, but `trained_betas` has 2"),
     ({"_class_name": "DDIMScheduler", "timestep_spacing": "even"}, r"one of \['leading', 'trailing', 'linspace'\]"),
     ({**DPM, "use_karras_sigmas": True, "use_exponential_sigmas": True}, "at most one of"),
     ({**DPM, "algorithm_type": "dpmsolver"}, "must be 'sigma_min' for `algorithm_type` 'dpmsolver'"),
@@ -340,7 +341,7 @@ WORDS = [
     ({**DPM, "prediction_type": "flow_prediction"}, "`use_flow_sigmas` must be true where"),
     ({**DPM, "prediction_type": "v_prediction", "use_flow_sigmas": True}, "must not be 'v_prediction' where"),
     ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "must not be 'epsilon' where `use_flow_s"),
-    ({**DPM, "use_karras_sigmas": True, "beta_schedule": "squaredcos_cap_v2"}, "diffusers has them at one time step"),
+    ({**DPM, "use_karras_sigmas": True, "beta_schedule": "squaredcos_cap_v2"}, "diffusers has them at one time"),
     ({"_class_name": "EulerDiscreteScheduler", "sigma_max": 80.0}, "`sigma_min` and `sigma_max` must be None, unless"),
     ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "give `tokens`, the length"),
     ({"_class_name": "DDPMScheduler", "variance_type": "fixed_large_log"}, "`variance_type` must be one of"),
@@ -464,7 +465,7 @@ def test_the_process_of_tutorials(kind):
         (lambda: keras.Sequential([keras.layers.Dense(2)]), "build it"),
         (lambda: built(UNet.residual(8, levels=2)), "one `groups` for all blocks"),
         (lambda: built(UNet([Level(8, 1, ResidualBlock(normalization=LayerNorm()))])), "'LayerNorm' would be"),
-        (lambda: unet(conditions={"size": LabelEmbedding(3)}), "no such conditions: \\['size'\\]"),
+        (lambda: unet(conditions={"size": LabelEmbedding(3)}), "does not support these conditions: \\['size'\\]"),
         (lambda: unet(activation="relu"), "activation: 'relu' would be 'silu'"),
     ],
 )
@@ -531,7 +532,7 @@ def test_averages_are_what_is_saved(tmp_path):
 def test_model_that_no_scheduler_describes(tmp_path):
     model = DiffusionModel(unet(), "cosine", "noise", ema=None)
     model.build((None, 8, 8, 3))
-    with pytest.raises(ValueError, match="diffusers has no scheduler that is Cosine"):
+    with pytest.raises(ValueError, match="diffusers has no scheduler with Cosine"):
         diffusers.save(model, tmp_path)
 
 

@@ -130,7 +130,7 @@ def test_float8(kind, byte, tmp_path):
 @pytest.mark.once
 def test_a_type_without_numbers_of_its_own(tmp_path):
     file = by_hand(tmp_path / "a.safetensors", {"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}, b"1")
-    with pytest.raises(ValueError, match=r"a\.safetensors: the types must be among .*received: \{'w': 'F4'\}"):
+    with pytest.raises(ValueError, match=r"a\.safetensors: the types must be in .*received: \{'w': 'F4'\}"):
         files.read_state(file)
 
 

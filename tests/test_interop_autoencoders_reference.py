@@ -8,6 +8,7 @@ from keras import ops
 from kdiff import codecs, networks
 from kdiff.interop import autoencoders
 from kdiff.interop import diffusers as interop
+from kdiff.interop.autoencoder_configs import KINDS
 from kdiff.interop.files import read_json, write_json
 from kdiff.interop.weights import assign
 from tests.toys import mostly_once
@@ -168,7 +169,7 @@ def test_tiles(name, size):
     network = networks.AutoencoderKL((8, 16), 4, 1, groups=4)
     network.build()
     model_state = {key: value.numpy() for key, value in model.state_dict().items()}
-    assign(autoencoders.KINDS["AutoencoderKL"].slots(network), model_state, "model")
+    assign(KINDS["AutoencoderKL"].slots(network), model_state, "model")
     if name == "vq":  # any network with one latent an image
         network.encode_pair, network.encode = network.encode, lambda x, training=None: (network.encode_pair(x)[0], None)
     codec = codecs.Latent(network, tiles=16)
@@ -318,7 +319,7 @@ def test_wrong_weights_and_networks(tmp_path):
         autoencoders.save(networks.Tiny(), tmp_path / "again")
     tiny = networks.Tiny(8, depths=(1, 1), up_depths=(1, 1))
     tiny.build()
-    with pytest.raises(ValueError, match=r"diffusers has no \['latents_mean', 'latents_std'\]"):
+    with pytest.raises(ValueError, match=r"diffusers does not support \['latents_mean', 'latents_std'\]"):
         autoencoders.save(codecs.Latent(tiny, [1.0, 2.0, 3.0, 4.0]), tmp_path / "again")
 
 

@@ -190,7 +190,7 @@ def test_other_kinds_are_refused_by_name(layer, tmp_path):
     _, path, model, encoder = given("sd_1", "base", tmp_path)
     state = library.load_file(path)
     state = {name: one for name, one in state.items() if not name.startswith("image_proj.")}
-    with pytest.raises(ValueError, match=f"this is of the kind {ip_adapters.UNKNOWN[layer]}"):
+    with pytest.raises(ValueError, match=f"received the kind {ip_adapters.UNKNOWN[layer]}"):
         ip_adapters.load(model, {**state, f"image_proj.{layer}": torch.ones(2, 2)}, encoder)
     assert "image_prompt" not in model.network.conditions
 
@@ -204,7 +204,7 @@ def test_files_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"`skip=1`; received 24, and skip=0"):
         ip_adapters.load(model, path, encoders.load(folder))
     few = {name: one for name, one in state.items() if not name.startswith("ip_adapter.") or ".1." in name}
-    with pytest.raises(ValueError, match="attends to its text 1 times; this does 4 times"):
+    with pytest.raises(ValueError, match="with 1 layers of attention to text; this one has 4"):
         ip_adapters.load(model, few, folder)
     with pytest.raises(ValueError, match="must have `image_proj` and `ip_adapter`"):
         ip_adapters.load(model, {"image_proj.latents": torch.ones(2)}, folder)
@@ -215,5 +215,5 @@ def test_files_that_do_not_fit(tmp_path):
     ip_adapters.load(model, path, folder)
     with pytest.raises(ValueError, match="without 'image_prompt'"):
         ip_adapters.load(model, path, folder)
-    with pytest.raises(ValueError, match="`where` must be found in the path"):
+    with pytest.raises(ValueError, match="`where` must match the path"):
         ip_adapters.set_scale(model, 0.5, "nowhere")

@@ -13,8 +13,8 @@ from safetensors import numpy as safetensors
 from kdiff import backend
 from kdiff.cascade import stage_seed
 from kdiff.guidance import ClassifierFree
-from kdiff.interop import autoencoders
 from kdiff.interop import diffusers as interop
+from kdiff.interop.autoencoder_configs import KINDS
 from kdiff.interop.configs import complete
 from kdiff.interop.files import read_json, write_json
 from kdiff.random import slerp
@@ -172,7 +172,7 @@ def test_the_published_autoencoder():
     config |= {"up_block_types": ("AttnUpDecoderBlock2D", *kinds[1])}
     with torch.device("meta"):
         state = diffusers.VQModel(**config).state_dict()
-    kind = autoencoders.KINDS["VQModel"]
+    kind = KINDS["VQModel"]
     with backend.unallocated():
         network = kind.network(complete(config, kind.keys, "config.json"), "config.json")
         network.build()
@@ -189,11 +189,11 @@ def test_the_published_autoencoder():
             {"vq_embed_dim": 5},
             "movq.config.json: with `norm_type` 'spatial'.*received: 32, 5",
         ),
-        ("decoder/unet/config.json", {"encoder_hid_dim": 5}, "unet.config.json: .*embeddings of 16 numbers.*it takes"),
+        ("decoder/unet/config.json", {"encoder_hid_dim": 5}, "unet.config.json: .*embeddings of width 16.*it takes"),
         (
             "prior/model_index.json",
             {"_class_name": "DDPMPipeline"},
-            "a `prior` is the folder of one of .*received 'DDPM",
+            "`prior` must be the folder of one of .*received 'DDPM",
         ),
         ("prior/prior/config.json", {"num_layers": "2"}, "prior.config.json: `num_layers` must be a whole number"),
         ("prior/prior/diffusion_pytorch_model.safetensors", "clip_std", r"prior: .*missing: \['clip_std'\]"),
@@ -222,6 +222,6 @@ def test_a_prior_for_another_pipeline_is_refused(folders):
     folder = folders[2]
     for options in ({}, {"text": False}):
         with pytest.raises(
-            ValueError, match=r"a `prior` is the folder of one of .* for 'KandinskyV22CombinedPipeline'"
+            ValueError, match=r"`prior` must be the folder of one of .* for 'KandinskyV22CombinedPipeline'"
         ):
             interop.load(folder / "both", prior=folder / "prior", **options)

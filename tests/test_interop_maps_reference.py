@@ -92,7 +92,7 @@ def test_channels(numbers, wanted):
 
 @pytest.mark.once
 def test_channels_of_no_network():
-    with pytest.raises(ValueError, match=r"^file: the network has 4 channels in and 5 out"):
+    with pytest.raises(ValueError, match=r"^file: the network has 4 input and 5 output channels"):
         maps.maps_of("", 4, 5, False, "file")
 
 

@@ -267,9 +267,9 @@ def test_a_prompt_of_encoders_in_another_order_is_refused(pair):
     prompt = prompts.prompt_of(model.network)
     encoders, tokenizers = prompt.encoders, prompt.tokenizers
     if isinstance(encoders[-1], T5Text):
-        with pytest.raises(ValueError, match="must be CLIPText, and T5Text at the end or not"):
+        with pytest.raises(ValueError, match="must be CLIPText, optionally followed by T5Text"):
             JointPrompt(encoders[::-1], tokenizers[::-1], WIDTH)
-        with pytest.raises(ValueError, match="texts of T5Text must have 300 tokens"):
+        with pytest.raises(ValueError, match="texts for T5Text must have 300 tokens"):
             JointPrompt(encoders, tokenizers, WIDTH, following=300)
     with pytest.raises(ValueError, match=r"`width` must be at least that of the tokens, (36|32); received: 20"):
         JointPrompt(encoders, tokenizers, 20)

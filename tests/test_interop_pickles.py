@@ -171,7 +171,7 @@ KINDS = {
 
 @pytest.mark.parametrize("name", KINDS)
 def test_tensors_without_plain_numbers(name, tmp_path):
-    with pytest.raises(ValueError, match=rf"weights\.pt: .*a tensor must be a plain one.*`{name}`"):
+    with pytest.raises(ValueError, match=rf"weights\.pt: .*tensors must be plain.*`{name}`"):
         files.read_state(saved({"w": KINDS[name]()}, tmp_path))
 
 
@@ -185,7 +185,7 @@ def test_the_form_before_version_1_6(tmp_path):
     tensors = {"w": torch.arange(3.0)}
     check_same(files.read_state(saved(tensors, tmp_path, _use_new_zipfile_serialization=False)), tensors)
     file = saved({**tensors, "args": argparse.Namespace()}, tmp_path, _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match=r"weights\.pt: not a file of tensors alone.*argparse\.Namespace") as raised:
+    with pytest.raises(ValueError, match=r"weights\.pt: not a file of only tensors.*argparse\.Namespace") as raised:
         files.read_state(file)
     assert "\x1b" not in str(raised.value)
     assert "\n" not in str(raised.value)

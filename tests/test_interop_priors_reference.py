@@ -107,5 +107,5 @@ def test_the_published_sizes(config):
 def test_what_it_refuses():
     with pytest.raises(ValueError, match="`norm_in_type` must be one of"):
         priors.prior({"norm_in_type": "layer"}, "config.json")
-    with pytest.raises(ValueError, match="`time_embed_dim` must be that of a token, 2048"):
+    with pytest.raises(ValueError, match="`time_embed_dim` must be the token width, 2048"):
         priors.prior({"time_embed_dim": 5}, "config.json")

@@ -209,7 +209,7 @@ def test_a_network_that_is_not_told_the_step(stages, tmp_path):
     low = model.network.conditions["low"]
     broken = model.network.clone(conditions={**model.network.conditions, "low": Concat(noise=low.noise)})
     broken.build({"time": (None,), "image": (None, 8, 8, 3), "low": (None, 8, 8, 3), "text": (None, 77, 13)})
-    with pytest.raises(ValueError, match=r"diffusers has no such network:\n  .*low"):
+    with pytest.raises(ValueError, match=r"diffusers does not support this network:\n  .*low"):
         interop.save(broken, tmp_path)
     for part in ("unet", "image_noising_scheduler", "scheduler"):
         (tmp_path / part).symlink_to(folder / part)
@@ -221,5 +221,5 @@ def test_a_network_that_is_not_told_the_step(stages, tmp_path):
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").symlink_to(
         folder / "unet" / "diffusion_pytorch_model.safetensors"
     )
-    with pytest.raises(ValueError, match="must take the step of the noise as its `class_embed_type`"):
+    with pytest.raises(ValueError, match="must take the step of the noise by `class_embed_type`"):
         interop.load(tmp_path)

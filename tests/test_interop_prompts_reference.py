@@ -274,5 +274,5 @@ def test_without_text(pair):
 def test_a_text_of_another_width_is_refused(tmp_path):
     theirs = plain(tmp_path, "!", unet(cross_attention_dim=12), diffusers.DDIMScheduler(**TABLE))
     theirs.save_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"must take the text's numbers, 16, as 'context'; it takes: .*12"):
+    with pytest.raises(ValueError, match=r"must take the width of the text, 16, as 'context'; it takes: .*12"):
         interop.load(tmp_path / "saved")

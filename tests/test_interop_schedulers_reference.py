@@ -300,7 +300,7 @@ def test_each_class_loads_or_is_refused_with_its_reason():
     nodes = [node for file in files for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)]
     names = {node.name for node in nodes if node.name.endswith("Scheduler")}
     assert names - schedulers.KINDS.keys() == schedulers.REFUSED.keys()
-    with pytest.raises(ValueError, match="kdiff has no SCMScheduler: it is of networks distilled"):
+    with pytest.raises(ValueError, match="kdiff does not support SCMScheduler: it is for Sana"):
         schedulers.process({"_class_name": "SCMScheduler"}, "file")
 
 

@@ -445,7 +445,7 @@ WRONG = {
         "control_model.input_blocks.0.0.weight": torch.ones(3)
     },
     "not expected: edm_mean (4,)": {"edm_mean": torch.ones(4)},
-    f"[0, 1, 4, 5] channels more in than out; received: 7 in (`{U}input": {
+    f"[0, 1, 4, 5] more input than output channels; received: 7 in (`{U}input": {
         f"{U}input_blocks.0.0.weight": torch.ones(32, 7, 3, 3)
     },
     f"missing: {V}quant_conv.bias": {f"{V}quant_conv.bias": None},
@@ -468,13 +468,13 @@ def test_an_error_names_file_and_key(first, tmp_path, message):
 @pytest.mark.once
 def test_other_files_are_refused(first, states, tmp_path):
     flux = {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": torch.ones(2, 2)}
-    with pytest.raises(ValueError, match=r"not Stable Diffusion in one file.* of Flux"):
+    with pytest.raises(ValueError, match=r"not a single file of Stable Diffusion.* of Flux"):
         single_files.load(flux)
-    with pytest.raises(ValueError, match=r"there is no text encoder, under none of \['cond_stage_model\."):
+    with pytest.raises(ValueError, match=r"no text encoder was found under \['cond_stage_model\."):
         single_files.load(states["sd_1"], first.options["tokenizer"])
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(first.file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"damaged\.safetensors: not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"damaged\.safetensors: not a complete safetensors file"):
         first.load(damaged)
     with pytest.warns(UserWarning, match=r"not expected: edm_mean"):
         single_files.load({**states["sd_1"], "edm_mean": torch.ones(4)}, strict=False)
@@ -517,5 +517,5 @@ def test_padded(tmp_path):
     ):
         np.testing.assert_array_equal(made(TEXTS), wanted(TEXTS))
     assert not np.array_equal(end(TEXTS), mark(TEXTS))
-    with pytest.raises(ValueError, match="the number of a token of the 56 is expected; received: 99"):
+    with pytest.raises(ValueError, match="the id of one of 56 tokens is expected; received: 99"):
         tokenizers.padded(end, 99)

@@ -6,6 +6,7 @@ from keras import ops
 
 from kdiff.interop import autoencoders, prompts, single_files, single_files_sd3
 from kdiff.interop import diffusers as interop
+from kdiff.interop.autoencoder_names import original_slots
 from kdiff.interop.weights import export
 from tests.test_interop_mmdit_reference import KINDS, TEXTS, VAE, X, check, ours_of, pipeline, transformer
 
@@ -48,7 +49,7 @@ def whole(tmp_path_factory):
     theirs.save_pretrained(folder / "saved")
     model = interop.load(folder / "saved")
     state = export(single_files_sd3.sd3_slots(model.network))
-    slots = autoencoders.original_slots(model.codec.autoencoder)
+    slots = original_slots(model.codec.autoencoder)
     state |= export(slot._replace(name=autoencoders.FIRST_STAGE + slot.name) for slot in slots)
     encoders = (theirs.text_encoder, theirs.text_encoder_2, theirs.text_encoder_3)
     for place, encoder in zip(single_files_sd3.TEXT, encoders, strict=True):
@@ -101,14 +102,14 @@ def test_clip_without_a_projection(whole):
 @pytest.mark.once
 def test_what_does_not_fit_is_refused(whole):
     _, state, folder = whole
-    with pytest.raises(ValueError, match="`velocity` and `zero_snr` say nothing"):
+    with pytest.raises(ValueError, match="`velocity` and `zero_snr` do not apply"):
         single_files.load(state, velocity=True)
     bare = {name: array for name, array in state.items() if not name.startswith("text_encoders.")}
-    with pytest.raises(ValueError, match="there are no text encoders, under"):
+    with pytest.raises(ValueError, match="no text encoders were found under"):
         single_files.load(bare, tokenizers_of(folder, 2), codec="identity")
     name = f"{single_files_sd3.UNET}joint_blocks.1.context_block.attn.qkv.weight"
     with pytest.raises(ValueError, match=f"missing: {name}"):
         single_files.load({key: array for key, array in bare.items() if key != name}, codec="identity", image_size=64)
     without = {key: array for key, array in state.items() if not key.startswith(single_files_sd3.TEXT[2])}
-    with pytest.raises(ValueError, match="tokenizer of T5, and no encoder"):
+    with pytest.raises(ValueError, match="tokenizer of T5 was given, but there is no encoder"):
         single_files.load(without, tokenizers_of(folder, 3), codec="identity")

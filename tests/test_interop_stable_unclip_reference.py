@@ -132,9 +132,9 @@ def with_weights(folder, change):
 
 FAULTS = {
     "missing": (lambda state: {"mean": state["mean"]}, r"image_normalizer: .*missing: \['std'\]"),
-    "extra": (lambda state: {**state, "odd": state["mean"]}, r"image_normalizer: .*alone; they have: \['odd'\]"),
-    "shape": (lambda state: {**state, "std": np.ones((1, 3), "float32")}, r"image_normalizer: .*`embedding_dim` .*16"),
-    "sign": (lambda state: {**state, "std": -state["std"]}, "image_normalizer: Standard: .*above 0"),
+    "extra": (lambda state: {**state, "odd": state["mean"]}, r"image_normalizer: .*'mean' and 'std'; found: \['odd'\]"),
+    "shape": (lambda state: {**state, "std": np.ones((1, 3), "float32")}, r"image_normalizer: .*`embedding_dim`, .*16"),
+    "sign": (lambda state: {**state, "std": -state["std"]}, "image_normalizer: Standard: .*positive"),
 }
 
 

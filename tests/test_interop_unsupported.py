@@ -28,13 +28,13 @@ def touch(folder, *names):
 
 LAYOUTS = {
     "pytorch_lora_weights.safetensors": "a LoRA",
-    "adapter_config.json": "PEFT's adapter",
+    "adapter_config.json": "an adapter of PEFT",
     "learned_embeds.bin": "a textual inversion",
     "tokenizer_config.json": "a tokenizer",
     "checkpoint-500/model.safetensors": "the output of a training script",
-    "random_states_0.pkl": r"a checkpoint of training by Accelerate; its weights are those in `model\.safetensors`",
+    "random_states_0.pkl": r"a checkpoint of training by Accelerate; its weights are in `model\.safetensors`",
     "unet/model.onnx": "ONNX",
-    "diffusion_flax_model.msgpack": "Flax's weights",
+    "diffusion_flax_model.msgpack": "weights of Flax",
     "openvino_model.xml": "OpenVINO",
     "weights.h5": "weights of Keras or of keras-cv",
     "v1-5-pruned.ckpt": r"a model in one file; kdiff\.interop\.single_files reads",
@@ -64,19 +64,19 @@ def test_weights_of_others_in_the_right_folder(tmp_path):
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     touch(tmp_path, "diffusion_flax_model.msgpack")
     assert "no weights; expected one of" in message(diffusers.load, tmp_path)
-    assert "this is Flax's weights" in message(diffusers.load, tmp_path)
+    assert "this is weights of Flax" in message(diffusers.load, tmp_path)
 
 
 def test_names_of_the_hub_and_files_in_place_of_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = message(diffusers.load, "google/ddpm-cifar10-32")
-    assert "no such file, nor its folder; kdiff fetches nothing" in words
+    assert "neither the file nor its folder exists; kdiff downloads nothing" in words
     assert "snapshot_download('google/ddpm-cifar10-32')" in words
     assert "snapshot" not in message(diffusers.load, tmp_path / "no" / "where")
     touch(tmp_path, "model.safetensors", "model.keras")
-    assert "must be a folder; it is a file; a file of weights alone" in message(diffusers.load, "model.safetensors")
-    assert "it is a file; this is a whole model of Keras" in message(diffusers.load, "model.keras")
-    assert "received: '.keras'; this is a whole model of Keras" in message(files.read_state, "model.keras")
+    assert "must be a folder; it is a file; use kdiff.interop.original" in message(diffusers.load, "model.safetensors")
+    assert "it is a file; this is a full model of Keras" in message(diffusers.load, "model.keras")
+    assert "received: '.keras'; this is a full model of Keras" in message(files.read_state, "model.keras")
 
 
 def test_pointers_of_git_lfs(tmp_path):
@@ -84,22 +84,22 @@ def test_pointers_of_git_lfs(tmp_path):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     (tmp_path / "diffusion_pytorch_model.safetensors").write_text(pointer)
     words = message(diffusers.load, tmp_path)
-    assert "diffusion_pytorch_model.safetensors: a pointer of git-LFS" in words
+    assert "diffusion_pytorch_model.safetensors: the file is only a pointer of git-LFS" in words
     (tmp_path / "weights.pt").write_text(pointer)
     assert "`git lfs pull`" in message(original.dit, tmp_path / "weights.pt")
 
 
 STATES = {
-    "lora_unet_down_blocks_0.lora_down.weight": "a LoRA's",
-    "unet.down_blocks.0.to_q.lora.up.weight": "a LoRA's",
+    "lora_unet_down_blocks_0.lora_down.weight": "those of a LoRA",
+    "unet.down_blocks.0.to_q.lora.up.weight": "those of a LoRA",
     "model.diffusion_model.input_blocks.0.0.weight": "those of Stable Diffusion in one file",
-    "controlnet_cond_embedding.conv_in.weight": "a ControlNet's",
-    "emb_params": "a textual inversion's",
+    "controlnet_cond_embedding.conv_in.weight": "those of a ControlNet",
+    "emb_params": "those of a textual inversion",
     "model.init_conv.weight": "those of denoising-diffusion-pytorch's U-Net",
     "all_modules.0.weight": "those of score_sde_pytorch's networks",
     "model.enc.64x64_conv.weight": "those of EDM's networks",
     "double_blocks.0.img_attn.qkv.weight": "those of the transformer of Flux",
-    "blocks.0.weight.absmax": "numbers with scales beside them",
+    "blocks.0.weight.absmax": "quantised values with scales",
 }
 
 
@@ -114,7 +114,7 @@ def test_a_prefix_is_named():
     state = {f"net.{name}": array for name, array in simple().items()}
     network = original.simple_unet(simple())
     words = message(weights.assign, original.simple_slots(network), state, "file")
-    assert "arrays do not match the network, whose names stand after 'net.' in the file" in words
+    assert "arrays do not match the network, whose names have the prefix 'net.' in the file" in words
 
 
 def test_long_lists_are_cut_by_kind():

@@ -211,23 +211,23 @@ def test_in_mixed_precision():
 @pytest.mark.once
 def test_errors(tmp_path):
     model, _ = model_of()
-    with pytest.raises(ValueError, match=r"must take text by a `kdiff\.encoders\.Prompt`"):
+    with pytest.raises(ValueError, match=r"must have a `kdiff\.encoders\.Prompt`"):
         inversion.add(compiled_model(), "<toy>", "a")
     bytes_alone = Prompt(CLIPText(300, LENGTH, 8, 1, 2, 12), Bytes(LENGTH))
     with pytest.raises(ValueError, match=r"CLIPText with a JSONTokenizer.*Bytes"):
         inversion.add(model_of(bytes_alone)[0], "<toy>", "a")
-    with pytest.raises(ValueError, match=r"of one token, or of 3; 'a b' is of 2"):
+    with pytest.raises(ValueError, match=r"have one token, or 3; 'a b' has 2"):
         inversion.add(model, "<toy>", "a b", 3)
     with pytest.raises(ValueError, match="`vectors` must be"):
         inversion.add(model, "<toy>", "a", 0)
     with pytest.raises(ValueError, match="no encoder has the token '<toy>'"):
         inversion.enable(model, "<toy>")
     inversion.add(model, "<toy>", "a")
-    with pytest.raises(ValueError, match=r"that the vocabulary does not have.*'<toy>', and it has"):
+    with pytest.raises(ValueError, match=r"that is not in the vocabulary.*'<toy>', which is known as"):
         inversion.add(model, "<toy>", "a")
     inversion.enable(model, "<toy>")
     for function in (lambda: inversion.enable(model, "<toy>"), lambda: inversion.add(model, "<b>", "a")):
         with pytest.raises(ValueError, match="finish"):
             function()
-    with pytest.raises(ValueError, match="its encoders learn, so texts must be strings, or tokens"):
+    with pytest.raises(ValueError, match="its encoders are trained, so texts must be strings or tokens"):
         sampled(model, np.zeros((2, LENGTH), "float32"))

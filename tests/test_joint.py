@@ -100,10 +100,10 @@ def test_multiply_adds():
     ("make", "message"),
     [
         (lambda: JointBlock(keras.layers.Dense(3)), "must be a TransformerBlock"),
-        (lambda: JointBlock(TransformerBlock(2, pattern=blocks.Window(2))), "all of image and text attend to all"),
+        (lambda: JointBlock(TransformerBlock(2, pattern=blocks.Window(2))), "joint attention is global"),
         (lambda: JointBlock(TransformerBlock(2, rotary="rotary")), "without rotary positions"),
-        (lambda: JointBlock(TransformerBlock(2)).build(MAP), "`context` is needed"),
-        (lambda: JointBlock(TransformerBlock(2)).build(MAP, None, (2, 5, 7)), "must have the 8 channels of `x`"),
+        (lambda: JointBlock(TransformerBlock(2)).build(MAP), "`context` is required"),
+        (lambda: JointBlock(TransformerBlock(2)).build(MAP, None, (2, 5, 7)), "must have 8 channels, as `x` has"),
         (lambda: PositionTable(4)(np.zeros((1, 5, 4, 8), "float32")), "must be at most 4 x 4"),
         (lambda: PositionTable(4)(np.zeros((1, 4, 8), "float32")), "must be a map"),
         (lambda: PositionTable(4)(np.zeros((1, 4, 4, 6), "float32")), "a multiple of 4"),

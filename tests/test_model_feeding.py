@@ -68,7 +68,7 @@ def test_lists_are_arrays():
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (LABELS + 0.5, "whole numbers; received 0.5"),
+        (LABELS + 0.5, "integers; received 0.5"),
         (LABELS + 3, "`label` holds 10, which stands for none; classes are 0..9: subtract 1"),
         (LABELS - 1, r"must be in 0\.\.10; received -1"),
     ],
@@ -96,7 +96,7 @@ def test_labels_that_are_none(labels, message):
 def test_labels_of_another_kind(labels, message):
     with pytest.raises(ValueError, match=message):
         model(labelled=True, built=False).fit(PIXELS, labels, verbose=0)
-    with pytest.raises(ValueError, match="whole numbers"):
+    with pytest.raises(ValueError, match="must be integers"):
         model(labelled=True).sample(2, label=[0.5, 2.0], steps=1)
 
 

@@ -242,11 +242,11 @@ def test_errors_of_the_input():
     cases = [
         ({k: v for k, v in good.items() if k != "label"}, "net: the input 'label' is missing"),
         ({k: v for k, v in good.items() if k != "time"}, "the input 'time' is missing"),
-        ({**good, "lable": good["label"]}, r"'lable' is unknown; `conditions` has: \['label'\]"),
+        ({**good, "lable": good["label"]}, r"'lable' is unknown; `conditions` are: \['label'\]"),
         ({**good, "label": good["label"][:1]}, "'label' must have the batch size of the image, 2"),
         (image(2, 8), r"\(batch, height, width, channels\).*received: \(2, 8\)"),
-        (image(2, 8, 10, 1), "3 levels need a width that 4 divides; received: 10. The nearest that fit: 8 or 12"),
-        (image(2, 2, 8, 1), "a height that 4 divides; received: 2. The nearest that fit: 4"),
+        (image(2, 8, 10, 1), "3 levels need a width divisible by 4; received: 10. The nearest that fit: 8 or 12"),
+        (image(2, 2, 8, 1), "a height divisible by 4; received: 2. The nearest that fit: 4"),
     ]
     for inputs, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -258,26 +258,26 @@ def test_errors_of_the_input():
 @pytest.mark.once
 def test_errors_of_arguments():
     cases = [
-        (lambda: UNet([]), "`levels` must be one `Level` or more"),
+        (lambda: UNet([]), "`levels` must be at least one `Level`"),
         (lambda: UNet(3), r"list of `Level`s; received: 3.*UNet.residual\(width=64, levels=3\)"),
         (lambda: NCSNpp(3), "NCSNpp: `levels` must be a list of `Level`s; received: 3"),
         (lambda: Hybrid(3), "Hybrid: `levels` must be a list of `Level`s; received: 3"),
-        (lambda: NCSNpp(3.0), "NCSNpp: `levels` must be one `Level` or more; received: 3.0"),
-        (lambda: SimpleUNet(64), r"SimpleUNet: `widths` must be one width a level.*received: 64"),
+        (lambda: NCSNpp(3.0), "NCSNpp: `levels` must be at least one `Level`; received: 3.0"),
+        (lambda: SimpleUNet(64), r"SimpleUNet: `widths` must be one width per level.*received: 64"),
         (lambda: UNet([Level(8, mixer=keras.layers.MultiHeadAttention(2, 4))]), r"SelfAttention\(heads=2\)"),
         (lambda: UNet.basic(levels=0), "`levels`.*received: 0"),
         (lambda: UNet.basic(multipliers=(1, 2)), "`multipliers` must be 3 numbers"),
         (lambda: UNet.attention(at=(3,)), r"`at` must be within -3 \.\.\. 2; received: 3"),
         (lambda: Level(0), "Level: `width`"),
         (lambda: Level(8, -1), "Level: `depth`"),
-        (lambda: Hybrid([Level(8, 0)]), "Hybrid: each of `levels` must have a `depth` of 1 or more"),
+        (lambda: Hybrid([Level(8, 0)]), "Hybrid: each of `levels` must have a `depth` of at least 1"),
         (lambda: UNet([Level(8, block="layer_norm")]), "must have an argument `width`"),
         (lambda: UNet.basic(out_channels=0), "`out_channels`"),
     ]
     for function, message in cases:
         with pytest.raises(ValueError, match=message):
             function()
-    with pytest.raises(TypeError, match=r"\['block'\] are what this kind.*UNet.composed"):
+    with pytest.raises(TypeError, match=r"\['block'\] are fixed for this kind.*UNet.composed"):
         UNet.residual(8, block=blocks.ConvBlock())
 
 
@@ -285,14 +285,14 @@ def test_errors_of_arguments():
 def test_errors_of_condition_layers():
     for network in (lambda **options: UNet.basic(8, 1, 1, **options), lambda **options: MLP(8, 1, **options)):
         for wrong in (["label"], {"label": 10}, "label"):
-            with pytest.raises(TypeError, match=f"`conditions` must be layers by name.*{re.escape(repr(wrong))}"):
+            with pytest.raises(TypeError, match=f"`conditions` must map names to layers.*{re.escape(repr(wrong))}"):
                 network(conditions=wrong)
     narrow = UNet.basic(**SMALL, conditions={"label": blocks.LabelEmbedding(3, width=5)})
-    with pytest.raises(ValueError, match=r"condition 'label' must give \(batch, 32\)"):
+    with pytest.raises(ValueError, match=r"condition 'label' must return \(batch, 32\)"):
         narrow(arrays(narrow))
     layers = {"words": blocks.LearnedEmbedding(7, width=5), "clip": keras.layers.Dense(6)}
     uneven = UNet.basic(**SMALL, conditions=layers)
-    with pytest.raises(ValueError, match="must give them one width"):
+    with pytest.raises(ValueError, match="must have one width"):
         uneven(arrays(uneven))
 
 

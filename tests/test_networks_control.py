@@ -202,31 +202,31 @@ def test_errors():
     deep = UNet.transformer(4, levels=2, depth=2)
     with pytest.raises(ValueError, match=r"has no weights yet"):
         control.add(kdiff.DiffusionModel(deep), edges=one)
-    with pytest.raises(ValueError, match=r"ControlNet.of: `network` must be a UNet that is built"):
+    with pytest.raises(ValueError, match=r"ControlNet.of: `network` must be a built UNet"):
         ControlNet.of(deep)
     with pytest.raises(ValueError, match=r"conditions cannot be named \['image'\]"):
         control.add(model, image=one)
-    with pytest.raises(ValueError, match=r"'label' is an input already"):
+    with pytest.raises(ValueError, match=r"'label' is already an input"):
         control.add(model, label=one)
-    with pytest.raises(ValueError, match=r"must have the levels of the U-Net.*\(4, 1\).*it has: .*\(4, 2\)"):
+    with pytest.raises(ValueError, match=r"must have the levels of the U-Net.*\(4, 1\).*received: .*\(4, 2\)"):
         Controlled(model.network, {"edges": ControlNet(deep.levels)})
-    with pytest.raises(TypeError, match=r"`controls` must be ControlNets by name"):
+    with pytest.raises(TypeError, match=r"`controls` must be a non-empty mapping"):
         Controlled(model.network, {"edges": deep})
     with pytest.raises(TypeError, match=r"`network` must be a UNet"):
         Controlled(kdiff.networks.DiT(64, 1), {"edges": one})
     with_control(model)
-    with pytest.raises(ValueError, match=r"names already: \['edges'\]"):
+    with pytest.raises(ValueError, match=r"controls of these names: \['edges'\]"):
         control.add(model, edges=one)
-    with pytest.raises(ValueError, match=r"must be 1 times as high and wide as x_t, \(8, 8\); received: \(16, 16\)"):
+    with pytest.raises(ValueError, match=r"must be 1 times the size of x_t, \(8, 8\); received: \(16, 16\)"):
         sample(model, edges=np.zeros((16, 16, 3), "float32"))
     with pytest.raises(ValueError, match=r"in \[-1, 1\], where black is -1; received 0 to 255"):
         sample(model, edges=np.float32([[[0, 1, 255]]]))
-    with pytest.raises(ValueError, match=r"`edges_scale` must be one number, or 5, one a map"):
+    with pytest.raises(ValueError, match=r"`edges_scale` must be one number, or 5, one per map"):
         sample(model, edges=EDGES[0], edges_scale=np.ones((2, 3), "float32"))
     with pytest.raises(ValueError, match=r"\['edges_scale'\] must be given to all questions of a batch"):
         sample(model, edges=EDGES[0], guidance=ClassifierFree(2.0, negative={"edges_scale": 0.0, "text": TEXT[1]}))
     model.compile("adam")
-    with pytest.raises(ValueError, match=r"training needs one of the pictures \['edges'\]"):
+    with pytest.raises(ValueError, match=r"training needs at least one of the pictures \['edges'\]"):
         model.fit(data(), verbose=0)
     for options in ({"begin": 1.5}, {"end": [0.2, -1]}, {"scale": "x"}):
         with pytest.raises(ValueError, match=f"Control: `{next(iter(options))}`"):

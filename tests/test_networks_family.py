@@ -387,7 +387,7 @@ def test_errors():
     cases = [
         (
             lambda: DiT(16, 1, 3).build({"image": (1, 8, 8, 2), "time": (1,)}),
-            "patches of 3 need a height that 3 divides",
+            "patches of 3 need a height divisible by 3",
         ),
         (lambda: UViT(16, 4), "`depth` must be odd"),
         (
@@ -397,8 +397,8 @@ def test_errors():
             "the width of the network",
         ),
         (lambda: UViT(16, 3).build({"image": (1, None, 8, 2), "time": (1,)}), "must be known"),
-        (lambda: Hybrid([]), "`levels` must be one"),
-        (lambda: Hybrid.composed((8, 8), (1,)), "must be as many"),
+        (lambda: Hybrid([]), "`levels` must be at least one"),
+        (lambda: Hybrid.composed((8, 8), (1,)), "must have the same length"),
         (lambda: MLP(0), "MLP: `width`"),
         (lambda: MLP().build({"image": (1, 8, 8, 2), "time": (1,)}), r"\(batch, channels\)"),
         (lambda: networks.flops(keras.Sequential([keras.layers.Dense(2)]), (2,)), "must be built"),

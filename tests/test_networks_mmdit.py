@@ -62,11 +62,11 @@ def test_trained_in_mixed_precision(remat):
 
 @pytest.mark.once
 def test_refused():
-    with pytest.raises(ValueError, match="a condition must give tokens"):
+    with pytest.raises(ValueError, match="a condition must return tokens"):
         MMDiT(16, 2, conditions={"label": LabelEmbedding(3)}).build(
             {"image": (1, 4, 4, 1), "time": (1,), "label": (1,)}
         )
-    with pytest.raises(ValueError, match=r"`dual` must be numbers of blocks, 0 to 1; received: \[2\]"):
+    with pytest.raises(ValueError, match=r"`dual` must be indices of blocks in 0..1; received: \[2\]"):
         MMDiT(16, 2, dual=[2])
     with pytest.raises(ValueError, match="`version` must be one of"):
         published.stable_diffusion_3("4")

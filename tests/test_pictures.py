@@ -123,7 +123,7 @@ def test_captions_in_files(tmp_path):
     with pil.open(path) as animation:
         assert (animation.n_frames, animation.size) == (2, expected.shape[1::-1])
     for write, picture in ((pictures.save_png, expected), (pictures.save_gif, [expected])):
-        with pytest.raises(ValueError, match="belong to a batch"):
+        with pytest.raises(ValueError, match="need a batch"):
             write(tmp_path / "b.png", picture, captions=["a", "b", "c"])
 
 

@@ -173,7 +173,7 @@ def test_hub_text_of_a_preset(hub, tmp_path):
 def test_an_encoder_of_objects_is_not_saved(hub):
     encoder = HubText(*clip(hub), length=12).clone()
     assert encoder.backbone is None
-    with pytest.raises(ValueError, match=r"there is no backbone.*give embeddings in place of strings"):
+    with pytest.raises(ValueError, match=r"there is no backbone.*pass embeddings instead of strings"):
         encoder("red")
     with pytest.raises(ValueError, match="needs a `tokenizer`"):
         HubText(clip(hub)[0])

@@ -179,7 +179,7 @@ def test_errors():
         (lambda: blocks.Unpatchify(2, 2)(x[0, 0]), "map.*or tokens"),
         (lambda: blocks.FeedForward(0), "`ratio`.*received: 0"),
         (lambda: blocks.TransformerBlock(ratio="4"), "`ratio`.*received: '4'"),
-        (lambda: blocks.TransformerBlock(gated=True)(x), "`embed` is needed"),
+        (lambda: blocks.TransformerBlock(gated=True)(x), "`embed` is required"),
         (lambda: blocks.SpatialTransformer(0), "`depth`.*received: 0"),
         (lambda: blocks.SpatialTransformer(1, 3)(x), "`heads` must divide the 8 channels"),
         (lambda: blocks.SpatialTransformer()(x[0, 0]), "map.*or tokens"),

@@ -174,19 +174,19 @@ def test_what_it_refuses(unclip, images):
         UnCLIP(unclip.prior, unclip.decoder, embedding="z")
     narrow = DiffusionModel(unclip.prior.network.clone(), ema=None, codec="identity")
     narrow.build({"image": (None, 5), "text": (None, *unclip.prior.network.conditions["text"].row)})
-    with pytest.raises(ValueError, match=r"makes \(5,\), and the decoder takes \(6,\)"):
+    with pytest.raises(ValueError, match=r"returns \(5,\), but the decoder takes \(6,\)"):
         UnCLIP(narrow, unclip.decoder)
     with pytest.raises(ValueError, match=r"no part takes \['label'\]"):
         unclip.sample(1, text="red", label=3)
     with pytest.raises(ValueError, match="needs a `clip`, and a `text`"):
         UnCLIP(unclip.prior, unclip.decoder).sample(1, text="red", best_of=2)
-    with pytest.raises(ValueError, match="embedded by a `clip`"):
+    with pytest.raises(ValueError, match="embedding images needs a `clip`"):
         UnCLIP(unclip.prior, unclip.decoder).variations(images)
     with pytest.raises(ValueError, match="`after` and `before` must differ"):
         unclip.difference(images[0], "red", "red")
     with pytest.raises(NotImplementedError, match="evaluate each part"):
         unclip.fit(images)
-    with pytest.raises(NotImplementedError, match="it draws"):
+    with pytest.raises(NotImplementedError, match=r"use `unclip\.sample"):
         unclip(images)
 
 

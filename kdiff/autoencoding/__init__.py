@@ -1,4 +1,4 @@
-"""Training autoencoders: `AutoencoderTrainer(AutoencoderKL(...)).fit(images)`, and the losses that it takes."""
+"""Training autoencoders: `AutoencoderTrainer(AutoencoderKL(...)).fit(images)`, and loss terms for it."""
 
 from kdiff.autoencoding.callback import ReconstructionCallback
 from kdiff.autoencoding.discriminator import PatchDiscriminator

@@ -1,4 +1,4 @@
-"""Reconstructions that show how an autoencoder learns."""
+"""Pictures of reconstructions during the training of an autoencoder."""
 
 import os
 import warnings
@@ -14,15 +14,15 @@ __all__ = ["ReconstructionCallback"]
 
 
 class ReconstructionCallback(keras.callbacks.Callback):
-    """Leaves `reconstructions-epoch-0001.png`, ... in `folder`: images above what the autoencoder makes of them.
+    """Writes `reconstructions-epoch-0001.png`, ... to `folder`: images above their reconstructions.
 
-    A failure while it draws is a warning; it never stops training.
+    A failure while drawing is a warning and does not stop training.
 
     Args:
-        folder: where the files go; made if it is not there.
+        folder: the folder of the files, created if it does not exist.
         images: a batch, uint8 or in [-1, 1].
-        every: how many epochs lie between two pictures.
-        columns: pairs in a row; None for all of them.
+        every: the number of epochs between two pictures.
+        columns: the number of pairs per row; None for all.
     """
 
     def __init__(self, folder: str | os.PathLike, images: np.ndarray, every: int = 1, columns: int | None = None):
@@ -33,17 +33,17 @@ class ReconstructionCallback(keras.callbacks.Callback):
         pictures.pillow()
 
     def on_epoch_end(self, epoch, logs=None):
-        """Draws, if it is time."""
+        """Draws every `every` epochs."""
         if (epoch + 1) % self.every:
             return
         try:
             path = self.folder / f"reconstructions-epoch-{epoch + 1:04d}.png"
             pictures.save_png(path, self.pairs(), self.columns)
-        except Exception as error:  # whatever it is, training is worth more
+        except Exception as error:  # training goes on, whatever the error
             warnings.warn(f"ReconstructionCallback: no picture of epoch {epoch + 1}: {error}", stacklevel=2)
 
     def pairs(self) -> np.ndarray:
-        """Rows of images, each followed by the row of what is made of them."""
+        """Rows of images, each followed by the row of their reconstructions."""
         made = pictures.to_uint8(self.model.reconstruct(self.images))
         given = pictures.to_uint8(self.images)
         rows = [slice(i, i + self.columns) for i in range(0, len(made), self.columns)]

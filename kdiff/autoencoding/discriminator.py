@@ -1,4 +1,4 @@
-"""A discriminator of patches: whether each part of a picture is from the data or from the decoder."""
+"""A patch discriminator: whether each part of a picture is real or reconstructed."""
 
 import keras
 from keras import ops
@@ -13,14 +13,14 @@ __all__ = ["PatchDiscriminator"]
 
 
 class PatchDiscriminator(ConfigurableLayer, keras.Model):
-    """4x4 convolutions, of which each number at the end sees a patch of the picture (70 pixels wide with a depth of 3).
+    """4x4 convolutions, with an output for each patch of the picture (70 pixels wide at depth 3).
 
-    Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks" (2017), section 3.2.2, as Esser et
-    al., "Taming Transformers" (2021), have it; with group norms in place of batch norms, which have no state.
+    Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks" (2017), section 3.2.2, as in Esser
+    et al., "Taming Transformers" (2021), but with group norms, which are stateless, instead of batch norms.
 
     Args:
-        width: the channels of the first layer, doubled in each up to eight times as many.
-        depth: how many convolutions there are between the first and the last; the size is halved so often.
+        width: the channels of the first layer, doubled in each following layer up to a factor of eight.
+        depth: the number of convolutions with stride 2.
         kwargs: `name` and `dtype`.
     """
 
@@ -48,7 +48,7 @@ class PatchDiscriminator(ConfigurableLayer, keras.Model):
         build_layer(self.chain, tuple(input_shape))
 
     def call(self, images, training=None):
-        """(batch, height, width, channels) to (batch, height', width', 1): high where it looks real."""
+        """Maps (batch, height, width, channels) to logits (batch, height', width', 1), high for real images."""
         return self.chain(ops.cast(images, self.compute_dtype), training=training)
 
     def compute_output_shape(self, input_shape):

@@ -1,9 +1,9 @@
-"""Perceptual terms by a trained network: how far the features of a reconstruction are from those of its image.
+"""Perceptual loss terms: the distance between features of an image and of its reconstruction in a trained network.
 
-    Features(network)                                        any Keras model of images, its outputs or named layers
+    Features(network)                                        any Keras model of images, by its outputs or named layers
     LPIPS(vgg16("vgg16.pth"), "lpips_vgg.pth")               with the calibrated heads of the LPIPS package
 
-Nothing is downloaded: the files are the user's.
+Nothing is downloaded: the user provides the files.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from kdiff.interop.weights import Slot, assign
 
 __all__ = ["LPIPS", "SCALE", "SHIFT", "VGG16", "Features", "vgg16"]
 
-# What images in [-1, 1] are normalised by: ImageNet's mean and deviation (Zhang et al. 2018, their code).
+# The normalisation of images in [-1, 1] by ImageNet's mean and std (Zhang et al. 2018, their code).
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
@@ -33,10 +33,10 @@ class Features(Term):
     equal weights. The network is not trained.
 
     Args:
-        network: a built functional Keras model of images (batch, height, width, channels), whose range is its own
-            affair: a first layer `Rescaling` makes it what it was trained on.
-        layers: the names of those of its layers that are compared; None for all of its outputs.
-        weight: of the term.
+        network: a built functional Keras model of images (batch, height, width, channels) in [-1, 1]; a first layer
+            `Rescaling` can convert the range.
+        layers: the names of the layers that are compared; None for all outputs.
+        weight: the weight of the term.
     """
 
     def __init__(self, network: keras.Model, layers: Sequence[str] | None = None, weight: float = 1.0):
@@ -51,7 +51,7 @@ class Features(Term):
         network.trainable = self._inner.trainable = False
 
     def maps(self, images) -> list[Any]:
-        """The features, float32."""
+        """The features of images, float32."""
         return [ops.cast(one, "float32") for one in keras.tree.flatten(self._inner(images, training=False))]
 
     def call(self, x, y):
@@ -75,14 +75,14 @@ class LPIPS(Features):
 
         sum_l mean_hw sum_c w_lc (f_lc(x) / |f_l(x)| - f_lc(y) / |f_l(y)|)^2
 
-    Zhang et al. (2018), equation 1. Images in [-1, 1] are normalised as the trunk expects, so its network takes what
-    `vgg16` does.
+    Zhang et al. (2018), equation 1. Images in [-1, 1] are normalised for the trunk, so the network must accept the same
+    input as `vgg16`.
 
     Args:
-        network: the trunk, with as many outputs as there are heads.
+        network: the trunk, with one output per head.
         heads: a file with the arrays "lin0.model.1.weight", ..., such as `weights/v0.1/vgg.pth` of the LPIPS package,
-            or these in a mapping, or a list of arrays of the channels' weights.
-        weight: of the term.
+            or a mapping of these, or a list of arrays of channel weights.
+        weight: the weight of the term.
     """
 
     def __init__(self, network: keras.Model, heads: Any, weight: float = 1.0):
@@ -91,7 +91,7 @@ class LPIPS(Features):
         widths = [output.shape[-1] for output in keras.tree.flatten(network.outputs)]
         if widths != [len(head) for head in self.heads]:
             received = [len(head) for head in self.heads]
-            raise ValueError(f"LPIPS: the trunk gives maps of {widths} channels; the heads are for {received}")
+            raise ValueError(f"LPIPS: the trunk returns maps of {widths} channels, but the heads are for {received}")
 
     def maps(self, images):
         shift, scale = ops.convert_to_tensor(SHIFT, "float32"), ops.convert_to_tensor(SCALE, "float32")
@@ -118,11 +118,11 @@ VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)
 
 
 def vgg16(source: str | Path | State | None = None, stages: Sequence[Sequence[int]] = VGG16) -> keras.Model:
-    """The convolutions of VGG16, with an output after the last of each stage: relu1_2, relu2_2, relu3_3, ...
+    """The convolutions of VGG16, with an output after the last one of each stage: relu1_2, relu2_2, relu3_3, ...
 
     Args:
-        source: a file of torchvision's weights, or its state dict: "features.0.weight", "features.0.bias",
-            "features.2.weight", ... ; None for random ones.
+        source: a file of weights of torchvision, or its state dict: "features.0.weight", "features.0.bias",
+            "features.2.weight", ... ; None for random weights.
         stages: the widths of the convolutions of each stage.
 
     Raises:

@@ -1,8 +1,8 @@
-"""How far a reconstruction is from its image, beyond the pixels: terms of a loss that need no trained network.
+"""Reconstruction losses beyond the pixels that need no trained network.
 
     distance = term(x, y)      two batches of images in [-1, 1] -> (batch,)
 
-Absolute or squared errors alone give blurred pictures. These compare edges, bands of frequencies and local statistics.
+Pixelwise losses alone give blurred pictures. These compare edges, frequency bands and local statistics.
 """
 
 from typing import Any
@@ -18,10 +18,10 @@ __all__ = ["MSSSIM", "SCALES", "Gradients", "Laplacian", "Term"]
 
 
 class Term(Configurable, keras.layers.Layer):
-    """The base of the terms. A new one defines `call(x, y)`, which gives (batch,) and is 0 where x = y.
+    """The base of loss terms. A subclass defines `call(x, y)`, which returns (batch,) and is 0 if x = y.
 
     Args:
-        weight: by which the loss of an autoencoder counts it.
+        weight: the weight of the term in the loss of an autoencoder.
     """
 
     def __init__(self, weight: float = 1.0):
@@ -35,15 +35,15 @@ class Term(Configurable, keras.layers.Layer):
 
 
 class Gradients(Term):
-    """The absolute error of the differences between neighbours, along height and along width.
+    """The absolute error of the differences between neighbouring pixels, along height and width.
 
         mean |d_h x - d_h y| + mean |d_w x - d_w y|
 
-    Mathieu et al., "Deep Multi-Scale Video Prediction Beyond Mean Square Error" (2016), equation 6, of signed
+    Mathieu et al., "Deep Multi-Scale Video Prediction Beyond Mean Square Error" (2016), equation 6, with signed
     differences.
 
     Args:
-        weight: of the term.
+        weight: the weight of the term.
     """
 
     def call(self, x, y):
@@ -54,7 +54,7 @@ class Gradients(Term):
 
 
 class Laplacian(Term):
-    """The absolute error of each band of a Laplacian pyramid, and of what is left of the image above it.
+    """The absolute error of each band of a Laplacian pyramid, and of the remaining low-resolution image.
 
         sum_j mean |L_j(x) - L_j(y)|,    L_j = G_j - up(G_(j+1)),    G_(j+1) = the average of each 2 x 2 pixels of G_j
 
@@ -62,8 +62,8 @@ class Laplacian(Term):
     Latent Space of Generative Networks" (2018), section 3.2.
 
     Args:
-        levels: the number of bands, whose 2^levels must divide height and width.
-        weight: of the term.
+        levels: the number of bands; 2^levels must divide height and width.
+        weight: the weight of the term.
     """
 
     def __init__(self, levels: int = 3, weight: float = 1.0):
@@ -92,14 +92,14 @@ class MSSSIM(Term):
         1 - prod_j c_j^w_j l_J^w_J,    l = (2 m_x m_y + C1) / (m_x^2 + m_y^2 + C1),
                                        c = (2 s_xy + C2) / (s_x^2 + s_y^2 + C2)
 
-    each averaged over the image, and negative ones taken for 0. Wang et al., "Multiscale Structural Similarity for
-    Image Quality Assessment" (2003), equation 7, with K1 = 0.01, K2 = 0.03 of a range of 2.
+    each averaged over the image, and clipped at 0. Wang et al., "Multiscale Structural Similarity for Image Quality
+    Assessment" (2003), equation 7, with K1 = 0.01, K2 = 0.03 of a range of 2.
 
     Args:
-        levels: the number of scales, up to five, of which the exponents are made to add up to 1.
-        window: the side of the window, at most that of the smallest image.
+        levels: the number of scales, up to five, whose exponents are normalised to sum to 1.
+        window: the side of the window, at most the size of the coarsest image.
         sigma: its standard deviation.
-        weight: of the term.
+        weight: the weight of the term.
     """
 
     def __init__(self, levels: int = 3, window: int = 7, sigma: float = 1.5, weight: float = 1.0):
@@ -137,7 +137,7 @@ class MSSSIM(Term):
         return luminance, (2.0 * covariance + second) / (variances + second)
 
     def _blurred(self, x):
-        """Means in the window, where it is inside the image."""
+        """Window means, where the window is inside the image."""
         taps = np.exp(-0.5 * ((np.arange(self.window) - (self.window - 1) / 2) / self.sigma) ** 2)
         taps = (taps / taps.sum()).tolist()
         height, width = (size - self.window + 1 for size in ops.shape(x)[1:3])
@@ -146,10 +146,10 @@ class MSSSIM(Term):
 
 
 def _mean(x) -> Any:
-    """Over all axes but the first."""
+    """The mean over all axes but the first."""
     return ops.mean(x, axis=tuple(range(1, len(x.shape))))
 
 
 def _mean_of_map(x) -> Any:
-    """(batch, channels)."""
+    """The mean over positions, (batch, channels)."""
     return ops.mean(x, axis=(1, 2))

@@ -1,4 +1,4 @@
-"""Training an autoencoder by Keras' own `fit`: the losses of all players in one sum, each with gradients of its own."""
+"""Training an autoencoder with Keras' own `fit`: all losses in one sum, each with its own gradients."""
 
 import re
 from collections.abc import Sequence
@@ -23,17 +23,17 @@ ERRORS = {"l1": ops.abs, "l2": ops.square}
 
 
 class AutoencoderTrainer(OwnLoss, Configurable, keras.Model):
-    """An autoencoder in training:
+    """A Keras model that trains an autoencoder:
 
-        loss = mean |x - y|^p + sum_k weight_k term_k(x, y) + kl KL / N           the autoencoder's
-             - w mean D'(y) + mean relu(1 - D(x)) / 2 + mean relu(1 + D(y')) / 2    of both players
+        loss = mean |x - y|^p + sum_k weight_k term_k(x, y) + kl KL / N           of the autoencoder
+             - w mean D'(y) + mean relu(1 - D(x)) / 2 + mean relu(1 + D(y')) / 2    of both networks
 
-    y is the decoded image, KL the divergence of its latents from N(0, 1), summed, N the numbers in an image, so that
-    `kl` is what the literature has for sums over an image. With a codebook there is |sg(z) - code|^2 + commitment
-    |z - sg(code)|^2 in place of the KL term. D is a discriminator; D' has its weights and y' the image's numbers, but
-    no gradient goes there: each player gets the gradient of its own loss, and Keras' optimizer, accumulation, clipping
-    and saving are as they are. Rombach et al. (2022), appendix G; Esser et al., "Taming Transformers" (2021), section
-    3.1; hinge losses of Lim & Ye (2017).
+    y is the decoded image, KL the divergence of its latents from N(0, 1), summed, and N the number of values in an
+    image, so that `kl` has its usual meaning for sums over an image. With a codebook the KL term is replaced by
+    |sg(z) - code|^2 + commitment |z - sg(code)|^2. D is a discriminator; D' has the same weights and y' the values of
+    y, both without gradients: each network receives the gradient of its own loss, while Keras' optimizer, accumulation,
+    clipping and saving are unchanged. Rombach et al. (2022), appendix G; Esser et al., "Taming Transformers" (2021),
+    section 3.1; hinge losses of Lim & Ye (2017).
 
         trainer = AutoencoderTrainer(AutoencoderKL((32, 64, 64)), terms=[Laplacian(), MSSSIM()])
         trainer.compile("adam")
@@ -41,19 +41,19 @@ class AutoencoderTrainer(OwnLoss, Configurable, keras.Model):
         codec = codecs.Latent.fitted(trainer.autoencoder, images)
 
     Args:
-        autoencoder: of `kdiff.networks`; it is built here, if it is not, and made trainable.
+        autoencoder: one of `kdiff.networks`; it is built if needed, and made trainable.
         reconstruction: "l1" or "l2", the absolute or the squared error of the pixels.
         terms: further `Term`s, such as `Laplacian()` or `Features(network)`.
         kl: the weight of the KL term.
         commitment: the weight of the distance of latents to their codes.
         discriminator: a Keras model of images, such as `PatchDiscriminator()`; None for none.
-        adversarial: w, the weight of the discriminator's judgement.
-        start: the step from which discriminator and judgement count.
-        balance: whether the gradient of the judgement at y is first scaled to that of the other terms (Esser et al.,
-            equation 6, at the image in place of the decoder's last kernel; Défossez et al., "High Fidelity Neural
+        adversarial: w, the weight of the adversarial term.
+        start: the step from which the discriminator is trained and used.
+        balance: whether the gradient of the adversarial term at y is scaled to that of the other terms (Esser et al.,
+            equation 6, at the image instead of the last kernel of the decoder; Défossez et al., "High Fidelity Neural
             Audio Compression", 2022, section 3.4).
-        seed: names the random numbers.
-        name: of the model.
+        seed: for the random numbers.
+        name: the name of the model.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class AutoencoderTrainer(OwnLoss, Configurable, keras.Model):
 
     @property
     def parts(self) -> list[str]:
-        """The names of the parts of the loss, which are reported."""
+        """The names of the reported parts of the loss."""
         regular = "codebook" if hasattr(self.autoencoder, "nearest") else "kl"
         names = [self.reconstruction, regular, *_names(self.terms)]
         return names if self.discriminator is None else [*names, "judgement", "discriminator"]
@@ -107,9 +107,9 @@ class AutoencoderTrainer(OwnLoss, Configurable, keras.Model):
         """Keras' `compile`, without losses.
 
         Args:
-            optimizer: of the autoencoder, and of the discriminator if that has none of its own.
-            discriminator_optimizer: of the discriminator, with a learning rate of its own.
-            options: as of `keras.Model.compile`.
+            optimizer: of the autoencoder, and of the discriminator if it has no separate one.
+            discriminator_optimizer: of the discriminator, with its own learning rate.
+            options: as in `keras.Model.compile`.
         """
         optimizer, other = keras.optimizers.get(optimizer), discriminator_optimizer
         if other is not None:
@@ -148,7 +148,7 @@ class AutoencoderTrainer(OwnLoss, Configurable, keras.Model):
         return {"loss": total, **parts}
 
     def _decoded(self, x, training):
-        """(y, regular, weight): the decoded images, and the term of the latents with its weight."""
+        """(y, regular, weight): the decoded images, and the regulariser of the latents with its weight."""
         mean, log_variance = self.autoencoder.encode(x, training=training)
         if hasattr(self.autoencoder, "nearest"):
             codes, index = self.autoencoder.nearest(mean)
@@ -175,7 +175,7 @@ class AutoencoderTrainer(OwnLoss, Configurable, keras.Model):
         made = self.discriminator(ops.stop_gradient(y), training=training)
         return judgement, 0.5 * (ops.mean(ops.relu(1.0 - real)) + ops.mean(ops.relu(1.0 + made)))
 
-    instead = "it makes images again, `reconstruct(images)`"
+    instead = "it reconstructs images: `reconstruct(images)`"
 
     def _taking(self) -> keras.Model:
         return self.autoencoder
@@ -188,7 +188,7 @@ class AutoencoderTrainer(OwnLoss, Configurable, keras.Model):
         return inputs["image"]
 
     def reconstruct(self, images, batch_size: int = 16) -> np.ndarray:
-        """What the autoencoder makes of images, by their most likely latents, clipped to [-1, 1]; float32."""
+        """Reconstructs images from the means of their latents, clipped to [-1, 1]; float32."""
         images = np.asarray(images)
         check_examples(images, 1.0)
         if images.ndim < 3 or images.shape[-1] != self.autoencoder.channels:
@@ -203,7 +203,7 @@ class AutoencoderTrainer(OwnLoss, Configurable, keras.Model):
 
 
 def balanced(x, weight):
-    """(2, ...): x twice, for two losses, of whose gradients the second is scaled to `weight` times the first.
+    """x twice, (2, ...), for two losses; the gradient of the second is scaled to `weight` times that of the first.
 
     dx = g_0 + weight min(|g_0| / |g_1|, 1e4) g_1
     """
@@ -226,6 +226,6 @@ def _two(pair):
 
 
 def _names(terms: Sequence[Term]) -> list[str]:
-    """A name for each, with a number where a class comes twice."""
+    """A name for each term, numbered if a class occurs twice."""
     names = [type(term).__name__.lower() for term in terms]
     return [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]

@@ -9,18 +9,11 @@ from kdiff.blocks.conditions import Condition, Encoded, Input, Joint, OptionalCo
 from kdiff.blocks.context_attention import AttentionPool, ContextAttention
 from kdiff.blocks.convolution import ConvBlock, ConvNeXtBlock, ResidualBlock, SimpleBlock
 from kdiff.blocks.embedded import ImageEmbedding, MaskedTokens, NoisedEmbedding
-from kdiff.blocks.embeddings import (
-    FourierEmbedding,
-    GuidanceEmbedding,
-    LabelEmbedding,
-    LearnedEmbedding,
-    MLPEmbedding,
-    SinusoidalEmbedding,
-    SizeWaves,
-)
+from kdiff.blocks.embeddings import FourierEmbedding, GuidanceEmbedding, MLPEmbedding, SinusoidalEmbedding, SizeWaves
 from kdiff.blocks.interval import Interval
 from kdiff.blocks.joint import JointBlock
 from kdiff.blocks.layers import Conv2D, Dense
+from kdiff.blocks.lookup import LabelEmbedding, LearnedEmbedding
 from kdiff.blocks.magnitude import (
     MagnitudePreservingBlock,
     MPConv,

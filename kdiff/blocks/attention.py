@@ -1,4 +1,4 @@
-"""Attention between positions: on tokens, on maps, and from either to a context; and the residual branch around it."""
+"""Self-attention and cross-attention on maps and tokens, as layers and as residual blocks."""
 
 import math
 from typing import Any
@@ -6,24 +6,20 @@ from typing import Any
 import keras
 from keras import ops
 
-from kdiff import backend, identity_attention
-from kdiff.base import check_integer, check_number
+from kdiff import identity_attention
+from kdiff.base import check_integer
 from kdiff.blocks.base import (
     Block,
     Tokens,
-    apply_layer,
     build_layer,
     check_given,
     copy_layer,
-    derive_seed,
-    dropout_layer,
-    dropped,
     kernel_initializer,
-    over_positions,
 )
 from kdiff.blocks.layers import Dense
 from kdiff.blocks.patterns import Global, Pattern
 from kdiff.blocks.positions import RelativePositions
+from kdiff.blocks.residual import _Branch
 
 __all__ = [
     "CrossAttention",
@@ -38,29 +34,30 @@ __all__ = [
 
 
 class MultiHeadAttention(Block):
-    """Attention of positions to positions: `softmax(q k^T / sqrt(head_width)) v` in each head, then a dense layer.
+    """Multi-head attention: `softmax(q k^T / sqrt(head_width)) v` in each head, then a dense layer.
 
     Vaswani et al., "Attention Is All You Need" (2017), equation 1 and section 3.2.2. On a map (batch, height, width,
     channels) or tokens (batch, tokens, channels). Queries come from `x`; keys and values from `context`, (batch,
-    tokens, dim), where it is given, else from `x`. What the mask of `Tokens` hides is not attended to; who sees nothing
-    at all gets 0 from the heads.
+    tokens, dim), if it is given, and otherwise from `x`. Masked `Tokens` are not attended to; a query all of whose keys
+    are masked gets 0 from every head.
 
     Args:
         heads: the number of heads.
-        head_width: the channels of a head. Of the two, one that is None follows from the other and the channels of
-            `x`; with neither there is one head.
-        bias: whether the projections to queries, keys and values have one.
-        zero: whether the output layer is zero at first.
-        pattern: a `Pattern` or its name: which positions of `x` attend to which. All attend to all of a context.
-        qk_norm: a template of the normalisations of each head's queries and keys, such as "rms_norm", or None (Henry
+        head_width: the channels per head. If one of the two is None, it follows from the other and the channels of `x`;
+            if both are, there is one head.
+        bias: whether the projections to queries, keys and values have a bias.
+        zero: whether the output layer is initialised to zero.
+        pattern: a `Pattern` or its name: which positions of `x` attend to which. It does not apply to a context.
+        qk_norm: a template of the normalisation of queries and keys in each head, such as "rms_norm", or None (Henry
             et al., "Query-Key Normalization for Transformers", 2020; Dehghani et al., 2023, section 2.1).
-        rotary: `RelativePositions` or their name, applied after that to queries and keys, or None. A context has none.
+        rotary: `RelativePositions` or their name, applied to queries and keys after `qk_norm`, or None. Not for a
+            context.
         output_bias: whether the output layer has a bias.
-        merge: whether there is an output layer; without it the heads stay side by side.
+        merge: whether there is an output layer; without it the heads are concatenated.
 
     Raises:
-        ValueError: if the number given does not divide the channels of `x`, or the pattern or the positions do not suit
-            the shape of `x`.
+        ValueError: if `heads` or `head_width` does not divide the channels of `x`, or the pattern or the positions do
+            not fit the shape of `x`.
     """
 
     def __init__(
@@ -91,13 +88,13 @@ class MultiHeadAttention(Block):
 
     @property
     def split(self) -> tuple[int, int]:
-        """(heads, channels of a head) of a built one."""
+        """(heads, channels per head), once built."""
         return self._split
 
     def attend_beside(self, layer: keras.layers.Layer, count: int) -> None:
-        """Lets a layer, `layer(q, tokens)`, add to the heads what it makes of the last `count` tokens of a context.
+        """Adds the output of a layer, `layer(q, tokens)`, on the last `count` tokens of a context to the heads.
 
-        The attention itself is then to the others. Call it once, when this is built.
+        The attention itself then sees only the other tokens. Called once, after `build`.
         """
         self._tracker.unlock()
         self.beside, self.beside_count = layer, count
@@ -140,7 +137,7 @@ class MultiHeadAttention(Block):
         return layer
 
     def call(self, x, embed=None, context=None, training=None):
-        """A map or tokens, with `context` (batch, other tokens, dim), `Tokens` or None, to the shape of `x`."""
+        """Maps `x`, with `context` (batch, other tokens, dim), `Tokens` or None, to the shape of `x`."""
         bias = context.bias if isinstance(context, Tokens) else None
         context, mask = opened(context)
         tokens, count = context, -self.beside_count
@@ -166,7 +163,7 @@ class MultiHeadAttention(Block):
         return q, k, self._in_heads(self.value(source))
 
     def merged(self, y, x):
-        """The output layer of what the heads have found for each position of `x`."""
+        """The output layer, applied to the outputs of the heads at each position of `x`."""
         y = ops.reshape(y, (*ops.shape(x)[:-1], math.prod(self._split)))
         return self.output_layer(y) if self.merge else y
 
@@ -175,7 +172,7 @@ class MultiHeadAttention(Block):
         return x if norm is None else norm(x)
 
     def multiply_adds(self, x_shape, embed_shape=None, context_shape=None):
-        """Those of `q k` and of the weighted sum of `v`."""
+        """The products `q k` and the weighted sum of `v`."""
         context_shape = opened(context_shape)[0]
         sizes, (heads, width) = x_shape[1:-1], split_heads(self, x_shape[-1])
         keys = self.pattern.keys(sizes, width) if context_shape is None else context_shape[1]
@@ -183,12 +180,12 @@ class MultiHeadAttention(Block):
 
 
 def opened(context: Any) -> tuple[Any, Any]:
-    """(values, mask) of a context, either of which may be None; or their shapes."""
+    """(values, mask) of a context, or their shapes; either may be None."""
     return context[:2] if isinstance(context, Tokens) else (context, None)
 
 
 def split_heads(layer: Block, width: int) -> tuple[int, int]:
-    """The number of heads and the width of each, of which one may follow from the other."""
+    """The number of heads and the channels per head; either may follow from the other."""
     if layer.heads and layer.head_width:
         return layer.heads, layer.head_width
     name = "head_width" if layer.head_width else "heads"
@@ -196,18 +193,18 @@ def split_heads(layer: Block, width: int) -> tuple[int, int]:
     if width % given:
         raise ValueError(
             f"{type(layer).__name__}: `{name}` must divide the {width} channels of `x`; received: {given}. "
-            "Give both `heads` and `head_width` for heads whose widths do not add up to the channels."
+            "Give both `heads` and `head_width` if the widths of the heads do not add up to the channels."
         )
     return (width // given, given) if layer.head_width else (given, width // given)
 
 
 def usual_heads(width: int) -> int:
-    """As many heads as there can be, equally wide and of 64 channels or more."""
+    """The largest number of heads of equal width with at least 64 channels each."""
     return max(heads for heads in range(1, max(1, width // 64) + 1) if width % heads == 0)
 
 
 def check_heads(layer: Block, heads: Any, head_width: Any) -> None:
-    """Raises a ValueError unless both are None or whole numbers above zero."""
+    """Raises a ValueError unless both are None or positive integers."""
     for name, value in {"heads": heads, "head_width": head_width}.items():
         if value is not None:
             check_integer(type(layer).__name__, name, value)
@@ -222,104 +219,26 @@ def check_positions(layer: Block, shape: Any) -> None:
         )
 
 
-class _Branch(Block):
-    """A pre-normalised residual: `(x + drop_path(gate * dropout(branch(norm(x, embed))))) / rescale`.
-
-    A subclass names its own arguments and passes the others, `**options`, to this constructor; in `_build_branch` it
-    builds its layers, whose last is zero at first if `self.starts_at_zero`; `_branch` calls them. With `gated`, as in
-    AdaLN-Zero (Peebles & Xie, "Scalable Diffusion Models with Transformers", 2022, section 3.2),
-    `gate = Dense(silu(embed))` and is zero at first in place of the branch's last layer: were both, neither would
-    learn.
-    """
-
-    def __init__(
-        self,
-        normalization: Any = "layer_norm",
-        dropout: float = 0.0,
-        zero: bool = True,
-        gated: bool = False,
-        drop_path: float = 0.0,
-        rescale: float = 1.0,
-        seed: int = 0,
-        **kwargs,
-    ):
-        super().__init__(**kwargs)
-        check_number(type(self).__name__, "dropout", dropout, 0, 1)
-        check_number(type(self).__name__, "drop_path", drop_path, 0, 1)
-        check_number(type(self).__name__, "rescale", rescale, 1e-6)
-        self.normalization = copy_layer(normalization, name="normalization", dtype=self.dtype_policy)
-        self.dropout = dropout
-        self.zero = zero
-        self.gated = gated
-        self.drop_path = drop_path
-        self.rescale = rescale
-        self.seed = seed
-
-    @classmethod
-    def _argument_defaults(cls):
-        """The subclass's own arguments, then those that it passes on."""
-        own, shared = super()._argument_defaults(), super(_Branch, _Branch)._argument_defaults()
-        return own | {name: default for name, default in shared.items() if name not in own}
-
-    @property
-    def starts_at_zero(self) -> bool:
-        """Whether the last layer of the branch is zero at first."""
-        return self.zero and not self.gated
-
-    def build(self, x_shape, embed_shape=None, context_shape=None):
-        """Builds the normalisation, the branch and, if there is one, the gate."""
-        self._build_branch(x_shape, context_shape)
-        build_layer(self.normalization, x_shape, embed_shape)
-        self.drop = dropout_layer(self)
-        self.gate = self._build_gate(x_shape[-1], embed_shape) if self.gated else None
-        of_examples = {"noise_shape": (None, *[1] * (len(x_shape) - 1)), "seed": derive_seed(self.seed, 1)}
-        self.drop_example = keras.layers.Dropout(self.drop_path, dtype=self.dtype_policy, **of_examples)
-
-    def _build_gate(self, width, embed_shape):
-        check_given(self, "embed", embed_shape, "one vector an example, for the gate")
-        initializer = kernel_initializer(self.zero)
-        layer = Dense(width, name="gate", kernel_initializer=initializer, dtype=self.dtype_policy)
-        layer.build(embed_shape)
-        return layer
-
-    def call(self, x, embed=None, context=None, training=None):
-        """A map or tokens to the same; see the class for `embed` and `context`."""
-        return self.residual(x, self._branch(self.normed(x, embed, training), context), embed, training)
-
-    def normed(self, x, embed=None, training=None):
-        """What the branch takes of `x`."""
-        return apply_layer(self.normalization, x, embed, training=training)
-
-    def residual(self, x, y, embed=None, training=None):
-        """`x` with what the branch has made, `y`."""
-        y = dropped(self.drop_example, dropped(self.drop, y, training), training)
-        if self.gate is None:
-            y = x + y
-        else:
-            check_given(self, "embed", embed, "one vector an example, for the gate")
-            y = backend.scaled(y, over_positions(self.gate(ops.silu(embed)), x), x)
-        return y if self.rescale == 1 else y / self.rescale
-
-
 class SelfAttention(_Branch):
     """Attention of every position to every position, as a residual: `x + attention(norm(x))`.
 
     Ho et al. (2020), appendix B; heads as in Dhariwal & Nichol (2021), section 3. On a map (batch, height, width,
-    channels) or tokens (batch, tokens, channels). Where `context` is `Tokens(None, mask, bias)`, they are those of `x`.
+    channels) or tokens (batch, tokens, channels). A `context` `Tokens(None, mask, bias)` gives the mask and bias of
+    `x`.
 
     Args:
         heads, head_width, bias, pattern, qk_norm, rotary, output_bias: as in `MultiHeadAttention`.
         normalization: a normalising layer or its name. An `AdaptiveNorm` uses `embed`.
         dropout: the rate of dropout on the residual.
-        zero: whether the output layer, or the gate, is zero at first, so that the block starts as the identity.
-        gated: whether the residual is multiplied by a gate that `embed` gives.
-        drop_path: the probability that an example's residual is dropped whole in training; those kept are divided by
-            1 - drop_path (Huang et al., "Deep Networks with Stochastic Depth", 2016).
+        zero: whether the output layer, or the gate, is initialised to zero, so that the block starts as the identity.
+        gated: whether the residual is multiplied by a gate computed from `embed`.
+        drop_path: the probability with which the residual of an example is dropped in training; the others are divided
+            by 1 - drop_path (Huang et al., "Deep Networks with Stochastic Depth", 2016).
         rescale: divides the sum.
-        seed: of the dropouts.
+        seed: for the dropouts.
 
     Raises:
-        ValueError: if `gated` and no `embed` is given; of `MultiHeadAttention`.
+        ValueError: if `gated` and no `embed` is given; as in `MultiHeadAttention`.
     """
 
     def __init__(
@@ -367,7 +286,7 @@ class CrossAttention(_Branch):
         normalization, dropout, zero, gated, drop_path, rescale, seed: as in `SelfAttention`.
 
     Raises:
-        ValueError: if `context` is not given, or `gated` and no `embed`.
+        ValueError: if `context` is missing, or `embed` if `gated`.
     """
 
     def __init__(
@@ -401,6 +320,6 @@ class CrossAttention(_Branch):
 
 
 def _attention(branch, **options):
-    """The attention of a residual."""
+    """The attention layer of a residual branch."""
     zero, policy = branch.starts_at_zero, branch.dtype_policy
     return MultiHeadAttention(branch.heads, branch.head_width, branch.bias, zero, dtype=policy, **options)

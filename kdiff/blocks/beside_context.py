@@ -1,4 +1,4 @@
-"""What stands beside the attention to a context: a second one, to tokens of an image, and what makes such tokens."""
+"""Image prompts: decoupled attention to the tokens of an image, and the resampler that makes such tokens."""
 
 import keras
 from keras import ops
@@ -6,8 +6,8 @@ from keras import ops
 from kdiff.base import check_integer
 from kdiff.blocks.base import Block, build_layer, kernel_initializer
 from kdiff.blocks.context_attention import ContextAttention
-from kdiff.blocks.embeddings import LearnedEmbedding
 from kdiff.blocks.layers import Dense
+from kdiff.blocks.lookup import LearnedEmbedding
 from kdiff.blocks.normalization import LayerNorm
 from kdiff.blocks.patterns import Global
 from kdiff.blocks.transformer import FeedForward
@@ -16,11 +16,11 @@ __all__ = ["DecoupledAttention", "Resampler"]
 
 
 class DecoupledAttention(keras.layers.Layer):
-    """What is added to the heads of an attention to text: `scale softmax(q k'^T / sqrt(head_width)) v'`.
+    """A term added to the heads of an attention to text: `scale softmax(q k'^T / sqrt(head_width)) v'`.
 
     Ye et al., "IP-Adapter: Text Compatible Image Prompt Adapter for Text-to-Image Diffusion Models" (2023), equations
-    4 and 5: the queries are those of the attention, the keys k' and values v' of tokens of an image, without a bias.
-    `scale` is a weight, 1 at first, which no gradient moves; so are all of its weights.
+    4 and 5: queries from the attention, keys k' and values v' from the tokens of an image, without bias.
+    `scale` is a weight, initially 1. None of the weights is trained.
 
     Args:
         heads, head_width: of the attention.
@@ -34,7 +34,7 @@ class DecoupledAttention(keras.layers.Layer):
         self.split = (heads, head_width)
 
     def build(self, shape):
-        """Makes keys and values for tokens (batch, tokens, dim)."""
+        """Creates the projections of tokens (batch, tokens, dim) to keys and values."""
         width, options = self.split[0] * self.split[1], {"use_bias": False, "dtype": self.dtype_policy}
         self.key = Dense(width, kernel_initializer=kernel_initializer(), name="key", **options)
         self.value = Dense(width, kernel_initializer=kernel_initializer(), name="value", **options)
@@ -46,27 +46,27 @@ class DecoupledAttention(keras.layers.Layer):
             weight.averaged = False
 
     def call(self, q, tokens):
-        """Queries (batch, ..., heads, head_width) and tokens (batch, tokens, dim) to the shape of the queries."""
+        """Maps queries (batch, ..., heads, head_width) and tokens (batch, tokens, dim) to the shape of the queries."""
         k, v = (ops.reshape(layer(tokens), (*ops.shape(tokens)[:2], *self.split)) for layer in (self.key, self.value))
         return ops.cast(self.scale, q.dtype) * Global()(q, k, v)
 
 
 class Resampler(Block):
-    """Any number of tokens as `count` others, which attend to them and to each other, `depth` times:
+    """The perceiver resampler: any number of tokens to `count` tokens, by `depth` rounds of
 
-        y <- y + attention(norm(y), [norm'(W_in x); norm(y)]),  y <- y + W2 gelu(W1 norm(y)),  at last norm(W_out y)
+        y <- y + attention(norm(y), [norm'(W_in x); norm(y)]),  y <- y + W2 gelu(W1 norm(y)),  finally norm(W_out y)
 
-    from learned y. Alayrac et al., "Flamingo" (2022), figure 5 and appendix A.1.1, as Ye et al. (2023) have it in
-    IP-Adapter Plus.
+    from learned initial y. Alayrac et al., "Flamingo" (2022), figure 5 and appendix A.1.1, in the form of IP-Adapter
+    Plus (Ye et al., 2023).
 
     Args:
-        count: the number of tokens that are made.
-        width: of these while they attend.
-        out_width: of these at the end.
-        depth: how often they attend.
+        count: the number of output tokens.
+        width: the width of the tokens y.
+        out_width: the width of the output tokens.
+        depth: the number of rounds.
         heads: of the attention.
-        head_width: the channels of a head.
-        ratio: of the hidden width of the feed-forward layers to `width`.
+        head_width: the channels per head.
+        ratio: the hidden width of the feed-forward layers as a multiple of `width`.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Resampler(Block):
         self.ratio = ratio
 
     def build(self, x_shape):
-        """Makes all weights, for tokens (batch, tokens, dim)."""
+        """Creates all weights, for tokens (batch, tokens, dim)."""
         policy = {"dtype": self.dtype_policy}
         inner, own = (*x_shape[:2], self.width), (x_shape[0], self.count, self.width)
         self.learned = LearnedEmbedding(stddev=self.width**-0.5, name="learned", **policy)
@@ -113,7 +113,7 @@ class Resampler(Block):
         build_layer(self.norm, build_layer(self.projection_out, own))
 
     def call(self, x, embed=None, context=None, training=None):
-        """(batch, tokens, dim) to (batch, count, out_width)."""
+        """Maps (batch, tokens, dim) to (batch, count, out_width)."""
         x = self.projection_in(ops.cast(x, self.compute_dtype))
         y = self.learned(ops.zeros((ops.shape(x)[0], self.count, self.width), x.dtype))
         for attention, feed_forward in zip(self.attention, self.feed_forward, strict=True):

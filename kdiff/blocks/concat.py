@@ -1,4 +1,4 @@
-"""An image as a condition: a map beside x_t, noised in training if it is to come from another model."""
+"""An image as a condition: a map concatenated to x_t, with noise conditioning augmentation for cascades."""
 
 from typing import Any
 
@@ -18,38 +18,40 @@ __all__ = ["Concat"]
 
 
 class Concat(Noising):
-    """An image of any size, brought to that of x_t and joined to its channels: the low image of super-resolution, what
-    is left of one to be filled in, a depth, a sketch.
+    """An image of any size, resized to that of x_t and concatenated to its channels: the low-resolution image of
+    super-resolution, the known part of an inpainted image, a depth map, a sketch.
 
         UNet.attention(conditions={"low": Concat("bicubic")})               # network({"image", "time", "low"})
 
     With `noise` it is noise conditioning augmentation (Ho et al., "Cascaded Diffusion Models", 2021, section 4; Saharia
-    et al., "Photorealistic Text-to-Image Diffusion Models", 2022, section 2.4). The resized image is noised, as
-    DeepFloyd IF does, and the level, which is embedded like time, added to `embed`:
+    et al., "Photorealistic Text-to-Image Diffusion Models", 2022, section 2.4). The resized image is noised, as in
+    DeepFloyd IF, and the level is embedded in the same way as time and added to `embed`:
 
-        training    level ~ U(0, highest), one an example, a function of `seed` and the number of the call
-        otherwise   `level`, or, of a condition "low", the inputs "low_level", (batch,), and "low_noise", of the size
-                    of what is noised: normal noise, in place of that of the layer, which is always the same
+        training    level ~ U(0, highest), one per example, a function of `seed` and the number of the call
+        otherwise   `level`, or, for a condition "low", the inputs "low_level", (batch,), and "low_noise", of the size
+                    of the noised image: normal noise that replaces the layer's own, which is fixed
 
-    With `of` the image need not be in the data: `fit` makes it of each clean batch, and only `sample` is given one.
+    With `of` the image need not be in the data: `fit` computes it from each clean batch, and only `sample` receives
+    one.
 
-        Concat("bicubic", noise=Cosine(), of=operators.Downsample(4))       # the super-resolution of a cascade
+        Concat("bicubic", noise=Cosine(), of=operators.Downsample(4))       # the super-resolution model of a cascade
 
     Args:
-        form: of the resizing: "nearest", "bilinear", "bicubic", "area", or "aligned" for a bilinear one in which the
+        form: the resizing: "nearest", "bilinear", "bicubic", "area", or "aligned" for bilinear resizing in which the
             corner pixels keep their values.
-        antialias: whether an image that shrinks is low-pass filtered.
-        noise: what makes the noisy image, a layer called as `noise(image, noise, level)`, such as
-            `kdiff.schedules.Cosine()`; None for none.
-        highest: of the levels in training, up to 1.
-        level: where none is given.
-        embedding: the layer of the level, a number in [0, 1], which gives a vector as wide as `embed`; None for an
+        antialias: whether an image that is made smaller is low-pass filtered.
+        noise: the forward process, a layer called as `noise(image, noise, level)`, such as
+            `kdiff.schedules.Cosine()`; None for no noise.
+        highest: the highest level in training, at most 1.
+        level: the level where none is given.
+        embedding: the layer from the level, a number in [0, 1], to a vector as wide as `embed`; None for an
             MLPEmbedding of a SinusoidalEmbedding.
-        noise_first: whether the image is noised at its own size and then resized, as Ho et al. do, not resized first.
-            Only so can a run that stopped early take its place (`Cascade`, `truncated`).
-        of: what makes the image of the data that the model learns, encoded, where a batch has none, `of(x, key)`, with
-            `of.output_shape(shape)`, such as `operators.Downsample(4)` or of `kdiff.degradations`; None for nothing.
-        dropout, seed: as in `Condition`. An image of zeros, grey, stands for none.
+        noise_first: whether the image is noised before it is resized, as in Ho et al., rather than after. This is
+            required if a run that is stopped early takes its place (`truncated` of `Cascade`).
+        of: computes the image from the (encoded) data when a batch has none, `of(x, key)`, with
+            `of.output_shape(shape)`, such as `operators.Downsample(4)` or one of `kdiff.degradations`; None: not
+            computed.
+        dropout, seed: as in `Condition`. An image of zeros, grey, stands for no image.
     """
 
     formerly = ("kdiff.blocks>Beside",)
@@ -72,7 +74,7 @@ class Concat(Noising):
         check_choice("Concat", "form", form, tuple(FORMS))
         if of is not None and not (callable(of) and hasattr(of, "output_shape")):
             raise TypeError(
-                "Concat: `of` must be None, or make the image of a batch, of(x, key), and say its shape, such as "
+                "Concat: `of` must be None, or compute the image, of(x, key), and have an `output_shape`, such as "
                 f"kdiff.operators.Downsample(4); received: {of!r}"
             )
         self.form = form
@@ -83,10 +85,10 @@ class Concat(Noising):
         self._row: tuple | None = None
 
     main = "image"
-    any_size = True  # of the image, whatever the layer was built for
+    any_size = True  # the image may have another size than at build
 
     def inputs_of(self, name: str) -> dict[str, Input]:
-        """The image, which `of` may make, and what `Noising` has beside it."""
+        """The image, which `of` may compute, and the inputs of `Noising`."""
         found = super().inputs_of(name)
         return {**found, name: found[name]._replace(of=self.of)}
 
@@ -95,7 +97,7 @@ class Concat(Noising):
         self._row = tuple(_image(x_shape)[1:])
         if image_shape is None or len(self._row) + 1 != len(image_shape) or len(image_shape) < 3:
             raise ValueError(
-                "Concat: an image is expected, beside another, x_t, (batch, height, width, channels); received the "
+                "Concat: both the image and x_t must be (batch, height, width, channels); received the "
                 f"shapes {tuple(_image(x_shape))} and {image_shape}"
             )
         if self.noise is not None:
@@ -109,25 +111,25 @@ class Concat(Noising):
 
     @property
     def null(self):
-        """Where there is a dropout, a grey image of one pixel, which is brought to any size."""
+        """With dropout, a grey image of one pixel, which is resized to any size."""
         known = self.dropout > 0 and self._row is not None
         return np.zeros((*[1] * (len(self._row) - 1), self._row[-1]), "float32") if known else None
 
     def check(self, values) -> None:
-        """Raises a ValueError for whole numbers, and for numbers in 0 ... 255 if the image is as the data is."""
+        """Raises a ValueError for integers, and for values outside the range of the data."""
         if values.dtype.kind != "f":
             raise ValueError(
-                "Concat: an image must be floating-point numbers, such as x / 127.5 - 1 for x in 0..255; received: "
+                "Concat: an image must be floating-point, such as x / 127.5 - 1 for x in 0..255; received: "
                 f"{values.dtype}"
             )
         if (self.of is not None or self.noise is not None) and like_bytes(values):
             raise ValueError(
-                "Concat: an image must be as the data is, in [-1, 1] if that is pictures; received numbers of "
-                f"{value_range(values)[0]:.4g} to {value_range(values)[1]:.4g}. Scale it, x / 127.5 - 1 for 0..255"
+                "Concat: an image must have the range of the data, [-1, 1] for pictures; received values from "
+                f"{value_range(values)[0]:.4g} to {value_range(values)[1]:.4g}. Scale it: x / 127.5 - 1 for 0..255"
             )
 
     def call(self, x, embed=None, context=None, image=None, training=None):
-        """An image, or it with its level and noise in a dictionary, and x_t, to a map of the size of x_t."""
+        """Maps an image, or a dictionary of image, level and noise, and x_t to a map of the size of x_t."""
         given = x if isinstance(x, dict) else {"image": x}
         x, sizes = ops.cast(given["image"], "float32"), tuple(image.shape[1:-1])
         if None in (*x.shape[1:], *sizes):
@@ -146,7 +148,7 @@ class Concat(Noising):
         return Encoded(vector=self.level_embedding(level), map=ops.cast(y, self.compute_dtype))
 
     def compute_output_spec(self, x, embed=None, context=None, image=None, training=None):
-        """A map of the size of x_t, and a vector if there is noise."""
+        """A map of the size of x_t, and a vector if `noise` is given."""
         shape = (*image.shape[:-1], _image(x).shape[-1])
         y = keras.KerasTensor(shape, self.compute_dtype)
         if self.noise is None:

@@ -1,37 +1,38 @@
-"""Attention to oneself and to a context at once, and tokens made one vector by attention."""
+"""Joint attention to oneself and to a context, and attention pooling."""
 
 import math
 from typing import Any
 
 from keras import ops
 
-from kdiff.blocks.attention import _Branch, check_heads, check_positions, opened, split_heads
+from kdiff.blocks.attention import check_heads, check_positions, opened, split_heads
 from kdiff.blocks.base import Block, apply_layer, build_layer, check_given, copy_layer, kernel_initializer
-from kdiff.blocks.embeddings import LearnedEmbedding
 from kdiff.blocks.layers import Dense
+from kdiff.blocks.lookup import LearnedEmbedding
 from kdiff.blocks.patterns import Global
+from kdiff.blocks.residual import _Branch
 
 __all__ = ["AttentionPool", "ContextAttention"]
 
 
 class ContextAttention(_Branch):
-    """Attention of every position to the tokens of a context and to every position, as a residual.
+    """Attention of every position to the tokens of a context and to all positions at once, as a residual.
 
-        x + W softmax(q [k_c; k]^T / sqrt(head_width)) [v_c; v],    q, k, v of norm(x), and k_c, v_c of norm'(context)
+        x + W softmax(q [k_c; k]^T / sqrt(head_width)) [v_c; v],    q, k, v from norm(x), and k_c, v_c from
+        norm'(context)
 
-    Nichol et al., "GLIDE" (2022), section 4, after whom Imagen, DeepFloyd IF, DALL-E 2 and Kandinsky have it. On a map
-    (batch, height, width, channels) or tokens (batch, tokens, channels). What the mask of `Tokens` hides is not
-    attended to.
+    Nichol et al., "GLIDE" (2022), section 4; also in Imagen, DeepFloyd IF, DALL-E 2 and Kandinsky. On a map (batch,
+    height, width, channels) or tokens (batch, tokens, channels). Masked `Tokens` are not attended to.
 
     Args:
         heads, head_width, bias: as in `MultiHeadAttention`.
-        normalization: of `x`, a normalising layer or its name.
-        context_normalization: of the context, a template of a normalising layer or its name; None for none.
-        only_context: whether there are no `k` and `v`, so that `x` attends to the context alone.
+        normalization: the normalising layer of `x`, or its name.
+        context_normalization: a template of the normalising layer of the context, or its name; None for none.
+        only_context: whether `k` and `v` are left out, so that `x` attends to the context alone.
         dropout, zero, gated, drop_path, rescale, seed: as in `SelfAttention`.
 
     Raises:
-        ValueError: if `context` is not given, or `gated` and no `embed`.
+        ValueError: if `context` is missing, or `embed` if `gated`.
     """
 
     def __init__(
@@ -92,29 +93,29 @@ class ContextAttention(_Branch):
         return self.output_layer(ops.reshape(y, (*ops.shape(x)[:-1], math.prod(self._split))))
 
     def _in_heads(self, x):
-        """A map or tokens to (batch, tokens, heads, head_width)."""
+        """Reshapes a map or tokens to (batch, tokens, heads, head_width)."""
         return ops.reshape(x, (ops.shape(x)[0], -1, *self._split))
 
     def _mask(self, mask, k):
-        """That of the context, with every position of `x` seen."""
+        """The mask of the context, extended by True for every position of `x`."""
         if mask is None:
             return None
         mask = ops.cast(mask, "bool")
         return ops.concatenate([mask, ops.ones((ops.shape(k)[0], ops.shape(k)[1] - ops.shape(mask)[1]), "bool")], 1)
 
     def multiply_adds(self, x_shape, embed_shape=None, context_shape=None):
-        """Those of the logits and of the weighted sum of values."""
+        """The logits and the weighted sum of values."""
         keys = opened(context_shape)[0][1] + (0 if self.only_context else math.prod(x_shape[1:-1]))
         return 2 * math.prod(x_shape[:-1]) * keys * math.prod(split_heads(self, x_shape[-1]))
 
 
 class AttentionPool(Block):
-    """Tokens to one vector: their mean, with a learned vector added, attends to itself and to them.
+    """Attention pooling of tokens to one vector: their mean plus a learned vector attends to itself and to them.
 
-        softmax(q k^T / sqrt(head_width)) v,    q of m = mean(x) + p, and k, v of [m; x]
+        softmax(q k^T / sqrt(head_width)) v,    q from m = mean(x) + p, and k, v from [m; x]
 
-    As DeepFloyd IF pools the text for the embedding of time, after Radford et al., "CLIP" (2021), section 2.4. The last
-    layer of `MultiHeadAttention` is left out.
+    The pooling of the text in DeepFloyd IF, after Radford et al., "CLIP" (2021), section 2.4, without the output layer
+    of `MultiHeadAttention`.
 
     Args:
         heads: the number of heads, which must divide the channels.
@@ -138,7 +139,7 @@ class AttentionPool(Block):
             setattr(self, name, layer)
 
     def call(self, x, embed=None, context=None, training=None):
-        """(batch, tokens, dim) to (batch, dim)."""
+        """Maps (batch, tokens, dim) to (batch, dim)."""
         mean = self.position(ops.mean(x, axis=1, keepdims=True))
         x = ops.concatenate([mean, x], axis=1)
         q, k, v = (self._in_heads(layer(y)) for layer, y in ((self.query, mean), (self.key, x), (self.value, x)))
@@ -152,5 +153,5 @@ class AttentionPool(Block):
         return (x_shape[0], x_shape[-1])
 
     def multiply_adds(self, x_shape, embed_shape=None, context_shape=None):
-        """Those of the logits and of the weighted sum of values."""
+        """The logits and the weighted sum of values."""
         return 2 * math.prod(x_shape) + 2 * x_shape[-1]

@@ -32,12 +32,12 @@ __all__ = ["ConvBlock", "ConvNeXtBlock", "ResidualBlock", "SimpleBlock", "normal
 class ConvBlock(Block):
     """A convolution, a normalisation, an activation, in that order: `activation(norm(conv(x)) + W activation(embed))`.
 
-    The order of Ioffe & Szegedy, "Batch Normalization" (2015), section 3.2. The last term is there if the block is
+    The order of Ioffe & Szegedy, "Batch Normalization" (2015), section 3.2. The last term is present if the block is
     built with an embedding.
 
     Args:
         width: the channels of the output; None keeps those of the input.
-        kernel_size: of the convolution, whose padding keeps the size.
+        kernel_size: of the convolution, with "same" padding.
         normalization: a normalising layer or its name.
         activation: a Keras activation.
     """
@@ -71,7 +71,7 @@ class ConvBlock(Block):
         self.projection = projection_of(self, embed_shape, width)
 
     def call(self, x, embed=None, context=None, training=None):
-        """(batch, height, width, channels) to the same with `self.width` channels."""
+        """Maps (batch, height, width, channels) to `self.width` channels."""
         check_embed(self, embed)
         y = apply_layer(self.normalization, self.convolution(x), training=training)
         if embed is not None:
@@ -83,28 +83,28 @@ class ResidualBlock(Block):
     """Two convolutions and a shortcut: `(x + conv(dropout(silu(norm'(conv(silu(norm(x)))))))) / rescale`.
 
     The embedding, if the block is built with one, enters between the convolutions: as the scale and shift of the second
-    normalisation (Dhariwal & Nichol, 2021, equation 4) or added before it (Ho et al., 2020, appendix B). The last
-    convolution is zero at first, so the block starts as its shortcut, which is the identity, or a 1x1
+    normalisation (Dhariwal & Nichol, 2021, equation 4) or as a sum before it (Ho et al., 2020, appendix B). The last
+    convolution is initialised to zero, so that the block starts as its shortcut, which is the identity, or a 1x1
     convolution where the widths differ.
 
-    With `resample` the block changes the size of the map, in both of its branches (Brock et al., "Large Scale GAN
-    Training", 2019, appendix B; Song et al., NCSN++, 2021, appendix H): `x` is `resample(x)` in the shortcut, and the
-    first convolution is that of `resample(silu(norm(x)))`.
+    With `resample` the block changes the size of the map in both branches (Brock et al., "Large Scale GAN Training",
+    2019, appendix B; Song et al., NCSN++, 2021, appendix H): the shortcut uses `resample(x)`, and the first convolution
+    is applied to `resample(silu(norm(x)))`.
 
     Args:
         width: the channels of the output; None keeps those of the input.
-        scale_shift: whether the embedding scales and shifts (True) or is added (False); None leaves it to the
-            normalisations, such as `SpatialNorm`, to which both get it.
+        scale_shift: whether the embedding gives a scale and shift (True) or is added (False); None passes it to both
+            normalisations, such as `SpatialNorm`, instead.
         dropout: the rate of dropout before the last convolution.
-        kernel_size: of both convolutions, whose padding keeps the size.
+        kernel_size: of both convolutions, with "same" padding.
         normalization: a normalising layer or its name.
         activation: a Keras activation.
-        seed: of the dropout.
+        seed: for the dropout.
         resample: a layer without weights that changes the size, such as `Downsample("average")`, `FIRDownsample()` or
             `Upsample(convolution=False)`; None keeps the size.
         rescale: divides the sum; the square root of 2 keeps the variance of equal halves (Song et al., 2021).
-        project: whether a 1x1 convolution stands in the shortcut even where the widths agree.
-        embed_activation: of the embedding, before it is projected; None for `activation`, "linear" for none.
+        project: whether the shortcut is a 1x1 convolution even if the widths agree.
+        embed_activation: applied to the embedding before its projection; None for `activation`, "linear" for none.
 
     Raises:
         ValueError: if `resample` has weights, or the block is built with an `embed` and called without, or vice versa.
@@ -147,7 +147,7 @@ class ResidualBlock(Block):
         self._activate_embed = keras.activations.get(self._embed_activation)
 
     def build(self, x_shape, embed_shape=None):
-        """Builds both halves, the projection of the embedding, if there is one, and the shortcut, if it is needed."""
+        """Builds both halves, and the projections of the embedding and of the shortcut if they are needed."""
         check_map(self, x_shape)
         self.embedded = embed_shape is not None
         width = self.width or x_shape[-1]
@@ -163,7 +163,7 @@ class ResidualBlock(Block):
         self.shortcut = self._convolution(x_shape, width, kernel_size=1) if projected else None
 
     def _steering(self, embed):
-        """What the first normalisation gets of the embedding, or of its shape."""
+        """The embedding (or its shape) as passed to the first normalisation."""
         return embed if self.scale_shift is None else None
 
     def _resampled_shape(self, x_shape):
@@ -172,7 +172,7 @@ class ResidualBlock(Block):
         shape = build_layer(self.resample, x_shape)
         if self.resample.weights or shape[-1] != x_shape[-1]:
             raise ValueError(
-                "ResidualBlock: `resample` must have no weights, as it stands in both branches, and keep the channels; "
+                "ResidualBlock: `resample` must have no weights, as both branches use it, and keep the channels; "
                 f"received: {self.resample!r}"
             )
         return shape
@@ -194,7 +194,7 @@ class ResidualBlock(Block):
         return layer
 
     def call(self, x, embed=None, context=None, training=None):
-        """(batch, height, width, channels) to the same with `self.width` channels; `embed` is (batch, dim) or None."""
+        """Maps (batch, height, width, channels) to `self.width` channels; `embed` is (batch, dim) or None."""
         check_embed(self, embed)
         y = self._activate(apply_layer(self.normalization, x, self._steering(embed), training=training))
         if self.resample is not None:
@@ -209,7 +209,7 @@ class ResidualBlock(Block):
 
 
 def normalization_of(block: Block, shape: Shape, embed_shape: Shape | None, activation: Any = "silu"):
-    """A copy of a block's normalisation, built; with an embedding that scales and shifts if the block has that."""
+    """A built copy of the normalisation of a block; adaptive if the embedding scales and shifts it."""
     layer = copy_layer(block.normalization)
     if block.scale_shift and embed_shape is not None:
         layer = AdaptiveNorm(layer, activation, zero=False, dtype=block.dtype_policy)
@@ -221,19 +221,19 @@ class ConvNeXtBlock(Block):
     """A wide depthwise convolution, then two dense layers: `x + scale * W2 gelu(W1 norm(depthwise(x)))`.
 
     Liu et al., "A ConvNet for the 2020s" (2022), section 2.6 and figure 4. The embedding, if the block is built with
-    one, scales and shifts what is normalised, or is added before that. The block starts as its shortcut, which is the
-    identity, or a 1x1 convolution where the widths differ: its last layer is zero at first or, with `layer_scale`, is
-    multiplied by little.
+    one, scales and shifts the normalised values, or is added before the normalisation. The block starts as its
+    shortcut, which is the identity, or a 1x1 convolution where the widths differ: its last layer is initialised to zero
+    or, with `layer_scale`, is multiplied by a small number.
 
     Args:
         width: the channels of the output; None keeps those of the input.
         kernel_size: of the depthwise convolution.
         ratio: the hidden width as a multiple of `width`.
-        scale_shift: whether the embedding scales and shifts (True) or is added (False).
+        scale_shift: whether the embedding gives a scale and shift (True) or is added (False).
         normalization: a normalising layer or its name.
         activation: a Keras activation.
-        layer_scale: the value at first of `scale`, a number for each channel (Touvron et al., "Going Deeper with Image
-            Transformers", 2021, equation 4), 1e-6 in the paper; None for no such scale.
+        layer_scale: the initial value of `scale`, one number per channel (Touvron et al., "Going Deeper with Image
+            Transformers", 2021, equation 4), 1e-6 in the paper; None for no scale.
     """
 
     def __init__(
@@ -262,7 +262,7 @@ class ConvNeXtBlock(Block):
         self._activate = keras.activations.get(activation)
 
     def build(self, x_shape, embed_shape=None):
-        """Builds the convolution, the dense layers, the scale, if there is one, and the shortcut, if it is needed."""
+        """Builds the convolution, the dense layers, and the scale and the shortcut if they are needed."""
         check_map(self, x_shape)
         self.embedded = embed_shape is not None
         width = self.width or x_shape[-1]
@@ -286,7 +286,7 @@ class ConvNeXtBlock(Block):
         return layer
 
     def call(self, x, embed=None, context=None, training=None):
-        """(batch, height, width, channels) to the same with `self.width` channels; `embed` is (batch, dim) or None."""
+        """Maps (batch, height, width, channels) to `self.width` channels; `embed` is (batch, dim) or None."""
         check_embed(self, embed)
         y = circular_padding.around(self.depthwise, x, self.kernel_size // 2)
         if self.projection is not None:
@@ -297,19 +297,19 @@ class ConvNeXtBlock(Block):
         return (x if self.shortcut is None else self.shortcut(x)) + y
 
 
-# By the rank of what they take.
+# By the rank of their input.
 _DEPTHWISE = {3: keras.layers.DepthwiseConv1D, 4: keras.layers.DepthwiseConv2D}
 
 
 class SimpleBlock(Block):
     """The block of `SimpleUNet`: `W x + norm'(silu(conv'(norm(silu(conv(x))) + V silu(embed))))`.
 
-    The convolutions are 3x3. `W` is a 1x1 convolution where the widths differ, and otherwise the identity. `V` is there
-    if the block is built with an embedding.
+    The convolutions are 3x3. `W` is a 1x1 convolution where the widths differ, and otherwise the identity. `V` is
+    present if the block is built with an embedding.
 
     Args:
-        width: the channels of the output, which `groups` divides; None keeps those of the input.
-        groups: of the group norms.
+        width: the channels of the output, a multiple of `groups`; None keeps those of the input.
+        groups: the number of groups of the group norms.
     """
 
     def __init__(self, width: int | None = None, groups: int = 8, **kwargs):
@@ -322,7 +322,7 @@ class SimpleBlock(Block):
         self.second_norm = GroupNorm(groups, dtype=self.dtype_policy)
 
     def build(self, x_shape, embed_shape=None):
-        """Builds the convolutions, the normalisations and the projection of the embedding, if there is one."""
+        """Builds the convolutions, the normalisations and the projection of the embedding, if any."""
         check_map(self, x_shape)
         self.embedded = embed_shape is not None
         width = self.width or x_shape[-1]
@@ -339,7 +339,7 @@ class SimpleBlock(Block):
             build_layer(layer, inner_shape)
 
     def call(self, x, embed=None, context=None, training=None):
-        """(batch, height, width, channels) to the same with `self.width` channels; `embed` is (batch, dim) or None."""
+        """Maps (batch, height, width, channels) to `self.width` channels; `embed` is (batch, dim) or None."""
         check_embed(self, embed)
         y = self.first_norm(ops.silu(self.first(x)))
         if embed is not None:

@@ -1,6 +1,4 @@
-"""Conditions that come as embeddings: of an image, for DALL-E 2's decoder, as it is or noised; of a text's tokens, with
-a mask.
-"""
+"""Conditions given as embeddings: of an image, clean or noised, or of the tokens of a text, with a mask."""
 
 from typing import Any
 
@@ -19,20 +17,20 @@ __all__ = ["ImageEmbedding", "MaskedTokens", "NoisedEmbedding"]
 
 
 class ImageEmbedding(OptionalCondition):
-    """An embedding of an image, such as CLIP's, as a vector beside the time and as a few tokens of the context:
+    """An embedding of an image, such as CLIP's, as a vector added to `embed` and as a few tokens of the context:
 
         vector = W z + b,  tokens = reshape(W' z + b', (tokens, width))
 
     The decoder of Ramesh et al., "Hierarchical Text-Conditional Image Generation with CLIP Latents" (2022), section
-    2.1, which loses it in 10 % of the examples in training, and the text in 50 %, each by itself: so their seeds
-    must differ.
+    2.1, drops the embedding for 10 % of the training examples and the text for 50 %, independently, so the two
+    conditions need different seeds.
 
         conditions={"embedding": ImageEmbedding(128, dropout=0.1, seed=1), "text": TextEncoder(dropout=0.5, seed=2)}
 
     Args:
-        width: of a token, that of the other tokens of the context.
-        tokens: how many; 0 for the vector alone.
-        absent, dropout, seed: as in `OptionalCondition`; what stands for absence is learned if `absent` is None.
+        width: the width of a token, equal to that of the other tokens of the context.
+        tokens: the number of tokens; 0 for the vector alone.
+        absent, dropout, seed: as in `OptionalCondition`; if `absent` is None, its replacement is learned.
     """
 
     def __init__(
@@ -46,13 +44,13 @@ class ImageEmbedding(OptionalCondition):
 
     @classmethod
     def _argument_defaults(cls):
-        """Without the layer, which is its own."""
+        """The arguments, without `layer`, which is fixed."""
         return {name: default for name, default in super()._argument_defaults().items() if name != "layer"}
 
     def build(self, x_shape, embed_shape=None):
-        """Makes the learned row and the two dense layers; the vector is as wide as `embed`, or as a token."""
+        """Creates the learned row and the dense layers; the vector is as wide as `embed`, or as a token."""
         if len(x_shape) != 2:
-            raise ValueError(f"ImageEmbedding: one vector an example is expected, (batch, dim); received: {x_shape}")
+            raise ValueError(f"ImageEmbedding: one vector per example is expected, (batch, dim); received: {x_shape}")
         super().build(x_shape)
         self._vector = self.width if embed_shape is None else embed_shape[-1]
         options = {"kernel_initializer": kernel_initializer(), "dtype": self.dtype_policy}
@@ -63,36 +61,37 @@ class ImageEmbedding(OptionalCondition):
             self.to_tokens.build(x_shape)
 
     def encode(self, x, embed, training):
-        """(batch, dim) to `Encoded`."""
+        """Maps (batch, dim) to `Encoded`."""
         x = super().encode(x, embed, training)
         tokens = ops.reshape(self.to_tokens(x), (-1, self.tokens, self.width)) if self.tokens else None
         return Encoded(vector=self.to_vector(x), tokens=tokens)
 
     def compute_output_spec(self, x, embed=None, context=None, training=None):
-        """The specification of what `encode` gives."""
+        """The specification of the output of `encode`."""
         batch, width = x.shape[0], self.width if embed is None else embed.shape[-1]
         tokens = keras.KerasTensor((batch, self.tokens, self.width), self.compute_dtype) if self.tokens else None
         return Encoded(vector=keras.KerasTensor((batch, width), self.compute_dtype), tokens=tokens)
 
 
 class NoisedEmbedding(Noising):
-    """An embedding of an image, noised at a level s that stands beside it, as a vector:
+    """A noised embedding of an image and its noise level s, as a vector:
 
         vector = layer([mean + std (alpha_s (z - mean) / std + sigma_s noise), waves(s)])
 
-    Stable unCLIP's, after the noise conditioning augmentation of `Noising`: the less is left of the embedding, the
-    freer the images. Of a condition "embedding" the inputs "embedding_level", (batch,), and "embedding_noise", of the
-    shape of the embedding, may be given; otherwise the level is `level`, with the same noise always, and in training
-    random, up to `highest`. An embedding of zeros stands for none, of which the layer sees zeros alone.
+    The condition of Stable unCLIP, by the noise conditioning augmentation of `Noising`: the higher the level, the less
+    the images are tied to the embedding. For a condition "embedding" the inputs "embedding_level", (batch,), and
+    "embedding_noise", of the shape of the embedding, may be given; otherwise the level is `level`, with fixed noise,
+    and in training both are random, up to `highest`. A zero embedding means no condition; for it the layer receives
+    zeros.
 
         conditions={"embedding": NoisedEmbedding(schedules.CosineBeta(1000), dropout=0.1)}
 
     Args:
-        noise: what makes the noisy embedding, a layer called as `noise(z, noise, level)`.
+        noise: the forward process, a layer called as `noise(z, noise, level)`.
         mean, std: of the embeddings, numbers or arrays (dim,).
-        waves: the layer of the level, a number in [0, 1], to a vector; None for a SinusoidalEmbedding of 64 channels.
-        layer: of both vectors, one after the other; None for two dense layers as wide as `embed`.
-        highest, level, dropout, seed: as of `Noising`.
+        waves: the layer from the level, a number in [0, 1], to a vector; None for a SinusoidalEmbedding of width 64.
+        layer: applied to the concatenation of both vectors; None for two dense layers as wide as `embed`.
+        highest, level, dropout, seed: as in `Noising`.
     """
 
     main = "embedding"
@@ -114,7 +113,7 @@ class NoisedEmbedding(Noising):
         self.mean, self.std = (np.asarray(ops.convert_to_numpy(value), "float32") for value in (mean, std))
         if noise is None or not (np.isfinite(self.mean).all() and np.all(self.std > 0)):
             raise ValueError(
-                "NoisedEmbedding: there must be a `noise`, `mean` be finite, and `std` above 0; received: "
+                "NoisedEmbedding: `noise` must be given, `mean` finite and `std` positive; received: "
                 f"{noise!r}, {mean!r} and {std!r}"
             )
         waves = SinusoidalEmbedding(64, scale=1000.0) if waves is None else waves
@@ -127,8 +126,8 @@ class NoisedEmbedding(Noising):
         shape = tuple(x_shape[self.main])
         if len(shape) != 2 or any(one.shape not in ((), shape[1:]) for one in (self.mean, self.std)):
             raise ValueError(
-                "NoisedEmbedding: one vector an example is expected, (batch, dim), with as many numbers in `mean` and "
-                f"`std`; received: {shape}, {self.mean.shape} and {self.std.shape}"
+                "NoisedEmbedding: one vector per example is expected, (batch, dim), and `mean` and "
+                f"`std` of that size; received: {shape}, {self.mean.shape} and {self.std.shape}"
             )
         self._row = shape[1:]
         waves = build_layer(self.waves, shape[:1])
@@ -139,11 +138,11 @@ class NoisedEmbedding(Noising):
 
     @property
     def null(self) -> np.ndarray | None:
-        """Zeros; None before the shape of a row is known."""
+        """Zeros; None until the shape of a row is known."""
         return None if self._row is None else np.zeros(self._row, "float32")
 
     def call(self, x, embed=None, context=None, training=None):
-        """The embedding, with its level and noise, in a dictionary, to `Encoded`."""
+        """Maps a dictionary of the embedding, its level and noise to `Encoded`."""
         z, key = ops.cast(x[self.main], "float32"), self._key_of_call(training)
         if training and self.dropout > 0:
             z = self._dropped(z, key)
@@ -155,15 +154,15 @@ class NoisedEmbedding(Noising):
         return Encoded(vector=self.projection(ops.cast(joined, self.compute_dtype)))
 
     def compute_output_spec(self, x, embed=None, context=None, training=None):
-        """That of the layer's output."""
+        """The specification of the output."""
         batch, width = x[self.main].shape
         waves = self.waves.compute_output_shape((batch,))[-1]
         return Encoded(vector=self.projection.compute_output_spec(keras.KerasTensor((batch, width + waves))))
 
 
 class MaskedTokens(ConfigurableLayer, keras.layers.Layer):
-    """Tokens as they come, (batch, length, dim), with a mask that may be missing: of a condition "context", the input
-    "context_mask", (batch, length), is not 0 for a token that is attended to.
+    """Tokens used unchanged, (batch, length, dim), with an optional mask: for a condition "context", the input
+    "context_mask", (batch, length), is nonzero for a token that is attended to.
 
     Args:
         kwargs: `name` and `dtype`.
@@ -174,16 +173,16 @@ class MaskedTokens(ConfigurableLayer, keras.layers.Layer):
         self.built = True
 
     def inputs_of(self, name: str) -> dict[str, Input]:
-        """The tokens, and the mask, which may be missing."""
+        """The tokens, and the optional mask."""
         return {name: Input("tokens", None), f"{name}_mask": Input("mask", None, True)}
 
     def call(self, x, training=None):
-        """A dictionary of both to `Encoded`."""
+        """Maps a dictionary of both to `Encoded`."""
         mask = x.get("mask")
         mask = None if mask is None else ops.not_equal(mask, ops.cast(0, mask.dtype))
         return Encoded(tokens=ops.cast(x["tokens"], self.compute_dtype), mask=mask)
 
     def compute_output_spec(self, x, training=None):
-        """The specification of what `call` gives."""
+        """The specification of the output of `call`."""
         mask = None if x.get("mask") is None else keras.KerasTensor(x["mask"].shape, "bool")
         return Encoded(tokens=keras.KerasTensor(x["tokens"].shape, self.compute_dtype), mask=mask)

@@ -1,7 +1,7 @@
-"""Initial weights, drawn by NumPy.
+"""Weight initialisers that draw with NumPy.
 
-After `keras.utils.set_random_seed` they are the same on every backend, which Keras' own are not; and JAX does not have
-to compile a generator for the shape of every weight.
+After `keras.utils.set_random_seed` their values are the same on every backend, unlike those of Keras' initialisers, and
+JAX need not compile a generator for the shape of every weight.
 """
 
 import math
@@ -17,21 +17,21 @@ __all__ = ["GlorotUniform", "Normal"]
 
 
 class _Initializer(Configurable, keras.initializers.Initializer):
-    """Draws with a seed; None takes one that `keras.utils.set_random_seed` determines."""
+    """Draws with a seed; None derives one from `keras.utils.set_random_seed`."""
 
     def _keep_seed(self, seed):
         self.seed = random.randint(1, 10**9) if seed is None else seed
 
     def __call__(self, shape, dtype=None):
-        """A tensor of this shape, the same at each call."""
+        """A tensor of this shape, the same in each call."""
         return ops.convert_to_tensor(self._draw(np.random.default_rng(self.seed), tuple(shape)), dtype or "float32")
 
 
 class GlorotUniform(_Initializer):
-    """Uniform in [-a, a], a = sqrt(6 / (inputs + outputs)) (Glorot and Bengio 2010, eq. 16).
+    """Uniform in [-a, a], a = sqrt(6 / (inputs + outputs)) (Glorot & Bengio, 2010, equation 16).
 
     Args:
-        seed: of the numbers; None takes one that `keras.utils.set_random_seed` determines.
+        seed: for the values; None derives one from `keras.utils.set_random_seed`.
     """
 
     def __init__(self, seed: int | None = None):
@@ -44,11 +44,11 @@ class GlorotUniform(_Initializer):
 
 
 class Normal(_Initializer):
-    """Normal with this standard deviation.
+    """Normal with mean 0 and this standard deviation.
 
     Args:
         stddev: the standard deviation.
-        seed: of the numbers; None takes one that `keras.utils.set_random_seed` determines.
+        seed: for the values; None derives one from `keras.utils.set_random_seed`.
     """
 
     def __init__(self, stddev: float = 0.02, seed: int | None = None):

@@ -1,4 +1,4 @@
-"""A second time: how far a network is to lead in one step."""
+"""The length of the interval that a flow map crosses in one step, as a condition."""
 
 import keras
 from keras import ops
@@ -13,24 +13,25 @@ __all__ = ["Interval"]
 
 
 class Interval(ConfigurableLayer, keras.layers.Layer):
-    """The condition of networks that lead from any noise level to any lower one, a vector that is added to the time's:
+    """The condition of networks that map any noise level to any lower one, a vector added to the time embedding:
 
         W2 silu(W1 waves(d) + b1) + b2,     d = u_now - u_then in [0, pi / 2],    tan(u) = sigma / alpha,
 
-    where W2 and b2 are zero at first, so that a network that takes the weights of one without begins as that one.
+    where W2 and b2 are initialised to zero, so that a network initialised with the weights of one without this
+    condition computes the same function.
 
         UNet.residual(64, conditions={"interval": Interval()})
 
-    It must be called "interval". Objectives and solvers give it (`objectives.Shortcut`, `objectives.MeanFlow`,
-    `solvers.FlowMap`), neither `fit` nor `sample`; where it is missing d = 0: the network is asked for the mean of the
-    data, as any other. Two times as the input of a network are from Kim et al. 2024 (consistency trajectory models),
-    arXiv:2310.02279, and the time and its distance to the end from Geng et al. 2025 (MeanFlow), arXiv:2505.13447, table
-    1c; as an angle it is the same on every schedule.
+    It must be named "interval". It is supplied by objectives and solvers (`objectives.Shortcut`, `objectives.MeanFlow`,
+    `solvers.FlowMap`), not by `fit` or `sample`; if it is missing, d = 0, and the network predicts the mean of the data
+    as usual. A network of two times is from Kim et al. 2024 (consistency trajectory models), arXiv:2310.02279; the
+    parametrisation by time and distance from Geng et al. 2025 (MeanFlow), arXiv:2505.13447, table 1c; the distance as
+    an angle is the same on every schedule.
 
     Args:
-        waves: how many, an even number.
-        scale: the frequency of the fastest; the slowest has a hundredth. Objectives that take derivatives (`MeanFlow`)
-            want slow ones.
+        waves: the number of sinusoidal features, even.
+        scale: the highest frequency; the lowest is a hundredth of it. Objectives that take derivatives (`MeanFlow`)
+            need low frequencies.
         kwargs: `name` and `dtype`.
     """
 
@@ -42,11 +43,11 @@ class Interval(ConfigurableLayer, keras.layers.Layer):
         self.embedding = SinusoidalEmbedding(waves, 100.0, scale, dtype=self.dtype_policy)
 
     def inputs_of(self, name: str) -> dict[str, Input]:
-        """The distance, which may be missing."""
+        """The distance, which is optional."""
         return {name: Input("interval", None, True)}
 
     def build(self, x_shape, embed_shape):
-        """Makes both dense layers, as wide as `embed`."""
+        """Creates both dense layers, as wide as `embed`."""
         options = {"dtype": self.dtype_policy}
         self.hidden = Dense(embed_shape[-1], "silu", kernel_initializer=kernel_initializer(), **options)
         self.output_layer = Dense(embed_shape[-1], kernel_initializer="zeros", **options)
@@ -54,10 +55,10 @@ class Interval(ConfigurableLayer, keras.layers.Layer):
         self.output_layer.build(embed_shape)
 
     def call(self, x, embed, training=None):
-        """{"interval": (batch,)}, or {}, to (batch, dim)."""
+        """Maps {"interval": (batch,)}, or {}, to (batch, dim)."""
         distance = x["interval"] if "interval" in x else ops.cast(0.0 * embed[:, 0], "float32")
         return self.output_layer(self.hidden(self.embedding(distance)))
 
     def compute_output_spec(self, x, embed, training=None):
-        """That of `embed`."""
+        """The specification of `embed`."""
         return keras.KerasTensor(embed.shape, self.compute_dtype)

@@ -1,4 +1,4 @@
-"""Two sequences, of image and text, each with weights of its own, that attend to each other: the block of MMDiT."""
+"""The block of MMDiT: image and text tokens, each with their own weights, under joint attention."""
 
 import math
 from typing import Any
@@ -24,29 +24,29 @@ __all__ = ["JointBlock"]
 
 
 class JointBlock(Block):
-    """A block for image and text, each with a `TransformerBlock` of its own, whose attention is that of both at once:
+    """An MMDiT block: image and text have a `TransformerBlock` each, and one joint attention:
 
         y, z = split(softmax([q_x; q_c] [k_x; k_c]^T / sqrt(head_width)) [v_x; v_c])
         x' = x + gate_x W_x y,   x'' = feed_forward_x(x');    c' = c + gate_c W_c z,   c'' = feed_forward_c(c')
 
-    with q_x, k_x, v_x of norm_x(x), and q_c, k_c, v_c of norm_c(c); norms and gates by `embed` if the template is
-    adaptive and gated. Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (2024),
-    section 4 and figure 2b. `x` is a map (batch, height, width, channels) or tokens (batch, tokens, channels), the
-    context tokens (batch, tokens, channels) of as many channels. What the mask of `Tokens` hides is not attended to.
+    with q_x, k_x, v_x from norm_x(x), and q_c, k_c, v_c from norm_c(c); norms and gates depend on `embed` if the
+    template is adaptive and gated. Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image
+    Synthesis" (2024), section 4 and figure 2b. `x` is a map (batch, height, width, channels) or tokens (batch, tokens,
+    channels), the context tokens (batch, tokens, channels) with the same channels. Masked `Tokens` are not attended to.
 
-    It gives a pair, `x''` and the context for the next block, with the mask if there is one; so it stands in `MMDiT`,
-    not in a `Chain` with others.
+    It returns a pair, `x''` and the context for the next block (with the mask, if any), and is therefore used in
+    `MMDiT`, not in a `Chain` with other blocks.
 
     Args:
-        block: a template of the `TransformerBlock` of either, such as `adaptive_block(24, qk_norm="rms_norm")`.
-        dual: whether the image attends to itself alone besides, by weights of their own, the result of which is added
-            to that of the attention to both: `x' = x + gate_x W_x y + gate_d attention(norm_d(x))`, as in Stable
-            Diffusion 3.5 medium.
-        last: whether nothing follows, so that of the text only queries, keys and values are made. It gives no context.
+        block: a template of both `TransformerBlock`s, such as `adaptive_block(24, qk_norm="rms_norm")`.
+        dual: whether the image has a second attention, to itself alone, with weights of its own, the result of which is
+            added: `x' = x + gate_x W_x y + gate_d attention(norm_d(x))`, as in Stable Diffusion 3.5 medium.
+        last: whether this is the last block, in which the text has only queries, keys and values. It returns no
+            context.
 
     Raises:
-        TypeError: if `block` is no `TransformerBlock`.
-        ValueError: if its attention is not global, or rotary; if there is no context, or it has other channels.
+        TypeError: if `block` is not a `TransformerBlock`.
+        ValueError: if its attention is not global, or is rotary; if the context is missing or has other channels.
     """
 
     def __init__(self, block: Any, dual: bool = False, last: bool = False, **kwargs):
@@ -56,20 +56,20 @@ class JointBlock(Block):
             raise TypeError(f"JointBlock: `block` must be a TransformerBlock; received: {self.block!r}")
         if self.block.pattern != Global() or self.block.rotary is not None:
             raise ValueError(
-                "JointBlock: all of image and text attend to all, without rotary positions; received a `block` with "
+                "JointBlock: joint attention is global and without rotary positions; received a `block` with "
                 f"pattern={self.block.pattern!r}, rotary={self.block.rotary!r}"
             )
         self.dual = dual
         self.last = last
 
     def build(self, x_shape, embed_shape=None, context_shape=None):
-        """Builds both blocks, the last one's text but for what is not used."""
+        """Builds both blocks; in the last, only the used part of the text block."""
         check_positions(self, x_shape)
         tokens = opened(context_shape)[0]
         check_given(self, "context", tokens, "tokens of the shape (batch, tokens, channels)")
         if tokens[-1] != x_shape[-1]:
             raise ValueError(
-                f"JointBlock: the tokens of the context must have the {x_shape[-1]} channels of `x`; received the "
+                f"JointBlock: the tokens of the context must have {x_shape[-1]} channels, as `x` has; received the "
                 f"shape: {tuple(tokens)}"
             )
         policy = {"dtype": self.dtype_policy}
@@ -97,7 +97,7 @@ class JointBlock(Block):
         return layer
 
     def call(self, x, embed=None, context=None, training=None):
-        """Image and context to both; see the class. The second is None if this is the `last`."""
+        """Maps image and context to new ones (see the class). The context is None if this is the `last`."""
         tokens, mask = opened(context)
         check_given(self, "context", tokens, "tokens of the shape (batch, tokens, channels)")
         own = self.image.self_attention
@@ -115,7 +115,7 @@ class JointBlock(Block):
         return y, tokens if mask is None else Tokens(tokens, mask)
 
     def _text(self, tokens, embed, training):
-        """Queries, keys and values of the text, in heads."""
+        """Queries, keys and values of the text, split into heads."""
         if self.last:
             attention, normed = self.text_attention, apply_layer(self.text_norm, tokens, embed, training=training)
         else:
@@ -126,7 +126,7 @@ class JointBlock(Block):
         return attention.projected(normed, normed)
 
     def _attended(self, x, of_text, mask):
-        """What each position of the image, and each token of the text, finds in both, in heads."""
+        """The joint attention of image positions and text tokens, in heads."""
         attention = self.image.self_attention.attention
         in_line = [ops.reshape(one, (ops.shape(one)[0], -1, *attention._split)) for one in attention.projected(x, x)]
         length = ops.shape(in_line[0])[1]
@@ -138,7 +138,7 @@ class JointBlock(Block):
         return y[:, :length], y[:, length:]
 
     def compute_output_spec(self, x, embed=None, context=None, training=None):
-        """The specifications of image and context."""
+        """The specifications of the image and the context."""
         tokens, mask = opened(context)
         image = keras.KerasTensor(x.shape, self.compute_dtype)
         if self.last:
@@ -147,7 +147,7 @@ class JointBlock(Block):
         return image, tokens if mask is None else Tokens(tokens, mask)
 
     def multiply_adds(self, x_shape, embed_shape=None, context_shape=None):
-        """Those of the logits and of the weighted sum of values, of both at once."""
+        """The logits and the weighted sum of values, over both sequences."""
         tokens = opened(context_shape)[0]
         length = math.prod(x_shape[1:-1]) + tokens[1]
         return 2 * x_shape[0] * length**2 * math.prod(split_heads(self.block, x_shape[-1]))

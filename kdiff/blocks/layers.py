@@ -1,4 +1,4 @@
-"""Keras' dense layer and convolution, computed in each backend's fastest form."""
+"""Keras' dense layer and convolution, in the fastest form on each backend."""
 
 import keras
 import numpy as np
@@ -10,10 +10,10 @@ __all__ = ["Conv2D", "Dense", "Direct", "LowRank"]
 
 
 class Direct:
-    """A mixin for layers that PyTorch calls by the hundred: without Keras' preparations, where they change nothing."""
+    """A mixin that skips the overhead of Keras' `__call__` on PyTorch where it has no effect."""
 
     def __call__(self, *args, **kwargs):
-        """As of any Keras layer."""
+        """Calls the layer, as for any Keras layer."""
         if backend.needs_no_preparation(self, args, kwargs):
             return self.call(*args, **kwargs)
         return super().__call__(*args, **kwargs)
@@ -23,31 +23,31 @@ class LowRank:
     """A mixin for layers with Keras' `enable_lora`: `x kernel + scale (x A) B`, with scale = lora_alpha / lora_rank.
 
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2022), equation 3. Keras adds the product to the
-    kernel in the precision of computing, where a small change is lost, and merges it when the layer is saved; loaded
-    again A and B are zeros, and so are their gradients. Here the change is computed beside, and A and B are saved.
+    kernel in the compute precision, in which a small change is lost, and merges it when the layer is saved; A and B of
+    a loaded layer are zero, and so are their gradients. Here the change is computed separately, and A and B are saved.
     """
 
     def _changed(self, inputs, bias):
-        """The layer's product with its kernel, plus `bias`, plus the change."""
+        """The product with the kernel, plus `bias`, plus the low-rank change."""
         if not self.lora_enabled:
             return self._product(inputs, self.kernel, bias)
         change = backend.dense(self._product(inputs, self.lora_kernel_a, None), self.lora_kernel_b)
         return self._product(inputs, self._kernel, bias) + (self.lora_alpha / self.lora_rank) * change
 
     def enable_lora(self, rank, lora_alpha=None, a_initializer=None, b_initializer="zeros"):
-        """Keras' own, with A from N(0, 1 / rank^2) by default; `lora_alpha` is that of a configuration, if there is."""
+        """As in Keras, with A ~ N(0, 1 / rank^2) by default; `lora_alpha` comes from a configuration, if any."""
         lora_alpha = self.lora_alpha if lora_alpha is None else lora_alpha
         super().enable_lora(rank, lora_alpha, a_initializer or Normal(1.0 / rank), b_initializer)
 
     def disable_lora(self) -> None:
-        """The layer as it was before `enable_lora`: A and B are forgotten, and the kernel stays as it is."""
+        """Undoes `enable_lora`: A and B are discarded, and the kernel is unchanged."""
         for variable in (self.lora_kernel_a, self.lora_kernel_b):
             self._untrack_variable(variable)
-        self.lora_kernel_a = self.lora_kernel_b = None  # to delete a variable Keras collects garbage, for a second
+        self.lora_kernel_a = self.lora_kernel_b = None  # deleting a variable makes Keras collect garbage
         self.lora_enabled, self.lora_rank, self.lora_alpha = False, None, None
 
     def save_own_variables(self, store):
-        """Kernel and bias as Keras saves them, and A, B and the scale beside them."""
+        """Saves kernel and bias as Keras does, and also A, B and the scale."""
         if not self.lora_enabled or self._is_quantized():
             super().save_own_variables(store)
             return
@@ -58,7 +58,7 @@ class LowRank:
         store["lora_scale"] = np.float32(self.lora_alpha / self.lora_rank)
 
     def load_own_variables(self, store):
-        """What was saved; a layer without LoRA takes A and B into its kernel, and one with it begins anew without."""
+        """Loads the weights: a layer without LoRA merges A and B into its kernel; one with LoRA resets absent ones."""
         if self._is_quantized() or not self.built or not (self.lora_enabled or "lora_scale" in set(store.keys())):
             super().load_own_variables(store)
             return
@@ -83,10 +83,10 @@ class LowRank:
 
 @keras.saving.register_keras_serializable("kdiff.blocks")
 class Dense(LowRank, Direct, keras.layers.Dense):
-    """`activation(x kernel + bias)`: `keras.layers.Dense`, arguments and all."""
+    """`activation(x kernel + bias)`: `keras.layers.Dense`, with its arguments."""
 
     def call(self, inputs):
-        """(..., channels) to (..., units)."""
+        """Maps (..., channels) to (..., units)."""
         y = self._changed(inputs, self.bias)
         return y if self.activation is None else self.activation(y)
 
@@ -96,10 +96,10 @@ class Dense(LowRank, Direct, keras.layers.Dense):
 
 @keras.saving.register_keras_serializable("kdiff.blocks")
 class Conv2D(LowRank, Direct, keras.layers.Conv2D):
-    """`activation(kernel * x + bias)` on maps: `keras.layers.Conv2D`, arguments and all, with channels last.
+    """`activation(kernel * x + bias)` on maps: `keras.layers.Conv2D`, with its arguments, channels last.
 
-    Its rank is that of what it is built for: with numbers for all axes it is as well a convolution of series (batch,
-    length, channels) and of volumes (batch, depth, height, width, channels).
+    The rank is that of the shape for which it is built: with arguments that are single numbers it is also a convolution
+    of series (batch, length, channels) and of volumes (batch, depth, height, width, channels).
     """
 
     def __init__(self, filters: int, kernel_size, *args, **kwargs):
@@ -109,7 +109,7 @@ class Conv2D(LowRank, Direct, keras.layers.Conv2D):
         self.input_spec = None
 
     def build(self, input_shape):
-        """Makes kernel and bias, for this rank."""
+        """Creates kernel and bias for this rank."""
         self._take_rank(input_shape)
         super().build(input_shape)
 
@@ -119,7 +119,7 @@ class Conv2D(LowRank, Direct, keras.layers.Conv2D):
         return super().compute_output_shape(input_shape)
 
     def get_config(self):
-        """Keras' own; numbers that all axes share are one number."""
+        """As in Keras; arguments that are equal for all axes become one number."""
         config = super().get_config()
         return {**config, **{name: _shared(config[name]) for name in ("kernel_size", "strides", "dilation_rate")}}
 
@@ -132,7 +132,7 @@ class Conv2D(LowRank, Direct, keras.layers.Conv2D):
         self.rank = rank
 
     def call(self, inputs):
-        """(batch, height, width, channels) to (batch, height', width', filters)."""
+        """Maps (batch, height, width, channels) to (batch, height', width', filters)."""
         y = self._changed(inputs, self.bias)
         return y if self.activation is None else self.activation(y)
 
@@ -141,13 +141,13 @@ class Conv2D(LowRank, Direct, keras.layers.Conv2D):
 
 
 def _shared(values):
-    """The number that all axes share; the numbers if they differ."""
+    """One number if the values of all axes are equal; otherwise the values."""
     return values[0] if len(set(values)) == 1 else values
 
 
 def _for_each_axis(value, rank, shape):
     if not isinstance(value, int) or rank not in (1, 2, 3):
         raise ValueError(
-            f"Conv2D: with the arguments {value} for its axes, it is made for other maps; received: {tuple(shape)}"
+            f"Conv2D: the arguments {value} fix another number of axes; received the shape: {tuple(shape)}"
         )
     return (value,) * rank

@@ -1,17 +1,17 @@
-"""Layers that preserve magnitude: a unit variance in, a unit variance out, at every moment of the training.
+"""Magnitude-preserving layers: inputs of unit variance give outputs of unit variance, throughout training.
 
-Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models" (EDM2, 2024). With no normalisation
-in the network and weights that grow as they are trained, activations grow too and the learning rate means less and
-less. So every operation is divided by the standard deviation that it would give to independent inputs of unit variance:
+Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models" (EDM2, 2024). Without normalisation
+in the network the growth of the weights in training makes activations grow too, and the effective learning rate decay.
+So every operation is divided by the standard deviation of its output for independent inputs of unit variance:
 
     weights         w / |w| for each output                    equation 47
     silu            silu(x) / 0.596                            equation 81
     sum             ((1 - t) a + t b) / sqrt((1-t)^2 + t^2)    equation 88
-    concatenation   each part counts as (1 - t) : t            equation 103
-    waves           sqrt(2) cos(2 pi (f x + phase))            equation 75
+    concatenation   parts weighted (1 - t) : t            equation 103
+    features        sqrt(2) cos(2 pi (f x + phase))            equation 75
 
-and the weights are set back to unit magnitude after each training step (equation 66): `UnitMagnitude` is their Keras
-constraint, which optimizers apply.
+and the weights are normalised to unit magnitude after each training step (equation 66) by the Keras constraint
+`UnitMagnitude`, which optimizers apply.
 """
 
 import math
@@ -50,20 +50,20 @@ __all__ = [
 
 
 def mp_silu(x: Any) -> Any:
-    """`silu(x) / 0.596`, as `silu(x)` has the mean square 0.596^2 for a normal x (equation 81)."""
+    """`silu(x) / 0.596`, since `silu(x)` has mean square 0.596^2 for a standard normal x (equation 81)."""
     return ops.silu(x) / 0.596
 
 
 def mp_sum(a: Any, b: Any, t: float = 0.5) -> Any:
-    """`((1 - t) a + t b) / sqrt((1 - t)^2 + t^2)`: the sum of independent a and b at their magnitude (equation 88)."""
+    """`((1 - t) a + t b) / sqrt((1 - t)^2 + t^2)`: the magnitude-preserving sum of a and b (equation 88)."""
     return ((1 - t) * a + t * b) / math.hypot(1 - t, t)
 
 
 def mp_concatenate(a: Any, b: Any, t: float = 0.5) -> Any:
-    """Channels of a and of b, whose parts of the whole magnitude are as (1 - t) to t (equation 103).
+    """The concatenation of the channels of a and b, with magnitudes weighted (1 - t) : t (equation 103).
 
-    `c [(1 - t) a / sqrt(n_a), t b / sqrt(n_b)]` with `c = sqrt((n_a + n_b) / ((1 - t)^2 + t^2))`. For as many channels
-    in a as in b and t = 1/2 it is the plain concatenation.
+    `c [(1 - t) a / sqrt(n_a), t b / sqrt(n_b)]` with `c = sqrt((n_a + n_b) / ((1 - t)^2 + t^2))`. For equal numbers of
+    channels and t = 1/2 it is the plain concatenation.
     """
     n_a, n_b = a.shape[-1], b.shape[-1]
     c = math.sqrt(n_a + n_b) / math.hypot(1 - t, t)
@@ -71,14 +71,14 @@ def mp_concatenate(a: Any, b: Any, t: float = 0.5) -> Any:
 
 
 def unit_magnitude(x: Any, axis: Any, epsilon: float = 1e-4) -> Any:
-    """`x / (epsilon + rms(x))`, the root mean square over these axes, in float32."""
+    """`x / (epsilon + rms(x))`, with the root mean square over these axes, in float32."""
     y = ops.cast(x, "float32")
     rms = ops.sqrt(ops.mean(ops.square(y), axis=axis, keepdims=True))
     return ops.cast(y / (epsilon + rms), x.dtype)
 
 
 class UnitMagnitude(Value, keras.constraints.Constraint):
-    """The constraint of a kernel, (..., out): the weights of each output have the mean square 1 (equation 66).
+    """A kernel constraint, for shape (..., out): the weights of each output have mean square 1 (equation 66).
 
     Keras' optimizers apply it after each step: the forced weight normalisation of EDM2.
     """
@@ -89,7 +89,7 @@ class UnitMagnitude(Value, keras.constraints.Constraint):
 
 
 class _MPKernel(Block):
-    """A layer with one kernel, of which each call uses the weights of each output divided by their norm."""
+    """A layer with one kernel, whose weights are divided by their norm, for each output, in each call."""
 
     def __init__(self, width: int | None = None, **kwargs):
         super().__init__(**kwargs)
@@ -108,12 +108,12 @@ class _MPKernel(Block):
         return ops.cast(w / math.sqrt(math.prod(self.kernel.shape[:-1])), self.compute_dtype)
 
     def multiply_adds(self, x_shape, embed_shape=None, context_shape=None):
-        """The kernel at each position."""
+        """The products with the kernel at each position."""
         return math.prod(x_shape[:-1]) * math.prod(self.kernel.shape)
 
 
 class MPDense(_MPKernel):
-    """A dense layer without bias that preserves magnitude: `(W / |W|) x`, the norm that of each output's weights.
+    """A magnitude-preserving dense layer without bias: `(W / |W|) x`, with one norm for each output.
 
     Karras et al. (EDM2, 2024), equation 47.
 
@@ -122,22 +122,22 @@ class MPDense(_MPKernel):
     """
 
     def build(self, x_shape):
-        """Makes the kernel, (channels, width)."""
+        """Creates the kernel, (channels, width)."""
         self._add_kernel(x_shape[-1], self.width or x_shape[-1])
 
     def call(self, x, embed=None, context=None, training=None):
-        """(..., channels) to (..., self.width)."""
+        """Maps (..., channels) to (..., self.width)."""
         return backend.dense(x, self._weights())
 
 
 class MPConv(_MPKernel):
-    """A convolution without bias that preserves magnitude: `(W / |W|) * x`, the norm that of each output's weights.
+    """A magnitude-preserving convolution without bias: `(W / |W|) * x`, with one norm for each output.
 
-    Karras et al. (EDM2, 2024), equation 47. Near the edges, where the map is padded with zeros, it gives less.
+    Karras et al. (EDM2, 2024), equation 47. At the borders zero padding lowers the magnitude.
 
     Args:
         width: the channels of the output; None keeps those of the input.
-        kernel_size: its padding keeps the size of the map.
+        kernel_size: of the convolution, with "same" padding.
     """
 
     def __init__(self, width: int | None = None, kernel_size: int = 3, **kwargs):
@@ -146,27 +146,27 @@ class MPConv(_MPKernel):
         self.kernel_size = kernel_size
 
     def build(self, x_shape):
-        """Makes the kernel, (kernel_size, kernel_size, channels, width)."""
+        """Creates the kernel, (kernel_size, kernel_size, channels, width)."""
         check_map(self, x_shape)
         sizes = [self.kernel_size] * (len(x_shape) - 2)
         self._add_kernel(*sizes, x_shape[-1], self.width or x_shape[-1])
 
     def call(self, x, embed=None, context=None, training=None):
-        """(batch, height, width, channels) to the same with `self.width` channels."""
+        """Maps (batch, height, width, channels) to `self.width` channels."""
         ones = (1,) * (len(x.shape) - 2)
         return backend.convolution(x, self._weights(), None, ones, "same", ones)
 
 
 class MPFourierEmbedding(Block):
-    """A number as waves of random, fixed frequency and phase: `sqrt(2) cos(2 pi (scale f_i t + phase_i))`.
+    """Random Fourier features of a number, with random phases: `sqrt(2) cos(2 pi (scale f_i t + phase_i))`.
 
-    Karras et al. (EDM2, 2024), equation 75: `f_i ~ N(0, 1)` and `phase_i ~ U(0, 1)`, so that over the phases each wave
-    has the mean square 1. They are weights that are not trained, the same on every backend.
+    Karras et al. (EDM2, 2024), equation 75: `f_i ~ N(0, 1)` and `phase_i ~ U(0, 1)`, so that each feature has mean
+    square 1 over the phases. Both are non-trainable weights, the same on every backend.
 
     Args:
         width: the size of the embedding.
         scale: the standard deviation of the frequencies.
-        seed: of the frequencies and phases.
+        seed: for the frequencies and phases.
     """
 
     def __init__(self, width: int, scale: float = 1.0, seed: int = 0, **kwargs):
@@ -191,7 +191,7 @@ class MPFourierEmbedding(Block):
         return self.add_weight(shape=drawn.shape, initializer=initializer, name=name, **options)
 
     def call(self, x, embed=None, context=None, training=None):
-        """Numbers of any shape, (batch,) as a rule, to (..., width)."""
+        """Maps numbers of any shape, usually (batch,), to (..., width)."""
         turns = ops.expand_dims(ops.cast(x, "float32"), -1) * self.frequencies + self.phases
         return ops.cast(math.sqrt(2) * ops.cos(2 * math.pi * turns), self.compute_dtype)
 
@@ -201,21 +201,21 @@ class MPFourierEmbedding(Block):
 
 
 class MagnitudePreservingBlock(Block):
-    """EDM2's residual block: `mp_sum(x, conv(dropout(mp_silu(conv(mp_silu(x)) (1 + gain V mp_silu(embed))))), t)`.
+    """The residual block of EDM2: `mp_sum(x, conv(dropout(mp_silu(conv(mp_silu(x)) (1 + gain V mp_silu(embed))))), t)`.
 
-    Karras et al. (2024), configuration G: no biases, no group norms, weights normalised; `gain`, one number, is zero at
-    first. On the way down each position is set to unit magnitude first (`normalize`), on the way up it is not.
+    Karras et al. (2024), configuration G: no biases, no group norms, normalised weights; `gain`, a scalar, is initially
+    zero. Encoder blocks first normalise each position to unit magnitude (`normalize`); decoder blocks do not.
 
     Args:
-        width: the channels of the output; None keeps those of the input. Where they differ, a 1x1 convolution stands in
-            the shortcut: before everything else if `normalize`, and otherwise in the shortcut alone.
+        width: the channels of the output; None keeps those of the input. Where they differ, there is a 1x1 convolution:
+            before everything else if `normalize`, and otherwise in the shortcut.
         normalize: whether the channels at each position are divided by their root mean square first.
         dropout: the rate of dropout before the last convolution.
         kernel_size: of both convolutions.
-        resample: a layer without weights that changes the size, applied first of all; None keeps the size.
-        balance: the part t of the residual in the sum.
-        clip: the output is kept within -clip ... clip, for float16; None for no limit.
-        seed: of the dropout.
+        resample: a layer without weights that changes the size, applied first; None keeps the size.
+        balance: the weight t of the residual in the sum.
+        clip: limits the output to [-clip, clip], for float16; None for no limit.
+        seed: for the dropout.
     """
 
     def __init__(
@@ -245,7 +245,7 @@ class MagnitudePreservingBlock(Block):
         self.seed = seed
 
     def build(self, x_shape, embed_shape=None):
-        """Builds both convolutions, the projection of the embedding, if there is one, and the 1x1 convolution."""
+        """Builds both convolutions, the projection of the embedding, if any, and the 1x1 convolution."""
         check_map(self, x_shape)
         self.embedded = embed_shape is not None
         x_shape = x_shape if self.resample is None else build_layer(self.resample, x_shape)
@@ -267,7 +267,7 @@ class MagnitudePreservingBlock(Block):
         return layer
 
     def call(self, x, embed=None, context=None, training=None):
-        """(batch, height, width, channels) to the same with `self.width` channels; `embed` is (batch, dim) or None."""
+        """Maps (batch, height, width, channels) to `self.width` channels; `embed` is (batch, dim) or None."""
         check_embed(self, embed)
         x = x if self.resample is None else self.resample(x)
         if self.normalize:

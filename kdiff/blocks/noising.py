@@ -1,4 +1,4 @@
-"""What the conditions that are noised have in common: a level, and noise, drawn in training and given otherwise."""
+"""Noise conditioning augmentation: conditions with a noise level and noise, drawn in training and given otherwise."""
 
 import keras
 import numpy as np
@@ -10,23 +10,23 @@ from kdiff.blocks.conditions import Condition, Input
 
 __all__ = ["AUGMENTING", "LEVELS", "Noising"]
 
-LEVELS, AUGMENTING = 5, 6  # streams of random numbers, beside that of `Condition`
+LEVELS, AUGMENTING = 5, 6  # streams of random numbers, distinct from that of `Condition`
 
 
 class Noising(Condition):
-    """The base of conditions that are noised: noise conditioning augmentation (Ho et al., "Cascaded Diffusion Models",
+    """The base of noised conditions: noise conditioning augmentation (Ho et al., "Cascaded Diffusion Models",
     2021, section 4).
 
     Args:
-        noise: what makes the noisy input, a layer called as `noise(x, noise, level)`, such as
-            `kdiff.schedules.Cosine()`; None for none.
-        highest: of the levels in training, up to 1, which are drawn from U(0, highest), one an example, as a function
-            of `seed` and the number of the call.
-        level: where none is given.
+        noise: the forward process, a layer called as `noise(x, noise, level)`, such as `kdiff.schedules.Cosine()`; None
+            for no noise.
+        highest: the highest level in training, at most 1: levels are drawn from U(0, highest), one per example, as a
+            function of `seed` and the number of the call.
+        level: the level where none is given.
         dropout, seed: as in `Condition`.
     """
 
-    main = ""  # the key of what is noised, in the dictionary that the layer is called with
+    main = ""  # the key of the noised input, in the dictionary with which the layer is called
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Noising(Condition):
         self.level = level
 
     def inputs_of(self, name: str) -> dict[str, Input]:
-        """What is noised and, where it is, the level and the noise, which may be missing."""
+        """The noised input and, with `noise`, the optional level and noise."""
         if self.noise is None:
             return {name: Input(None, self)}
         others = {"level": _Level(type(self).__name__), "noise": None}
@@ -58,7 +58,7 @@ class Noising(Condition):
         return {name: Input(self.main, self), **others}
 
     def _key_of_call(self, training):
-        """(seed, number of the call) in training, if anything is drawn; otherwise always the same."""
+        """(seed, number of the call) in training, if anything is drawn; otherwise a constant."""
         drawn = training and (self.dropout > 0 or self.noise is not None)
         return self._next() if drawn else ops.convert_to_tensor([self.seed, 0], "int32")
 
@@ -76,7 +76,7 @@ class Noising(Condition):
 
 
 class _Level:
-    """What a level may be."""
+    """The check of a level."""
 
     def __init__(self, owner: str):
         self.owner = owner

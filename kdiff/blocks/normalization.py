@@ -1,4 +1,4 @@
-"""Normalisations, with statistics in float32 whatever the precision, and those that an embedding or a map steers."""
+"""Normalisations, with statistics in float32 at any precision, and adaptive ones, steered by an embedding or a map."""
 
 from typing import Any
 
@@ -22,15 +22,16 @@ __all__ = ["AdaptiveNorm", "GroupNorm", "LayerNorm", "RMSNorm", "SpatialNorm"]
 
 
 class GroupNorm(Block):
-    """Each group of channels of each example to mean 0 and variance 1: `gamma (x - mean) / sqrt(var + epsilon) + beta`.
+    """Group normalisation, over each group of channels of each example: `gamma (x - mean) / sqrt(var + epsilon) +
+    beta`.
 
-    Wu & He, "Group Normalization" (2018), equations 1, 2 and 7. The epsilon is PyTorch's, not Keras'.
+    Wu & He, "Group Normalization" (2018), equations 1, 2 and 7. The default epsilon is PyTorch's, not Keras'.
 
     Args:
-        groups: the number of groups, which must divide the channels. None takes as many as there can be, up to 32, with
-            four channels or more in each: a group of one channel would undo what was added to it just before.
+        groups: the number of groups, which must divide the channels. None takes the largest number, at most 32, with at
+            least four channels per group: a group of one channel would cancel an embedding added just before.
         epsilon: added to the variance.
-        affine: whether there are `gamma` and `beta`.
+        affine: whether `gamma` and `beta` are learned.
     """
 
     def __init__(self, groups: int | None = None, epsilon: float = 1e-5, affine: bool = True, **kwargs):
@@ -43,12 +44,12 @@ class GroupNorm(Block):
         self.affine = affine
 
     def build(self, x_shape):
-        """Makes `gamma` and `beta`, (channels,)."""
+        """Creates `gamma` and `beta`, (channels,)."""
         channels = x_shape[-1]
         divisors = [g for g in range(1, channels + 1) if channels % g == 0]
         if self.groups is not None and self.groups not in divisors:
             raise ValueError(
-                f"GroupNorm: `groups` must divide the {channels} channels, that is, be one of {divisors}, or None; "
+                f"GroupNorm: `groups` must divide the {channels} channels, that is, be one of {divisors} or None; "
                 f"received: {self.groups}"
             )
         self.groups_used = self.groups or max(g for g in divisors if g == 1 or g <= min(32, channels // 4))
@@ -56,18 +57,18 @@ class GroupNorm(Block):
         self.beta = self.add_weight(shape=(channels,), initializer="zeros", name="beta") if self.affine else None
 
     def call(self, x, embed=None, context=None, training=None):
-        """(batch, ..., channels) to the same."""
+        """Maps (batch, ..., channels) to the same shape."""
         return backend.group_norm(x, self.groups_used, self.gamma, self.beta, self.epsilon)
 
 
 class LayerNorm(Block):
-    """The channels at each position to mean 0 and variance 1: `gamma (x - mean) / sqrt(var + epsilon) + beta`.
+    """Layer normalisation, over the channels at each position: `gamma (x - mean) / sqrt(var + epsilon) + beta`.
 
     Ba, Kiros & Hinton, "Layer Normalization" (2016), equation 4, over the last axis.
 
     Args:
         epsilon: added to the variance.
-        affine: whether there are `gamma` and `beta`.
+        affine: whether `gamma` and `beta` are learned.
     """
 
     def __init__(self, epsilon: float = 1e-5, affine: bool = True, **kwargs):
@@ -77,24 +78,24 @@ class LayerNorm(Block):
         self.affine = affine
 
     def build(self, x_shape):
-        """Makes `gamma` and `beta`, (channels,)."""
+        """Creates `gamma` and `beta`, (channels,)."""
         channels = x_shape[-1:]
         self.gamma = self.add_weight(shape=channels, initializer="ones", name="gamma") if self.affine else None
         self.beta = self.add_weight(shape=channels, initializer="zeros", name="beta") if self.affine else None
 
     def call(self, x, embed=None, context=None, training=None):
-        """(..., channels) to the same."""
+        """Maps (..., channels) to the same shape."""
         return backend.layer_norm(x, self.gamma, self.beta, self.epsilon)
 
 
 class RMSNorm(Block):
-    """The channels at each position to mean square 1: `gamma x / sqrt(mean(x^2) + epsilon)`.
+    """Root mean square normalisation, over the channels at each position: `gamma x / sqrt(mean(x^2) + epsilon)`.
 
     Zhang & Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4, over the last axis.
 
     Args:
         epsilon: added to the mean square.
-        affine: whether there is `gamma`.
+        affine: whether `gamma` is learned.
     """
 
     def __init__(self, epsilon: float = 1e-6, affine: bool = True, **kwargs):
@@ -104,11 +105,11 @@ class RMSNorm(Block):
         self.affine = affine
 
     def build(self, x_shape):
-        """Makes `gamma`, (channels,)."""
+        """Creates `gamma`, (channels,)."""
         self.gamma = self.add_weight(shape=x_shape[-1:], initializer="ones", name="gamma") if self.affine else None
 
     def call(self, x, embed=None, context=None, training=None):
-        """(..., channels) to the same."""
+        """Maps (..., channels) to the same shape."""
         y = ops.cast(x, "float32")
         y = y * ops.rsqrt(ops.mean(ops.square(y), axis=-1, keepdims=True) + self.epsilon)
         return ops.cast(y * ops.cast(self.gamma, "float32") if self.affine else y, x.dtype)
@@ -123,8 +124,8 @@ class AdaptiveNorm(Block):
 
     Args:
         normalization: a normalising layer or its name.
-        activation: applied to the embedding first; None for one that is activated already.
-        zero: whether scale and shift are zero at first, so that this begins as the plain normalisation.
+        activation: applied to the embedding first; None if it is already activated.
+        zero: whether scale and shift are initialised to zero, so that this starts as the plain normalisation.
 
     Raises:
         ValueError: if `embed` is not given.
@@ -139,7 +140,7 @@ class AdaptiveNorm(Block):
 
     def build(self, x_shape, embed_shape=None):
         """Builds the normalisation and the projection of the embedding to scale and shift."""
-        check_given(self, "embed", embed_shape, "one vector an example")
+        check_given(self, "embed", embed_shape, "one vector per example")
         build_layer(self.normalization, x_shape)
         self.projection = Dense(
             2 * x_shape[-1], kernel_initializer=kernel_initializer(self.zero), dtype=self.dtype_policy
@@ -147,8 +148,8 @@ class AdaptiveNorm(Block):
         self.projection.build(embed_shape)
 
     def call(self, x, embed=None, context=None, training=None):
-        """(batch, ..., channels), with `embed` (batch, dim), to the shape of `x`."""
-        check_given(self, "embed", embed, "one vector an example")
+        """Maps `x`, (batch, ..., channels), and `embed`, (batch, dim), to the shape of `x`."""
+        check_given(self, "embed", embed, "one vector per example")
         scale, shift = ops.split(over_positions(self.projection(self._activate(embed)), x), 2, axis=-1)
         return backend.scaled(apply_layer(self.normalization, x, training=training), 1 + scale, shift)
 
@@ -156,14 +157,14 @@ class AdaptiveNorm(Block):
 class SpatialNorm(Block):
     """A normalisation whose scale and shift at each position come from a map: `norm(x) (W z + b) + W' z + b'`.
 
-    Zheng et al., "MoVQ: Modulating Quantized Vectors for High-Fidelity Image Generation" (2022), section 3.2: z, the
-    vector at the nearest position of a map that may be smaller, is given as `embed`, (batch, height, width, dim).
+    Zheng et al., "MoVQ: Modulating Quantized Vectors for High-Fidelity Image Generation" (2022), section 3.2: z is the
+    vector at the nearest position of a map, which may be smaller, given as `embed`, (batch, height, width, dim).
 
     Args:
         normalization: a normalising layer or its name.
 
     Raises:
-        ValueError: if `embed` is not given, or is no map.
+        ValueError: if `embed` is not given, or is not a map.
     """
 
     def __init__(self, normalization: Any = "group_norm", **kwargs):
@@ -171,9 +172,9 @@ class SpatialNorm(Block):
         self.normalization = copy_layer(normalization, name="normalization", dtype=self.dtype_policy)
 
     def build(self, x_shape, embed_shape=None):
-        """Builds the normalisation, and the dense layers of each position of the map."""
+        """Builds the normalisation and the two dense layers."""
         if embed_shape is None or len(embed_shape) != len(x_shape):
-            raise ValueError(f"SpatialNorm: `embed` must be a map, as x, {tuple(x_shape)}; received: {embed_shape}")
+            raise ValueError(f"SpatialNorm: `embed` must be a map, as `x`, {tuple(x_shape)}; received: {embed_shape}")
         build_layer(self.normalization, x_shape)
         options = {"kernel_initializer": kernel_initializer(), "dtype": self.dtype_policy}
         self.scale = Dense(x_shape[-1], bias_initializer="ones", name="scale", **options)
@@ -182,14 +183,14 @@ class SpatialNorm(Block):
             layer.build(embed_shape)
 
     def call(self, x, embed=None, context=None, training=None):
-        """(batch, ..., channels), with a map `embed`, (batch, ..., dim), to the shape of `x`."""
+        """Maps `x`, (batch, ..., channels), and a map `embed`, (batch, ..., dim), to the shape of `x`."""
         check_given(self, "embed", embed, "a map")
         scale, shift = (_nearest(layer(embed), x) for layer in (self.scale, self.shift))
         return backend.scaled(apply_layer(self.normalization, x, training=training), scale, shift)
 
 
 def _nearest(z, x):
-    """A map at the positions of `x`."""
+    """A map, resized to the positions of `x` by nearest neighbour."""
     for axis in range(1, len(x.shape) - 1):
         size, own = ops.shape(x)[axis], ops.shape(z)[axis]
         z = ops.take(z, ops.arange(size) * own // size, axis=axis)

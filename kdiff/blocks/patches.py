@@ -41,7 +41,7 @@ class Patchify(Block):
         self.projection.build((None, self.size ** (len(x_shape) - 2) * x_shape[-1]))
 
     def call(self, x, embed=None, context=None, training=None):
-        """(batch, height, width, channels) to (batch, height / size, width / size, self.width)."""
+        """Maps (batch, height, width, channels) to (batch, height / size, width / size, self.width)."""
         _check(self, x.shape)
         return self.projection(_apart(x, self.size))
 
@@ -78,7 +78,7 @@ class Unpatchify(Block):
         self.projection.build(x_shape)
 
     def call(self, x, embed=None, context=None, training=None):
-        """(batch, height, width, dim) to (batch, height * size, width * size, self.channels)."""
+        """Maps (batch, height, width, dim) to (batch, height * size, width * size, self.channels)."""
         return _together(self.projection(x), self.size, self.channels)
 
     def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
@@ -88,7 +88,7 @@ class Unpatchify(Block):
 
 
 def _apart(x, size):
-    """(batch, height, width, channels) to (batch, height / size, width / size, size size channels); of any rank."""
+    """Maps (batch, height, width, channels) to (batch, height / size, width / size, size size channels), any rank."""
     batch, *sizes = ops.shape(x)[:-1]
     patches = [length // size for length in sizes]
     split = [part for count in patches for part in (count, size)]

@@ -1,16 +1,16 @@
-"""Who attends to whom: functions of queries, keys and values in heads.
+"""Attention patterns: which positions attend to which, as functions of queries, keys and values in heads.
 
     y = pattern(q, k, v, mask=None, bias=None)
 
-of q, k, v and y with the shape (batch, height, width, heads, head_width), a map, or (batch, tokens, heads, head_width),
-or with the sizes of any other map in their place, where q and k come from the same positions. With `A` the positions
-that position i sees,
+with q, k, v and y of the shape (batch, height, width, heads, head_width), a map, or (batch, tokens, heads, head_width),
+or with the sizes of any other map, where q and k come from the same positions. With `A(i)` the positions that position
+i attends to,
 
     y_i = sum over j in A(i) of softmax_j(q_i k_j / sqrt(head_width)) v_j
 
-or fewer of them: those j for which `mask`, (batch, keys), is True; where none is left, y_i = 0. `Linear` alone has
-other weights. `Global` and `Causal` alone take a `bias`, (batch or 1, heads, queries, keys), which is added to the
-logits. A pattern of your own is `__call__`, and `check` and `keys` where they differ.
+restricted to those j for which `mask`, (batch, keys), is True; if none is left, y_i = 0. Only `Linear` has other
+weights. Only `Global` and `Causal` accept a `bias`, (batch or 1, heads, queries, keys), which is added to the logits. A
+new pattern defines `__call__`, and `check` and `keys` where they differ.
 """
 
 import functools
@@ -29,41 +29,41 @@ Sizes = tuple[int | None, ...]
 
 
 class Pattern(Value):
-    """Who attends to whom: `pattern(q, k, v, mask) -> y` (see the module's first lines)."""
+    """Which positions attend to which: `pattern(q, k, v, mask) -> y` (see the module docstring)."""
 
     def __call__(self, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
-        """A map or tokens in heads, of the shape of `q`."""
+        """The attention output, of the shape of `q`."""
         raise NotImplementedError
 
     def check(self, sizes: Sizes) -> None:
-        """Raises a ValueError if (height, width) or (tokens,) are not possible; a size of None is not known yet."""
+        """Raises a ValueError if (height, width) or (tokens,) is not possible; a size of None is unknown."""
 
     def keys(self, sizes: Sizes, head_width: int) -> int:
-        """The products of a query with keys, by which the cost of a call is counted."""
+        """The number of keys per query, from which the cost of a call is computed."""
         return int(np.prod(sizes))
 
 
 class Global(Pattern):
-    """Every position attends to every position; the keys may also be those of a context, (batch, tokens, ...).
+    """Every position attends to every position; the keys may also come from a context, (batch, tokens, ...).
 
     Vaswani et al., "Attention Is All You Need" (2017), equation 1.
     """
 
     def __call__(self, q, k, v, mask=None, bias=None):
-        """A map or tokens in heads, of the shape of `q`."""
+        """The attention output, of the shape of `q`."""
         seen = None if mask is None else _in_line(mask)[:, None]
         return ops.reshape(backend.attention(*map(_flat, (q, k, v)), seen, bias), ops.shape(q))
 
 
 class Causal(Pattern):
-    """Every position attends to itself and to those before it, row after row: A(i) = {j: j <= i}.
+    """Every position attends to itself and to those before it, in raster order: A(i) = {j: j <= i}.
 
-    Vaswani et al. (2017), section 3.1: the decoder's; that of CLIP's text (Radford et al., "Learning Transferable
+    Vaswani et al. (2017), section 3.1: the decoder; also CLIP's text encoder (Radford et al., "Learning Transferable
     Visual Models From Natural Language Supervision", 2021, section 2.4).
     """
 
     def __call__(self, q, k, v, mask=None, bias=None):
-        """A map or tokens in heads, of the shape of `q`."""
+        """The attention output, of the shape of `q`."""
         at = ops.arange(math.prod(ops.shape(q)[1:-2]))
         seen = (at[:, None] >= at)[None]
         seen = seen if mask is None else seen & _in_line(mask)[:, None]
@@ -74,14 +74,14 @@ class Causal(Pattern):
 
 
 class Linear(Pattern):
-    """Every position attends to every position, at a cost linear in their number: `y = softmax(q) (softmax(k)^T v)`.
+    """Every position attends to every position, at linear cost: `y = softmax(q) (softmax(k)^T v)`.
 
     The first softmax is over the channels of a head, the second over the positions. Shen et al., "Efficient Attention:
     Attention with Linear Complexities" (2021), section 3.
     """
 
     def __call__(self, q, k, v, mask=None):
-        """A map or tokens in heads, of the shape of `q`; computed in float32."""
+        """The attention output, of the shape of `q`; computed in float32."""
         shape, dtype = ops.shape(q), q.dtype
         q, k, v = (ops.cast(_flat(x), "float32") for x in (q, k, v))
         if mask is not None:
@@ -92,12 +92,12 @@ class Linear(Pattern):
         return ops.cast(ops.reshape(y, shape), dtype)
 
     def keys(self, sizes, head_width):
-        """As many as a head has channels."""
+        """The channels per head."""
         return head_width
 
 
 class _Axis(NamedTuple):
-    """An axis of a map in tiles: indices of queries (tiles, n) and keys (tiles, m), and who sees whom (tiles, n, m)."""
+    """An axis of a map in tiles: indices of queries (tiles, n) and of keys (tiles, m), and the mask (tiles, n, m)."""
 
     queries: np.ndarray
     keys: np.ndarray
@@ -105,16 +105,16 @@ class _Axis(NamedTuple):
 
 
 class _Local(Pattern):
-    """A pattern on maps that is a product of axes: a rectangle of queries sees some of one rectangle of keys.
+    """A pattern on maps that is a product over the axes: a rectangle of queries sees a part of one rectangle of keys.
 
-    A tile is one dense attention with a mask, so nothing is gathered for each query alone.
+    A tile is one dense attention with a mask, so that no keys are gathered per query.
     """
 
     def _axis(self, length: int) -> _Axis:
         raise NotImplementedError
 
     def __call__(self, q, k, v, mask=None):
-        """A map in heads, of the shape of `q`."""
+        """The attention output, of the shape of `q`."""
         sizes = q.shape[1:-2]
         self.check(sizes)
         if None in sizes:
@@ -132,24 +132,24 @@ class _Local(Pattern):
         return _untiled(y, queries)
 
     def check(self, sizes):
-        """Raises a ValueError unless these are sizes that `size` suits."""
+        """Raises a ValueError unless `size` fits these sizes."""
 
     def keys(self, sizes, head_width):
-        """`size`, to the power of the number of axes."""
+        """`size` to the power of the number of axes."""
         return self.size ** len(sizes)
 
 
 class Window(_Local):
-    """Attention within windows of size x size, whose grid is moved down and right by `shift`, cyclically. Of tokens
-    they are `size` in a row, of volumes size x size x size.
+    """Attention within windows of size x size, on a grid cyclically shifted down and right by `shift`. For tokens a
+    window is `size` consecutive ones, for volumes size x size x size.
 
     Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows" (2021), section 3.2: blocks
-    with shifts 0 and size / 2 take turns. A window that the move wraps around the border is masked into the parts that
-    were neighbours on the map.
+    with shifts 0 and size / 2 alternate. A window that wraps around the border is masked into the parts that are
+    contiguous on the map.
 
     Args:
-        size: of a window, which must divide height and width.
-        shift: of the grid, from 0 to size - 1.
+        size: the side of a window, which must divide height and width.
+        shift: the shift of the grid, from 0 to size - 1.
     """
 
     def __init__(self, size: int = 8, shift: int = 0):
@@ -172,13 +172,13 @@ class Window(_Local):
 
 
 class Neighborhood(_Local):
-    """Each position attends to the size x size positions around it; near a border the square is moved inside. Of tokens
-    they are `size` in a row, of volumes size x size x size.
+    """Each position attends to the size x size positions around it; at a border the square is moved inside. For tokens
+    it is `size` consecutive ones, for volumes size x size x size.
 
     Hassani et al., "Neighborhood Attention Transformer" (2023), section 3.1.
 
     Args:
-        size: of the square, an odd number, at most the height and the width.
+        size: the side of the square, an odd number, at most the height and the width.
     """
 
     def __init__(self, size: int = 7):
@@ -197,31 +197,31 @@ class Neighborhood(_Local):
     def _axis(self, length):
         tile = min(_TILE, length)
         queries = np.minimum(np.arange(-(-length // tile) * tile), length - 1).reshape(-1, tile)
-        first = np.clip(queries - self.size // 2, 0, length - self.size)  # of the keys that each query sees
+        first = np.clip(queries - self.size // 2, 0, length - self.size)  # first key of each query
         span = min(tile + self.size - 1, length)
         keys = np.minimum(first[:, :1], length - span) + np.arange(span)
         offset = keys[:, None, :] - first[:, :, None]
         return _Axis(queries, keys, (offset >= 0) & (offset < self.size))
 
 
-# Of a tile of `Neighborhood`, along an axis: a query is multiplied by (_TILE + size - 1)^2 keys, of which size^2 count.
+# The side of a tile of `Neighborhood`: a query is multiplied by (_TILE + size - 1)^2 keys, of which size^2 count.
 _TILE = 8
 
 
 def _flat(x):
-    """The positions of a map in one axis, row after row."""
+    """Flattens the positions of a map into one axis."""
     return ops.reshape(x, (ops.shape(x)[0], -1, *x.shape[-2:]))
 
 
 def _in_line(mask):
-    """The mask of a map or of tokens as (batch, positions)."""
+    """The mask of a map or of tokens, as (batch, positions)."""
     return ops.reshape(mask, (ops.shape(mask)[0], -1))
 
 
 def _tiled(x, indices):
-    """(batch, *sizes, heads, head_width) to (batch tiles, positions in a tile, heads, head_width).
+    """Maps (batch, *sizes, heads, head_width) to (batch tiles, positions in a tile, heads, head_width).
 
-    `indices` are, for each axis, those of the positions of each tile, (tiles, length).
+    `indices` holds, for each axis, the positions of each tile, (tiles, length).
     """
     for axis, one in enumerate(indices, 1):
         x = _take(x, one.ravel(), axis)
@@ -233,7 +233,7 @@ def _tiled(x, indices):
 
 
 def _untiled(y, indices):
-    """The inverse of `_tiled`, for indices in which each position occurs."""
+    """The inverse of `_tiled`, for indices that contain each position once."""
     heads, tiles, lengths = y.shape[-2:], [len(one) for one in indices], [one.shape[1] for one in indices]
     n = len(indices)
     order = (0, *(axis for i in range(1, n + 1) for axis in (i, n + i)), 2 * n + 1, 2 * n + 2)
@@ -245,15 +245,15 @@ def _untiled(y, indices):
 
 
 def _take(x, indices, axis):
-    """`ops.take`, without a copy where all are taken in order."""
+    """`ops.take`, without a copy if the indices are all positions in order."""
     if np.array_equal(indices, np.arange(x.shape[axis])):
         return x
     return ops.take(x, backend.tensor(indices, "int32"), axis=axis)
 
 
 def _mask(axes, batch):
-    """Who sees whom, (batch tiles, queries, keys); None where all see all."""
-    seen = functools.reduce(np.kron, [axis.seen for axis in axes])  # a product of truth values, row after row
+    """The mask, (batch tiles, queries, keys); None if it is all True."""
+    seen = functools.reduce(np.kron, [axis.seen for axis in axes])  # the product of the masks of the axes
     if seen.all():
         return None
     tiles, queries, keys = seen.shape

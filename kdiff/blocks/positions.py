@@ -1,4 +1,4 @@
-"""Where a position is: waves added to a map, or rotations of queries and keys. `LearnedEmbedding()` learns them."""
+"""Position encodings: sinusoidal features added to a map, or rotary. `LearnedEmbedding()` has learned ones."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,21 +14,22 @@ __all__ = ["PositionTable", "RelativePositions", "Rotary", "SinCos2D"]
 
 
 class SinCos2D(Block):
-    """Waves of column and row, added: `x + [sin(f u), cos(f u), sin(f v), cos(f v)]`, u the column and v the row.
+    """Sinusoidal position encoding of column and row: `x + [sin(f u), cos(f u), sin(f v), cos(f v)]`, u the column and
+    v the row.
 
-    Each part has a quarter of the channels, with `f_i = max_period^(-i / quarter)`, i = 0 ... quarter - 1. That is the
-    order of He et al., "Masked Autoencoders Are Scalable Vision Learners" (2022), and of Peebles & Xie, "Scalable
-    Diffusion Models with Transformers" (2022), in which columns come first. With a `base_size` the map spans
-    0 ... base_size in either direction, whatever its size: `u = column * base_size / width / interpolation_scale`.
-    On a series, or a volume, there is a part for each axis, and the last axis comes first too.
+    Each part has a quarter of the channels, with `f_i = max_period^(-i / quarter)`, i = 0 ... quarter - 1: the order of
+    He et al., "Masked Autoencoders Are Scalable Vision Learners" (2022), and of Peebles & Xie, "Scalable Diffusion
+    Models with Transformers" (2022), in which columns come first. With a `base_size` the map spans 0 ... base_size in
+    either direction, whatever its size: `u = column * base_size / width / interpolation_scale`. A series or a volume
+    has one part per axis, the last axis first.
 
     Args:
-        max_period: the period, over 2 pi, of the slowest wave.
-        base_size: the size of the maps of which the waves are those; None for maps whose positions count by one.
+        max_period: the period, divided by 2 pi, of the lowest frequency.
+        base_size: the size to which positions are rescaled; None for positions 0, 1, 2, ...
         interpolation_scale: divides the positions.
 
     Raises:
-        ValueError: if the channels are not a multiple of 4; of 2 on a series, of 6 on a volume.
+        ValueError: if the channels are not a multiple of 4(series: 2; volumes: 6).
     """
 
     def __init__(
@@ -55,17 +56,17 @@ class SinCos2D(Block):
             raise ValueError(f"SinCos2D: the channels of `x` must be a multiple of {parts}; received: {x_shape[-1]}")
 
     def call(self, x, embed=None, context=None, training=None):
-        """(batch, height, width, channels) to the same."""
+        """Maps (batch, height, width, channels) to the same shape."""
         _, *sizes, channels = ops.shape(x)
         axes, own, waves = len(sizes), channels // len(sizes), 0.0
         for axis, size in enumerate(sizes):
-            others = [own * (axes - 1 - axis), own * axis]  # before it come the axes that follow
+            others = [own * (axes - 1 - axis), own * axis]  # the axes that follow it come before it
             one = ops.pad(self._waves(size, own), [[0, 0], others])
             waves = waves + ops.reshape(one, (size, *[1] * (axes - 1 - axis), channels))
         return x + ops.cast(waves, x.dtype)
 
     def _waves(self, length, channels):
-        """[sin, cos] of the positions along one axis, (length, channels)."""
+        """[sin, cos] for the positions along one axis, (length, channels)."""
         frequencies = float(self.max_period) ** (-np.arange(channels // 2) / (channels // 2)) / self.interpolation_scale
         at = ops.arange(length, dtype="float32")
         at = at if self.base_size is None else at * (self.base_size / ops.cast(length, "float32"))
@@ -74,21 +75,21 @@ class SinCos2D(Block):
 
 
 class PositionTable(Block):
-    """The waves of `SinCos2D` in a table of size x size positions, of which a map has those in the middle:
+    """The encoding of `SinCos2D` in a table of size x size positions, of which a map uses the central part:
 
         x_ij + table[(size - height) // 2 + i, (size - width) // 2 + j]
 
     Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (2024), section 5.3.2, so
-    that one network draws images of any shape. The table is kept with the weights, as files of Stable Diffusion 3 have
-    it, in float32; it is not trained.
+    that one network supports any aspect ratio. The table is stored with the weights, in float32, as in the files of
+    Stable Diffusion 3; it is not trained.
 
     Args:
-        size: of the table, the largest height and width of a map.
-        base_size: the waves count 0 ... base_size from end to end of the table; None for `size`, by one.
-        max_period: as of `SinCos2D`.
+        size: the side of the table, the maximum height and width of a map.
+        base_size: positions span 0 ... base_size over the table; None for `size`.
+        max_period: as in `SinCos2D`.
 
     Raises:
-        ValueError: if a map is larger than the table, is no map, or its channels are not a multiple of 4.
+        ValueError: if `x` is larger than the table or not a map, or its channels are not a multiple of 4.
     """
 
     def __init__(self, size: int = 192, base_size: float | None = None, max_period: float = 10000.0, **kwargs):
@@ -102,7 +103,7 @@ class PositionTable(Block):
         self.max_period = max_period
 
     def build(self, x_shape):
-        """Makes the table, (size, size, channels)."""
+        """Creates the table, (size, size, channels)."""
         if len(x_shape) != 4 or x_shape[-1] is None or x_shape[-1] % 4:
             raise ValueError(
                 "PositionTable: `x` must be a map (batch, height, width, channels), with channels that are a multiple "
@@ -129,7 +130,7 @@ class PositionTable(Block):
         return ops.convert_to_tensor(np.concatenate([columns, rows], axis=-1), dtype or "float32")
 
     def call(self, x, embed=None, context=None, training=None):
-        """(batch, height, width, channels) to the same."""
+        """Maps (batch, height, width, channels) to the same shape."""
         self._check_size(x.shape)
         height, width = ops.shape(x)[1:3]
         top, left = (self.size - height) // 2, (self.size - width) // 2
@@ -137,38 +138,39 @@ class PositionTable(Block):
 
 
 class RelativePositions(Value):
-    """What is done to queries and to keys so that their product depends on where they are: `positions(x) -> x`."""
+    """A transformation of queries and keys that makes their product depend on positions: `positions(x) -> x`."""
 
     def __call__(self, x: Any) -> Any:
-        """(batch, height, width, heads, head_width) or (batch, tokens, heads, head_width) to the same."""
+        """Maps (batch, height, width, heads, head_width) or (batch, tokens, heads, head_width) to the same shape."""
         raise NotImplementedError
 
     def check(self, axes: int, head_width: int) -> None:
-        """Raises a ValueError if heads of this width, on maps (2 axes) or tokens (1 axis), are not possible."""
+        """Raises a ValueError if it does not support this head width on maps (2 axes) or tokens (1 axis)."""
 
 
 class Rotary(RelativePositions):
-    """Pairs of channels rotated by the position, so that q k depends on the difference of two positions alone.
+    """Pairs of channels rotated by the position, so that q k depends only on the difference of two positions.
 
         (a, b) -> (a cos(f u) - b sin(f u), a sin(f u) + b cos(f u))
 
     Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), section 3.2; on maps, axis by
     axis, Heo et al., "Rotary Position Embedding for Vision Transformer" (2024), section 3, and Crowson et al.,
     "Scalable High-Resolution Pixel-Space Image Synthesis with Hourglass Diffusion Transformers" (2024).
-    Of the channels of a head, with n frequencies,
+    With n frequencies, of the channels of a head
 
-    - on maps the first 2n turn with the row, u = 0 ... height - 1, and the next 2n with the column;
-    - on tokens the first 2n turn with the index;
-    - of each 2n, channel i and channel n + i are the pair (a, b) of frequency f_i;
-    - what is left does not turn.
+    - on maps the first 2n rotate with the row, u = 0 ... height - 1, and the next 2n with the column;
+    - on tokens the first 2n rotate with the index;
+    - in each group of 2n, channels i and n + i are the pair (a, b) of frequency f_i;
+    - the remaining channels are unchanged.
 
     Args:
-        max_period: the period, over 2 pi, of the slowest pair: `f_i = max_period^(-i / n)`, with n so large that all
-            channels turn. RoFormer has 10000 for tokens, Heo et al. have 100 for maps.
-        frequencies: the angles by which neighbours differ, in place of those.
+        max_period: the period, divided by 2 pi, of the lowest frequency: `f_i = max_period^(-i / n)`, with n such that
+            all channels rotate. RoFormer uses 10000 for tokens, Heo et al. 100 for maps.
+        frequencies: the angles per unit of position, in place of those.
 
     Raises:
-        ValueError: if the channels of a head are no multiple of 4 (maps) or 2 (tokens), or too few for `frequencies`.
+        ValueError: if the channels of a head are not a multiple of 4 (maps) or 2 (tokens), or fewer than `frequencies`
+            needs.
     """
 
     def __init__(self, max_period: float = 100.0, frequencies: Sequence[float] | None = None):
@@ -177,17 +179,17 @@ class Rotary(RelativePositions):
         self.frequencies = None if frequencies is None else [float(f) for f in frequencies]
 
     def check(self, axes, head_width):
-        """Raises a ValueError if the pairs do not fit into a head."""
+        """Raises a ValueError if the pairs do not fit in a head."""
         if self.frequencies is None and head_width % (2 * axes):
             raise ValueError(f"Rotary: the channels of a head must be a multiple of {2 * axes}; received: {head_width}")
         if self.frequencies is not None and 2 * axes * len(self.frequencies) > head_width:
             raise ValueError(
-                f"Rotary: {len(self.frequencies)} `frequencies` turn {2 * axes * len(self.frequencies)} channels of a "
+                f"Rotary: {len(self.frequencies)} `frequencies` need {2 * axes * len(self.frequencies)} channels of a "
                 f"head; received heads of {head_width}"
             )
 
     def __call__(self, x):
-        """A map or tokens in heads, to the same; computed in float32."""
+        """Rotates a map or tokens in heads; computed in float32."""
         axes, width = len(x.shape) - 3, x.shape[-1]
         self.check(axes, width)
         frequencies = self._frequencies(width // (2 * axes))
@@ -201,7 +203,7 @@ class Rotary(RelativePositions):
         return backend.tensor(waves, "float32")
 
     def _angles(self, x, axis, frequencies):
-        """Those along one axis, shaped to broadcast over the axes that follow it and the heads."""
+        """The angles along one axis, shaped to broadcast over the following axes and the heads."""
         at = ops.arange(ops.shape(x)[1 + axis], dtype="float32")
         following = len(x.shape) - 3 - axis
         return ops.reshape(at, (-1, *[1] * following, 1)) * frequencies

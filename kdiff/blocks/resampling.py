@@ -47,7 +47,7 @@ class Downsample(Block):
             self.convolution = _convolution(self, x_shape, 1) if _widens(self, x_shape) else None
 
     def call(self, x, embed=None, context=None, training=None):
-        """(batch, height, width, channels) to (batch, height / 2, width / 2, self.width)."""
+        """Maps (batch, height, width, channels) to (batch, height / 2, width / 2, self.width)."""
         _check_even(self, x.shape)
         if self.mode != "convolution":
             x = {"average": backend.average_pool, "max": backend.max_pool}[self.mode](x)
@@ -92,7 +92,7 @@ class Upsample(Block):
             self.last = _convolution(self, x_shape, 1) if _widens(self, x_shape) else None
 
     def call(self, x, embed=None, context=None, training=None):
-        """(batch, height, width, channels) to (batch, 2 height, 2 width, self.width)."""
+        """Maps (batch, height, width, channels) to (batch, 2 height, 2 width, self.width)."""
         if self.mode == "transposed":
             return circular_padding.around(self.last, x, 1, 2)
         x = circular_padding.around(INTERPOLATIONS[self.mode], x, 1 if self.mode == "bilinear" else 0, 2)
@@ -190,7 +190,7 @@ class FIRDownsample(_FIR):
         self.last = _convolution(self, x_shape, 3, strides=2, padding="valid") if self.convolution else None
 
     def call(self, x, embed=None, context=None, training=None):
-        """(batch, height, width, channels) to (batch, height / 2, width / 2, self.width)."""
+        """Maps (batch, height, width, channels) to (batch, height / 2, width / 2, self.width)."""
         _check_even(self, x.shape)
         extra = len(self.taps) - 2
         if self.last is None:
@@ -212,7 +212,7 @@ class FIRUpsample(_FIR):
     """
 
     def call(self, x, embed=None, context=None, training=None):
-        """(batch, height, width, channels) to (batch, 2 height, 2 width, channels)."""
+        """Maps (batch, height, width, channels) to (batch, 2 height, 2 width, channels)."""
         y = x
         for axis in range(1, len(x.shape) - 1):  # a zero after each number
             shape = ops.shape(y)

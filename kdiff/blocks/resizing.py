@@ -1,8 +1,8 @@
-"""Images of one size as images of another: along each axis a matrix, the same on every backend.
+"""Resizing of images: one matrix for each axis, the same on every backend.
 
     y_i = sum over j of w((j - c_i) / s) x_j, divided by the sum of the weights,    c_i = (i + 1/2) n / m - 1/2
 
-from n pixels to m, with a kernel w and s = max(1, n / m) with `antialias`, else 1: the convention of Pillow, and of
+from n pixels to m, with a kernel w, and s = max(1, n / m) with `antialias`, else 1: the convention of Pillow, and of
 PyTorch with `antialias=True`.
 """
 
@@ -18,13 +18,13 @@ __all__ = ["FORMS", "resized"]
 
 
 def resized(x: Any, sizes: tuple[int, ...], form: str = "bilinear", antialias: bool = True) -> Any:
-    """(batch, *other sizes, channels) to (batch, *sizes, channels), float32.
+    """Resizes (batch, *other sizes, channels) to (batch, *sizes, channels), in float32.
 
     Args:
         x: of any rank; its sizes must be known.
-        sizes: of the result.
+        sizes: the sizes of the result.
         form: one of `FORMS`.
-        antialias: whether an image that shrinks is low-pass filtered first. Of effect on "bilinear" and "bicubic".
+        antialias: whether an image that is made smaller is low-pass filtered, in "bilinear" and "bicubic".
     """
     x = ops.cast(x, "float32")
     for axis, size in enumerate(sizes, 1):
@@ -57,18 +57,18 @@ def _nearest(n, m, antialias):
 
 
 def _area(n, m, antialias):
-    """Each pixel is the mean of what it covers."""
+    """Each pixel is the mean of the area that it covers."""
     first, pixel = np.arange(m)[:, None] * n / m, np.arange(n)
     covered = np.minimum(first + n / m, pixel + 1) - np.maximum(first, pixel)
     return np.maximum(0, covered) * m / n
 
 
 def _aligned(n, m, antialias):
-    """Bilinear, with corner pixels that keep their values (PyTorch's `align_corners`)."""
+    """Bilinear; the corner pixels keep their values (PyTorch's `align_corners`)."""
     return _triangle(np.arange(m)[:, None] * (n - 1) / max(1, m - 1) - np.arange(n))
 
 
-# How many pixels of how many each pixel is made of: functions of both and of `antialias` to (m, n).
+# The resizing matrices: functions of (n, m, antialias) to an array (m, n).
 FORMS = {
     "nearest": _nearest,
     "bilinear": functools.partial(_interpolated, _triangle),

@@ -1,4 +1,4 @@
-"""Text as a condition: an encoder that is learned with the network, or embeddings of one that has learned already."""
+"""Text as a condition: an encoder trained with the network, or embeddings from a pretrained encoder."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +19,8 @@ from kdiff.blocks.base import (
     kernel_initializer,
 )
 from kdiff.blocks.conditions import Condition, Encoded, OptionalCondition
-from kdiff.blocks.embeddings import LearnedEmbedding
 from kdiff.blocks.layers import Dense
+from kdiff.blocks.lookup import LearnedEmbedding
 from kdiff.blocks.normalization import LayerNorm
 from kdiff.blocks.transformer import TransformerBlock
 from kdiff.text import Tokenizer, is_text
@@ -29,22 +29,22 @@ __all__ = ["EncodedText", "TextEncoder"]
 
 
 class TextEncoder(Condition):
-    """A text as tokens, learned with the network: `norm(blocks(table[token] + position))`, (batch, length, width).
+    """A text encoder trained with the network: `norm(blocks(table[token] + position))`, (batch, length, width).
 
-    The transformer of Nichol et al., "GLIDE" (2021), section 4, small. `fit` and `sample` take strings, or the whole
-    numbers of the tokenizer. A text of padding alone, "", stands for no text. As in CLIP and Stable Diffusion, no mask
-    hides padding, which is a token like any other, unless the layer is `masked`.
+    A small version of the transformer of Nichol et al., "GLIDE" (2021), section 4. `fit` and `sample` accept strings,
+    or the token ids of the tokenizer. The empty text "", all padding, represents the absence of text. As in CLIP and
+    Stable Diffusion, padding tokens are not masked, unless the layer is `masked`.
 
     Args:
-        tokenizer: a `Tokenizer` or its name. Those of a model that is trained must not change.
+        tokenizer: a `Tokenizer` or its name, which must not change after training.
         width: of a token.
         depth: the number of blocks.
         heads: of the attention.
         block: a template of the blocks, or its name; None for `TransformerBlock(heads)`.
-        pooled: whether the mean of the tokens, through a dense layer, makes one vector as wide as `embed` (without one,
-            `width`), for networks that attend to no context.
+        pooled: whether the mean of the tokens is mapped by a dense layer to one vector as wide as `embed` (or `width`
+            without one), for networks without attention to a context.
         dropout, seed: as in `Condition`.
-        masked: whether padding is hidden from the blocks, the mean, and those who attend to the text.
+        masked: whether padding is masked in the blocks, in the mean and in attention to the text.
     """
 
     def __init__(
@@ -96,31 +96,30 @@ class TextEncoder(Condition):
     def _check_shape(self, shape):
         if len(shape) != 2 or shape[1] not in (None, self.tokenizer.length):
             raise ValueError(
-                f"TextEncoder: tokens must have the shape (batch, {self.tokenizer.length}), as the tokenizer gives "
+                f"TextEncoder: tokens must have the shape (batch, {self.tokenizer.length}), as the tokenizer returns "
                 f"them; received: {tuple(shape)}"
             )
 
     @property
     def null(self):
-        """The tokens of the empty text; None where `dropout` is 0, for then nothing is learned of it."""
+        """The tokens of the empty text; None if `dropout` is 0, since its embedding is then untrained."""
         return self.tokenizer("")[0] if self.dropout > 0 else None
 
     def prepare(self, values: Any) -> np.ndarray:
-        """Strings to tokens, (count, length); tokens are left as they are."""
+        """Converts strings to tokens, (count, length); tokens are unchanged."""
         return self.tokenizer(values) if is_text(values) else np.asarray(values)
 
     def check(self, values) -> None:
-        """Raises a ValueError for an array that is not of tokens."""
+        """Raises a ValueError if the values are not tokens."""
         self._check_shape(values.shape)
         size = self.tokenizer.vocabulary_size
         if values.dtype.kind not in "iu" or (values.size and not (values.min() >= 0 and values.max() < size)):
             raise ValueError(
-                f"Tokens must be whole numbers in 0..{size - 1}; received {values.dtype}, "
-                f"{values.min()} to {values.max()}"
+                f"Tokens must be integers in 0..{size - 1}; received {values.dtype}, {values.min()} to {values.max()}"
             )
 
     def encode(self, x, embed, training):
-        """Tokens (batch, length) to (batch, length, width), with a mask if `masked`; or (batch, dim) if `pooled`."""
+        """Maps (batch, length) to (batch, length, width), with a mask if `masked`; or to (batch, dim) if `pooled`."""
         self._check_shape(x.shape)
         mask = ops.not_equal(x, self.tokenizer.padding) if self.masked else None
         own = None if mask is None else Tokens(None, mask)
@@ -137,7 +136,7 @@ class TextEncoder(Condition):
         return (x_shape[0], self.tokenizer.length, self.width)
 
     def compute_output_spec(self, x, embed=None, context=None, training=None):
-        """The specification of what `encode` gives."""
+        """The specification of the output of `encode`."""
         shape = self.compute_output_shape(x.shape, None if embed is None else embed.shape)
         y = keras.KerasTensor(shape, self.compute_dtype)
         if self.pooled or not self.masked:
@@ -146,25 +145,25 @@ class TextEncoder(Condition):
 
 
 def _masked_mean(x, mask):
-    """The mean of the tokens that there are; 0 of none."""
+    """The mean of the unmasked tokens; 0 if there are none."""
     weights = ops.cast(mask, x.dtype)[..., None]
     return ops.sum(weights * x, axis=1) / ops.maximum(ops.sum(weights, axis=1), 1)
 
 
 class EncodedText(OptionalCondition):
-    """The embeddings of text by an encoder that is trained already, such as CLIP's, and is not trained further.
+    """Embeddings of text from a frozen, pretrained encoder, such as CLIP's.
 
         EncodedText(HubText("clip_vit_base_patch32"), layer=keras.layers.Dense(256))
 
-    The input is embeddings: `encoder(captions)`, made once before training, is the fast way. `fit` and `sample` also
-    take strings, which are given to the encoder as they come.
+    The input is embeddings: it is fastest to compute `encoder(captions)` once before training. `fit` and `sample` also
+    accept strings, which are encoded in each call.
 
     Args:
-        encoder: a function from a list of strings to float32 embeddings, one row a string, such as
-            `kdiff.text.HubText`; None for embeddings alone. It is no part of the weights. One that has a configuration
-            is saved with the model; any other must be given to a loaded model again:
+        encoder: a function from a list of strings to float32 embeddings, one row per string, such as
+            `kdiff.text.HubText`; None to accept embeddings only. Its weights are not part of the model. An encoder with
+            a configuration is saved with the model; any other must be set again after loading:
             `model.network.conditions["text"].encoder = encoder`.
-        layer, absent, dropout, seed: as in `OptionalCondition`; `encoder([""])[0]` is one choice of `absent`.
+        layer, absent, dropout, seed: as in `OptionalCondition`; `encoder([""])[0]` is a possible `absent`.
     """
 
     def __init__(
@@ -185,17 +184,17 @@ class EncodedText(OptionalCondition):
         self.encoder = encoder
 
     def get_config(self):
-        """The arguments; of the encoder only one that has a configuration."""
+        """The arguments, with `encoder` only if it has a configuration."""
         encoder = self.encoder if isinstance(self.encoder, Configurable) else None
         return {**super().get_config(), "encoder": keras.saving.serialize_keras_object(encoder)}
 
     def prepare(self, values: Any) -> np.ndarray:
-        """Strings to embeddings; embeddings are left as they are."""
+        """Converts strings to embeddings; embeddings are unchanged."""
         if not is_text(values):
             return np.asarray(values)
         if self.encoder is None:
             raise ValueError(
-                "EncodedText: strings need an `encoder`, which this layer does not have; give embeddings, or set it: "
+                "EncodedText: strings need an `encoder`, and this layer has none; pass embeddings, or set it: "
                 "`layer.encoder = ...`"
             )
         return np.asarray(self.encoder(list(np.atleast_1d(np.asarray(values, dtype=object)))), "float32")

@@ -1,4 +1,4 @@
-"""The transformer's encoder block, on tokens and on maps, and a stack of them inside a U-Net."""
+"""Transformer blocks on tokens and on maps, and the stack of them used in U-Nets."""
 
 from functools import partial
 from typing import Any
@@ -11,7 +11,6 @@ from kdiff.base import check_integer, check_number
 from kdiff.blocks.attention import (
     CrossAttention,
     SelfAttention,
-    _Branch,
     check_heads,
     check_positions,
     opened,
@@ -30,6 +29,7 @@ from kdiff.blocks.layers import Dense
 from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm, LayerNorm
 from kdiff.blocks.patterns import Pattern
 from kdiff.blocks.positions import RelativePositions
+from kdiff.blocks.residual import _Branch
 
 __all__ = ["FeedForward", "SpatialTransformer", "TransformerBlock", "adaptive_block", "check_ratio", "get_activation"]
 
@@ -37,18 +37,18 @@ __all__ = ["FeedForward", "SpatialTransformer", "TransformerBlock", "adaptive_bl
 class FeedForward(_Branch):
     """Two dense layers at each position, as a residual: `x + W2 activation(W1 norm(x) + b1) + b2`.
 
-    Vaswani et al. (2017), equation 2. With `glu` the first layer has two halves and the hidden vector is
+    Vaswani et al. (2017), equation 2. With `glu` the output of the first layer has two halves, and the hidden vector is
     `value * activation(gate)`, that is, GEGLU with "gelu" and SwiGLU with "silu" (Shazeer, "GLU Variants Improve
     Transformer", 2020, equations 5 and 6). On a map (batch, height, width, channels), tokens (batch, tokens, channels)
     or vectors (batch, channels).
 
     Args:
         ratio: the hidden width as a multiple of the channels, rounded down.
-        activation: a Keras activation, of which "gelu" is exact, or "gelu_tanh" or "quick_gelu", its approximations.
+        activation: a Keras activation, where "gelu" is exact, or its approximations "gelu_tanh" and "quick_gelu".
         normalization: a normalising layer or its name. An `AdaptiveNorm` uses `embed`.
-        glu: whether half of the first layer gates the other. The value comes first.
-        bias: whether both layers have one.
-        dropout, zero, gated, drop_path, rescale, seed: as in `SelfAttention`; `zero` is of the last layer.
+        glu: whether half of the first layer's output gates the other half. The value comes first.
+        bias: whether both layers have a bias.
+        dropout, zero, gated, drop_path, rescale, seed: as in `SelfAttention`; `zero` applies to the last layer.
 
     Raises:
         ValueError: if `gated` and no `embed` is given.
@@ -88,9 +88,9 @@ class FeedForward(_Branch):
 
 
 def get_activation(identifier: Any):
-    """A Keras activation, or an approximation of `gelu`: by tanh, "gelu_tanh", or `x sigmoid(1.702 x)`, "quick_gelu".
+    """A Keras activation, or an approximation of `gelu`: "gelu_tanh", or `x sigmoid(1.702 x)`, "quick_gelu".
 
-    Both are of Hendrycks & Gimpel, "Gaussian Error Linear Units" (2016), section 2.
+    Both are from Hendrycks & Gimpel, "Gaussian Error Linear Units" (2016), section 2.
     """
     approximations = {"gelu_tanh": backend.gelu_tanh, "quick_gelu": _quick_gelu}
     if isinstance(identifier, str) and identifier in approximations:
@@ -103,37 +103,37 @@ def _quick_gelu(x):
 
 
 def check_ratio(layer: Block, ratio: Any) -> None:
-    """Raises a ValueError unless `ratio` is a number above zero."""
+    """Raises a ValueError unless `ratio` is a positive number."""
     check_number(type(layer).__name__, "ratio", ratio, 1e-6)
 
 
 class TransformerBlock(Block):
-    """Self-attention, attention to the context if the block is built with one, and a feed-forward layer.
+    """Self-attention, cross-attention if the block is built with a context, and a feed-forward layer.
 
-    Each is a residual after its own normalisation (Xiong et al., "On Layer Normalization in the Transformer
+    Each is a pre-normalised residual (Xiong et al., "On Layer Normalization in the Transformer
     Architecture", 2020, table 1). On tokens (batch, tokens, channels), or a map (batch, height, width, channels),
     whose positions are the tokens.
 
     DiT's block (Peebles & Xie, 2022, section 3.2) is `adaptive` and `gated`, with
-    `normalization=LayerNorm(1e-6, affine=False)` and "gelu_tanh"; that of Stable Diffusion (Rombach et al., 2022,
-    appendix E.2.1) has `bias=False` and `glu=True`, and a context.
+    `normalization=LayerNorm(1e-6, affine=False)` and "gelu_tanh"; the block of Stable Diffusion (Rombach et al., 2022,
+    appendix E.2.1) has `bias=False`, `glu=True` and a context.
 
     Args:
         heads, head_width, bias, pattern, qk_norm, rotary: as in `MultiHeadAttention`.
         ratio, activation, glu: as in `FeedForward`.
-        normalization: a normalising layer or its name, or a list of one for each residual.
+        normalization: a normalising layer or its name, or a list with one per residual.
         adaptive: whether `embed` scales and shifts each normalisation.
         gated, drop_path, rescale: as in `SelfAttention`, of each residual.
         dropout: the rate of dropout on each residual.
-        zero: whether the last layer, or the gate, of each residual is zero at first, so that the block starts as the
-            identity.
-        seed: of the dropouts.
-        output_bias: whether the output layer of the attention, and both layers of the feed-forward layer, have one.
-        only_context: whether the first attention is to the context too, where there is one.
+        zero: whether the last layer, or the gate, of each residual is initialised to zero, so that the block starts as
+            the identity.
+        seed: for the dropouts.
+        output_bias: whether the output layer of the attention, and both layers of the feed-forward layer, have a bias.
+        only_context: whether the first attention is also to the context instead of to `x`, if there is a context.
 
     Raises:
-        ValueError: if `adaptive` or `gated` and no `embed` is given, or one built with a context is called without; if
-            a list of normalisations has more or fewer than there are residuals.
+        ValueError: if `adaptive` or `gated` and no `embed` is given, or a block that was built with a context is called
+            without one; if the length of a list of normalisations is not the number of residuals.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class TransformerBlock(Block):
     def _norms(self, count):
         norms = self.normalization if isinstance(self.normalization, list | tuple) else [self.normalization] * count
         if len(norms) != count:
-            raise ValueError(f"{self.name}: `normalization` must be one, or a list of {count}; received: {len(norms)}")
+            raise ValueError(f"{self.name}: `normalization` must be one, or a list of {count}; received {len(norms)}")
         return norms
 
     def _shared(self, index, norm):
@@ -218,35 +218,34 @@ class TransformerBlock(Block):
         return [branch for branch in branches if branch is not None]
 
     def call(self, x, embed=None, context=None, training=None):
-        """A map or tokens to the same; see the class for `embed` and `context`."""
+        """Maps a map or tokens to the same shape; for `embed` and `context` see the class."""
         for branch in self._branches():
             x = branch(x, embed=embed, context=context, training=training)
         return x
 
 
 def adaptive_block(heads: int | None = None, head_width: int | None = None, **options) -> TransformerBlock:
-    """DiT's adaLN-Zero block: `TransformerBlock` with scale, shift and gate from `embed`. `options` are its own."""
+    """DiT's adaLN-Zero block: a `TransformerBlock` with these options whose scale, shift and gate come from `embed`."""
     defaults = {"normalization": LayerNorm(1e-6, affine=False), "activation": "gelu_tanh"}
     return TransformerBlock(heads, head_width, **{**defaults, "adaptive": True, "gated": True, **options})
 
 
 class SpatialTransformer(Block):
-    """Transformer blocks between two dense layers, as a residual: `x + W2 blocks(W1 norm(x) + b1) + b2`.
+    """Transformer blocks between two dense layers, with a residual connection: `x + W2 blocks(W1 norm(x) + b1) + b2`.
 
     Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (2022), appendix E.2.1. On a map
-    (batch, height, width, channels), whose dense layers are 1x1 convolutions, or tokens (batch, tokens, channels).
+    (batch, height, width, channels), where the dense layers are 1x1 convolutions, or tokens (batch, tokens, channels).
 
     Args:
         depth: the number of blocks.
-        heads, head_width: of the blocks, whose width is their product; one that is None follows as in
-            `MultiHeadAttention`.
+        heads, head_width: of the blocks, whose width is their product; a None is inferred as in `MultiHeadAttention`.
         block: a template of the blocks; None for Stable Diffusion's, `TransformerBlock(bias=False, glu=True)`.
         normalization: a normalising layer or its name; None for `GroupNorm(epsilon=1e-6)`.
-        zero: whether the last dense layer is zero at first, so that this starts as the identity.
-        seed: from which each block gets one of its own.
+        zero: whether the last dense layer is initialised to zero, so that the block starts as the identity.
+        seed: from which the seed of each block is derived.
 
     Raises:
-        ValueError: of the blocks.
+        ValueError: as raised by the blocks.
     """
 
     def __init__(
@@ -290,13 +289,13 @@ class SpatialTransformer(Block):
         return layer
 
     def _copy(self, index, heads, head_width):
-        """A copy of the template, with those of these arguments that it has."""
+        """A copy of the template, with those of these arguments that it accepts."""
         wanted = {"heads": heads, "head_width": head_width, "seed": derive_seed(self.seed, index)}
         changes = {name: value for name, value in wanted.items() if name in self.block.get_config()}
         return copy_layer(self.block, dtype=self.dtype_policy, **changes)
 
     def call(self, x, embed=None, context=None, training=None):
-        """A map or tokens to the same; the blocks use `embed` and `context` as they do."""
+        """Maps a map or tokens to the same shape; `embed` and `context` are passed to the blocks."""
         y = self.projection_in(apply_layer(self.normalization, x, embed, training=training))
         for block in self.blocks:
             y = apply_layer(block, y, embed, context, training)

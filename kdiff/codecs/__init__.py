@@ -1,4 +1,4 @@
-"""Codecs: between what people hold and what diffuses."""
+"""Codecs: between user data and the space of the diffusion."""
 
 from kdiff.codecs.base import Absent, Codec, Identity, Pixels
 from kdiff.codecs.latent import Latent

@@ -1,4 +1,4 @@
-"""Codecs: between what people hold and what diffuses.
+"""Codecs: between user data and the space of the diffusion.
 
 A codec encodes a batch of examples into the space where noise is added, and decodes samples back:
 
@@ -6,8 +6,8 @@ A codec encodes a batch of examples into the space where noise is added, and dec
     examples = codec.decode(x)
 
 It may change shape and rank. It is a Keras layer, and may have weights, which are not trained by the model, not
-averaged, and saved with it unless `saved` is False. It computes at its own precision. One of your own, trained
-elsewhere:
+averaged, and saved with it unless `saved` is False. It computes at its own precision. A codec with a pretrained
+encoder:
 
     class Latent(Codec):
         def __init__(self, encoder, decoder):
@@ -39,15 +39,15 @@ Shape = tuple[int | None, ...]
 
 
 class Codec(Value, keras.layers.Layer):
-    """The base of all codecs. A new one defines `encode`, `decode` and, if it changes the shape, `data_shape`.
+    """The base of all codecs. A subclass defines `encode`, `decode` and, if it changes the shape, `data_shape`.
 
-    Its weights are there when it is made, or are made by `build(None)`.
+    Its weights are created by the constructor, or by `build(None)`.
 
     Attributes:
-        limit: the largest magnitude that floating-point examples may have; None if any will do.
-        batch_size: how many examples are decoded at once; None for as many as are sampled at once.
-        saved: whether its weights are saved with the model. A model that was saved without them has none when it is
-            loaded: `model.codec = codec` gives it one, and until then it says so where it needs it.
+        limit: the largest magnitude of floating-point examples; None for no limit.
+        batch_size: the number of examples decoded at once; None for the number sampled at once.
+        saved: whether its weights are saved with the model. A model that was saved without them has no codec when
+            loaded, and raises an error where it needs one: set `model.codec = codec`.
     """
 
     limit: float | None = None
@@ -58,11 +58,11 @@ class Codec(Value, keras.layers.Layer):
         super().__init__(dtype=dtype, autocast=False)
 
     def encode(self, examples, key: Any = None):
-        """Examples to data.
+        """Encodes examples as data.
 
         Args:
             examples: with shape `(batch, ...)`.
-            key: of random numbers (`kdiff.random`), for a codec that draws; None for its most likely answer.
+            key: of random numbers (`kdiff.random`), for a stochastic codec; None for the mean.
 
         Returns:
             float32 data.
@@ -70,35 +70,35 @@ class Codec(Value, keras.layers.Layer):
         raise NotImplementedError
 
     def decode(self, x):
-        """Data to examples."""
+        """Decodes data to examples."""
         raise NotImplementedError
 
     def data_shape(self, shape: Shape) -> Shape:
-        """The shape of an encoded example, for an example of this shape; None is an axis of any length.
+        """The shape of an encoded example, for an example of this shape; None is an unknown size.
 
         Raises:
-            ValueError: if there can be no such example.
+            ValueError: if examples cannot have this shape.
         """
         return shape
 
     def freeze(self) -> None:
-        """Makes its weights, if they are not there, constants of the model."""
+        """Creates its weights, if needed, and makes them constant in the model."""
         if not self.built:
             self.build(None)
         self.trainable = False
-        for variable in self.variables:  # TensorFlow: what is False already is not handed on to the layers inside
+        for variable in self.variables:  # on TensorFlow a value that is already False is not passed on to inner layers
             variable.trainable = False
 
     def call(self, examples, key: Any = None, training: bool = False):
-        """`encode`, as a layer: within it nothing is in training, whatever the model is."""
+        """`encode`, as a layer, always in inference mode."""
         return ops.cast(self.encode(examples, key), "float32")
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, serialised; `dtype`, if it is one of them, as a policy."""
+        """The constructor's arguments, serialised; `dtype`, if there is one, as a policy."""
         config = super().get_config()
         return {**config, "dtype": keras.dtype_policies.serialize(self.dtype_policy)} if "dtype" in config else config
 
-    # One with weights is equal to itself alone, and copied with them.
+    # A codec with weights equals only itself, and is copied with them.
 
     def __eq__(self, other: object) -> bool:
         return self is other or (not getattr(self, "weights", ()) and super().__eq__(other))
@@ -123,10 +123,10 @@ class Codec(Value, keras.layers.Layer):
 
 
 class Absent(Codec):
-    """What a model has in place of a codec that was not `saved` with it: it says so where a codec is needed.
+    """A placeholder for a codec that was not `saved` with a model: it raises an error where a codec is needed.
 
     Args:
-        codec: what it was.
+        codec: a description of the codec.
     """
 
     named = False
@@ -136,7 +136,7 @@ class Absent(Codec):
         self.codec = codec
 
     def _refuse(self):
-        raise ValueError(f"The model was saved without its codec, {self.codec}; give it one: `model.codec = codec`")
+        raise ValueError(f"The model was saved without its codec, {self.codec}; set it: `model.codec = codec`")
 
     def encode(self, examples, key: Any = None):
         self._refuse()
@@ -149,7 +149,7 @@ class Absent(Codec):
 
 
 class Pixels(Codec):
-    """Images as they are, in [-1, 1]; uint8 images become x / 127.5 - 1. Decoding clips to [-1, 1]."""
+    """Images in [-1, 1], unchanged; uint8 images become x / 127.5 - 1. Decoding clips to [-1, 1]."""
 
     limit = 1.0
 
@@ -161,7 +161,7 @@ class Pixels(Codec):
 
 
 class Identity(Codec):
-    """Vectors, latents or any other numbers, of any size, unchanged."""
+    """Vectors, latents or any other data of any range, unchanged."""
 
     def encode(self, examples, key: Any = None):
         return ops.cast(examples, "float32")
@@ -171,7 +171,7 @@ class Identity(Codec):
 
 
 def to_unit(images):
-    """Images in [-1, 1], float32: x / 127.5 - 1 of whole numbers, x of floating-point ones."""
+    """Images in [-1, 1], float32: x / 127.5 - 1 for integers, x for floats."""
     if "int" in str(images.dtype):
         return ops.cast(images, "float32") / 127.5 - 1.0
     return ops.cast(images, "float32")

@@ -1,4 +1,4 @@
-"""Latents: images as an autoencoder has them, a small map of few channels, and what makes large ones fit in memory."""
+"""Latents: images encoded by an autoencoder, scaled to unit variance, with tiling for large images."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -15,17 +15,17 @@ from kdiff.codecs.base import Codec, Shape, to_unit
 
 __all__ = ["OVERLAP", "Latent", "tiled"]
 
-OVERLAP = 4  # neighbouring tiles share this part of their side: a quarter
+OVERLAP = 4  # the overlap of neighbouring tiles is 1 / OVERLAP of their side
 
 
 class Latent(Codec):
-    """Images as the latents of an autoencoder, shifted and scaled to variance 1:
+    """The latents of an autoencoder, shifted and scaled to unit variance:
 
         x = (latent - shift) scale,    latent = mean + exp(log_variance / 2) noise
         images = decode(x / scale + shift)
 
     Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (2022), section 3.3 and appendix G.
-    Latents are drawn in training, and are the mean where an image is edited. The autoencoder is not trained.
+    Latents are sampled in training; editing uses their mean. The autoencoder is not trained.
 
         codec = Latent(AutoencoderKL.sd(), 0.18215)
         codec = Latent.fitted(autoencoder, images)
@@ -40,18 +40,18 @@ class Latent(Codec):
     Args:
         autoencoder: of `kdiff.networks`, or a Keras layer with `encode(images) -> (mean, log_variance or None)`,
             `decode(latents)` and `latent_shape(shape)`.
-        scale, shift: numbers, or as many as there are channels.
-        tiles: the side in pixels of the squares by which larger images are encoded and decoded, one after the other;
-            None for all at once. Neighbours overlap by a quarter, where one fades into the other. An image has other
-            pixels by tiles than as a whole, as norms and attention see less of it.
-        batch_size: how many are decoded at once.
+        scale, shift: numbers, or one per channel.
+        tiles: the side in pixels of the squares in which larger images are encoded and decoded, one after the other;
+            None for all at once. Neighbours overlap by a quarter and are blended. Tiled results differ slightly, as
+            norms and attention see less of the image.
+        batch_size: the number of images decoded at once.
         upcast: whether the autoencoder computes in float32 whatever its precision; that of Stable Diffusion XL
             overflows in float16.
         saved: whether its weights are saved with the model.
 
     Raises:
-        TypeError: if the autoencoder is none.
-        ValueError: if a number is not finite, `scale` is 0, or `tiles` no multiple of four latents.
+        TypeError: if `autoencoder` is not an autoencoder.
+        ValueError: if a number is not finite, `scale` is 0, or `tiles` not a multiple of four latents.
     """
 
     limit = 1.0
@@ -95,14 +95,14 @@ class Latent(Codec):
     def fitted(
         cls, autoencoder: keras.layers.Layer, examples: Any, *, per_channel: bool = False, batches: int = 32, **options
     ) -> Self:
-        """With the scale by which the latents of these examples have variance 1: 1 / std (Rombach et al., appendix G).
+        """A codec with the scale 1 / std of the latents of these examples (Rombach et al., appendix G).
 
         Args:
-            autoencoder: trained.
+            autoencoder: a trained autoencoder.
             examples: a batch of images; or an iterable of batches, such as a `tf.data.Dataset`, of which each is
                 images, (images, ...) or {"image": images, ...}.
-            per_channel: whether each channel gets a shift, its mean, and a scale of its own.
-            batches: how many are looked at.
+            per_channel: whether each channel has its own shift, its mean, and scale.
+            batches: the number of batches to use.
             options: other arguments of the codec.
         """
         plain = cls(autoencoder, **options)
@@ -117,7 +117,7 @@ class Latent(Codec):
             total = total + mean.sum(axes)
             squares = squares + (mean**2 + (0.0 if std is None else std**2)).sum(axes)
         if not count:
-            raise ValueError("Latent: to fit a scale there must be examples; there are none")
+            raise ValueError("Latent: fitting a scale needs examples; received none")
         mean, square = total / count, squares / count
         if per_channel:
             scale, shift = 1.0 / np.sqrt(np.maximum(square - mean**2, 1e-12)), mean
@@ -127,16 +127,16 @@ class Latent(Codec):
 
     @property
     def factor(self) -> int:
-        """How many pixels there are to a latent along each axis."""
+        """The number of pixels per latent along each axis."""
         return int(getattr(self.autoencoder, "factor", 1))
 
     def build(self, shape):
-        """Builds the autoencoder, unless it is."""
+        """Builds the autoencoder, if needed."""
         if not self.autoencoder.built:
             self.autoencoder.build(None)
 
     def moments(self, examples) -> tuple[Any, Any]:
-        """(mean, std) of the encoded data; the second is None where an image has one latent."""
+        """(mean, std) of the encoded data; the second is None for deterministic latents."""
         mean, log_variance = self._by_tiles(self._encode_whole, to_unit(examples), self.tiles, 1, self.factor)
         scale, shift = self._constants()
         std = None if log_variance is None else ops.exp(0.5 * log_variance) * ops.abs(scale)
@@ -161,7 +161,7 @@ class Latent(Codec):
         return (mean,) if log_variance is None else (mean, log_variance)
 
     def _by_tiles(self, function, x, tile, grow=1, shrink=1):
-        """`function`, of images or latents, by tiles if these are larger and have two sizes that are known."""
+        """`function`, of images or latents, by tiles if these are larger and have two known sizes."""
         large = tile is not None and len(x.shape) == 4 and None not in x.shape[1:3] and max(x.shape[1:3]) > tile
         y = tiled(function, x, tile, tile * grow // shrink) if large else function(x)
         return (*y, None)[:2] if isinstance(y, tuple) else y
@@ -171,13 +171,13 @@ class Latent(Codec):
 
 
 def tiled(function: Callable, x: Any, tile: int, out_tile: int) -> Any:
-    """`function` of a map by overlapping squares, row by row, each faded into those above it and on its left.
+    """`function` of a map by overlapping squares, row by row, each blended with those above and to the left.
 
     Args:
         function: of maps (batch, height, width, channels) to maps `out_tile / tile` times as large, or tuples of them.
         x: the map.
         tile: the side of a square.
-        out_tile: that of what is made of it.
+        out_tile: the side of its output.
     """
     step, blend = tile - tile // OVERLAP, out_tile // OVERLAP
     kept = out_tile - blend
@@ -195,7 +195,7 @@ def tiled(function: Callable, x: Any, tile: int, out_tile: int) -> Any:
 
 
 def _faded(before, after, blend, axis):
-    """`after`, whose first `blend` rows or columns go over from the last ones of `before` to its own."""
+    """`after`, whose first `blend` rows or columns are blended with the last ones of `before`."""
 
     def fade(a, b):
         extent = min(a.shape[axis], b.shape[axis], blend)
@@ -212,10 +212,10 @@ def _part(x, axis, start, stop):
 
 
 def _numbers(name: str, value: Any) -> float | list[float]:
-    """A number, or a list of one a channel."""
+    """A number, or a list of one per channel."""
     array = np.asarray(ops.convert_to_numpy(value), "float64")
     if array.ndim > 1 or not np.isfinite(array).all():
-        raise ValueError(f"Latent: `{name}` must be a finite number, or one a channel; received: {value!r}")
+        raise ValueError(f"Latent: `{name}` must be a finite number, or one per channel; received: {value!r}")
     return array.tolist()
 
 
@@ -223,7 +223,7 @@ def _upcast(autoencoder):
     for layer in autoencoder._flatten_layers():
         if layer.variable_dtype != "float32":
             raise ValueError(
-                f"Latent: `upcast` needs weights in float32, as of 'mixed_float16'; {layer.name} has them in "
+                f"Latent: `upcast` needs weights in float32, as in 'mixed_float16'; {layer.name} has them in "
                 f"{layer.variable_dtype}"
             )
         layer.dtype_policy = "float32"

@@ -1,4 +1,4 @@
-"""Codecs of vectors, tables and series: numbers of any scale as numbers of mean 0 and variance 1."""
+"""Codecs of vectors, tables and series: data of any scale normalised to mean 0 and variance 1."""
 
 from typing import Any, Self
 
@@ -12,28 +12,28 @@ __all__ = ["Standard", "Transformed"]
 
 
 class Standard(Codec):
-    """Numbers to mean 0 and standard deviation 1, and back, as schedules and networks expect them:
+    """Data normalised to mean 0 and standard deviation 1, as schedules and networks expect:
 
         x = (examples - mean) / std,        examples = mean + std x.
 
     Args:
         mean: a number, or an array that broadcasts against an example, such as (channels,).
-        std: the same, above 0.
+        std: the same, positive.
 
     Raises:
-        ValueError: if a number is not finite, or `std` not above 0.
+        ValueError: if a number is not finite, or `std` not positive.
     """
 
     def __init__(self, mean: Any = 0.0, std: Any = 1.0):
         super().__init__()
         self.mean, self.std = (np.asarray(ops.convert_to_numpy(value), "float32") for value in (mean, std))
         if not (np.isfinite(self.mean).all() and np.isfinite(self.std).all() and (self.std > 0).all()):
-            raise ValueError(f"Standard: `mean` must be finite, and `std` above 0; received: {mean!r} and {std!r}")
+            raise ValueError(f"Standard: `mean` must be finite and `std` positive; received: {mean!r} and {std!r}")
 
     @classmethod
     def fitted(cls, examples: Any) -> Self:
-        """With the mean and standard deviation of each channel of these examples, (count, ..., channels); NaN, for what
-        is missing, does not count. A channel that is always the same is only shifted.
+        """A codec with the mean and standard deviation of each channel of these examples, (count, ..., channels),
+        without missing values (NaN). A constant channel is only shifted.
         """
         examples = np.asarray(examples, "float64")
         axes = tuple(range(examples.ndim - 1))
@@ -49,17 +49,17 @@ class Standard(Codec):
 
 
 class Transformed(Codec):
-    """Numbers by a fitted transformer of scikit-learn, or anything with its `transform` and `inverse_transform`, which
-    takes (rows, channels): the positions of a series are rows.
+    """Data transformed by a fitted transformer of scikit-learn, or an object with the same `transform` and
+    `inverse_transform` of (rows, channels); the positions of a series are rows.
 
         Transformed(sklearn.preprocessing.QuantileTransformer(output_distribution="normal").fit(table))
 
-    It runs in NumPy, within compiled training too. It is not saved with the model, for that would be a pickle: after
-    loading, `model.codec = Transformed(transformer)`. Where the transformer is slow, encode the data once, and give
+    It runs in NumPy, also within compiled training. It is not saved with the model, as that would need a pickle: after
+    loading, set `model.codec = Transformed(transformer)`. If the transformer is slow, encode the data once, and use
     `fit({"encoded": codec.encode(table)})`.
 
     Args:
-        transformer: fitted.
+        transformer: a fitted transformer.
     """
 
     saved = False
@@ -84,11 +84,11 @@ class Transformed(Codec):
 
     @staticmethod
     def _by(function):
-        """The function of rows as one of arrays of any rank, float32."""
+        """A function of rows as a function of arrays of any rank, float32."""
         return lambda x: np.asarray(function(x.reshape(-1, x.shape[-1])), "float32").reshape(*x.shape[:-1], -1)
 
     def get_config(self) -> dict[str, Any]:
-        """What it was, in words: nothing is made of it."""
+        """A description of the transformer, from which it cannot be rebuilt."""
         return {"transformer": repr(self.transformer)}
 
     def __eq__(self, other: object) -> bool:

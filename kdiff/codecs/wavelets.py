@@ -1,4 +1,4 @@
-"""Wavelets: fewer positions with more channels, and not a number lost."""
+"""Wavelets: an invertible transform to fewer positions with more channels."""
 
 from typing import Any
 
@@ -18,12 +18,12 @@ class Haar(Codec):
         c = W b,   W W^T = I,        b a square of 2^depth x 2^depth pixels of one channel
 
     so that (height, width, channels) becomes (height / 2^depth, width / 2^depth, 4^depth channels), |c| = |b|, white
-    noise stays white noise, and the likelihood is that of the pixels. A network sees 4^depth times fewer positions of
-    the same picture. The first coefficient of a square is its mean times 2^depth; the others are the differences
-    between halves, from the whole square down to neighbouring pixels. A channel's coefficients lie side by side.
+    noise stays white noise, and the likelihood is that of the pixels. The network sees 4^depth times fewer positions.
+    The first coefficient of a square is its mean times 2^depth; the others are differences between halves, from the
+    whole square down to neighbouring pixels. The coefficients of a channel are adjacent.
 
     Args:
-        depth: how often the size is halved; 0 is `Pixels`.
+        depth: the number of times that the size is halved; 0 is `Pixels`.
 
     Raises:
         ValueError: if 2^depth does not divide height and width.
@@ -57,8 +57,8 @@ class Haar(Codec):
         side = 2**self.depth
         if len(shape) != 3 or any(size is not None and size % side for size in shape[:2]):
             raise ValueError(
-                f"{self!r}: images must have the shape (height, width, channels), of sizes that {side} "
-                f"divides; received: {tuple(shape)}"
+                f"{self!r}: images must have the shape (height, width, channels), with sizes divisible by "
+                f"{side}; received: {tuple(shape)}"
             )
         height, width, channels = shape
         return (*(None if size is None else size // side for size in (height, width)), channels * side**2)
@@ -67,7 +67,7 @@ class Haar(Codec):
 def haar(depth: int) -> np.ndarray:
     """W of `Haar`, float64, (4^depth, 4^depth), of the pixels of a square row by row.
 
-    One level makes of 2 x 2 pixels their sum and three differences, each halved; the next makes the same of the sums.
+    One level maps 2 x 2 pixels to their sum and three differences, each halved; the next applies to the sums.
     """
     if depth == 0:
         return np.ones((1, 1))

@@ -1,4 +1,4 @@
-"""Augmentation inside `tf.data.map`, whatever Keras' backend is."""
+"""Augmentation inside `tf.data.map`, whatever the Keras backend."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,15 +37,15 @@ def apply(step: Callable, image: tf.Tensor) -> tf.Tensor:
 
 
 def _runs_in_tensorflow(layer: keras.layers.Layer) -> bool:
-    """Whether a layer computes with TensorFlow inside tf.data on every backend.
+    """Whether a layer uses TensorFlow inside tf.data on every backend.
 
-    Keras' preprocessing layers do, by a `backend` attribute of their own that they switch, and so do keras-cv's.
+    Preprocessing layers of Keras and keras-cv do, by switching their `backend` attribute.
     """
     return hasattr(layer, "backend") or any(c.__module__.startswith("keras_cv.") for c in type(layer).__mro__)
 
 
 def _apply_eagerly(layer: keras.layers.Layer, image: tf.Tensor) -> tf.Tensor:
-    """Any other layer leaves the graph, computes with its own backend, and keeps the image's shape."""
+    """Runs any other layer outside the graph, on its own backend; it must keep the shape of the image."""
 
     def call(image: np.ndarray) -> np.ndarray:
         output = layer(keras.ops.convert_to_tensor(image[None]), training=True)

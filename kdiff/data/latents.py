@@ -1,6 +1,6 @@
-"""Images to what a codec makes of them, once, inside a `tf.data` pipeline, and numbers drawn of that in every epoch.
+"""Encoding of images by a codec, once, inside a `tf.data` pipeline, with latents sampled in every epoch.
 
-image -> (mean, std), and again of its mirror image, in float16 -> cache -> mean + std noise, of one of the two
+image -> (mean, std), and again of its mirror image, in float16 -> cache -> mean + std noise, from one of the two
 """
 
 from collections.abc import Callable
@@ -14,25 +14,27 @@ from kdiff.data._tensorflow import tf
 
 __all__ = ["IMAGES", "check_codec", "drawn", "encoded"]
 
-IMAGES = 32  # that are encoded at once
+IMAGES = 32  # encoded at once
 
 
 def check_codec(codec: Any, augment: Any, flips: bool) -> None:
-    """Raises a TypeError for what is no codec, a ValueError for what cannot be done with one, or without."""
+    """Raises a TypeError if `codec` is not a codec, a ValueError for arguments that do not fit it."""
     if codec is None and flips:
         raise ValueError(
-            "images: `flips` are for a `codec`; without one give `augment=keras.layers.RandomFlip('horizontal')`"
+            "images: `flips` needs a `codec`; without one use `augment=keras.layers.RandomFlip('horizontal')`"
         )
     if codec is not None and not (hasattr(codec, "encode") and hasattr(codec, "freeze")):
         raise TypeError(f"images: `codec` must be a codec of `kdiff.codecs`; received: {codec!r}")
     if codec is not None and augment:
-        raise ValueError("images: with a `codec` images are encoded once, before `augment`; `flips=True` mirrors some")
+        raise ValueError(
+            "images: with a `codec` images are encoded once, before `augment`; use `flips=True` to mirror some"
+        )
 
 
 def encoded(dataset: tf.data.Dataset, codec: Any, flips: bool) -> tf.data.Dataset:
-    """Elements with "latents" in place of "image": float16, (copies, moments, ...).
+    """Elements with "image" replaced by "latents": float16, (copies, moments, ...).
 
-    There are two copies with `flips`, and two moments, mean and standard deviation, if the codec draws.
+    There are two copies with `flips`, and two moments, mean and standard deviation, if the codec is stochastic.
     """
     codec.freeze()
     moments = backend.without_gradients(_moments(codec, flips))
@@ -44,7 +46,7 @@ def encoded(dataset: tf.data.Dataset, codec: Any, flips: bool) -> tf.data.Datase
         with np.errstate(over="ignore"):
             made = made.astype("float16")
         if not np.isfinite(made).all():
-            raise ValueError("images: `codec` gives numbers that float16 does not hold; give it a smaller scale")
+            raise ValueError("images: `codec` returns values that overflow float16; use a smaller scale")
         return made
 
     def encode_batch(batch: dict) -> dict:
@@ -53,7 +55,7 @@ def encoded(dataset: tf.data.Dataset, codec: Any, flips: bool) -> tf.data.Datase
         others = {name: value for name, value in batch.items() if name != "image"}
         return {**others, "latents": tf.ensure_shape(latents, (None, *shape))}
 
-    count = dataset.cardinality()  # which unbatch forgets
+    count = dataset.cardinality()  # which `unbatch` loses
     return dataset.batch(IMAGES).map(encode_batch).unbatch().apply(tf.data.experimental.assert_cardinality(count))
 
 
@@ -72,12 +74,12 @@ def _moments(codec, flips: bool) -> Callable:
 
 
 def _filled(images: np.ndarray) -> np.ndarray:
-    """As many images as always: each other number would be compiled again."""
+    """Pads to a fixed number of images, as each other number would be recompiled."""
     return np.asarray(images, "float32")[np.minimum(np.arange(IMAGES), len(images) - 1)]
 
 
 def drawn(seed: int | None) -> Callable[[dict], dict]:
-    """A function of batches: "encoded" in place of "latents", drawn anew at each call."""
+    """A function of batches: "latents" replaced by "encoded", sampled anew in each call."""
     generator = tf.random.Generator.from_non_deterministic_state() if seed is None else _generator(seed)
 
     def draw(batch: dict) -> dict:

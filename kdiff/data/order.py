@@ -1,6 +1,6 @@
-"""The order of the images: every pass over them has its own, which the seed and the number of the pass say.
+"""The order of the images: each pass has its own, a function of the seed and the number of the pass.
 
-So training that goes on in another process can go on with the order that comes next.
+So training that is resumed in another process continues with the next order.
 """
 
 import numpy as np
@@ -11,15 +11,15 @@ __all__ = ["Order"]
 
 
 class Order:
-    """Shuffles each pass over a dataset anew.
+    """Shuffles a dataset, in a new order for each pass.
 
     Args:
-        count: the elements of the dataset.
-        buffer: how many of them the shuffle holds.
-        seed: names the orders; `None` draws one.
+        count: the number of elements of the dataset.
+        buffer: the size of the shuffle buffer.
+        seed: for the orders; `None` draws one.
 
     Attributes:
-        passes: how many were begun, and so the number of the next. It may be set.
+        passes: the number of passes begun, and so the index of the next. It may be set.
     """
 
     def __init__(self, count: int, buffer: int, seed: int | None):
@@ -28,19 +28,21 @@ class Order:
         self.passes = 0
 
     def shuffled(self, dataset: tf.data.Dataset, repeat: int | None) -> tf.data.Dataset:
-        """So many passes over the dataset; `None` is endless."""
+        """`repeat` passes over the dataset; `None` is endless."""
 
         def one_pass(_):
-            tf.compat.v1.get_default_graph().seed = None  # TensorFlow's own seed says nothing here; 0 would be an error
+            tf.compat.v1.get_default_graph().seed = None  # ignores TensorFlow's global seed; 0 would be an error
             seed = tf.ensure_shape(tf.numpy_function(self._next, [], tf.int64), ())
             return dataset.shuffle(self.buffer, seed, reshuffle_each_iteration=False)
 
         passes = tf.data.Dataset.range(2**62 if repeat is None else repeat).flat_map(one_pass)
-        count = tf.data.INFINITE_CARDINALITY if repeat is None else repeat * self.count  # which flat_map does not know
+        count = (
+            tf.data.INFINITE_CARDINALITY if repeat is None else repeat * self.count
+        )  # which `flat_map` does not know
         return passes.apply(tf.data.experimental.assert_cardinality(count))
 
     def _next(self) -> np.int64:
-        """The seed of the pass that begins. It is asked for when the first element is."""
+        """The seed of the pass that begins, evaluated when its first element is read."""
         (seed,) = np.random.SeedSequence([self.seed, self.passes]).generate_state(1, "uint64")
         self.passes += 1
         return np.int64(seed >> 1)

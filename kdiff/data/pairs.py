@@ -1,4 +1,4 @@
-"""Arrays of examples in a file of `tf.data`, such as the pairs of `kdiff.reflow`."""
+"""Arrays of examples in files of `tf.data`, such as the pairs of `kdiff.reflow`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,27 +15,27 @@ def save_pairs(pairs: Mapping[str, Any], folder: Any) -> None:
     """Writes arrays of examples, {"encoded": ..., "noise": ..., ...}, as a folder of `tf.data.Dataset.save`.
 
     Args:
-        pairs: arrays by name, with one row an example.
-        folder: where; what stands there is replaced.
+        pairs: arrays by name, with one row per example.
+        folder: the folder, which is replaced if it exists.
 
     Raises:
-        ValueError: if the arrays have not one number of rows.
+        ValueError: if the arrays differ in the number of rows.
     """
     arrays = {name: np.asarray(value) for name, value in pairs.items()}
     if len({len(value) for value in arrays.values()}) != 1:
         shapes = {name: value.shape for name, value in arrays.items()}
-        raise ValueError(f"save_pairs: all arrays must have as many rows; received: {shapes}")
+        raise ValueError(f"save_pairs: all arrays must have the same number of rows; received: {shapes}")
     tf.data.Dataset.from_tensor_slices(arrays).save(str(folder))
 
 
 def load_pairs(folder: Any, batch_size: int = 64, shuffle: int | None = 10_000, seed: int = 0) -> tf.data.Dataset:
-    """The batches of what `save_pairs` wrote, for `fit`.
+    """The batches of a folder written by `save_pairs`, for `fit`.
 
     Args:
-        folder: where it is.
-        batch_size: of the batches; a last one of fewer examples is left out.
-        shuffle: how many examples the order is drawn among, anew in each pass; None for the order of the file.
-        seed: of the order.
+        folder: the folder.
+        batch_size: the number of examples per batch; a smaller last batch is dropped.
+        shuffle: the size of the shuffle buffer, with a new order in each pass; None for the order of the file.
+        seed: for the order.
     """
     check_integer("load_pairs", "batch_size", batch_size)
     dataset = tf.data.Dataset.load(str(folder))

@@ -1,4 +1,4 @@
-"""Encoders that have learned already, of text and of images: those of CLIP, T5 and latent diffusion, of kdiff's blocks.
+"""Pretrained encoders of text and images: CLIP, T5 and that of latent diffusion, composed of kdiff's blocks.
 
 `kdiff.interop.encoders` reads them from folders of transformers, `kdiff.interop.tokenizers` their tokenizers.
 """

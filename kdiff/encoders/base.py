@@ -1,4 +1,4 @@
-"""What encoders share: a stack of transformer blocks on tokens, as a Keras model that gives `Encoded`."""
+"""The base of encoders: a stack of transformer blocks on tokens, as a Keras model that returns `Encoded`."""
 
 import math
 from typing import Any
@@ -14,18 +14,19 @@ __all__ = ["Encoder", "ratio_of"]
 
 
 class Encoder(ConfigurableLayer, keras.Model):
-    """A transformer on tokens: `block_depth(... block_1(x))`. A subclass embeds what comes in, and ends it.
+    """A transformer on tokens: `block_depth(... block_1(x))`. A subclass defines the embedding of the input, and the
+    output.
 
     Args:
-        width: of a token.
+        width: the width of a token.
         depth: the number of blocks.
         block: a template of the blocks.
         projection: the width to which `vector` is projected at the end, without a bias; None for none.
-        skip: how many of the last blocks `tokens` leave out.
+        skip: the number of final blocks that `tokens` skip.
         kwargs: `name` and `dtype`.
 
     Attributes:
-        frozen: whether it is a constant of the network that it is a part of: not trained, and not averaged.
+        frozen: whether it is constant in the network that contains it: not trained, and not averaged.
     """
 
     frozen: bool = False
@@ -49,8 +50,8 @@ class Encoder(ConfigurableLayer, keras.Model):
         self.projection_layer = None if projection is None else Dense(projection, **options)
 
     def freeze(self) -> None:
-        """Makes its weights constants of any network that it is a part of."""
-        # Of a loaded one it is False already, of its parts not; and on TensorFlow Keras sets nothing to what it is.
+        """Makes its weights constant in any network that contains it."""
+        # After loading, it is already False, but not for its parts; on TensorFlow Keras skips equal values.
         self.trainable = True
         self.trainable = False
         self.frozen = True
@@ -59,11 +60,11 @@ class Encoder(ConfigurableLayer, keras.Model):
 
     @property
     def learns(self) -> bool:
-        """Whether some of its weights learn though it is frozen: those of a LoRA, or the vectors of a token."""
+        """Whether some of its weights are trained although it is frozen: those of a LoRA, or the vectors of a token."""
         return any(weight.trainable for weight in self.weights)
 
     def _part(self, layer: Any, name: str) -> keras.layers.Layer:
-        """A layer of this precision."""
+        """A copy of a layer at this precision."""
         return copy_layer(layer, name=name, dtype=self.dtype_policy)
 
     def _build_blocks(self, shape: Shape) -> None:
@@ -82,11 +83,11 @@ class Encoder(ConfigurableLayer, keras.Model):
         return states[-1 - self.skip], states[-1]
 
     def _projected(self, vector):
-        """(batch, width) to (batch, projection)."""
+        """Maps (batch, width) to (batch, projection)."""
         return vector if self.projection_layer is None else self.projection_layer(vector)
 
     def _spec(self, shape: Shape, vector: bool, mask: Any = None) -> Encoded:
-        """The specification of what is given, for tokens of this shape."""
+        """The specification of the output, for tokens of this shape."""
         pooled = keras.KerasTensor((shape[0], self.projection or self.width), self.compute_dtype)
         return Encoded(pooled if vector else None, keras.KerasTensor(shape, self.compute_dtype), mask)
 

@@ -1,7 +1,8 @@
-"""CLIP's two encoders (Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021).
+"""The two encoders of CLIP (Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
+2021).
 
-encoder = CLIPText()                       # of ViT-L/14, which Stable Diffusion 1 has
-text = encoder(tokens)                     # (batch, 77) whole numbers
+encoder = CLIPText()                       # of ViT-L/14, as in Stable Diffusion 1
+text = encoder(tokens)                     # (batch, 77) integers
 text.tokens, text.vector                   # (batch, 77, 768), (batch, 768)
 """
 
@@ -14,8 +15,8 @@ from keras import ops
 from kdiff.base import check_integer
 from kdiff.blocks.base import build_layer
 from kdiff.blocks.conditions import Encoded
-from kdiff.blocks.embeddings import LearnedEmbedding
 from kdiff.blocks.initializers import Normal
+from kdiff.blocks.lookup import LearnedEmbedding
 from kdiff.blocks.normalization import LayerNorm
 from kdiff.blocks.patches import Patchify
 from kdiff.blocks.patterns import Causal
@@ -27,28 +28,27 @@ __all__ = ["CLIPText", "CLIPVision"]
 
 
 class CLIPText(Encoder):
-    """CLIP's encoder of text: `norm(blocks(table[token] + position))`, in which no token sees those after it.
+    """The text encoder of CLIP: `norm(blocks(table[token] + position))`, with causal attention.
 
-    Section 2.4 of the paper. It gives `Encoded`: `tokens`, (batch, length, width), and `vector`, that of the token
-    which ends the text, (batch, width), or (batch, projection). The defaults are those of ViT-L/14.
+    Section 2.4 of the paper. It returns `Encoded`: `tokens`, (batch, length, width), and `vector`, that of the end
+    token, (batch, width), or (batch, projection). The defaults are those of ViT-L/14.
 
     Args:
         vocabulary_size: tokens are 0 ... vocabulary_size - 1.
         length: the number of tokens of a text.
-        width: of a token.
+        width: the width of a token.
         depth: the number of blocks.
-        heads: of the attention.
+        heads: the number of attention heads.
         hidden: the hidden width of the feed-forward layers.
-        activation: "quick_gelu", of OpenAI's weights, or "gelu", of OpenCLIP's.
-        projection: the width of the space that text shares with images, to which `vector` is projected, without a bias;
+        activation: "quick_gelu", for OpenAI's weights, or "gelu", for OpenCLIP's.
+        projection: the width of the joint space of text and images, to which `vector` is projected, without a bias;
             None for no projection.
-        end: the token whose first place `vector` is of; None for the place of the largest token. With CLIP's own
-            vocabulary, where the end is the largest, they are the same.
-        skip: how many of the last blocks `tokens` leave out; `vector` is always of all. Stable Diffusion's "clip skip".
-        normalized: whether `tokens` go through the last normalisation, as `vector` does; not in Stable Diffusion XL.
+        end: the end token, at whose first position `vector` is taken; None for the largest token id, which in CLIP's
+            own vocabulary is the end token.
+        skip: the number of final blocks that `tokens` skip, Stable Diffusion's "clip skip"; `vector` uses all blocks.
+        normalized: whether the final normalisation is applied to `tokens` too; not in Stable Diffusion XL.
         epsilon: of the normalisations.
-        learned: (first, count) of tokens whose vectors are weights of their own, as while `kdiff.inversion` teaches
-            them.
+        learned: (first, count) of tokens whose vectors are separate, trainable weights (set by `kdiff.inversion`).
         kwargs: `name` and `dtype`.
     """
 
@@ -88,7 +88,7 @@ class CLIPText(Encoder):
         self.norm = self._part(norm, "norm")
 
     def build(self, input_shape):
-        """Makes all weights, for tokens (batch, length)."""
+        """Creates all weights, for tokens (batch, length)."""
         shape = self._shape(input_shape)
         build_layer(self.table, shape[:2])
         build_layer(self.positions, shape)
@@ -96,22 +96,22 @@ class CLIPText(Encoder):
         build_layer(self.norm, shape)
 
     def extend(self, rows: np.ndarray) -> None:
-        """Adds tokens, whose vectors, (count, width), stand after those of the table."""
+        """Adds tokens with these vectors, (count, width), at the end of the table."""
         self.table.extend(rows)
         self.vocabulary_size = self.table.size
 
     def learn(self, first: int, count: int) -> None:
-        """Lets the vectors of `count` tokens from `first` on learn, and nothing else of the encoder."""
+        """Makes the vectors of `count` tokens from `first` on trainable, and nothing else in the encoder."""
         self.table.learn(first, count)
         self.learned = self.table.learned
 
     def keep(self, rows: np.ndarray) -> None:
-        """Ends that, with these vectors, (count, width), of the tokens."""
+        """Ends the training of these tokens, with the vectors `rows`, (count, width)."""
         self.table.keep(rows)
         self.learned = None
 
     def _shape(self, shape):
-        """Of the tokens' embeddings."""
+        """The shape of the embedded tokens."""
         if len(shape) != 2 or shape[1] not in (None, self.length):
             raise ValueError(
                 f"CLIPText: tokens must have the shape (batch, {self.length}); received the shape: {tuple(shape)}"
@@ -119,7 +119,7 @@ class CLIPText(Encoder):
         return (shape[0], self.length, self.width)
 
     def call(self, tokens, padding_mask=None, training=None):
-        """Whole numbers (batch, length) to `Encoded`; `padding_mask`, (batch, length), is False where one is hidden."""
+        """Maps integers (batch, length) to `Encoded`; `padding_mask`, (batch, length), is False for masked tokens."""
         self._shape(tokens.shape)
         x, last = self._run(self.positions(self.table(tokens)), padding_mask, training=training)
         normed = self.norm(last)
@@ -130,15 +130,15 @@ class CLIPText(Encoder):
         return Encoded(self._projected(vector), x)
 
     def compute_output_spec(self, tokens, padding_mask=None, training=None):
-        """The specification of what `call` gives."""
+        """The specification of the output of `call`."""
         return self._spec(self._shape(tokens.shape), vector=True)
 
 
 class CLIPVision(Encoder):
-    """CLIP's encoder of images, a vision transformer: `blocks(norm([class, patches] + position))`.
+    """The image encoder of CLIP, a vision transformer: `blocks(norm([class, patches] + position))`.
 
-    Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021), equations 1 to 4; section 2.4 of the paper. It gives
-    `Encoded`: `tokens`, (batch, 1 + patches, width), the first of which is the class's, and `vector`, which is
+    Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021), equations 1 to 4; section 2.4 of the paper. It returns
+    `Encoded`: `tokens`, (batch, 1 + patches, width), the first of which is the class token, and `vector`, which is
     `norm(tokens[:, 0])`, (batch, width), or (batch, projection). The defaults are those of ViT-L/14.
 
     Args:
@@ -184,7 +184,7 @@ class CLIPVision(Encoder):
         self.norm = self._part(norm, "norm")
 
     def build(self, input_shape):
-        """Makes all weights, for images (batch, size, size, channels)."""
+        """Creates all weights, for images (batch, size, size, channels)."""
         shape = self._shape(input_shape)
         build_layer(self.patchify, (shape[0], self.size, self.size, self.channels))
         self.first = self.add_weight(shape=(self.width,), initializer=Normal(0.02), name="first")
@@ -193,7 +193,7 @@ class CLIPVision(Encoder):
         self._build_blocks(shape)
 
     def _shape(self, shape):
-        """Of the tokens."""
+        """The shape of the tokens."""
         wanted = (self.size, self.size, self.channels)
         if len(shape) != 4 or any(a not in (None, b) for a, b in zip(shape[1:], wanted, strict=True)):
             raise ValueError(
@@ -203,7 +203,7 @@ class CLIPVision(Encoder):
         return (shape[0], 1 + (self.size // self.patch) ** 2, self.width)
 
     def call(self, images, training=None):
-        """Images (batch, size, size, channels), normalised by CLIP's mean and deviation, to `Encoded`."""
+        """Maps images (batch, size, size, channels), normalised by CLIP's mean and std, to `Encoded`."""
         tokens = self._shape(images.shape)[1]
         batch = ops.shape(images)[0]
         patches = self.patchify(ops.cast(images, self.compute_dtype))
@@ -214,5 +214,5 @@ class CLIPVision(Encoder):
         return Encoded(self._projected(self.norm(last[:, 0])), x)
 
     def compute_output_spec(self, images, training=None):
-        """The specification of what `call` gives."""
+        """The specification of the output of `call`."""
         return self._spec(self._shape(images.shape), vector=True)

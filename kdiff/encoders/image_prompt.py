@@ -1,9 +1,9 @@
-"""An image as a condition by an encoder that has learned already, to which a network attends beside its text.
+"""An image prompt: tokens of an image from a pretrained encoder, attended to in addition to the text.
 
     model.sample(4, text="a cat", image_prompt=image, guidance=7.5)
 
-Ye et al., "IP-Adapter: Text Compatible Image Prompt Adapter for Text-to-Image Diffusion Models" (2023). As of a
-`Prompt`, the input of the network is what the encoder gives, made on the host before the first step.
+Ye et al., "IP-Adapter: Text Compatible Image Prompt Adapter for Text-to-Image Diffusion Models" (2023). As for a
+`Prompt`, the input of the network is the output of the encoder, computed on the host before the first step.
 """
 
 import functools
@@ -25,23 +25,23 @@ __all__ = ["ImagePrompt"]
 
 
 class ImagePrompt(Condition):
-    """The tokens of an image, to which each attention to the context attends beside it (`blocks.DecoupledAttention`).
+    """Tokens of an image, to which each attention to the context attends separately (`blocks.DecoupledAttention`).
 
-    It must be the last condition of its network, which it changes. `fit` and `sample` take images, uint8 or in [-1, 1],
-    of any size, (batch, height, width, 3) or one for all, or what `rows` makes of them. All of it is constant.
+    It must be the last condition of its network, which it modifies. `fit` and `sample` accept images, uint8 or in
+    [-1, 1], of any size, (batch, height, width, 3) or a single one, or the output of `rows`. It is not trained.
 
-    No condition is a vector of zeros or, of tokens, those of a black image after normalisation.
+    The null input is a vector of zeros or, for tokens, those of a black image after normalisation.
 
     Args:
-        layer: the layer, or its name, from the encoder's vector, (batch, dim), or tokens, (batch, tokens, dim), to the
-            tokens that are attended to.
-        encoder: a built `CLIPVision`, which is used as it is; None if images are given as what it gives.
-        row: the shape of what the encoder gives of one image; None for that of `encoder`.
-        of_tokens: whether the tokens of the encoder are taken, not its vector.
+        layer: the layer, or its name, from the vector, (batch, dim), or the tokens, (batch, tokens, dim), of the
+            encoder to the tokens that are attended to.
+        encoder: a built `CLIPVision`, used directly, not copied; None if its outputs are given instead of images.
+        row: the shape of the output of the encoder for one image; None for that of `encoder`.
+        of_tokens: whether the tokens of the encoder are used instead of its vector.
         dropout, seed: as in `Condition`.
 
     Raises:
-        ValueError: if the shape of a row is not known.
+        ValueError: if the shape of a row is unknown.
     """
 
     frozen = True
@@ -58,7 +58,7 @@ class ImagePrompt(Condition):
     ):
         super().__init__(dropout, seed, **kwargs)
         if encoder is None and row is None:
-            raise ValueError("ImagePrompt: without an `encoder` the shape of a `row` must be given")
+            raise ValueError("ImagePrompt: without an `encoder`, `row` must be given")
         self.layer = copy_layer(layer, name="layer", dtype=self.dtype_policy)
         self.encoder = encoder
         self.of_tokens = of_tokens
@@ -72,7 +72,7 @@ class ImagePrompt(Condition):
         return (tokens, encoder.width) if self.of_tokens else (encoder.projection or encoder.width,)
 
     def build(self, x_shape, embed_shape=None):
-        """Builds the layers, all constant."""
+        """Builds the layers, which are not trained."""
         build_layer(self.layer, (None, *self.row))
         if self.encoder is not None and not self.encoder.built:
             build_layer(self.encoder, (None, self.encoder.size, self.encoder.size, self.encoder.channels))
@@ -82,7 +82,7 @@ class ImagePrompt(Condition):
             weight.averaged = weight.trainable = False
 
     def get_build_config(self):
-        """The row that it takes."""
+        """The shape of a row."""
         return {"row": self.row} if self.built else None
 
     def build_from_config(self, config):
@@ -90,7 +90,7 @@ class ImagePrompt(Condition):
         self.build((None, *config["row"]))
 
     def attach(self, attentions: Sequence[keras.layers.Layer]) -> None:
-        """Gives each `MultiHeadAttention` to the context its attention to the tokens."""
+        """Adds attention to the tokens to each `MultiHeadAttention` to the context."""
         _, count, width = self._tokens_shape()
         for one in attentions:
             beside = DecoupledAttention(*one.split, dtype=one.dtype_policy, name="image")
@@ -104,7 +104,7 @@ class ImagePrompt(Condition):
 
     @property
     def null(self) -> np.ndarray:
-        """What stands for no image."""
+        """The null input."""
         if self._nothing is None:
             if self.of_tokens and self.encoder is not None:
                 size = self.encoder.size
@@ -114,7 +114,7 @@ class ImagePrompt(Condition):
         return self._nothing
 
     def rows(self, images: Any) -> np.ndarray:
-        """Images, uint8 or in [-1, 1], to what the encoder gives, one row an image; such rows are left as they are."""
+        """Encodes images, uint8 or in [-1, 1], one row per image; encoded rows are unchanged."""
         images = images if isinstance(images, np.ndarray) else ops.convert_to_numpy(images)
         rank = len(self.row)
         if images.shape[-rank:] == self.row and images.ndim in (rank, rank + 1):
@@ -122,7 +122,7 @@ class ImagePrompt(Condition):
         if images.ndim not in (3, 4) or self.encoder is None or images.shape[-1] != self.encoder.channels:
             taken = "" if self.encoder is None else f"images (batch, height, width, {self.encoder.channels}), or "
             raise ValueError(
-                f"ImagePrompt: it takes {taken}rows of the shape {self.row}; received the shape: {images.shape}"
+                f"ImagePrompt: {taken}rows of the shape {self.row} are expected; received the shape: {images.shape}"
             )
         several = images[None] if images.ndim == 3 else images
         if several.dtype.kind not in "iu" and np.abs(several).max() > 1.001:
@@ -144,17 +144,15 @@ class ImagePrompt(Condition):
     def check(self, values) -> None:
         """Raises a ValueError for rows that are not finite."""
         if not np.all(np.isfinite(values)):
-            raise ValueError(
-                "ImagePrompt: the rows of images must be finite; received a batch that holds NaN or infinity"
-            )
+            raise ValueError("ImagePrompt: the rows of images must be finite; received NaN or infinity")
 
     # In the network
 
     def encode(self, x, embed, training):
-        """Rows to tokens."""
+        """Maps rows to tokens."""
         return Encoded(tokens=self.layer(ops.cast(x, self.compute_dtype)))
 
     def compute_output_spec(self, x, embed=None, context=None, training=None):
-        """That of the tokens."""
+        """The specification of the tokens."""
         _, count, width = self._tokens_shape()
         return Encoded(tokens=keras.KerasTensor((x.shape[0], count, width), self.compute_dtype))

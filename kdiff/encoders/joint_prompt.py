@@ -1,4 +1,4 @@
-"""The text of Stable Diffusion 3: CLIP's two encoders beside each other, and T5's tokens after them, or none."""
+"""The text condition of Stable Diffusion 3: the tokens of CLIP's two encoders, followed by those of T5."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,23 +15,23 @@ __all__ = ["JointPrompt"]
 
 
 class JointPrompt(Prompt):
-    """A `Prompt` of tokens in two groups, one after the other:
+    """A `Prompt` of two concatenated groups of tokens:
 
         [ [CLIP_1, CLIP_2, zeros] ; [T5, zeros] ],   each (length of the group, width)
 
     Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (2024), section 4. The
-    encoders before T5's stand side by side, filled up with zeros to `width` channels. Without T5 there are as many
-    zeros as it has tokens, as in diffusers: the published networks have learned both. Nothing is masked.
+    channels of the CLIP encoders are concatenated and padded with zeros to `width`. Without T5 its tokens are zeros, as
+    in diffusers: the published networks were trained with both. Nothing is masked.
 
     Args:
-        encoders: `CLIPText`, one or more, and after them a `T5Text`, or none.
-        tokenizers: one for each encoder; those of CLIP of one length.
-        width: the channels of a token, which the network takes.
+        encoders: one or more `CLIPText`, optionally followed by a `T5Text`.
+        tokenizers: one for each encoder; those of CLIP with one length.
+        width: the channels of a token in the network.
         following: the tokens after those of CLIP, the length of T5's tokenizer.
         zeros, dropout, seed, batch_size: as in `Prompt`.
 
     Raises:
-        ValueError: as of `Prompt`; if T5 is not the last, or there is nothing else; if tokens are wider than `width`.
+        ValueError: as in `Prompt`; if T5 is not the last, or the only encoder; if tokens are wider than `width`.
     """
 
     def __init__(
@@ -55,21 +55,21 @@ class JointPrompt(Prompt):
 
     @property
     def width(self) -> int:
-        """Channels of a token."""
+        """The channels of a token."""
         return self._width
 
     @property
     def length(self) -> int:
-        """Tokens of a text, of both groups."""
+        """The number of tokens per text, of both groups."""
         return self.tokenizers[0].length + self._following
 
     def _check_lengths(self):
-        """Of each group alone."""
+        """Checks the lengths within each group."""
         after = [isinstance(encoder, T5Text) for encoder in self.encoders]
         if after[0] or any(after[:-1]):
             kinds = [type(encoder).__name__ for encoder in self.encoders]
             raise ValueError(
-                f"JointPrompt: `encoders` must be CLIPText, and T5Text at the end or not; received: {kinds}"
+                f"JointPrompt: `encoders` must be CLIPText, optionally followed by T5Text; received: {kinds}"
             )
         count = len(after) - after[-1]
         groups = {self.tokenizers[0].length: range(count)} | ({self._following: [-1]} if after[-1] else {})
@@ -86,12 +86,12 @@ class JointPrompt(Prompt):
         lengths = {self.tokenizers[i].length, getattr(self.encoders[i], "length", length)}
         if lengths != {length}:
             raise ValueError(
-                f"JointPrompt: texts of {type(self.encoders[i]).__name__} must have {length} tokens; tokenizer and "
+                f"JointPrompt: texts for {type(self.encoders[i]).__name__} must have {length} tokens; tokenizer and "
                 f"encoder have {sorted(lengths)}"
             )
 
     def _tokens_of(self, found: list[Any]) -> Any:
-        """Both groups, filled up."""
+        """Both groups, padded with zeros."""
         last = isinstance(self.encoders[-1], T5Text)
         first = ops.concatenate([ops.cast(one.tokens, "float32") for one in found[: len(found) - last]], axis=-1)
         groups = [self._filled(first)]

@@ -1,7 +1,7 @@
-"""The encoder of text that latent diffusion's first models learned with themselves, in the shape of BERT.
+"""The text encoder that was trained jointly with the first latent diffusion models, of BERT's size.
 
-encoder = LDMText()                        # of LDM text to image, 1.45 B parameters with its network
-text = encoder(tokens)                     # (batch, 77) whole numbers
+encoder = LDMText()                        # of text-to-image LDM, 1.45 B parameters with its network
+text = encoder(tokens)                     # (batch, 77) integers
 text.tokens                                # (batch, 77, 1280)
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 from kdiff.base import check_integer
 from kdiff.blocks.base import build_layer
 from kdiff.blocks.conditions import Encoded
-from kdiff.blocks.embeddings import LearnedEmbedding
+from kdiff.blocks.lookup import LearnedEmbedding
 from kdiff.blocks.normalization import LayerNorm
 from kdiff.blocks.transformer import TransformerBlock
 from kdiff.encoders.base import Encoder, ratio_of
@@ -19,21 +19,21 @@ __all__ = ["LDMText"]
 
 
 class LDMText(Encoder):
-    """Latent diffusion's encoder of text: `norm(blocks(table[token] + position))`, in which attention is to all.
+    """The text encoder of latent diffusion: `norm(blocks(table[token] + position))`, with bidirectional attention.
 
     Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (2022), section 4.3.1 and table 17.
-    It gives `Encoded` with `tokens`, (batch, length, width), and the `mask` of the call. Queries, keys and values have
-    no bias. The defaults are those of the paper.
+    It returns `Encoded` with `tokens`, (batch, length, width), and the `mask` of the call. Queries, keys and values
+    have no bias. The defaults are those of the paper.
 
     Args:
         vocabulary_size: tokens are 0 ... vocabulary_size - 1.
         length: the number of tokens of a text.
-        width: of a token.
+        width: the width of a token.
         depth: the number of blocks.
-        heads: of the attention.
-        head_width: the channels of a head.
+        heads: the number of attention heads.
+        head_width: the channels per head.
         hidden: the hidden width of the feed-forward layers.
-        activation: of these.
+        activation: of the feed-forward layers.
         epsilon: of the normalisations.
         kwargs: `name` and `dtype`.
     """
@@ -68,7 +68,7 @@ class LDMText(Encoder):
         self.norm = self._part(norm, "norm")
 
     def build(self, input_shape):
-        """Makes all weights, for tokens (batch, length)."""
+        """Creates all weights, for tokens (batch, length)."""
         shape = self._shape(input_shape)
         build_layer(self.table, shape[:2])
         build_layer(self.positions, shape)
@@ -76,7 +76,7 @@ class LDMText(Encoder):
         build_layer(self.norm, shape)
 
     def _shape(self, shape):
-        """Of the tokens' embeddings."""
+        """The shape of the embedded tokens."""
         if len(shape) != 2 or shape[1] not in (None, self.length):
             raise ValueError(
                 f"LDMText: tokens must have the shape (batch, {self.length}); received the shape: {tuple(shape)}"
@@ -84,11 +84,11 @@ class LDMText(Encoder):
         return (shape[0], self.length, self.width)
 
     def call(self, tokens, padding_mask=None, training=None):
-        """Whole numbers (batch, length) to `Encoded`; `padding_mask`, (batch, length), is False where one is hidden."""
+        """Maps integers (batch, length) to `Encoded`; `padding_mask`, (batch, length), is False for masked tokens."""
         self._shape(tokens.shape)
         x, _ = self._run(self.positions(self.table(tokens)), padding_mask, training=training)
         return Encoded(tokens=self.norm(x), mask=padding_mask)
 
     def compute_output_spec(self, tokens, padding_mask=None, training=None):
-        """The specification of what `call` gives."""
+        """The specification of the output of `call`."""
         return self._spec(self._shape(tokens.shape), vector=False, mask=padding_mask)

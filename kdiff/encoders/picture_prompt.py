@@ -1,4 +1,4 @@
-"""A picture as a condition in place of a text, by CLIP's encoder of images, frozen inside of the network.
+"""A picture as a condition instead of a text, encoded by CLIP's image encoder, frozen inside the network.
 
 network = UNet.transformer(64, conditions={"picture": PicturePrompt(CLIPVision(projection=768))})
 model.sample(4, picture=photo, guidance=3.0)
@@ -20,34 +20,34 @@ from kdiff.encoders.pixels import MEAN, STD, prepared
 
 __all__ = ["PICTURE", "PicturePrompt"]
 
-PICTURE = "picture"  # the input of the network, whatever the condition's name
+PICTURE = "picture"  # the input of the network, whatever the name of the condition
 
 
 class PicturePrompt(Condition):
-    """The vector of a picture by CLIP, as the one token of the context: Stable Diffusion's image variations.
+    """CLIP's vector of a picture as the only token of the context: the image variations of Stable Diffusion.
 
-    `fit` and `sample` take pictures as "picture", whatever the name of the condition: (height, width, channels) each,
-    whole numbers in 0 ... 255 or floating-point ones in [-1, 1], of any size; or vectors, as `rows` makes them. A
-    picture is brought to the encoder's size by its shorter side, cut to a square in the middle, and normalised.
+    `fit` and `sample` accept pictures as "picture", whatever the name of the condition: (height, width, channels) each,
+    integers in 0 ... 255 or floats in [-1, 1], of any size; or vectors, as returned by `rows`. The shorter side of a
+    picture is resized to the size of the encoder, and the picture is center-cropped and normalised.
 
-    A vector of zeros stands for no picture. In training it takes the place of one with probability `dropout`.
+    The null input is a vector of zeros. In training it replaces a picture with probability `dropout`.
 
-    With a `layer` the vector goes through it in place of the context. Stable unCLIP's image variations have it noised,
-    at a level that may be given as "picture_level", with the noise "picture_noise":
+    With a `layer` the vector is the input of that layer instead of a token. In the image variations of Stable unCLIP
+    the vector is noised, at a level that may be given as "picture_level", with the noise "picture_noise":
 
         conditions={"picture": PicturePrompt(clip, layer=NoisedEmbedding(schedules.CosineBeta(1000)))}
 
     Args:
-        encoder: a built `CLIPVision` with a `projection`. It is used as it is, not copied, and frozen.
-        mean, std: of pixels in [0, 1], by channel, that the encoder was trained with.
+        encoder: a built `CLIPVision` with a `projection`. It is used directly, not copied, and frozen.
+        mean, std: of pixels in [0, 1], per channel, with which the encoder was trained.
         dropout, seed: as in `Condition`.
-        batch_size: how many are encoded at once.
-        layer: of the vector, (batch, width), such as a `Dense`, an `ImageEmbedding` or a `NoisedEmbedding`, which see
-            zeros for none; it is trained. None for the one token.
+        batch_size: the number of pictures that are encoded at once.
+        layer: applied to the vector, (batch, width), such as a `Dense`, an `ImageEmbedding` or a `NoisedEmbedding`;
+            zeros for no picture; it is trained. None for the token.
 
     Raises:
-        TypeError: if the encoder is another.
-        ValueError: if it has no projection, or `mean` and `std` are not of its channels.
+        TypeError: if the encoder is of another class.
+        ValueError: if it has no projection, or `mean` and `std` do not match its channels.
     """
 
     def __init__(
@@ -72,42 +72,42 @@ class PicturePrompt(Condition):
         self.mean, self.std = (tuple(float(one) for one in values) for values in (mean, std))
         if not len(self.mean) == len(self.std) == encoder.channels or min(self.std) <= 0:
             raise ValueError(
-                f"PicturePrompt: `mean` and `std` must be {encoder.channels} numbers, `std` above 0; received: {mean} "
+                f"PicturePrompt: `mean` and `std` must be {encoder.channels} numbers, `std` positive; received: {mean} "
                 f"and {std}"
             )
         encoder.freeze()
 
     input = PICTURE
-    vector = 0  # beside the token
+    vector = 0  # in addition to the token
 
     @property
     def width(self) -> int:
-        """Channels of the token."""
+        """The channels of the token."""
         return self.encoder.projection
 
     @property
     def row(self) -> tuple[int]:
-        """The shape of what `rows` makes of one picture."""
+        """The shape of the output of `rows` for one picture."""
         return (self.width,)
 
     def inputs_of(self, name: str) -> dict[str, Input]:
-        """One, "picture", and those that the layer has beside it."""
+        """ "picture", and the further inputs of the layer."""
         beside = {} if self.layer is None else inputs_of(self.layer, PICTURE)
         return {**beside, PICTURE: Input(PICTURE, self)}
 
     def build(self, x_shape, embed_shape=None):
-        """Builds the encoder if it is not, and the layer."""
+        """Builds the encoder, if needed, and the layer."""
         self._check_shape(_taken(x_shape))
         if self.layer is not None:
             build_layer(self.layer, self._for_layer(x_shape, tuple(_taken(x_shape))), embed_shape)
         build_layer(self.encoder, (None, self.encoder.size, self.encoder.size, self.encoder.channels))
-        self.encoder.freeze()  # with the variables that it has now
+        self.encoder.freeze()  # including the variables just created
 
     def _check_shape(self, shape):
         if tuple(shape)[1:] not in (self.row, (None,)):
             raise ValueError(
-                f"PicturePrompt: pictures (height, width, {self.encoder.channels}), or vectors of {self.width} numbers "
-                f"as `rows` makes them, are expected; received the shape: {tuple(shape)}"
+                f"PicturePrompt: pictures (height, width, {self.encoder.channels}), or vectors of size {self.width} "
+                f"as returned by `rows`, are expected; received the shape: {tuple(shape)}"
             )
 
     # On the host
@@ -118,7 +118,7 @@ class PicturePrompt(Condition):
         return np.zeros(self.row, "float32")
 
     def rows(self, pictures: Any) -> Any:
-        """Pictures, one or a batch, to vectors, (count, width), or one; vectors are left as they are."""
+        """Encodes a picture, or a batch, as a vector, or vectors (count, width); vectors are unchanged."""
         shape = tuple(pictures.shape)
         if len(shape) not in (3, 4) or shape[-1] != self.encoder.channels:
             return pictures
@@ -128,7 +128,7 @@ class PicturePrompt(Condition):
         batch = pictures[None] if len(shape) == 3 else pictures
         size = min(self.batch_size, 2 ** (len(batch) - 1).bit_length())
         found = []
-        for first in range(0, len(batch), size):  # the last is filled up: another size would be compiled again
+        for first in range(0, len(batch), size):  # the last is padded, as another size would be recompiled
             at = np.minimum(np.arange(first, first + size), len(batch) - 1)
             found.append(
                 ops.convert_to_numpy(self._encode(prepared(batch[at], self.encoder.size, self.mean, self.std)))
@@ -138,7 +138,7 @@ class PicturePrompt(Condition):
 
     @functools.cached_property
     def _encode(self):
-        """The compiled encoder."""
+        """The compiled encoder function."""
 
         def run(pixels):
             return ops.cast(self.encoder(pixels, training=False).vector, "float32")
@@ -152,8 +152,8 @@ class PicturePrompt(Condition):
     # In the network
 
     def call(self, x, embed=None, context=None, training=None):
-        """Rows, or a dictionary of them and what the layer has beside them, to `Encoded`: tokens, (batch, 1, width), or
-        what the layer gives.
+        """Maps rows, or a dictionary of rows and further inputs of the layer, to `Encoded`: tokens, (batch, 1, width),
+        or the output of the layer.
         """
         rows = _taken(x)
         if training and self.dropout > 0:
@@ -165,13 +165,13 @@ class PicturePrompt(Condition):
         return Encoded.of(apply_layer(self.layer, self._for_layer(x, rows), embed, training=training))
 
     def _for_layer(self, x, rows):
-        """What the layer is called with, of tensors or shapes."""
+        """The argument of the layer, from tensors or shapes."""
         key = inputs_of(self.layer, PICTURE)[PICTURE].key
         beside = {name: value for name, value in x.items() if name != PICTURE} if isinstance(x, dict) else {}
         return rows if key is None else {key: rows, **beside}
 
     def compute_output_spec(self, x, embed=None, context=None, training=None):
-        """The specification of what `call` gives."""
+        """The specification of the output of `call`."""
         rows = keras.KerasTensor((_taken(x).shape[0], self.width), self.compute_dtype)
         if self.layer is None:
             return Encoded(tokens=keras.KerasTensor((rows.shape[0], 1, self.width), self.compute_dtype))
@@ -182,5 +182,5 @@ class PicturePrompt(Condition):
 
 
 def _taken(x):
-    """The rows, of a dictionary of inputs too; or their shape, or symbol."""
+    """The rows, also from a dictionary of inputs; or their shape, or symbolic tensor."""
     return x[PICTURE] if isinstance(x, dict) else x

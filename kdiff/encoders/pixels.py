@@ -1,4 +1,4 @@
-"""Images as CLIP's encoder has learned to see them."""
+"""The preprocessing of images for CLIP's encoder."""
 
 from collections.abc import Sequence
 
@@ -9,18 +9,18 @@ from kdiff.blocks.resizing import resized
 
 __all__ = ["MEAN", "STD", "prepared"]
 
-# Of the images that CLIP has seen, by channel, in [0, 1].
+# The statistics of CLIP's training images, per channel, for pixels in [0, 1].
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def prepared(images: np.ndarray, size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> np.ndarray:
-    """Images brought to a size by their shorter side, cut to a square in the middle, and normalised, as transformers
-    does by Pillow, which keeps whole numbers between the two passes of a resizing.
+    """Images resized by their shorter side, center-cropped to a square, and normalised, as in transformers with Pillow,
+    which rounds to integers between the two passes of a resizing.
 
     Args:
-        images: (batch, height, width, channels), whole numbers in 0 ... 255 or floating-point ones in [-1, 1].
-        size: of a side.
-        mean, std: of pixels in [0, 1], by channel.
+        images: (batch, height, width, channels), integers in 0 ... 255 or floats in [-1, 1].
+        size: the side of the result.
+        mean, std: of pixels in [0, 1], per channel.
 
     Returns:
         float32, (batch, size, size, channels).

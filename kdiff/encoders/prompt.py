@@ -1,11 +1,12 @@
-"""Text as a condition by encoders that have learned already, frozen inside of the network: saved, but not trained.
+"""Text as a condition, encoded by pretrained encoders inside the network: frozen, and saved with it.
 
     prompt = Prompt([encoder], [tokenizer])
     network = UNet.transformer(64, conditions={"text": prompt})
     model.sample(4, text="a red circle", guidance=7.5)          # against the empty text
 
-The input of the network is what the encoders give, made on the host once for each text, before the first step. Where
-some of their weights learn, by `kdiff.lora` or `kdiff.inversion`, it is the tokens, and the network calls the encoders.
+The input of the network is the output of the encoders, computed on the host once per text, before the first step. If
+some of their weights are trained, by `kdiff.lora` or `kdiff.inversion`, it is the tokens, and the network calls the
+encoders.
 """
 
 import contextlib
@@ -27,37 +28,34 @@ from kdiff.text import Tokenizer, is_text, strings
 
 __all__ = ["INPUT", "Prompt", "PromptVector"]
 
-INPUT = "text"  # of the network, whatever the condition's name
+INPUT = "text"  # the input of the network, whatever the name of the condition
 
 
 class Prompt(Condition):
-    """The tokens of a text by one or several encoders, their channels side by side; a part of the context.
+    """The tokens of a text from one or several encoders, concatenated along channels; a part of the context.
 
-    `fit` and `sample` take strings as "text", whatever the name of the condition, or what `prepare` makes of them: a
-    row (length, width) a text. If encoders have a `projection`, one more row has their vectors, one after the other,
-    and then zeros: `PromptVector` takes it out. If `masked`, one more channel is 1 where there is a token.
+    `fit` and `sample` accept strings as "text", whatever the name of the condition, or the output of `prepare`: one row
+    (length, width) per text. If encoders have a `projection`, a further row holds their concatenated vectors, padded
+    with zeros, which `PromptVector` extracts. If `masked`, a further channel is 1 for a token and 0 for padding.
 
-    The empty text stands for no condition. In training it takes the place of a text with probability `dropout`.
+    The empty text represents no condition. In training it replaces a text with probability `dropout`.
 
-    If `inside`, `prepare` makes of a text its tokens, int32 (encoders, length), if `masked` each with its mask, and the
-    network calls the encoders; -1 is no condition if `zeros`. All else is as before.
+    If `inside`, `prepare` converts a text to its tokens, int32 (encoders, length), if `masked` with their masks, and
+    the network calls the encoders; -1 represents no condition if `zeros`. Everything else is unchanged.
 
     Args:
-        encoders: built `CLIPText` or `T5Text`, or one. They are used as they are, not copied, and frozen.
+        encoders: built `CLIPText` or `T5Text`, or one. They are used directly, not copied, and frozen.
         tokenizers: one for each encoder, all of one length.
-        masked: whether what fills up a text is hidden, from the encoders and from those who attend to the text. It is
-            not in Stable Diffusion.
-        zeros: whether zeros stand for no condition, in place of the empty text: Stable Diffusion XL's
-            `force_zeros_for_empty_prompt`.
+        masked: whether padding is masked, in the encoders and in attention to the text. It is not in Stable Diffusion.
+        zeros: whether zeros, not the empty text, represent no condition: `force_zeros_for_empty_prompt` of Stable
+            Diffusion XL.
         dropout, seed: as in `Condition`.
-        batch_size: how many texts are encoded at once.
-        layer: of the tokens, such as a `Dense`, or a `VectorAndTokens` that also makes a vector of them; it is trained.
-            None for the tokens themselves.
-        padded: whether, where `masked`, those who attend to the text see all the same what fills it up, as in DeepFloyd
-            IF.
-        lower: whether texts are made small letters, without white space around them, as DeepFloyd IF does.
-        inside: whether the encoders are called inside the network, since they learn; `changed` sets it.
-
+        batch_size: the number of texts that are encoded at once.
+        layer: applied to the tokens, such as a `Dense`, or a `VectorAndTokens` that also returns a vector; it is
+            trained. None for the tokens themselves.
+        padded: whether, if `masked`, padding is nevertheless attended to outside the encoders, as in DeepFloyd IF.
+        lower: whether texts are lower-cased and stripped, as in DeepFloyd IF.
+        inside: whether the encoders are called inside the network because they are trained; set by `changed`.
     Raises:
         ValueError: if the numbers of encoders and tokenizers, or the lengths of texts, differ, or a tokenizer has more
             tokens than its encoder.
@@ -103,10 +101,10 @@ class Prompt(Condition):
             )
         for encoder, tokenizer in zip(encoders, tokenizers, strict=True):
             if not isinstance(encoder, Encoder) or isinstance(encoder, CLIPVision):
-                raise TypeError(f"Prompt: `encoders` must be of text, CLIPText or T5Text; received: {encoder!r}")
+                raise TypeError(f"Prompt: `encoders` must be text encoders, CLIPText or T5Text; received: {encoder!r}")
             if tokenizer.vocabulary_size > encoder.vocabulary_size:
                 raise ValueError(
-                    f"Prompt: {tokenizer!r} has {tokenizer.vocabulary_size} tokens, and its encoder, "
+                    f"Prompt: {tokenizer!r} has {tokenizer.vocabulary_size} tokens, but its encoder, "
                     f"{type(encoder).__name__}, {encoder.vocabulary_size}"
                 )
         self._check_lengths()
@@ -115,54 +113,52 @@ class Prompt(Condition):
         lengths = [tokenizer.length for tokenizer in self.tokenizers]
         lengths += [encoder.length for encoder in self.encoders if hasattr(encoder, "length")]
         if len(set(lengths)) > 1:
-            raise ValueError(f"Prompt: texts must have one length, of tokenizers and encoders; received: {lengths}")
+            raise ValueError(f"Prompt: all tokenizers and encoders must have one length; received: {lengths}")
 
     input = INPUT
 
     @property
     def length(self) -> int:
-        """Tokens of a text."""
+        """The number of tokens per text."""
         return self.tokenizers[0].length
 
     @property
     def width(self) -> int:
-        """Channels of a token."""
+        """The channels of a token."""
         return sum(encoder.width for encoder in self.encoders)
 
     @property
     def vector(self) -> int:
-        """Numbers in the vectors of all encoders that have a projection."""
+        """The total size of the vectors of all encoders with a projection."""
         return sum(encoder.projection or 0 for encoder in self.encoders)
 
     @property
     def row(self) -> tuple[int, int]:
-        """The shape of what `prepare` makes of one text."""
+        """The shape of the output of `prepare` for one text."""
         return (len(self.encoders) * (1 + self.masked), self.length) if self.inside else self._encoded
 
     @property
     def _encoded(self) -> tuple[int, int]:
-        """The shape of what the encoders make of one text."""
+        """The shape of the output of the encoders for one text."""
         return (self.length + (self.vector > 0), self.width + self.masked)
 
     def inputs_of(self, name: str) -> dict[str, Input]:
-        """One, "text"."""
+        """The single input "text"."""
         return {INPUT: Input(INPUT, self)}
 
     def build(self, x_shape, embed_shape=None):
-        """Builds encoders that are not."""
+        """Builds the encoders, if needed."""
         self._check_shape(_taken(x_shape), self.row)
         if self.vector > self.width:
-            raise ValueError(
-                f"Prompt: the vectors, of {self.vector} numbers, must not be wider than tokens, {self.width}"
-            )
+            raise ValueError(f"Prompt: the vectors, of size {self.vector}, must not be wider than tokens, {self.width}")
         for encoder, tokenizer in zip(self.encoders, self.tokenizers, strict=True):
             build_layer(encoder, (None, tokenizer.length))
-            encoder.freeze()  # with the variables that it has now
+            encoder.freeze()  # including the variables just created
         if self.layer is not None:
             build_layer(self.layer, (None, self.length, self.width), embed_shape)
 
     def get_build_config(self):
-        """The row that it takes now."""
+        """The current shape of a row."""
         return {"row": self.row} if self.built else None
 
     def build_from_config(self, config):
@@ -172,7 +168,7 @@ class Prompt(Condition):
     def _check_shape(self, shape, row):
         if len(shape) != 3 or any(a not in (None, b) for a, b in zip(shape[1:], row, strict=True)):
             raise ValueError(
-                f"Prompt: texts must be strings, or rows {row} as `prepare` makes them; received the shape: "
+                f"Prompt: texts must be strings, or rows {row} as returned by `prepare`; received the shape: "
                 f"{tuple(shape)}"
             )
 
@@ -180,16 +176,16 @@ class Prompt(Condition):
 
     @property
     def null(self) -> np.ndarray:
-        """The row of the empty text; or zeros, for which tokens of -1 stand."""
+        """The row of the empty text; or zeros, represented by tokens of -1."""
         if self._empty is None:
             nothing = np.full(self.row, -1, "int32") if self.inside else np.zeros(self.row, "float32")
             self._empty = nothing if self.zeros else self._rows([""])[0]
         return self._empty
 
     def prepare(self, values: Any) -> np.ndarray:
-        """Strings to rows, (count, *row), each different text once; rows are left as they are.
+        """Encodes strings as rows, (count, *row), each distinct text once; rows are unchanged.
 
-        Warns where a text has more tokens than there is room for.
+        Warns if a text is truncated.
         """
         if not is_text(values):
             return np.asarray(values)
@@ -197,14 +193,14 @@ class Prompt(Condition):
         return self._rows(texts.tolist())[places]
 
     def check(self, values) -> None:
-        """Raises a ValueError for rows of another shape, or that are not finite."""
+        """Raises a ValueError if rows have another shape or are not finite."""
         self._check_shape(values.shape, self.row)
         if self.inside and values.dtype.kind not in "iu":
             raise ValueError(
-                f"Prompt: its encoders learn, so texts must be strings, or tokens; received: {values.dtype}"
+                f"Prompt: its encoders are trained, so texts must be strings or tokens; received: {values.dtype}"
             )
         if not np.all(np.isfinite(values)):
-            raise ValueError("Prompt: the rows of texts must be finite; received a batch that holds NaN or infinity")
+            raise ValueError("Prompt: the rows of texts must be finite; received NaN or infinity")
 
     def _rows(self, texts: list[str]) -> np.ndarray:
         if not all(encoder.built for encoder in self.encoders):
@@ -213,7 +209,7 @@ class Prompt(Condition):
         given = [part for tokenizer in self.tokenizers for part in tokenizer.masked(texts)]
         if self.inside:
             return np.stack([np.asarray(part, "int32") for part in given[:: 1 if self.masked else 2]], axis=1)
-        # Batches are filled up to a power of two: one of another size would be compiled again.
+        # Batches are padded to a power of two, as each other size would be recompiled.
         size = min(self.batch_size, 2 ** (len(texts) - 1).bit_length())
         rows = []
         for first in range(0, len(texts), size):
@@ -223,12 +219,12 @@ class Prompt(Condition):
 
     @functools.cached_property
     def _encode(self):
-        """The compiled encoders: tokens and masks, one after the other, to rows."""
+        """The compiled encoders, from tokens and masks, in turn, to rows."""
 
         return backend.compiled(lambda *given: self._rows_of(given[::2], given[1::2]), *self.encoders)
 
     def _rows_of(self, tokens, masks, training=False):
-        """What the encoders make of tokens and masks, one of each for each encoder."""
+        """The output of the encoders for their tokens and masks."""
         found = [
             encoder(ids, mask if self.masked else None, training=training)
             for encoder, ids, mask in zip(self.encoders, tokens, masks, strict=True)
@@ -246,13 +242,13 @@ class Prompt(Condition):
         return ops.concatenate([rows, vector[:, None]], axis=1)
 
     def _tokens_of(self, found: list[Encoded]) -> Any:
-        """What the encoders gave, side by side."""
+        """The outputs of the encoders, concatenated along channels."""
         return ops.concatenate([ops.cast(one.tokens, "float32") for one in found], axis=-1)
 
     # In the network
 
     def unfolded(self, inputs: dict[str, Any], training: Any = None) -> dict[str, Any]:
-        """The inputs of the network, with what the encoders make of the tokens in "text", for all that take it."""
+        """The inputs of the network, with the tokens in "text" replaced by the output of the encoders."""
         if not self.inside:
             return inputs
         x = ops.cast(inputs[INPUT], "int32")
@@ -267,13 +263,13 @@ class Prompt(Condition):
         return {**inputs, INPUT: ops.where(known, rows, ops.zeros_like(rows))}
 
     def call(self, x, embed=None, context=None, training=None):
-        """Rows of the encoders, (batch, ...), or a dictionary of them as "text", to `Encoded`: tokens, and a mask."""
+        """Maps rows of the encoders, (batch, ...), or a dictionary with "text", to `Encoded`: tokens, and a mask."""
         if self.inside:
             return self.encode(_taken(x), embed, training)
         return super().call(_taken(x), embed, context, training)
 
     def encode(self, x, embed, training):
-        """Rows to tokens, (batch, length, width)."""
+        """Maps rows to tokens, (batch, length, width)."""
         self._check_shape(x.shape, self._encoded)
         tokens = ops.cast(x[:, : self.length, : self.width], self.compute_dtype)
         mask = x[:, : self.length, self.width] > 0.5 if self._hides else None
@@ -286,7 +282,7 @@ class Prompt(Condition):
         return self.masked and not self.padded
 
     def compute_output_spec(self, x, embed=None, context=None, training=None):
-        """The specification of what `encode` gives."""
+        """The specification of the output of `encode`."""
         batch = _taken(x).shape[0]
         mask = keras.KerasTensor((batch, self.length), "bool") if self._hides else None
         tokens = keras.KerasTensor((batch, self.length, self.width), self.compute_dtype)
@@ -296,12 +292,12 @@ class Prompt(Condition):
         return Encoded.of(made)._replace(mask=mask)
 
     def through(self, layer: keras.layers.Layer | None) -> "Prompt":
-        """The same with another `layer`, and the same encoders."""
+        """The same condition with another `layer`, sharing the encoders."""
         options = {name: getattr(self, name) for name in self._argument_defaults()}
         return Prompt(**{**options, "layer": layer})
 
     def replace_encoders(self, encoders: Sequence[Encoder]) -> None:
-        """Takes other encoders of the same kinds, such as those of another network, so that memory holds them once."""
+        """Uses other encoders of the same classes, such as those of another network, to share their memory."""
         with contextlib.ExitStack() as held:
             for encoder in self.encoders:
                 held.enter_context(backend.replaced(self, encoder))
@@ -311,24 +307,25 @@ class Prompt(Condition):
         self.changed()
 
     def load_own_variables(self, store) -> None:
-        """Keras' own."""
+        """Loads as Keras does."""
         super().load_own_variables(store)
         self.changed()
 
     def changed(self) -> None:
-        """To be called when the encoders' weights, or which of them learn, or the tokenizers have changed."""
+        """Must be called after the encoders' weights, the set of trained ones, or the tokenizers have changed."""
         self._empty = None
         self.__dict__.pop("_encode", None)
         self.inside = any(encoder.learns for encoder in self.encoders)
 
 
 class PromptVector(Block):
-    """The vector of the rows of a `Prompt`: the first numbers of the last row. Stable Diffusion XL adds it to the time:
+    """The vector in the rows of a `Prompt`: the first entries of the last row. In Stable Diffusion XL it is added to
+    time:
 
         Joint({"text": PromptVector(1280), "time_ids": SizeWaves(256)}, MLPEmbedding(Identity(), 1280))
 
     Args:
-        width: of the vector, `Prompt.vector`.
+        width: the size of the vector, `Prompt.vector`.
     """
 
     def __init__(self, width: int, **kwargs):
@@ -337,7 +334,7 @@ class PromptVector(Block):
         self.width = width
 
     def call(self, x, embed=None, context=None, training=None):
-        """(batch, *row) to (batch, width)."""
+        """Maps (batch, *row) to (batch, width)."""
         return ops.cast(x[:, -1, : self.width], self.compute_dtype)
 
     def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
@@ -350,5 +347,5 @@ def _listed(values):
 
 
 def _taken(x):
-    """The rows, of a dictionary of inputs too; or their shape, or symbol."""
+    """The rows, also from a dictionary of inputs; or their shape, or symbolic tensor."""
     return x[INPUT] if isinstance(x, dict) else x

@@ -1,8 +1,8 @@
-"""T5's encoder (Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",
-2020), without its decoder, which diffusion models have no use for.
+"""The encoder of T5 (Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
+Transformer", 2020), without its decoder, which diffusion models do not use.
 
-    encoder = T5Text()                         # of T5 v1.1 XXL, which Imagen, Stable Diffusion 3 and Flux have
-    text = encoder(tokens, mask)               # (batch, length) whole numbers; True where there is a token
+    encoder = T5Text()                         # of T5 v1.1 XXL, as in Imagen, Stable Diffusion 3 and Flux
+    text = encoder(tokens, mask)               # (batch, length) integers; the mask is True for tokens
     text.tokens                                # (batch, length, 4096)
 """
 
@@ -15,7 +15,7 @@ from keras import ops
 from kdiff.base import check_integer
 from kdiff.blocks.base import Block, build_layer
 from kdiff.blocks.conditions import Encoded
-from kdiff.blocks.embeddings import LearnedEmbedding
+from kdiff.blocks.lookup import LearnedEmbedding
 from kdiff.blocks.normalization import RMSNorm
 from kdiff.blocks.transformer import TransformerBlock
 from kdiff.encoders.base import Encoder, ratio_of
@@ -24,24 +24,24 @@ __all__ = ["RelativeBias", "T5Text", "buckets_of"]
 
 
 class T5Text(Encoder):
-    """T5's encoder of text: `norm(blocks(table[token]))`, in which attention is to all, by `RelativeBias`.
+    """The text encoder of T5: `norm(blocks(table[token]))`, with bidirectional attention and `RelativeBias`.
 
     Section 2.1 of the paper; version 1.1 has GEGLU ("gelu_tanh", `glu`) where the paper has ReLU. No layer has a bias.
-    The logits of T5 are `q k^T + bias`, not divided by the square root of a head's width: here the kernel of the
-    queries has this factor. It gives `Encoded` with `tokens`, (batch, length, width), and the `mask` of the call. The
-    defaults are those of version 1.1 XXL.
+    The logits of T5 are `q k^T + bias`, not divided by sqrt(head_width): here that factor is part of the kernel of the
+    queries. It returns `Encoded` with `tokens`, (batch, length, width), and the `mask` of the call. The defaults are
+    those of version 1.1 XXL.
 
     Args:
         vocabulary_size: tokens are 0 ... vocabulary_size - 1.
-        width: of a token.
+        width: the width of a token.
         depth: the number of blocks.
-        heads: of the attention.
-        head_width: the channels of a head.
+        heads: the number of attention heads.
+        head_width: the channels per head.
         hidden: the hidden width of the feed-forward layers.
-        activation: "relu", or "gelu_tanh" of version 1.1.
-        glu: whether half of the first feed-forward layer gates the other, as in version 1.1.
-        buckets: of distances between tokens, for `RelativeBias`.
-        furthest: the distance from which on all are in one bucket.
+        activation: "relu", or "gelu_tanh" in version 1.1.
+        glu: whether the feed-forward layers are gated, as in version 1.1.
+        buckets: the number of buckets of distances, as in `RelativeBias`.
+        furthest: the distance from which on all share one bucket.
         epsilon: of the normalisations.
         kwargs: `name` and `dtype`.
     """
@@ -80,7 +80,7 @@ class T5Text(Encoder):
         self.norm = self._part(norm, "norm")
 
     def build(self, input_shape):
-        """Makes all weights, for tokens (batch, length)."""
+        """Creates all weights, for tokens (batch, length)."""
         shape = self._shape(input_shape)
         build_layer(self.table, shape[:2])
         build_layer(self.bias, shape)
@@ -88,33 +88,33 @@ class T5Text(Encoder):
         build_layer(self.norm, shape)
 
     def _shape(self, shape):
-        """Of the tokens' embeddings."""
+        """The shape of the embedded tokens."""
         if len(shape) != 2:
             raise ValueError(f"T5Text: tokens must have the shape (batch, length); received the shape: {tuple(shape)}")
         return (*shape, self.width)
 
     def call(self, tokens, padding_mask=None, training=None):
-        """Whole numbers (batch, length) to `Encoded`; `padding_mask`, (batch, length), is False where one is hidden."""
+        """Maps integers (batch, length) to `Encoded`; `padding_mask`, (batch, length), is False for masked tokens."""
         self._shape(tokens.shape)
         x = self.table(tokens)
         x, _ = self._run(x, padding_mask, self.bias(x), training)
         return Encoded(tokens=self.norm(x), mask=padding_mask)
 
     def compute_output_spec(self, tokens, padding_mask=None, training=None):
-        """The specification of what `call` gives."""
+        """The specification of the output of `call`."""
         return self._spec(self._shape(tokens.shape), vector=False, mask=padding_mask)
 
 
 class RelativeBias(Block):
-    """Numbers for the logits of attention, by head and by the distance of two tokens: `table[bucket(key - query)]`.
+    """A relative bias of attention logits, by head and by the distance of two tokens: `table[bucket(key - query)]`.
 
-    Raffel et al. (2020), section 2.1. Half of the buckets are for keys before the query, half for those after it; of
-    either half, the first half has one for each distance, and the others grow with the distance, up to `furthest`.
+    Raffel et al. (2020), section 2.1. Half of the buckets are for keys before the query, half for those after it. In
+    each half, the first half has one bucket per distance, and the others grow logarithmically up to `furthest`.
 
     Args:
-        heads: of the attention.
-        buckets: their number.
-        furthest: the distance from which on all are in the last bucket.
+        heads: the number of attention heads.
+        buckets: the number of buckets.
+        furthest: the distance from which on all share the last bucket.
     """
 
     def __init__(self, heads: int, buckets: int = 32, furthest: int = 128, **kwargs):
@@ -130,11 +130,11 @@ class RelativeBias(Block):
         self.table = LearnedEmbedding(buckets, heads, name="table", dtype=self.dtype_policy)
 
     def build(self, x_shape):
-        """Makes the table, (buckets, heads)."""
+        """Creates the table, (buckets, heads)."""
         build_layer(self.table, (None, None))
 
     def call(self, x, embed=None, context=None, training=None):
-        """Tokens (batch, length, dim) to (1, heads, length, length), queries before keys."""
+        """Maps tokens (batch, length, dim) to (1, heads, length, length), queries before keys."""
         at = ops.arange(ops.shape(x)[1])
         distances = ops.clip(at[None, :] - at[:, None], -self.furthest, self.furthest)
         buckets = ops.take(ops.convert_to_tensor(self._buckets), distances + self.furthest, axis=0)
@@ -146,11 +146,11 @@ class RelativeBias(Block):
 
 
 def buckets_of(distances: np.ndarray, buckets: int, furthest: int) -> np.ndarray:
-    """The bucket of each distance, key - query: with n = buckets / 2 and e = n / 2, and n more where it is above 0,
+    """The bucket of each distance, key - query: with n = buckets / 2 and e = n / 2, plus n for d > 0,
 
         |d| if |d| < e, else min(n - 1, e + floor((n - e) log(|d| / e) / log(furthest / e)))
 
-    In float32, as T5 was trained with: where the logarithm is a whole number, rounding decides.
+    In float32, as in the training of T5: where the logarithm is an integer, rounding decides.
     """
     half = buckets // 2
     exact = half // 2

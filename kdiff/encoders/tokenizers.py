@@ -1,13 +1,13 @@
-"""Tokens of encoders that have learned already: the vocabularies of CLIP, T5 and BERT, in the forms that they are in.
+"""Tokenizers of pretrained encoders: the vocabularies of CLIP, T5 and BERT, in their original forms.
 
-    JSONTokenizer      the JSON of a `tokenizers.Tokenizer`, as transformers writes it; CLIP's and BERT's of their words
-    SentencePiece      the file of a sentencepiece model, as T5's
+    JSONTokenizer      the JSON of a `tokenizers.Tokenizer`, as in transformers; CLIP and BERT from vocabularies
+    SentencePiece      the file of a sentencepiece model, as for T5
 
-A token that was added to a vocabulary and is followed there by its name with "_1", "_2" and so on stands for all of
-them, as diffusers has it for textual inversions of several vectors.
+An added token that is followed in the vocabulary by its name with "_1", "_2" and so on expands to all of these, as in
+diffusers for textual inversions of several vectors.
 
-The numbers are those of the vocabulary, and each text has the tokens that begin and end it. A vocabulary is a part of
-the configuration, and so of a saved model. They need the packages `tokenizers` and `sentencepiece`, the extra `text`.
+Token ids are those of the vocabulary, and each text includes its begin and end tokens. A vocabulary is part of the
+configuration, and so of a saved model. The packages `tokenizers` and `sentencepiece` are needed (the extra `text`).
 """
 
 import base64
@@ -27,16 +27,16 @@ CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]
 
 
 class JSONTokenizer(Tokenizer):
-    """The tokenizer that the JSON of a `tokenizers.Tokenizer` describes, with what that puts before and after a text.
+    """The tokenizer described by the JSON of a `tokenizers.Tokenizer`, with its begin and end tokens.
 
     Args:
-        model: the JSON, as `tokenizers.Tokenizer.to_str` or a file tokenizer.json gives it.
-        length: the number of tokens of a row.
-        padding: the token that fills up, a number of the vocabulary.
+        model: the JSON, as from `tokenizers.Tokenizer.to_str` or a file tokenizer.json.
+        length: the number of tokens per row.
+        padding: the id of the padding token.
 
     Raises:
         ImportError: if `tokenizers` is missing.
-        ValueError: if `model` is no such JSON, or there is no room between the tokens that begin and end a text.
+        ValueError: if `model` is not such a JSON, or `length` leaves no room between begin and end tokens.
     """
 
     def __init__(self, model: str, length: int = 77, padding: int = 0):
@@ -45,7 +45,7 @@ class JSONTokenizer(Tokenizer):
             import tokenizers
         try:
             self._encoder = tokenizers.Tokenizer.from_str(model)
-        except Exception as error:  # `tokenizers` raises nothing more precise
+        except Exception as error:  # `tokenizers` raises no more specific type
             raise ValueError(
                 f"JSONTokenizer: `model` must be the JSON of a tokenizer: {error}; received: {model!r:.60}"
             ) from None
@@ -59,7 +59,7 @@ class JSONTokenizer(Tokenizer):
         check_integer("JSONTokenizer", "length", length, len(self.start) + len(self.end) + 1)
 
     def _of_several(self) -> dict[int, list[int]]:
-        """The numbers of all tokens that an added one stands for, by its number, if they are several."""
+        """The ids of all tokens to which an added token expands, by its id, if there are several."""
         added = {token.content: number for number, token in self._encoder.get_added_tokens_decoder().items()}
         found: dict[int, list[int]] = {}
         for word, number in added.items():
@@ -70,10 +70,10 @@ class JSONTokenizer(Tokenizer):
         return found
 
     def with_token(self, token: str, count: int = 1) -> tuple[Self, list[int]]:
-        """This tokenizer with one more token, and its number; or with `count`, which the first stands for.
+        """This tokenizer with a new token, and its id; or with `count` tokens, to which the first expands.
 
         Raises:
-            ValueError: if the vocabulary has one of these.
+            ValueError: if the vocabulary already has one of these.
         """
         names = [token, *(f"{token}_{i}" for i in range(1, count))]
         with needs("text", "JSONTokenizer needs tokenizers"):
@@ -82,27 +82,27 @@ class JSONTokenizer(Tokenizer):
         known = [name for name in (*names, f"{token}_{count}") if encoder.token_to_id(name) is not None]
         if known or not token.strip():
             raise ValueError(
-                f"JSONTokenizer: a new token must be a word that the vocabulary does not have; received: {token!r}"
-                + (f", and it has {known}" if known else "")
+                f"JSONTokenizer: a new token must be a word that is not in the vocabulary; received: {token!r}"
+                + (f", which is known as {known}" if known else "")
             )
         encoder.add_tokens([tokenizers.AddedToken(name, normalized=True) for name in names])
         numbers = [encoder.token_to_id(name) for name in names]
         return type(self)(encoder.to_str(), self.length, self.padding), numbers
 
     def numbers_of(self, token: str) -> list[int] | None:
-        """The number of a token that was added, or of all that it stands for; None if there is none."""
+        """The id of an added token, or of all tokens to which it expands; None if there is none."""
         number = self._encoder.token_to_id(token)
         if number is None or number not in self._encoder.get_added_tokens_decoder():
             return None
         return self._several.get(number, [number])
 
     def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The tokens that the JSON has before and after each text: those around that of a letter."""
+        """The begin and end tokens of the JSON, found around a single letter."""
         inside, whole = self.tokens("a"), self._encoder.encode("a").ids
         for at in range(len(whole) - len(inside) + 1):
             if whole[at : at + len(inside)] == inside:
                 return tuple(whole[:at]), tuple(whole[at + len(inside) :])
-        raise ValueError("JSONTokenizer: the JSON changes the tokens of a text where it puts others around it")
+        raise ValueError("JSONTokenizer: the JSON changes the tokens of a text when it adds begin and end tokens")
 
     @classmethod
     def clip(
@@ -113,23 +113,23 @@ class JSONTokenizer(Tokenizer):
         padding: str = CLIP_END,
         special: Mapping[str, bool] | None = None,
     ) -> Self:
-        """CLIP's: byte pairs of words in small letters (Radford et al. 2021, section 2.4).
+        """The tokenizer of CLIP: byte pair encoding of lower-case words (Radford et al. 2021, section 2.4).
 
         Args:
-            vocabulary: the number of each token, as in vocab.json.
-            merges: pairs of tokens that make one, the first first, as in merges.txt.
-            length: the number of tokens of a row.
-            padding: the token that fills up: that of the end, or "!" of OpenCLIP.
-            special: tokens that are found in a text as they stand, and whether also in other letters (`<|EndOfText|>`);
-                None for those of the start, the end and the padding, as they stand.
+            vocabulary: the id of each token, as in vocab.json.
+            merges: pairs of tokens to merge, in order of priority, as in merges.txt.
+            length: the number of tokens per row.
+            padding: the padding token: the end token, or "!" in OpenCLIP.
+            special: tokens that are matched in a text, and whether also after normalisation (`<|EndOfText|>`); None for
+                the start, end and padding tokens, matched exactly.
 
         Raises:
-            ValueError: if a token of these is not in the vocabulary.
+            ValueError: if one of these tokens is not in the vocabulary.
         """
         special = dict.fromkeys((CLIP_START, CLIP_END, padding), False) if special is None else dict(special)
         for token in (CLIP_START, CLIP_END, padding, *special):
             if token not in vocabulary:
-                raise ValueError(f"JSONTokenizer: {token!r} must be in the vocabulary of CLIP; it is not")
+                raise ValueError(f"JSONTokenizer: {token!r} must be in the vocabulary of CLIP, but is missing")
         with needs("text", "JSONTokenizer needs tokenizers"):
             import tokenizers
         normalizers, before = tokenizers.normalizers, tokenizers.pre_tokenizers
@@ -149,20 +149,20 @@ class JSONTokenizer(Tokenizer):
     def bert(
         cls, vocabulary: Mapping[str, int], length: int = 77, lower: bool = True, accents: bool | None = None
     ) -> Self:
-        """BERT's: the longest pieces of each word (Devlin et al. 2018, arXiv:1810.04805, section 3), as LDMText's.
+        """The tokenizer of BERT: the longest pieces of each word (Devlin et al. 2018, arXiv:1810.04805, section 3).
 
         Args:
-            vocabulary: the number of each piece, as the lines of vocab.txt; one within a word begins with "##".
-            length: the number of tokens of a row, filled up with "[PAD]".
-            lower: whether letters are made small.
-            accents: whether accents are taken off; None for as `lower`.
+            vocabulary: the id of each piece, the line number in vocab.txt; pieces within a word begin with "##".
+            length: the number of tokens per row, padded with "[PAD]".
+            lower: whether texts are lower-cased.
+            accents: whether accents are removed; None for the value of `lower`.
 
         Raises:
             ValueError: if "[CLS]", "[SEP]", "[PAD]" or "[UNK]" is not in the vocabulary.
         """
         for token in (BERT_START, BERT_END, "[PAD]", "[UNK]"):
             if token not in vocabulary:
-                raise ValueError(f"JSONTokenizer: {token!r} must be in the vocabulary of BERT; it is not")
+                raise ValueError(f"JSONTokenizer: {token!r} must be in the vocabulary of BERT, but is missing")
         with needs("text", "JSONTokenizer needs tokenizers"):
             import tokenizers
         encoder = tokenizers.Tokenizer(tokenizers.models.WordPiece(dict(vocabulary), unk_token="[UNK]"))
@@ -176,31 +176,31 @@ class JSONTokenizer(Tokenizer):
 
     @property
     def vocabulary_size(self) -> int:
-        """The tokens of the vocabulary."""
+        """The number of tokens in the vocabulary."""
         return self._encoder.get_vocab_size()
 
     def tokens(self, text: str) -> list[int]:
-        """Their numbers in the vocabulary."""
+        """The token ids of a text."""
         numbers = self._encoder.encode(text, add_special_tokens=False).ids
         return [one for number in numbers for one in self._several.get(number, (number,))]
 
 
 class SentencePiece(Tokenizer):
-    """The tokenizer of a sentencepiece model (Kudo & Richardson, 2018, arXiv:1808.06226), such as T5's.
+    """The tokenizer of a sentencepiece model (Kudo & Richardson, 2018, arXiv:1808.06226), such as that of T5.
 
         SentencePiece.read("tokenizer/spiece.model", length=512)
 
-    As in transformers, the model's control tokens, such as "</s>", and T5's <extra_id_0> ... <extra_id_99>, which
-    follow the vocabulary, the last first, are found in a text as they stand.
+    As in transformers, the control tokens of the model, such as "</s>", and T5's <extra_id_0> ... <extra_id_99>, which
+    follow the vocabulary in reverse order, are matched in texts.
 
     Args:
         model: the content of the file, in base64.
-        length: the number of tokens of a row.
+        length: the number of tokens per row.
         extra: the number of tokens that follow those of the model.
 
     Raises:
         ImportError: if `sentencepiece` is missing.
-        ValueError: if `model` is no such file, or has no token for the end or for padding.
+        ValueError: if `model` is not such a file, or has no end or padding token.
     """
 
     def __init__(self, model: str, length: int = 512, extra: int = 100):
@@ -217,7 +217,7 @@ class SentencePiece(Tokenizer):
             ) from None
         size = self._pieces.get_piece_size()
         if self._pieces.eos_id() < 0 or self._pieces.pad_id() < 0:
-            raise ValueError("SentencePiece: the model must have a token for the end, and one for padding")
+            raise ValueError("SentencePiece: the model must have an end token and a padding token")
         self.model = model
         self.extra = extra
         self.padding, self.end = self._pieces.pad_id(), (self._pieces.eos_id(),)
@@ -234,11 +234,11 @@ class SentencePiece(Tokenizer):
 
     @property
     def vocabulary_size(self) -> int:
-        """The tokens of the model and those that follow."""
+        """The number of tokens, including the extra ones."""
         return self._pieces.get_piece_size() + self.extra
 
     def tokens(self, text: str) -> list[int]:
-        """Their numbers in the vocabulary."""
+        """The token ids of a text."""
         found = []
         for part in self._split.split(text):
             found += [self._special[part]] if part in self._special else self._pieces.encode(part)

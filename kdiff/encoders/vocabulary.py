@@ -1,29 +1,28 @@
-"""The table of an encoder's tokens, which may get new rows, and of which some may learn while all others stay."""
+"""A token table to which rows can be added, and of which single rows can be trained while all others are frozen."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from keras import ops
 
-from kdiff.blocks.embeddings import LearnedEmbedding
 from kdiff.blocks.initializers import Normal
+from kdiff.blocks.lookup import LearnedEmbedding
 
 __all__ = ["Vocabulary"]
 
 
 class Vocabulary(LearnedEmbedding):
-    """`table[token]`, but for `learned` tokens, whose vectors are a weight of their own while they learn:
+    """`table[token]`, except for `learned` tokens, whose vectors are a separate weight during training:
 
         rows[token - first] if first <= token < first + count else table[token]
 
-    So no optimizer sees the table, whose other rows would move by decay and by moments of theirs, and no average is of
-    it.
+    So optimizers do not see the table, whose other rows weight decay and momentum would change, and it is not averaged.
 
     Args:
         size: the number of rows of the table.
-        width: of a row.
-        learned: (first, count) of the tokens that learn; None for none.
-        kwargs: as of `LearnedEmbedding`.
+        width: the width of a row.
+        learned: (first, count) of the trained tokens; None for none.
+        kwargs: as in `LearnedEmbedding`.
     """
 
     def __init__(self, size: int, width: int, learned: Sequence[int] | None = None, **kwargs):
@@ -32,7 +31,7 @@ class Vocabulary(LearnedEmbedding):
         self.rows = None
 
     def build(self, x_shape, embed_shape=None):
-        """Makes the table, (size, width), and the rows of `learned`, (count, width)."""
+        """Creates the table, (size, width), and the rows of `learned`, (count, width)."""
         super().build(x_shape, embed_shape)
         if self.learned is not None:
             self._make_rows()
@@ -45,7 +44,7 @@ class Vocabulary(LearnedEmbedding):
         self.rows.adapts = True
 
     def extend(self, rows: np.ndarray) -> None:
-        """Puts rows, (count, width), after those of the table, which is another variable then."""
+        """Appends rows, (count, width), to the table, which becomes a new variable."""
         whole = np.concatenate([ops.convert_to_numpy(self.table), np.asarray(rows, "float32")])
         before, self.size = self.table, len(whole)
         self._tracker.unlock()
@@ -56,13 +55,13 @@ class Vocabulary(LearnedEmbedding):
         self.table.trainable, self.table.averaged = before.trainable, getattr(before, "averaged", True)
 
     def learn(self, first: int, count: int) -> None:
-        """Lets `count` rows from `first` on learn, and no others."""
+        """Makes `count` rows from `first` on trainable, and no others."""
         self.learned = (first, count)
         self._make_rows()
         self.rows.assign(ops.convert_to_numpy(self.table)[first : first + count])
 
     def keep(self, rows: np.ndarray) -> None:
-        """Ends this: the table has these rows, (count, width), in place of those that learned."""
+        """Ends the training and stores these rows, (count, width), in the table."""
         first, count = self.learned
         whole = ops.convert_to_numpy(self.table).copy()
         whole[first : first + count] = rows
@@ -71,7 +70,7 @@ class Vocabulary(LearnedEmbedding):
         self.learned = self.rows = None
 
     def call(self, x, embed=None, context=None, training=None):
-        """Whole numbers of any shape to (..., width)."""
+        """Maps integers of any shape to (..., width)."""
         y = super().call(x)
         if self.learned is None:
             return y

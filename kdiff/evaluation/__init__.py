@@ -1,13 +1,13 @@
-"""How good are samples? Scores of features of many of them, each with its interval and what real examples would score.
+"""Evaluation of samples by scores of their features, each with a confidence interval and the score of real examples.
 
     fd = evaluation.FrechetDistance(features, reference=train, held_out=test)
     fd.update_state(model.sample(5000))
     print(fd.report())
     fd 3.18 [2.97, 3.4], n = 5000 against 20000; infinitely many: 1.35 [1.13, 1.57]; real examples: 2.03, n = 5000; ...
 
-No one of them says all: the Frechet distance sees the first two moments, precision and density how real samples look,
-recall and coverage how diverse they are, the feature likelihood divergence also whether they are copies. All depend on
-the features, so compare only what has the same, the same n, and the same reference.
+No single metric suffices: the Frechet distance compares the first two moments; precision and density measure fidelity,
+recall and coverage diversity; the feature likelihood divergence also detects copies of training data. All depend on the
+features, so compare only scores with the same features, the same n, and the same reference.
 
 It needs the extra `evaluation`: SciPy for linear algebra, scikit-learn for kernels and neighbours.
 """

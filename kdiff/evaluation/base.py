@@ -1,12 +1,12 @@
-"""What all metrics of samples share: they keep features on the host, give a number, and say how sure it is.
+"""The base of sample metrics: features collected on the host, a score, and its uncertainty.
 
     metric = FrechetDistance(features, reference=train_images, held_out=test_images)
     metric.update_state(model.sample(5000))
     metric.result()                 # a float
-    print(metric.report())          # with its interval, n, and what real examples would score
+    print(metric.report())          # with its interval, n, and the score of real examples
 
-`features` is what makes features of examples: an `Extractor`, any Keras model or function of a batch; None where the
-examples are features already.
+`features` maps examples to features: an `Extractor`, any Keras model or function of a batch; None if the examples are
+already features.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,22 +24,22 @@ __all__ = ["FeatureMetric", "Report", "SampleMetric", "batches_of", "described",
 
 
 class Report(NamedTuple):
-    """A score and what it is worth.
+    """A score and its uncertainty.
 
     Attributes:
         name: of the metric.
         value: the score.
         standard_error: of `value`, for the choice of the samples and, if its features are known, of the reference.
-        interval: the confidence interval, at the level asked for, of the score that samples as many as these have on
-            average. NaN, as the standard error, where there are too few for two parts.
-        n: how many samples there were.
-        reference_n: how many examples the reference has; None if there is none, or nobody knows.
-        extrapolated: the score of infinitely many samples and examples (`FrechetDistance` alone); None where there are
-            too few for it.
+        interval: the confidence interval, at the requested level, of the expected score of this number of samples. NaN,
+            as the standard error, if there are too few for two parts.
+        n: the number of samples.
+        reference_n: the number of examples in the reference; None if there is none, or it is unknown.
+        extrapolated: the score for infinitely many samples and examples (only `FrechetDistance`); None if there are too
+            few.
         extrapolated_interval: its confidence interval.
-        baseline: the score of held-out real examples in the place of the samples; None if none were given.
-        baseline_n: how many they were: n, if there are as many.
-        features: what made the features.
+        baseline: the score of held-out real examples instead of samples; None if none were given.
+        baseline_n: their number: n, if there are enough.
+        features: a description of the features.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Report(NamedTuple):
     features: str = "given"
 
     def __str__(self) -> str:
-        """All of it in one line."""
+        """All fields in one line."""
         against = "" if self.reference_n is None else f" against {self.reference_n}"
         text = f"{self.name} {self.value:.5g} [{_between(self.interval)}], n = {self.n}{against}"
         if self.extrapolated is not None:
@@ -70,38 +70,38 @@ def _between(interval):
 
 
 class SampleMetric(keras.metrics.Metric):
-    """A score of samples as a set. A subclass says what a row is, and writes `_score`.
+    """A score of a set of samples. A subclass defines the rows and `_score`.
 
-    It computes on the host in float64, and keeps all rows until `reset_state`. So `EvaluationCallback` or a loop of
-    your own updates it; `compile(metrics=...)` cannot.
+    It computes on the host in float64, and keeps all rows until `reset_state`. It is updated by `EvaluationCallback` or
+    a custom loop; `compile(metrics=...)` cannot be used.
 
     Args:
-        groups: into how many groups the rows are divided for the interval (`kdiff.evaluation.resampling`).
-        name: of the metric in logs; None for the class's.
+        groups: the number of groups of rows for the interval (`kdiff.evaluation.resampling`).
+        name: of the metric in logs; None for the default of the class.
     """
 
     key: ClassVar[str]  # the default name
     better: ClassVar[str]  # "min" or "max": the `mode` of `ModelCheckpoint` and `EarlyStopping`
-    fewest: int = 2  # rows that a score needs
-    fewest_of_part: int = 2  # rows that a part of the rows needs, to vary as all of them do but for their number
+    fewest: int = 2  # the minimum number of rows
+    fewest_of_part: int = 2  # the minimum for a part, whose variance then scales with the number of rows
 
     def __init__(self, groups: int = 20, name: str | None = None):
         check_integer(type(self).__name__, "groups", groups, 2)
         super().__init__(name=name or self.key)
         self.groups = groups
         self._rows: list[np.ndarray] = []
-        self._direction = {"min": "down", "max": "up"}[self.better]  # as Keras' own metrics have it
+        self._direction = {"min": "down", "max": "up"}[self.better]  # as in Keras' own metrics
 
     @property
     def n(self) -> int:
-        """How many samples it has seen."""
+        """The number of samples so far."""
         return sum(len(rows) for rows in self._rows)
 
     @property
     def samples(self) -> np.ndarray:
-        """The rows of all of them."""
+        """The rows of all samples."""
         if self.n < self.fewest:
-            raise ValueError(f"{self.name}: {self.fewest} samples are needed at least; it has seen {self.n}")
+            raise ValueError(f"{self.name}: at least {self.fewest} samples are needed; received {self.n}")
         if len(self._rows) > 1:
             self._rows = [np.concatenate(self._rows)]
         return self._rows[0]
@@ -109,42 +109,42 @@ class SampleMetric(keras.metrics.Metric):
     def _append(self, rows: np.ndarray) -> None:
         if self._rows and self._rows[0].shape[1:] != rows.shape[1:]:
             raise ValueError(
-                f"{self.name}: features have the shape {rows.shape[1:]}; those before had {self._rows[0].shape[1:]}"
+                f"{self.name}: features have the shape {rows.shape[1:]}, but earlier ones {self._rows[0].shape[1:]}"
             )
         self._rows.append(rows)
 
     def update_from(self, samples: Any, conditions: Mapping[str, Any], shared: dict[int, np.ndarray]) -> None:
-        """Adds samples that were drawn with these conditions; `shared` has features that other metrics made of them."""
+        """Adds samples drawn with these conditions; `shared` caches their features between metrics."""
         raise NotImplementedError
 
     def reset_state(self) -> None:
-        """Forgets the samples."""
+        """Discards the samples."""
         self._rows = []
 
     def get_config(self) -> dict[str, Any]:
-        """Is refused: real examples and a network are a part of the metric.
+        """Not supported, as the metric holds real examples and a network.
 
         Raises:
             NotImplementedError: always.
         """
-        raise NotImplementedError(f"{type(self).__name__}: it holds data, and is made anew instead of saved")
+        raise NotImplementedError(f"{type(self).__name__}: it holds data and cannot be saved; create it anew")
 
     def result(self) -> float:
         """The score.
 
         Raises:
-            ValueError: for too few samples.
+            ValueError: if there are too few samples.
         """
         return self._score(self.samples)
 
     def report(self, level: float = 0.95) -> Report:
-        """The score with its interval, and all else that is known of it.
+        """The score with its interval and context.
 
         Args:
             level: of the confidence intervals.
 
         Raises:
-            ValueError: for too few samples; for a level outside of [0, 1).
+            ValueError: if there are too few samples, or `level` is outside [0, 1).
         """
         samples = self.samples
         value, variance = self._measured(samples)
@@ -153,41 +153,41 @@ class SampleMetric(keras.metrics.Metric):
         return self._completed(made, half)
 
     def _groups_for(self, *counts: int) -> int:
-        """Into how many groups sides of so many rows are divided."""
+        """The number of groups for sets of these numbers of rows."""
         return min(self.groups, *(count // self.fewest_of_part for count in counts))
 
     def _measured(self, samples: np.ndarray) -> tuple[float, float]:
-        """(score, its variance)."""
+        """(score, variance of the score)."""
         return self._score(samples), self._variance(samples)
 
     def _completed(self, report: Report, half: float) -> Report:
-        """With what a subclass knows besides; `half` is the half width of the interval."""
+        """The report with additions of a subclass; `half` is the half width of the interval."""
         return report
 
     def _score(self, samples: np.ndarray) -> float:
-        """Of these rows."""
+        """The score of these rows."""
         raise NotImplementedError
 
     def _variance(self, samples: np.ndarray) -> float:
-        """Of `_score(samples)`, here by the jackknife."""
+        """The variance of `_score(samples)`, here by the jackknife."""
         left = (np.delete(samples, group, axis=0) for group in groups_of(len(samples), self.groups))
         return jackknife_variance([self._score(rows) for rows in left])
 
 
 class FeatureMetric(SampleMetric):
-    """A score of features of samples beside those of real examples. A subclass writes `_distance`.
+    """A score that compares features of samples with those of real examples. A subclass defines `_distance`.
 
     Args:
-        features: a function of a batch of examples to features (batch, features), such as an `Extractor`, which a Keras
-            model is made; None if they are features already.
+        features: a function of a batch of examples to features (batch, features), such as an `Extractor` (a Keras model
+            is wrapped in one); None if the examples are already features.
         reference: the real examples: an array, an iterable of batches, or a `Reference`, which metrics may share.
-        held_out: other real examples, for the baseline: what they would score in the place of as many samples.
-        groups, name: as of `SampleMetric`.
+        held_out: other real examples, for the baseline: the score of the same number of real examples.
+        groups, name: as in `SampleMetric`.
 
     Raises:
-        TypeError: for `features` that cannot be called.
-        ValueError: if features are of different widths; or of uint8 images and of samples in another range, where
-            nothing brings both to one (`Extractor(network, Images())` does).
+        TypeError: if `features` is not callable.
+        ValueError: if features differ in width; or if only the samples or only the examples are uint8 images, and
+            `features` does not convert them (`Extractor(network, Images())` does).
     """
 
     def __init__(
@@ -214,7 +214,9 @@ class FeatureMetric(SampleMetric):
 
     def _check_widths(self, widths: Sequence[int]) -> None:
         if len(set(widths)) > 1:
-            raise ValueError(f"{self.name}: features of samples and examples must be as many; received: {widths}")
+            raise ValueError(
+                f"{self.name}: features of samples and examples must have the same width; received: {widths}"
+            )
 
     def extract(self, examples: Any) -> np.ndarray:
         """The features (count, features) of an array of examples, or of an iterable of batches of them."""
@@ -224,7 +226,7 @@ class FeatureMetric(SampleMetric):
         whole = keras.backend.standardize_dtype(batch.dtype) == "uint8"
         if self._whole not in (None, whole) and getattr(self.features, "prepare", None) is None:
             raise ValueError(
-                f"{self.name}: some examples are uint8 and others are not, and nothing brings both to one range, as "
+                f"{self.name}: some examples are uint8 and others are not; convert both to one range, as "
                 "`Extractor(network, Images())` does"
             )
         self._whole = whole
@@ -233,7 +235,7 @@ class FeatureMetric(SampleMetric):
     def update_state(self, samples: Any) -> None:
         """Adds a batch of samples."""
         if isinstance(samples, keras.KerasTensor):
-            raise TypeError(f"{self.name}: it computes on the host: update it outside of `compile` and of graphs")
+            raise TypeError(f"{self.name}: it computes on the host; update it outside `compile` and compiled code")
         self.add(self.extract(samples))
 
     def update_from(self, samples, conditions, shared):
@@ -242,7 +244,7 @@ class FeatureMetric(SampleMetric):
         self.add(shared[self._shared])
 
     def add(self, features: np.ndarray) -> None:
-        """Adds samples whose features, (count, features), are known."""
+        """Adds samples by their features, (count, features)."""
         features = check_features(self.name, features)
         if self.reference is not None:
             self._check_widths([features.shape[1], self.reference.width])
@@ -258,7 +260,7 @@ class FeatureMetric(SampleMetric):
         )
 
     def _baseline(self, n: int) -> tuple[float | None, int | None]:
-        """(the score of at most n held-out examples, how many they are)."""
+        """(the score of at most n held-out examples, their number)."""
         if self.held_out is None:
             return None, None
         chosen = self.held_out[np.sort(np.concatenate(groups_of(len(self.held_out), 1))[:n])]
@@ -269,15 +271,15 @@ class FeatureMetric(SampleMetric):
 
     def _needed_reference(self) -> Reference:
         if self.reference is None:
-            raise ValueError(f"{self.name}: there is no `reference` to compare samples with")
+            raise ValueError(f"{self.name}: a `reference` is required")
         return self.reference
 
     def _distance(self, samples: np.ndarray, reference: Reference) -> float:
-        """Of features (n, features) from those of the reference."""
+        """The distance of features (n, features) from those of the reference."""
         raise NotImplementedError
 
     def _variance(self, samples):
-        """By disjoint parts of both sides."""
+        """The variance by disjoint parts of both sides."""
         reference = self._needed_reference()
         groups = self._groups_for(len(samples), reference.n)
         if groups < 2:
@@ -287,10 +289,10 @@ class FeatureMetric(SampleMetric):
 
 
 def batches_of(examples: Any) -> Iterable:
-    """The batches of examples: of an array, or a batch as `fit` takes it, which is one; of a list; of an iterable."""
+    """The batches of examples: a single one for an array or a batch as in `fit`; those of a list or an iterable."""
     if hasattr(examples, "shape"):
         return [examples]
-    if isinstance(examples, dict | tuple):  # one batch, as `fit` takes it
+    if isinstance(examples, dict | tuple):  # one batch, as in `fit`
         return [_examples(examples)]
     if (
         isinstance(examples, Sequence)
@@ -302,21 +304,21 @@ def batches_of(examples: Any) -> Iterable:
 
 
 def features_of(function: Callable | None, examples: Any) -> np.ndarray:
-    """What the function gives of all batches of examples, joined."""
+    """The concatenated outputs of the function for all batches of examples."""
     made = [batch if function is None else function(batch) for batch in batches_of(examples)]
     return np.concatenate([np.asarray(keras.ops.convert_to_numpy(one)) for one in made])
 
 
 def _examples(batch: Any) -> Any:
-    """Of a batch as `fit` takes it: (x, y), or a dict with "image"."""
+    """The examples of a batch as in `fit`: (x, y), or a dict with "image"."""
     batch = batch[0] if isinstance(batch, (tuple, list)) else batch
     if isinstance(batch, dict) and "image" not in batch:
-        raise ValueError(f"evaluation: a batch needs its examples, 'image'; received: {sorted(batch)}")
+        raise ValueError(f"evaluation: a batch must have 'image'; received: {sorted(batch)}")
     return batch["image"] if isinstance(batch, dict) else batch
 
 
 def described(features: Callable | None) -> str:
-    """What makes the features, in words."""
+    """A description of the features."""
     if features is None:
         return "given"
     return getattr(features, "description", None) or getattr(features, "__qualname__", type(features).__name__)

@@ -1,4 +1,4 @@
-"""References on disk: features of real examples are made once for all runs."""
+"""References on disk: features of real examples, computed once for all runs."""
 
 import hashlib
 import os
@@ -20,7 +20,8 @@ _MODULUS = 2**256
 
 
 def fingerprint(examples: Any) -> str:
-    """A hash of the examples, whatever their order: the sum of the SHA-256 of each, modulo 2^256, and their number.
+    """A hash of the examples that does not depend on their order: the sum of the SHA-256 of each, modulo 2^256, and
+    their number.
 
     Args:
         examples: an array, or an iterable of batches.
@@ -35,28 +36,28 @@ def fingerprint(examples: Any) -> str:
 
 
 def cached_reference(features: Extractor, examples: Any, folder: str | os.PathLike) -> Reference:
-    """The features of real examples, from a file of `folder` if they were made before.
+    """The features of real examples, read from a file in `folder` if they were computed before.
 
         reference = evaluation.cached_reference(features, train_images, "~/.cache/features")
         fd = evaluation.FrechetDistance(features, reference)
 
-    The file's name is a hash of the examples, in any order, of the network with its weights, and of what is done to
-    images before. Whatever of these changes, there is another file; nobody removes old ones.
+    The name of the file is a hash of the examples, in any order, of the network with its weights, and of the image
+    preprocessing. A change of any of these gives another file; old files are not removed.
 
     Args:
-        features: whose network is a Keras model, and whose `prepare` is an `Images`, or None.
-        examples: an array, or what gives batches each time that it is iterated over, such as a dataset: it is read
-            for the hash, and once more if there is no file.
-        folder: of the files; made if it is not there.
+        features: an extractor whose network is a Keras model, and whose `prepare` is an `Images`, or None.
+        examples: an array, or an iterable of batches that can be iterated repeatedly, such as a dataset: it is read for
+            the hash, and again if there is no file.
+        folder: of the files; created if it does not exist.
 
     Raises:
-        TypeError: if `features` is no `Extractor`, or `examples` can be read only once.
-        ValueError: if what makes the features has no hash, or the file is damaged.
+        TypeError: if `features` is not an `Extractor`, or `examples` can be read only once.
+        ValueError: if the extractor has no hash, or the file is damaged.
     """
     if not isinstance(features, Extractor):
         raise TypeError(f"cached_reference: `features` must be an Extractor; received: {features!r}")
     if hasattr(examples, "__next__"):
-        raise TypeError(f"cached_reference: an iterator is read only once; give what it comes from: {examples!r}")
+        raise TypeError(f"cached_reference: an iterator can be read only once; pass its source; received: {examples!r}")
     signature = hashlib.sha256(f"{features.signature()} {fingerprint(examples)}".encode()).hexdigest()
     path = Path(folder).expanduser() / f"{signature[:40]}.npz"
     if path.exists():
@@ -64,7 +65,9 @@ def cached_reference(features: Extractor, examples: Any, folder: str | os.PathLi
             with np.load(path, allow_pickle=False) as file:
                 return Reference(file["features"])
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path}: not a whole file of features; to make it anew, remove it: {error}") from error
+            raise ValueError(
+                f"{path}: not a complete file of features; remove it to compute it anew: {error}"
+            ) from error
     made = Reference(features_of(features, examples))
     with replacing(path) as new:
         np.savez(new, features=made.features, description=features.description)

@@ -1,4 +1,4 @@
-"""Scores of samples while a model learns."""
+"""Scores of samples during training."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,31 +22,32 @@ class EvaluationCallback(keras.callbacks.Callback):
         best = keras.callbacks.ModelCheckpoint("best.keras", monitor="fd", mode="min", save_best_only=True)
         model.fit(dataset, epochs=50, callbacks=[evaluation.EvaluationCallback([fd], every=5), best])
 
-    What stands after it in the list finds the scores in `logs` by the metrics' names: `ModelCheckpoint`,
-    `EarlyStopping`, `ReduceLROnPlateau`, `TensorBoard`, `CSVLogger`; each needs its `mode`, which is `metric.better`.
-    They are in the history too. Epochs without scores have none, as with Keras' `validation_freq`: `ModelCheckpoint`
-    then says that it skips, and `EarlyStopping` counts evaluations. The noise is always the same, so that scores differ
-    by the model alone. A failure is a warning; it never stops training.
+    Callbacks after it in the list find the scores in `logs` by the names of the metrics: `ModelCheckpoint`,
+    `EarlyStopping`, `ReduceLROnPlateau`, `TensorBoard`, `CSVLogger`; their `mode` is `metric.better`. The scores are
+    also in the history. Epochs without evaluation have no scores, as with Keras' `validation_freq`: `ModelCheckpoint`
+    then warns that it skips, and `EarlyStopping` counts evaluations. The noise is the same in all evaluations, so that
+    scores differ only by the model. A failure is a warning and does not stop training.
 
     Args:
-        metrics: of samples, with different names. Those with the same `features` share them.
-        every: how many epochs lie between two evaluations.
-        num_samples: how many are drawn.
-        sampler: a `Sampler`, a `Solver` or its name; None for the model's own choice.
-        steps: sampling steps; None for the sampler's own choice.
-        seed: names the noise.
-        batch_size: how many samples are drawn at once.
-        conditions: what the samples are conditioned on, as of `sample`: a dict of arrays or strings with `num_samples`
-            rows, or of one value for all. Those of metrics of pairs are `text`.
-        options: further ones of `sample`, such as `guidance` or `size`.
-        intervals: whether to log the 95 % intervals too, as `fd_low` and `fd_high`. They cost more than the scores.
+        metrics: sample metrics with distinct names. Metrics with the same `features` share them.
+        every: the number of epochs between two evaluations.
+        num_samples: the number of samples.
+        sampler: a `Sampler`, a `Solver` or its name; None for that of the model.
+        steps: sampling steps; None for that of the sampler.
+        seed: for the noise.
+        batch_size: the number of samples drawn at once.
+        conditions: the conditions of the samples, as in `sample`: a dict of arrays or strings with `num_samples` rows,
+            or of single values for all. Metrics of pairs use `text`.
+        options: further arguments of `sample`, such as `guidance` or `size`.
+        intervals: whether to log the 95 % intervals too, as `fd_low` and `fd_high`. They are more expensive than the
+            scores.
 
     Attributes:
         reports: the reports by epoch, from 1, and by metric, with `intervals`.
 
     Raises:
-        TypeError: for what is no metric of samples.
-        ValueError: for an argument out of its range, conditions with another number of rows, or equal names.
+        TypeError: if a metric is not a sample metric.
+        ValueError: if an argument is out of range, conditions have another number of rows, or names coincide.
     """
 
     def __init__(
@@ -78,23 +79,23 @@ class EvaluationCallback(keras.callbacks.Callback):
         self.reports: dict[int, dict[str, Report]] = {}
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Evaluates if it is time."""
+        """Evaluates every `every` epochs."""
         if (epoch + 1) % self.every:
             return
         try:
             found = self.evaluate(epoch + 1)
-        except Exception as error:  # whatever it is: hours of training matter more than a score
+        except Exception as error:  # training goes on, whatever the error
             message = f"EvaluationCallback has no scores of epoch {epoch + 1}, and training goes on: "
             warnings.warn(f"{message}{type(error).__name__}: {error}", stacklevel=2)
             return
         if taken := sorted(set(found) & set(logs or {})):
             names = ", ".join(taken)
-            warnings.warn(f"EvaluationCallback: {names} is logged by `fit`: give the metric another name", stacklevel=2)
+            warnings.warn(f"EvaluationCallback: {names} is already logged by `fit`; rename the metric", stacklevel=2)
         if logs is not None:
             logs.update({name: value for name, value in found.items() if name not in logs})
 
     def evaluate(self, epoch: int) -> dict[str, float]:
-        """The scores of samples that are drawn now, as they are logged."""
+        """Draws samples and returns their scores, as they are logged."""
         samples = self.model.sample(self.num_samples, **self.options, **self.conditions)
         shared: dict[int, np.ndarray] = {}
         for metric in self.scores:
@@ -116,7 +117,7 @@ def _check_metrics(metrics: Any) -> list[SampleMetric]:
             raise TypeError(f"EvaluationCallback: a metric of kdiff.evaluation is expected; received: {metric!r}")
     names = [metric.name for metric in metrics]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"EvaluationCallback: metrics with different names are needed; received: {names}")
+        raise ValueError(f"EvaluationCallback: metrics must have distinct names; received: {names}")
     return metrics
 
 

@@ -1,11 +1,11 @@
-"""What makes features of images: any network, and what is done to its images before.
+"""Feature extractors: a network and the preprocessing of its images.
 
     Extractor(network, Images(299, mean, std))         any Keras model, or a function of a batch
-    Extractor(classifier, layer="embedding")           a layer of a classifier that was trained here
-    InceptionFID("pt_inception-2015-12-05.pth")        of the FID (`kdiff.evaluation.inception`)
-    clip_vision(encoder), dinov2(folder)               of CMMD; of FD-DINOv2
+    Extractor(classifier, layer="embedding")           a layer of a trained classifier
+    InceptionFID("pt_inception-2015-12-05.pth")        for the FID (`kdiff.evaluation.inception`)
+    clip_vision(encoder), dinov2(folder)               for CMMD; for FD-DINOv2
 
-A score means nothing without both, so both are in its report.
+A score depends on both, so both are part of its report.
 """
 
 import hashlib
@@ -28,22 +28,21 @@ from kdiff.encoders.clip import CLIPVision
 
 __all__ = ["IMAGENET", "Extractor", "Images", "clip_vision", "dinov2"]
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation by channel, in [0, 1]
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std per channel, in [0, 1]
 
 
 class Images(Value):
-    """Images as a network has learned to see them: (x / 255 - mean) / std, x resized, in 0 ... 255.
+    """Preprocessing of images for a network: (x / 255 - mean) / std, with x resized, in 0 ... 255.
 
-    As clean-fid (Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation"): Pillow's
-    bicubic filter, widened where an image shrinks, of floating-point numbers, each channel by itself, then clipped.
-    Grey images become three equal channels.
+    As in clean-fid (Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation"): Pillow's
+    bicubic filter with antialiasing, on floats, per channel, then clipped. Grey images become three equal channels.
 
     Args:
-        size: (height, width) of what is given to the network, or a whole number for both; None leaves the size.
-        mean, std: by channel, or a number for all.
-        form: of resizing, one of "bicubic", "bilinear", "area", "nearest".
-        rounded: whether images in [-1, 1] are first rounded to the 256 levels that a file of them would have.
-        channels: 3, or 1 for a network of grey images, or None for what there are.
+        size: (height, width) of the input of the network, or one integer for both; None keeps the size.
+        mean, std: per channel, or one number for all.
+        form: of the resizing, one of "bicubic", "bilinear", "area", "nearest".
+        rounded: whether images in [-1, 1] are first rounded to 256 levels, as in an image file.
+        channels: 3, or 1 for a network of grey images, or None for those of the images.
     """
 
     def __init__(
@@ -63,14 +62,16 @@ class Images(Value):
         self.form, self.rounded, self.channels = form, rounded, channels
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """(batch, height, width, channels), whole numbers in 0 ... 255 or in [-1, 1], to float32."""
+        """Maps (batch, height, width, channels), integers in 0 ... 255 or floats in [-1, 1], to float32."""
         if images.ndim != 4:
-            raise ValueError(f"Images: the shape (batch, height, width, channels) is needed; received: {images.shape}")
+            raise ValueError(
+                f"Images: images must have the shape (batch, height, width, channels); received: {images.shape}"
+            )
         check_examples(images, None if images.dtype.kind == "f" else 1.0, "images")
         if images.dtype.kind == "f" and like_bytes(images):
             raise ValueError(
                 f"Images: floating-point images must be in [-1, 1]; received {images.min():.4g} to {images.max():.4g}. "
-                "Give those in 0..255 as uint8"
+                "Pass values in 0..255 as uint8"
             )
         x = images.astype("float32")
         if images.dtype.kind == "f":
@@ -82,7 +83,7 @@ class Images(Value):
                 x = np.clip(ops.convert_to_numpy(resized(x, sizes, self.form)), 0.0, 255.0)
         if self.channels not in (None, x.shape[-1]):
             if x.shape[-1] != 1:
-                raise ValueError(f"Images: {self.channels} channels are needed; received: {x.shape[-1]}")
+                raise ValueError(f"Images: images must have {self.channels} channels; received: {x.shape[-1]}")
             x = np.repeat(x, self.channels, axis=-1)
         return ((x / 255.0 - np.float32(self.mean)) / np.float32(self.std)).astype("float32")
 
@@ -91,17 +92,17 @@ class Extractor:
     """Features of examples, (batch, features), float32 on the host: `output(network(prepare(examples)))`.
 
     Args:
-        network: a built Keras model or layer, which runs compiled, in batches of one size; or a function of a batch.
-        prepare: a function of a batch of NumPy arrays, such as `Images`; None gives examples as they are.
-        layer: the name of a layer of a functional model whose output is taken; None for the model's.
-        output: a function of what the network gives to (batch, features); None takes the `vector` of an encoder of
-            kdiff, else the output as it is.
-        batch_size: how many examples the network sees at once.
-        name: what a report calls it; None for the network's name.
+        network: a built Keras model or layer, compiled for batches of one size; or a function of a batch.
+        prepare: a function of a batch of NumPy arrays, such as `Images`; None passes examples unchanged.
+        layer: the name of a layer of a functional model whose output is used; None for that of the model.
+        output: a function from the output of the network to (batch, features); None takes the `vector` of an encoder of
+            kdiff, and other outputs unchanged.
+        batch_size: the number of examples per call of the network.
+        name: its name in reports; None for the name of the network.
 
     Raises:
-        TypeError: for what cannot be called.
-        ValueError: for `layer` of what has no layers, or an unknown one.
+        TypeError: if an argument is not callable.
+        ValueError: if `layer` is unknown, or the network is not functional.
     """
 
     def __init__(
@@ -131,7 +132,9 @@ class Extractor:
         if not isinstance(self.network, keras.layers.Layer):
             return lambda batch: pick(self.network(batch))
         struct = getattr(self.network, "input", None) if isinstance(self.network, keras.Model) else None
-        name = next(iter(struct)) if isinstance(struct, dict) and len(struct) == 1 else None  # as KerasHub's "images"
+        name = (
+            next(iter(struct)) if isinstance(struct, dict) and len(struct) == 1 else None
+        )  # such as "images" of KerasHub
 
         def run(batch):
             return pick(self.network(batch if name is None else {name: batch}, training=False))
@@ -140,37 +143,39 @@ class Extractor:
 
     @property
     def description(self) -> str:
-        """What it is, for reports."""
+        """The description in reports."""
         return self.name if self.prepare is None else f"{self.name} of {self.prepare!r}"
 
     def __call__(self, examples: Any) -> np.ndarray:
-        """Of an array of any number of examples."""
+        """The features of an array of any number of examples."""
         examples = np.asarray(ops.convert_to_numpy(examples))
         if not len(examples):
-            raise ValueError(f"{self.name}: there are no examples")
+            raise ValueError(f"{self.name}: at least one example is required")
         size, made = min(self.batch_size, len(examples)), []
         for first in range(0, len(examples), size):
-            # The last batch is filled up and cut: one of another size would be compiled again.
+            # The last batch is padded, and the result cut, as another size would be recompiled.
             batch = examples[np.minimum(np.arange(first, first + size), len(examples) - 1)]
             batch = batch if self.prepare is None else self.prepare(batch)
             made.append(np.asarray(ops.convert_to_numpy(self._run(batch)), "float32"))
         features = np.concatenate(made)[: len(examples)]
         if features.ndim != 2:
             raise ValueError(
-                f"{self.name}: features must have the shape (batch, features), as a pooling layer or `output` makes "
-                f"them; received: {features.shape}"
+                f"{self.name}: features must have the shape (batch, features), as from a pooling layer or "
+                f"`output`; received: {features.shape}"
             )
         return features
 
     def signature(self) -> str:
-        """A hash of the network, its weights, and what is done before and after.
+        """A hash of the network, its weights, its preprocessing and its output function.
 
         Raises:
-            ValueError: if the network is no Keras layer, or there is a function that has no configuration: such may
-                change, and nothing would show it.
+            ValueError: if the network is not a Keras layer, or a function has no configuration, as a change of it could
+                not be detected.
         """
         if not isinstance(self.network, keras.layers.Layer):
-            raise ValueError(f"{self.name}: only a Keras model has a hash, not a function: features cannot be cached")
+            raise ValueError(
+                f"{self.name}: only a Keras model has a hash, not a function, so features cannot be cached"
+            )
         if not isinstance(self.prepare, Value | None):
             raise ValueError(f"{self.name}: `prepare` has no configuration, so features cannot be cached")
         made = hashlib.sha256()
@@ -186,16 +191,16 @@ class Extractor:
 
 
 def _without_names(network: keras.layers.Layer) -> Any:
-    """Its configuration, where layers have numbers in place of their names, which Keras counts up in a process."""
+    """Its configuration, with layer names, which Keras numbers per process, replaced by indices."""
     names = {layer.name: f"layer {i}" for i, layer in enumerate(network._flatten_layers())}
     config = network.get_config()
     return keras.tree.map_structure(lambda x: names.get(x, x) if isinstance(x, str) else x, config)
 
 
 def clip_vision(encoder: CLIPVision, batch_size: int = 64) -> Extractor:
-    """The vectors of CLIP's encoder of images, such as `interop.encoders.load` reads: for `CMMD` and `CLIPScore`.
+    """The vectors of CLIP's image encoder, as from `interop.encoders.load`: for `CMMD` and `CLIPScore`.
 
-    Images are resized as they are, not cut to a square.
+    Images are resized without cropping.
     """
     size, channels = encoder.size, encoder.channels
     return Extractor(encoder, Images(size, pixels.MEAN, pixels.STD, channels=channels), batch_size=batch_size)
@@ -206,14 +211,14 @@ def _first_token(tokens):
 
 
 def dinov2(folder: str | os.PathLike, size: int = 224, batch_size: int = 64) -> Extractor:
-    """The class token of a DINOv2, read by KerasHub from a folder of transformers or a preset: for FD-DINOv2.
+    """The class token of DINOv2, read by KerasHub from a folder of transformers or a preset: for FD-DINOv2.
 
     Stein et al., "Exposing flaws of generative model evaluation metrics and their unfair treatment of diffusion models"
-    (2023): ViT-L/14 at 224 pixels, resized by the bicubic filter.
+    (2023): ViT-L/14 at 224 pixels, with bicubic resizing.
 
     Raises:
         ImportError: if `keras-hub` is missing (the extra `hub`).
-        ValueError: if there is no such folder.
+        ValueError: if the folder does not exist.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"dinov2: there is no such folder: {folder}")

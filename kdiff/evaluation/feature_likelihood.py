@@ -1,4 +1,4 @@
-"""The feature likelihood divergence: how likely real examples are that a model has not seen, given its samples."""
+"""The feature likelihood divergence: the likelihood of held-out examples under a density fitted to samples."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from kdiff.evaluation.resampling import groups_of, parts_variance
 
 __all__ = ["FeatureLikelihoodDivergence", "fitted_variances", "mixture_log_likelihood"]
 
-_LEAST, _MOST = np.exp(-40.0), np.exp(20.0)  # of a variance
+_LEAST, _MOST = np.exp(-40.0), np.exp(20.0)  # the range of a variance
 _BACKGROUND = 0.9**2
 
 
@@ -42,17 +42,17 @@ def mixture_log_likelihood(rows: np.ndarray, centers: np.ndarray, variances: np.
 
 
 def fitted_variances(rows: np.ndarray, centers: np.ndarray, steps: int = 500, tolerance: float = 1e-7) -> np.ndarray:
-    """The variances s, (m,), that make rows most likely under sum over j of N(x; c_j, s_j I) / m + N(0.9 (x - x_mean);
-    0, s_0 I): a broad part, left out afterwards, keeps far rows from pulling at what is near.
+    """The variances s, (m,), that maximise the likelihood of rows under sum over j of N(x; c_j, s_j I) / m +
+    N(0.9 (x - x_mean); 0, s_0 I): a broad component, then discarded, makes the fit robust to outliers.
 
-    By expectation maximisation, s_j = sum_i r_ij |x_i - c_j|^2 / (d sum_i r_ij), which is deterministic and never less
-    likely than before; the authors take 50 steps of Adam. Memory is that of a few arrays (n, m).
+    By expectation maximisation, s_j = sum_i r_ij |x_i - c_j|^2 / (d sum_i r_ij), which is deterministic and never
+    decreases the likelihood; the authors take 50 steps of Adam. Memory is a few arrays (n, m).
 
     Args:
         rows: x, (n, d).
         centers: c, (m, d).
-        steps: at most.
-        tolerance: it ends when a step adds less, in nats per row and dimension.
+        steps: the maximum number of steps.
+        tolerance: the minimum gain per step, in nats per row and dimension.
     """
     d = rows.shape[1]
     far = _BACKGROUND * np.square(rows - rows.mean(0)).sum(1, keepdims=True)
@@ -79,19 +79,20 @@ class FeatureLikelihoodDivergence(FeatureMetric):
 
         nll(c) = - mean over held-out y of log 1/m sum over j of N(y; c_j, s_j I)
 
-    and s makes the training set most likely. A sample that repeats a training example gets a variance near 0, and then
-    says nothing of what is held out: so, other than a distance, it sees memorising. 0 is as good as the training set.
+    and s maximises the likelihood of the training set. A sample that copies a training example gets a variance near 0,
+    and then adds no likelihood to held-out examples: so, unlike a distance, FLD detects memorisation. 0 is as good as
+    the training set.
 
     Jiralerspong et al., "Feature Likelihood Divergence: Evaluating the Generalization of Generative Models Using
-    Samples" (2023), section 3; features are brought to mean 0 and variance 1 on the held-out set, as their code does.
+    Samples" (2023), section 3; features are normalised to mean 0 and variance 1 on the held-out set, as in their code.
 
     Args:
-        features, groups, name: as of `FeatureMetric`.
-        reference: what the model was trained on.
-        held_out: real examples that it was not trained on.
+        features, groups, name: as in `FeatureMetric`.
+        reference: the training set of the model.
+        held_out: real examples outside the training set.
 
     Raises:
-        ValueError: if there are no `held_out`.
+        ValueError: if `held_out` is missing.
     """
 
     key = "fld"
@@ -109,7 +110,7 @@ class FeatureLikelihoodDivergence(FeatureMetric):
     ):
         super().__init__(features, reference, held_out, groups=groups, name=name)
         if self.held_out is None:
-            raise ValueError(f"{self.name}: real examples that the model was not trained on are needed: `held_out`")
+            raise ValueError(f"{self.name}: `held_out` is required, real examples outside the training set")
 
     def _distance(self, samples, reference):
         return self._difference(samples, reference.features, self.held_out, reference.cached)
@@ -130,7 +131,7 @@ class FeatureLikelihoodDivergence(FeatureMetric):
         return 100.0 / test.shape[1] * (nll(samples, train) - best)
 
     def _variance(self, samples):
-        """By disjoint parts of samples, training set and held-out set."""
+        """The variance by disjoint parts of samples, training set and held-out set."""
         reference = self._needed_reference()
         sides = (samples, reference.features, self.held_out)
         groups = self._groups_for(*map(len, sides))
@@ -141,5 +142,5 @@ class FeatureLikelihoodDivergence(FeatureMetric):
         return parts_variance([self._difference(*rows, lambda _, compute: compute()) for rows in chosen])
 
     def _baseline(self, n):
-        """None: that of real examples is 0 by its definition."""
+        """None, since the score of real examples is 0 by definition."""
         return None, None

@@ -1,4 +1,4 @@
-"""The Frechet distance: how far two Gaussians with the features' moments are from each other."""
+"""The Frechet distance between Gaussians with the moments of the features."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def frechet_distance(
     """|m - o|^2 + tr(S + O - 2 (O^1/2 S O^1/2)^1/2), the squared 2-Wasserstein distance of two Gaussians.
 
     Dowson and Landau, "The Frechet Distance between Multivariate Normal Distributions" (1982), equation 4. By two
-    symmetric eigenproblems, in float64: singular covariances are no trouble.
+    symmetric eigenproblems in float64, so that singular covariances are supported.
 
     Args:
         mean: m, (features,).
@@ -50,7 +50,7 @@ def _distance(mean, covariance, other, root, trace):
 
 
 class _Moments:
-    """Of rows, and of those without each group of them, from one sum of products a group."""
+    """The moments of rows, and of those without each group of them, from one sum of products per group."""
 
     def __init__(self, rows: np.ndarray, groups: int = 1):
         rows = rows.astype("float64")
@@ -69,28 +69,29 @@ class _Moments:
         return self._of(self.counts.sum(), self.sums.sum(0), sum(self.products))
 
     def without(self):
-        """(mean, covariance) of what is left, a group at a time."""
+        """(mean, covariance) without each group in turn."""
         count, total, products = self.counts.sum(), self.sums.sum(0), sum(self.products)
         for one in zip(self.counts, self.sums, self.products, strict=True):
             yield self._of(*(a - b for a, b in zip((count, total, products), one, strict=True)))
 
 
 class FrechetDistance(FeatureMetric):
-    """FD = |m - r|^2 + tr(S + R - 2 (R^1/2 S R^1/2)^1/2): m, S are the samples' mean and covariance, r, R real ones.
+    """FD = |m - r|^2 + tr(S + R - 2 (R^1/2 S R^1/2)^1/2): m, S are the mean and covariance of samples, r, R of real
+    ones.
 
     Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium" (2017), equation
     6: the FID if the features are `InceptionFID`'s, and FD-DINOv2 if they are DINOv2's (Stein et al. 2023).
 
-    The score is biased, and the more so the fewer samples: FD_N = a + b / N. The report extrapolates: Chong and
+    The score is biased, the more so the fewer the samples: FD_N = a + b / N. The report extrapolates, as Chong and
     Forsyth, "Effectively Unbiased FID and Inception Score and Where to Find Them" (2020), section 4. They fit a line to
-    random subsets of 15 sizes; here it is the sizes n, n / 2, ..., n / 5, and at each all disjoint parts of samples and
-    reference, in pairs, whose mean has no noise of the choice of a subset. Both sides grow in it; a reference that is
-    moments alone is taken as it is. A part has twice as many rows as there are features, or is left out.
+    random subsets of 15 sizes; here the sizes are n, n / 2, ..., n / 5, each averaged over all disjoint pairs of parts
+    of samples and reference, which removes the variance of choosing subsets. Both sides are extrapolated, unless the
+    reference is only moments. Parts with fewer than twice as many rows as features are left out.
 
-    The interval is the jackknife's: `groups` distances for each side.
+    The interval is from the jackknife, with `groups` distances for each side.
 
     Args:
-        features, reference, held_out, groups, name: as of `FeatureMetric`.
+        features, reference, held_out, groups, name: as in `FeatureMetric`.
     """
 
     key = "fd"
@@ -125,7 +126,7 @@ class FrechetDistance(FeatureMetric):
         return made._replace(extrapolated=value, extrapolated_interval=(value - half, value + half))
 
     def _extrapolated(self, samples, value):
-        """a of the line a + b k, fitted to the mean distances of the k pairs of a k-th of the rows."""
+        """The intercept a of a + b k, fitted to the mean distances of k pairs of parts, each 1 / k of the rows."""
         reference = self._needed_reference()
         smaller = min(len(samples), reference.n) if reference.has_features else len(samples)
         most = min(self.parts, smaller // max(2 * samples.shape[1], self.fewest))

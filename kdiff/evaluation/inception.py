@@ -1,8 +1,8 @@
-"""The Inception network of 2015 by which the FID is defined, from a file of its weights in PyTorch's layout.
+"""The Inception network of 2015 that defines the FID, from a file of its weights in the layout of PyTorch.
 
-It is neither torchvision's nor `keras.applications`' Inception: Szegedy et al., "Rethinking the Inception Architecture
-for Computer Vision" (2016), figure 5 to 7, as it was first published for TensorFlow, with 1008 logits, averages that
-do not count the padding, and a maximum in the place of an average in the last block.
+It differs from the Inception of torchvision and of `keras.applications`: Szegedy et al., "Rethinking the Inception
+Architecture for Computer Vision" (2016), figures 5 to 7, as first published for TensorFlow, with 1008 logits, average
+pools that exclude the padding, and a max pool instead of an average pool in the last block.
 """
 
 import os
@@ -52,8 +52,8 @@ def _e(pool):
     )
 
 
-# The blocks: branches whose outputs are joined. A branch is a sequence of convolutions, pools, and last a list of
-# convolutions side by side; a name that ends in "/2" has stride 2 and no padding.
+# The blocks: branches whose outputs are concatenated. A branch is a sequence of convolutions and pools, last a list of
+# parallel convolutions; a name that ends in "/2" has stride 2 and no padding.
 BLOCKS = {
     "Mixed_5b": _a(32),
     "Mixed_5c": _a(64),
@@ -89,7 +89,7 @@ _POOLS = {
 
 
 class _Builder:
-    """Applies convolutions, each with its normalisation and ReLU, and notes where their weights are in the file."""
+    """Applies convolutions with normalisation and ReLU, and records the names of their weights in the file."""
 
     def __init__(self):
         self.slots: list[Slot] = []
@@ -126,12 +126,13 @@ class _Builder:
 
 
 def inception(source: str | os.PathLike | Mapping[str, Any] | None = None) -> keras.Model:
-    """The network: images (batch, height, width, 3), in [-1, 1], to "pool", (batch, 2048), and "logits", (batch, 1008).
+    """The network from images (batch, height, width, 3), in [-1, 1], to "pool", (batch, 2048), and "logits", (batch,
+    1008).
 
-    The logits are without a bias, as the inception score is defined.
+    The logits have no bias, as in the definition of the inception score.
 
     Args:
-        source: a file such as `pt_inception-2015-12-05-6726825d.pth`, which pytorch-fid uses, or its state dict; None
+        source: a file such as `pt_inception-2015-12-05-6726825d.pth`, as used by pytorch-fid, or its state dict; None
             for random weights.
 
     Raises:
@@ -161,14 +162,15 @@ def inception(source: str | os.PathLike | Mapping[str, Any] | None = None) -> ke
 
 
 class InceptionFID(Extractor):
-    """The features of the FID: images resized to 299 pixels as clean-fid does, (x - 128) / 128, the 2048 last averages.
+    """The features of the FID: images resized to 299 pixels as in clean-fid, (x - 128) / 128, and the last 2048
+    averages.
 
-    Heusel et al. (2017). FIDs are the FID only with these. Nothing is downloaded.
+    Heusel et al. (2017). Only these features define the FID. Nothing is downloaded.
 
     Args:
-        source: the file of weights, or its state dict, as of `inception`.
+        source: the file of weights, or its state dict, as in `inception`.
         output: "pool", the features; or "logits", for `InceptionScore(..., from_logits=True)`.
-        batch_size: how many images the network sees at once.
+        batch_size: the number of images per call of the network.
 
     Raises:
         ValueError: if the weights do not match, or for another `output`.

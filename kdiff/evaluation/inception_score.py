@@ -1,4 +1,4 @@
-"""The inception score: how sure a classifier is of each sample, and how many classes there are among them."""
+"""The inception score: the confidence of a classifier in each sample, and the diversity of predicted classes."""
 
 import itertools
 from collections.abc import Callable
@@ -16,15 +16,15 @@ class InceptionScore(FeatureMetric):
     """IS = exp(E KL(p(c | x) || p(c))), p(c) = E p(c | x): between 1 and the number of classes c.
 
     Salimans et al., "Improved Techniques for Training GANs" (2016), section 4: the mean over 10 splits of the samples
-    in their order, with 5000 in each. It needs no real examples, and is too low with few samples.
+    in order, of 5000 each. It needs no real examples, and is biased low with few samples.
 
     Args:
-        features: a function of a batch of examples to probabilities (batch, classes), or logits; None if the examples
-            are those.
+        features: a function from a batch of examples to probabilities (batch, classes), or logits; None if the examples
+            already are these.
         held_out: real examples, for the baseline.
-        splits: over how many parts the score is averaged.
-        from_logits: whether the softmax is left to be done, as with `InceptionFID(output="logits")`.
-        groups, name: as of `FeatureMetric`.
+        splits: the number of parts over which the score is averaged.
+        from_logits: whether `features` are logits, as with `InceptionFID(output="logits")`.
+        groups, name: as in `FeatureMetric`.
     """
 
     key = "inception_score"
@@ -47,7 +47,7 @@ class InceptionScore(FeatureMetric):
     def extract(self, examples):
         features = super().extract(examples)
         if not self.from_logits and (features.min() < 0 or np.abs(features.sum(1) - 1).max() > 1e-3):
-            raise ValueError(f"{self.name}: probabilities add up to 1; for logits there is `from_logits=True`")
+            raise ValueError(f"{self.name}: probabilities must sum to 1; use `from_logits=True` for logits")
         return features
 
     def _log_probabilities(self, rows):
@@ -69,5 +69,5 @@ class InceptionScore(FeatureMetric):
         return np.exp((p * (logs - marginal)).sum(1).mean())
 
     def _variance(self, samples):
-        """By the jackknife."""
+        """The variance by the jackknife."""
         return super(FeatureMetric, self)._variance(samples)

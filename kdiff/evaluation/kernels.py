@@ -1,9 +1,9 @@
-"""The maximum mean discrepancy: how far the mean feature of a kernel is from that of the real examples.
+"""The maximum mean discrepancy between samples and real examples, for a polynomial or a Gaussian kernel.
 
     MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y)
 
-Gretton et al., "A Kernel Two-Sample Test" (2012), lemma 6. All sums are computed once by blocks, a pair of groups each,
-from which follow the distance and those without any one group, for the jackknife.
+Gretton et al., "A Kernel Two-Sample Test" (2012), lemma 6. All sums are computed once by blocks, one per pair of
+groups, which give the distance, and that without any one group for the jackknife.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from kdiff.evaluation.resampling import groups_of, jackknife_variance
 __all__ = ["CMMD", "KernelDistance"]
 
 
-_CHUNK = 512  # rows whose kernels are in memory at once
+_CHUNK = 512  # rows per block of kernel values in memory
 
 
 def _pairwise():
@@ -50,7 +50,7 @@ class _Gaussian(NamedTuple):
 
 
 class _Blocks:
-    """The sums of k over pairs of groups of rows: `sums[i, j]`, of `counts[i] columns[j]` numbers."""
+    """The sums of k over pairs of groups of rows: `sums[i, j]`, over `counts[i] columns[j]` values."""
 
     def __init__(self, kernel, rows, others, groups):
         parts = groups_of(len(rows), groups)
@@ -64,7 +64,7 @@ class _Blocks:
 
 
 class _Within(_Blocks):
-    """Of rows with themselves; `diagonal` is the sum of k(x, x) of each group."""
+    """The sums of rows with themselves; `diagonal` is the sum of k(x, x) in each group."""
 
     def __init__(self, kernel, rows, groups):
         super().__init__(kernel, rows, rows, groups)
@@ -72,7 +72,7 @@ class _Within(_Blocks):
 
 
 class _KernelMetric(FeatureMetric):
-    """MMD^2 with the kernel of a subclass; `unbiased` leaves out the pairs of a row with itself."""
+    """MMD^2 with the kernel of a subclass; `unbiased` excludes pairs of a row with itself."""
 
     unbiased: bool
     normalized = False
@@ -85,7 +85,7 @@ class _KernelMetric(FeatureMetric):
 
     def _sums(self, samples, reference):
         if reference.features.shape[0] < self.fewest:
-            raise ValueError(f"{self.name}: {self.fewest} real examples are needed at least; there are {reference.n}")
+            raise ValueError(f"{self.name}: at least {self.fewest} real examples are needed; received {reference.n}")
 
         def real():
             rows = self._prepared(reference.features)
@@ -101,7 +101,7 @@ class _KernelMetric(FeatureMetric):
         return (total - blocks.diagonal[kept].sum()) / (n * (n - 1)) if self.unbiased else total / n**2
 
     def _squared(self, sums, rows, columns):
-        """From the groups of both sides that are kept."""
+        """MMD^2 from the groups of both sides that are kept."""
         xx, xy, yy = sums
         cross = xy.sums[np.ix_(rows, columns)].sum() / (xy.counts[rows].sum() * xy.columns[columns].sum())
         return self.scale * (self._within(xx, rows) + self._within(yy, columns) - 2.0 * cross)
@@ -123,14 +123,14 @@ class KernelDistance(_KernelMetric):
     """KD = the unbiased MMD^2 with k(x, y) = (gamma x.y + coefficient)^degree, gamma = 1 / features.
 
     Binkowski et al., "Demystifying MMD GANs" (2018), section 4: the KID if the features are `InceptionFID`'s. It is
-    right on average whatever n, and below 0 at times. They average 100 random subsets of 1000; here it is one sum over
-    all pairs, and an interval by the jackknife.
+    unbiased for every n, and can be negative. They average 100 random subsets of 1000; here it is one sum over all
+    pairs, with an interval by the jackknife.
 
     Args:
-        features, reference, held_out, groups, name: as of `FeatureMetric`.
-        degree: of the polynomial.
+        features, reference, held_out, groups, name: as in `FeatureMetric`.
+        degree: the degree of the polynomial.
         gamma: None for 1 / features.
-        coefficient: of the polynomial.
+        coefficient: the constant term of the polynomial.
     """
 
     key = "kd"
@@ -158,15 +158,15 @@ class KernelDistance(_KernelMetric):
 
 
 class CMMD(_KernelMetric):
-    """CMMD = 1000 MMD^2 with k(x, y) = exp(-|x - y|^2 / (2 sigma^2)), of embeddings of length 1, as CLIP's.
+    """CMMD = 1000 MMD^2 with k(x, y) = exp(-|x - y|^2 / (2 sigma^2)), for embeddings of length 1, such as CLIP's.
 
     Jayasumana et al., "Rethinking FID: Towards a Better Evaluation Metric for Image Generation" (2024), section 5. As
-    their code, it keeps the pairs of a row with itself (Gretton et al., equation 5), which adds less than
+    in their code, pairs of a row with itself are included (Gretton et al., equation 5), which adds less than
     1000 / (n sigma^2) + 1000 / (m sigma^2).
 
     Args:
-        features, reference, held_out, groups, name: as of `FeatureMetric`. Theirs are of CLIP's ViT-L/14 at 336 px.
-        sigma: of the kernel.
+        features, reference, held_out, groups, name: as in `FeatureMetric`. The paper uses CLIP's ViT-L/14 at 336 px.
+        sigma: the width of the kernel.
         normalized: whether features are divided by their length.
     """
 

@@ -1,10 +1,10 @@
-"""Fidelity and diversity apart, by balls around each example that reach to its k-th neighbour.
+"""Fidelity and diversity, by balls around each example that reach to its k-th nearest neighbour.
 
-    precision  how many samples lie in a ball of a real example          recall    the same with the sides exchanged
-    density    in how many such balls a sample lies, divided by k        coverage  how many balls have a sample in them
+    precision  the share of samples in a ball of a real example          recall    the same with the roles exchanged
+    density    the mean number of such balls per sample, divided by k    coverage  the share of balls with a sample
 
-Distances are Euclidean. Where both sides have one distribution, none of precision and recall is 1: read each beside the
-baseline of the report.
+Distances are Euclidean. Even for equal distributions precision and recall are not 1: compare each with the baseline in
+the report.
 """
 
 import math
@@ -25,7 +25,7 @@ def _radii(rows: np.ndarray, k: int) -> np.ndarray:
 
 
 def _in_balls(points: np.ndarray, centers: np.ndarray, radii: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(in how many balls each point lies, whether each ball has a point): a chunk of the distances at a time."""
+    """(the number of balls that contain each point, whether each ball has a point), computed in chunks."""
     with needs("evaluation", "Neighbours need scikit-learn"):
         from sklearn.metrics import pairwise_distances_chunked
 
@@ -43,13 +43,15 @@ class _Neighbors(FeatureMetric):
     def __init__(self, features=None, reference=None, held_out=None, *, k, groups=20, name=None):
         check_integer(type(self).__name__, "k", k)
         self.k = k
-        self.fewest, self.fewest_of_part = k + 1, 20 * k  # of few rows, balls are as large as all of them
+        self.fewest, self.fewest_of_part = k + 1, 20 * k  # with few rows, the balls cover everything
         super().__init__(features, reference, held_out, groups=groups, name=name)
 
     def _distance(self, samples, reference):
         rows = reference.cached("float64", lambda: reference.features.astype("float64"))
         if len(rows) <= self.k:
-            raise ValueError(f"{self.name}: of {self.k} neighbours there must be more examples; there are {len(rows)}")
+            raise ValueError(
+                f"{self.name}: more than {self.k} examples are needed for {self.k} neighbours; received {len(rows)}"
+            )
         radii = reference.cached(("radii", self.k), lambda: _radii(rows, self.k))
         return float(self._share(samples.astype("float64"), rows, radii))
 
@@ -58,12 +60,12 @@ class _Neighbors(FeatureMetric):
 
 
 class Precision(_Neighbors):
-    """precision = share of the samples x with |x - y| < r_k(y) for a real y: those that could be real.
+    """precision = share of the samples x with |x - y| < r_k(y) for some real y.
 
     Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models" (2019), equation 1.
 
     Args:
-        features, reference, held_out, groups, name: as of `FeatureMetric`.
+        features, reference, held_out, groups, name: as in `FeatureMetric`.
         k: r_k(y) is the distance of y to its k-th nearest neighbour among the real examples.
     """
 
@@ -77,12 +79,12 @@ class Precision(_Neighbors):
 
 
 class Recall(Precision):
-    """recall = share of the real y with |x - y| < r_k(x) for a sample x: those that could have been drawn.
+    """recall = share of the real y with |x - y| < r_k(x) for some sample x.
 
-    Kynkaanniemi et al. (2019), equation 2. It grows with the number of samples: compare equal ones.
+    Kynkaanniemi et al. (2019), equation 2. It grows with the number of samples: compare equal numbers.
 
     Args:
-        features, reference, held_out, groups, name: as of `FeatureMetric`.
+        features, reference, held_out, groups, name: as in `FeatureMetric`.
         k: r_k(x) is the distance of x to its k-th nearest neighbour among the samples.
     """
 
@@ -93,13 +95,13 @@ class Recall(Precision):
 
 
 class Density(_Neighbors):
-    """density = 1 / (k n) sum over samples x and real y of [|x - y| < r_k(y)]: precision that no outlier makes large.
+    """density = 1 / (k n) sum over samples x and real y of [|x - y| < r_k(y)]: a precision that is robust to outliers.
 
-    Naeem et al., "Reliable Fidelity and Diversity Metrics for Generative Models" (2020), equation 3. It is 1 on average
-    if samples are as real examples, and may be above 1.
+    Naeem et al., "Reliable Fidelity and Diversity Metrics for Generative Models" (2020), equation 3. Its expectation is
+    1 for equal distributions, and it may exceed 1.
 
     Args:
-        features, reference, held_out, groups, name: as of `FeatureMetric`.
+        features, reference, held_out, groups, name: as in `FeatureMetric`.
         k: r_k(y) is the distance of y to its k-th nearest neighbour among the real examples.
     """
 
@@ -113,12 +115,12 @@ class Density(_Neighbors):
 
 
 class Coverage(Density):
-    """coverage = share of the real y with |x - y| < r_k(y) for a sample x.
+    """coverage = share of the real y with |x - y| < r_k(y) for some sample x.
 
-    Naeem et al. (2020), equation 4. Its expectation is known where samples are as real examples: `expected`.
+    Naeem et al. (2020), equation 4. Its expectation for equal distributions is `expected`.
 
     Args:
-        features, reference, held_out, groups, name: as of `FeatureMetric`.
+        features, reference, held_out, groups, name: as in `FeatureMetric`.
         k: r_k(y) is the distance of y to its k-th nearest neighbour among the real examples.
     """
 
@@ -131,6 +133,6 @@ class Coverage(Density):
     def expected(n: int, m: int, k: int = 5) -> float:
         """1 - prod for i < k of (m - 1 - i) / (m + n - 1 - i), of n samples and m real examples of one distribution.
 
-        That none of the k nearest of the n + m - 1 others is a sample. Naeem et al. (2020), lemma 2, to one place.
+        The complement of: none of the k nearest of the n + m - 1 others is a sample (Naeem et al. 2020, lemma 2).
         """
         return 1.0 - math.prod((m - 1 - i) / (m + n - 1 - i) for i in range(k))

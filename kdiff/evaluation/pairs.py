@@ -1,10 +1,10 @@
-"""Whether samples show what their texts ask for, by embeddings of both in one space, as CLIP's.
+"""Agreement of samples with their texts, by embeddings of both in a joint space, such as CLIP's.
 
-    metric = CLIPScore(clip.embed_image, clip.embed_text)    # of a `kdiff.contrastive.Contrastive`
+    metric = CLIPScore(clip.embed_image, clip.embed_text)    # from a `kdiff.contrastive.Contrastive`
     metric.update_state(model.sample(100, text=prompts), prompts)
     print(metric.report())
 
-Any functions of images and of texts will do. Embeddings are divided by their length.
+Any functions of images and of texts can be used. Embeddings are normalised to length 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ __all__ = ["CLIPScore", "Retrieval"]
 
 
 class _PairMetric(SampleMetric):
-    """A row is the two embeddings of a pair, (2, features), of length 1."""
+    """The base of pair metrics: a row is the two embeddings of a pair, (2, features), of length 1."""
 
     better = "max"
 
@@ -38,17 +38,17 @@ class _PairMetric(SampleMetric):
         self.held_out = None if held_out is None else self.extract(*held_out)
 
     def extract(self, images: Any, texts: Sequence[str] | Any) -> np.ndarray:
-        """The embeddings (count, 2, features) of as many images and texts."""
+        """The embeddings (count, 2, features) of equally many images and texts."""
         made = []
         for name, function, values in (("images", self.images, images), ("texts", self.texts, texts)):
             rows = check_features(f"{self.name}: {name}", features_of(function, values)).astype("float64")
             lengths = np.linalg.norm(rows, axis=1, keepdims=True)
             if not lengths.all():
-                raise ValueError(f"{self.name}: an embedding of {name} is 0, which has no direction")
+                raise ValueError(f"{self.name}: an embedding of {name} is zero and has no direction")
             made.append(rows / lengths)
         if made[0].shape != made[1].shape:
             raise ValueError(
-                f"{self.name}: as many images as texts, embedded in one space, are needed; received the shapes "
+                f"{self.name}: images and texts must be equally many, embedded in one space; received the shapes "
                 f"{made[0].shape} and {made[1].shape}"
             )
         return np.stack(made, 1)
@@ -59,7 +59,7 @@ class _PairMetric(SampleMetric):
 
     def update_from(self, samples, conditions, shared):
         if conditions.get("text") is None:
-            raise ValueError(f"{self.name}: samples of a condition `text` are needed; there are: {sorted(conditions)}")
+            raise ValueError(f"{self.name}: samples need a condition `text`; received: {sorted(conditions)}")
         texts = np.broadcast_to(conditions["text"], (len(samples),))
         self.update_state(samples, texts.tolist())
 
@@ -79,10 +79,10 @@ class CLIPScore(_PairMetric):
     factor is 2.5.
 
     Args:
-        images: a function of a batch of images to embeddings (batch, features); None if they are embeddings already.
-        texts: the same of a list of strings.
+        images: a function of a batch of images to embeddings (batch, features); None if they are already embeddings.
+        texts: the same for a list of strings.
         held_out: real images and their texts, for the baseline.
-        groups, name: as of `SampleMetric`.
+        groups, name: as in `SampleMetric`.
     """
 
     key = "clip_score"
@@ -93,17 +93,17 @@ class CLIPScore(_PairMetric):
 
 
 class Retrieval(_PairMetric):
-    """How often an image is nearer to its own text than to all but k - 1 of the other texts: R@k, or R-precision.
+    """The share of images whose own text is among the k nearest texts: R@k, or R-precision.
 
     Xu et al., "AttnGAN" (2018), section 4.1, where each image has its own text and 99 random ones. Here it is the
-    expectation over all choices of these: if b of the n - 1 other texts are nearer, P(fewer than k of them are chosen)
-    is hypergeometric. It says nothing for a text that occurs twice.
+    expectation over all such choices: if b of the n - 1 other texts are nearer, P(fewer than k of them are chosen) is
+    hypergeometric. It is not meaningful for repeated texts.
 
     Args:
-        images, texts, held_out: as of `CLIPScore`.
-        k: the place that the own text must have.
-        pool: among how many texts, its own included; None for all.
-        groups, name: as of `SampleMetric`.
+        images, texts, held_out: as in `CLIPScore`.
+        k: the rank that the own text must reach.
+        pool: the number of texts, including its own; None for all.
+        groups, name: as in `SampleMetric`.
     """
 
     key = "retrieval"

@@ -1,4 +1,4 @@
-"""The real examples that samples are compared with, as features, and what is computed of them once."""
+"""The features of real examples with which samples are compared, and cached statistics of these."""
 
 import os
 import zipfile
@@ -14,14 +14,14 @@ __all__ = ["Reference", "check_features"]
 class Reference:
     """Features of real examples; or, for the Frechet distance alone, their mean and covariance.
 
-    What scores need of it again and again, such as its covariance or the distance of each row to its k-th neighbour, is
-    computed once, so give the same object to all metrics.
+    Statistics that scores need repeatedly, such as the covariance or the distance of each row to its k-th neighbour,
+    are computed once, so pass the same object to all metrics.
 
     Args:
-        features: float (count, features); None if there are moments alone.
-        mean: (features,), of what has no `features`.
+        features: float (count, features); None if there are only moments.
+        mean: (features,), if there are no `features`.
         covariance: (features, features), the same.
-        n: of how many examples these are; None if nobody knows.
+        n: the number of examples; None if unknown.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Reference:
         n: int | None = None,
     ):
         if (features is None) == (mean is None) or (mean is None) != (covariance is None):
-            raise ValueError("Reference: give features, or a mean and a covariance")
+            raise ValueError("Reference: pass features, or a mean and a covariance")
         self._cache: dict[Any, Any] = {}
         if features is not None:
             self._features = check_features("Reference", features)
@@ -49,17 +49,17 @@ class Reference:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Self:
-        """The moments that an `.npz` file holds as `mu` and `sigma`, as those published for the FID do.
+        """The moments in an `.npz` file, `mu` and `sigma`, as published for the FID.
 
         Raises:
-            ValueError: if the file has no such arrays, or is none.
+            ValueError: if the file is missing or damaged, or has no such arrays.
         """
         path = Path(path)
         if not path.is_file():
-            raise ValueError(f"{path}: there is no such file")
+            raise ValueError(f"{path}: no such file")
         with _arrays(path) as file:
             if missing := {"mu", "sigma"} - set(file.files):
-                raise ValueError(f"{path}: there is no {sorted(missing)} in it; it has {sorted(file.files)}")
+                raise ValueError(f"{path}: it must have {sorted(missing)}; found: {sorted(file.files)}")
             return cls(mean=file["mu"], covariance=file["sigma"])
 
     @property
@@ -67,15 +67,17 @@ class Reference:
         """(n, features).
 
         Raises:
-            ValueError: if there are moments alone.
+            ValueError: if there are only moments.
         """
         if self._features is None:
-            raise ValueError("Reference: it has a mean and a covariance alone, which serve the Frechet distance only")
+            raise ValueError(
+                "Reference: it has only a mean and a covariance, which suffice only for the Frechet distance"
+            )
         return self._features
 
     @property
     def has_features(self) -> bool:
-        """Whether there are more than moments."""
+        """Whether there are features, not only moments."""
         return self._features is not None
 
     @property
@@ -87,15 +89,15 @@ class Reference:
     def covariance(self) -> np.ndarray:
         """(features, features), float64, divided by n - 1."""
         if self.n is not None and self.n < 2:
-            raise ValueError(f"Reference: a covariance needs 2 examples at least; there are {self.n}")
+            raise ValueError(f"Reference: a covariance needs at least 2 examples; received {self.n}")
         return self.cached("covariance", lambda: np.atleast_2d(np.cov(self.features.astype("float64").T)))
 
     def rows(self, chosen: np.ndarray) -> "Reference":
-        """A reference of some of its rows."""
+        """A reference with some of its rows."""
         return Reference(self.features[chosen])
 
     def cached(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """`compute()`, or what it gave before under this key."""
+        """`compute()`, or its cached result for this key."""
         if key not in self._cache:
             self._cache[key] = compute()
         return self._cache[key]
@@ -106,17 +108,17 @@ def _arrays(path: Path) -> Any:
     try:
         file = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a whole file of arrays, `.npz`: {error}") from error
+        raise ValueError(f"{path}: not a complete `.npz` file: {error}") from error
     if not hasattr(file, "files"):
-        raise ValueError(f"{path}: it holds one array, and a mean and a covariance, `mu` and `sigma`, are needed")
+        raise ValueError(f"{path}: it has a single array; a mean and a covariance, `mu` and `sigma`, are required")
     return file
 
 
 def check_features(owner: str, features: Any) -> np.ndarray:
-    """Features (count, features) as they are, if they are finite numbers; of 16 bits as float32.
+    """Checked features (count, features); 16-bit ones become float32.
 
     Raises:
-        ValueError: for another shape, no numbers, or such as are not finite.
+        ValueError: if the shape is wrong, or values are not finite numbers.
     """
     features = np.asarray(features)
     features = features.astype("float32") if features.dtype.name == "bfloat16" else features
@@ -128,5 +130,5 @@ def check_features(owner: str, features: Any) -> np.ndarray:
     if features.dtype not in ("float32", "float64"):
         features = features.astype("float32")
     if not np.isfinite(features).all():
-        raise ValueError(f"{owner}: there are NaN or infinite numbers in the features")
+        raise ValueError(f"{owner}: the features have NaN or infinite values")
     return features

@@ -1,6 +1,6 @@
-"""Foreign checkpoints: `diffusers.load(folder)`, `diffusers.save(model, folder)`; `single_files.load(file)` for Stable
-Diffusion in one file, `keras_cv.load(*files)` for KerasCV's and `keras_hub.load(preset)` for KerasHub's; `lora`,
-`inversions` and `ip_adapters` for additions to them; `original` for the papers' own."""
+"""Foreign checkpoints: `diffusers.load(folder)` and `diffusers.save(model, folder)`; `single_files.load(file)` for
+Stable Diffusion in one file; `keras_cv.load(*files)` and `keras_hub.load(preset)` for KerasCV and KerasHub; `lora`,
+`inversions` and `ip_adapters` for additions to models; `original` for the checkpoints of papers."""
 
 from kdiff.interop import (
     autoencoders,

@@ -1,7 +1,7 @@
-"""Arrays of foreign files that are read when they are asked for, one by one, so that no second copy of all is held.
+"""Arrays of foreign files that are read lazily, one by one, so that there is never a second copy of all weights.
 
-A state dict is a dictionary by name of NumPy arrays, and of `Stored` ones: of these the shape is known, and
-`numpy.asarray` reads the numbers. Floating-point numbers of any precision are read as float32.
+A state dict maps names to NumPy arrays or to `Stored` ones, of which only the shape is known until `numpy.asarray`
+reads the values. Floating-point values of any precision are read as float32.
 """
 
 import math
@@ -17,12 +17,12 @@ __all__ = ["Array", "Opened", "State", "Stored", "array_of", "read_as"]
 
 
 class Stored:
-    """An array that still lies in its file, or in memory in another form.
+    """An array that is still in its file, or in memory in another form.
 
     Args:
-        shape: of the array.
-        dtype: in the file, of NumPy.
-        read: gives the numbers in that shape, as NumPy converts them.
+        shape: the shape of the array.
+        dtype: the NumPy type in the file.
+        read: returns the values in that shape, in a form that NumPy converts.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: Any, read: Callable[[], Any]):
@@ -50,7 +50,7 @@ State = dict[str, Array]
 
 
 class Opened:
-    """An open file, of which parts are read; it is closed with the last array that lies in it."""
+    """An open file that is read in parts, and closed when the last array in it is deleted."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -62,7 +62,7 @@ class Opened:
             self._file.close()
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """`count` bytes."""
+        """Reads `count` bytes."""
         data = np.empty(count, "uint8")
         with self._lock:
             self._file.seek(start)
@@ -72,28 +72,28 @@ class Opened:
         return data
 
     def array(self, shape: tuple[int, ...], dtype: Any, start: int) -> Stored:
-        """The array of which the numbers lie there, one after the other."""
+        """The contiguous array at this position."""
         dtype = np.dtype(dtype)
         count = math.prod(shape) * dtype.itemsize
         return Stored(shape, dtype, lambda: self.read(start, count).view(dtype))
 
 
 def read_as(dtype: Any) -> np.dtype:
-    """float32 for floating-point numbers, other types as they are."""
+    """float32 for floating-point types, other types unchanged."""
     dtype = np.dtype(dtype)
     return np.dtype("float32") if dtype.kind == "f" or dtype.name.startswith(("bfloat", "float")) else dtype
 
 
 def _single(array: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what is too large is found to be infinite
+    with np.errstate(over="ignore"):  # overflow gives infinity, which is checked later
         return array.astype(read_as(array.dtype), copy=False)
 
 
 def array_of(value: Any, name: str, source: Any) -> Array:
-    """An array, or a tensor of PyTorch, as an entry of a state dict.
+    """An array or a PyTorch tensor as an entry of a state dict.
 
     Raises:
-        ValueError: if it is no plain tensor with numbers, but sparse, quantised or nested, or without any ("meta").
+        ValueError: if it is not a plain tensor, but sparse, quantised, nested, or without values ("meta").
     """
     if isinstance(value, Stored):
         return value

@@ -1,6 +1,6 @@
-"""What the weights of autoencoders are called by diffusers and by latent diffusion's own code.
+"""The names of the weights of autoencoders in diffusers and in the code of latent diffusion.
 
-What stands where in an encoder or a decoder is found out once; a table for each code says what it is called.
+The layers of an encoder or a decoder are enumerated once; one table per code base gives their names.
 """
 
 from collections.abc import Iterator, Mapping
@@ -69,7 +69,7 @@ ORIGINAL_LAYERS = {
 
 
 def _places(network: Convolutional) -> Iterator[tuple[str, dict[str, Any], keras.layers.Layer]]:
-    """(what, where, layer) of all layers with weights in both halves; level 0 is the finest."""
+    """(kind, position, layer) of all layers with weights in both halves; level 0 is the finest."""
     last = len(network.widths) - 1
     for half, way, layers in (("encoder", "down", network.encoder.layers), ("decoder", "up", network.decoder.layers)):
         here = {"half": half, "way": way}
@@ -105,7 +105,7 @@ def _slots(network: Convolutional, formats: Mapping[str, str], names: Mapping) -
 
 
 def original_slots(network: Convolutional) -> Iterator[Slot]:
-    """The names of the weights in the code of latent diffusion."""
+    """The names of the weights in the original code of latent diffusion."""
     return _slots(network, ORIGINAL_NAMES, ORIGINAL_LAYERS)
 
 

@@ -1,14 +1,14 @@
-"""The state dict inside a checkpoint: averaged weights before trained ones, without what is no tensor.
+"""The state dict inside a checkpoint: averaged weights if there are any, and only tensors.
 
     {name: tensor}                                                          a state dict
-    {"state_dict" | "model_state_dict" | "model" ...: ...}                  with more beside it
-    {"model": ..., "ema" | "model_ema" | "ema_state_dict" ...: ...}         with averages, which are taken
-    {"model": ..., "ema": {"shadow_params": [tensor, ...]}}                 averages by the order of the parameters
+    {"state_dict" | "model_state_dict" | "model" ...: ...}                  among other entries
+    {"model": ..., "ema" | "model_ema" | "ema_state_dict" ...: ...}         with averages, which are used
+    {"model": ..., "ema": {"shadow_params": [tensor, ...]}}                 averages in the order of the parameters
     {"ema": {"online_model.<name>": ..., "ema_model.<name>": ...}}          ema-pytorch
     [state dict, optimizer, epoch, step, averages of the parameters]        DDIM's main.py
 
-A module that was pickled whole counts as its state dict. Of names that all begin with what a wrapper of PyTorch puts
-before them, `module.` or `_orig_mod.`, that is left out.
+A pickled module counts as its state dict. A common prefix of all names from a PyTorch wrapper, `module.` or
+`_orig_mod.`, is removed.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +30,7 @@ def state_of(content: Any, source: Any) -> State:
     """The arrays by name.
 
     Args:
-        content: what a checkpoint holds: a mapping, with arrays, tensors and other mappings; a list that begins with
+        content: the content of a checkpoint: a mapping with arrays, tensors and other mappings; a list that begins with
             one; or a pickled module.
         source: the file, for errors.
 
@@ -45,7 +45,7 @@ def state_of(content: Any, source: Any) -> State:
 
 
 def unwrapped(state: State) -> State:
-    """The state dict without the words that a wrapper has put before all names."""
+    """The state dict without the prefix of a wrapper."""
     for wrapper in WRAPPERS:
         if state and all(name.startswith(wrapper) for name in state):
             return unwrapped({name.removeprefix(wrapper): array for name, array in state.items()})
@@ -53,7 +53,7 @@ def unwrapped(state: State) -> State:
 
 
 def _found(content: Any, source: Any) -> dict[Any, Any] | None:
-    """The arrays, in the form that they have; None if there are none."""
+    """The arrays, in their original form; None if there are none."""
     if isinstance(content, Unknown):
         return _chosen(module_state(content)) or None
     if isinstance(content, (list, tuple)):
@@ -70,7 +70,7 @@ def _found(content: Any, source: Any) -> dict[Any, Any] | None:
 
 
 def _listed(content: Sequence[Any]) -> dict[Any, Any] | None:
-    """The first, with what the last has averages of: their names are those of parameters, without a wrapper's word."""
+    """The first entry, updated with the averages in the last, whose names have no wrapper prefix."""
     states = [one for one in content if isinstance(one, Mapping) and one and all(map(_is_array, one.values()))]
     if not states or states[0] is not content[0]:
         return None
@@ -87,26 +87,26 @@ def _averages(content: Mapping, name: str, source: Any) -> dict[Any, Any] | None
     found = _found(averages, source)
     if found is None and isinstance(averages, (Unknown, Sequence)) and not isinstance(averages, str):
         raise ValueError(
-            f"{source}: `{name}` must be a state dict for averaged weights to be read; received: {_words(averages)}. "
-            f"Save its state dict, or give a mapping that has the other weights alone; there are: {sorted(content)}"
+            f"{source}: `{name}` must be a state dict for its averages to be read; received: {_words(averages)}. "
+            f"Save its state dict, or pass a mapping with only the other weights; found: {sorted(content)}"
         )
     return found
 
 
 def _in_order(averages: Sequence[Any], trained: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The trained weights with averages, which are those of the parameters in their order, in place of these.
+    """The trained weights, with the parameters replaced by averages, which are given in the order of the parameters.
 
-    Buffers and what was not trained have no averages. Shapes tell which these are, or it is an error.
+    Buffers and frozen weights have no averages. The assignment must be unambiguous from the shapes.
     """
     ways = [_sizes(trained.values()), _sizes(averages)]
     if _count(*ways) != 1:
         raise ValueError(
-            f"{source} has {len(averages)} averages without names, and the weights beside it, {len(trained)}, do not "
-            "tell which is which"
+            f"{source} has {len(averages)} unnamed averages, whose assignment to the {len(trained)} weights is "
+            "ambiguous"
         )
     left = list(averages)
     state = {}
-    for name, value in trained.items():  # the only way is the first
+    for name, value in trained.items():  # there is only one assignment
         state[name] = left.pop(0) if left and tuple(left[0].shape) == tuple(value.shape) else value
     return state
 
@@ -116,7 +116,7 @@ def _sizes(arrays: Iterable[Any]) -> list[tuple[int, ...]]:
 
 
 def _count(longer: Sequence[Any], shorter: Sequence[Any]) -> int:
-    """In how many ways the shorter sequence can be had from the longer by leaving things out."""
+    """The number of ways in which the shorter sequence is a subsequence of the longer."""
     ways = [1] + [0] * len(shorter)
     for one in longer:
         for i in range(len(shorter), 0, -1):
@@ -125,7 +125,7 @@ def _count(longer: Sequence[Any], shorter: Sequence[Any]) -> int:
 
 
 def _chosen(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Of arrays of ema-pytorch's module those of the averages."""
+    """The averages among the arrays of a module of ema-pytorch."""
     averages = {name: value for name, value in arrays.items() if str(name).startswith("ema_model.")}
     return {name.removeprefix("ema_model."): value for name, value in averages.items()} or dict(arrays)
 

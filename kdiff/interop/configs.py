@@ -1,7 +1,7 @@
-"""A foreign configuration against a table of its keys: what each may say, and what it means if it says nothing.
+"""Validation of foreign configurations against tables of keys: the rule for each value and its default.
 
-A `Rule` is the type and the range of a value. `complete` holds every value of a file to the rule of its key before
-anything is made of it, so that what is built further on need not ask again.
+A `Rule` is the type and the range of a value. `complete` checks every value of a file against the rule of its key
+first, so that later code need not check again.
 """
 
 import contextlib
@@ -37,15 +37,15 @@ __all__ = [
     "whole",
 ]
 
-LARGEST = 100_000  # a number of steps or channels above is a damaged file, not a model
+LARGEST = 100_000  # a larger number of steps or channels is taken as a damaged file
 
 
 class Rule(NamedTuple):
-    """What a value may be.
+    """The set of valid values.
 
     Attributes:
-        words: "must be ..." goes on with them.
-        holds: whether a value is so.
+        words: completes "must be ...".
+        holds: whether a value is valid.
     """
 
     words: str
@@ -56,8 +56,8 @@ class Key(NamedTuple):
     """A key of a configuration.
 
     Attributes:
-        default: its value where it is not given.
-        rule: what it may be to be translated.
+        default: its value if it is missing.
+        rule: the values that can be translated.
     """
 
     default: Any
@@ -101,7 +101,7 @@ def one_of(*choices: Any) -> Rule:
 
 
 def listed(rule: Rule, low: int = 1, high: int = 16) -> Rule:
-    """A list, of `low` to `high` values, of which each is so."""
+    """A list of `low` to `high` values, each satisfying the rule."""
 
     def holds(value):
         return isinstance(value, (list, tuple)) and low <= len(value) <= high and all(map(rule.holds, value))
@@ -110,12 +110,12 @@ def listed(rule: Rule, low: int = 1, high: int = 16) -> Rule:
 
 
 def either(*rules: Rule) -> Rule:
-    """One of them."""
+    """A value that satisfies one of the rules."""
     return Rule(" or ".join(rule.words for rule in rules), lambda value: any(rule.holds(value) for rule in rules))
 
 
 def optional(rule: Rule) -> Rule:
-    """So, or None."""
+    """A value that satisfies the rule, or None."""
     return either(rule, one_of(None))
 
 
@@ -124,7 +124,7 @@ TEXT = Rule("a text", lambda value: isinstance(value, str))
 
 
 def only(value: Any, *same: Any) -> Key:
-    """A key of which nothing but this value, and others that come to the same, can be translated."""
+    """A key for which only this value, or an equivalent one, can be translated."""
     return Key(value, one_of(value, *same))
 
 
@@ -138,15 +138,15 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def complete(config: Mapping[str, Any], keys: Keys, source: Any, foreign: Container[str] = ()) -> dict[str, Any]:
-    """The configuration with its defaults, in which every value is as its rule says and nothing would be lost.
+    """The configuration with its defaults, after a check of every value against its rule.
 
-    Keys that begin with an underscore are notes. A key that the table does not have may say None, False or nothing.
+    Keys that begin with an underscore are comments. An unknown key is accepted if its value is None, False or empty.
 
     Args:
-        config: what a file says.
-        keys: what it may say.
+        config: the configuration in a file.
+        keys: the rules.
         source: the file, for errors.
-        foreign: keys of other classes, which whoever wrote the file reads over, whatever they say.
+        foreign: keys of other classes, which diffusers ignores whatever their value.
 
     Raises:
         ValueError: if a key is unknown, or its value cannot be translated.
@@ -162,7 +162,7 @@ def complete(config: Mapping[str, Any], keys: Keys, source: Any, foreign: Contai
 
 
 def each(value: Any, count: int, source: Any, name: str) -> list:
-    """A value for each of `count` levels: one for all, or a list of so many."""
+    """A value for each of `count` levels: one for all, or a list of `count`."""
     values = list(value) if isinstance(value, (list, tuple)) else [value] * count
     if len(values) != count:
         raise ValueError(f"{source}: `{name}` must be one value or {count}; received: {shown(value)}")
@@ -181,7 +181,7 @@ def kind(table: Mapping[str, Any], value: Any, source: Any, name: str) -> Any:
 
 @contextlib.contextmanager
 def explained(source: Any) -> Iterator[None]:
-    """An error of the objects that are made of a file names the file."""
+    """Adds the name of the file to errors raised by the objects built from it."""
     try:
         yield
     except ValueError as error:
@@ -194,5 +194,5 @@ _shown.maxstring = _shown.maxother = _shown.maxlong = 120
 
 
 def shown(value: Any) -> str:
-    """A value of a file in an error, cut where it is long or deep."""
+    """A value of a file for an error message, truncated if long or deep."""
     return _shown.repr(value)

@@ -1,4 +1,4 @@
-"""diffusers' ControlNets: a folder alone, and those of a pipeline.
+"""ControlNets of diffusers: a single folder, and those of a pipeline.
 
 control = diffusers.load("sd-controlnet-canny")                               # networks.ControlNet
 model = diffusers.load("stable-diffusion-v1-5", controlnet={"edges": "sd-controlnet-canny", "depth": "..."})
@@ -41,10 +41,10 @@ __all__ = [
 ]
 
 Controls = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
-PART = "controlnet"  # of a pipeline; more are controlnet_1, controlnet_2
-NAME = "control"  # of the picture of a pipeline's ControlNet
+PART = "controlnet"  # the folder in a pipeline; further ones are controlnet_1, controlnet_2
+NAME = "control"  # the picture of the ControlNet of a pipeline
 
-# Those that it shares with the U-Net.
+# The keys that it shares with the U-Net.
 _OWN = (
     *("in_channels", "block_out_channels", "down_block_types", "mid_block_type", "layers_per_block", "norm_eps"),
     *("downsample_padding", "mid_block_scale_factor", "act_fn", "norm_num_groups", "resnet_time_scale_shift"),
@@ -57,7 +57,7 @@ KEYS = {
     **{name: UNET_2D_CONDITION[name] for name in _OWN},
     "layers_per_block": Key(2, COUNT),
     "cross_attention_dim": Key(1280, COUNT),
-    "encoder_hid_dim": only(None),  # its layer is not used there
+    "encoder_hid_dim": only(None),  # the ControlNet does not use its layer
     "encoder_hid_dim_type": only(None),
     "addition_embed_type": Key(None, one_of(None, "text_time")),
     "conditioning_channels": Key(3, COUNT),
@@ -68,10 +68,10 @@ KEYS = {
 
 
 def control_net(config: dict[str, Any], source: Any) -> Described:
-    """The network that a `ControlNetModel` is: half of the U-Net of the same configuration.
+    """The network of a `ControlNetModel`: the encoder half of the U-Net of the same configuration.
 
     Raises:
-        ValueError: if the configuration says what kdiff cannot do.
+        ValueError: if the configuration is not supported.
     """
     config = complete(config, KEYS, source, UNET_2D_CONDITION)
     names = config["down_block_types"]
@@ -108,9 +108,9 @@ def folders_of(folder: Path, index: Mapping[str, Any], given: Controls | None) -
     """The folders of the ControlNets of a pipeline, by the names of their pictures.
 
     Args:
-        folder: of the pipeline.
+        folder: the folder of the pipeline.
         index: its `model_index.json`.
-        given: folders by name, in place of its own; one is "control", others "control_1", "control_2".
+        given: folders by name, instead of its own; a single one is "control", others "control_1", "control_2".
     """
     if given is None:
         own = index[PART][-1] if folders.has(index, PART) else None
@@ -129,12 +129,12 @@ def load(folder: Path, strict: bool = True, variant: str | None = None, prompt: 
     """A ControlNet with its weights.
 
     Args:
-        folder: of the `ControlNetModel`.
-        strict, variant: as of `diffusers.load`.
-        prompt: the text of the pipeline, if the network takes that.
+        folder: the folder of the `ControlNetModel`.
+        strict, variant: as in `diffusers.load`.
+        prompt: the text condition of the pipeline, if the network uses it.
 
     Raises:
-        ValueError: if the folder is of another class; and as of `diffusers.load`.
+        ValueError: if the folder is of another class; otherwise as in `diffusers.load`.
     """
     source = folder / "config.json"
     config = read_json(source)
@@ -151,12 +151,12 @@ def load(folder: Path, strict: bool = True, variant: str | None = None, prompt: 
 
 
 def _prompted(described: Described, vector: int, row: tuple) -> Described:
-    """The network with the vector of a text as a part of its rows, "text"."""
+    """The network with the vector of the text taken from its rows, "text"."""
     network, shapes = described.network, dict(described.shapes)
     if "text_embeds" not in shapes or "added" not in network.conditions:
         return described
     if shapes.pop("text_embeds")[-1] != vector:
-        raise ValueError(f"{network.name}: must take the vector of the text, of {vector} numbers")
+        raise ValueError(f"{network.name}: must accept the text vector, of size {vector}")
     added = network.conditions["added"]
     named = {INPUT if name == "text_embeds" else name: part for name, part in added.parts.items()}
     network.conditions["added"] = Joint({**named, INPUT: PromptVector(vector)}, added.layer)
@@ -166,7 +166,7 @@ def _prompted(described: Described, vector: int, row: tuple) -> Described:
 def with_controls(
     described: Described, paths: Mapping[str, Path], strict: bool, variant: str | None, prompt: Prompt | None
 ) -> Described:
-    """The U-Net, which has its weights, with the ControlNets of these folders."""
+    """The U-Net, with its weights, and the ControlNets of these folders."""
     if not paths:
         return described
     made = {name: load(path, strict, variant, prompt) for name, path in paths.items()}
@@ -174,22 +174,22 @@ def with_controls(
     return Described(network, {**described.shapes, **{name: one.shapes["hint"] for name, one in made.items()}})
 
 
-# --- back
+# --- saving
 
 
 def control_config(network: ControlNet) -> dict[str, Any]:
     """The configuration of a `ControlNetModel`.
 
     Raises:
-        ValueError: if there is none for the network.
+        ValueError: if diffusers does not support the network.
     """
     shapes = network.get_build_config()["input_shape"]
     unet = _whole(network, shapes)
     config = saving_unets.unet_config(unet)
     if config["_class_name"] != "UNet2DConditionModel" or not isinstance(network.hint, Hint):
         raise ValueError(
-            f"{network.name}: diffusers' ControlNets attend to a context, and have a `Hint`; this has {network.hint!r} "
-            f"and is given: {sorted(shapes)}"
+            f"{network.name}: ControlNets of diffusers attend to a context and have a `Hint`; here: {network.hint!r} "
+            f"and the inputs: {sorted(shapes)}"
         )
     own = {
         "_class_name": CONTROLS[0],
@@ -200,7 +200,7 @@ def control_config(network: ControlNet) -> dict[str, Any]:
 
 
 def _whole(network: ControlNet, shapes: Mapping[str, Any]) -> UNet:
-    """A U-Net, without weights, of which the control is half."""
+    """A U-Net, without weights, whose encoder half is the control."""
     shapes = {name: tuple(shape) for name, shape in shapes.items()}
     levels = [level.clone(up_mixer="same", up_mixers=None) for level in network.levels]
     conditions = {name: copy_layer(layer) for name, layer in network.conditions.items()}
@@ -221,10 +221,10 @@ def save(network: ControlNet, folder: Path, values: Mapping[int, Any] | None = N
     Args:
         network: the ControlNet, built.
         folder: to write to.
-        values: of its weights, by their `id`, in place of those that they have.
+        values: values of weights, by their `id`, that replace the current ones.
 
     Raises:
-        ValueError: if diffusers has no such network.
+        ValueError: if diffusers does not support the network.
     """
     config = control_config(network)
     again, shapes = control_net(config, folder)
@@ -237,7 +237,7 @@ def save(network: ControlNet, folder: Path, values: Mapping[int, Any] | None = N
 
 
 def save_all(network: Any, folder: Path, values: Mapping[int, Any]) -> dict[str, Any]:
-    """Writes the ControlNets of a network; returns their entry of `model_index.json`, if there are any."""
+    """Writes the ControlNets of a network; returns their entries for `model_index.json`, if any."""
     controls = list(network.controls.values()) if isinstance(network, Controlled) else []
     for i, one in enumerate(controls):
         save(one, folder / (f"{PART}_{i}" if i else PART), values)

@@ -1,4 +1,4 @@
-"""diffusers' folders: `load` makes a network or a model of one, `save` writes one that diffusers reads.
+"""Folders of diffusers: `load` reads a network or a model, `save` writes one that diffusers reads.
 
     network = load("ddpm-cifar10/unet")     # config.json, diffusion_pytorch_model.safetensors
     model = load("ddpm-cifar10")            # model_index.json, unet/, scheduler/
@@ -8,28 +8,28 @@
     process = load_scheduler("sd-turbo")        # a schedule, a prediction, a time label and a sampler
     model = DiffusionModel(network, **process._asdict())
 
-A network takes what it took there, channels last: `network({"image": x, "time": t})`. A model has the schedule, the
-prediction and the sampler of its scheduler, on latents its autoencoder as codec, and the text encoders of Stable
-Diffusion and DeepFloyd IF: `model.sample(4, text="a red circle", guidance=7.5)`; of others "context" is what those
-give. The two stages of IF are one `Cascade([load("IF-I"), load("IF-II")])`. The folder of an autoencoder alone makes a
-`codecs.Latent`.
+A network has the inputs that it has in diffusers, channels last: `network({"image": x, "time": t})`. A model has the
+schedule, the prediction and the sampler of its scheduler, for latents its autoencoder as codec, and the text encoders
+of Stable Diffusion and DeepFloyd IF: `model.sample(4, text="a red circle", guidance=7.5)`; for other pipelines
+"context" is the output of their encoder. The two stages of IF form one `Cascade([load("IF-I"), load("IF-II")])`. The
+folder of an autoencoder alone gives a `codecs.Latent`.
 
-| pipeline of diffusers | what `sample` takes, beside or in place of the text |
+| pipeline of diffusers | further arguments of `sample`, or those that replace the text |
 |---|---|
-| LatentConsistencyModel | `timestep_cond=8.5`, the scale of guidance, which the network is told |
+| LatentConsistencyModel | `timestep_cond=8.5`, the guidance scale, an input of the network |
 | SD-turbo, SDXL-turbo | no guidance; `steps=1` |
-| StableDiffusionXL | `time_ids`, six numbers; by default the size of the samples without a crop; five of the refiner |
-| ...Inpaint, of 9 channels | `mask_image`, 1 where it is painted; `masked_image`, latents: `model.codec.encode` |
-| ...InstructPix2Pix | `source`, latents without their scale, with `guidance=Successive({"text": 7.5, "source": 1.5})` |
-| ...Upscale | `low`, the small picture with the noise of level `label` |
+| StableDiffusionXL | `time_ids`, six numbers, by default the size of the samples without a crop; five for the refiner |
+| ...Inpaint, of 9 channels | `mask_image`, 1 where it is repainted; `masked_image`, latents: `model.codec.encode` |
+| ...InstructPix2Pix | `source`, unscaled latents, with `guidance=Successive({"text": 7.5, "source": 1.5})` |
+| ...Upscale | `low`, the low-resolution picture, noised at level `label` |
 | ...Depth2Img | `depth`, from -1 to 1; and `image`, `strength` |
 | ...ImageVariation | `picture`, of any size |
 | StableUnCLIPImg2Img | `picture`, of any size; `picture_level`, from 0 to 1, and `picture_noise` may be given |
-| StableUnCLIP, UnCLIP, UnCLIPImageVariation, KandinskyV22 | of an `UnCLIP` |
-| IFSuperResolution | `low`, the small picture |
+| StableUnCLIP, UnCLIP, UnCLIPImageVariation, KandinskyV22 | see `UnCLIP` |
+| IFSuperResolution | `low`, the low-resolution picture |
 | DiT | `label` |
 
-A `strength` is a time here. diffusers begins at the first of its last int(steps strength) steps, whose time is
+Here a `strength` is a time. diffusers starts at the first of its last int(steps strength) steps, whose time is
 `model.sampler.replaced(steps=steps).times(model.schedule)[steps - int(steps * strength)]`.
 """
 
@@ -60,6 +60,7 @@ from kdiff.interop import (
     unet_names,
     unets,
 )
+from kdiff.interop.autoencoder_configs import CLASSES, KINDS
 from kdiff.interop.configs import Described, explained, kind
 from kdiff.interop.files import State, read_json, write_json, write_safetensors
 from kdiff.interop.pipelines import pipeline_of
@@ -93,13 +94,13 @@ def _nothing(state: State, index: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Model(NamedTuple):
-    """How one class of diffusers is translated.
+    """The translation of one class of diffusers.
 
     Attributes:
-        network: the network and the shapes of its inputs, from the configuration, its source and what is `told`.
-        slots: the names of its weights.
-        told: options of `network` that are not in the configuration: by the weights, and by `model_index.json`.
-        others: arrays that are not the network's.
+        network: the network and the shapes of its inputs, from the configuration, its source and `told`.
+        slots: the names of the weights.
+        told: options of `network` that are not in the configuration, from the weights and `model_index.json`.
+        others: arrays that do not belong to the network.
     """
 
     network: Callable[..., Described]
@@ -119,7 +120,7 @@ MODELS = {
 }
 SCHEDULER, MOVQ = "scheduler_config.json", "movq"
 
-UNIT_SCHEDULERS = ("ScoreSdeVeScheduler",)  # of networks of pictures in [0, 1], not [-1, 1]
+UNIT_SCHEDULERS = ("ScoreSdeVeScheduler",)  # whose networks use pictures in [0, 1], not [-1, 1]
 UNIT_PIXELS = Standard(-1.0, 2.0)
 
 
@@ -134,30 +135,29 @@ def load(
     prior: str | Path | None = None,
     **options: Any,
 ) -> keras.Model | Latent:
-    """What a folder of diffusers holds.
+    """Loads a folder of diffusers.
 
     Args:
-        folder: of a model, with `config.json`, which makes a network, or of an autoencoder a codec; or of a pipeline,
-            with `model_index.json`, which makes a `DiffusionModel` whose `sample` is by the pipeline's scheduler, of
-            Karlo's an `UnCLIP` (`interop.unclip`), for which `strict` and `variant` are the arguments; and of one with
-            a decoder and its prior too (`interop.stable_unclip`, `interop.kandinsky`), unless `text` is false.
+        folder: of a model, with `config.json`, which gives a network (for an autoencoder, a codec); or of a pipeline,
+            with `model_index.json`, which gives a `DiffusionModel` that samples by the scheduler of the pipeline; for
+            Karlo an `UnCLIP` (`interop.unclip`), with the arguments `strict` and `variant` only; and for a decoder with
+            its prior too (`interop.stable_unclip`, `interop.kandinsky`), unless `text` is false.
         strict: whether weights that do not match are an error; otherwise a warning.
-        variant: of the weights, such as "fp16" or "non_ema"; None for the file without one or, if there is none, for
-            the only variant.
-        text: whether the text encoders of a pipeline are loaded, if it is one of `prompts.PIPELINES`; otherwise it
-            takes what they give, as the conditions "context" and, of Stable Diffusion XL, "text_embeds".
-        clip_skip: how many of the last blocks of the text encoders to leave out.
-        tokens: of a pipeline, as of `load_scheduler`: the sampler's times are then those of samples of that size.
-        controlnet: folders of ControlNets for a pipeline of a U-Net, by the names of their pictures: with
-            `{"edges": folder}` `sample` takes `edges=picture`, see `networks.Controlled`. The picture of one folder is
-            "control", those of a list "control", "control_1" and so on. None for those of the pipeline itself.
-        prior: for the decoder of Kandinsky 2.2, the folder of its prior, with which it is an `UnCLIP`.
-        options: for a pipeline, arguments of `DiffusionModel`, in place of what the folder says; such as `ema`, which
-            is None if not given.
-
+        variant: of the weights, such as "fp16" or "non_ema"; None for the file without a variant or, if there is none,
+            for the only variant.
+        text: whether the text encoders of a pipeline in `prompts.PIPELINES` are loaded; otherwise their outputs are the
+            conditions "context" and, for Stable Diffusion XL, "text_embeds".
+        clip_skip: the number of final blocks of the text encoders to skip.
+        tokens: for a pipeline, as in `load_scheduler`: the times of the sampler are those for samples of that size.
+        controlnet: folders of ControlNets for a pipeline with a U-Net, by the names of their pictures: with
+            `{"edges": folder}` `sample` accepts `edges=picture`, see `networks.Controlled`. For a single folder the
+            name is "control", for a list "control", "control_1" and so on. None for those of the pipeline itself.
+        prior: for the decoder of Kandinsky 2.2, the folder of its prior; the result is then an `UnCLIP`.
+        options: for a pipeline, arguments of `DiffusionModel` that replace those of the folder; also `ema`, which
+            defaults to None.
     Raises:
-        ValueError: if a file is missing or damaged; if a configuration says what kdiff cannot do; if the pipeline has
-            a further network, such as a T2I-Adapter; if the weights do not match, with a list of all that do not.
+        ValueError: if a file is missing or damaged; if a configuration is not supported; if the pipeline has a further
+            network, such as a T2I-Adapter; if the weights do not match, with a list of all mismatches.
     """
     folder = Path(folder)
     if (folder / "model_index.json").exists():
@@ -173,14 +173,14 @@ def load(
     others = {"tokens": tokens, "controlnet": controlnet, "prior": prior}
     options |= {name: one for name, one in others.items() if one is not None}
     if options:
-        raise ValueError(f"{folder}: {sorted(options)} are arguments for a pipeline, and this is a model's folder")
-    if read_json(folder / "config.json").get("_class_name") in autoencoders.KINDS:
+        raise ValueError(f"{folder}: {sorted(options)} are arguments for a pipeline, but this is the folder of a model")
+    if read_json(folder / "config.json").get("_class_name") in KINDS:
         return autoencoders.load(folder, strict, variant)
     return _load_network(folder, strict, variant).network
 
 
 def _before(folder, index, prior, text, strict, variant) -> unclip.Before | None:
-    """What comes before the network: of those without a prior that is asked for, only with the text."""
+    """The models before the network; without a requested prior, only if the text is loaded."""
     if prior is None and not text:
         return None
     given = None if prior is not None else stable_unclip.before(folder, index, strict, variant)
@@ -195,7 +195,7 @@ def _load_network(
     prompt: Prompt | None = None,
     before: unclip.Before | None = None,
 ) -> Described:
-    """The network of a folder; with the maps beside x_t as conditions if the pipeline that it is of is known."""
+    """The network of a folder; its maps concatenated to x_t become conditions if the pipeline is known."""
     source, index = folder / "config.json", index or {}
     config = {name: value for name, value in read_json(source).items() if name not in folders.EMA_NOTES}
     model = kind(MODELS, config.get("_class_name"), source, "_class_name")
@@ -244,7 +244,7 @@ def _load_pipeline(
 
 
 def _noising(folder: Path, index: Mapping[str, Any]) -> Any:
-    """The schedule by which a picture beside x_t is noised; None if it is not."""
+    """The schedule that noises a picture concatenated to x_t; None if it is not noised."""
     source = folder / maps.NOISING / SCHEDULER
     return load_scheduler(source).schedule if folders.has(index, maps.NOISING) else None
 
@@ -252,13 +252,13 @@ def _noising(folder: Path, index: Mapping[str, Any]) -> Any:
 def assembled(
     described: Described, process: schedulers.Process, codec: Any, options: Mapping[str, Any]
 ) -> DiffusionModel:
-    """The model of a network that has its weights.
+    """The model of a network with its weights.
 
     Args:
         described: the network, and the shapes of its inputs.
         process: its schedule, prediction, time label and sampler.
-        codec: of the model; with a `codecs.Latent` the network's image is its latents.
-        options: arguments of `DiffusionModel`, in place of those.
+        codec: the codec of the model; with a `codecs.Latent` the network works on its latents.
+        options: arguments of `DiffusionModel` that replace those.
     """
     network, shapes = described
     times = "stratified" if process.schedule.num_steps is None else "discrete"
@@ -271,14 +271,14 @@ def assembled(
 
 
 def _codec(folder: Path, index: Mapping[str, Any], strict: bool, variant: str | None) -> Any:
-    """The autoencoder of a pipeline; "identity" where its folder was left out."""
+    """The autoencoder of a pipeline; "identity" if it has no folder."""
     parts = [name for name in folders.AUTOENCODERS if folders.has(index, name)]
     if not parts:
         return "pixels"
     part = folder / parts[0]
     if not (part / "config.json").exists():
         return "identity"
-    raw = part.name == MOVQ  # Kandinsky's pipelines do not scale its latents, nor look up its codes
+    raw = part.name == MOVQ  # pipelines of Kandinsky neither scale nor quantise its latents
     codec = autoencoders.load(part, strict, folders.variant_of(part, variant), **({"scale": 1.0} if raw else {}))
     if raw:
         codec.autoencoder.quantize = False
@@ -292,15 +292,15 @@ def save(model: keras.Model, folder: str | Path, ema: bool = True) -> None:
     Args:
         model: a network, for `from_pretrained` of its class; or a `DiffusionModel`, for that of a pipeline: `unet` or
             `transformer`, `scheduler`, the autoencoder, ControlNets and the encoders with their tokenizers. The index
-            of the pipeline is written where diffusers has one, by the table of `interop.pipelines`; without it `load`
-            does not know what an image beside x_t was called. A `codecs.Latent` alone is written as its autoencoder,
-            and an `UnCLIP` as Karlo's pipeline.
+            of the pipeline is written if diffusers has one, by the table of `interop.pipelines`; without it `load`
+            cannot recover the names of images concatenated to x_t. A `codecs.Latent` alone is written as its
+            autoencoder, and an `UnCLIP` as the pipeline of Karlo.
         folder: to write to; files of the same names are replaced.
-        ema: whether to write the averaged weights of a model that has them, if they have moved. Either way a
-            kernel with LoRA is written with its change, as `lora.merge` would leave it, and the model keeps its own.
+        ema: whether to write averaged weights, if the model has averages that have been updated. In either case a
+            kernel with LoRA is written with its change, as after `lora.merge`, and the model is not modified.
 
     Raises:
-        ValueError: if diffusers has no such network, schedule, prediction or sampler.
+        ValueError: if diffusers does not support the network, schedule, prediction or sampler.
     """
     folder = Path(folder)
     if isinstance(model, (Latent, Autoencoder)):
@@ -329,7 +329,7 @@ def save(model: keras.Model, folder: str | Path, ema: bool = True) -> None:
     index, autoencoder = pipeline_of(network, *classes, model.codec, controlled=bool(controls))
     if isinstance(model.codec, Latent):
         autoencoders.save(model.codec, folder / autoencoder)
-        parts[autoencoder] = ["diffusers", autoencoders.CLASSES[type(model.codec.autoencoder)]]
+        parts[autoencoder] = ["diffusers", CLASSES[type(model.codec.autoencoder)]]
     for one in maps.map_conditions(network).values():
         if one.noise is not None:
             added = schedulers.Process(one.noise, Noise(), Index(), Sampler("ddpm", "leading", one.noise.num_steps))
@@ -354,16 +354,16 @@ def _save_network(network: keras.Model, folder: Path, values: dict[int, Any]) ->
 
 
 def load_scheduler(path: str | Path, learned: bool = False, tokens: int | None = None) -> schedulers.Process:
-    """What a scheduler's file says: a schedule, a prediction, a time label and a sampler.
+    """Reads the file of a scheduler: a schedule, a prediction, a time label and a sampler.
 
     Args:
-        path: the file; or its folder, with `scheduler_config.json`; or a pipeline's, with the folder `scheduler`.
-        learned: whether the network predicts the variance as well.
-        tokens: the length of the transformer's sequence, (height / patch) (width / patch), on which the times depend
-            where `use_dynamic_shifting` is true.
+        path: the file; or its folder, with `scheduler_config.json`; or that of a pipeline, with the folder `scheduler`.
+        learned: whether the network also predicts the variance.
+        tokens: the length of the sequence of the transformer, (height / patch) (width / patch), on which the times
+            depend if `use_dynamic_shifting` is true.
 
     Raises:
-        ValueError: if the file is missing or damaged, or says what kdiff cannot do.
+        ValueError: if the file is missing or damaged, or is not supported.
     """
     path = Path(path)
     if path.is_dir():
@@ -372,14 +372,14 @@ def load_scheduler(path: str | Path, learned: bool = False, tokens: int | None =
 
 
 def save_scheduler(process: Any, path: str | Path) -> None:
-    """Writes a file that diffusers' `from_pretrained` of the class reads.
+    """Writes a file for `from_pretrained` of the diffusers class.
 
     Args:
-        process: what `load_scheduler` gives; or anything that has its four parts, as a `DiffusionModel`.
+        process: the result of `load_scheduler`, or an object with its four parts, such as a `DiffusionModel`.
         path: the file, if it ends in ".json"; or its folder. Files of the same name are replaced.
 
     Raises:
-        ValueError: if diffusers has no such scheduler.
+        ValueError: if diffusers does not support the scheduler.
     """
     path = Path(path)
     process = schedulers.Process(*(getattr(process, name) for name in schedulers.Process._fields))

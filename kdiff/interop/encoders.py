@@ -1,45 +1,38 @@
-"""transformers' folders of encoders: CLIP's of text and of images, T5's of text, and latent diffusion's.
+"""Folders of encoders of transformers: text and image encoders of CLIP, T5's text encoder, and latent diffusion's.
 
     encoder = load("stable-diffusion-v1-5/text_encoder")        # config.json, model.safetensors
-    tokenizer = tokenizers.load("stable-diffusion-v1-5/tokenizer")    # vocab.json, merges.txt, or another form
+    tokenizer = tokenizers.load("stable-diffusion-v1-5/tokenizer")    # vocab.json and merges.txt, or another form
     text = encoder(tokenizer(["a red circle"]))                 # Encoded: tokens (1, 77, 768), vector (1, 768)
 
-Folders of transformers 4 and 5 are read: one file, shards, or a variant of a precision, in safetensors or, where there
-are none, PyTorch's pickles, of which nothing is run (`interop.pickles`). What a configuration says besides the keys of
-the tables below, transformers does not use for these encoders either.
+Folders of transformers 4 and 5 are read: a single file, shards, or a precision variant, in safetensors or, if there are
+none, PyTorch pickles, which are not executed (`interop.pickles`). Keys of a configuration that are not in the tables
+below are not used by transformers for these encoders either.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from kdiff.blocks.attention import MultiHeadAttention
-from kdiff.blocks.transformer import FeedForward, TransformerBlock
 from kdiff.encoders.base import Encoder
 from kdiff.encoders.clip import CLIPText, CLIPVision
 from kdiff.encoders.ldm import LDMText
 from kdiff.encoders.t5 import T5Text
 from kdiff.interop import ldm_text
-from kdiff.interop.arrays import Array, State, Stored
+from kdiff.interop.arrays import State
 from kdiff.interop.configs import LARGEST, Key, Keys, complete, explained, kind, one_of, only, optional, real, whole
+from kdiff.interop.encoder_names import clip_slots, joined, split, t5_slots, without
 from kdiff.interop.files import read_json, write_json, write_safetensors
 from kdiff.interop.folders import read_weights
-from kdiff.interop.transformers import patch_layout
-from kdiff.interop.weights import Layout, Part, Slot, export, fill, slots
+from kdiff.interop.weights import Slot, export, fill
 
 __all__ = [
     "ACTIVATIONS",
     "CLIP",
-    "CLIP_NAMES",
     "COUNT",
     "ENCODERS",
     "FEED_FORWARDS",
     "PARTS",
     "T5",
-    "T5_NAMES",
     "TEXT",
     "VISION",
     "Foreign",
@@ -91,7 +84,7 @@ T5 = {
 
 
 def _clip(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the two encoders of CLIP share."""
+    """The arguments common to both encoders of CLIP."""
     return {
         "width": config["hidden_size"],
         "depth": config["num_hidden_layers"],
@@ -103,7 +96,7 @@ def _clip(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(config: Mapping[str, Any], state: State) -> dict[str, Any]:
-    # Files from before the number of the end was mended say 2, and mean the largest token.
+    # Older files have the wrong end token, 2, and mean the largest token.
     end = config["eos_token_id"]
     return {
         **_clip(config),
@@ -145,120 +138,17 @@ def _t5(config: Mapping[str, Any], state: State) -> dict[str, Any]:
     }
 
 
-# --- names of weights
-
-CLIP_NAMES = {
-    CLIPText: {
-        "embeddings.token_embedding": "table",
-        "embeddings.position_embedding": "positions",
-        "encoder.layers.*": "blocks",
-        "final_layer_norm": "norm",
-        "text_projection": "projection_layer",
-    },
-    CLIPVision: {
-        "embeddings.patch_embedding": Part("patchify.projection", lambda encoder: patch_layout(encoder.patchify)),
-        "embeddings.position_embedding": "positions",
-        "pre_layrnorm": "first_norm",
-        "encoder.layers.*": "blocks",
-        "post_layernorm": "norm",
-        "visual_projection": "projection_layer",
-    },
-    TransformerBlock: {
-        "layer_norm1": "self_attention.normalization",
-        "self_attn": "self_attention.attention",
-        "layer_norm2": "feed_forward.normalization",
-        "mlp": "feed_forward",
-    },
-    MultiHeadAttention: {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "output_layer"},
-    FeedForward: {"fc1": "hidden", "fc2": "output_layer"},
-}
-
-
-def _query_layout(layer: MultiHeadAttention) -> Layout:
-    """The kernel of T5's queries: its logits are not divided by the square root of the width of a head."""
-    factor = np.float32(math.sqrt(layer._split[1]))
-    return Layout(lambda array: array.T * factor, lambda array: array.T / factor)
-
-
-T5_NAMES = {
-    T5Text: {
-        "shared": "table",
-        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias": "bias.table",
-        "encoder.block.*": "blocks",
-        "encoder.final_layer_norm": "norm",
-    },
-    TransformerBlock: {
-        "layer.0.layer_norm": "self_attention.normalization",
-        "layer.0.SelfAttention": "self_attention.attention",
-        "layer.1.layer_norm": "feed_forward.normalization",
-        "layer.1.DenseReluDense": "feed_forward",
-    },
-    MultiHeadAttention: {"q": Part("query", _query_layout), "k": "key", "v": "value", "o": "output_layer"},
-    FeedForward: {"wi": "hidden", "wo": "output_layer"},
-}
-
-
-def _clip_slots(encoder: Encoder) -> Iterator[Slot]:
-    yield from slots(encoder, "", CLIP_NAMES)
-    if isinstance(encoder, CLIPVision):
-        yield Slot("embeddings.class_embedding", encoder.first)
-
-
-def _t5_slots(encoder: Encoder) -> Iterator[Slot]:
-    return slots(encoder, "", T5_NAMES)
-
-
-def _without(state: State, prefix: str, projection: str) -> State:
-    """CLIP's arrays of one encoder, without its prefix, which transformers 5 does not always write."""
-    inner = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
-    whole = any(name.startswith(other) for name in state for other in ("text_model.", "vision_model."))
-    inner = inner if whole else dict(state)
-    inner |= {name: array for name, array in state.items() if name == projection}
-    return {name: array for name, array in inner.items() if not name.endswith("position_ids")}
-
-
-def _joined(state: State) -> State:
-    """T5's encoder alone, with one table of tokens, and the two halves of a gated layer as one: value, gate."""
-    joined = {name: array for name, array in state.items() if not name.startswith(("decoder.", "lm_head."))}
-    table = joined.pop("encoder.embed_tokens.weight", None)
-    if table is not None and not np.array_equal(table, joined.setdefault("shared.weight", table)):
-        joined["encoder.embed_tokens.weight"] = table  # which is not expected
-    for name in [name for name in joined if name.endswith(".wi_0.weight")]:
-        value = name.replace(".wi_0.", ".wi_1.")
-        if value in joined and joined[value].shape == joined[name].shape:
-            joined[name.replace(".wi_0.", ".wi.")] = _one_after_the_other(joined.pop(value), joined.pop(name))
-    return joined
-
-
-def _one_after_the_other(first: Array, second: Array) -> Stored:
-    """Two arrays of one shape as one, which are read when it is."""
-    shape = (2 * first.shape[0], *first.shape[1:])
-    return Stored(shape, first.dtype, lambda: np.concatenate([np.asarray(first), np.asarray(second)]))
-
-
-def _split(state: State, encoder: Encoder) -> State:
-    """The inverse of `_joined`."""
-    parts: State = {}
-    for name, array in state.items():
-        if encoder.glu and name.endswith(".wi.weight"):
-            value, gate = np.split(array, 2)
-            parts |= {name.replace(".wi.", ".wi_0."): gate, name.replace(".wi.", ".wi_1."): value}
-        else:
-            parts[name] = array
-    return parts
-
-
 # --- folders
 
 
 class Foreign(NamedTuple):
-    """How one kind of model of transformers is translated.
+    """The translation of one kind of model of transformers.
 
     Attributes:
-        made: the encoder's class.
-        keys: of its configuration.
+        made: the class of the encoder.
+        keys: of the configuration.
         arguments: of the class, from the configuration and the arrays.
-        slots: the names of its weights.
+        slots: the names of the weights.
         ours: the arrays by those names, from those of a file.
     """
 
@@ -271,16 +161,16 @@ class Foreign(NamedTuple):
 
 ENCODERS = {
     "clip_text_model": Foreign(
-        CLIPText, TEXT, _text, _clip_slots, lambda state: _without(state, "text_model.", "text_projection.weight")
+        CLIPText, TEXT, _text, clip_slots, lambda state: without(state, "text_model.", "text_projection.weight")
     ),
     "clip_vision_model": Foreign(
         CLIPVision,
         VISION,
         _vision,
-        _clip_slots,
-        lambda state: _without(state, "vision_model.", "visual_projection.weight"),
+        clip_slots,
+        lambda state: without(state, "vision_model.", "visual_projection.weight"),
     ),
-    "t5": Foreign(T5Text, T5, _t5, _t5_slots, _joined),
+    "t5": Foreign(T5Text, T5, _t5, t5_slots, joined),
     "ldmbert": Foreign(LDMText, ldm_text.KEYS, ldm_text.arguments, ldm_text.ldm_slots, ldm_text.ours),
 }
 PARTS = {"text": ("clip_text_model", "text_config"), "vision": ("clip_vision_model", "vision_config")}
@@ -289,20 +179,20 @@ PARTS = {"text": ("clip_text_model", "text_config"), "vision": ("clip_vision_mod
 def load(
     folder: str | Path, part: str | None = None, variant: str | None = None, strict: bool = True, **options: Any
 ) -> Encoder:
-    """The encoder in a folder of transformers: `config.json`, and weights in safetensors or as PyTorch writes them.
+    """The encoder in a folder of transformers: `config.json`, and weights in safetensors or PyTorch files.
 
     Args:
         folder: of `CLIPTextModel`, `CLIPTextModelWithProjection`, `CLIPVisionModel`, `CLIPVisionModelWithProjection`,
-            `CLIPModel`, `T5EncoderModel` or a whole T5, whose decoder is left out, or of diffusers' `LDMBertModel`.
+            `CLIPModel`, `T5EncoderModel`, a full T5, whose decoder is skipped, or `LDMBertModel` of diffusers.
         part: of a `CLIPModel`, "text" or "vision".
-        variant: of the weights, such as "fp16" for `model.fp16.safetensors`; None for the file without one or, if there
-            is none, for the only variant.
+        variant: of the weights, such as "fp16" for `model.fp16.safetensors`; None for the file without a variant or, if
+            there is none, for the only variant.
         strict: whether weights that do not match are an error; otherwise a warning.
-        options: arguments of the encoder, in place of what the folder says; such as `skip`, or `dtype`.
+        options: arguments of the encoder that replace those of the folder, such as `skip` or `dtype`.
 
     Raises:
-        ValueError: if a file is missing or damaged; if the configuration says what kdiff cannot do; if the weights do
-            not match, with a list of all that do not.
+        ValueError: if a file is missing or damaged; if the configuration is not supported; if the weights do not match,
+            with a list of all mismatches.
     """
     folder = Path(folder)
     source = folder / "config.json"
@@ -312,7 +202,9 @@ def load(
         name, inner = kind(PARTS, part, source, "part")
         config = config.get(inner) or {}
     elif part is not None:
-        raise ValueError(f"{source}: `part` is of a CLIP with text and vision; this is: {name!r}; received: {part!r}")
+        raise ValueError(
+            f"{source}: `part` applies only to a CLIP with text and vision, not to {name!r}; received: {part!r}"
+        )
     foreign = kind(ENCODERS, name, source, "model_type")
     config = complete({key: config[key] for key in foreign.keys if key in config}, foreign.keys, source)
     state = foreign.ours(read_weights(folder, variant))
@@ -336,13 +228,13 @@ def save(encoder: Encoder, folder: str | Path) -> None:
         folder: to write to; files of the same names are replaced.
 
     Raises:
-        ValueError: if transformers has no such encoder.
+        ValueError: if transformers does not support the encoder.
     """
     folder = Path(folder)
     name = next((name for name, foreign in ENCODERS.items() if isinstance(encoder, foreign.made)), None)
     if name is None or not encoder.built:
         known = sorted(foreign.made.__name__ for foreign in ENCODERS.values())
-        raise ValueError(f"save: an encoder must be one of {known}, and built; received: {encoder!r}")
+        raise ValueError(f"save: the encoder must be built and one of {known}; received: {encoder!r}")
     foreign = ENCODERS[name]
     state = export(foreign.slots(encoder))
     config = _config(encoder, name)
@@ -353,9 +245,11 @@ def save(encoder: Encoder, folder: str | Path) -> None:
         if getattr(encoder, key) != value
     }
     if differences:
-        raise ValueError(f"save: transformers has no such {type(encoder).__name__}; would be changed: {differences}")
+        raise ValueError(
+            f"save: transformers does not support this {type(encoder).__name__}; these would change: {differences}"
+        )
     if isinstance(encoder, T5Text):
-        state = _split(state, encoder)
+        state = split(state, encoder)
     elif not isinstance(encoder, LDMText):
         prefix = "text_model." if isinstance(encoder, CLIPText) else "vision_model."
         state = {key if key.endswith("_projection.weight") else prefix + key: array for key, array in state.items()}

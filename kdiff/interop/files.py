@@ -1,7 +1,7 @@
-"""Reading and writing foreign files. Nothing in a file is ever executed: a pickle is read for its tensors alone.
+"""Reading and writing foreign files. Nothing in a file is ever executed: from a pickle only tensors are read.
 
-A state dict is a dictionary of arrays by name, of which those of a `.safetensors` file are not read before they are
-asked for (see `kdiff.interop.arrays`). Whatever is wrong with a file is a ValueError that names it.
+A state dict maps names to arrays, which for a `.safetensors` file are read lazily (see `kdiff.interop.arrays`). Any
+defect of a file is a ValueError that names the file.
 """
 
 import json
@@ -33,7 +33,7 @@ __all__ = [
     "write_safetensors",
 ]
 
-# What a safetensors file calls its types, and NumPy.
+# The types of safetensors files and their NumPy equivalents.
 SAFETENSORS = {
     **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "C64": "complex64"},
     **{f"{kind}{bits}": f"{name}{bits}" for kind, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
@@ -43,11 +43,11 @@ SAFETENSORS = {
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The dictionary in a JSON file."""
+    """Reads the dictionary in a JSON file."""
     check_is_itself(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not text, not JSON, a number of thousands of digits, lists in lists
+    except (ValueError, RecursionError) as error:  # not text, not JSON, too many digits, nested too deeply
         raise ValueError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold a JSON object; received: {type(content).__name__}")
@@ -61,37 +61,37 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_state(path: str | Path) -> State:
-    """The arrays of one file, by what its name ends in: see `READERS`.
+    """Reads the arrays of one file, by the suffix of its name (see `READERS`).
 
     Raises:
-        ValueError: if there is no such file, its kind is unknown, or it is damaged.
+        ValueError: if the file is missing, damaged, or of an unknown kind.
     """
     path = Path(path)
     check_is_itself(path)
     if path.suffix not in READERS:
         raise ValueError(
-            f"{path}: the name must end in one of {list(READERS)}; received: {path.suffix!r}{about_file(path)}"
+            f"{path}: the suffix must be one of {list(READERS)}; received: {path.suffix!r}{about_file(path)}"
         )
     return unwrapped(READERS[path.suffix](path))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What the header of a `.safetensors` file says besides its arrays."""
+    """The metadata in the header of a `.safetensors` file."""
     with _safetensors().safe_open(path, "np") as file:
         return file.metadata() or {}
 
 
 def write_safetensors(path: Path, state: Mapping[str, Array]) -> None:
-    """Writes a state dict as diffusers does."""
+    """Writes a state dict in the format of diffusers."""
     arrays = {name: np.ascontiguousarray(array) for name, array in state.items()}
     with replacing(path) as new:
         _safetensors().numpy.save_file(arrays, new, metadata={"format": "pt"})
 
 
 def _read_safetensors(path: Path) -> State:
-    """The arrays of a file whose header the library has found to be in order, and in accord with the file's length.
+    """The arrays of a file whose header the library has found valid and consistent with the length of the file.
 
-    The library itself maps the file, so that what has been read counts as memory, and NumPy gets no float8 of it.
+    The library would map the file, so that all parts read count as memory, and cannot convert float8 to NumPy.
     """
     library = _safetensors()
     try:
@@ -101,11 +101,11 @@ def _read_safetensors(path: Path) -> State:
         length = int(file.read(0, 8).view("<u8")[0])
         header = json.loads(file.read(8, length).tobytes())
     except (library.SafetensorError, KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {_first_line(error)}") from error
+        raise ValueError(f"{path}: not a complete safetensors file: {_first_line(error)}") from error
     header.pop("__metadata__", None)
     unknown = {name: entry["dtype"] for name, entry in header.items() if entry["dtype"] not in SAFETENSORS}
     if unknown:
-        raise ValueError(f"{path}: the types must be among {list(SAFETENSORS)}; received: {shown(unknown)}")
+        raise ValueError(f"{path}: the types must be in {list(SAFETENSORS)}; received: {shown(unknown)}")
     return {
         name: file.array(entry["shape"], SAFETENSORS[entry["dtype"]], 8 + length + entry["data_offsets"][0])
         for name, entry in header.items()
@@ -121,15 +121,15 @@ def _safetensors():
 
 
 def _read_pickle(path: Path) -> State:
-    """The tensors of a file that PyTorch has written. What is no tensor is left out, and nothing is run."""
+    """The tensors of a PyTorch file. Other objects are skipped, and nothing is executed."""
     return _explained(path, lambda: state_of(_archived(path), path))
 
 
 def read_archived(path: str | Path) -> Any:
-    """All that a file of PyTorch holds, with a `Stored` for each tensor (see `kdiff.interop.pickles`).
+    """The whole content of a PyTorch file, with a `Stored` for each tensor (see `kdiff.interop.pickles`).
 
     Raises:
-        ValueError: if there is no such file, or it is damaged.
+        ValueError: if the file is missing or damaged.
     """
     path = Path(path)
     check_is_itself(path)
@@ -145,19 +145,19 @@ def _explained(path: Path, function: Callable[[], Any]) -> Any:
         return function()
     except ModuleNotFoundError:
         raise
-    except Exception as error:  # pickle's, zip's and PyTorch's own errors have no common base
+    except Exception as error:  # the errors of pickle, zip and PyTorch have no common base
         if str(error).startswith(str(path)):
             raise
-        raise ValueError(f"{path}: not a file of tensors, or a damaged one: {_first_line(error)}") from error
+        raise ValueError(f"{path}: not a file of tensors, or damaged: {_first_line(error)}") from error
 
 
 def _read_old(path: Path) -> Any:
-    """What PyTorch before 1.6 wrote, which it reads itself, if there is nothing but tensors in containers."""
+    """A file written by PyTorch before 1.6, read by PyTorch itself if it has only tensors in containers."""
     try:
         import torch
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{path}: only PyTorch reads this file; install it, or convert the file to safetensors"
+            f"{path}: only PyTorch can read this file; install it, or convert the file to safetensors"
         ) from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -165,7 +165,7 @@ def _read_old(path: Path) -> Any:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         more = f" with an object of {found[1]}" if found else ""
         raise ValueError(
-            f"{path}: not a file of tensors alone, but one{more} by PyTorch before 1.6, or by no PyTorch; save the "
+            f"{path}: not a file of only tensors, but one{more}, from before PyTorch 1.6 or not from PyTorch; save the "
             "`state_dict()` with `torch.save`"
         ) from error
 
@@ -174,24 +174,24 @@ def _read_npz(path: Path) -> State:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return state_of({name: arrays[name] for name in arrays.files}, path)
-    except Exception as error:  # zip's and NumPy's own errors have no common base
-        raise ValueError(f"{path}: not a whole .npz file of numbers: {_first_line(error)}") from error
+    except Exception as error:  # the errors of zip and NumPy have no common base
+        raise ValueError(f"{path}: not a complete .npz file of numbers: {_first_line(error)}") from error
 
 
 def _read_shards(path: Path) -> State:
-    """The arrays of all files that an index names."""
+    """The arrays of all files listed in an index."""
     index = read_json(path).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
         raise ValueError(f"{path}: must have a `weight_map` from names to files; received: {index!r}")
     for name in set(index.values()):
         if Path(name).name != name:
-            raise ValueError(f"{path}: a shard must lie beside its index; received: {name!r}")
+            raise ValueError(f"{path}: a shard must be in the folder of its index; received: {name!r}")
     index = unwrapped(index)
     state: State = {}
     for shard in sorted(set(index.values())):
         for name, array in read_state(path.parent / shard).items():
             if index.get(name, shard) != shard:
-                raise ValueError(f"{path}: {shard} has {name}, which `weight_map` has in {index[name]}")
+                raise ValueError(f"{path}: {shard} has {name}, which `weight_map` places in {index[name]}")
             state[name] = array
     missing = sorted(set(index) - set(state))
     if missing:

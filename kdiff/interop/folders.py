@@ -1,9 +1,9 @@
-"""Folders as diffusers and its users lay them out: where a part lies, which file has its weights, what else there is.
+"""The layout of folders of diffusers and its users: the location of each part, its weights file, and further parts.
 
 model_index.json, unet/config.json, unet/diffusion_pytorch_model.safetensors, scheduler/scheduler_config.json
 model_index.json, config.json, diffusion_pytorch_model.safetensors, scheduler_config.json           google/ddpm-*
 config.json, diffusion_pytorch_model.fp16.safetensors                                               a variant
-config.json, model.safetensors; pytorch_model.bin                      Accelerate's names, and those of transformers
+config.json, model.safetensors; pytorch_model.bin                      the names of Accelerate and transformers
 """
 
 import re
@@ -35,7 +35,7 @@ STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 NETWORKS = ("unet", "transformer")
 AUTOENCODERS = ("vae", "vqvae", "movq")
 CONTROLS = ("ControlNetModel", "MultiControlNetModel")
-# What `EMAModel.save_pretrained` writes of itself among the keys of the network.
+# Keys that `EMAModel.save_pretrained` adds to those of the network.
 EMA_NOTES = (
     "decay",
     "inv_gamma",
@@ -45,7 +45,7 @@ EMA_NOTES = (
     "update_after_step",
     "use_ema_warmup",
 )
-# Parts of a pipeline that stand before or after its network and change nothing of it.
+# Parts of a pipeline before or after its network that do not change it.
 HARMLESS = (
     "bert",
     "feature_extractor",
@@ -59,17 +59,17 @@ HARMLESS = (
 
 
 def has(index: Mapping[str, Any], name: str) -> bool:
-    """Whether a pipeline has a part: `[null, null]` is none."""
+    """Whether a pipeline has a part; `[null, null]` means none."""
     entry = index.get(name)
     return isinstance(entry, (list, tuple)) and (len(entry) != 2 or entry[1] is not None)
 
 
 def check_parts(index: Mapping[str, Any], folder: Path) -> str:
-    """The name of the one network of a pipeline.
+    """The name of the network of a pipeline.
 
     Raises:
-        ValueError: if there is not one; if there is another part without which the pipeline would be another, such as
-            a T2I-Adapter.
+        ValueError: if there is not exactly one; if there is another part that changes the results, such as a
+            T2I-Adapter.
     """
     parts = [name for name in NETWORKS if has(index, name)]
     if len(parts) != 1:
@@ -78,7 +78,7 @@ def check_parts(index: Mapping[str, Any], folder: Path) -> str:
     lost = {name: index[name][-1] for name in others if name not in parts and not _stands_apart(name, index[name])}
     if lost:
         raise ValueError(
-            f"{folder}: the pipeline has {lost}, which kdiff does not load, and without which it would be another; its "
+            f"{folder}: the pipeline has {lost}, which kdiff does not load, and which changes its results; its "
             f"network alone is loaded by `load({str(folder / parts[0])!r})`"
         )
     return parts[0]
@@ -95,26 +95,27 @@ def _stands_apart(name: str, entry: Any) -> bool:
 
 
 def config_of(folder: Path, part: str) -> Path:
-    """The folder of a pipeline's network: one of its own, or the pipeline's."""
+    """The folder of the network of a pipeline: a subfolder, or the folder of the pipeline."""
     inside = (folder / part / "config.json").is_file() or not (folder / "config.json").is_file()
     return folder / part if inside else folder
 
 
 def scheduler_of(folder: Path) -> Path:
-    """The file of a pipeline's scheduler."""
+    """The file of the scheduler of a pipeline."""
     inside, beside = folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"
     return beside if beside.is_file() and not inside.is_file() else inside
 
 
 def read_weights(folder: Path, variant: str | None = None) -> State:
-    """The arrays of the file, or of the shards, that hold the weights of the model in a folder.
+    """The arrays of the weights file, or of the shards, in the folder of a model.
 
     Args:
-        folder: of one model.
-        variant: such as "fp16" or "non_ema"; None for the file without one or, if there is none, for the only variant.
+        folder: of a single model.
+        variant: such as "fp16" or "non_ema"; None for the file without a variant or, if there is none, for the only
+            one.
 
     Raises:
-        ValueError: if there is no such file, or there are several variants and none is asked for.
+        ValueError: if the file is missing, or there are several variants and none is requested.
     """
     for name, kind in _names(variant):
         if (folder / name).is_file():
@@ -129,7 +130,7 @@ def read_weights(folder: Path, variant: str | None = None) -> State:
 
 
 def _names(variant: str | None) -> Iterator[tuple[str, str]]:
-    """The names that the file may have, the preferred first, each with its kind in `FOLDER_READERS`."""
+    """The possible names of the file, in order of preference, each with its kind in `FOLDER_READERS`."""
     for stem in STEMS:
         for kind in FOLDER_READERS:
             file, index, _ = kind.partition(".index.json")
@@ -142,7 +143,7 @@ def _names(variant: str | None) -> Iterator[tuple[str, str]]:
 
 
 def variant_of(folder: Path, variant: str | None) -> str | None:
-    """The variant, if one part of a pipeline, in this folder, has it."""
+    """The variant, if the part of a pipeline in this folder has it."""
     return variant if variant in variants(folder) else None
 
 
@@ -153,7 +154,7 @@ _VARIANT = re.compile(
 
 
 def variants(folder: Path) -> list[str]:
-    """Those of the weights in a folder, without shards, whose index has the name."""
+    """The variants of the weights in a folder; for shards, those of the index."""
     found = [_VARIANT.fullmatch(entry.name) for entry in folder.iterdir()] if folder.is_dir() else []
     names = {one["file"] or one["index"] for one in found if one}
     return sorted(name for name in names if not re.search(r"-\d+-of-\d+$", name))

@@ -1,13 +1,13 @@
-"""The keys of all schedulers of diffusers, those that kdiff does not have included.
+"""The keys of all schedulers of diffusers, including those without a counterpart in kdiff.
 
-A scheduler of diffusers is made of another's configuration, and keeps its keys: Stable Diffusion 2.1's DDIM has PNDM's
-`skip_prk_steps`. What is no key of its own class diffusers reads over, whatever it says; so does kdiff. A key that is
-not here either is unknown to both, and an error.
+A scheduler of diffusers can be built from the configuration of another, and keeps its keys: Stable Diffusion 2.1's DDIM
+has `skip_prk_steps` from PNDM. diffusers ignores keys that its class does not have, whatever their value; so does
+kdiff. A key that is not listed here is unknown to both, and is an error.
 """
 
 __all__ = ["FOREIGN"]
 
-# Of diffusers 0.42; and, at the end, of earlier versions, which those of today read over.
+# The keys of diffusers 0.42 and, at the end, of earlier versions, which current ones ignore.
 _NAMES = """
 algorithm_type alpha_cum_end alpha_cum_start base_image_seq_len base_shift beta_end beta_max beta_min beta_schedule
 beta_start block_length clip_denoised clip_sample clip_sample_range correct_steps corrector_k corrector_order

@@ -1,4 +1,4 @@
-"""Times as diffusers takes them, where kdiff's own differ; they have no names to `get` them by."""
+"""Time grids of diffusers that differ from kdiff's own; they cannot be obtained by name through `get`."""
 
 import numpy as np
 from keras import ops
@@ -25,15 +25,15 @@ __all__ = [
     "stretched",
 ]
 
-# What a step takes off t that diffusers makes of length 0: the network is asked, and nothing moves.
+# The decrement of t in a step that has length 0 in diffusers: the network is called, but x does not change.
 HAIR = 2.0**-22
 
 
 class LinspaceUnrounded(TimeGrid):
-    """`steps` equal spaces from T - 1 to 0, between the steps of the process where they fall there: Euler's, Heun's.
+    """`steps` equally spaced indices from T - 1 to 0, interpolated between steps of the process, for Euler and Heun.
 
-    diffusers draws a straight line through sigma / alpha there, and a table of kdiff through its logarithm: the times
-    are those at which that is the same.
+    diffusers interpolates sigma / alpha linearly, a table of kdiff its logarithm: the times are those at which both
+    agree.
     """
 
     named = False
@@ -43,7 +43,7 @@ class LinspaceUnrounded(TimeGrid):
         return np.linspace(num_steps - 1, 0, steps)
 
     def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
-        """Those of the indices; between i and i + 1, at (1 - f) s_i + f s_(i + 1)."""
+        """The times of the indices; between i and i + 1, at (1 - f) s_i + f s_(i + 1)."""
         times = super().above_zero(schedule, steps)
         if schedule.num_steps is None:
             return times
@@ -56,7 +56,7 @@ class LinspaceUnrounded(TimeGrid):
 
 
 class WithoutLast(TimeGrid):
-    """A grid of one step more, without the last of its times: DPM-Solver's and UniPC's in diffusers.
+    """A grid with one more step, without its last time, as in DPM-Solver and UniPC of diffusers.
 
     Args:
         grid: a `TimeGrid` or its name.
@@ -73,13 +73,13 @@ class WithoutLast(TimeGrid):
 
 
 class UpTo(TimeGrid):
-    """A grid by number on the first steps of the process alone, as `lambda_min_clipped` has it in diffusers.
+    """An index grid on only the first steps of the process, as with `lambda_min_clipped` in diffusers.
 
-    Of these, "trailing" has the spaces of the whole process, so that there may be fewer times than were asked for.
+    For these, "trailing" keeps the spacing of the whole process, so that there may be fewer times than requested.
 
     Args:
-        grid: a `TimeGrid` by number, or its name.
-        last: how many steps of the process there are to take.
+        grid: an index `TimeGrid`, or its name.
+        last: the number of steps of the process in use.
     """
 
     named = False
@@ -88,22 +88,22 @@ class UpTo(TimeGrid):
         self.grid, self.last = TimeGrid.get(grid), last
 
     def indices(self, num_steps: int, steps: int) -> np.ndarray:
-        """Those of the grid, of `last` steps."""
+        """The indices of the grid on `last` steps."""
         if isinstance(self.grid, Trailing):
             return np.round(np.arange(self.last, 0, -num_steps / steps)) - 1
         return self.grid.indices(self.last, steps)
 
 
 class WithFirst(TimeGrid):
-    """A grid, and after it the first step of the process: for runs that end there, with `Sampler(to_zero=False)`.
+    """A grid followed by the first step of the process, for runs that end there, with `Sampler(to_zero=False)`.
 
-    Stable Diffusion's end there (diffusers: `set_alpha_to_one` is false, or `final_sigmas_type` is "sigma_min"). A grid
-    that ends there itself, and any grid on a continuous schedule, is followed by a time a hair below: diffusers makes a
-    step of length 0 there, in which the network is asked once more and orders fall.
+    Stable Diffusion's runs end there (diffusers: `set_alpha_to_one` is false, or `final_sigmas_type` is "sigma_min").
+    If the grid itself ends there, or the schedule is continuous, the time that follows is slightly lower: diffusers
+    takes a step of length 0 there, in which the network is called again and the order drops.
 
     Args:
         grid: a `TimeGrid` or its name.
-        first: the time that follows, if the grid does not end there; None is the first step of the process.
+        first: the final time, if the grid does not end there; None for the first step of the process.
     """
 
     named = False
@@ -112,21 +112,21 @@ class WithFirst(TimeGrid):
         self.grid, self.first = TimeGrid.get(grid), first
 
     def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
-        """The times of the grid, and 1 / T, or a hair below the last."""
+        """The times of the grid, then 1 / T, or a time slightly below the last."""
         times, first = self.grid.above_zero(schedule, steps), self.first or schedule.first_time
         return np.append(times, first if first and times[-1] > first * 1.001 else times[-1] * (1.0 - HAIR))
 
 
 class Upwards(TimeGrid):
-    """A grid by number of a run to noise, read downwards, for `Sampler(to_zero=False)`: the noisiest of the steps that
-    there are to take, and those that a run to noise comes by on its way there:
+    """An index grid for inversion (a run to noise), in decreasing order, for `Sampler(to_zero=False)`: the noisiest
+    step in use, and the steps that lead to it:
 
         "linspace"    round(k (last - 1) / steps)            k = steps ... 0
         "leading"     last - 1;  k floor(last / (steps + 1)) + offset,    k = steps - 1 ... 0
 
     Args:
         grid: a `Leading` or a `Linspace`.
-        last: how many steps of the process there are to take.
+        last: the number of steps of the process in use.
     """
 
     named = False
@@ -135,21 +135,21 @@ class Upwards(TimeGrid):
         self.grid, self.last = TimeGrid.get(grid), last
 
     def above_zero(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
-        """The times, one more than `steps`."""
+        """The `steps` + 1 times."""
         return super().above_zero(schedule, steps + 1)
 
     def indices(self, num_steps: int, steps: int) -> np.ndarray:
-        """i, for one step less than these times."""
+        """The index i for one step fewer than these times."""
         return np.append(self.last - 1, self.grid.indices(self.last, steps)[1:])
 
 
 class Distilled(TimeGrid):
-    """The times of LCM and TCD: some of the `original` times that a network was distilled at,
+    """The times of LCM and TCD: a subset of the `original` times at which a network was distilled,
 
-        i = k T // original - 1,  k = original ... 1,     of which the number floor(j original / steps) is taken.
+        i = k T // original - 1,  k = original ... 1,     at the indices floor(j original / steps).
 
     Args:
-        original: how many there were.
+        original: the number of times at distillation.
     """
 
     named = False
@@ -161,7 +161,7 @@ class Distilled(TimeGrid):
         """i."""
         if steps > self.original:
             raise ValueError(
-                f"Distilled: `steps` must be at most {self.original}, those that the network was distilled at "
+                f"Distilled: `steps` must be at most {self.original}, the number at distillation "
                 f"(`original_inference_steps`); received: {steps}"
             )
         of_training = np.arange(self.original, 0, -1) * (num_steps // self.original) - 1
@@ -169,12 +169,12 @@ class Distilled(TimeGrid):
 
 
 class BetaSigmas(_Sigmas):
-    """s = sigma / alpha at the quantiles of a beta distribution between its ends, with both parameters 0.6; diffusers'
-    `use_beta_sigmas` (after Lee et al. 2024, arXiv:2407.12173, who take times so: `times.BetaQuantile`).
+    """s = sigma / alpha at the quantiles of a beta distribution between its ends, with both parameters 0.6; the
+    `use_beta_sigmas` of diffusers (Lee et al. 2024, arXiv:2407.12173, use quantiles of times: `times.BetaQuantile`).
 
     Args:
-        sigma_min: the last sigma / alpha above zero. None is the schedule's.
-        sigma_max: the first. None is the schedule's.
+        sigma_min: the last sigma / alpha above zero. None for that of the schedule.
+        sigma_max: the first. None for that of the schedule.
     """
 
     named = False
@@ -185,11 +185,11 @@ class BetaSigmas(_Sigmas):
 
 
 class Within(TimeGrid):
-    """A grid of noise levels between the first and the last of another grid, as diffusers' Euler has Karras' sigmas.
+    """A grid of noise levels between the first and last of another grid, as Karras sigmas in diffusers' Euler.
 
     Args:
-        noise: the grid of noise, such as `Karras()`; a `sigma_min` and a `sigma_max` that it has not are set.
-        ends: the grid from which they are.
+        noise: the grid of noise levels, such as `Karras()`; its `sigma_min` and `sigma_max` are set if they are None.
+        ends: the grid from which these are taken.
     """
 
     named = False
@@ -206,17 +206,17 @@ class Within(TimeGrid):
 
 
 class FlowMatching(TimeGrid):
-    """Rectified flow's times as diffusers takes them: `steps` equal spaces u, from 1 to the first step's, then shifted:
+    """The times of rectified flow in diffusers: `steps` equally spaced u from 1 to that of the first step, shifted:
 
         t = w(u),   w(u) = shift u / (1 + (shift - 1) u),   u = 1 ... w(1 / T).
 
     Args:
-        shift: above 1 there are more steps near the noise.
+        shift: above 1, there are more steps near the noise.
         num_steps: T.
-        last: the last u; None is w(1 / T).
-        terminal: where the last is moved to, with all others, as LTX has it; None leaves them.
-        noise: a grid of noise levels, such as `Karras()`, which are then taken between the first and the last t, as if
-            they were t; None leaves t.
+        last: the last u; None for w(1 / T).
+        terminal: the value to which the last t is moved, all others stretched, as in LTX; None for no change.
+        noise: a grid of noise levels, such as `Karras()`, used as values of t between its first and its last; None for
+            none.
     """
 
     named = False
@@ -243,16 +243,16 @@ class FlowMatching(TimeGrid):
 
 
 class FlowSigmas(TimeGrid):
-    """Rectified flow's times as the solvers of diffusers take them that have `use_flow_sigmas`, t = w(u):
+    """The times of rectified flow in the solvers of diffusers with `use_flow_sigmas`, t = w(u):
 
         "ends below"     u = 1 - 1 / T ... 0 in `steps` + 1 values, without the last        DPM-Solver, DEIS, SASolver
         "begins at one"  u = 1 ... 1 / T in `steps` + 1 values, without the last            UniPC; its first is 1 - 1e-6
 
     Args:
-        shift: of w, as of `FlowMatching`.
+        shift: of w, as in `FlowMatching`.
         num_steps: T.
-        from_one: whether it begins at one.
-        terminal: where the last is moved to, with all others, as LTX has it; None leaves them.
+        from_one: whether u begins at 1.
+        terminal: the value to which the last t is moved, all others stretched, as in LTX; None for no change.
     """
 
     named = False
@@ -269,26 +269,26 @@ class FlowSigmas(TimeGrid):
         ends = (1.0, last) if self.from_one else (1.0 - last, 0.0)
         times = stretched(self._warp(np.linspace(*ends, steps + 1)[:-1]), self.terminal)
         times, labels = np.minimum(times, 1.0 - 1e-6), times * self.num_steps
-        # diffusers cuts 99.99999999999999, which 0.1 has become, to 99: such a time is moved below what float32 takes
-        # for 100, and so is `times.RoundedLabel`.
+        # diffusers truncates 99.99999999999999, the result of rounding, to 99: such a time is moved below the float32
+        # neighbourhood of 100, also for `times.RoundedLabel`.
         whole = np.ceil(labels)
         return np.where((labels < whole) & (whole - labels < 1e-9), (whole - 2e-3) / self.num_steps, times)
 
 
 def stretched(times: np.ndarray, terminal: float | None) -> np.ndarray:
-    """1 - t divided so that the last t is `terminal`, in diffusers' order."""
+    """Rescales 1 - t so that the last t is `terminal`, in the order of operations of diffusers."""
     return times if terminal is None else 1.0 - (1.0 - times) / ((1.0 - times[-1]) / (1.0 - terminal))
 
 
 class Consistent(Karras):
-    """Karras' noise levels at some of the `num_steps` that a consistency model was distilled at: the numbers
-    0, T // steps, 2 (T // steps), ..., from `sigma_max` on; fewer of them do not come near `sigma_min`.
+    """Karras' noise levels at a subset of the `num_steps` at which a consistency model was distilled: the indices
+    0, T // steps, 2 (T // steps), ..., from `sigma_max` down; with few steps they end far above `sigma_min`.
 
     Args:
         num_steps: T.
-        rho: as of `Karras`.
-        sigma_min: as of `Karras`.
-        sigma_max: as of `Karras`.
+        rho: as in `Karras`.
+        sigma_min: as in `Karras`.
+        sigma_max: as in `Karras`.
     """
 
     named = False
@@ -305,7 +305,7 @@ class Consistent(Karras):
 
 
 class SineSquared(TimeGrid):
-    """Times at which sin(pi t / 2) = sin(pi u / 2)^2, u = 1 ... 1 / steps: those of diffusers' IPNDM."""
+    """Times at which sin(pi t / 2) = sin(pi u / 2)^2, u = 1 ... 1 / steps: the grid of IPNDM in diffusers."""
 
     named = False
 
@@ -315,7 +315,7 @@ class SineSquared(TimeGrid):
 
 
 class Uniform(TimeGrid):
-    """1 ... 1 / steps, and a hair above 0, for runs that end there with `Sampler(to_zero=False)`: Wuerstchen's."""
+    """1 ... 1 / steps, then slightly above 0, for runs that end there with `Sampler(to_zero=False)`: Wuerstchen's."""
 
     named = False
 

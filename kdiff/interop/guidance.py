@@ -1,4 +1,4 @@
-"""Guidance as diffusers has it, where kdiff's own differs; it has no name to `get` it by."""
+"""Guidance of diffusers that differs from kdiff's own; it cannot be obtained by name through `get`."""
 
 from keras import ops
 
@@ -9,7 +9,7 @@ __all__ = ["LowThreshold"]
 
 
 class LowThreshold(Guidance):
-    """diffusers' dynamic thresholding with a `sample_max_value` below 1, which alone then counts:
+    """Dynamic thresholding of diffusers with a `sample_max_value` below 1, which is then the only threshold:
 
         x_hat <- clip(x_hat, -limit, limit) / limit.
 

@@ -1,6 +1,6 @@
-"""Files of textual inversions: vectors of tokens that text encoders do not know.
+"""Files of textual inversion: embeddings of new tokens for text encoders.
 
-    load(model, "learned_embeds.safetensors")                   # of a token that the file names
+    load(model, "learned_embeds.safetensors")                   # the file names the token
     load(model, "charturner.pt", token="charturner")
     images = model.sample(4, text="a <cat-toy> on a beach")
 
@@ -10,7 +10,7 @@
 | A1111's `.pt` | "string_to_param": {"*": (count, width)}, "name": token; its `.safetensors` "emb_params" alone |
 | of Stable Diffusion XL | "clip_l" and "clip_g": (count, width) of either encoder |
 
-A token of several vectors stands for the tokens that diffusers would put in its place: `<toy> <toy>_1 <toy>_2`.
+A token of several vectors expands to the same tokens as in diffusers: `<toy> <toy>_1 <toy>_2`.
 """
 
 from collections.abc import Mapping
@@ -26,27 +26,27 @@ from kdiff.interop.unsupported import listing
 
 __all__ = ["NAMES", "load", "read", "save"]
 
-NAMES = ("learned_embeds.safetensors", "learned_embeds.bin")  # which diffusers looks for in a folder
+NAMES = ("learned_embeds.safetensors", "learned_embeds.bin")  # the names that diffusers looks for in a folder
 _OF_XL = ("clip_l", "clip_g")
-_UNNAMED = ("*", "emb_params")  # of files whose token has the file's name
+_UNNAMED = ("*", "emb_params")  # in these files the token is named after the file
 
 
 def load(model: Any, source: str | Path | Mapping[str, Any], token: str | None = None) -> str:
-    """Adds the token of a file to the text of a model: its tokenizers know it, and its encoders have the vectors.
+    """Adds the token of a file to the tokenizers of a model, and its vectors to the encoders.
 
-    Of a file for one encoder the first of this width gets it; for others the token is letters, as in diffusers.
+    The vectors for one encoder go to the first of this width; other encoders see plain text, as in diffusers.
 
     Args:
         model: a `DiffusionModel` or its network, built, with CLIP's text encoders.
-        source: a file, a folder with one of `NAMES`, or what such a file holds.
-        token: what it is called; None for its name in the file, or if there is none, that of the file.
+        source: a file, a folder with one of `NAMES`, or the content of such a file.
+        token: the name of the token; None for the name in the file or, if there is none, of the file.
 
     Returns:
-        the token.
+        The token.
 
     Raises:
-        ValueError: if the file is missing or damaged, or no textual inversion; if it has no name; if no encoder is of
-            its width; if the vocabulary has the token. Then nothing has been changed.
+        ValueError: if the file is missing, damaged, or not a textual inversion; if it has no name; if no encoder has
+            its width; if the vocabulary has the token. In these cases nothing is changed.
     """
     name, vectors, where = _read(source, token)
     prompt = inversion.prompt_of(model, "inversions.load")
@@ -62,7 +62,7 @@ def load(model: Any, source: str | Path | Mapping[str, Any], token: str | None =
 
 
 def read(source: str | Path | Mapping[str, Any], token: str | None = None) -> tuple[str, list[np.ndarray]]:
-    """(token, vectors (count, width) for each encoder that has some), as of `load`."""
+    """(token, vectors (count, width) for each encoder concerned); arguments as in `load`."""
     return _read(source, token)[:2]
 
 
@@ -78,7 +78,7 @@ def _read(source, token) -> tuple[str, list[np.ndarray], str]:
         )
     token = names[0] if token is None else token
     if not isinstance(token, str) or not token:
-        raise ValueError(f"{where}: does not say what its token is called; give `token`; received: {token!r}")
+        raise ValueError(f"{where}: has no name for its token; give `token`; received: {token!r}")
     vectors = [np.asarray(array, "float32") for array in arrays]
     vectors = [one[None] if one.ndim == 1 else one for one in vectors]
     for one in vectors:
@@ -88,7 +88,7 @@ def _read(source, token) -> tuple[str, list[np.ndarray], str]:
 
 
 def _opened(source) -> tuple[State, str | None, str]:
-    """(arrays by name, the name of the token, the name for errors)."""
+    """(arrays by name, the name of the token, the name of the source for errors)."""
     if isinstance(source, Mapping):
         return *_tensors(source, None, "the mapping"), "the mapping"
     path = Path(source)
@@ -103,7 +103,7 @@ def _opened(source) -> tuple[State, str | None, str]:
 
 
 def _tensors(content: Any, stem: str | None, where: str) -> tuple[State, str | None]:
-    """The vectors by name, and the name of the token where that is none."""
+    """The vectors by name, and the name of the token if not among these."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{where}: must hold vectors by name; received: {type(content).__name__}")
     name = stem
@@ -111,7 +111,7 @@ def _tensors(content: Any, stem: str | None, where: str) -> tuple[State, str | N
         said = content.get("name")
         name = said if isinstance(said, str) and said else stem
         content = content["string_to_param"]
-        content = getattr(content, "state", None) or content  # a `ParameterDict` that was pickled whole
+        content = getattr(content, "state", None) or content  # a pickled `ParameterDict`
         content = content.get("_parameters", content) if isinstance(content, Mapping) else {}
     arrays = {str(key): value for key, value in content.items() if hasattr(value, "shape")}
     return {key: array_of(value, key, where) for key, value in arrays.items()}, name
@@ -119,13 +119,13 @@ def _tensors(content: Any, stem: str | None, where: str) -> tuple[State, str | N
 
 @deprecated.arguments(averages="ema")
 def save(model: Any, token: str, path: str | Path, ema: bool = True) -> None:
-    """Writes the vectors of a token in diffusers' form: {token: (count, width)}; of two encoders "clip_l", "clip_g".
+    """Writes the vectors of a token in the format of diffusers: {token: (count, width)}; for two, "clip_l", "clip_g".
 
     Args:
         model: a `DiffusionModel` or its network, to which `inversion.add` or `load` has added the token.
-        token: its name.
-        path: of the file, `.safetensors`, or of a folder, for diffusers' name in it.
-        ema: whether to write the averages of vectors that learn, if a model has averages that were moved.
+        token: the name of the token.
+        path: a `.safetensors` file, or a folder, in which the default name of diffusers is used.
+        ema: whether to write averages of trained vectors, if the model has averages that have been updated.
 
     Raises:
         ValueError: if no encoder has the token.

@@ -1,18 +1,19 @@
-"""IP-Adapter: files that let a U-Net of Stable Diffusion attend to an image beside its text.
+"""IP-Adapter: files that let a U-Net of Stable Diffusion attend to an image in addition to its text.
 
     load(model, "ip-adapter_sd15.safetensors", "image_encoder")
     images = model.sample(4, text="best quality", image_prompt=image, guidance=7.5)
-    set_scale(model, 0.6)                             # of what the image adds
-    set_scale(model, 0.0, r"/down_")                  # in some of the layers alone
+    set_scale(model, 0.6)                             # scales the contribution of the image
+    set_scale(model, 0.0, r"/down_")                  # only in some layers
 
-| file | an image is | its tokens |
+| file | the image is given as | its tokens |
 |---|---|---|
-| `ip-adapter_sd15`, `_sd15_light`, `_sdxl`, `_sdxl_vit-h` | the vector of CLIP's encoder | 4, of a dense layer |
-| `ip-adapter-plus_...`, `ip-adapter-plus-face_...` | its tokens before the last block | 16, of a `blocks.Resampler` |
+| `ip-adapter_sd15`, `_sd15_light`, `_sdxl`, `_sdxl_vit-h` | the vector of CLIP's encoder | 4, from a dense layer |
+| `ip-adapter-plus_...`, `ip-adapter-plus-face_...` | its tokens before the last block | 16, from a `blocks.Resampler` |
 
     image_proj.{proj, norm} or .{latents, proj_in, layers, proj_out, norm_out}
-    ip_adapter.{1, 3, 5 ...}.{to_k_ip, to_v_ip}.weight    of the attention number 1, 3, ...: first on the way down,
-                                                          then up, then in the middle; even ones are to x itself
+    ip_adapter.{1, 3, 5 ...}.{to_k_ip, to_v_ip}.weight    for attention layers 1, 3, ...: first the encoder,
+                                                          then the decoder, then the middle; even ones are
+                                                          self-attention
 """
 
 import re
@@ -43,12 +44,12 @@ __all__ = ["CONDITION", "HEAD_WIDTH", "RESAMPLER", "TOKENS", "UNKNOWN", "load", 
 
 CONDITION = "image_prompt"
 TOKENS, HEAD_WIDTH = 4, 64
-# Kinds of file that are not loaded, by what only they have.
+# Kinds of files that are not supported, by an array that only they have.
 UNKNOWN = {
     "perceiver_resampler.proj_in.weight": "FaceID Plus",
     "proj.3.weight": "Full Face",
     "proj.2.weight": "FaceID",
-    "time_embedding.linear_1.weight": "one whose tokens change with the time",
+    "time_embedding.linear_1.weight": "time-dependent tokens",
 }
 RESAMPLER = {
     Resampler: {
@@ -78,25 +79,28 @@ def load(
     encoder: CLIPVision | str | Path | None = None,
     scale: float = 1.0,
 ) -> None:
-    """Gives a model the condition "image_prompt", whose value is an image, or None, or what the encoder makes of one.
+    """Adds the condition "image_prompt" to a model: an image, None, or the output of the encoder.
 
-    Nothing of it learns. A model has one at most; it is a part of the model, and is saved with it.
+    It is frozen. A model has at most one; it is part of the model, and saved with it.
 
     Args:
-        model: a `DiffusionModel` with a `UNet` that attends to a text, or its network; built.
-        source: a file, `.safetensors` or `.bin`, or what it holds: {"image_proj": ..., "ip_adapter": ...}, or the names
-            in one mapping with dots.
-        encoder: CLIP's encoder of images that it was trained with, or its folder; None if the condition is given as the
-            vector that this makes, which a file of the second kind does not allow, for it must know a black image.
-        scale: of what the image adds to the attention.
+        model: a built `DiffusionModel` with a `UNet` that attends to a text, or its network.
+        source: a file, `.safetensors` or `.bin`, or its content: {"image_proj": ..., "ip_adapter": ...}, or one mapping
+            with dotted names.
+        encoder: the image encoder of CLIP with which it was trained, or its folder; None if the condition is given as
+            the output vector of the encoder (not for files of the second kind, which need the encoding of a black
+            image).
+        scale: of the contribution of the image to the attention.
 
     Raises:
-        ValueError: if the file is missing or damaged, none of these, or one of FaceID; if it does not fit the network
-            or the encoder. Then nothing has been changed.
+        ValueError: if the file is missing, damaged, of another kind, or of FaceID; if it does not match the network or
+            the encoder. In these cases nothing is changed.
     """
     network = getattr(model, "network", model)
     if not isinstance(network, UNet) or not network.built or CONDITION in network.conditions:
-        raise ValueError(f"ip_adapters.load: must be of a built UNet without {CONDITION!r}; received: {network!r:.80}")
+        raise ValueError(
+            f"ip_adapters.load: the network must be a built UNet without {CONDITION!r}; received: {network!r:.80}"
+        )
     state, where = _read(source)
     layers = _attentions(network)
     projection = {key.removeprefix("image_proj."): one for key, one in state.items() if key.startswith("image_proj.")}
@@ -124,15 +128,15 @@ def load(
 
 
 def set_scale(model: keras.layers.Layer, scale: float, where: str = "") -> None:
-    """Sets the scale of what the image adds to the attention; 0 is as if there were no image.
+    """Sets the scale of the contribution of the image to the attention; 0 disables it.
 
     Args:
         model: a `DiffusionModel` or its network.
         scale: the factor.
-        where: a regular expression that is searched for in the paths of layers, such as "u_net/down_0/..."; "" for all.
+        where: a regular expression searched in the paths of layers, such as "u_net/down_0/..."; "" for all.
 
     Raises:
-        ValueError: if there is no such layer.
+        ValueError: if no layer matches.
     """
     network = getattr(model, "network", model)
     layers = [
@@ -142,7 +146,7 @@ def set_scale(model: keras.layers.Layer, scale: float, where: str = "") -> None:
     found = [one for path, one in paths.items() if re.search(where, path)]
     if not found:
         raise ValueError(
-            f"set_scale: `where` must be found in the path of an attention, {list(paths)}; received: {where!r}"
+            f"set_scale: `where` must match the path of an attention layer, {list(paths)}; received: {where!r}"
         )
     for one in found:
         one.beside.scale.assign(float(scale))
@@ -164,7 +168,7 @@ def _read(source) -> tuple[State, str]:
 
 
 def _attentions(network: UNet) -> list[MultiHeadAttention]:
-    """Those to the context, in the order of the file."""
+    """The attention layers to the context, in the order of the file."""
     found = {}
     for slot in unet_slots(network):
         if re.search(r"\.attn2\.to_q\.weight$", slot.name):
@@ -181,7 +185,7 @@ def _attentions(network: UNet) -> list[MultiHeadAttention]:
 
 
 def _projection(state: State, where: str) -> tuple[Any, tuple[int, ...]]:
-    """(the layer that makes tokens, the shape of what it takes of an image; None where that is not known)."""
+    """(the layer from an image to tokens, the shape of its input, with None for unknown sizes)."""
     refused = [kind for name, kind in UNKNOWN.items() if name in state]
     base, plus = (
         {"proj.weight", "proj.bias", "norm.weight", "norm.bias"},
@@ -189,8 +193,8 @@ def _projection(state: State, where: str) -> tuple[Any, tuple[int, ...]]:
     )
     if refused or not (set(state) == base or plus <= set(state)):
         raise ValueError(
-            f"{where}: an IP-Adapter must have one dense layer or a resampler for the image; this is "
-            + (f"of the kind {refused[0]}" if refused else f"{list(state)[:5]}")
+            f"{where}: an IP-Adapter must have one dense layer or a resampler for the image; received "
+            + (f"the kind {refused[0]}" if refused else f"{list(state)[:5]}")
         )
     with explained(where):
         if set(state) == base:
@@ -209,13 +213,13 @@ def _projection(state: State, where: str) -> tuple[Any, tuple[int, ...]]:
 def _condition(layer, row, encoder, where) -> ImagePrompt:
     of_tokens = isinstance(layer, Resampler)
     if encoder is None and of_tokens:
-        raise ValueError(f"{where}: needs an `encoder`, for the tokens of a black image stand for none")
+        raise ValueError(f"{where}: needs an `encoder`, since the tokens of a black image represent no image")
     if encoder is None:
         return ImagePrompt(layer, row=row)
     width = encoder.width if of_tokens else encoder.projection or encoder.width
     if width != row[-1] or (of_tokens and encoder.skip != 1):
         raise ValueError(
-            f"{where}: must have the encoder that it was trained with, which gives {row[-1]} numbers"
+            f"{where}: needs the encoder with which it was trained, of output width {row[-1]}"
             + (", and `skip=1`" if of_tokens else "")
             + f"; received {width}{f', and skip={encoder.skip}' if of_tokens else ''}"
         )
@@ -226,7 +230,7 @@ def _check_width(state, layers, where) -> None:
     count = len({name.split(".")[1] for name in state if name.startswith("ip_adapter.")})
     if count != len(layers):
         raise ValueError(
-            f"{where}: is of a network that attends to its text {count} times; this does {len(layers)} times"
+            f"{where}: is for a network with {count} layers of attention to text; this one has {len(layers)}"
         )
 
 
@@ -246,7 +250,7 @@ def _attention_slots(made: list[DecoupledAttention]) -> Iterator[Slot]:
 
 
 def _complete(state: State, layer: Any) -> State:
-    """The arrays without the batch of one, and with biases of 0, which the resampler's attention does not have."""
+    """The arrays without the batch axis, and with zero biases, which the attention of the resampler lacks."""
     state = dict(state)
     if isinstance(layer, Resampler):
         state["image_proj.latents"] = np.asarray(state["image_proj.latents"])[0]

@@ -1,9 +1,9 @@
-"""Kandinsky 2.2 of diffusers: a prior, whose folder has both encoders of CLIP, and a decoder of its embeddings.
+"""Kandinsky 2.2 in diffusers: a prior, whose folder has both encoders of CLIP, and a decoder of its embeddings.
 
 | folder | here |
 |---|---|
-| of the prior: `prior`, `scheduler`, `text_encoder`, `tokenizer` | a model of embeddings, of a text |
-| its `image_encoder`, `image_processor` | with the text's encoder the `clip` of an `UnCLIP` |
+| of the prior: `prior`, `scheduler`, `text_encoder`, `tokenizer` | a model of embeddings, given a text |
+| its `image_encoder`, `image_processor` | with the text encoder, the `clip` of an `UnCLIP` |
 | of the decoder: `unet`, `scheduler`, `movq` | a model of images, with the condition "image_embeds" |
 
     prior, decoder = load("kandinsky-2-2-prior"), load("kandinsky-2-2-decoder")
@@ -11,8 +11,8 @@
     unclip.sample(1, text="a red circle", prior={"guidance": 4.0, "steps": 25}, decoder={"guidance": 4.0, "steps": 50})
     unclip.variations(photo, 4, decoder={"guidance": 4.0, "steps": 50})
 
-In the `UnCLIP` the embedding of pixels that are zero to CLIP stands for no image, as diffusers' prior gives it.
-One folder may have both, with "prior_" before the names of the prior's.
+In the `UnCLIP` "no image" is represented by the embedding of zero pixels (after CLIP's normalisation), as in the prior
+of diffusers. One folder may hold both, with the prefix "prior_" for the parts of the prior.
 """
 
 from collections.abc import Mapping
@@ -54,7 +54,7 @@ def _parts(folder: Path, prefix: str = "") -> _Parts:
 
 
 def prior_of(folder: Path, strict: bool = True, variant: str | None = None) -> DiffusionModel:
-    """The prior of its folder."""
+    """Loads the prior in a folder."""
     parts = _parts(folder)
     text = unclip.prompt(parts.text_encoder, parts.tokenizer, variant)
     return unclip.prior_model(parts.prior, parts.scheduler, text, strict, variant)
@@ -63,16 +63,16 @@ def prior_of(folder: Path, strict: bool = True, variant: str | None = None) -> D
 def before(
     folder: Path, index: Mapping[str, Any], prior: str | Path | None, strict: bool, variant: str | None
 ) -> unclip.Before | None:
-    """What comes before the network of a decoder; None where there is no prior.
+    """The models before the network of a decoder; None if there is no prior.
 
     Args:
         folder: of the decoder.
         index: its `model_index.json`.
-        prior: the folder of its prior; None for one in the same folder, or none.
-        strict, variant: as of `diffusers.load`.
+        prior: the folder of its prior; None for one in the same folder, if any.
+        strict, variant: as in `diffusers.load`.
 
     Raises:
-        ValueError: if there is a `prior` that is none, or what it is for is no such decoder.
+        ValueError: if `prior` is not a prior, or `folder` not such a decoder.
     """
     name = index.get("_class_name")
     if prior is None and name not in COMBINED:
@@ -81,7 +81,7 @@ def before(
         kind = read_json(Path(prior) / "model_index.json").get("_class_name")
         if name not in DECODERS or kind not in PRIORS:
             raise ValueError(
-                f"{folder}: a `prior` is the folder of one of {list(PRIORS)} for one of {list(DECODERS)}; received "
+                f"{folder}: `prior` must be the folder of one of {list(PRIORS)}, for one of {list(DECODERS)}; received "
                 f"{kind!r} for {name!r}"
             )
     parts = _parts(folder, "prior_") if prior is None else _parts(Path(prior))
@@ -95,15 +95,15 @@ def before(
 
 
 def conditioned(described: Described, absent: np.ndarray) -> Described:
-    """A network that is not built, with what stands for no image.
+    """An unbuilt network with the embedding that represents no image.
 
     Raises:
-        ValueError: if it takes no embedding of an image, or of another width.
+        ValueError: if it does not take an image embedding of this width.
     """
     network, shape = described.network, described.shapes.get(CONDITION)
     if shape is None or shape[-1] != len(absent):
         raise ValueError(
-            f"the network must take embeddings of {len(absent)} numbers, as the prior makes; it takes {shape}"
+            f"the network must take embeddings of width {len(absent)}, as the prior returns; it takes {shape}"
         )
     layer = OptionalCondition(network.conditions[CONDITION], absent, dropout=0.0)
     network.conditions = {**network.conditions, CONDITION: layer}

@@ -1,15 +1,15 @@
-"""KerasCV's weights of Stable Diffusion 1.4 and 2.1, in HDF5, by the names of the code that trained them.
+"""KerasCV's weights of Stable Diffusion 1.4 and 2.1, in HDF5, renamed to the original names.
 
     model = load("kcv_diffusion_model.h5", "kcv_encoder.h5", "kcv_decoder.h5", "vae_encoder.h5",
                  tokenizer="clip-vit-large-patch14")
     images = model.sample(4, text="a red circle", guidance=7.5)
 
-Both forms of a file are read: the one of Keras 2, in which the published files are, and Keras 3's `.weights.h5`.
-Neither says what a layer is but by its class, and by its place among those of its class: the tables below say it.
+Both formats are read: that of Keras 2, in which the published files are, and `.weights.h5` of Keras 3. In either, a
+layer is identified only by its class and its position among the layers of its class: see the tables below.
 
-The network that is made computes as Stable Diffusion does. KerasCV's own differs from it in three ways, of which the
-images show little: its GELUs are the approximation by tanh, the epsilons of norms before attention and in the
-autoencoder are 1e-5 in place of 1e-6, and texts for version 2 are filled up with the token of the end in place of 0.
+The resulting network computes as Stable Diffusion does. KerasCV's own differs in three ways with little effect on
+images: its GELUs are the tanh approximation, the epsilon of norms before attention and in the autoencoder is 1e-5
+instead of 1e-6, and texts for version 2 are padded with the end token instead of 0.
 """
 
 import re
@@ -27,8 +27,8 @@ from kdiff.model import DiffusionModel
 
 __all__ = ["KINDS", "LAYERS", "Kind", "load", "read"]
 
-# The layers inside of one, in the order in which they are made: their path, what they are called there, and how many
-# arrays each has.
+# The inner layers of a layer, in the order of their creation: their path, their original name, and the number of arrays
+# of each.
 _RESIDUAL = (
     ("entry_flow/group_normalization", "in_layers.0", 2),
     ("entry_flow/padded_conv2d/conv2d", "in_layers.2", 2),
@@ -82,11 +82,11 @@ LAYERS = {
 
 
 class Kind(NamedTuple):
-    """One of the models that KerasCV's Stable Diffusion is made of.
+    """One of the models of KerasCV's Stable Diffusion.
 
     Attributes:
-        prefix: of the names there.
-        layers: what each layer of a class is called, in the order of their class; of `None` there may be any number.
+        prefix: of the original names.
+        layers: the original names of the layers of each class, in order; None allows any number.
     """
 
     prefix: str
@@ -133,36 +133,38 @@ KINDS = {
     "decoder": Kind("first_stage_model.decoder.", _half("up")),
     "image encoder": Kind("first_stage_model.encoder.", _half("down")),
 }
-_WIDTH_2 = 1024  # of the text of version 2, whose encoder is OpenCLIP's
+_WIDTH_2 = 1024  # the width of the text encoder of version 2, OpenCLIP's
 
 
 def load(*sources: str | Path, tokenizer: Any = None, **options: Any) -> DiffusionModel:
-    """KerasCV's Stable Diffusion 1.4 or 2.1, from its files in any order, told apart by what is in them.
+    """Loads KerasCV's Stable Diffusion 1.4 or 2.1 from its files, in any order, identified by their content.
 
-    `sample` is as the published folders of diffusers have it; see `single_files.load`.
+    `sample` behaves as for the published folders of diffusers; see `single_files.load`.
 
     Args:
-        sources: the file of the diffusion model, and those of the text encoder, and of the decoder and the image
-            encoder, which go together; without these the model gives latents.
-        tokenizer: of CLIP, as of `single_files.load`; None for no text, whose embeddings are then given.
-        options: others of `single_files.load`, such as `ema`.
+        sources: the file of the diffusion model, and optionally those of the text encoder, and of the decoder and the
+            image encoder, which go together; without these two the model returns latents.
+        tokenizer: of CLIP, as in `single_files.load`; None for text given as embeddings.
+        options: other arguments of `single_files.load`, such as `ema`.
 
     Raises:
-        ValueError: if a file is missing or damaged, or none of these; if two are of one kind; if one is missing.
+        ValueError: if a file is missing or damaged, or of another kind; if two are of one kind; if one is missing.
     """
     state, kinds = _read(sources)
     if "diffusion model" not in kinds:
-        raise ValueError(f"keras_cv.load: one file must be that of the diffusion model; received: {sorted(kinds)}")
+        raise ValueError(f"keras_cv.load: one of the files must be the diffusion model; received: {sorted(kinds)}")
     halves = {"decoder", "image encoder"}
     if len(halves & kinds) == 1:
-        raise ValueError(f"keras_cv.load: the autoencoder is the files of {sorted(halves)}; received: {sorted(kinds)}")
+        raise ValueError(
+            f"keras_cv.load: the autoencoder needs the files of {sorted(halves)}; received: {sorted(kinds)}"
+        )
     if tokenizer is not None and "text encoder" not in kinds:
         raise ValueError(f"keras_cv.load: a `tokenizer` needs the file of the text encoder; received: {sorted(kinds)}")
     return single_files.load(state, tokenizer, **{"velocity": False, **options})
 
 
 def read(*sources: str | Path) -> State:
-    """The arrays of such files by the names that one file of Stable Diffusion has, and in its layout.
+    """The arrays of such files, with the names and layout of a single file of Stable Diffusion.
 
     `autoencoders.original(read("kcv_decoder.h5", "vae_encoder.h5"))` is the codec alone.
     """
@@ -182,12 +184,12 @@ def _read(sources) -> tuple[State, set[str]]:
 
 
 def _one(path: Path) -> tuple[str, State]:
-    """(kind, arrays) of a file, which is read when they are."""
+    """(kind, arrays) of a file, read lazily."""
     check_is_itself(path)
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        raise ValueError(f"{path}: not a whole HDF5 file: {error}") from error
+        raise ValueError(f"{path}: not a complete HDF5 file: {error}") from error
     layers = list(_of_keras_2(file) if "layer_names" in file.attrs else _of_keras_3(file))
     found: dict[str, list[list[list[Any]]]] = {}
     for name, parts in layers:
@@ -218,7 +220,7 @@ def _class_of(name: str) -> str:
 
 
 def _of_keras_2(file: h5py.File) -> Iterator[tuple[str, list[list[Any]]]]:
-    """(class, arrays of each layer inside) of the layers with weights, in the order that they were made in."""
+    """(class, arrays of each layer inside) of the layers with weights, in the order of creation."""
     for name in file.attrs["layer_names"]:
         group = file[name]
         arrays = [group[one] for one in group.attrs["weight_names"]]
@@ -226,7 +228,7 @@ def _of_keras_2(file: h5py.File) -> Iterator[tuple[str, list[list[Any]]]]:
             continue
         name = _class_of(name if isinstance(name, str) else name.decode())
         counts = [count for _, _, count in LAYERS.get(name, ())]
-        if sum(counts) - len(arrays) == 2 and counts[-1] == 2:  # no projection beside the residual
+        if sum(counts) - len(arrays) == 2 and counts[-1] == 2:  # no projection in the shortcut
             counts[-1] = 0
         if sum(counts) != len(arrays):
             raise ValueError(f"{file.filename}: layers of {name!r} have {counts} arrays; received: {len(arrays)}")
@@ -235,7 +237,7 @@ def _of_keras_2(file: h5py.File) -> Iterator[tuple[str, list[list[Any]]]]:
 
 
 def _of_keras_3(file: h5py.File) -> Iterator[tuple[str, list[list[Any]]]]:
-    """The same of a file that has each layer's arrays at the path of its attributes."""
+    """As `_of_keras_2`, for files with arrays at the attribute paths of their layers."""
     if "layers" not in file:
         raise ValueError(f"{file.filename}: must be the weights of a Keras model; it has: {list(file)[:5]}")
     for name in sorted(file["layers"], key=lambda one: int((re.findall(r"_(\d+)$", one) or ["0"])[0])):
@@ -244,7 +246,7 @@ def _of_keras_3(file: h5py.File) -> Iterator[tuple[str, list[list[Any]]]]:
             continue
         parts = [_vars(group, path) for path, _, _ in LAYERS.get(kind, ())]
         if sum(map(len, parts)) != _count(group):
-            raise ValueError(f"{file.filename}: {name!r} is no layer of KerasCV's Stable Diffusion: {list(group)}")
+            raise ValueError(f"{file.filename}: {name!r} is not a layer of KerasCV's Stable Diffusion: {list(group)}")
         yield kind, parts
 
 
@@ -263,13 +265,13 @@ def _vars(group: h5py.Group, paths: str) -> list[Any]:
 
 
 def _arrays(stem: str, arrays: list[Any], path: Path) -> State:
-    """Kernel and bias, gamma and beta, or embeddings, as PyTorch lays them out."""
+    """Kernel and bias, gamma and beta, or embeddings, in the layout of PyTorch."""
     state: State = {}
     for ending, array in zip(("weight", "bias"), arrays, strict=False):
         wanted = array.ndim in (1, 2, 4) and array.dtype.kind == "f" and (ending == "weight" or array.ndim == 1)
         if not wanted or len(arrays) > 2:
             raise ValueError(
-                f"{path}: {stem}.{ending} has the shape {array.shape}, of {array.dtype}, as no such layer has"
+                f"{path}: {stem}.{ending} has the shape {array.shape} and type {array.dtype}, which no such layer has"
             )
         axes = {4: (3, 2, 0, 1), 2: (0, 1) if "embedding" in stem else (1, 0), 1: (0,)}[array.ndim]
         shape = tuple(array.shape[axis] for axis in axes)
@@ -282,7 +284,7 @@ def _reading(array: Any, axes: tuple[int, ...]):
 
 
 def _as_trained(prefix: str, state: State) -> State:
-    """The names of the whole file; those of version 2's text are OpenCLIP's."""
+    """The names of a single file; those of the text encoder of version 2 are OpenCLIP's."""
     table = state.get("embeddings.token_embedding.weight")
     if table is not None and table.shape[1] == _WIDTH_2:
         return _open_clip(state)
@@ -304,7 +306,7 @@ _OPEN_CLIP = {
 
 
 def _open_clip(state: State) -> State:
-    """OpenCLIP's names, which has the projections to queries, keys and values in one array."""
+    """The names of OpenCLIP, in which one array holds the projections to queries, keys and values."""
     named: State = {}
     for name, array in state.items():
         called, found = name, re.fullmatch(r"(.+\.self_attn\.)q_proj\.(weight|bias)", name)

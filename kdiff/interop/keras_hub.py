@@ -1,11 +1,11 @@
-"""KerasHub's presets of Stable Diffusion 3 and 3.5: `config.json` and `model.weights.h5`, without KerasHub.
+"""Presets of KerasHub for Stable Diffusion 3 and 3.5, `config.json` and `model.weights.h5`, read without KerasHub.
 
     model = load("stable_diffusion_3_medium", tokenizer="clip-vit-large-patch14")
     images = model.sample(4, text="a red circle", guidance=7.0)
 
-It is the `DiffusionModel` that `single_files.load` makes of the published file of the same weights: each array is given
-the name that it has there. The presets have both encoders of CLIP, and not T5, in whose place KerasHub has 77 zeros,
-and so has this model. CLIP's last norm has the epsilon that CLIP has, 1e-5; KerasHub's has 1e-6.
+The result is the `DiffusionModel` that `single_files.load` makes from the published file of the same weights: each
+array is renamed to its name there. The presets have both encoders of CLIP but not T5, which KerasHub replaces by 77
+zeros, as this model does. The last norm of CLIP has epsilon 1e-5, as in CLIP; KerasHub uses 1e-6.
 """
 
 import re
@@ -28,8 +28,8 @@ __all__ = ["CLASS", "CLIP", "MMDIT", "VAE", "WEIGHTS", "load", "read_h5", "renam
 
 CLASS, WEIGHTS = "StableDiffusion3Backbone", "model.weights.h5"
 
-# KerasHub's names, as regular expressions of the layers' paths, and those of the one file; "#" is the number of a layer
-# in a list, of which Keras calls the first without one.
+# KerasHub's names, as regular expressions of layer paths, and those of the single file; "#" is the index of a layer in
+# a list, which Keras omits for the first.
 MMDIT = {
     r"patch_embedding/patch_embedding": "x_embedder.proj",
     r"timestep_embedding/mlp/dense1": "t_embedder.mlp.0",
@@ -76,20 +76,21 @@ def load(
     strict: bool = True,
     **options: Any,
 ) -> DiffusionModel:
-    """The model of a preset of KerasHub's `StableDiffusion3Backbone`.
+    """Loads a preset of KerasHub's `StableDiffusion3Backbone`.
 
     Args:
-        folder: with `config.json` and `model.weights.h5`, as `save_to_preset` writes it and `from_preset` fetches it.
-        tokenizer: of CLIP, for both encoders; or a list of two. None for no text encoders: the network takes what they
-            give, as "context" and "text_embeds".
-        image_size: of samples, if `sample` is not told; None for that of the preset.
-        clip_skip: how many more of the last blocks of CLIP's encoders to leave out.
+        folder: with `config.json` and `model.weights.h5`, as written by `save_to_preset` and downloaded by
+            `from_preset`.
+        tokenizer: of CLIP, for both encoders; or a list of two. None for no text encoders: their outputs are then the
+            conditions "context" and "text_embeds".
+        image_size: the default size of samples; None for that of the preset.
+        clip_skip: the number of further final blocks of CLIP's encoders to skip.
         strict: whether weights that do not match are an error; otherwise a warning.
-        options: arguments of `DiffusionModel`, in place of what the preset says.
+        options: arguments of `DiffusionModel` that replace those of the preset.
 
     Raises:
-        ValueError: if a file is missing or damaged; if it is the preset of another model, or has a T5; if weights do
-            not match, with a list of all that do not.
+        ValueError: if a file is missing or damaged; if the preset is of another model, or has a T5; if weights do not
+            match, with a list of all mismatches.
     """
     folder = Path(folder)
     source = folder / "config.json"
@@ -100,7 +101,7 @@ def load(
             f"{source}: `class_name` must be {CLASS!r} to be loaded; received: {shown(whole.get('class_name'))}"
         )
     if config.get("t5") is not None:
-        raise ValueError(f"{source}: the preset has a T5, which is not loaded; the published ones have none")
+        raise ValueError(f"{source}: the preset has a T5, which is not supported; published presets have none")
     try:
         vae = config["vae"]["config"]
         counts = {side: vae[f"{side}_num_blocks"] for side in ("encoder", "decoder")}
@@ -108,7 +109,7 @@ def load(
         length = config["clip_l"]["config"]["max_sequence_length"]
         scale, offset = float(vae["scale"]), float(vae["shift"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"{source}: must have the arguments of {CLASS}; missing or no number: {error}") from None
+        raise ValueError(f"{source}: must have the arguments of {CLASS}; missing or not a number: {error}") from None
     file = folder / WEIGHTS
     state = renamed(read_h5(file), counts, file)
     codec = None
@@ -120,14 +121,14 @@ def load(
 
 
 def read_h5(path: Path) -> dict[str, Stored]:
-    """The arrays of a file of Keras' weights by path, "layers/dense/vars/0", which are read when they are asked for."""
+    """The arrays of a file of Keras' weights by path, "layers/dense/vars/0", read lazily."""
     check_is_itself(path)
     found: dict[str, Stored] = {}
     with explained(path):
         try:
             file = h5py.File(path)
         except OSError as error:
-            raise ValueError(f"{path}: not a whole HDF5 file: {error}") from None
+            raise ValueError(f"{path}: not a complete HDF5 file: {error}") from None
 
         def keep(name, entry):
             if isinstance(entry, h5py.Dataset):
@@ -151,14 +152,14 @@ def renamed(arrays: Mapping[str, Stored], counts: Mapping[str, list[int]], sourc
         source: the file, for errors.
 
     Raises:
-        ValueError: if a path is none of KerasHub's.
+        ValueError: if a path is not one of KerasHub's.
     """
     state: State = {}
     for path, array in arrays.items():
         place, _, number = path.removeprefix("layers/").rpartition("/vars/")
         name = next(filter(None, (_renamed(place, find) for find in _places(counts))), None)
         if name is None or number not in ("0", "1"):
-            raise ValueError(f"{source}: {path} is no weight of {CLASS}")
+            raise ValueError(f"{source}: {path} is not a weight of {CLASS}")
         leaf = ("weight", "bias")[int(number)]
         name = name if name.endswith("pos_embed") else f"{name}.{leaf}"
         state[name] = _laid_out(name, place, array)
@@ -169,7 +170,7 @@ _Find = tuple[str, str, Callable[[str], str | None]]
 
 
 def _places(counts) -> Iterator[_Find]:
-    """(KerasHub's prefix, the prefix of the one file, the names inside)."""
+    """(prefix in KerasHub, prefix in the single file, names inside)."""
     yield "mm_di_t/layers/adjustable_position_embedding", f"{UNET}pos_embed", lambda rest: "" if not rest else None
     yield "mm_di_t/layers/", UNET, lambda rest: _by(MMDIT, rest)
     for i, place in enumerate(TEXT[:2]):
@@ -196,7 +197,7 @@ def _by(table: Mapping[str, str], path: str) -> str | None:
 
 
 def _coder(path: str, side: str, levels: list[int]) -> str | None:
-    """A part of the autoencoder in the layout of latent diffusion, whose decoder counts its levels from the last."""
+    """A name in the autoencoder of latent diffusion, whose decoder numbers its levels from the last."""
     way, last = ("down", 0) if side == "encoder" else ("up", len(levels) - 1)
     found = re.fullmatch(r"blocks/res_net_block(?:_(\d+))?/(\w+)", path)
     if found:
@@ -212,7 +213,7 @@ def _coder(path: str, side: str, levels: list[int]) -> str | None:
 
 
 def _laid_out(name: str, place: str, array: Stored) -> Stored:
-    """As PyTorch has it: outputs first, heads in one axis with their channels."""
+    """In the layout of PyTorch: outputs first, heads and their channels in one axis."""
     shape = array.shape
     if place.endswith("position_embedding") and name.endswith("pos_embed"):
         return Stored((1, *shape), array.dtype, lambda: np.asarray(array)[None])
@@ -221,7 +222,7 @@ def _laid_out(name: str, place: str, array: Stored) -> Stored:
     if "self_attn." in name:
         if name.endswith("bias"):
             return Stored((int(np.prod(shape)),), array.dtype, lambda: np.asarray(array).reshape(-1))
-        split = 2 if "out_proj" in name else 1  # axes that are inputs
+        split = 2 if "out_proj" in name else 1  # number of input axes
         inputs, outputs = int(np.prod(shape[:split])), int(np.prod(shape[split:]))
         return Stored((outputs, inputs), array.dtype, lambda: np.asarray(array).reshape(inputs, outputs).T)
     order = (1, 0) if len(shape) == 2 else (3, 2, 0, 1)

@@ -1,4 +1,4 @@
-"""The text encoder of latent diffusion's text to image, "bert" in a folder of diffusers: keys and names of weights."""
+"""The text encoder of text-to-image latent diffusion, "bert" in a folder of diffusers: keys and weight names."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -52,7 +52,7 @@ NAMES = {
 
 
 def arguments(config: Mapping[str, Any], state: State) -> dict[str, Any]:
-    """Those of `LDMText`."""
+    """The arguments of `LDMText`."""
     return {name: config[key] for name, key in _ARGUMENTS.items()}
 
 
@@ -62,10 +62,10 @@ def config_of(encoder: LDMText) -> dict[str, Any]:
 
 
 def ldm_slots(encoder: LDMText) -> Iterator[Slot]:
-    """The names of its weights."""
+    """The names of the weights."""
     return slots(encoder, "", NAMES)
 
 
 def ours(state: State) -> State:
-    """Without the head that is a language model's, which has no part in the encoding."""
+    """The arrays without the language-model head, which the encoding does not use."""
     return {name: array for name, array in state.items() if not name.startswith("to_logits.")}

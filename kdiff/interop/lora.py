@@ -1,12 +1,12 @@
-"""Files of LoRA: what changes the kernels of a network and of its text encoders.
+"""LoRA files: low-rank changes of the kernels of a network and of its text encoders.
 
-    change = load(model, "style.safetensors")                     # W + alpha / rank up down, in the kernels
+    change = load(model, "style.safetensors")                     # the kernels become W + alpha / rank up down
     change = load(model, ("style.safetensors", 0.8), ("face.safetensors", 0.5))
     images = model.sample(4, text="a red circle")
-    change.remove()                                               # the kernels that were there, to the last bit
+    change.remove()                                               # restores the kernels exactly
 
-diffusers', PEFT's and kohya's names are read (see `kdiff.interop.lora_names`), of dense layers and of convolutions,
-LoCon too. `save` writes what `kdiff.lora.enable` has given a network, and `fit` has taught it.
+The names of diffusers, PEFT and kohya are read (see `kdiff.interop.lora_names`), for dense layers and convolutions,
+including LoCon. `save` writes a LoRA that `kdiff.lora.enable` added and `fit` trained.
 """
 
 import json
@@ -30,18 +30,18 @@ from kdiff.interop.weights import LISTED, Slot, export_layout, read_slot
 
 __all__ = ["FILE", "Change", "Factors", "Source", "load", "read", "save"]
 
-FILE = "pytorch_lora_weights.safetensors"  # which diffusers looks for in a folder
+FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
 Source = str | Path | Mapping[str, Any]
 
 
 class Factors(NamedTuple):
-    """The change of one layer, `scale up down`: outputs first, as PyTorch has them.
+    """The change of one layer, `scale up down`, in the layout of PyTorch: outputs first.
 
     Attributes:
         down: (rank, inputs, *size).
         up: (outputs, rank), or (outputs, rank, 1, 1).
         scale: alpha / rank.
-        middle: (rank, rank, *size) between the two, of a convolution whose `down` then has size 1.
+        middle: (rank, rank, *size) between the two, for a convolution whose `down` has size 1; else None.
     """
 
     down: np.ndarray
@@ -63,7 +63,7 @@ class Factors(NamedTuple):
 
 
 class Change:
-    """What `load` has done.
+    """The result of `load`, which can be undone.
 
     Attributes:
         names: the names of the layers that were changed, by part: "unet", "text_encoder".
@@ -72,7 +72,7 @@ class Change:
     def __init__(self, model: keras.layers.Layer, names: dict[str, list[str]]):
         self.names = names
         self._prompt = prompts.prompt_of(lora_names.network_of(model))
-        self._kept: list[tuple[Any, np.ndarray, int]] = []  # (variable, its numbers before, the checksum after)
+        self._kept: list[tuple[Any, np.ndarray, int]] = []  # (variable, values before, checksum after)
 
     def _add(self, variable: Any, change: np.ndarray) -> None:
         before = ops.convert_to_numpy(variable).copy()
@@ -80,16 +80,15 @@ class Change:
         self._kept.append((variable, before, _checksum(variable)))
 
     def remove(self) -> None:
-        """Gives the kernels the numbers that they had.
+        """Restores the previous values of the kernels.
 
         Raises:
-            ValueError: if they are no longer those that the change had made, as after training, or after another
-                change, which must be removed first; then nothing is done.
+            ValueError: if kernels have changed since, by training or another LoRA, which must be removed first; then
+                nothing is changed.
         """
         if any(_checksum(variable) != after for variable, _, after in self._kept):
             raise ValueError(
-                "Change.remove: kernels have changed since, by training, or by another LoRA, which is to be removed "
-                "first"
+                "Change.remove: kernels have changed since, by training or by another LoRA, which must be removed first"
             )
         for variable, before, _ in self._kept:
             variable.assign(before)
@@ -105,21 +104,21 @@ class Change:
 
 
 def load(model: keras.layers.Layer, *sources: Source | tuple[Source, float], strict: bool = True) -> Change:
-    """Adds LoRAs to the kernels of a model: sampling costs what it did without. Averages change by the same.
+    """Adds LoRAs to the kernels of a model, at no cost in sampling. Averages receive the same change.
 
     Args:
-        model: a `DiffusionModel` or its network, built: a UNet or DiT, with the text encoders that it may have.
-        sources: files, folders with `pytorch_lora_weights.safetensors`, or state dicts; each alone, or with the weight
-            that it is to have, (source, weight).
-        strict: whether parts of a file that the model has no layer for are an error; otherwise they are left out.
+        model: a `DiffusionModel` or its network, built: a UNet or DiT, with its text encoders, if any.
+        sources: files, folders with `pytorch_lora_weights.safetensors`, or state dicts, each alone or as a pair
+            (source, weight).
+        strict: whether parts of a file without a matching layer are an error; otherwise they are skipped.
 
     Raises:
-        ValueError: if a file is missing or damaged, or no LoRA; if its names or shapes are not those of the model. Then
-            nothing has been changed.
+        ValueError: if a file is missing, damaged, or not a LoRA; if its names or shapes do not match the model. In
+            these cases nothing is changed.
     """
     network = lora_names.network_of(model)
     if not sources:
-        raise ValueError("lora.load: there must be a file, or several; received none")
+        raise ValueError("lora.load: at least one file is required; received none")
     parts = lora_names.parts_of(model)
     known = lora_names.normalised(network, parts)
     changes: dict[tuple[str, str], list[tuple[Factors, float]]] = {}
@@ -142,10 +141,10 @@ def load(model: keras.layers.Layer, *sources: Source | tuple[Source, float], str
 
 
 def read(source: Source) -> dict[str, Factors]:
-    """The changes in a file, by the names of layers there.
+    """The changes in a file, by its names of layers.
 
     Raises:
-        ValueError: if it holds anything else, or what does not fit together.
+        ValueError: if it has other content, or inconsistent shapes.
     """
     state, about, where = _opened(source)
     entries: dict[str, dict[str, np.ndarray]] = {}
@@ -166,24 +165,24 @@ def read(source: Source) -> dict[str, Factors]:
 
 @deprecated.arguments(averages="ema")
 def save(model: keras.layers.Layer, path: str | Path, ema: bool = True, convolutions: bool = False) -> None:
-    """Writes A and B of a network, and nothing else, by names that diffusers' `load_lora_weights` reads.
+    """Writes A and B of a network, and nothing else, with names that diffusers' `load_lora_weights` reads.
 
-    The scale is in `up`, so that alpha is the rank, which is what readers take it for where a file does not say.
+    The scale is included in `up`, so that alpha equals the rank, the default of readers if a file has no alpha.
 
     Args:
         model: a `DiffusionModel` or its network, with `kdiff.lora.enable`.
-        path: of the file, "mine.safetensors"; or of a folder, for diffusers' name in it.
-        ema: whether to write the averages of A and B, if a model has averages that were moved.
-        convolutions: whether `proj_in` and `proj_out` of the network that diffusers has are convolutions of size 1, as
-            in Stable Diffusion 1, where `use_linear_projection` is false; kdiff's are dense layers, as it saves them.
+        path: a file, "mine.safetensors"; or a folder, in which the default name of diffusers is used.
+        ema: whether to write the averages of A and B, if the model has averages that have been updated.
+        convolutions: whether `proj_in` and `proj_out` of the target network in diffusers are 1x1 convolutions, as in
+            Stable Diffusion 1, where `use_linear_projection` is false; those that kdiff saves are dense layers.
 
     Raises:
-        ValueError: if LoRA is not on, or in a layer that has no name there.
+        ValueError: if LoRA is not enabled, or a layer has no name there.
     """
     path = Path(path)
     changed = {id(layer) for layer in lora.enabled(model)}
     if not changed:
-        raise ValueError("lora.save: the network has no LoRA; `kdiff.lora.enable(model, rank)` begins it")
+        raise ValueError("lora.save: the network has no LoRA; add one with `kdiff.lora.enable(model, rank)`")
     averaged = lora.ema_of(model) if ema else {}
     state: State = {}
     for part, layers in lora_names.parts_of(model).items():
@@ -198,12 +197,12 @@ def save(model: keras.layers.Layer, path: str | Path, ema: bool = True, convolut
                 state |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     if changed:
         paths = [layer._kernel.path for layer in lora.enabled(model) if id(layer) in changed]
-        raise ValueError(f"lora.save: diffusers has no names for these layers alone: {_listed(paths)}")
+        raise ValueError(f"lora.save: diffusers has no separate names for these layers: {_listed(paths)}")
     write_safetensors(path if path.suffix == ".safetensors" else path / FILE, state)
 
 
 def _written(found: list[Slot], averaged: Mapping[int, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """(down, up) of one array of theirs; where several layers are rows of it, their factors stand beside each other."""
+    """(down, up) of one array in the file; the factors of several layers that are rows of it are concatenated."""
     downs, ups = [], []
     for slot in found:
         layer = slot.layer
@@ -221,14 +220,14 @@ def _written(found: list[Slot], averaged: Mapping[int, Any]) -> tuple[np.ndarray
 def _weighted(source) -> tuple[Source, float]:
     source, weight = source if isinstance(source, tuple) and len(source) == 2 else (source, 1.0)
     if not isinstance(source, (str, Path, Mapping)) or isinstance(weight, bool) or not isinstance(weight, (int, float)):
-        raise TypeError(f"lora.load: must be a file, or (file, weight); received: {source!r}, {weight!r}")
+        raise TypeError(f"lora.load: a source must be a file, or (file, weight); received: {source!r}, {weight!r}")
     if not math.isfinite(weight):
         raise ValueError(f"lora.load: a weight must be finite; received: {weight!r}")
     return source, weight
 
 
 def _opened(source: Source) -> tuple[State, dict[str, Any], str]:
-    """(arrays, what the header says of them, the name for errors)."""
+    """(arrays, metadata of the header, the name of the source for errors)."""
     if isinstance(source, Mapping):
         return {name: array_of(array, name, "the state dict") for name, array in source.items()}, {}, "the state dict"
     path = Path(source)
@@ -242,7 +241,7 @@ def _opened(source: Source) -> tuple[State, dict[str, Any], str]:
 
 
 def _placed(source, parts, known, strict) -> dict[tuple[str, str], Factors]:
-    """The changes in a file by (part, name), which fit the layers."""
+    """The changes in a file by (part, name), checked against the layers."""
     factors, where = read(source), "the state dict" if isinstance(source, Mapping) else str(source)
     places = {name: lora_names.place(name, known) for name in factors}
     wrong = [f"not in the model: {name}" for name, place in places.items() if place is None] if strict else []
@@ -261,7 +260,7 @@ def _placed(source, parts, known, strict) -> dict[tuple[str, str], Factors]:
     if wrong:
         raise ValueError(f"{where}: {len(wrong)} changes do not fit the model:\n  {_lines(wrong)}")
     if not found:
-        raise ValueError(f"{where}: no change is of a layer of the model; it has: {_listed(list(factors))}")
+        raise ValueError(f"{where}: no change matches a layer of the model; the file has: {_listed(list(factors))}")
     return found
 
 
@@ -283,18 +282,16 @@ def _factors(name: str, entry: Mapping[str, np.ndarray], about: Mapping[str, Any
         shapes = {kind: array.shape for kind, array in entry.items()}
         raise ValueError(f"{where}: {name} must be (rank, inputs, ...) and (outputs, rank); received: {shapes}")
     for kind, array in entry.items():
-        alone = kind == "alpha"  # which may be a whole number
+        alone = kind == "alpha"  # it may be an integer
         if array.dtype.kind not in ("fiu" if alone else "f") or not np.all(np.isfinite(array)):
-            raise ValueError(
-                f"{where}: {name}, {kind}: must be finite numbers, in floating point; it is: {array.dtype}"
-            )
+            raise ValueError(f"{where}: {name}, {kind}: must be finite floating-point numbers; received: {array.dtype}")
         if alone and array.size != 1:
             raise ValueError(f"{where}: {name}: alpha must be one number; received: {shown(array.tolist())}")
     return Factors(down, up, _scale(name, entry.get("alpha"), rank, about), middle)
 
 
 def _scale(name: str, alpha: np.ndarray | None, rank: int, about: Mapping[str, Any]) -> float:
-    """alpha / rank; 1 where nothing is said."""
+    """alpha / rank; 1 if the file has no alpha."""
     if alpha is not None:
         return float(alpha.reshape(())) / rank
     part, _, layer = name.partition(".")

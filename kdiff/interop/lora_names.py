@@ -1,9 +1,9 @@
-"""What files of LoRA call the layers that they change.
+"""The names of layers in LoRA files.
 
 unet.down_blocks.0. ... .attn1.to_q.lora_A.weight            PEFT and diffusers; also lora.down, lora_linear_layer.down
-unet.down_blocks.0. ... .attn1.processor.to_q_lora.down.weight     diffusers before
-lora_unet_down_blocks_0_ ... _attn1_to_q.lora_down.weight    kohya; lora_te_, lora_te1_, lora_te2_ of the encoders
-lora_unet_input_blocks_1_1_ ... _attn1_to_q.lora_down.weight     the same, by the names of one file (SDXL)
+unet.down_blocks.0. ... .attn1.processor.to_q_lora.down.weight     older diffusers
+lora_unet_down_blocks_0_ ... _attn1_to_q.lora_down.weight    kohya; lora_te_, lora_te1_, lora_te2_ for text encoders
+lora_unet_input_blocks_1_1_ ... _attn1_to_q.lora_down.weight     the same, with the names of a single file (SDXL)
 """
 
 import collections
@@ -25,9 +25,9 @@ from kdiff.networks.unet import UNet
 
 __all__ = ["ALIASES", "ENTRY", "Layers", "layers_of", "network_of", "normalised", "parts_of", "place", "saved"]
 
-Layers = dict[str, list[Slot]]  # the kernels that are parts of the array that a name is of
+Layers = dict[str, list[Slot]]  # the kernels that are parts of the array of this name
 
-# What stands before the names of a part; of those of kohya the dots are "_". Without any they are of the network.
+# The prefixes of the names of a part; kohya writes "_" for dots. Names without a prefix belong to the network.
 ALIASES = {
     "unet": ("unet.", "lora_unet_"),
     "transformer": ("transformer.", "lora_transformer_"),
@@ -40,7 +40,7 @@ ENTRY = re.compile(
     r"|[._]lora(?:_linear_layer)?[._](?P<kind>A|B|down|up|mid)(?:\.\w+)?\.weight)"
 )
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-# Inner names of one file, where they differ.
+# Inner names in a single file, where they differ.
 _ONE_FILE = {
     **unet_names.NAMES,
     ResidualBlock: {
@@ -55,16 +55,16 @@ _ONE_FILE = {
 
 
 def network_of(model: keras.layers.Layer) -> keras.layers.Layer:
-    """The network of a model, without the ControlNets that it may have."""
+    """The network of a model, without its ControlNets, if any."""
     network = getattr(model, "network", model)
     return network.network if isinstance(network, Controlled) else network
 
 
 def parts_of(model: keras.layers.Layer) -> dict[str, Layers]:
-    """The layers of each part of a model or network, by diffusers' names.
+    """The layers of each part of a model or network, by their names in diffusers.
 
     Raises:
-        ValueError: if there are none for its network.
+        ValueError: if its network has no names there.
     """
     network, parts = network_of(model), {}
     if isinstance(network, UNet):
@@ -86,7 +86,7 @@ def parts_of(model: keras.layers.Layer) -> dict[str, Layers]:
 
 
 def layers_of(wanted: Iterator[Slot]) -> Layers:
-    """The kernels of dense layers and convolutions by name, without ".weight", and without those that have several."""
+    """The kernels of dense layers and convolutions by name, without ".weight"; layers with several are omitted."""
     found = [slot for slot in wanted if isinstance(slot.layer, LowRank) and slot.name.endswith(".weight")]
     count = collections.Counter(id(slot.layer) for slot in found)
     layers: Layers = {}
@@ -97,7 +97,7 @@ def layers_of(wanted: Iterator[Slot]) -> Layers:
 
 
 def normalised(network: Any, parts: dict[str, Layers]) -> dict[str, tuple[str, str]]:
-    """(part, name) by each name that files have for it, with "_" for every dot."""
+    """(part, name) by every name used in files, with "_" for every dot."""
     known = {}
     for part, layers in parts.items():
         for name in layers:
@@ -114,7 +114,7 @@ def normalised(network: Any, parts: dict[str, Layers]) -> dict[str, tuple[str, s
 
 
 def place(name: str, known: dict[str, tuple[str, str]]) -> tuple[str, str] | None:
-    """(part, name) of the layer that a file calls so, without "processor"; None if there is none."""
+    """(part, name) of the layer of this name in a file, without "processor"; None if there is none."""
     old, _, last = name.rpartition(".")
     for one in (name, f"{name}.0", f"{old}.{_OLD_TEXT.get(last, last)}"):
         if _flat(one) in known:
@@ -123,7 +123,7 @@ def place(name: str, known: dict[str, tuple[str, str]]) -> tuple[str, str] | Non
 
 
 def saved(part: str, name: str) -> str:
-    """What diffusers calls a layer in a file: CLIP's encoders have a prefix there, with transformers 5 too."""
+    """The name of a layer in a file of diffusers, where encoders of CLIP always have a prefix."""
     return f"{part}.text_model.{name}" if name.startswith("encoder.layers.") else f"{part}.{name}"
 
 
@@ -132,7 +132,7 @@ def _flat(name: str) -> str:
 
 
 def _one_file(network: UNet) -> Iterator[Slot]:
-    """The slots of a U-Net by the names of one file: of the published code of latent diffusion."""
+    """The slots of a U-Net by the names of a single file, those of the original code of latent diffusion."""
     names = {**_ONE_FILE, type(network.embedding): {"0": "hidden", "2": "output_layer"}}
     layers = {"time_embed": network.embedding, "input_blocks.0.0": network.stem, "out.2": network.head}
     if "added" in network.conditions:

@@ -1,10 +1,10 @@
-"""Networks with more channels in than data has: what stands beside x_t there is a condition, a map, here.
+"""Networks with more input channels than the data: the maps concatenated to x_t are conditions in kdiff.
 
 diffusers    9 channels in, x_t, a mask and the masked image; 4 out
 here         image 4, conditions "mask_image" 1 and "masked_image" 4; 4 out
 
-DeepFloyd IF's second stage has a picture beside x_t that is noised at step n of `image_noising_scheduler`, which it is
-told as a label: here it is a `Concat` with `noise`, at the level (n + 1) / T.
+The second stage of DeepFloyd IF has a picture that is noised at step n of `image_noising_scheduler` and receives n as a
+label: here it is a `Concat` with `noise`, at the level (n + 1) / T.
 """
 
 from collections.abc import Mapping
@@ -32,8 +32,8 @@ __all__ = [
     "with_maps",
 ]
 
-ANY = "beside"  # the name of a condition of which a pipeline does not say what it is
-# The maps beside x_t by pipeline, in their order, with their channels; None for as many as data has.
+ANY = "beside"  # the name of a condition if the pipeline does not define it
+# The maps of each pipeline, in order, with their channels; None for the channels of the data.
 _INPAINT, _OTHER_INPAINT, _LOW = {"mask_image": 1, "masked_image": 4}, {"masked_image": 4, "mask_image": 1}, {"low": 3}
 MAPS: dict[str, Mapping[str, int | None]] = {
     "StableDiffusionInpaintPipeline": _INPAINT,
@@ -55,21 +55,21 @@ MAPS: dict[str, Mapping[str, int | None]] = {
     "MarigoldIntrinsicsPipeline": {"picture": 4},
 }
 NOISING = "image_noising_scheduler"
-LEVEL = 250  # the step at which DeepFloyd IF's second stage has the picture noised
+LEVEL = 250  # the step at which the picture is noised in the second stage of DeepFloyd IF
 BEFORE = tuple(name for name in MAPS if name.startswith("Marigold"))  # the map's channels come before those of x_t
 
 
 def maps_of(pipeline: str, inputs: int, outputs: int, learned: bool, source: Any) -> dict[str, int]:
-    """The channels of each map beside x_t.
+    """The channels of each map that is concatenated to x_t.
 
     Args:
         pipeline: its class.
         inputs, outputs: the channels of the network.
-        learned: whether the scheduler says that half of the output is a variance.
+        learned: whether half of the output is a variance, according to the scheduler.
         source: for errors.
 
     Raises:
-        ValueError: if the numbers of channels are those of no such network.
+        ValueError: if the numbers of channels fit no supported network.
     """
     known = MAPS.get(pipeline, {})
     halves = None in known.values() and inputs % 2 == 0
@@ -80,8 +80,8 @@ def maps_of(pipeline: str, inputs: int, outputs: int, learned: bool, source: Any
     data = outputs // 2 if learned and outputs % 2 == 0 else inputs if outputs == 2 * inputs else outputs
     if data > inputs:
         raise ValueError(
-            f"{source}: the network has {inputs} channels in and {outputs} out, and kdiff has only networks with as "
-            "many out as data has, or twice as many for a variance, and as many in or more"
+            f"{source}: the network has {inputs} input and {outputs} output channels, and kdiff supports only networks "
+            "with as many outputs as the data has channels, or twice that for a variance, and at least as many inputs"
         )
     return {ANY: inputs - data} if inputs > data else {}
 
@@ -92,16 +92,16 @@ def with_maps(
     layers: Mapping[str, Concat] | None = None,
     noise: Any = None,
 ) -> Described:
-    """The network with the last channels of its image as conditions.
+    """The network with the last channels of its input as conditions.
 
     Args:
-        described: a network, not built.
-        maps: the channels of each condition by name, in their order.
-        layers: of the conditions; None for `Concat`, of a mask the "nearest".
-        noise: the schedule by which a picture "low" is noised, if it is.
+        described: an unbuilt network.
+        maps: the channels of each condition by name, in order.
+        layers: of the conditions; None for `Concat`, resized by "nearest" for masks.
+        noise: the schedule that noises a picture "low", if any.
 
     Raises:
-        ValueError: if it is, and the network is not told the step as a label.
+        ValueError: if `noise` is given, and the network does not receive the step as a label.
     """
     if not maps:
         return described
@@ -120,17 +120,17 @@ def with_maps(
 
 
 def noised(label: Any, noise: Any, like: Concat | None = None) -> Concat:
-    """The picture that a network sees noised, whose step it took as a label.
+    """The condition of a noised picture, whose step was a label of the network.
 
     Args:
         label: the embedding of the step.
         noise: the schedule.
-        like: whose level, and what training does, it has.
+        like: a `Concat` from which the levels are copied.
     """
     if not isinstance(label, MLPEmbedding) or noise.num_steps is None:
         raise ValueError(
-            "a network with a noised picture beside x_t must take the step of the noise as its `class_embed_type` "
-            f"'timestep', of a scheduler with a table; received: {label!r} and {noise!r}"
+            "a network with a noised picture must take the step of the noise by `class_embed_type` "
+            f"'timestep', from a scheduler with a table; received: {label!r} and {noise!r}"
         )
     embedding = label.clone(embedding=label.embedding.clone(scale=float(noise.num_steps), offset=-1.0))
     options = {"noise": noise, "embedding": embedding}
@@ -140,13 +140,13 @@ def noised(label: Any, noise: Any, like: Concat | None = None) -> Concat:
 
 
 def _layer(name: str) -> Concat:
-    """InstructPix2Pix can do without its picture, for which zeros stand (Brooks et al. 2022, section 3.2.1)."""
+    """The picture of InstructPix2Pix may be absent, and is then zero (Brooks et al. 2022, section 3.2.1)."""
     form = "nearest" if name == "mask_image" else "bilinear"
     return Concat(form, dropout=0.05) if name == "source" else Concat(form)
 
 
 def maps_first(state: State, pipeline: str, maps: Mapping[str, int]) -> State:
-    """The weights with the channels of x_t before those of the maps, as kdiff joins them."""
+    """The weights with the channels of x_t before those of the maps, as in kdiff."""
     name = "conv_in.weight"
     if pipeline not in BEFORE or name not in state or state[name].ndim != 4:
         return state
@@ -165,7 +165,7 @@ def channels_of(network: Any) -> dict[str, int]:
 
 
 def input_shapes(network: Any) -> dict[str, tuple]:
-    """The shapes by name that a network was built with; none if it was built otherwise."""
+    """The shapes by name with which a network was built; empty if unknown."""
     config = network.get_build_config() or {}
     shapes = config.get("shapes_dict") or config.get("input_shape") or {}
     return shapes if isinstance(shapes, dict) else {}

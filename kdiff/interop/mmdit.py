@@ -1,9 +1,9 @@
-"""Stable Diffusion 3's transformer: diffusers' configuration as ours and back, and the names of its weights.
+"""The transformer of Stable Diffusion 3 in diffusers: its configuration, in both directions, and its weight names.
 
-    SD3Transformer2DModel    joint blocks of image and text, on latents; of 3.5 with normalised queries and keys, and,
-                             of "medium", a second attention of the image in some blocks
+    SD3Transformer2DModel    joint blocks of image and text, on latents; in 3.5 with normalised queries and keys and,
+                             in "medium", a second attention of the image in some blocks
 
-The table of positions is among the weights, and is read as it stands there.
+The table of positions is among the weights, and is read from there.
 """
 
 import math
@@ -46,10 +46,10 @@ SD3 = {
 
 
 def mmdit(config: dict[str, Any], source: Any) -> Described:
-    """The network that an `SD3Transformer2DModel` is: "context" is the tokens of the text, "text_embeds" its vector.
+    """The network of an `SD3Transformer2DModel`: "context" is the tokens of the text, "text_embeds" its vector.
 
     Args:
-        config: what the file says.
+        config: the configuration in the file.
         source: the file, for errors.
     """
     config = complete(config, SD3, source)
@@ -83,19 +83,19 @@ def mmdit_config(network: MMDiT) -> dict[str, Any]:
     """The configuration of an `SD3Transformer2DModel`.
 
     Raises:
-        ValueError: if there is none with these conditions, or positions.
+        ValueError: if diffusers does not support these conditions or positions.
     """
     attention = network.blocks[0].layers[0].image.self_attention.attention
     heads, width = attention._split
     added = getattr(network.conditions.get("added"), "layer", None)
     if {*network.conditions} != {"context", "added"} or not isinstance(added, MLPEmbedding):
         raise ValueError(
-            f"{network.name}: Stable Diffusion 3 has a context and a vector of the text, as "
-            f"`published.stable_diffusion_3()`; this has {network.conditions}"
+            f"{network.name}: Stable Diffusion 3 has a text context and a text vector, as in "
+            f"`published.stable_diffusion_3()`; received: {network.conditions}"
         )
     if not isinstance(network.positions, PositionTable):
         raise ValueError(
-            f"{network.name}: the positions of Stable Diffusion 3 are a PositionTable; these are {network.positions}"
+            f"{network.name}: the positions of Stable Diffusion 3 are a PositionTable; received: {network.positions}"
         )
     base = network.positions.base_size or network.positions.size
     return {
@@ -119,23 +119,23 @@ def mmdit_config(network: MMDiT) -> dict[str, Any]:
 # --- names of weights
 
 
-TABLE = Layout(  # of positions, which there are in one row
+TABLE = Layout(  # of positions, flattened there
     lambda array: array.reshape(2 * (math.isqrt(array.shape[1]),) + array.shape[2:]),
     lambda array: array.reshape(1, -1, array.shape[-1]),
 )
 
 
 def chunks(layer: JointBlock) -> int:
-    """How many vectors the first dense layer of the image makes: shift, scale and gate of each of its residuals."""
+    """The number of vectors from the first dense layer of the image: shift, scale and gate of each residual."""
     return 9 if layer.dual else 6
 
 
 def steering(block: str, of: Any = 6) -> list[Part]:
-    """The parts of one dense layer that makes shift, scale and gate of the attention, and of the feed-forward layer.
+    """The parts of the dense layer for shift, scale and gate of the attention and of the feed-forward layer.
 
     Args:
         block: the path of the `TransformerBlock`.
-        of: how many vectors it makes, or a function of the layer around the block.
+        of: the number of its vectors, or a function of the layer around the block.
     """
 
     def rows(*which):
@@ -157,7 +157,7 @@ STEERING = [
 
 
 def _of_text(path: str) -> list[str]:
-    """A part of the text's attention, in the last block and in others."""
+    """A part of the attention of the text, in the last block and in the others."""
     return [f"text.self_attention.attention.{path}", f"text_attention.{path}"]
 
 

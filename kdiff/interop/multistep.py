@@ -1,7 +1,7 @@
-"""DPM-Solver, UniPC and DEIS as diffusers has them, where kdiff's own differ; they have no names to `get` them by.
+"""DPM-Solver, UniPC and DEIS of diffusers, where they differ from kdiff's own; not obtainable by name through `get`.
 
-What differs is the order of the steps at the end of a run; a third order whose coefficient of u^2 is half of what it
-should be (`kdiff.solvers.dpm`), and with noise another one; and how the singlestep solver takes its stages.
+The differences are the order of the final steps of a run; a third order whose coefficient of u^2 is half the correct
+value (`kdiff.solvers.dpm`), and another one with noise; and the stages of the singlestep solver.
 """
 
 from typing import Any, NamedTuple
@@ -30,20 +30,20 @@ __all__ = [
     "Stages",
 ]
 
-SHORT = 15  # diffusers lowers the orders at the end of runs of fewer steps
+SHORT = 15  # in runs of fewer steps diffusers lowers the final orders
 _FAR = 1_000_000
 
 
 class _ShortRuns:
-    """A multistep solver whose `lower_final` is of runs of fewer than 15 steps alone."""
+    """A multistep solver whose `lower_final` applies only to runs of fewer than 15 steps."""
 
     def init(self, x, steps: int):
-        """The history; of a run that is not short, or without `lower_final`, it has as if a million steps more left."""
+        """The history; if the run is not short, or without `lower_final`, as if a million more steps followed."""
         return super().init(x, steps if self.lower_final and steps < SHORT else steps + _FAR)
 
 
 class _Ending(_ShortRuns):
-    """The step to t = 0 is of order 1 in any run, and with `euler_final` the last step is, wherever it ends."""
+    """The step to t = 0 always has order 1, and with `euler_final` so has the last step, wherever it ends."""
 
     _highest = 3
     _curvature = 0.5
@@ -63,19 +63,19 @@ class _Ending(_ShortRuns):
 
 
 class DiffusersDEIS(_ShortRuns, DEIS):
-    """`DEIS` as diffusers has it: `lower_final` is of runs of fewer than 15 steps alone."""
+    """`DEIS` of diffusers, whose `lower_final` applies only to runs of fewer than 15 steps."""
 
     named = False
 
 
 class DiffusersDPMSolverPP(_Ending, DPMSolverPP):
-    """`DPMSolverPP` as diffusers has it: the orders at the end, and the third order, are other ones."""
+    """`DPMSolverPP` of diffusers, with other final orders and another third order."""
 
     named = False
 
 
 class DiffusersDPMSolver(_Ending, DPMSolver):
-    """`DPMSolver` as diffusers has it: the orders at the end, and the third order, are other ones."""
+    """`DPMSolver` of diffusers, with other final orders and another third order."""
 
     named = False
 
@@ -93,9 +93,9 @@ class _EndingSDE(_Ending):
 
 
 class DiffusersDPMSolverPPSDE(_EndingSDE, DPMSolverPPSDE):
-    """`DPMSolverPPSDE` as diffusers has it: the orders at the end are other ones, and there is a third order.
+    """`DPMSolverPPSDE` of diffusers, with other final orders and with a third order.
 
-    In that the coefficient of u^2 is multiplied by M_2 / 2 - 1, where M_2 would be right: a sign is wrong.
+    There the coefficient of u^2 is multiplied by M_2 / 2 - 1, where M_2 would be correct: a sign error.
     """
 
     named = False
@@ -109,7 +109,7 @@ class DiffusersDPMSolverPPSDE(_EndingSDE, DPMSolverPPSDE):
 
 
 class DiffusersDPMSolverSDE(_EndingSDE, DPMSolverSDE):
-    """`DPMSolverSDE` as diffusers has it: the orders at the end are other ones."""
+    """`DPMSolverSDE` of diffusers, with other final orders."""
 
     named = False
     _highest = 2
@@ -117,14 +117,14 @@ class DiffusersDPMSolverSDE(_EndingSDE, DPMSolverSDE):
 
 
 class DiffusersUniPC(UniPC):
-    """`UniPC` without a corrector in some steps.
+    """`UniPC` without the corrector in some steps.
 
     Args:
-        predictor_order: as of `UniPC`.
-        variant: as of `UniPC`.
-        predicts: as of `UniPC`.
-        lower_final: as of `UniPC`.
-        uncorrected: the steps, from 0, that are not made again once the estimate at their end is known.
+        predictor_order: as in `UniPC`.
+        variant: as in `UniPC`.
+        predicts: as in `UniPC`.
+        lower_final: as in `UniPC`.
+        uncorrected: the indices, from 0, of the steps that are not corrected.
     """
 
     named = False
@@ -143,7 +143,7 @@ class DiffusersUniPC(UniPC):
     def _correct(self, value, now: Marginal, last):
         before = ops.convert_to_tensor(np.array(self.uncorrected or [-1], "int32"))
         left_out = ops.any(ops.equal(last.history.made - 1, before))
-        # What the predictor made is the x that this step was called with.
+        # The output of the predictor is the x of this step.
         return ops.where(left_out, self._predict(now, last, self._order_of(last)), super()._correct(value, now, last))
 
     def _order_of(self, last):
@@ -152,12 +152,12 @@ class DiffusersUniPC(UniPC):
 
 
 class BothWays(Solver):
-    """A solver that is its own inverse, on the times of the run backwards: diffusers' `DPMSolverMultistepInverse`.
+    """A solver that is its own inverse, on the reversed times of the run: diffusers' `DPMSolverMultistepInverse`.
 
-    Unlike `DDIM`'s inverse it asks the network where a step begins, not where it ends.
+    Unlike the inverse of `DDIM`, it calls the network at the start of a step, not at its end.
 
     Args:
-        solver: the `Solver`; without noise.
+        solver: the `Solver`, deterministic.
     """
 
     named = False
@@ -167,7 +167,7 @@ class BothWays(Solver):
         self.order, self.evaluations, self.learned = self.solver.order, self.solver.evaluations, self.solver.learned
 
     def init(self, x, steps: int):
-        """The solver's."""
+        """The state of the solver."""
         return self.solver.init(x, steps)
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
@@ -175,20 +175,20 @@ class BothWays(Solver):
         return self.solver.step(denoise, schedule, x, now, then, noise, state)
 
     def inverse(self, iterations: int = 1) -> Solver:
-        """The solver, which asks the network once a step."""
+        """The solver, which calls the network once per step."""
         return self.solver
 
 
 class Stages(NamedTuple):
-    """What a singlestep solver remembers in a block of steps of the grid.
+    """The state of a singlestep solver within a block of steps of the grid.
 
     Attributes:
-        made: steps made so far, int32.
+        made: the number of completed steps, int32.
         orders: of all steps of the run, int32: the steps of a block have the orders 1, 2, 3.
-        x: where the block began.
+        x: at the start of the block.
         start: the marginal of that x.
-        values: what was found in this block, the newest first.
-        log_snrs: where.
+        values: the estimates in this block, the newest first.
+        log_snrs: those of the estimates.
     """
 
     made: Any
@@ -200,15 +200,15 @@ class Stages(NamedTuple):
 
 
 class _Blocks(Solver):
-    """DPM-Solver singlestep as diffusers has it: the stages are steps of the grid, `order` of which are one step.
+    """DPM-Solver singlestep of diffusers: the stages are steps of the grid, `order` of which form one step.
 
-    The first step of a block is of order 1; the second begins again where the first began, with both values, and has
-    order 2; the third order 3. A grid whose number is not divisible by the order ends in a block that is shorter.
+    The first step of a block has order 1; the second restarts from the beginning of the block with both estimates and
+    has order 2; the third has order 3. If the order does not divide the number of steps, the last block is shorter.
 
     Args:
         order: 1, 2 or 3.
         variant: "midpoint" or "heun".
-        lower_final: whether the last block is cut so that the run ends with order 1.
+        lower_final: whether the last block is split so that the run ends with order 1.
     """
 
     named = False
@@ -220,7 +220,7 @@ class _Blocks(Solver):
         self.stochastic = self.eta > 0
 
     def orders(self, steps: int) -> list[int]:
-        """Of each step."""
+        """The order of each step."""
         block = list(range(1, self.order + 1))
         if steps % self.order or self.lower_final:
             blocks = [block] * ((steps - 1) // self.order)
@@ -230,7 +230,7 @@ class _Blocks(Solver):
         return block * (steps // self.order)
 
     def init(self, x, steps: int) -> Stages:
-        """No stage yet."""
+        """The initial state."""
         one = ops.convert_to_tensor(np.float32(1.0))
         orders = ops.convert_to_tensor(np.array(self.orders(steps), "int32"))
         start = Marginal(one, one, one, ops.convert_to_tensor(np.float32(-100.0)))
@@ -248,7 +248,7 @@ class _Blocks(Solver):
         start = Marginal(*(ops.where(first, a, b) for a, b in zip(now, state.start, strict=True)))
         begun = ops.where(first, x, state.x)
         v_0 = ops.where(first, values[0], ops.where(ops.equal(order, 2), values[1], values[2]))
-        # The data that goes with the first value of the block, where the integral is that of the noise.
+        # The data that corresponds to the first value of the block, for the integral of the noise.
         x_hat = (begun - start.sigma * v_0) / start.alpha if isinstance(self, OfNoise) else v_0
         frozen = self.frozen(begun, x_hat, v_0, start, then)
         places = [(one - start.log_snr) / (then.log_snr - start.log_snr) for one in log_snrs[:2]]
@@ -258,7 +258,7 @@ class _Blocks(Solver):
         return x, estimate, Stages(state.made + 1, state.orders, begun, start, values, log_snrs)
 
     def _blended(self, h, places: list, order) -> list:
-        """Of the newest value and that before, which of order 1 and 2 do not both count."""
+        """The newest value and the one before, not all of which are used at orders 1 and 2."""
         newest = ops.where(order > 1, places[0], 0.5)
         middle = ops.where(order > 2, places[1], 0.25)
         second = weights(h, [newest], single=half(h) if self.variant == "midpoint" else None)[0]
@@ -274,19 +274,19 @@ class _Blocks(Solver):
 
 
 class DiffusersSinglestep(OfNoise, _Blocks):
-    """Of the noise."""
+    """The singlestep DPM-Solver of diffusers, on the noise."""
 
     named = False
 
 
 class DiffusersSinglestepPP(OfData, _Blocks):
-    """Of the data."""
+    """The singlestep DPM-Solver++ of diffusers, on the data."""
 
     named = False
 
 
 class DiffusersSinglestepSDE(DiffusersSinglestepPP):
-    """Of the data, with the noise of the reverse SDE in each stage; in the third order of "heun" a sign is wrong."""
+    """As above, with the noise of the reverse SDE in each stage; the third order of "heun" has a sign error."""
 
     named = False
     eta = 1.0

@@ -1,11 +1,11 @@
-"""The weights that other code wrote: DiT's, improved and guided diffusion's, the SimpleUNet of PyTorch tutorials.
+"""Weights of other code bases: DiT, improved and guided diffusion, and the SimpleUNet of PyTorch tutorials.
 
     network = dit("DiT-XL-2-256x256.pt")
     network = simple_unet(theirs.state_dict())
     network = guided("64x64_diffusion.safetensors", image_size=64, multipliers=(1, 2, 3, 4), new_order=True)
 
-Such a file says nothing of the network but the shapes of its weights, and what they do not show has to be said: how
-many heads there are, and the size of the images.
+Such a file describes the network only by the shapes of its weights; what they do not determine, such as the number of
+heads and the size of the images, must be given.
 """
 
 import functools
@@ -17,7 +17,8 @@ from typing import Any
 
 from kdiff.blocks.attention import MultiHeadAttention, SelfAttention
 from kdiff.blocks.convolution import ResidualBlock, SimpleBlock
-from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbedding
+from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding
+from kdiff.blocks.lookup import LabelEmbedding
 from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.resampling import Downsample, Upsample
@@ -29,8 +30,9 @@ from kdiff.interop.transformers import patch_layout
 from kdiff.interop.unsupported import about_names
 from kdiff.interop.weights import Part, Rows, Slot, fill, slots
 from kdiff.networks.dit import DiT
+from kdiff.networks.levels import Level
 from kdiff.networks.simple_unet import SimpleUNet
-from kdiff.networks.unet import Level, UNet
+from kdiff.networks.unet import UNet
 
 __all__ = [
     "DIT_NAMES",
@@ -53,11 +55,11 @@ Source = str | Path | Mapping[str, Any]
 
 
 def read(source: Source) -> tuple[State, str]:
-    """The arrays, from a file or a mapping of arrays by name, and what to call them in an error.
+    """The arrays, from a file or a mapping of arrays by name, and the name of the source for errors.
 
     Args:
-        source: a `.safetensors`, `.npz`, or `.pt` file, of which the last is read for its tensors alone; or a mapping
-            of arrays. Of a checkpoint that holds several, it is the averaged weights: see `kdiff.interop.checkpoints`.
+        source: a `.safetensors`, `.npz` or `.pt` file (of `.pt` only tensors are read); or a mapping of arrays. From a
+            checkpoint with several state dicts, the averaged weights are read: see `kdiff.interop.checkpoints`.
     """
     if isinstance(source, Mapping):
         return state_of(source, "the state dict"), "the state dict"
@@ -65,20 +67,20 @@ def read(source: Source) -> tuple[State, str]:
 
 
 def shape_of(state: State, name: str, source: str, rank: int = 2) -> tuple[int, ...]:
-    """The shape of an array that must be there, with so many axes."""
+    """The shape of a required array with `rank` axes."""
     if name not in state:
         raise ValueError(
-            f"{source}: `{name}` is missing, which tells of what size the network is; it has: {list(state)[:5]}"
+            f"{source}: `{name}` is missing, which determines the size of the network; it has: {list(state)[:5]}"
             f"{about_names(state)}"
         )
     shape = state[name].shape
     if len(shape) != rank or 0 in shape:
-        raise ValueError(f"{source}: `{name}` must have {rank} axes, none of them empty; received the shape: {shape}")
+        raise ValueError(f"{source}: `{name}` must have {rank} nonempty axes; received the shape: {shape}")
     return shape
 
 
 def count_of(state: State, prefix: str) -> int:
-    """How many modules there are of a list, from 0 to the first that is missing."""
+    """The number of modules in a list, from 0 to the first missing index."""
     found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in state)
     numbers = {int(one[1]) for one in found if one}
     return next(i for i in itertools.count() if i not in numbers)
@@ -113,9 +115,9 @@ def dit(source: Source, heads: int = 16, image_size: int | None = None, strict: 
     """A DiT of the paper (Peebles & Xie 2022) with its weights: the condition "label" is a class, or 1000 for none.
 
     Args:
-        source: the weights, as of `read`.
+        source: the weights, as in `read`.
         heads: 16 in DiT-L and DiT-XL, 12 in DiT-B, 6 in DiT-S.
-        image_size: of the latents, an eighth of the picture's; None for the size for which positions are stored.
+        image_size: of the latents, an eighth of that of the picture; None for the size of the stored positions.
         strict: whether weights that do not match are an error; otherwise a warning.
     """
     state, name = read(source)
@@ -157,7 +159,7 @@ def dit_slots(network: DiT) -> Iterator[Slot]:
 
 
 def _heads(new_order: bool):
-    """Which rows of the one layer for queries, keys and values are whose: all queries first, or head by head."""
+    """The rows of queries, keys and values in their joint layer: all queries first, or head by head."""
 
     def rows(chunk):
         return lambda layer: Rows((chunk,), 3, 1 if new_order else layer._split[0])
@@ -166,7 +168,7 @@ def _heads(new_order: bool):
 
 
 def guided_names(new_order: bool = False) -> dict[type, dict[str, Any]]:
-    """The names of the parts of its layers."""
+    """The names of the parts of the layers."""
     return {
         MLPEmbedding: {"0": "hidden", "2": "output_layer"},
         ResidualBlock: {
@@ -199,15 +201,15 @@ def guided(
     """A U-Net of improved diffusion (Nichol & Dhariwal 2021) or guided diffusion (Dhariwal & Nichol 2021).
 
     Args:
-        source: the weights, as of `read`.
+        source: the weights, as in `read`.
         image_size: of the images.
-        multipliers: the channels of each level as multiples of the width of the time's waves: `channel_mult` there,
-            of `model_channels`. At 512 the first, and so the first convolution's, is a half.
-        attention_at: the sizes of maps with attention: `attention_resolutions` there.
+        multipliers: the channels of each level as multiples of the width of the time embedding's sinusoids
+            (`channel_mult` there, of `model_channels`). At 512, the first, also of the first convolution, is a half.
+        attention_at: the sizes of maps with attention (`attention_resolutions` there).
         heads: `num_heads`, if `head_width` is None.
         head_width: `num_head_channels`; None where the number of heads is given.
         scale_shift: `use_scale_shift_norm`.
-        new_order: `use_new_attention_order`: in that layer all queries come first, not head by head.
+        new_order: `use_new_attention_order`: in the joint layer all queries come first, not head by head.
         strict: whether weights that do not match are an error; otherwise a warning.
     """
     state, name = read(source)
@@ -241,7 +243,7 @@ def guided(
 
 
 def _resamplers(state: State, levels: int) -> list[str]:
-    """The names of the weights of the blocks that end a level on the way down."""
+    """The names of the weights of the blocks that end a level of the encoder."""
     depth = (count_of(state, "input_blocks") - levels) // levels
     ends = tuple(f"input_blocks.{(depth + 1) * i}." for i in range(1, levels))
     return [name for name in state if name.startswith(ends)]
@@ -255,7 +257,7 @@ def guided_slots(network: UNet, new_order: bool = False) -> Iterator[Slot]:
 
 
 def guided_layers(network: UNet) -> Iterator[tuple[str, Any]]:
-    """The layers of a U-Net by their names in that code, from which latent diffusion has them."""
+    """The layers of a U-Net by their names in that code, which latent diffusion shares."""
     yield from {"time_embed": network.embedding, "label_emb": network.conditions.get("label")}.items()
     yield "input_blocks.0.0", network.stem
     for way, chains, first in (("input_blocks", network.down, 1), ("output_blocks", network.up, 0)):
@@ -283,7 +285,7 @@ SIMPLE_NAMES = {
 def simple_unet(source: Source, strict: bool = True) -> SimpleUNet:
     """The SimpleUNet of PyTorch tutorials (`enc1`, `enc2`, ..., `mid`, ..., `dec1`, `out`) with its weights.
 
-    What such a tutorial has beside it, with T steps, is here
+    The other parts of such a tutorial, with T steps, are
 
         linear betas                    LinearBeta(T)
         cosine betas                    CosineBeta(T, min_beta=1e-4, max_beta=0.9999)
@@ -295,7 +297,7 @@ def simple_unet(source: Source, strict: bool = True) -> SimpleUNet:
         DDIM at the integer times i     Sampler("ddim", Times([*(i + 1) / T, 0])), i falling
 
     Args:
-        source: the weights, as of `read`.
+        source: the weights, as in `read`.
         strict: whether weights that do not match are an error; otherwise a warning.
     """
     state, name = read(source)

@@ -1,11 +1,11 @@
-"""Files of `torch.save`, read without PyTorch and without running anything that is in them.
+"""Files of `torch.save`, read without PyTorch and without executing anything in them.
 
     archive/data.pkl        a pickle, in which each storage is a reference to
-    archive/data/<key>      its numbers
+    archive/data/<key>      its values
 
-A pickle calls what it names. Here a name leads to one of the few functions below, which make arrays; every other makes
-an `Unknown`, an empty thing that keeps what it was given. So a file with a configuration, an optimizer or a whole
-module among its tensors is read, whatever code it names.
+A pickle calls the objects that it names. Here a name resolves to one of the few functions below, which build arrays;
+any other name gives an `Unknown`, an inert object that stores its state. So a file with a configuration, an optimizer
+or a whole module among its tensors can be read, whatever code it names.
 """
 
 import pickle
@@ -41,7 +41,7 @@ _NUMBERS = re.compile(r"torch\.(?:storage\.)?(\w+?)(?:Storage)?")
 
 
 class Unknown:
-    """What a pickle makes of a class that is not known here: it has a name, and the state that it was given."""
+    """A placeholder for an object of an unknown class: its name, and the state from the pickle."""
 
     name = ""
     state: Any = None
@@ -59,13 +59,13 @@ class Unknown:
         pass
 
     def append(self, value):
-        """What a pickle does to lists, and `add` to sets: nothing."""
+        """Ignores list items, as `add` ignores set items."""
 
     extend = add = append
 
 
 class Storage(NamedTuple):
-    """Numbers in an archive, from one place on."""
+    """A contiguous range of values in an archive."""
 
     file: Opened
     start: int
@@ -74,7 +74,7 @@ class Storage(NamedTuple):
 
 
 class Function:
-    """A function that a pickle may call. It has no attributes that a pickle may set."""
+    """A function that a pickle may call. A pickle cannot set its attributes."""
 
     __slots__ = ("_function",)
 
@@ -91,7 +91,7 @@ def _tensor(storage: Storage, offset, shape, strides, *more) -> Stored:
 
 
 def _tensor_of_type(storage: Storage, offset, shape, strides, gradient, hooks, dtype, *more) -> Stored:
-    """`torch._utils._rebuild_tensor_v3`, of a storage without a type."""
+    """`torch._utils._rebuild_tensor_v3`, for an untyped storage."""
     return _view(storage, dtype, offset, shape, strides)
 
 
@@ -101,10 +101,10 @@ def _parameter(data: Any, *more) -> Any:
 
 
 def _view(storage: Storage, dtype: str, offset: int, shape: tuple, strides: tuple) -> Stored:
-    """The array in a storage, of which what lies between its first and last number is read."""
+    """The array in a storage, reading only from its first to its last value."""
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(isinstance(one, int) and one >= 0 for one in numbers):
-        raise ValueError(f"a tensor has the shape {shape} and the strides {strides}")
+        raise ValueError(f"a tensor has the invalid shape {shape} and strides {strides}")
     size = np.dtype(dtype).itemsize
     span = 1 + sum((count - 1) * stride for count, stride in zip(shape, strides, strict=True))
     span = 0 if 0 in shape else span
@@ -121,7 +121,7 @@ def _view(storage: Storage, dtype: str, offset: int, shape: tuple, strides: tupl
 FUNCTIONS = {
     "collections.OrderedDict": OrderedDict,
     "collections.defaultdict": lambda *more: {},
-    "__builtin__.set": set,  # as Python 2 called it, and pickles still do
+    "__builtin__.set": set,  # the name in Python 2, still used in pickles
     "builtins.set": set,
     "torch.Size": tuple,
     "torch._utils._rebuild_tensor": _tensor,
@@ -136,33 +136,33 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, data: Any, storages: Mapping[str, tuple[int, int]], file: Opened):
         super().__init__(data, encoding="utf-8", errors="replace")
         self._storages, self._file = storages, file
-        self._unknown: dict[str, type] = {}  # of this file alone, whose pickle may change them
+        self._unknown: dict[str, type] = {}  # per file, since its pickle may modify them
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a name in the pickle leads to: nothing is imported."""
+        """The object for a name in the pickle; nothing is imported."""
         path = f"{module}.{name}"
         if path in FUNCTIONS:
             return Function(FUNCTIONS[path])
         if path.startswith("torch._utils._rebuild"):
-            raise ValueError(f"a tensor must be a plain one, with numbers; one is made by `{name}`")
+            raise ValueError(f"tensors must be plain, with values; one is built by `{name}`")
         numbers = _NUMBERS.fullmatch(path)
         if numbers and numbers[1].lower() in DTYPES:
             return DTYPES[numbers[1].lower()]
         return self._unknown.setdefault(path, type("Unknown", (Unknown,), {"name": path}))
 
     def persistent_load(self, reference: Any) -> Storage:
-        """The storage of that number."""
+        """The storage with this key."""
         kind, dtype, key = reference[:3]
         if kind != "storage" or dtype not in DTYPES.values() or key not in self._storages:
-            raise ValueError(f"the storage {key!r} is not there")
+            raise ValueError(f"the storage {key!r} is missing")
         return Storage(self._file, self._storages[key][0], dtype, self._storages[key][1])
 
 
 def read_archive(path: Path) -> Any:
-    """What was saved, with a `Stored` for each tensor, and an `Unknown` for each object of another class.
+    """The saved object, with a `Stored` for each tensor and an `Unknown` for each object of an unknown class.
 
     Raises:
-        ValueError: if the file is none of `torch.save`, or is damaged.
+        ValueError: if the file is not from `torch.save`, or is damaged.
     """
     with zipfile.ZipFile(path) as archive:
         entries = {tuple(entry.filename.split("/", 1)[1:]): entry for entry in archive.infolist()}
@@ -172,7 +172,7 @@ def read_archive(path: Path) -> Any:
         if "constants.pkl" in names:
             raise ValueError("is a program of TorchScript; save its `state_dict()` with `torch.save`")
         if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
-            raise ValueError("was written on a machine with another order of bytes")
+            raise ValueError("was written with another byte order")
         file = Opened(path)
         storages = {
             name.removeprefix("data/"): (_start(file, entry), entry.file_size)
@@ -184,13 +184,13 @@ def read_archive(path: Path) -> Any:
 
 
 def _start(file: Opened, entry: zipfile.ZipInfo) -> int:
-    """Where an entry's bytes begin: after a header of its own, with its name and more."""
+    """The offset of the data of an entry, after its local header."""
     name, more = file.read(entry.header_offset + 26, 4).view("<u2")
     return entry.header_offset + 30 + int(name) + int(more)
 
 
 def module_state(module: Unknown, prefix: str = "") -> dict[str, Stored]:
-    """The state dict of a pickled `torch.nn.Module`, whose state names its parameters, its buffers and its parts."""
+    """The state dict of a pickled `torch.nn.Module`, from its parameters, buffers and submodules."""
     state = module.state if isinstance(module.state, Mapping) else {}
     here = {**(state.get("_parameters") or {}), **(state.get("_buffers") or {})}
     hidden = state.get("_non_persistent_buffers_set") or ()

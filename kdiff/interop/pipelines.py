@@ -1,11 +1,11 @@
-"""Of which class of diffusers' pipelines a model is, and what `model_index.json` says of it.
+"""The pipeline class in diffusers of a model, and the content of its `model_index.json`.
 
-| text | beside x_t | class |
+| text | maps with x_t | class |
 |---|---|---|
-| one encoder; two | nothing | StableDiffusion; StableDiffusionXL; of XL's second alone the refiner, XLImg2Img |
+| one encoder; two | nothing | StableDiffusion; StableDiffusionXL; with only XL's second, the refiner, XLImg2Img |
 | CLIP's two, and T5 or zeros | nothing | StableDiffusion3 |
 | T5 alone, for pixels | nothing; a noised "low" | IF; IFSuperResolution |
-| one encoder, steered by the scale of guidance | nothing | LatentConsistencyModel |
+| one encoder, and the guidance scale as an input | nothing | LatentConsistencyModel |
 | one encoder; two | "mask_image", "masked_image" | StableDiffusionInpaint; StableDiffusionXLInpaint |
 | one encoder; two | "source" | StableDiffusionInstructPix2Pix; StableDiffusionXLInstructPix2Pix |
 | one encoder | "depth"; "low" | StableDiffusionDepth2Img; StableDiffusionUpscale |
@@ -14,7 +14,7 @@
 | none: latents | nothing | LDM; DiT with a class |
 | none: pixels | nothing | DDPM, DDIM, PNDM, ScoreSdeVe, ConsistencyModel, by the scheduler |
 
-A part that kdiff has not, `diffusers.Pipeline.from_pretrained` wants as an argument: the estimator of depth, and the
+Parts that kdiff does not have are arguments of `diffusers.Pipeline.from_pretrained`: the depth estimator, and the
 scheduler by which the upscaler noises its input.
 """
 
@@ -35,11 +35,11 @@ __all__ = ["Pipeline", "pipeline_of"]
 
 
 class Pipeline(NamedTuple):
-    """What `model_index.json` says besides the parts that are written.
+    """The entries of `model_index.json` other than the written parts.
 
     Attributes:
-        index: its class, what it has not, and its settings; without a class if there is none.
-        autoencoder: what that is called.
+        index: the class, missing parts and settings; without a class if there is none.
+        autoencoder: the name of the autoencoder.
     """
 
     index: Mapping[str, Any]
@@ -49,7 +49,7 @@ class Pipeline(NamedTuple):
 _UNSAFE = {"safety_checker": [None, None], "requires_safety_checker": False}
 _PLAIN = {**_UNSAFE, "feature_extractor": [None, None], "image_encoder": [None, None]}
 _XL = {name: [None, None] for name in ("feature_extractor", "image_encoder")}
-# By the names of the maps beside x_t, with one encoder of text and with two.
+# By the names of the maps, for one text encoder and for two.
 _BESIDE = {
     (): ("StableDiffusion", _PLAIN, "StableDiffusionXL", _XL),
     ("mask_image", "masked_image"): ("StableDiffusionInpaint", _PLAIN, "StableDiffusionXLInpaint", _XL),
@@ -67,31 +67,31 @@ _BESIDE = {
         {},
     ),
 }
-# Of pixels, by their scheduler; others are DDPM's.
+# Pixel models, by their scheduler; the default is DDPM.
 _PIXELS = {
     "DDIMScheduler": "DDIM",
     "PNDMScheduler": "PNDM",
     "ScoreSdeVeScheduler": "ScoreSdeVe",
     "CMStochasticIterativeScheduler": "ConsistencyModel",
 }
-# With ControlNets those of Stable Diffusion have classes of their own.
+# Classes of Stable Diffusion with ControlNets.
 _CONTROLLED = {
     f"StableDiffusion{xl}{task}Pipeline": f"StableDiffusion{xl}ControlNet{task}Pipeline"
     for xl in ("", "XL")
     for task in ("", "Img2Img", "Inpaint")
 }
-_LABELLED = ("ConsistencyModel",)  # those that take a class
+_LABELLED = ("ConsistencyModel",)  # class-conditional ones
 
 
 def pipeline_of(network: keras.Model, kind: str, scheduler: str, codec: Codec, controlled: bool = False) -> Pipeline:
     """The pipeline of a model.
 
     Args:
-        network: of the model.
-        kind: the class of diffusers that the network is.
-        scheduler: that of its scheduler.
-        codec: of the model.
-        controlled: whether there are ControlNets, with which Stable Diffusion's have classes of their own.
+        network: the network of the model.
+        kind: its class in diffusers.
+        scheduler: the class of its scheduler.
+        codec: the codec of the model.
+        controlled: whether there are ControlNets, for which Stable Diffusion has separate classes.
     """
     pipeline = _without_controls(network, kind, scheduler, codec)
     if not controlled:

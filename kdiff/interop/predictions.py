@@ -1,4 +1,4 @@
-"""Predictions as diffusers has them, where kdiff's own differ; they have no names to `get` them by."""
+"""Predictions of diffusers that differ from kdiff's own; not obtainable by name through `get`."""
 
 from keras import ops
 
@@ -19,7 +19,7 @@ class ConsistencyKarras(Karras):
 
     Args:
         sigma_data: the standard deviation of the data.
-        sigma_min: the noise level at which there is no more to remove.
+        sigma_min: the noise level at which x_hat = z.
     """
 
     named = False
@@ -42,6 +42,6 @@ class ConsistencyKarras(Karras):
 
     def _scalings(self, m: Marginal):
         s = m.sigma / m.alpha
-        above = ops.maximum(s - self.sigma_min, 1e-6 * s)  # at sigma_min the coefficients, not x_hat, are without bound
+        above = ops.maximum(s - self.sigma_min, 1e-6 * s)  # at sigma_min the coefficients diverge, but not x_hat
         skip = self.sigma_data**2 / (above**2 + self.sigma_data**2)
         return skip, above * self.sigma_data * ops.rsqrt(s**2 + self.sigma_data**2)

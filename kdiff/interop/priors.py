@@ -1,12 +1,12 @@
-"""diffusers' `PriorTransformer`, of Karlo and Kandinsky: its configuration as ours, and the names of its weights.
+"""diffusers' `PriorTransformer`, of Karlo and Kandinsky: its configuration and the names of its weights.
 
 | diffusers | here |
 |---|---|
 | `encoder_hidden_states`, `attention_mask` | the condition "context", tokens, and its optional input "context_mask" |
 | `proj_embedding` | the condition "text_embeds", a vector |
-| `clip_mean`, `clip_std` | `codecs.Standard`, of the model |
+| `clip_mean`, `clip_std` | the codec of the model, `codecs.Standard` |
 
-Without a mask diffusers has no token blind to those after it, which no pipeline asks for; kdiff always has.
+Without a mask, which every pipeline passes, attention in diffusers is not causal; in kdiff it always is.
 """
 
 from collections.abc import Iterator
@@ -50,10 +50,10 @@ OF_CODEC = ("clip_mean", "clip_std")
 
 
 def prior(config: dict[str, Any], source: Any) -> Described:
-    """The network that a `PriorTransformer` is.
+    """The network of a `PriorTransformer`.
 
     Args:
-        config: what the file says.
+        config: the configuration in the file.
         source: the file, for errors.
     """
     config = complete(config, PRIOR, source)
@@ -61,7 +61,7 @@ def prior(config: dict[str, Any], source: Any) -> Described:
     width, size = heads * head_width, config["embedding_dim"]
     if config["time_embed_dim"] not in (None, width):
         raise ValueError(
-            f"{source}: `time_embed_dim` must be that of a token, {width}, to be loaded; received: "
+            f"{source}: `time_embed_dim` must be the token width, {width}, to be loaded; received: "
             f"{config['time_embed_dim']}"
         )
     options = {"pattern": Causal(), "dropout": config["dropout"], "zero": False}
@@ -78,7 +78,7 @@ def prior(config: dict[str, Any], source: Any) -> Described:
 
 
 def prior_codec(state: State, source: Any = "the weights", names: tuple[str, str] = OF_CODEC) -> Standard:
-    """The codec of the embeddings, by their mean and deviation among the weights, which have these names."""
+    """The codec of the embeddings, from their mean and standard deviation, which have these names."""
     if missing := [name for name in names if name not in state]:
         raise ValueError(f"{source}: the weights must have {list(names)}; missing: {missing}")
     with explained(source):
@@ -92,12 +92,12 @@ def state_of_codec(codec: Standard, width: int) -> State:
 
 
 def prior_config(network: PriorTransformer) -> dict[str, Any]:
-    """The configuration for diffusers of a built prior, with one condition that gives tokens and one vector."""
+    """The configuration in diffusers of a built prior with one condition of tokens and one vector."""
     attention = network.blocks[0].layers[0].self_attention.attention
     vectors = list(network.vector_projections.values())
     if len(vectors) != 1:
         raise ValueError(
-            f"{network.name}: diffusers' prior has one condition that gives a vector; this has "
+            f"{network.name}: the prior of diffusers has one vector condition; this one has "
             f"{list(network.vector_projections)}"
         )
     heads, head_width = attention.split

@@ -1,14 +1,15 @@
-"""The text, or the picture, of diffusers' folders: encoders and tokenizers as one condition of the network beside them.
+"""Text and picture conditions from folders of diffusers: encoders and tokenizers as one condition of the network.
 
-text_encoder, tokenizer        Stable Diffusion 1 and 2: the last state, after the last norm
-text_encoder_2, tokenizer_2    XL's second, beside the first: of both the state before the last, without the norm,
-                               and of the second the vector; its refiner has the second alone
-text_encoder_3, tokenizer_3    3's third, T5, whose tokens follow those of the two, which are as in XL, with the vectors
-                               of both; without it zeros do
-text_encoder, tokenizer        DeepFloyd IF's T5: 77 tokens in small letters, of which the encoder alone hides what
-                               fills up a text
-bert, tokenizer                latent diffusion's text to image: the last state
-image_encoder                  image variations: the vector of a picture is its one token
+text_encoder, tokenizer        Stable Diffusion 1 and 2: the last hidden state, after the final norm
+text_encoder_2, tokenizer_2    the second of XL: from both encoders the penultimate state, without the norm, and from
+the
+                               second the vector; the refiner has only the second
+text_encoder_3, tokenizer_3    the third of Stable Diffusion 3, T5, whose tokens follow those of the other two, which
+are
+                               as in XL, with both vectors; without it, zeros are used
+text_encoder, tokenizer        DeepFloyd IF's T5: 77 tokens of lower-case text, padding masked only in the encoder
+bert, tokenizer                text-to-image latent diffusion: the last hidden state
+image_encoder                  image variations: the vector of a picture is its only token
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,8 +52,8 @@ SD3 = tuple(f"StableDiffusion3{name}Pipeline" for name in ("", "Img2Img"))
 SD3_LENGTH = 256  # tokens of T5, as in diffusers' pipelines
 IF = tuple(f"IF{name}Pipeline" for name in ("", "Img2Img", "Inpainting"))
 IF += tuple(f"{name.removesuffix('Pipeline')}SuperResolutionPipeline" for name in IF)
-IF_LENGTH = 77  # of texts, whatever the folder of its tokenizer says
-# The pipelines whose text is read so; that of others is given as what its encoders make of it.
+IF_LENGTH = 77  # of texts, regardless of the tokenizer's configuration
+# The pipelines with such a text condition; others take the output of their encoders.
 VARIATIONS = "StableDiffusionImageVariationPipeline"
 UNCLIP = ("StableUnCLIPPipeline", "StableUnCLIPImg2ImgPipeline")
 PIPELINES = (
@@ -72,35 +73,35 @@ PIPELINES = (
 )
 PARTS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"), ("text_encoder_3", "tokenizer_3"))
 BERT = (("bert", "tokenizer"),)
-CONTEXT = "context"  # the condition of a network that takes the text's tokens
+CONTEXT = "context"  # the condition for the tokens of the text
 
 
 def load(
     folder: str | Path, index: Mapping[str, Any], skip: int = 0, variant: str | None = None
 ) -> Prompt | PicturePrompt | None:
-    """The text, or picture, of the folder of a pipeline; None if it is not one of `PIPELINES`, or has no encoder.
+    """The text or picture condition of a pipeline; None if it is not one of `PIPELINES`, or has no encoder.
 
-    Of Stable Diffusion 3 the folder of T5 alone may be left out: zeros stand for its tokens then.
+    For Stable Diffusion 3 the folder of T5 is optional: without it its tokens are zeros.
 
     Args:
         folder: of the pipeline.
         index: its `model_index.json`.
-        skip: how many of the last blocks to leave out besides, "clip skip".
-        variant: of the weights, as in `encoders.load`, where an encoder has it.
+        skip: the number of further final blocks to skip ("clip skip").
+        variant: of the weights, as in `encoders.load`, if an encoder has it.
 
     Raises:
-        ValueError: as of `encoders.load` and `tokenizers.load`, and of `Prompt`; if a "clip skip" is of another
-            encoder than CLIP's of text.
+        ValueError: as in `encoders.load`, `tokenizers.load` and `Prompt`; if "clip skip" is given for another encoder
+            than CLIP's for text.
     """
     folder, name = Path(folder), index.get("_class_name")
     known = [("image_encoder", "")] if name == VARIATIONS else [*PARTS, *BERT]
     parts = [pair for pair in known if folders.has(index, pair[0])]
-    parts = [pair for pair in parts if pair != PARTS[2] or (folder / pair[0]).exists()]  # T5 may be left out
+    parts = [pair for pair in parts if pair != PARTS[2] or (folder / pair[0]).exists()]  # T5 is optional
     if name not in PIPELINES or not parts or not all((folder / part / "config.json").exists() for part, _ in parts):
         return None
     own = parts[0][0] in ("text_encoder", "text_encoder_2") and name not in IF
     if skip and not own:
-        raise ValueError(f"{folder}: `clip_skip` is of CLIP's encoder of text; the pipeline has {parts[0][0]!r}")
+        raise ValueError(f"{folder}: `clip_skip` applies to CLIP's text encoder; the pipeline has {parts[0][0]!r}")
     xl = PARTS[1] in parts
     clip = {"skip": skip + 1, "normalized": False} if xl else {"skip": skip}
     if name == VARIATIONS:
@@ -110,7 +111,7 @@ def load(
         encoders.load(folder / encoder, variant=variant, **(clip if own and encoder != PARTS[2][0] else {}))
         for encoder, variant in there.items()
     ]
-    # BERT's own tokenizer may say that a text is longer than what this encoder takes.
+    # The tokenizer of BERT may allow longer texts than this encoder.
     lengths = {
         part: None if own else IF_LENGTH if name in IF else one.length for part, one in zip(there, made, strict=True)
     }
@@ -126,11 +127,11 @@ def load(
 
 
 def picture(encoder: Path, processor: Path, variant: str | None = None, **options: Any) -> PicturePrompt:
-    """The picture of a folder with CLIP's encoder of images, and one of a processor, which says of what pixels.
+    """The picture condition from the folders of CLIP's image encoder and of its processor.
 
     Args:
         encoder, processor: the folders.
-        variant: of the weights, where the encoder has it.
+        variant: of the weights, if the encoder has it.
         options: arguments of `PicturePrompt`.
     """
     path = processor / "preprocessor_config.json"
@@ -143,26 +144,26 @@ def picture(encoder: Path, processor: Path, variant: str | None = None, **option
 
 
 def conditioned(described: Described, prompt: Prompt | PicturePrompt) -> Described:
-    """A network that is not built, whose context, and vector, are those of the text: its input is "text" for both.
+    """An unbuilt network whose context (and vector) comes from the text: the input "text" replaces both.
 
-    Of a picture the input is "picture".
+    For a picture the input is "picture".
 
     Raises:
-        ValueError: if the network takes none, or of another width.
+        ValueError: if the network has no context, or one of another width.
     """
     network, shapes = described.network, dict(described.shapes)
     conditions = dict(network.conditions)
     layer = conditions.get(CONTEXT)
     if not isinstance(layer, (keras.layers.Identity, Dense, VectorAndTokens)):
         raise ValueError(
-            f"the network must take a text's tokens as {CONTEXT!r}; its conditions: {conditions}; with "
-            "`text=False` they are given as they come"
+            f"the network must take the tokens of a text as {CONTEXT!r}; its conditions: {conditions}; with "
+            "`text=False` these are passed directly"
         )
     given = {CONTEXT: prompt.width, "text_embeds": prompt.vector}
     for name, width in given.items():
         if (name == CONTEXT or name in shapes) and shapes.get(name, (None,))[-1] != width:
             raise ValueError(
-                f"the network must take the text's numbers, {width}, as {name!r}; it takes: {shapes.get(name)}"
+                f"the network must take the width of the text, {width}, as {name!r}; it takes: {shapes.get(name)}"
             )
     conditions[CONTEXT] = prompt if isinstance(layer, keras.layers.Identity) else prompt.through(layer)
     if "text_embeds" in shapes and "added" in conditions:
@@ -176,7 +177,7 @@ def conditioned(described: Described, prompt: Prompt | PicturePrompt) -> Describ
 
 
 def prompt_of(network: Any) -> Prompt | PicturePrompt | None:
-    """The condition that `conditioned` gave the network."""
+    """The condition that `conditioned` added to the network."""
     found = getattr(network, "conditions", {}).get(CONTEXT)
     return found if isinstance(found, (Prompt, PicturePrompt)) else None
 
@@ -191,7 +192,7 @@ def encoders_of(prompt: Prompt | PicturePrompt) -> dict[str, Encoder]:
 def _parts(prompt: Prompt) -> tuple[tuple[str, str], ...]:
     if isinstance(prompt.encoders[0], LDMText):
         return BERT
-    second = len(prompt.encoders) == 1 and prompt.vector > 0  # XL's refiner has the second alone
+    second = len(prompt.encoders) == 1 and prompt.vector > 0  # the refiner of XL has only the second
     return PARTS[1:] if second else PARTS
 
 
@@ -203,10 +204,10 @@ def save(
     Args:
         prompt: the text, or the picture.
         folder: of the pipeline.
-        parts: the names of the folders of each encoder of text and its tokenizer; None for those of Stable Diffusion.
+        parts: the folder names of each text encoder and its tokenizer; None for those of Stable Diffusion.
 
     Raises:
-        ValueError: if transformers has no such encoder or tokenizer.
+        ValueError: if transformers does not support the encoder or tokenizer.
     """
     folder = Path(folder)
     if isinstance(prompt, PicturePrompt):

@@ -1,13 +1,13 @@
-"""Configurations of networks for diffusers, from our objects, held to what reading them gives.
+"""Configurations of networks in diffusers, from kdiff's objects, verified by reading them back.
 
-What diffusers has no word for, `check_same` finds: the network that is read back would differ.
+Anything that diffusers cannot express is found by `check_same`: the network that is read back would differ.
 """
 
 from typing import Any
 
 import keras
 
-from kdiff.blocks.embeddings import LabelEmbedding
+from kdiff.blocks.lookup import LabelEmbedding
 from kdiff.interop import transformers
 from kdiff.interop.mmdit import mmdit_config
 from kdiff.interop.saving_unets import Config, name_of, ncsnpp_config, size_of, unet_config
@@ -20,7 +20,7 @@ __all__ = ["FREE", "FREE_OF", "check_same", "network_config"]
 
 
 def network_config(network: keras.Model) -> Config:
-    """The configuration of the class of diffusers that the network is.
+    """The configuration of the network in its class of diffusers.
 
     Raises:
         ValueError: if there is none.
@@ -36,7 +36,7 @@ def network_config(network: keras.Model) -> Config:
     if isinstance(network, UNet):
         return unet_config(network)
     raise ValueError(
-        f"{network.name}: only a UNet, a DiT and an MMDiT can be saved for diffusers; this is a "
+        f"{network.name}: only a UNet, a DiT and an MMDiT can be saved for diffusers; received a "
         f"{type(network).__name__}"
     )
 
@@ -46,10 +46,10 @@ def _dit(network: DiT) -> Config:
     heads, width = block.self_attention.attention._split
     label = network.conditions.get("label")
     if set(network.conditions) != {"label"} or not isinstance(label, LabelEmbedding):
-        raise ValueError(f"{network.name}: diffusers' DiT has a label, and nothing else; this has {network.conditions}")
+        raise ValueError(f"{network.name}: DiT in diffusers has only a label; received: {network.conditions}")
     size = size_of(network)
     if not isinstance(size, int):
-        raise ValueError(f"{network.name}: diffusers' DiT is for square images of one size; this is for {size}")
+        raise ValueError(f"{network.name}: DiT in diffusers is for square images of one size; received: {size}")
     return {
         "_class_name": "DiTTransformer2DModel",
         "num_attention_heads": heads,
@@ -68,8 +68,8 @@ def _dit(network: DiT) -> Config:
     }
 
 
-# What may differ between the network and what is read back: names, seeds, initial weights, and numbers that the weights
-# themselves, or `network_config`, have settled.
+# Allowed differences between the network and the one read back: names, seeds, initialisers, and numbers that the
+# weights or `network_config` determine.
 FREE = {"name", "seed", "zero", "trainable", "dtype", "build_config", "groups", "heads", "head_width", "width", "remat"}
 FREE_OF = {
     "LabelEmbedding": {"num_classes", "dropout"},
@@ -85,10 +85,10 @@ FREE_OF = {
 
 
 def check_same(network: keras.Model, again: keras.Model) -> None:
-    """Raises a ValueError unless what diffusers reads, `again`, is the network that was to be saved."""
+    """Raises a ValueError unless the network that is read back, `again`, equals the saved one."""
     differences = [f"{path}: {a!r} would be {b!r}" for path, a, b in _differences(network, again)]
     if differences:
-        raise ValueError(f"{network.name}: diffusers has no such network:\n  " + "\n  ".join(differences))
+        raise ValueError(f"{network.name}: diffusers does not support this network:\n  " + "\n  ".join(differences))
 
 
 def _differences(network, again):

@@ -1,8 +1,8 @@
-"""A `kdiff.UnCLIP` as Karlo's folder for diffusers, the inverse of `kdiff.interop.unclip`: as `UnCLIPPipeline`, or, of
-one without a prior, `UnCLIPImageVariationPipeline`.
+"""A `kdiff.UnCLIP` as the folder of Karlo for diffusers, the inverse of `kdiff.interop.unclip`: an `UnCLIPPipeline`,
+or, without a prior, an `UnCLIPImageVariationPipeline`.
 
-The index names the module of one class, `LIBRARY`, where diffusers 0.42 has it: of the names that are in published
-folders, "unclip", and in those that it writes, "diffusers", it finds none.
+The index names the module of one class, `LIBRARY`, as diffusers 0.42 needs it: with the names in published folders,
+"unclip", and in those that it writes, "diffusers", it finds no class.
 """
 
 from collections.abc import Mapping
@@ -40,27 +40,27 @@ def save(model: UnCLIP, folder: str | Path, ema: bool = True) -> None:
     """Writes the folder.
 
     Args:
-        model: as `unclip.load` makes it: a prior, or a `Pair` in its place; a decoder; one upsampler of two networks.
-            Of one with both, the `clip` is not written, for which the pipeline has no place.
-        folder, ema: as of `diffusers.save`.
+        model: as from `unclip.load`: a prior, or instead a `Pair`; a decoder; one upsampler of two networks. With both,
+            the `clip` is not written, since the pipeline has no place for it.
+        folder, ema: as in `diffusers.save`.
 
     Raises:
-        ValueError: if diffusers has no such pipeline, network or scheduler.
+        ValueError: if diffusers does not support the pipeline, network or scheduler.
     """
     folder, upsamplers = Path(folder), model.upsamplers
     experts = upsamplers[0].network if len(upsamplers) == 1 else None
     vision = model.clip.picture if model.prior is None and isinstance(model.clip, Pair) else None
     if not isinstance(experts, Experts) or experts.bound != 0 or (model.prior is None and vision is None):
         raise ValueError(
-            f"{model.name}: diffusers' pipeline has a prior, or a `clip` of an `encoders.Pair` with a picture, and one "
-            f"upsampler, `Experts` with `bound` 0; this has {model.prior!r}, {model.clip!r} and {upsamplers}"
+            f"{model.name}: the pipeline needs a prior, or a `clip` of an `encoders.Pair` with a picture, and one "
+            f"upsampler, `Experts` with `bound` 0; received: {model.prior!r}, {model.clip!r} and {upsamplers}"
         )
     values = [ema_of(one) if ema else {} for one in (model.decoder, upsamplers[0])]
     text = _text_of(model.decoder, "text")
     index = prompts.save(text, folder, prompts.PARTS[:1])
     if model.prior is not None:
         if _text_of(model.prior, "text").encoders[0] is not text.encoders[0]:
-            raise ValueError(f"{model.name}: diffusers' prior and decoder have one encoder of text; these have two")
+            raise ValueError(f"{model.name}: prior and decoder share one text encoder in diffusers; these have two")
         index |= _save_prior(model.prior, folder, ema_of(model.prior) if ema else {})
     else:
         index |= prompts.save(vision, folder)
@@ -75,13 +75,13 @@ def _text_of(model: DiffusionModel, name: str) -> Prompt:
     found = model.network.conditions.get(name)
     if not isinstance(found, Prompt) or not found.masked:
         raise ValueError(
-            f"{model.name}: the condition {name!r} must be a masked `Prompt` for diffusers; it is {found!r}"
+            f"{model.name}: the condition {name!r} must be a masked `Prompt` for diffusers; received: {found!r}"
         )
     return found
 
 
 def _write(folder: Path, config: Mapping[str, Any], state: State) -> dict[str, list[str]]:
-    """Its entry of `model_index.json`."""
+    """Writes a part; returns its entry for `model_index.json`."""
     write_json(folder / "config.json", config)
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", state)
     return {folder.name: ["diffusers", config["_class_name"]]}
@@ -97,7 +97,7 @@ def _save_prior(model: DiffusionModel, folder: Path, values) -> dict[str, list[s
     network, codec = model.network, model.codec
     if not isinstance(network, PriorTransformer) or not isinstance(codec, Standard):
         raise ValueError(
-            f"{model.name}: diffusers' prior is a PriorTransformer on `Standard`; this is {network!r} on {codec!r}"
+            f"{model.name}: the prior must be a PriorTransformer on `Standard`; received: {network!r} on {codec!r}"
         )
     config = priors.prior_config(network)
     again = unclip.prior_of_text(priors.prior(config, folder), _text_of(model, "text"))
@@ -111,7 +111,7 @@ def _save_decoder(model: DiffusionModel, folder: Path, values) -> dict[str, list
     embedding = network.conditions.get("embedding")
     if not isinstance(network, UNet) or not isinstance(embedding, ImageEmbedding):
         raise ValueError(
-            f"{model.name}: diffusers' decoder is a UNet with an `ImageEmbedding` as 'embedding'; this is {network!r}"
+            f"{model.name}: the decoder must be a UNet with an `ImageEmbedding` as 'embedding'; received: {network!r}"
         )
     config = unet_config(network, {"context": keras.layers.Identity(), "label": keras.layers.Identity()})
     of_text = {

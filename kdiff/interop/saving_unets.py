@@ -1,4 +1,4 @@
-"""The configurations of U-Nets for diffusers, from ours, by their layers and the shapes of their weights."""
+"""The configurations of U-Nets in diffusers, from the layers and the shapes of the weights of kdiff's."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +10,9 @@ from kdiff.blocks.base import Chain
 from kdiff.blocks.conditions import VectorAndTokens
 from kdiff.blocks.context_attention import ContextAttention
 from kdiff.blocks.convolution import ResidualBlock
-from kdiff.blocks.embeddings import GuidanceEmbedding, LabelEmbedding, MLPEmbedding
+from kdiff.blocks.embeddings import GuidanceEmbedding, MLPEmbedding
 from kdiff.blocks.layers import Dense
+from kdiff.blocks.lookup import LabelEmbedding
 from kdiff.blocks.normalization import GroupNorm, LayerNorm
 from kdiff.blocks.transformer import SpatialTransformer
 from kdiff.encoders.prompt import Prompt
@@ -44,11 +45,11 @@ MIDDLES = {
 
 
 def unet_config(network: UNet, conditions: Mapping[str, keras.layers.Layer] | None = None) -> Config:
-    """That of a U-Net, of the class with attention to a context if it has one.
+    """The configuration of a U-Net, of the class with cross-attention if it has a context.
 
     Args:
-        network: built.
-        conditions: by their names in `unet_conditions`; None for its own.
+        network: a built one.
+        conditions: by their names in `unet_conditions`; None for those of the network.
     """
     conditions = network.conditions if conditions is None else conditions
     conditioned = bool({"context", "image_embeds"} & set(conditions))
@@ -73,13 +74,13 @@ def unet_config(network: UNet, conditions: Mapping[str, keras.layers.Layer] | No
 
 
 def ncsnpp_config(network: NCSNpp) -> Config:
-    """That of NCSN++."""
+    """The configuration of an NCSN++."""
     attention = ["" if level.mixer is None else "Attn" for level in network.levels]
     norm, first = attribute(network, network.normalization, "epsilon"), network.normalization.groups
     down, _ = _mixers(network)
     on_levels = [one.normalization.groups_used for level in down for one in level if isinstance(one, SelfAttention)]
     one_of_all(network, "groups` of attention's norm on the levels", [32, *on_levels])
-    if first is not None:  # None is as many as there can be, up to 32, there too
+    if first is not None:  # None means the largest number up to 32, in diffusers too
         blocks = [layer for layer in network.bridge.layers if isinstance(layer, ResidualBlock)]
         groups = [block.normalization.groups_used for block in blocks]
         one_of_all(network, "groups` in the middle and at the end", [first, *groups])
@@ -138,7 +139,7 @@ def _type(network, way: str, level, mixers, resampler) -> str:
     kinds = {type(mixer) for mixer in mixers}
     if len(kinds) > 1 or not kinds <= TYPES.keys():
         unknown = next((mixer for mixer in mixers if type(mixer) not in TYPES), mixers)
-        raise ValueError(f"{network.name}: diffusers has no block with the mixer {unknown!r}")
+        raise ValueError(f"{network.name}: diffusers does not support a block with the mixer {unknown!r}")
     name = TYPES[kinds.pop()]
     tuned = getattr(level.block, "rescale", 1) != 1 or getattr(level.block, "embed_activation", None) is not None
     if not name and (isinstance(resampler, ResidualBlock) or tuned):
@@ -147,7 +148,7 @@ def _type(network, way: str, level, mixers, resampler) -> str:
 
 
 def _mixers(network: UNet) -> tuple[list[list], list[list]]:
-    """What follows each block, a layer or None: of each level from the finest, on the way down and on the way up."""
+    """The layer, or None, after each block, by level from the finest, for the encoder and the decoder."""
     down, up, last = iter(network.down), iter(network.up), network.levels[-1]
     on_way_down = []
     for level in network.levels:
@@ -181,7 +182,7 @@ def _middle(network: UNet, conditioned: bool) -> Config:
     config = {"mid_block_scale_factor": middle.block.rescale}
     if conditioned:
         if type(mixer) not in MIDDLES:
-            raise ValueError(f"{network.name}: diffusers has no middle with the mixer {mixer!r}")
+            raise ValueError(f"{network.name}: diffusers does not support a middle with the mixer {mixer!r}")
         only = {"mid_block_only_cross_attention": mixer.only_context} if isinstance(mixer, ContextAttention) else {}
         return {**config, "mid_block_type": MIDDLES[type(mixer)], **only}
     norm = getattr(mixer, "normalization", None)
@@ -193,7 +194,7 @@ def _middle(network: UNet, conditioned: bool) -> Config:
 
 
 def _attention(network: UNet) -> Config:
-    """Of heads, depths and the context."""
+    """The keys for heads, depths and the context."""
     count = len(network.levels)
     down, up = _mixers(network)
     middle = [layer for layer in network.bridge.layers if isinstance(layer, (SpatialTransformer, ContextAttention))]
@@ -202,14 +203,16 @@ def _attention(network: UNet) -> Config:
     own += [(count - 1, False, one) for one in middle]
     context = [one for *_, one in own if isinstance(one, (SpatialTransformer, ContextAttention))]
     if not context:
-        raise ValueError(f"{network.name}: no level attends to the context, and diffusers has no such network")
+        raise ValueError(f"{network.name}: no level attends to the context, which diffusers does not support")
     heads: dict[int, int] = {}
     for i, above, layer in own:
         across = isinstance(layer, SpatialTransformer)
         value = layer.blocks[0].self_attention.attention._split[0] if across else _split(layer)[1]
-        place = count - 1 - i if above and not across else i  # this list is not turned round there
+        place = count - 1 - i if above and not across else i  # this list is not reversed in diffusers
         if heads.setdefault(place, value) != value:
-            raise ValueError(f"{network.name}: diffusers has one number of heads for level {place}; received several")
+            raise ValueError(
+                f"{network.name}: diffusers supports one number of heads at level {place}; received several"
+            )
     first = next(iter(heads.values()))
     only = [any(map(_only_context, level)) for level in down]
     return {
@@ -246,14 +249,16 @@ def _context_norm(network, layers) -> str | None:
 
 
 def _depths(network, down, up, middle) -> Config:
-    """Of the stacks of transformer blocks; in lists where those of a level differ."""
+    """The keys for depths of stacks of transformer blocks; lists where those of a level differ."""
     ours = [[one.depth if isinstance(one, SpatialTransformer) else None for one in level] for level in down]
     theirs = [[one.depth if isinstance(one, SpatialTransformer) else None for one in level] for level in up]
     deep = [one.depth for one in middle if isinstance(one, SpatialTransformer)]
     if deep and ours[-1][0] is None:
         ours[-1] = deep * len(ours[-1])
     if deep and ours[-1][0] != deep[0]:
-        raise ValueError(f"{network.name}: diffusers has one depth for the coarsest level and the middle; received two")
+        raise ValueError(
+            f"{network.name}: diffusers supports one depth for the coarsest level and the middle; received two"
+        )
     lists = [[1 if depth is None else depth for depth in level] for level in ours]
     turned = [lists[i][:1] * len(level) if level[0] is None else level for i, level in enumerate(theirs)]
     plain = [level[0] if len(set(level)) == 1 else level for level in lists]
@@ -267,7 +272,7 @@ def _depths(network, down, up, middle) -> Config:
 
 
 def _head_width(network: UNet) -> int | None:
-    """The width of a head at every level; None where each has one head."""
+    """The channels per head at every level; None if each has one head."""
     layers = [one for way in _mixers(network) for level in way for one in level if isinstance(one, SelfAttention)]
     layers += [layer for layer in network.bridge.layers if isinstance(layer, SelfAttention)]
     splits = [layer.attention._split for layer in layers]
@@ -277,7 +282,7 @@ def _head_width(network: UNet) -> int | None:
 
 
 def _groups(network: UNet) -> int:
-    """Of all normalisations but those of a context, of attention in the middle, and of templates."""
+    """The groups of all normalisations except those of a context, of attention in the middle, and of templates."""
     layers = network._flatten_layers()
     apart = [layer.normalization for layer in network.bridge.layers if isinstance(layer, SelfAttention)]
     apart += [layer.context_normalization for layer in layers if isinstance(layer, ContextAttention)]
@@ -295,7 +300,7 @@ def _labels(network: UNet, conditions) -> Config:
     layer = conditions.get("label")
     unknown = sorted(set(conditions) - KNOWN - set(map_conditions(network)))
     if unknown or not isinstance(layer, (type(None), LabelEmbedding, MLPEmbedding, Dense, keras.layers.Identity)):
-        raise ValueError(f"{network.name}: diffusers has no such conditions: {unknown or {'label': layer}}")
+        raise ValueError(f"{network.name}: diffusers does not support these conditions: {unknown or {'label': layer}}")
     if layer is None and any(one.noise is not None for one in map_conditions(network).values()):
         return {"class_embed_type": "timestep"}
     if isinstance(layer, LabelEmbedding):
@@ -311,7 +316,7 @@ def _labels(network: UNet, conditions) -> Config:
 
 
 def _conditions(network: UNet, conditions) -> Config:
-    """Of tokens and of vectors added to the time, but for the label."""
+    """The keys for tokens and for vectors added to the time, except the label."""
     config: Config = {}
     if isinstance(network.embedding, GuidanceEmbedding):
         config["time_cond_proj_dim"] = network.embedding.size
@@ -340,7 +345,7 @@ def _context(layer) -> Config:
 
 
 def _image(layer) -> Config:
-    """Kandinsky's: with tokens of the image, a vector, or both."""
+    """The keys for Kandinsky's image embeddings: as tokens, a vector, or both."""
     config: Config = {}
     parts = [layer.vector, layer.tokens] if isinstance(layer, VectorAndTokens) else [layer]
     for part in parts:
@@ -355,32 +360,32 @@ def _image(layer) -> Config:
     return config
 
 
-# --- what all share
+# --- shared helpers
 
 
 def size_of(network: keras.Model) -> int | list | None:
-    """Of the image that it was built for."""
+    """The size of the image for which it was built."""
     sizes = list(input_shapes(network).get("image", (None,) * 4)[1:3])
     return sizes[0] if sizes[0] == sizes[1] else sizes
 
 
 def one_of_all(network, name: str, values: list) -> Any:
-    """The value that all have."""
+    """The common value, or a ValueError."""
     if any(value != values[0] for value in values):
-        raise ValueError(f"{network.name}: diffusers has one `{name}` for all blocks; received: {values}")
+        raise ValueError(f"{network.name}: diffusers supports one `{name}` for all blocks; received: {values}")
     return values[0]
 
 
 def attribute(network, layer, name: str) -> Any:
-    """Of a layer, or a ValueError."""
+    """An attribute of a layer, or a ValueError."""
     if not hasattr(layer, name):
-        raise ValueError(f"{network.name}: diffusers has nothing like {layer!r}")
+        raise ValueError(f"{network.name}: diffusers does not support {layer!r}")
     return getattr(layer, name)
 
 
 def name_of(network, table: dict, value: Any) -> str:
-    """What a value is called there."""
+    """The name of a value in diffusers."""
     for name, known in table.items():
         if known == value:
             return name
-    raise ValueError(f"{network.name}: diffusers knows {sorted(set(table.values()))}; received: {value!r}")
+    raise ValueError(f"{network.name}: diffusers supports {sorted(set(table.values()))}; received: {value!r}")

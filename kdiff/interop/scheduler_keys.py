@@ -1,4 +1,4 @@
-"""What the configurations of diffusers' schedulers may say, class by class."""
+"""The configurations of diffusers' schedulers: the valid values of each key, class by class."""
 
 import math
 
@@ -37,13 +37,13 @@ SPACINGS = ("leading", "trailing", "linspace")
 PREDICTED = ("epsilon", "sample", "v_prediction")
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")
 
-ANY = Rule("anything", lambda value: True)  # of keys that diffusers itself does not use
+ANY = Rule("anything", lambda value: True)  # for keys that diffusers itself does not use
 SWITCH = either(FLAG, one_of(None))
 STEPS = whole(1)
 BETA = real(0.0, 1.0)
 SIGMA = optional(real(1e-8, 1e8))
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # of each class; others are of a few
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # supported by every class; others by a few
 TABLE = {
     "num_train_timesteps": Key(1000, STEPS),
     "beta_start": Key(0.0001, BETA),
@@ -53,7 +53,7 @@ TABLE = {
     "prediction_type": Key("epsilon", one_of(*PREDICTED)),
     "steps_offset": Key(0, whole(0)),
 }
-LATE = {"beta_start": Key(0.00085, BETA), "beta_end": Key(0.012, BETA)}  # the defaults of Heun, DPM2 and others
+LATE = {"beta_start": Key(0.00085, BETA), "beta_end": Key(0.012, BETA)}  # the defaults in Heun, DPM2 and others
 NO_DATA = {"prediction_type": Key("epsilon", one_of("epsilon", "v_prediction"))}
 ZERO_SNR = {"rescale_betas_zero_snr": Key(False, SWITCH)}
 CLIPPING = {"clip_sample": Key(True, SWITCH), "clip_sample_range": Key(1.0, real(0.0, 1e6))}
@@ -88,7 +88,7 @@ ORDERED = {
 }
 ENDING = {"final_sigmas_type": Key("zero", one_of("zero", "sigma_min"))}
 ALGORITHMS = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
-# Of the three families of multistep solvers each takes the others' names of forms, and then has its own default.
+# Each of the three families of multistep solvers accepts the others' variants, and uses its own default then.
 DPM = {
     "algorithm_type": Key("dpmsolver++", one_of(*ALGORITHMS, "deis")),
     "solver_type": Key("midpoint", one_of("midpoint", "heun", "logrho", "bh1", "bh2")),
@@ -103,7 +103,7 @@ FLOW_MATCHING = {
     "shift_terminal": Key(None, optional(real(1e-6, 0.999))),
     **SIGMAS,
     "stochastic_sampling": Key(False, SWITCH),
-    # Of dynamic shifting alone.
+    # For dynamic shifting only.
     "base_shift": Key(0.5, optional(real(-1e3, 1e3))),
     "max_shift": Key(1.15, optional(real(-1e3, 1e3))),
     "base_image_seq_len": Key(256, optional(whole(1))),

@@ -1,4 +1,4 @@
-"""Of the configuration of a scheduler of diffusers with a table of betas: the schedule, the grid, the label, ..."""
+"""The parts of a diffusers scheduler with a table of betas: schedule, grid, time label, and so on."""
 
 import math
 from collections.abc import Callable
@@ -39,7 +39,7 @@ Config = dict[str, Any]
 
 
 class Process(NamedTuple):
-    """What a scheduler is in kdiff."""
+    """The equivalent of a scheduler in kdiff."""
 
     schedule: schedules.NoiseSchedule
     prediction: predictions.Prediction
@@ -48,16 +48,16 @@ class Process(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """How one class of schedulers is translated.
+    """The translation of one class of schedulers.
 
     Attributes:
         keys: of its configuration.
-        solver: of a configuration; None where `make` makes it.
-        spacing: how its `timestep_spacing` is read: "rounded" to steps of the process, or "unrounded"; "shorter",
-            rounded, of a run of one step more without its last time; "upwards", rounded, of a run to noise; or
-            "distilled", not at all.
-        make: of a configuration and the number of tokens, all four, for a class that has no table.
-        to_zero: whether its runs go to t = 0; None where keys say so.
+        solver: from a configuration; None if `make` builds it.
+        spacing: the reading of `timestep_spacing`: "rounded" to steps of the process, or "unrounded"; "shorter",
+            rounded, with one more step but without the last time; "upwards", rounded, for a run to noise; or
+            "distilled", unused.
+        make: from a configuration and the number of tokens to all four parts, for a class without a table.
+        to_zero: whether its runs end at t = 0; None if keys decide.
     """
 
     keys: Keys
@@ -81,7 +81,7 @@ PREDICTIONS = {
     "v_prediction": predictions.Velocity,
     "flow_prediction": predictions.Flow,
 }
-# What `timestep_spacing` means: of the schedulers that round to a step of the process, and of those that do not.
+# The grids of `timestep_spacing`, for schedulers that round to steps of the process and for those that do not.
 ROUNDED = {
     "leading": times.Leading,
     "trailing": lambda _: times.Trailing(),
@@ -94,16 +94,16 @@ NOISE_GRIDS = {
     "use_lu_lambdas": times.Exponential,
     "use_beta_sigmas": BetaSigmas,
 }
-LABELS = {"use_karras_sigmas": "nearest", "use_lu_lambdas": "nearest"}  # the others are cut
+LABELS = {"use_karras_sigmas": "nearest", "use_lu_lambdas": "nearest"}  # others are truncated
 ENDS_ABOVE = ("DEISMultistepScheduler", "SASolverScheduler")  # classes whose runs end at the first step of the process
 
 
 def schedule_of(config: Config, spacing: str) -> schedules.NoiseSchedule:
-    """The table of betas; of rectified flow, and of continuous times, none."""
+    """The schedule: a table of betas, except for rectified flow and continuous times."""
     if config.get("use_flow_sigmas"):
-        return schedules.Rectified(1e-8)  # whose runs begin at an alpha of 1e-6
+        return schedules.Rectified(1e-8)  # with alpha = 1e-6 at the start of runs
     if _continuous(config) and noise_grid_of(config) and config["sigma_min"] and config["sigma_max"]:
-        # Variance preserving, a hair beyond the ends in sigma / alpha of the runs.
+        # Variance preserving, with a range of sigma / alpha slightly larger than that of the runs.
         low, high = -2.0 * math.log(config["sigma_max"]) - 1e-3, -2.0 * math.log(config["sigma_min"]) + 1e-3
         return schedules.Cosine(low, high)
     if config.get("trained_betas") is not None:
@@ -117,12 +117,12 @@ def schedule_of(config: Config, spacing: str) -> schedules.NoiseSchedule:
 
 
 def _continuous(config: Config) -> bool:
-    """Whether a network is told log(sigma / alpha) / 4, and so knows no table: in diffusers of velocities alone."""
+    """Whether a network receives log(sigma / alpha) / 4, without a table; in diffusers only with velocities."""
     return config.get("timestep_type") == "continuous" and config["prediction_type"] == "v_prediction"
 
 
 def label_of(config: Config, spacing: str) -> times.TimeLabel:
-    """The index; rounded where diffusers rounds it."""
+    """The index; rounded if diffusers rounds it."""
     if config.get("use_flow_sigmas"):
         return times.RoundedLabel(times.Scaled(float(config["num_train_timesteps"])), "down")
     if _continuous(config):
@@ -155,7 +155,7 @@ def grid_of(config: Config, spacing: str, tokens: int | None = None) -> times.Ti
 
 
 def noise_grid_of(config: Config) -> times.TimeGrid | None:
-    """The grid of noise levels that is named, if any."""
+    """The configured grid of noise levels, if any."""
     ends = {name: config[name] for name in ("sigma_min", "sigma_max") if config.get(name)}
     for name, kind in NOISE_GRIDS.items():
         if config.get(name):
@@ -164,7 +164,7 @@ def noise_grid_of(config: Config) -> times.TimeGrid | None:
 
 
 def _last(config: Config) -> int:
-    """How many steps of the process have a log(alpha / sigma) of at least `lambda_min_clipped`."""
+    """The number of steps of the process with log(alpha / sigma) of at least `lambda_min_clipped`."""
     steps, lowest = config["num_train_timesteps"], config.get("lambda_min_clipped")
     if lowest in (None, -math.inf):
         return steps
@@ -173,13 +173,13 @@ def _last(config: Config) -> int:
 
 
 def shift_of(config: Config, tokens: int | None) -> float:
-    """The shift of rectified flow: `shift`, or by the number of tokens."""
+    """The shift of rectified flow: `shift`, or a function of the number of tokens."""
     if not config.get("use_dynamic_shifting"):
         return float(config.get("shift", config.get("flow_shift", 1.0)))
     if tokens is None:
         raise ValueError(
-            "`use_dynamic_shifting` makes the times depend on the size of the sample: give `tokens`, the length of the "
-            "transformer's sequence, (height / patch) (width / patch), such as 4096"
+            "with `use_dynamic_shifting` the times depend on the size of the sample: give `tokens`, the length of the "
+            "sequence of the transformer, (height / patch) (width / patch), such as 4096"
         )
     base = (config.get("base_image_seq_len") or 256, config.get("max_image_seq_len") or 4096)
     ends = [0.5, 1.15]
@@ -190,9 +190,9 @@ def shift_of(config: Config, tokens: int | None) -> float:
 
 
 def end_of(config: Config) -> float | None:
-    """The last time of a run that does not go to t = 0, where it is not the first step of the process.
+    """The last time of a run that does not end at t = 0, if it is not the first step of the process.
 
-    Of rectified flow DPM-Solver takes the first sigma / alpha of the table, which nothing else makes use of, for it.
+    For rectified flow DPM-Solver takes it from the first sigma / alpha of the table, which is not used otherwise.
     """
     if not config.get("use_flow_sigmas") or not config["_class_name"].startswith("DPMSolver"):
         return None
@@ -201,14 +201,14 @@ def end_of(config: Config) -> float | None:
 
 
 def to_zero_of(config: Config) -> bool:
-    """Whether a run goes to t = 0."""
+    """Whether a run ends at t = 0."""
     ending = config.get("final_sigmas_type", "sigma_min" if config["_class_name"] in ENDS_ABOVE else "zero")
     older, alpha = config.get("set_alpha_to_zero"), config.get("set_alpha_to_one", True)
     return bool(alpha if older is None else older) and ending == "zero"
 
 
 def guidance_of(config: Config) -> guidance.Guidance | None:
-    """What changes x_hat."""
+    """The guidance rule that clips or thresholds x_hat."""
     if config.get("thresholding"):
         ratio, highest = config["dynamic_thresholding_ratio"], config["sample_max_value"]
         return guidance.DynamicThreshold(ratio, highest) if highest >= 1 else LowThreshold(highest)

@@ -1,4 +1,4 @@
-"""Configurations of schedulers for diffusers from our objects: of candidates that is taken that reads as them."""
+"""Configurations of diffusers' schedulers from kdiff's objects: the first candidate that reads back as equal."""
 
 import contextlib
 import itertools
@@ -140,7 +140,7 @@ NOISES = {
 def scheduler_config(wanted: schedulers.Process) -> Config:
     """The configuration of the scheduler that is read as this process.
 
-    A DDIM of kdiff on `Trailing` is taken for diffusers', which is the same where T is a multiple of the steps.
+    kdiff's DDIM on `Trailing` is treated as that of diffusers, which is equal if the number of steps divides T.
 
     Raises:
         ValueError: if there is none.
@@ -148,18 +148,18 @@ def scheduler_config(wanted: schedulers.Process) -> Config:
     learned = isinstance(wanted.prediction, predictions.LearnedVariance)
     for config in _candidates(wanted):
         config = {name: value for name, value in config.items() if name == "_class_name" or _known(config, name)}
-        with contextlib.suppress(ValueError):  # what diffusers refuses is no candidate
+        with contextlib.suppress(ValueError):  # candidates that diffusers refuses are skipped
             if _comparable(schedulers.process(config, "", learned)) == _comparable(wanted):
                 return config
     raise ValueError(
-        f"diffusers has no scheduler that is {wanted.schedule!r}, {wanted.prediction!r}, {wanted.time_label!r} and "
-        f"{wanted.sampler!r} at once. Known solvers: {sorted(kind.__name__ for kind in SOLVERS)}; time labels: "
+        f"diffusers has no scheduler with {wanted.schedule!r}, {wanted.prediction!r}, {wanted.time_label!r} and "
+        f"{wanted.sampler!r} together. Supported solvers: {sorted(kind.__name__ for kind in SOLVERS)}; time labels: "
         "Index(), or Scaled for flow matching; grids: Leading, Trailing, Linspace and those of kdiff.interop.grids"
     )
 
 
 def unclip_config(wanted: schedulers.Process) -> Config:
-    """The configuration of an `UnCLIPScheduler`, which alone Karlo's pipelines run, that is read as this process.
+    """The configuration of an `UnCLIPScheduler`, the only one for Karlo's pipelines, that is read as this process.
 
     Raises:
         ValueError: if there is none.
@@ -176,11 +176,11 @@ def unclip_config(wanted: schedulers.Process) -> Config:
     with contextlib.suppress(ValueError):
         if _comparable(schedulers.process(config, "", learned)) == _comparable(wanted):
             return config
-    raise ValueError(f"diffusers' UnCLIPScheduler is no process like {wanted}; it would be, at the nearest, {config}")
+    raise ValueError(f"no UnCLIPScheduler of diffusers equals {wanted}; the closest is {config}")
 
 
 def _comparable(process: schedulers.Process) -> tuple:
-    """Without the number of steps, which a configuration does not have."""
+    """A process without its number of steps, which a configuration does not contain."""
     prediction, solver, grid = process.prediction, process.sampler.solver, process.sampler.grid
     if isinstance(prediction, predictions.LearnedVariance):
         prediction = prediction.clone(num_steps=None, weight=0.001)
@@ -221,12 +221,12 @@ def _candidates(wanted: schedulers.Process) -> Iterator[Config]:
 
 
 def _lowest(schedule, last: int) -> Config:
-    """The `lambda_min_clipped` that leaves so many steps of the process."""
+    """The `lambda_min_clipped` that leaves `last` steps of the process."""
     return {"lambda_min_clipped": 0.25 * float(schedule.log_snrs[last] + schedule.log_snrs[last + 1])}
 
 
 def _untabled(wanted: schedulers.Process) -> Iterator[Config]:
-    """Of the classes without a table."""
+    """The candidates among the classes without a table."""
     schedule, grid, solver = wanted.schedule, wanted.sampler.grid, wanted.sampler.solver
     yield {"_class_name": "IPNDMScheduler"}
     if isinstance(solver, EulerMaruyama) and isinstance(schedule, schedules.LinearVP):
@@ -253,7 +253,7 @@ def _untabled(wanted: schedulers.Process) -> Iterator[Config]:
 
 
 def _exploding(wanted: schedulers.Process, shared: Config) -> Iterator[Config]:
-    """Those of EDM and of consistency models."""
+    """The candidates for EDM and consistency models."""
     grid, solver = wanted.sampler.grid, wanted.sampler.solver
     if isinstance(grid, Consistent):
         clip = {"clip_denoised": bool(wanted.sampler.guidance), "num_train_timesteps": grid.num_steps}
@@ -303,7 +303,7 @@ def _score_sde(schedule, solver: PredictorCorrector) -> Config:
 
 
 def _inside(grid: TimeGrid) -> Iterator[TimeGrid]:
-    """A grid and those that stand inside of it."""
+    """A grid and the grids nested in it."""
     yield grid
     for name in ("grid", "ends", "noise"):
         if getattr(grid, name, None) is not None:

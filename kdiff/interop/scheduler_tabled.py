@@ -1,4 +1,4 @@
-"""The schedulers of diffusers that have a table of betas: their keys, and their solvers."""
+"""The schedulers of diffusers with a table of betas: their keys and their solvers."""
 
 from kdiff import solvers
 from kdiff.interop.configs import FLAG, Key, listed, one_of, only, optional, real, whole
@@ -77,7 +77,7 @@ def _pndm(config):
 
 
 def multistep(config):
-    """kdiff's own solver where it does the same: of the orders 1 and 2, if they fall to 1 in every run or in none."""
+    """kdiff's own solver if it is equal: at orders 1 and 2, if the final order is 1 in every run or in none."""
     lower, order, closing = bool(config["lower_order_final"]), config["solver_order"], _closing(config)
     algorithm = "dpmsolver++" if config["algorithm_type"] == "deis" else config["algorithm_type"]
     variant = config["solver_type"] if config["solver_type"] in ("midpoint", "heun") else "midpoint"
@@ -112,7 +112,7 @@ def _inverted(config):
 
 
 def _both_ways(config):
-    """Only the orders of a short run fall; the run ends where there is noise."""
+    """The order falls only in short runs, which end above t = 0."""
     kind = MULTISTEP["dpmsolver++" if config["algorithm_type"] == "deis" else config["algorithm_type"]][1]
     variant = config["solver_type"] if config["solver_type"] in ("midpoint", "heun") else "midpoint"
     lower, euler = bool(config["lower_order_final"]), bool(config["euler_at_final"])
@@ -120,7 +120,7 @@ def _both_ways(config):
 
 
 def _singlestep(config):
-    """diffusers cuts the last block also where it does not come out even, or the run goes to t = 0."""
+    """diffusers also splits the last block if it is incomplete, or if the run ends at t = 0."""
     kind = SINGLESTEP["dpmsolver++" if config["algorithm_type"] == "deis" else config["algorithm_type"]]
     variant = config["solver_type"] if config["solver_type"] in ("midpoint", "heun") else "midpoint"
     lower = bool(config["lower_order_final"]) or config["final_sigmas_type"] == "zero"
@@ -135,7 +135,7 @@ SINGLESTEP = {
 
 
 def _sa(config):
-    """diffusers' own tau, since a function is not in a file: 1 for the labels from 200 to 800, which few steps have."""
+    """The default tau of diffusers, as a file has no function: 1 for labels from 200 to 800, which few steps have."""
     steps, flow = config["num_train_timesteps"], bool(config["use_flow_sigmas"])
     low, high = (place / steps for place in ((200.0, 801.0) if flow else (200.5, 801.5)))
     tau = solvers.Within(1.0, low, min(1.0, high)) if low <= 1.0 else 0.0
@@ -267,7 +267,7 @@ TABLED = {
             **CLIPPING,
             "timestep_spacing": Key("leading", one_of("leading", "trailing")),
             "set_alpha_to_one": Key(True, FLAG),
-            "set_alpha_to_zero": Key(None, SWITCH),  # an older name of it, which counts where it is given
+            "set_alpha_to_zero": Key(None, SWITCH),  # an older name, which has precedence
         },
         _inverted,
     ),
@@ -276,7 +276,7 @@ TABLED = {
             **TABLE,
             **THRESHOLD,
             **DPM,
-            # On "trailing", and with noise levels, diffusers' last step has length 0; with noise it is not a number.
+            # On "trailing", and with noise levels, the last step has length 0 in diffusers; with noise it gives NaN.
             "timestep_spacing": Key("linspace", one_of("linspace", "leading")),
             "algorithm_type": Key("dpmsolver++", one_of("dpmsolver++", "dpmsolver", "deis")),
             "solver_order": ORDERED["solver_order"],

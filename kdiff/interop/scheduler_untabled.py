@@ -1,4 +1,4 @@
-"""The schedulers of diffusers that have no table of betas: rectified flow, EDM, consistency models, and others."""
+"""The schedulers of diffusers without a table of betas: rectified flow, EDM, consistency models, and others."""
 
 from kdiff import guidance, predictions, schedules, solvers, times
 from kdiff.interop.configs import Key, one_of, only, optional, real, whole
@@ -35,7 +35,7 @@ def _heun(config, tokens) -> Process:
 
 
 def _edm(config, tokens) -> Process:
-    """Data that noise is added to, and Karras' preconditioning; of "v_prediction" with the other sign."""
+    """Variance exploding, with Karras' preconditioning, of opposite sign for "v_prediction"."""
     ends = {"sigma_min": config["sigma_min"], "sigma_max": config["sigma_max"]}
     karras = config["sigma_schedule"] == "karras"
     grid = times.Karras(config["rho"], **ends) if karras else times.Exponential(**ends)
@@ -49,7 +49,7 @@ def _edm(config, tokens) -> Process:
 
 
 def _consistency(config, tokens) -> Process:
-    """A consistency model: Song et al. 2023, whose network is told 1000 log(sigma) / 4."""
+    """A consistency model: Song et al. 2023, whose network receives 1000 log(sigma) / 4."""
     low, high = config["sigma_min"], config["sigma_max"]
     grid = Consistent(config["num_train_timesteps"], config["rho"], low, high)
     changes = (guidance.Clip(1.0),) if config["clip_denoised"] else ()
@@ -59,7 +59,7 @@ def _consistency(config, tokens) -> Process:
 
 
 def _flow_lcm(config, tokens) -> Process:
-    """Each step goes to the estimate of the data and noises it anew: flow matching's stochastic sampling."""
+    """Each step goes to the estimate of the data and adds new noise: stochastic sampling of flow matching."""
     return _flow_matching({**config, "stochastic_sampling": True}, tokens)
 
 
@@ -74,7 +74,7 @@ def _wuerstchen(config, tokens) -> Process:
 
 
 def _score_sde(config, tokens) -> Process:
-    """Song et al. 2021; its networks are told sigma, of which kdiff's take the logarithm."""
+    """Song et al. 2021; its networks receive sigma, of which kdiff's take the logarithm."""
     epsilon = config["sampling_eps"]
     solver = PredictorCorrector(config["snr"], config["correct_steps"], epsilon)
     schedule = schedules.VarianceExploding(config["sigma_min"], config["sigma_max"])
@@ -82,7 +82,7 @@ def _score_sde(config, tokens) -> Process:
 
 
 def _score_sde_vp(config, tokens) -> Process:
-    """Song et al. 2021; its networks are told (T - 1) t, as in training; in old pipelines T is the run's."""
+    """Song et al. 2021; its networks receive (T - 1) t, as in training; in old pipelines T is that of the run."""
     schedule = schedules.LinearVP(float(config["beta_min"]), float(config["beta_max"]), 1e-8)
     label = times.Scaled(config["num_train_timesteps"] - 1.0)
     return Process(schedule, predictions.Noise(), label, Sampler(EulerMaruyama(), DownTo(config["sampling_eps"])))

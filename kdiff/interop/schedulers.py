@@ -1,13 +1,13 @@
-"""diffusers' schedulers: what one of them says is here a schedule, a prediction, a time label and a sampler.
+"""Schedulers of diffusers, translated to a schedule, a prediction, a time label and a sampler.
 
     beta_schedule, trained_betas, rescale_betas_zero_snr      the schedule
     prediction_type                                           the prediction
     the class, algorithm_type, solver_order, variance_type    the solver
     timestep_spacing, steps_offset, use_karras_sigmas         the grid; and how the time label is rounded
-    set_alpha_to_one, final_sigmas_type                       whether the run goes to t = 0
+    set_alpha_to_one, final_sigmas_type                       whether the run ends at t = 0
     clip_sample, thresholding                                 the guidance
 
-A key that would be lost is an error; keys of other classes, which diffusers reads over, are read over.
+A key that cannot be translated is an error; keys of other classes are ignored, as in diffusers.
 """
 
 from typing import Any
@@ -36,9 +36,9 @@ __all__ = ["ALL_STEPS", "KINDS", "REFUSED", "process"]
 
 KINDS = {**TABLED, **UNTABLED}
 REFUSED = {
-    "CogVideoXDDIMScheduler": "it moves the noise levels of video; DDIMScheduler is for pictures",
-    "CogVideoXDPMScheduler": "it moves the noise levels of video; DPMSolverMultistepScheduler is for pictures",
-    "RePaintScheduler": "it fills holes of pictures; use guidance.Inpaint and times.Jumps with DDPMScheduler",
+    "CogVideoXDDIMScheduler": "it shifts noise levels for video; use DDIMScheduler for pictures",
+    "CogVideoXDPMScheduler": "it shifts noise levels for video; use DPMSolverMultistepScheduler for pictures",
+    "RePaintScheduler": "it is for inpainting; use guidance.Inpaint and times.Jumps with DDPMScheduler",
     **dict.fromkeys(
         (
             "AmusedScheduler",
@@ -47,50 +47,50 @@ REFUSED = {
             "EntropyBoundScheduler",
             "VQDiffusionScheduler",
         ),
-        "it is of discrete tokens",
+        "it is for discrete tokens",
     ),
     **dict.fromkeys(
         ("HeliosScheduler", "HeliosDMDScheduler"),
-        "it goes from one resolution of a video to the next within a run, which kdiff's runs do not",
+        "it changes the resolution of a video within a run, which is not supported",
     ),
-    "ConsistencyDecoderScheduler": "it is of a decoder of latents in two steps; kdiff has those of autoencoders",
-    "CosineDPMSolverMultistepScheduler": "it is of Stable Audio, of which kdiff has no network; for EDM's noise levels "
-    "there is EDMDPMSolverMultistepScheduler",
-    "FlowMapEulerDiscreteScheduler": "its networks are told where a step ends beside where it begins, and kdiff has "
-    "none such",
-    "LTXEulerAncestralRFScheduler": "it is of LTX-Video, of which kdiff has no network; solvers.EulerAncestral goes "
+    "ConsistencyDecoderScheduler": "it is for a two-step decoder of latents; kdiff has the decoders of autoencoders",
+    "CosineDPMSolverMultistepScheduler": "it is for Stable Audio, which kdiff does not have; for EDM's noise levels "
+    "use EDMDPMSolverMultistepScheduler",
+    "FlowMapEulerDiscreteScheduler": "its networks receive the end of a step as well as its start, which is not "
+    "supported",
+    "LTXEulerAncestralRFScheduler": "it is for LTX-Video, which kdiff does not have; use solvers.EulerAncestral "
     "with the schedule of FlowMatchEulerDiscreteScheduler",
-    "MiniMaxH3Scheduler": "it is of MiniMax's video, of which kdiff has no network; its steps are those of "
+    "MiniMaxH3Scheduler": "it is for MiniMax's video, which kdiff does not have; its steps are those of "
     "FlowMatchEulerDiscreteScheduler with a `shift` of 12",
-    "PiflowScheduler": "its networks give a policy for many steps at once, not one velocity",
-    "RFD4ProteinaScheduler": "it moves two modalities of a protein, each in times of its own",
-    "SCMScheduler": "it is of networks distilled to trigonometric time that Sana has, of which kdiff has none",
-    "KarrasVeScheduler": "it is EDM's before there was EDMEulerScheduler; write that",
+    "PiflowScheduler": "its networks return a policy for many steps at once, not one velocity",
+    "RFD4ProteinaScheduler": "it has separate times for two modalities of a protein",
+    "SCMScheduler": "it is for Sana's networks, distilled to trigonometric time, which kdiff does not have",
+    "KarrasVeScheduler": "it is an older version of EDMEulerScheduler; use that",
 }
-ALL_STEPS = ("DDPMScheduler", "DDPMParallelScheduler")  # classes whose runs have every step, unless told otherwise
+ALL_STEPS = ("DDPMScheduler", "DDPMParallelScheduler")  # classes whose runs have every step by default
 
 
 def process(config: dict[str, Any], source: Any, learned: bool = False, tokens: int | None = None) -> Process:
-    """What a scheduler's configuration says.
+    """The process that the configuration of a scheduler describes.
 
     Args:
         config: the configuration.
-        source: the file that it is from, for errors.
-        learned: whether the network predicts the variance as well.
-        tokens: the length of the transformer's sequence, (height / patch) (width / patch), on which the times depend
-            where `use_dynamic_shifting` is true.
+        source: its file, for errors.
+        learned: whether the network also predicts the variance.
+        tokens: the length of the sequence of the transformer, (height / patch) (width / patch), on which the times
+            depend if `use_dynamic_shifting` is true.
 
     Raises:
-        ValueError: if the class is none of those that kdiff has; if a key says what kdiff cannot do, or keys do not go
-            together.
+        ValueError: if the class is not supported; if the value of a key is not supported, or keys contradict each
+            other.
     """
     name = config.get("_class_name")
     with explained(source):
         if config.get("predict_epsilon", True) is not True and "prediction_type" not in config:
-            raise ValueError('`predict_epsilon` is of an old version; write `prediction_type` "sample" in its place')
+            raise ValueError('`predict_epsilon` is from an old version; use `prediction_type` "sample" instead')
         config = {key: value for key, value in config.items() if key != "predict_epsilon"}
         if name in REFUSED:
-            raise ValueError(f"kdiff has no {name}: {REFUSED[name]}")
+            raise ValueError(f"kdiff does not support {name}: {REFUSED[name]}")
         scheduler = kind(KINDS, name, source, "_class_name")
         config = {**complete(config, scheduler.keys, source, FOREIGN), "_class_name": name}
         for wrong, words in _conflicts(scheduler, config, learned):
@@ -106,7 +106,7 @@ def process(config: dict[str, Any], source: Any, learned: bool = False, tokens: 
                 _sampler(scheduler, config, tokens),
             )
         if config.get("sigma_min") or config.get("sigma_max"):
-            made.sampler.grid(made.schedule, 3)  # an error now, if the table does not go so far
+            made.sampler.grid(made.schedule, 3)  # raises now if the table is too short
         return made._replace(prediction=predictions.LearnedVariance(made.prediction)) if learned else made
 
 
@@ -122,7 +122,7 @@ def _sampler(scheduler: Kind, config, tokens) -> Sampler:
 
 
 def _conflicts(scheduler: Kind, config, learned) -> list[tuple[bool, str]]:
-    """What keys say that do not go together, each with whether it is so here."""
+    """Contradictions between keys, each with whether it occurs here."""
     said = config.get
     steps, betas, ending = said("num_train_timesteps"), said("trained_betas"), said("final_sigmas_type")
     algorithm, shorter = said("algorithm_type", ""), scheduler.spacing in ("shorter", "upwards")
@@ -135,12 +135,12 @@ def _conflicts(scheduler: Kind, config, learned) -> list[tuple[bool, str]]:
     return [
         (
             betas is not None and len(betas) != steps,
-            f"`num_train_timesteps` is {steps}, and `trained_betas` are {len(betas or [])}: they must be as many",
+            f"`num_train_timesteps` is {steps}, but `trained_betas` has {len(betas or [])} values",
         ),
         (len(sigmas) > 1, f"at most one of {sigmas} may be true"),
         (
             bool(sigmas) and shorter and said("beta_schedule") == "squaredcos_cap_v2",
-            f"{sigmas} must be false where `beta_schedule` is 'squaredcos_cap_v2': diffusers has them at one time step",
+            f"{sigmas} must be false where `beta_schedule` is 'squaredcos_cap_v2': diffusers has them at one time",
         ),
         (
             algorithm in ("dpmsolver", "sde-dpmsolver") and ending == "zero",
@@ -149,7 +149,7 @@ def _conflicts(scheduler: Kind, config, learned) -> list[tuple[bool, str]]:
         (
             unipc and ending == "zero" and not (plain and said("predict_x0") and said("lower_order_final")),
             "`final_sigmas_type` must be 'sigma_min' unless `predict_x0` and `lower_order_final` are true and "
-            "`solver_type` is 'bh2': in diffusers the last step is not a number",
+            "`solver_type` is 'bh2': in diffusers the last step gives NaN",
         ),
         (
             algorithm == "sde-dpmsolver" and said("solver_order") == 3,
@@ -161,14 +161,14 @@ def _conflicts(scheduler: Kind, config, learned) -> list[tuple[bool, str]]:
         ),
         (
             bool(zero) and said("prediction_type") == "epsilon" and first,
-            "`rescale_betas_zero_snr` ends in nothing but noise, of which 'epsilon' tells no data; `prediction_type` "
+            "`rescale_betas_zero_snr` ends in pure noise, from which 'epsilon' cannot give the data; `prediction_type` "
             "must be 'v_prediction' or 'sample'",
         ),
         (
             config["_class_name"] == "DDIMInverseScheduler"
             and said("prediction_type") == "sample"
             and to_zero_of(config),
-            "`set_alpha_to_one` must be false where `prediction_type` is 'sample': data tells nothing of its noise",
+            "`set_alpha_to_one` must be false where `prediction_type` is 'sample': x does not determine the noise",
         ),
         (
             said("prediction_type") == "flow_prediction" and not flow,
@@ -181,8 +181,8 @@ def _conflicts(scheduler: Kind, config, learned) -> list[tuple[bool, str]]:
         ),
         (
             bool(flow) and unipc and said("prediction_type") == "epsilon",
-            "`prediction_type` must not be 'epsilon' where `use_flow_sigmas` is true: with UniPC the run begins where "
-            "alpha is 1e-6, and float32 leaves a few digits of (x_t - sigma noise) / alpha",
+            "`prediction_type` must not be 'epsilon' where `use_flow_sigmas` is true: with UniPC the run starts where "
+            "alpha is 1e-6, and few digits of (x_t - sigma noise) / alpha are left in float32",
         ),
         (bool(flow) and bool(sigmas), f"`use_flow_sigmas` must be false where {sigmas} are true"),
         (
@@ -191,12 +191,12 @@ def _conflicts(scheduler: Kind, config, learned) -> list[tuple[bool, str]]:
         ),
         (
             said("shift_terminal") is not None and shorter and not flow,
-            "`use_flow_sigmas` must be true where there is a `shift_terminal`",
+            "`use_flow_sigmas` must be true if `shift_terminal` is given",
         ),
         (
             bool(said("sigma_min") or said("sigma_max")) and not scheduler.make and not sigmas,
             "`sigma_min` and `sigma_max` must be None, unless one of "
-            f"{list(names[:3])} is true, without which diffusers has no use for them",
+            f"{list(names[:3])} is true; otherwise diffusers does not use them",
         ),
         (
             said("timestep_type") == "continuous" and bool(said("rescale_betas_zero_snr")),

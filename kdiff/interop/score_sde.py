@@ -1,4 +1,4 @@
-"""diffusers' sampling of score-based models: variance exploding by predictor and corrector; variance preserving."""
+"""Sampling of score-based models as in diffusers: predictor-corrector (variance exploding), and variance preserving."""
 
 import numpy as np
 from keras import ops
@@ -13,7 +13,7 @@ __all__ = ["DownTo", "EulerMaruyama", "PredictorCorrector", "norm"]
 
 
 class DownTo(TimeGrid):
-    """Times in equal spaces from 1 to a last one above 0, and 0.
+    """Equally spaced times from 1 to a last one above 0, then 0.
 
     Args:
         last: the last time above 0.
@@ -31,18 +31,18 @@ class DownTo(TimeGrid):
 
 
 class PredictorCorrector(Solver):
-    """A step of the reverse equation after steps of Langevin dynamics (Song et al. 2021, arXiv:2011.13456, algorithms 2
+    """A step of the reverse SDE after steps of Langevin dynamics (Song et al. 2021, arXiv:2011.13456, algorithms 2
     and 4), with the score g = (x_hat - x) / sigma^2:
 
-        corrector    x + 2 r g + 2 sqrt(r) z,                          r = (snr |z| / |g|)^2, of means over the batch
+        corrector    x + 2 r g + 2 sqrt(r) z,                          r = (snr |z| / |g|)^2, from means over the batch
         predictor    x + (s^2 - s'^2) g + sqrt(s^2 - s'^2) z,          without z in the last step
 
-    where s and s', 0 in the last step, are sigma now and then on a grid from 1 to 0: on `DownTo(epsilon)` diffusers has
-    its network told of slightly more noise.
+    where s and s' (0 in the last step) are the current and next sigma on a grid from 1 to 0: on `DownTo(epsilon)`,
+    where the network in diffusers receives a slightly higher noise level.
 
     Args:
-        snr: of each step of the corrector.
-        corrections: their number.
+        snr: the signal-to-noise ratio of each corrector step.
+        corrections: the number of corrector steps.
         epsilon: the last time of the grid above 0.
     """
 
@@ -79,12 +79,12 @@ class PredictorCorrector(Solver):
 
 
 class EulerMaruyama(Solver):
-    """A step of the reverse variance preserving equation (Song et al. 2021, arXiv:2011.13456, algorithm 3), with the
+    """A step of the reverse variance preserving SDE (Song et al. 2021, arXiv:2011.13456, algorithm 3), with the
     score g = -noise_hat / sigma:
 
         x + beta / N (x / 2 + g) + sqrt(beta / N) z,    without z in the last step.
 
-    diffusers takes 1 / N, N the steps of the run, for the length of each, whatever the grid.
+    As in diffusers, each step has length 1 / N, with N the number of steps of the run, whatever the grid.
     """
 
     named = False
@@ -104,5 +104,5 @@ class EulerMaruyama(Solver):
 
 
 def norm(x):
-    """The mean over the batch of each example's length."""
+    """The mean norm over the batch."""
     return ops.mean(ops.sqrt(ops.sum(ops.square(x), axis=tuple(range(1, len(x.shape))))))

@@ -1,13 +1,13 @@
-"""Stable Diffusion 3 and 3.5 in one file, in the layout of the code that trained them.
+"""Stable Diffusion 3 and 3.5 in one file, in the layout of the original code.
 
     model.diffusion_model.                         the MMDiT: x_embedder, joint_blocks.0.x_block, .context_block, ...
     first_stage_model.                             the autoencoder
-    text_encoders.clip_l.transformer.text_model.   CLIP's encoders, and T5's, in the layout of transformers, if any
+    text_encoders.clip_l.transformer.text_model.   the encoders of CLIP and T5 in the layout of transformers, if any
     text_encoders.clip_g.transformer.text_model.
     text_encoders.t5xxl.transformer.
 
-`single_files.load` reads such a file. Sizes are read off the weights; what these do not show is as published: heads of
-64 channels where no queries are normalised, a shift of 3, the scale and shift of the latents, and 256 tokens of T5.
+`single_files.load` reads such a file. Sizes are inferred from the weights; other properties are as published: heads of
+64 channels if queries are not normalised, a shift of 3, the scale and shift of the latents, and 256 tokens of T5.
 """
 
 import math
@@ -55,7 +55,7 @@ __all__ = [
 UNET = "model.diffusion_model."
 TEXT = ("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer.", "text_encoders.t5xxl.transformer.")
 SCALE, SHIFT, FACTOR, HEAD_WIDTH = 1.5305, 0.0609, 8, 64
-_ACTIVATIONS = ("quick_gelu", "gelu")  # of OpenAI's CLIP, and of OpenCLIP's
+_ACTIVATIONS = ("quick_gelu", "gelu")  # of OpenAI's CLIP and of OpenCLIP
 _SWAPPED = Part("projection", rows=Rows((1, 0), 2))  # shift, scale
 
 NAMES = {
@@ -83,12 +83,12 @@ NAMES = {
 
 
 def is_one(state: State) -> bool:
-    """Whether the arrays are of Stable Diffusion 3 by their names."""
+    """Whether the arrays are those of Stable Diffusion 3, by their names."""
     return any(key.startswith(f"{UNET}joint_blocks.") for key in state)
 
 
 def sd3_slots(network: MMDiT) -> Iterator[Slot]:
-    """The names of the weights of an `MMDiT` in the code of Stable Diffusion 3, as they stand in a whole file."""
+    """The names of the weights of an `MMDiT` in the code of Stable Diffusion 3, as in a full file."""
     for name, layer in _named_layers(network):
         yield from slots(layer, UNET + name, NAMES)
     yield Slot(f"{UNET}pos_embed", network.positions.table, TABLE)
@@ -105,7 +105,7 @@ def _named_layers(network):
 
 
 def sd3_config(state: State, name: str, size: int) -> dict[str, Any]:
-    """What an `SD3Transformer2DModel` of such weights says, for latents of this size."""
+    """The configuration of an `SD3Transformer2DModel` with such weights, for latents of this size."""
     width, channels, patch, _ = shape_of(state, f"{UNET}x_embedder.proj.weight", name, 4)
     depth = count_of(state, f"{UNET}joint_blocks")
     normed = f"{UNET}joint_blocks.0.x_block.attn.ln_q.weight"
@@ -142,24 +142,24 @@ def load(
     heads: int | None = None,
     following: int = prompts.SD3_LENGTH,
 ) -> DiffusionModel:
-    """The model of a file; arguments as of `single_files.load`.
+    """The model of a file; arguments as in `single_files.load`.
 
     Args:
         state: the arrays.
         name: of the file, for errors.
-        tokenizer: of CLIP, for both encoders; or a list, of one for each encoder, whose third is T5's. None for no text
-            encoders; without a third tokenizer T5 is left out, for which the network knows zeros.
-        image_size: of samples, if `sample` is not told.
-        clip_skip: how many more of the last blocks of CLIP's encoders to leave out.
+        tokenizer: of CLIP, for both encoders; or a list, one per encoder, the third for T5. None for no text encoders;
+            without a third tokenizer T5 is skipped, and replaced by zeros, as in training.
+        image_size: the default size of samples.
+        clip_skip: the number of further final blocks of CLIP's encoders to skip.
         strict: whether weights that do not match are an error; otherwise a warning.
         options: arguments of `DiffusionModel`.
-        codec: in place of the file's.
+        codec: instead of that of the file.
         shift: of the times of `sample`.
-        heads: of the attention; None for those that the weights show, or as published.
-        following: without T5, how many zeros stand for its tokens.
+        heads: of the attention; None to infer it from the weights or the published value.
+        following: without T5, the number of zero tokens that replace its tokens.
 
     Raises:
-        ValueError: as of `single_files.load`.
+        ValueError: as in `single_files.load`.
     """
     first = any(key.startswith(autoencoders.FIRST_STAGE) for key in state)
     if codec is None and first and "codec" not in options:
@@ -191,12 +191,12 @@ def _prompt(
     parts = [{key.removeprefix(place): state[key] for key in state if key.startswith(place)} for place in TEXT]
     if not parts[0] or not parts[1]:
         raise ValueError(
-            f"{name}: there are no text encoders, under {list(TEXT[:2])}; without a `tokenizer` the model takes "
+            f"{name}: no text encoders were found under {list(TEXT[:2])}; without a `tokenizer` the model takes "
             "embeddings"
         )
     words = _tokenizers(tokenizer)
     if len(words) == 3 and not parts[2]:
-        raise ValueError(f"{name}: there is a tokenizer of T5, and no encoder, under {TEXT[2]!r}")
+        raise ValueError(f"{name}: a tokenizer of T5 was given, but there is no encoder under {TEXT[2]!r}")
     made: list[Encoder] = [
         _clip(part, f"{name}, {place}", activation, skip, strict)
         for part, place, activation in zip(parts, TEXT, _ACTIVATIONS, strict=False)
@@ -224,7 +224,7 @@ def _clip(part: State, name: str, activation: str, skip: int, strict: bool) -> E
     foreign = encoders.ENCODERS["clip_text_model"]
     arrays = {key: one for key, one in foreign.ours(part).items() if key != "logit_scale"}
     vocabulary, width = shape_of(arrays, "embeddings.token_embedding.weight", name)
-    # The first encoder of the published file has no projection, for which the identity stands.
+    # The first encoder of the published file has no projection; the identity replaces it.
     projection = arrays.setdefault("text_projection.weight", np.eye(width, dtype="float32"))
     with explained(name):
         encoder = foreign.made(

@@ -1,4 +1,4 @@
-"""Steps as diffusers makes them, where kdiff's own differ; they have no names to `get` them by."""
+"""Steps of diffusers that differ from kdiff's own; not obtainable by name through `get`."""
 
 from typing import Any, NamedTuple
 
@@ -33,16 +33,16 @@ __all__ = [
 
 
 class DDIMKeptNoise(DDIM):
-    """DDIM in which `guidance` changes the data alone, and the noise stays as the network said:
+    """DDIM in which `guidance` changes only the data, and the noise remains the network's estimate:
 
         x_then = alpha_then guided(x_hat) + sqrt(sigma_then^2 - s^2) noise_hat + s noise,
         noise_hat = (x_now - alpha_now x_hat) / sigma_now.
 
-    diffusers' clipping with DDIM. As a guidance of the sampler, both estimates would follow.
+    The clipping of DDIM in diffusers. A guidance rule of the sampler would change both estimates.
 
     Args:
-        guidance: a `Guidance` that changes x_hat alone, or its name.
-        eta: as of `DDIM`.
+        guidance: a `Guidance` that changes only x_hat, or its name.
+        eta: as in `DDIM`.
     """
 
     named = False
@@ -63,12 +63,12 @@ class DDIMKeptNoise(DDIM):
         return x, estimate._replace(x_hat=x_hat), state
 
     def inverse(self, iterations: int = 1):
-        """There is none: what was clipped is lost."""
+        """Raises a ValueError: clipping is not invertible."""
         raise ValueError(f"{self!r} has no inverse: it clips. DDIM(eta=0.0) has one.")
 
 
 class TimeRatio(Ratio):
-    """`Ratio`, in which a stage within a step is at a fraction of the way in t."""
+    """`Ratio` with intermediate stages at a fraction of the step in t."""
 
     named = False
 
@@ -78,8 +78,8 @@ class TimeRatio(Ratio):
 
 
 class PseudoRungeKutta(RK4):
-    """The warm-up of PNDM as it is published (Liu et al. 2022, arXiv:2202.09778, eq. 13): the weights of the classical
-    method, for values of noise_hat in s = sigma / alpha whose middle is in t. Its order is 2.
+    """The warm-up of PNDM as published (Liu et al. 2022, arXiv:2202.09778, eq. 13): the weights of the classical
+    method, for values of noise_hat as a function of s = sigma / alpha, with the midpoint in t. Its order is 2.
     """
 
     named = False
@@ -88,10 +88,10 @@ class PseudoRungeKutta(RK4):
 
 
 class EvenSteps(Solver):
-    """A solver each of whose steps goes T // steps down in the index, whatever the grid: diffusers' DDIM and PNDM.
+    """A solver whose steps always go T // steps down in the index, whatever the grid: diffusers' DDIM and PNDM.
 
-    So on "linspace", and on "trailing" where T is no multiple of the number of steps, x is made for another time than
-    the one at which the network is asked next. Below 0 a step goes to the end of the run.
+    So on "linspace", and on "trailing" if the number of steps does not divide T, x is computed for another time than
+    the one of the next network call. A step below 0 goes to the end of the run.
 
     Args:
         solver: the `Solver`.
@@ -105,7 +105,7 @@ class EvenSteps(Solver):
         self.stochastic, self.learned = self.solver.stochastic, self.solver.learned
 
     def init(self, x, steps: int):
-        """The solver's state, and the number of steps."""
+        """The state of the solver, and the number of steps."""
         return ops.convert_to_tensor(np.int32(steps)), self.solver.init(x, steps)
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
@@ -116,7 +116,7 @@ class EvenSteps(Solver):
         return x, estimate, (steps, state)
 
     def inverse(self, iterations: int = 1):
-        """The solver's."""
+        """The inverse of the solver."""
         return self.solver.inverse(iterations)
 
 
@@ -136,11 +136,11 @@ def _of_index(schedule: NoiseSchedule, index) -> Marginal:
 
 
 class Outputs(NamedTuple):
-    """What `DiffusersPNDM` remembers.
+    """The state of `DiffusersPNDM`.
 
     Attributes:
-        steps: of the run, int32.
-        made: of them, int32.
+        steps: the number of steps of the run, int32.
+        made: the number of completed steps, int32.
         values: the last outputs of the network, the newest first.
     """
 
@@ -150,12 +150,12 @@ class Outputs(NamedTuple):
 
 
 class DiffusersPNDM(Solver):
-    """PNDM (Liu et al. 2022, arXiv:2202.09778) as diffusers has it: it is the outputs of the network that are combined,
-    of whatever prediction, and each step goes T // steps down in the index, whatever the grid (`EvenSteps`).
+    """PNDM (Liu et al. 2022, arXiv:2202.09778) of diffusers: it combines outputs of the network, whatever the
+    prediction, and each step goes T // steps down in the index, whatever the grid (`EvenSteps`).
 
     Args:
-        prediction: what the outputs are, "noise" or "velocity".
-        warm: as of `PNDM`: 3, by Runge and Kutta; or 1, by a step that is made twice (`skip_prk_steps`).
+        prediction: the prediction of the network, "noise" or "velocity".
+        warm: as in `PNDM`: 3 for Runge-Kutta; 1 for a repeated step (`skip_prk_steps`).
     """
 
     named = False
@@ -165,7 +165,7 @@ class DiffusersPNDM(Solver):
         self.prediction, self.warm = Prediction.get(prediction), warm
 
     def init(self, x, steps: int) -> Outputs:
-        """No outputs yet."""
+        """The initial state."""
         steps, made = (ops.convert_to_tensor(np.int32(number)) for number in (steps, 0))
         return Outputs(steps, made, (ops.zeros_like(x),) * 3)
 
@@ -183,14 +183,14 @@ class DiffusersPNDM(Solver):
         return x, estimate, Outputs(state.steps, state.made + 1, (output, *state.values)[:3])
 
     def _combined(self, output, state: Outputs):
-        """Adams and Bashforth's, of as many outputs as there are."""
+        """The Adams-Bashforth combination of the available outputs."""
         a, b, c = state.values
         found = ops.where(state.made < 2, (3.0 * output - a) / 2.0, (23.0 * output - 16.0 * a + 5.0 * b) / 12.0)
         found = ops.where(state.made < 3, found, (55.0 * output - 59.0 * a + 37.0 * b - 9.0 * c) / 24.0)
         return ops.where(state.made < 1, output, found)
 
     def _move(self, x, now: Marginal, then: Marginal, output):
-        """DDIM's step with this output."""
+        """A DDIM step with this output."""
         x_hat = self.prediction.denoise(output, x, now)
         return then.alpha * x_hat + then.sigma * noise_of(x, x_hat, now)
 
@@ -203,7 +203,7 @@ class DiffusersPNDM(Solver):
         return self._move(x, start, then, (output + second) / 2.0)
 
     def _runge_kutta(self, denoise, schedule, x, now, then, lower, output, steps):
-        """Its stages are `way` above the next time of the grid; the first is reached by a step of `way` down."""
+        """The stages are `way` above the next time of the grid; the first is reached by a step down of `way`."""
         way = schedule.num_steps // steps // 2
         middle, first = (
             _of_index(schedule, one) for one in (_index(schedule, then) + way, _index(schedule, now) - way)
@@ -216,28 +216,28 @@ class DiffusersPNDM(Solver):
 
 
 def output_of(prediction: Prediction, x, x_hat, m: Marginal):
-    """What the network said: a x_hat + b noise_hat."""
+    """The network output that corresponds to x_hat: a x_hat + b noise_hat."""
     a, b = prediction.coefficients(m)
     return a * x_hat + b * noise_of(x, x_hat, m)
 
 
 class NoisyEnd(DDPM):
-    """`DDPM` as diffusers has it where the last step does not begin at the first of the process: it adds noise, of the
-    variance "large" or "learned".
+    """`DDPM` of diffusers, which adds noise, of variance "large" or "learned", in the last step unless that begins at
+    the first step of the process.
 
     Args:
-        variance: as of `DDPM`.
+        variance: as in `DDPM`.
     """
 
     named = False
 
     def _sigma(self, now: Marginal, then: Marginal, share):
-        small = ops.maximum(then.sigma, 1e-10)  # diffusers: a variance of at least 1e-20
+        small = ops.maximum(then.sigma, 1e-10)  # as in diffusers, the variance is at least 1e-20
         return small * (now.sigma / small) ** share if self.learned else now.sigma
 
 
 class DiffusersTCD(Solver):
-    """`TCD` as diffusers has it: s is floor((1 - gamma) i) in the index, i that of `then`.
+    """`TCD` of diffusers: the index of s is floor((1 - gamma) i), with i that of `then`.
 
     Args:
         gamma: in [0, 1].
@@ -263,7 +263,7 @@ class DiffusersTCD(Solver):
 
 
 class DiffusersIPNDM(IPNDM):
-    """`IPNDM` of velocities as diffusers has it: where alpha is 0 the network is not believed, and the data is 0."""
+    """`IPNDM` of velocities of diffusers: where alpha = 0 the network output is ignored and x_hat = 0."""
 
     named = False
 
@@ -278,7 +278,7 @@ class DiffusersIPNDM(IPNDM):
 
 
 class FlowLine(Ratio):
-    """The variable t of rectified flow, of x itself, whose slope is noise - x: that of diffusers' Heun there."""
+    """The variable t of rectified flow, in which the slope of x is noise - x, as in diffusers' Heun."""
 
     named = False
 
@@ -296,7 +296,7 @@ class FlowLine(Ratio):
 
 
 class QuietEnd(DDPM):
-    """`DDPM` of the variance "small" that adds no noise in a step to less than a millionth of the way."""
+    """`DDPM` of the variance "small" that adds no noise in a step to t below 1e-6."""
 
     named = False
 
@@ -308,11 +308,11 @@ class QuietEnd(DDPM):
 
 
 class DDIMInverted(DDIM):
-    """DDIM, whose inverse is diffusers' `DDIMInverseScheduler`: `Sampler.invert` makes noise of data as that does.
+    """DDIM with the inverse of diffusers' `DDIMInverseScheduler`, used by `Sampler.invert`.
 
     Args:
-        prediction: what the network says.
-        limit: what x_hat is clipped to on the way to noise; None does not clip.
+        prediction: the prediction of the network.
+        limit: the bound to which x_hat is clipped in the inversion; None for no clipping.
     """
 
     named = False
@@ -322,16 +322,16 @@ class DDIMInverted(DDIM):
         self.prediction, self.limit = Prediction.get(prediction), limit
 
     def inverse(self, iterations: int = 1) -> Solver:
-        """`DiffusersDDIMInversion`, which asks the network once a step."""
+        """`DiffusersDDIMInversion`, which calls the network once per step."""
         return DiffusersDDIMInversion(self.prediction, self.limit)
 
 
 class DiffusersDDIMInversion(Solver):
-    """From data to noise: what the network says at `then` is taken for what it would say T // steps below.
+    """From data to noise: the network output at `then` approximates that at T // steps below.
 
     Args:
-        prediction: what the network says.
-        limit: what x_hat is clipped to; None does not clip.
+        prediction: the prediction of the network.
+        limit: the bound to which x_hat is clipped; None for no clipping.
     """
 
     named = False

@@ -1,16 +1,16 @@
-"""Stable unCLIP of diffusers: Stable Diffusion that is also given an image by its embedding, noised at a level.
+"""Stable unCLIP of diffusers: Stable Diffusion conditioned also on a noised image embedding.
 
 | folder | here |
 |---|---|
-| `image_encoder`, `feature_extractor` | a frozen `PicturePrompt`; without them "embedding" is given |
-| `image_normalizer`, `image_noising_scheduler` | a `NoisedEmbedding`, in place of the label |
+| `image_encoder`, `feature_extractor` | a frozen `PicturePrompt`; without them "embedding" is the input |
+| `image_normalizer`, `image_noising_scheduler` | a `NoisedEmbedding`, which replaces the label |
 | `prior`, `prior_scheduler`, `prior_text_encoder`, `prior_tokenizer` | the prior of an `UnCLIP` |
 
-The noise of step n of T there is that of the level (n + 1) / T.
+Step n of T corresponds to the level (n + 1) / T.
 
     model = load("stable-diffusion-2-1-unclip")
-    model.sample(4, text="", picture=photo, picture_level=0.201, guidance=10.0)        # noise_level=200 there
-    unclip = load("stable-diffusion-2-1-unclip-small")                                 # of which there is a prior
+    model.sample(4, text="", picture=photo, picture_level=0.201, guidance=10.0)        # noise_level=200 in diffusers
+    unclip = load("stable-diffusion-2-1-unclip-small")                                 # with a prior
     unclip.sample(4, text="a red circle", prior={"guidance": 4.0}, decoder={"guidance": 10.0})
 """
 
@@ -36,7 +36,7 @@ NORMALIZER = {"embedding_dim": Key(768, COUNT)}
 
 
 def before(folder: Path, index: Mapping[str, Any], strict: bool, variant: str | None) -> unclip.Before | None:
-    """What comes before the network of one of these pipelines; None for that of another."""
+    """The models before the network of one of these pipelines; None for other pipelines."""
     if index.get("_class_name") not in prompts.UNCLIP:
         return None
     change = partial(conditioned, layer=noised(folder, variant), picture=_picture(folder, index, variant))
@@ -54,21 +54,23 @@ def _picture(folder, index, variant) -> Callable[..., PicturePrompt] | None:
 
 
 def noised(folder: Path, variant: str | None = None) -> NoisedEmbedding:
-    """The condition of a pipeline's `image_normalizer` and `image_noising_scheduler`, but for its dense layers."""
+    """The condition from `image_normalizer` and `image_noising_scheduler`, without its dense layers."""
     part, source = folder / "image_normalizer", folder / maps.NOISING / "scheduler_config.json"
     width = complete(read_json(part / "config.json"), NORMALIZER, part / "config.json")["embedding_dim"]
     state = folders.read_weights(part, folders.variant_of(part, variant))
     codec = priors.prior_codec(state, part, ("mean", "std"))
     if extra := sorted(set(state) - {"mean", "std"}):
-        raise ValueError(f"{part}: the weights must have 'mean' and 'std' alone; they have: {extra}")
+        raise ValueError(f"{part}: the weights must have only 'mean' and 'std'; found: {extra}")
     if not codec.mean.shape == codec.std.shape == (width,):
         raise ValueError(
-            f"{part}: 'mean' and 'std' must have `embedding_dim` numbers, {width}; they have the shapes "
+            f"{part}: 'mean' and 'std' must have the size `embedding_dim`, {width}; received the shapes "
             f"{codec.mean.shape} and {codec.std.shape}"
         )
     schedule = schedulers.process(read_json(source), source).schedule
     if schedule.num_steps is None:
-        raise ValueError(f"{source}: the scheduler must have a table, by whose steps the network is told the level")
+        raise ValueError(
+            f"{source}: the scheduler must have a table, whose steps are the levels that the network receives"
+        )
     waves = SinusoidalEmbedding(width, scale=float(schedule.num_steps), offset=-1.0)
     return NoisedEmbedding(schedule, codec.mean, codec.std, waves, level=1.0 / schedule.num_steps)
 
@@ -76,12 +78,12 @@ def noised(folder: Path, variant: str | None = None) -> NoisedEmbedding:
 def conditioned(
     described: Described, layer: NoisedEmbedding, picture: Callable[..., PicturePrompt] | None
 ) -> Described:
-    """A network that is not built, with the embedding as a condition in place of the label.
+    """An unbuilt network with the embedding as a condition instead of the label.
 
     Args:
-        described: the network, which takes the noised embedding and the waves of the level as its label.
-        layer: of `noised`.
-        picture: what makes the condition of the image of that layer; None for its embedding.
+        described: the network, which takes the noised embedding and the sinusoidal features of the level as its label.
+        layer: as from `noised`.
+        picture: builds the image condition from that layer; None for embeddings as input.
 
     Raises:
         ValueError: if it takes another label.
@@ -92,13 +94,13 @@ def conditioned(
     own = isinstance(label, MLPEmbedding) and isinstance(label.embedding, keras.layers.Identity)
     if not own or shape[-1] != 2 * width:
         raise ValueError(
-            f"the network must take an embedding of {width} numbers and as many of its level as its label, by the "
-            f"`class_embed_type` 'projection' of {2 * width}; it takes: {shape} by {label!r}"
+            f"the network must take an embedding of width {width}, and one of its level of that width, as its label, "
+            f"by the `class_embed_type` 'projection' of {2 * width}; it takes: {shape} by {label!r}"
         )
     layer = layer.clone(layer=label)
     name = "embedding" if picture is None else PICTURE
     conditions[name] = layer if picture is None else picture(layer=layer)
     if picture is not None and conditions[name].width != width:
-        raise ValueError(f"the encoder of images must give {width} numbers; it gives: {conditions[name].width}")
+        raise ValueError(f"the image encoder must have the output width {width}; received: {conditions[name].width}")
     network.conditions = conditions
     return Described(network, {**shapes, name: (None, width)})

@@ -1,4 +1,4 @@
-"""Schedules as diffusers has them, where kdiff's own differ; they have no names to `get` them by."""
+"""Schedules of diffusers that differ from kdiff's own; not obtainable by name through `get`."""
 
 import numpy as np
 from keras import ops
@@ -10,12 +10,12 @@ __all__ = ["ExponentialBeta", "LaplaceBeta", "NearlyZeroSNR", "WuerstchenCosine"
 
 
 class NearlyZeroSNR(AlphaBarTable):
-    """`ZeroTerminalSNR` of a table, as the schedulers of diffusers that divide by alpha have it: alpha^2 = 2^-24 at T.
+    """`ZeroTerminalSNR` of a table as in the schedulers of diffusers that divide by alpha: alpha^2 = 2^-24 at T.
 
-    Steps before it that would have less are raised to a hair more; in diffusers they stay.
+    Earlier steps with a lower value are raised slightly above it; in diffusers they are unchanged.
 
     Args:
-        schedule: a discrete schedule, by a table, or its name.
+        schedule: a discrete schedule with a table, or its name.
     """
 
     named = False
@@ -23,15 +23,15 @@ class NearlyZeroSNR(AlphaBarTable):
     def __init__(self, schedule):
         schedule = NoiseSchedule.get(schedule)
         alpha = np.exp(-0.5 * np.logaddexp(0.0, -schedule.log_snrs[1:]))  # sqrt(sigmoid(log-SNR))
-        with np.errstate(invalid="ignore"):  # of one step nothing is left
+        with np.errstate(invalid="ignore"):  # a single step has no range
             alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
         super().__init__(np.maximum(alpha**2, 2.0**-24 * (1.0 + 1e-4 * np.arange(len(alpha))[::-1])))
         self.schedule = schedule
 
 
 class _Sampled(BetaTable):
-    """A table of f, which falls with u: beta_i = 1 - f((i + 1) / T) / f(i / T), at most 0.999, so that alpha_bar is f
-    but for a factor.
+    """A table from f, which decreases in u: beta_i = 1 - f((i + 1) / T) / f(i / T), at most 0.999, so that alpha_bar is
+    proportional to f.
 
     Args:
         num_steps: the number of steps T.
@@ -46,11 +46,11 @@ class _Sampled(BetaTable):
 
 
 class LaplaceBeta(_Sampled):
-    """What diffusers calls "laplace" (after Hang et al. 2024, arXiv:2407.03297), of f = sqrt(r / (1 + r)),
+    """The "laplace" schedule of diffusers (after Hang et al. 2024, arXiv:2407.03297), with f = sqrt(r / (1 + r)),
 
         log(r) = -sgn(0.5 - u) / 2 log(1 - 2 |0.5 - u| + 1e-6).
 
-    The root is not in the paper: its alpha_bar is r / (1 + r), as in `schedules.Laplace(b=0.5)`.
+    The square root is not in the paper, where alpha_bar = r / (1 + r), as in `schedules.Laplace(b=0.5)`.
     """
 
     named = False
@@ -61,7 +61,7 @@ class LaplaceBeta(_Sampled):
 
 
 class ExponentialBeta(_Sampled):
-    """What diffusers calls "exp", of f = e^(-12 u): all betas are the same."""
+    """The "exp" schedule of diffusers, with f = e^(-12 u): all betas are equal."""
 
     named = False
 
@@ -73,7 +73,7 @@ class WuerstchenCosine(NoiseSchedule):
     """The cosine schedule of Wuerstchen and Stable Cascade (Pernias et al. 2023, arXiv:2306.00637), continuous:
 
         alpha^2 = cos^2((u + s) / (1 + s) pi / 2) / cos^2(s / (1 + s) pi / 2), from 1e-4 to 0.9999,
-        u = 1 - (1 - t)^scaler  where `scaler` is above 1, else t^scaler.
+        u = 1 - (1 - t)^scaler  if `scaler` > 1, else t^scaler.
 
     Args:
         scaler: the power.
@@ -90,7 +90,7 @@ class WuerstchenCosine(NoiseSchedule):
         self.first = float(s / (1.0 + s) * np.pi / 2)
 
     def log_snr(self, t):
-        """log(alpha^2 / sigma^2), with sigma^2 = sin(w - w_0) sin(w + w_0) / cos^2(w_0), which does not cancel."""
+        """log(alpha^2 / sigma^2), with sigma^2 = sin(w - w_0) sin(w + w_0) / cos^2(w_0), which avoids cancellation."""
         t = ops.convert_to_tensor(t, "float32")
         u = 1.0 - (1.0 - t) ** self.scaler if self.scaler > 1 else t**self.scaler
         way = u * (np.pi / 2 - self.first)

@@ -1,11 +1,11 @@
-"""transformers' folders of tokenizers, of CLIP, T5 and BERT: `load` reads whichever form a folder has.
+"""Folders of tokenizers of transformers, for CLIP, T5 and BERT, in any of their forms.
 
-    tokenizer.json             all of it, as transformers writes it now
-    vocab.json, merges.txt     CLIP's words
-    vocab.txt                  BERT's, of latent diffusion's first model of text
-    spiece.model               T5's, of sentencepiece
+    tokenizer.json             complete, as transformers writes it now
+    vocab.json, merges.txt     the vocabulary of CLIP
+    vocab.txt                  that of BERT, for text-to-image latent diffusion
+    spiece.model               that of T5, of sentencepiece
 
-What fills up a text, and how long one may be, is in tokenizer_config.json and special_tokens_map.json.
+The padding token and the maximum length are in tokenizer_config.json and special_tokens_map.json.
 """
 
 import base64
@@ -29,7 +29,7 @@ BERT = {
     "unk_token": "[UNK]",
     "mask_token": "[MASK]",
 }
-# The classes of transformers by the kind of the model of a tokenizer.json; of others it is CLIP's.
+# The classes of transformers by the kind of model in tokenizer.json; the default is CLIP's.
 _CLASSES = {"Unigram": "T5TokenizerFast", "WordPiece": "BertTokenizer"}
 
 
@@ -37,12 +37,12 @@ def load(folder: str | Path, length: int | None = None) -> Tokenizer:
     """The tokenizer in a folder of transformers.
 
     Args:
-        folder: with one of `FORMS`; of several the first counts, as in transformers.
-        length: the number of tokens of a row; None for the most that the folder allows.
+        folder: with one of `FORMS`; if there are several, the first is used, as in transformers.
+        length: the number of tokens per row; None for the maximum of the folder.
 
     Raises:
         ImportError: if `tokenizers` or `sentencepiece`, the extra `text`, is missing.
-        ValueError: if a file is missing or damaged, or the folder does not say what is needed.
+        ValueError: if a file is missing or damaged, or the folder lacks required information.
     """
     folder = Path(folder)
     there = [name for name in FORMS if (folder / name).is_file()]
@@ -56,7 +56,7 @@ def load(folder: str | Path, length: int | None = None) -> Tokenizer:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """What both files say; of the names of special tokens the map has the last word where the other has none."""
+    """The union of both files; the map gives special tokens that the other lacks."""
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).exists():
@@ -68,14 +68,14 @@ def _length(folder: Path, config: Mapping[str, Any]) -> int:
     length = config.get("model_max_length")
     if not isinstance(length, int) or isinstance(length, bool) or not 0 < length <= LARGEST:
         raise ValueError(
-            f"{folder}: tokenizer_config.json does not say how long a text may be (`model_max_length`: "
-            f"{shown(length)}); give `length`, such as 77 of CLIP"
+            f"{folder}: tokenizer_config.json has no maximum length of a text (`model_max_length`: "
+            f"{shown(length)}); give `length`, such as 77 for CLIP"
         )
     return length
 
 
 def _word(folder: Path, config: Mapping[str, Any], name: str, default: str) -> tuple[str, bool]:
-    """A special token, and whether it is also found in other letters: a text as it stands, or with its options."""
+    """A special token, given as text or with options, and whether it is also matched after normalisation."""
     token = config.get(name, default)
     word = token.get("content") if isinstance(token, dict) else token
     if not isinstance(word, str) or not word:
@@ -89,7 +89,7 @@ def _json(folder: Path, config: Mapping[str, Any], length: int) -> Tokenizer:
     word, _ = _word(folder, config, "pad_token", "")
     added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
     if word not in added:
-        raise ValueError(f"{path}: the token that fills up must be one of {sorted(added)}; received: {word!r}")
+        raise ValueError(f"{path}: the padding token must be one of {sorted(added)}; received: {word!r}")
     return JSONTokenizer(path.read_text(encoding="utf-8"), length, added[word])
 
 
@@ -97,11 +97,11 @@ def _clip(folder: Path, config: Mapping[str, Any], length: int) -> Tokenizer:
     vocabulary = read_json(folder / "vocab.json")
     path = folder / "merges.txt"
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; CLIP's words are in vocab.json and merges.txt")
+        raise ValueError(f"{path}: no such file; the vocabulary of CLIP is in vocab.json and merges.txt")
     lines = [line for line in path.read_text(encoding="utf-8").split("\n") if not line.startswith("#version")]
     merges = [tuple(line.split()) for line in lines if line.strip()]
     if not all(len(pair) == 2 for pair in merges) or not all(isinstance(n, int) for n in vocabulary.values()):
-        raise ValueError(f"{folder}: vocab.json must have a number for each token, merges.txt two tokens in each line")
+        raise ValueError(f"{folder}: vocab.json must have an id for each token, merges.txt two tokens in each line")
     defaults = {"bos_token": CLIP_START, "eos_token": CLIP_END, "unk_token": CLIP_END, "pad_token": CLIP_END}
     special = dict(_word(folder, config, name, default) for name, default in defaults.items())
     padding, _ = _word(folder, config, "pad_token", CLIP_END)
@@ -120,14 +120,14 @@ def _bert(folder: Path, config: Mapping[str, Any], length: int) -> Tokenizer:
 
 
 def padded(tokenizer: JSONTokenizer, padding: int) -> JSONTokenizer:
-    """The tokenizer that fills up with another token, which is then, as in transformers, found in a text as it stands.
+    """The tokenizer with another padding token, which, as in transformers, is then matched in texts.
 
     Args:
-        tokenizer: of which the token that fills up now is found no more, unless it begins or ends a text.
-        padding: the number of the token.
+        tokenizer: its current padding token is no longer matched, unless it begins or ends a text.
+        padding: the id of the new token.
 
     Raises:
-        ValueError: if the vocabulary has no such number.
+        ValueError: if the vocabulary has no such id.
     """
     content = json.loads(tokenizer.model)
     around = {*tokenizer.start, *tokenizer.end}
@@ -137,7 +137,7 @@ def padded(tokenizer: JSONTokenizer, padding: int) -> JSONTokenizer:
     if padding not in added:
         words = {number: word for word, number in content["model"]["vocab"].items()}
         if padding not in words:
-            raise ValueError(f"padded: the number of a token of the {len(words)} is expected; received: {padding}")
+            raise ValueError(f"padded: the id of one of {len(words)} tokens is expected; received: {padding}")
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         added[padding] = {"id": padding, "content": words[padding], "special": True, **flags}
     content["added_tokens"] = [added[number] for number in sorted(added)]
@@ -145,7 +145,7 @@ def padded(tokenizer: JSONTokenizer, padding: int) -> JSONTokenizer:
 
 
 def class_of(tokenizer: Tokenizer) -> str:
-    """Its class in transformers."""
+    """The class of the tokenizer in transformers."""
     if isinstance(tokenizer, SentencePiece):
         return "T5Tokenizer"
     return _CLASSES.get(json.loads(tokenizer.model)["model"].get("type"), "CLIPTokenizer")
@@ -155,18 +155,18 @@ def save(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Writes a folder that transformers reads: tokenizer.json or spiece.model, and tokenizer_config.json.
 
     Args:
-        tokenizer: a `JSONTokenizer`, CLIP's, T5's or BERT's by the kind of its model, or a `SentencePiece`, T5's.
+        tokenizer: a `JSONTokenizer`, of CLIP, T5 or BERT by the kind of its model, or a `SentencePiece`, of T5.
         folder: to write to; files of the same names are replaced.
 
     Raises:
-        ValueError: if it is another.
+        ValueError: if the tokenizer is of another class.
     """
     folder, config = Path(folder), {"model_max_length": tokenizer.length}
     if isinstance(tokenizer, JSONTokenizer):
         content = json.loads(tokenizer.model)
         numbers = {token["id"]: token["content"] for token in content.get("added_tokens") or []}
         if tokenizer.padding not in numbers:
-            raise ValueError(f"save: the token that fills up must be one of {numbers}; received: {tokenizer.padding}")
+            raise ValueError(f"save: the padding token must be one of {numbers}; received: {tokenizer.padding}")
         special = {"bos_token": CLIP_START, "eos_token": CLIP_END, "unk_token": CLIP_END}
         special = {
             "BertTokenizer": BERT,
@@ -179,7 +179,7 @@ def save(tokenizer: Tokenizer, folder: str | Path) -> None:
         with replacing(folder / "spiece.model") as new:
             new.write_bytes(base64.b64decode(tokenizer.model))
     else:
-        raise ValueError(f"save: transformers has no such tokenizer; received: {tokenizer!r}")
+        raise ValueError(f"save: transformers does not support this tokenizer; received: {tokenizer!r}")
     write_json(folder / "tokenizer_config.json", config)
 
 

@@ -1,4 +1,4 @@
-"""diffusers' transformers: DiT's configuration as ours, and the names of its weights.
+"""Transformers of diffusers: the configuration of DiT and the names of its weights.
 
     DiTTransformer2DModel    DiT on latents, with classes
 
@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbedding
+from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding
+from kdiff.blocks.lookup import LabelEmbedding
 from kdiff.blocks.normalization import AdaptiveNorm, LayerNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.transformer import TransformerBlock, adaptive_block
@@ -37,13 +38,13 @@ DIT = {
     "patch_size": Key(2, COUNT),
     "activation_fn": Key("gelu-approximate", one_of("gelu-approximate", "gelu")),
     "num_embeds_ada_norm": Key(1000, whole(1, 10_000_000)),
-    "upcast_attention": Key(False, FLAG),  # float32 logits: kdiff has no others
+    "upcast_attention": Key(False, FLAG),  # float32 logits, as always in kdiff
     "norm_type": only("ada_norm_zero"),
     "norm_elementwise_affine": only(False),
-    "norm_eps": Key(1e-5, real(0.0, 1.0)),  # of the feed-forward layer's normalisation; all others have _NORM_EPS
+    "norm_eps": Key(1e-5, real(0.0, 1.0)),  # of the normalisation of the feed-forward layer; others have _NORM_EPS
 }
 _NORM_EPS = 1e-6
-# The class that had been DiT's, `Transformer2DModel`, has many uses and so other defaults. Its own keys say nothing of
+# The former class of DiT, `Transformer2DModel`, has many uses and so other defaults. Its own keys have no meaning for
 # DiT, except with these values.
 OLD_DEFAULTS = {
     "attention_head_dim": 88,
@@ -65,12 +66,12 @@ ACTIVATIONS = {"gelu-approximate": "gelu_tanh", "gelu": "gelu"}
 
 
 def dit(config: dict[str, Any], source: Any, separate: bool = False) -> Described:
-    """The network that a `DiTTransformer2DModel` is: the condition "label" is a class, or their number for none.
+    """The network of a `DiTTransformer2DModel`: the condition "label" is a class, or the number of classes for none.
 
     Args:
-        config: what the file says.
+        config: the configuration in the file.
         source: the file, for errors.
-        separate: whether the blocks' embeddings have numbers of their own, as where diffusers has trained it.
+        separate: whether each block has its own embeddings, as in networks trained with diffusers.
     """
     config = complete(config, OLD_DIT if config.get("_class_name") == "Transformer2DModel" else DIT, source)
     heads, width = config["num_attention_heads"], config["num_attention_heads"] * config["attention_head_dim"]
@@ -91,7 +92,7 @@ def dit(config: dict[str, Any], source: Any, separate: bool = False) -> Describe
 
 
 def told(state: State, index: Mapping[str, Any]) -> dict[str, Any]:
-    """Whether the blocks' embeddings differ, which the weights alone say."""
+    """Whether the embeddings of the blocks differ, which only the weights show."""
     found = [(name, re.fullmatch(r"transformer_blocks\.\d+\.(norm1\.emb\..+)", name)) for name in state]
     pairs = [(state[name], state.get(f"transformer_blocks.0.{one[1]}")) for name, one in found if one]
     return {"separate": any(a is not None and not np.array_equal(a, b) for a, b in pairs)}
@@ -101,7 +102,7 @@ def told(state: State, index: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def patch_layout(layer: Patchify | Unpatchify) -> Layout:
-    """The kernel of the convolution whose stride is its size, (width, channels, size, size)."""
+    """The layout of the convolution with stride `size`, (width, channels, size, size)."""
 
     def theirs(kernel):
         return kernel.reshape(layer.size, layer.size, -1, kernel.shape[-1]).transpose(3, 2, 0, 1)
@@ -112,7 +113,7 @@ def patch_layout(layer: Patchify | Unpatchify) -> Layout:
 NAMES = {
     **{layer: UNET_NAMES[layer] for layer in UNET_NAMES if layer is not AdaptiveNorm},
     MLPEmbedding: {"linear_1": "hidden", "linear_2": "output_layer"},
-    # One dense layer makes shift, scale and gate of the attention, and of the feed-forward layer, in this order.
+    # One dense layer returns shift, scale and gate of the attention, then of the feed-forward layer.
     TransformerBlock: {
         "norm1.linear": [
             Part("self_attention.normalization.projection", rows=Rows((1, 0), 6)),
@@ -130,7 +131,7 @@ NAMES = {
 
 
 def dit_slots(network: DiT) -> Iterator[Slot]:
-    """The names of the weights of a DiT. A block holds embeddings of time and class, or copies of the first's."""
+    """The names of the weights of a DiT. Each block holds embeddings of time and class, or copies of the first's."""
     for name, layer in _named_layers(network):
         yield from slots(layer, name, NAMES)
 

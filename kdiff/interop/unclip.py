@@ -1,12 +1,12 @@
-"""Karlo's folder, diffusers' `UnCLIPPipeline`, as a `kdiff.UnCLIP`.
+"""Karlo, diffusers' `UnCLIPPipeline`, as a `kdiff.UnCLIP`.
 
 | folder | here |
 |---|---|
-| `text_encoder`, `tokenizer` | a frozen `Prompt`, masked, of prior and decoder |
-| `prior`, `prior_scheduler` | a `PriorTransformer`; `clip_mean` and `clip_std` are its model's codec |
+| `text_encoder`, `tokenizer` | a frozen, masked `Prompt`, shared by prior and decoder |
+| `prior`, `prior_scheduler` | a `PriorTransformer`; `clip_mean` and `clip_std` give the codec of its model |
 | `text_proj` | conditions of the decoder: "embedding", "text", "vector" |
 | `decoder`, `decoder_scheduler` | a `UNet` |
-| `super_res_first`, `super_res_last`, `super_res_scheduler` | `Experts`, one for the last step, with "low" beside |
+| `super_res_first`, `super_res_last`, `super_res_scheduler` | `Experts`, one for the last step; "low" |
 
     unclip = load("karlo-v1-alpha")
     unclip.sample(1, text="a red circle", prior={"guidance": 4.0, "steps": 25}, decoder={"guidance": 8.0, "steps": 25})
@@ -58,13 +58,13 @@ TEXT_PROJ = {
 
 
 class Before(NamedTuple):
-    """What comes before the decoder of a pipeline.
+    """The models before the decoder of a pipeline.
 
     Attributes:
-        change: gives the decoder's network, not built, its conditions.
-        prior: the model of embeddings, with which the decoder is an `UnCLIP`; None for none.
-        clip: of that.
-        embedding: the name of the decoder's condition.
+        change: adds the conditions to the unbuilt network of the decoder.
+        prior: the model of embeddings, with which the decoder forms an `UnCLIP`; None for none.
+        clip: of that `UnCLIP`.
+        embedding: the name of the condition of the decoder.
     """
 
     change: Callable[[Described], Described]
@@ -73,21 +73,21 @@ class Before(NamedTuple):
     embedding: str = "embedding"
 
     def joined(self, decoder: DiffusionModel) -> keras.Model:
-        """The decoder, with all that."""
+        """The decoder, combined with these."""
         if self.prior is None:
             return decoder
         return UnCLIP(self.prior, decoder, clip=self.clip, embedding=self.embedding)
 
 
 def load(folder: str | Path, strict: bool = True, variant: str | None = None) -> UnCLIP:
-    """The folder's models. Its super-resolution is one stage of a cascade.
+    """Loads the models of a folder. Its super-resolution is one stage of a cascade.
 
     Args:
-        folder: of the pipeline.
-        strict, variant: as of `diffusers.load`.
+        folder: the folder of the pipeline.
+        strict, variant: as in `diffusers.load`.
 
     Raises:
-        ValueError: if a file is missing or damaged, or says what kdiff cannot do.
+        ValueError: if a file is missing or damaged, or not supported.
     """
     folder = Path(folder)
     index = read_json(folder / "model_index.json")
@@ -105,7 +105,7 @@ def load(folder: str | Path, strict: bool = True, variant: str | None = None) ->
 
 
 def prompt(encoder: Path, tokenizer: Path, variant: str | None) -> Prompt:
-    """The text, of which what fills it up is hidden, of a folder with CLIP's encoder and one with its tokenizer."""
+    """The text condition, with padding masked, from the folders of CLIP's encoder and its tokenizer."""
     there = folders.variant_of(encoder, variant)
     return Prompt(encoders.load(encoder, variant=there), tokenizers.load(tokenizer), masked=True)
 
@@ -129,7 +129,7 @@ def _model(described: Described, scheduler: Path, codec: Codec | str = "pixels")
 
 
 def prior_model(folder: Path, scheduler: Path, text: Prompt, strict: bool, variant: str | None) -> DiffusionModel:
-    """The model of embeddings of a `PriorTransformer`, given the text, and of the folder of its scheduler."""
+    """The model of embeddings from the folders of a `PriorTransformer` and of its scheduler, given the text."""
     config, state = _read(folder, variant)
     described = prior_of_text(priors.prior(config, folder / "config.json"), text)
     own = {name: array for name, array in state.items() if name not in priors.OF_CODEC}
@@ -138,10 +138,10 @@ def prior_model(folder: Path, scheduler: Path, text: Prompt, strict: bool, varia
 
 
 def prior_of_text(described: Described, prompt: Prompt) -> Described:
-    """The prior, whose tokens and vector are those of the text."""
+    """The prior with the tokens and the vector of the text."""
     vector = Joint({"text": PromptVector(prompt.vector)}, keras.layers.Identity())
     network, image = described.network, described.shapes["image"]
-    network.conditions = {"text": prompt, "vector": vector}  # the encoder's weights with it, which a clone had not
+    network.conditions = {"text": prompt, "vector": vector}  # keeps the weights of the encoder, which a clone would not
     return Described(network, {"image": image, "text": (None, *prompt.row)})
 
 
@@ -149,12 +149,12 @@ def prior_of_text(described: Described, prompt: Prompt) -> Described:
 
 
 def decoder(config: Mapping[str, Any], text: Mapping[str, Any], prompt: Prompt, source: Any) -> Described:
-    """The decoder, with what `text_proj` makes of the embeddings as its conditions.
+    """The decoder, whose conditions are the outputs of `text_proj`.
 
     Args:
-        config: of the U-Net.
-        text: of `UnCLIPTextProjModel`.
-        prompt: the text.
+        config: the configuration of the U-Net.
+        text: that of `UnCLIPTextProjModel`.
+        prompt: the text condition.
         source: the file, for errors.
     """
     described = unets.unet_2d_condition(dict(config), source)
@@ -162,9 +162,7 @@ def decoder(config: Mapping[str, Any], text: Mapping[str, Any], prompt: Prompt, 
     width, cross = text["time_embed_dim"], text["cross_attention_dim"]
     wanted = {"label": (None, width), "context": (None, None, cross)}
     if any(described.shapes.get(name) != shape for name, shape in wanted.items()):
-        raise ValueError(
-            f"{source}: `text_proj` makes {wanted}, and the decoder takes other conditions: {described.shapes}"
-        )
+        raise ValueError(f"{source}: `text_proj` returns {wanted}, but the decoder takes: {described.shapes}")
     layer = Chain([Dense(cross), LayerNorm()])
     network = described.network
     network.conditions = {
@@ -177,7 +175,7 @@ def decoder(config: Mapping[str, Any], text: Mapping[str, Any], prompt: Prompt, 
 
 
 def _tokens_layout(count: int) -> Layout:
-    """The outputs of a dense layer that makes `count` tokens: there, the number of the token changes fastest."""
+    """The outputs of a dense layer for `count` tokens, where the token index is the fastest axis."""
 
     def ours(array):
         turned = array.reshape(-1, count, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
@@ -191,7 +189,7 @@ def _tokens_layout(count: int) -> Layout:
 
 
 def decoder_slots(network: UNet) -> Iterator[Slot]:
-    """The names of the weights of the decoder and, after "text_proj.", of what makes its conditions."""
+    """The names of the weights of the decoder and, with the prefix "text_proj.", of its condition layers."""
     yield from unet_names.unet_slots(network)
     image, text, vector = (network.conditions[name] for name in ("embedding", "text", "vector"))
     names = {

@@ -1,11 +1,11 @@
-"""The conditions of diffusers' U-Nets as ours: time, classes, tokens, and what is added to the embedding of time.
+"""The conditions of U-Nets of diffusers: time, classes, tokens, and vectors added to the time embedding.
 
 | diffusers | here |
 |---|---|
 | `num_class_embeds`, `class_embed_type` | the condition "label": a class, a number, or a vector |
-| `encoder_hid_dim_type` None, "text_proj" | "context", tokens, as they come or through a dense layer |
-| "image_proj" (Kandinsky 2.2) | "image_embeds", a vector made 32 tokens; there is no "context" |
-| "text_image_proj" (Kandinsky 2.1) | "image_embeds", made 10 tokens, and "context" through a dense layer |
+| `encoder_hid_dim_type` None, "text_proj" | "context", tokens, directly or through a dense layer |
+| "image_proj" (Kandinsky 2.2) | "image_embeds", a vector mapped to 32 tokens; there is no "context" |
+| "text_image_proj" (Kandinsky 2.1) | "image_embeds", mapped to 10 tokens, and "context" through a dense layer |
 | `addition_embed_type` "text_time" (XL) | "text_embeds" and "time_ids" |
 | "text" (DeepFloyd IF) | "context", pooled by attention |
 | "image", "text_image" | "image_embeds"; and "text_embeds" |
@@ -19,8 +19,9 @@ import keras
 from kdiff.blocks.base import Chain
 from kdiff.blocks.conditions import VectorAndTokens
 from kdiff.blocks.context_attention import AttentionPool
-from kdiff.blocks.embeddings import GuidanceEmbedding, LabelEmbedding, MLPEmbedding, SinusoidalEmbedding, SizeWaves
+from kdiff.blocks.embeddings import GuidanceEmbedding, MLPEmbedding, SinusoidalEmbedding, SizeWaves
 from kdiff.blocks.layers import Dense
+from kdiff.blocks.lookup import LabelEmbedding
 from kdiff.blocks.normalization import LayerNorm
 from kdiff.interop.configs import each
 from kdiff.interop.unet_keys import ACTIVATIONS, image_shape
@@ -39,7 +40,7 @@ __all__ = [
     "time_width",
 ]
 
-NUMBERS = 6  # of "time_ids": two sizes, a corner, each of height and width; of XL's refiner 5, with a score last
+NUMBERS = 6  # in "time_ids": two sizes and a corner, (height, width) each; 5 in the refiner of XL, the last a score
 IMAGE_TOKENS = {"image_proj": 32, "text_image_proj": 10}
 STEERING = "timestep_cond"
 
@@ -53,7 +54,7 @@ def time(config: dict[str, Any]) -> MLPEmbedding:
 
 
 def _activation(config) -> str:
-    """That of the embeddings: only one of the two classes has it say so."""
+    """The activation of the embeddings, which only one of the two classes configures."""
     return ACTIVATIONS[config["act_fn"]] if "cross_attention_dim" in config else "silu"
 
 
@@ -88,7 +89,7 @@ def classes(config: dict[str, Any]) -> dict[str, keras.layers.Layer]:
 
 
 def conditions(config: dict[str, Any]) -> dict[str, keras.layers.Layer]:
-    """The layers of all conditions of a `UNet2DConditionModel` by their names here, tokens in the order of there."""
+    """The layers of all conditions of a `UNet2DConditionModel` by name, tokens in the order of diffusers."""
     width, kind, added = time_width(config), config["encoder_hid_dim_type"], config["addition_embed_type"]
     cross = each(config["cross_attention_dim"], 1, "", "cross_attention_dim")[0]
     vectors, tokens = {}, {}
@@ -117,20 +118,20 @@ def _joined(vector, tokens):
 
 
 def numbers_of(config: dict[str, Any]) -> int:
-    """How many there are in "time_ids", by the widths."""
+    """The number of entries in "time_ids", from the widths."""
     width, total = (config[f"{name}_dim"] or 0 for name in ("addition_time_embed", "projection_class_embeddings_input"))
     return NUMBERS - 1 if total - (NUMBERS - 1) * width == config["cross_attention_dim"] else NUMBERS
 
 
 def check_added(config: dict[str, Any], source: Any) -> None:
-    """Raises a ValueError for a condition whose sizes are not said, or that the others do not go with."""
+    """Raises a ValueError for a condition of unknown size, or an unsupported combination."""
     added, numbers, hidden = config["addition_embed_type"], config["numbers"], config["encoder_hid_dim"]
     width, total = (config[f"{name}_dim"] for name in ("addition_time_embed", "projection_class_embeddings_input"))
     kind = config["encoder_hid_dim_type"]
     if added == "text_time" and not (width and total and total > numbers * width):
         raise ValueError(
-            f"{source}: `addition_embed_type` needs an `addition_time_embed_dim`, and for "
-            f"`projection_class_embeddings_input_dim` more than {numbers} times as much; received: {width} and {total}"
+            f"{source}: `addition_embed_type` needs an `addition_time_embed_dim`, and "
+            f"`projection_class_embeddings_input_dim` above {numbers} times that; received: {width} and {total}"
         )
     if config["class_embed_type"] in ("projection", "simple_projection") and not total:
         raise ValueError(
@@ -147,7 +148,7 @@ def check_added(config: dict[str, Any], source: Any) -> None:
 
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple]:
-    """Of the inputs. A context may have any number of tokens."""
+    """The shapes of the inputs. A context may have any number of tokens."""
     found = {"image": image_shape(config)}
     if "cross_attention_dim" in config:
         found |= _shapes_of_context(config)

@@ -1,4 +1,4 @@
-"""The keys of the configurations of diffusers' U-Nets: what each may say, and what it means if it says nothing."""
+"""The keys of the configurations of U-Nets of diffusers: their valid values and defaults."""
 
 from typing import Any
 
@@ -23,12 +23,12 @@ __all__ = [
 ]
 
 COUNT, MAYBE = whole(1), optional(whole(1))
-NAMED = listed(TEXT, 1, 12)  # one a level
+NAMED = listed(TEXT, 1, 12)  # one per level
 EACH = either(COUNT, listed(COUNT, 1, 12))
 SIZE = optional(either(COUNT, listed(COUNT, 2, 2)))
 DEPTH, LAYERS = whole(1, 16), whole(1, 64)
-NESTED = listed(either(LAYERS, listed(LAYERS, 1, 17)), 1, 12)  # one a level, or one for each of its blocks
-# Activations by their names there.
+NESTED = listed(either(LAYERS, listed(LAYERS, 1, 17)), 1, 12)  # one per level, or one per block
+# Activations by their names in diffusers.
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "mish": "mish", "gelu": "gelu", "relu": "relu"}
 ACTIVATION = one_of(*ACTIVATIONS)
 
@@ -53,7 +53,7 @@ UNET_2D = {
     "dropout": Key(0.0, real(0.0, 1.0)),
     "act_fn": Key("silu", ACTIVATION),
     "attention_head_dim": Key(8, MAYBE),
-    "norm_num_groups": Key(32, MAYBE),  # None: as many as there can be up to 32, of four channels or more
+    "norm_num_groups": Key(32, MAYBE),  # None: the largest number up to 32, of at least four channels each
     "attn_norm_num_groups": Key(None, MAYBE),
     "norm_eps": Key(1e-5, real(0.0, 1.0)),
     "resnet_time_scale_shift": Key("default", one_of("default", "scale_shift")),
@@ -93,7 +93,7 @@ UNET_2D_CONDITION = {
     "class_embed_type": Key(None, one_of(None, "timestep", "identity", "projection", "simple_projection")),
     "addition_embed_type": Key(None, one_of(None, "text_time", "text", "image", "text_image")),
     "addition_time_embed_dim": Key(None, MAYBE),
-    "upcast_attention": Key(False, optional(FLAG)),  # float32 logits: kdiff has no others
+    "upcast_attention": Key(False, optional(FLAG)),  # float32 logits, as always in kdiff
     "resnet_skip_time_act": Key(False, FLAG),
     "resnet_out_scale_factor": Key(1.0, real(1e-6, 1e6)),
     "time_embedding_act_fn": Key(None, optional(ACTIVATION)),
@@ -108,12 +108,12 @@ UNET_2D_CONDITION = {
     "cross_attention_norm": Key(None, one_of(None, "layer_norm", "group_norm")),
     "addition_embed_type_num_heads": Key(64, COUNT),
 }
-# What of the other class's keys is so in every network of this one.
+# The values of keys of the other class that hold for every network of this one.
 SHARED = {"downsample_type": "conv", "upsample_type": "conv"}
 
 
 def image_shape(config: dict[str, Any]) -> tuple:
-    """(batch, height, width, channels), with None for what is not said."""
+    """(batch, height, width, channels), with None for unknown sizes."""
     size = config["sample_size"]
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return (None, height, width, config["in_channels"])

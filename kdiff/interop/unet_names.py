@@ -68,7 +68,7 @@ NAMES = {
     Upsample: {"conv": "last"},
 }
 MIXERS = (SelfAttention, SpatialTransformer, ContextAttention)
-# Older files have the attention of DDPM under these.
+# Names of the attention of DDPM in older files.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -78,12 +78,12 @@ def unet_slots(network: UNet) -> Iterator[Slot]:
 
 
 def way_down_slots(network: WayDown) -> Iterator[Slot]:
-    """The names of those weights that it has in common with a U-Net."""
+    """The names of the weights that it shares with a U-Net."""
     yield from named_slots(_named_way_down(network))
 
 
 def named_slots(layers: Iterable[tuple[str, keras.layers.Layer]]) -> Iterator[Slot]:
-    """Those of the layers of a U-Net, by the names of these."""
+    """The slots of layers of a U-Net, from the names of the layers."""
     for name, layer in layers:
         yield from slots(layer, name, NAMES)
         if isinstance(layer, AttentionPool):
@@ -152,19 +152,19 @@ def _layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
 
 
 def _has_tokens(layer: keras.layers.Layer) -> bool:
-    """Whether the layer makes tokens of a vector."""
+    """Whether the layer maps a vector to tokens."""
     return any(isinstance(one, keras.layers.Reshape) for one in _layers(getattr(layer, "tokens", layer)))
 
 
 def _unit(name, index, mixer, layers, after):
-    """The layers of a unit: a block; a mixer, if there is one; what changes the size, at the end of a level."""
+    """The layers of a unit: a block; a mixer, if any; the resampling, at the end of a level."""
     for layer in layers[1:]:
         yield f"{name}.{f'attentions.{mixer}' if isinstance(layer, MIXERS) else after}", layer
     yield f"{name}.resnets.{index}", layers[0]
 
 
 def _skips(network: NCSNpp, last: int):
-    """What leads the image down and the output up."""
+    """The layers of the progressive input and output."""
     for i, (inner, outer, grow) in enumerate(zip(network.inputs_down, network.outputs_up, network.grow, strict=True)):
         up = f"up_blocks.{last - 1 - i}"
         yield f"down_blocks.{i}.skip_conv", inner.convolution
@@ -181,7 +181,7 @@ def _bridge(network):
 
 
 def renamed(state: dict[str, Any]) -> dict[str, Any]:
-    """The state dict with the names of today."""
+    """The state dict with current names."""
     return {".".join(_renamed(name.split("."))): array for name, array in state.items()}
 
 

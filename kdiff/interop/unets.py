@@ -1,10 +1,10 @@
-"""diffusers' U-Nets: their configuration as ours.
+"""The configurations of U-Nets of diffusers, translated to networks of kdiff.
 
     UNet2DModel             DDPM's U-Net, with or without attention and classes; NCSN++
     UNet2DConditionModel    Stable Diffusion's, with attention to a context, and Stable Diffusion XL's; those of
-                            DeepFloyd IF, Karlo and Kandinsky, whose attention joins the context to the image
+                            DeepFloyd IF, Karlo and Kandinsky, with joint attention to context and image
 
-The way up may have other blocks than the way down.
+The decoder may have other blocks than the encoder.
 """
 
 import math
@@ -24,8 +24,9 @@ from kdiff.interop import unet_conditions as parts
 from kdiff.interop.configs import Described, complete, each, kind
 from kdiff.interop.files import State
 from kdiff.interop.unet_keys import ACTIVATIONS, SHARED, UNET_2D, UNET_2D_CONDITION
+from kdiff.networks.levels import Level
 from kdiff.networks.ncsnpp import InputSkip, NCSNpp, OutputSkip
-from kdiff.networks.unet import Level, UNet
+from kdiff.networks.unet import UNet
 
 __all__ = [
     "CONTEXT_NORMS",
@@ -43,17 +44,17 @@ __all__ = [
     "unet_2d_condition",
 ]
 
-LARGEST_NETWORK = 500  # blocks on the way down; Stable Diffusion XL has 30
+LARGEST_NETWORK = 500  # encoder blocks; Stable Diffusion XL has 30
 RATED = "requires_aesthetics_score"
 
 
 class Kind(NamedTuple):
-    """What a type of block says: the mixer after each residual block, and how the size changes.
+    """The meaning of a block type: the mixer after each residual block, and the resampling.
 
     Attributes:
         mixer: "self", "cross", "simple", or None.
-        resample: "conv", "resnet"; None for as the configuration says.
-        tuned: whether `resnet_out_scale_factor` and `resnet_skip_time_act` are of effect on it.
+        resample: "conv", "resnet"; None if the configuration decides.
+        tuned: whether `resnet_out_scale_factor` and `resnet_skip_time_act` apply to it.
     """
 
     mixer: str | None = None
@@ -82,7 +83,7 @@ CONTEXT_NORMS: dict[str | None, Callable[[], keras.layers.Layer | None]] = {
 
 
 def unet_2d(config: dict[str, Any], source: Any) -> Described:
-    """The network that a `UNet2DModel` is."""
+    """The network of a `UNet2DModel`."""
     config = complete(config, UNET_2D, source, UNET_2D_CONDITION)
     _check_number(config, source)
     if set(config["down_block_types"]) & set(SKIP_DOWN):
@@ -98,22 +99,22 @@ def unet_2d(config: dict[str, Any], source: Any) -> Described:
 
 
 def told(state: State, index: Mapping[str, Any]) -> dict[str, Any]:
-    """What `model_index.json` says of the numbers in "time_ids"."""
+    """The number of entries in "time_ids" according to `model_index.json`."""
     return {"numbers": parts.NUMBERS - 1 if index[RATED] else None} if RATED in index else {}
 
 
 def unet_2d_condition(config: dict[str, Any], source: Any, numbers: int | None = None) -> Described:
-    """The network that a `UNet2DConditionModel` is; for its conditions see `kdiff.interop.unet_conditions`.
+    """The network of a `UNet2DConditionModel`; for its conditions see `kdiff.interop.unet_conditions`.
 
     Args:
-        config: what the file says.
+        config: the configuration in the file.
         source: the file, for errors.
-        numbers: how many there are in "time_ids", if any; None for 5 where so many leave a vector of the text as wide
-            as its tokens, as in the refiner of Stable Diffusion XL, and otherwise 6.
+        numbers: the number of entries in "time_ids", if any; None for 5 if that leaves a text vector as wide as the
+            tokens, as in the refiner of Stable Diffusion XL, and otherwise 6.
     """
     config = {**SHARED, **complete(config, UNET_2D_CONDITION, source, UNET_2D)}
     count = len(config["block_out_channels"])
-    only = config["only_cross_attention"]  # in the middle, too, if one value is said for all
+    only = config["only_cross_attention"]  # in the middle too, if there is one value for all
     if config["mid_block_only_cross_attention"] is None:
         config["mid_block_only_cross_attention"] = only if isinstance(only, bool) else False
     for name in ("attention_head_dim", "transformer_layers_per_block", "only_cross_attention", "cross_attention_dim"):
@@ -134,7 +135,7 @@ def unet_2d_condition(config: dict[str, Any], source: Any, numbers: int | None =
 
 
 def _check_number(config, source) -> None:
-    """Before any is made."""
+    """Checks the number of blocks before any is created."""
     widths = config["block_out_channels"]
     layers = each(config["layers_per_block"], len(widths), source, "layers_per_block")
     depths = config.get("transformer_layers_per_block", [1] * len(widths))
@@ -145,11 +146,11 @@ def _check_number(config, source) -> None:
 
 
 def _ncsnpp(config, source) -> Described:
-    """NCSN++. Its `time` is the logarithm of what diffusers calls so, sigma."""
+    """NCSN++. Its `time` is the logarithm of that in diffusers, sigma."""
     widths = list(config["block_out_channels"])
     if config["time_embedding_type"] != "fourier" or any(width % 64 for width in widths):
         raise ValueError(
-            f"{source}: with blocks of {list(SKIP_DOWN)}, `time_embedding_type` must be 'fourier' and 64 must divide "
+            f"{source}: with blocks of {list(SKIP_DOWN)}, `time_embedding_type` must be 'fourier', and 64 must divide "
             f"`block_out_channels`; received: {config['time_embedding_type']!r} and {widths}"
         )
     if ACTIVATIONS[config["act_fn"]] != "silu":
@@ -189,7 +190,7 @@ def _levels(config, source) -> list[Level]:
     depths = each(config["layers_per_block"], len(widths), source, "layers_per_block")
     levels = []
     for i, width in enumerate(widths):
-        coarser = up[min(i + 1, len(up) - 1)]  # whose block it is that ends in this level's upsampling
+        coarser = up[min(i + 1, len(up) - 1)]  # whose last block has the upsampling of this level
         plans = [_plan(config, down[i].mixer, i, j, False, source) for j in range(depths[i])]
         plans_up = [_plan(config, up[i].mixer, i, j, True, source) for j in range(depths[i] + 1)]
         same = len({*plans, *plans_up}) == 1
@@ -225,13 +226,13 @@ def _kinds(config, source, down_kinds=DOWN, up_kinds=UP) -> tuple[list[Kind], li
 
 
 def _check_tuned(config, down, up, source) -> None:
-    """Raises a ValueError for settings of some blocks that would have to be of others too."""
+    """Raises a ValueError for settings of some blocks that kdiff can only apply to all."""
     settings = {name: config.get(name) for name in ("resnet_skip_time_act", "time_embedding_act_fn")}
     changed = any(settings.values()) or config.get("resnet_out_scale_factor", 1.0) != 1
     if changed and any(a.tuned != b.tuned for a, b in zip(down, up, strict=True)):
         raise ValueError(
             f"{source}: with `resnet_out_scale_factor`, `resnet_skip_time_act` or `time_embedding_act_fn`, blocks of "
-            f"a level must be of one kind on both ways; received: {config['down_block_types']} and "
+            f"a level must be of one kind in encoder and decoder; received: {config['down_block_types']} and "
             f"{config['up_block_types']}"
         )
     plain = [one for one in down if not one.tuned]
@@ -239,7 +240,7 @@ def _check_tuned(config, down, up, source) -> None:
     if config.get("time_embedding_act_fn") and (not settings["resnet_skip_time_act"] or plain or middle):
         raise ValueError(
             f"{source}: `time_embedding_act_fn` must be null unless `resnet_skip_time_act` is true and all blocks are "
-            "Resnet- or SimpleCrossAttn-; others would activate the embedding twice, which kdiff cannot"
+            "Resnet- or SimpleCrossAttn-; others would activate the embedding twice, which is not supported"
         )
 
 
@@ -267,13 +268,13 @@ def _self_attention(config, width, norm=None, **options) -> SelfAttention:
 
 
 def _plan(config, mixer: str | None, i: int, j: int, up: bool, source) -> tuple | None:
-    """What `_mixer` makes after block j of level i."""
+    """The arguments of `_mixer` after block j of level i."""
     if mixer is None:
         return None
     heads = config["attention_head_dim"]
     if mixer == "self" and not isinstance(heads, list):
         return (mixer, heads)
-    if mixer in ("self", "simple"):  # whose list, on the way up, is not turned round
+    if mixer in ("self", "simple"):  # whose list is not reversed in the decoder
         heads = heads[-1 - i if up else i]
         return (mixer, heads) if mixer == "self" else (mixer, heads, config["only_cross_attention"][i])
     turned = config["reverse_transformer_layers_per_block"]
@@ -292,7 +293,7 @@ def _plan(config, mixer: str | None, i: int, j: int, up: bool, source) -> tuple 
 
 
 def _mixers(config, plans, width):
-    """A layer, or None, for all blocks, or a list of one each."""
+    """A layer, or None, for all blocks, or a list with one for each."""
     if len(set(plans)) == 1:
         return _mixer(config, plans[0], width)
     return [_mixer(config, plan, width) for plan in plans]
@@ -343,7 +344,7 @@ PADDINGS = {0: "same", 1: "symmetric"}
 
 
 def _middle(config) -> Level:
-    """Two blocks, with attention between them, whose normalisation may have groups of its own, or be left out."""
+    """Two blocks, with attention between them, which is optional, and whose normalisation may have other groups."""
     width, options = config["block_out_channels"][-1], _rescaled(config)
     if config["mid_block_type"] is None:
         return Level(width, 0, _block(config))

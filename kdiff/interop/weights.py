@@ -1,7 +1,7 @@
-"""Weights by foreign names: a table says what each of our layers is called elsewhere, and one walk does the rest.
+"""Weights by foreign names: tables give the foreign name of each layer, and one traversal does the rest.
 
 A `Slot` pairs one array of a state dict, or some of its rows, with one variable. `assign` reads all slots, `export`
-writes them. PyTorch keeps kernels with the outputs first, (out, in, height, width) and (out, in); Keras last.
+writes them. PyTorch stores kernels with the outputs first, (out, in, height, width) and (out, in); Keras last.
 """
 
 import collections
@@ -13,7 +13,8 @@ import keras
 import numpy as np
 
 from kdiff import backend
-from kdiff.blocks.embeddings import FourierEmbedding, LabelEmbedding, LearnedEmbedding
+from kdiff.blocks.embeddings import FourierEmbedding
+from kdiff.blocks.lookup import LabelEmbedding, LearnedEmbedding
 from kdiff.blocks.normalization import GroupNorm, LayerNorm, RMSNorm
 from kdiff.interop.arrays import Array, State
 from kdiff.interop.configs import explained
@@ -38,7 +39,7 @@ __all__ = [
 
 
 class Rows(NamedTuple):
-    """Rows of an array whose first axis is `groups` times `of` chunks: in each group the `chunks`, in that order."""
+    """Rows of an array whose first axis has `groups` groups of `of` chunks: the `chunks` of each group, in order."""
 
     chunks: tuple[int, ...]
     of: int
@@ -59,14 +60,14 @@ class Rows(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Where a variable's numbers stand in a state dict.
+    """The location of a variable in a state dict.
 
     Attributes:
         name: of the array.
         variable: the Keras variable.
-        layout: how it is laid out there, a `Layout` or a key of `LAYOUTS`.
-        rows: which of its rows are meant; None for all.
-        layer: whose variable it is, if it was found by `LEAVES`.
+        layout: its layout there, a `Layout` or a key of `LAYOUTS`.
+        rows: the rows that it occupies; None for all.
+        layer: its layer, if it was found by `LEAVES`.
     """
 
     name: str
@@ -77,14 +78,14 @@ class Slot(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A way to our layout and the way back."""
+    """A conversion to the layout of kdiff, and its inverse."""
 
     ours: Any
     theirs: Any
 
 
 def _matrix(array: np.ndarray) -> np.ndarray:
-    """A dense kernel, or a convolution of size 1 that does the same."""
+    """A dense kernel, or an equivalent 1x1 convolution."""
     return array.reshape(array.shape[:2]).T if array.ndim > 1 and set(array.shape[2:]) <= {1} else array
 
 
@@ -96,7 +97,7 @@ LAYOUTS = {
     "convolution": Layout(lambda array: _moved(array, (2, 3, 1, 0)), lambda array: array.transpose(3, 2, 0, 1)),
 }
 
-# The variables of a layer that holds some itself: their names there, here, and the layout.
+# The variables of layers: their foreign names, their names in kdiff, and their layouts.
 LEAVES = {
     keras.layers.Dense: (("weight", "kernel", "dense"), ("bias", "bias", "same")),
     keras.layers.Conv2D: (("weight", "kernel", "convolution"), ("bias", "bias", "same")),
@@ -117,12 +118,12 @@ def _moved(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
 
 
 class Part(NamedTuple):
-    """A layer inside another, by what it is called there.
+    """A layer inside another, as the value of its foreign name.
 
     Attributes:
-        path: of attributes, from the outer layer; where it leads nowhere, the part is left out.
-        layout: of its kernel, in place of the layer's own.
-        rows: the rows of the foreign arrays that are its; None for all.
+        path: of attributes, from the outer layer; if it does not exist, the part is skipped.
+        layout: of its kernel, instead of the default of the layer.
+        rows: the rows of the foreign arrays that it occupies; None for all.
 
     Both may be functions of the outer layer.
     """
@@ -132,7 +133,7 @@ class Part(NamedTuple):
     rows: Any = None
 
     def of(self, layer: Any) -> Self:
-        """With those of one layer in place of functions."""
+        """The part with functions evaluated for a layer."""
         return Part(self.path, *(value(layer) if callable(value) else value for value in self[1:]))
 
 
@@ -140,14 +141,14 @@ Names = Mapping[type, Mapping[str, Any]]
 
 
 def slots(layer: Any, name: str, names: Names, part: Part | None = None) -> Iterator[Slot]:
-    """The slots of a layer and of all inside it.
+    """The slots of a layer and of all its inner layers.
 
     Args:
         layer: a built layer; None has no slots.
-        name: what the layer is called.
-        names: for each class of layer, what its parts are called: a path, a `Part`, or a list of them. In the name of
-            a list of layers, "*" is the number of each.
-        part: what the layer is to the one around it.
+        name: the foreign name of the layer.
+        names: for each class of layer, the names of its parts: a path, a `Part`, or a list of them. In the name of a
+            list of layers, "*" is the index of each.
+        part: the layer's role in the layer around it.
     """
     kind = next((kind for kind in type(layer).__mro__ if kind in names or kind in LEAVES), None)
     if kind in names:
@@ -169,7 +170,7 @@ def _numbered(layer: Any, name: str) -> Iterator[tuple[Any, str]]:
 
 def _leaf(layer, name, entries, part):
     for theirs, ours, layout in entries:
-        # Of a layer with LoRA `kernel` is a sum, and no variable.
+        # In a layer with LoRA, `kernel` is a sum, not a variable.
         variable = layer._kernel if ours == "kernel" and hasattr(layer, "lora_enabled") else getattr(layer, ours, None)
         if variable is not None:
             changed = part.layout if part.layout and theirs == "weight" else layout
@@ -187,17 +188,17 @@ def _follow(layer: Any, path: str) -> Any:
 
 
 def assign(wanted: Iterable[Slot], state: State, source: Any, strict: bool = True) -> None:
-    """Gives every variable its numbers, array by array: one alone is held beside the variables.
+    """Assigns every variable, array by array, with only one array in memory besides the variables.
 
     Args:
-        wanted: the slots. A variable with several, which hold copies, must find the same numbers in each.
+        wanted: the slots. If a variable has several, their arrays must be equal.
         state: the arrays by name.
         source: the file or folder, for the error.
-        strict: whether whatever does not match is an error; otherwise it is a warning, and the rest is assigned.
+        strict: whether mismatches are an error; otherwise a warning, and the rest is assigned.
 
     Raises:
-        ValueError: with the list of all that is missing, is not expected or has another shape, and then no variable
-            has been changed; or of all that is not finite, or differs from its copy.
+        ValueError: with a list of all arrays that are missing, unexpected or of another shape, in which case no
+            variable is changed; or of all that are not finite, or differ from a copy.
     """
     wanted = list(wanted)
     wrong = _mismatches(wanted, state)
@@ -213,15 +214,15 @@ def fill(
     source: Any,
     strict: bool = True,
 ) -> None:
-    """Builds a network of kdiff and gives it its weights.
+    """Builds a network of kdiff with given weights.
 
-    What does not match is found before memory is asked for, and no weight is drawn at random that the file has.
+    Mismatches are found before memory is allocated, and weights in the file are not initialised randomly.
 
     Args:
-        network: not built.
+        network: unbuilt.
         shapes: of its inputs, by name.
-        slots_of: the slots of a built one.
-        state, source, strict: as of `assign`, whose error is raised.
+        slots_of: returns the slots of the built network.
+        state, source, strict: as in `assign`, whose errors are raised.
     """
     with backend.unallocated(), explained(source):
         network.build(shapes)
@@ -230,31 +231,31 @@ def fill(
 
 
 def _mismatches(wanted: list[Slot], state: State) -> list[str]:
-    """What is missing, not expected, or of another shape or type."""
+    """A list of arrays that are missing, unexpected, or of another shape or type."""
     wrong = [f"missing: {slot.name}" for slot in wanted if slot.name not in state]
     wrong += [f"not expected: {name} {state[name].shape}" for name in sorted(set(state) - {s.name for s in wanted})]
     for slot in (slot for slot in wanted if slot.name in state):
         array = state[slot.name]
         if array.dtype != np.float32:
-            wrong.append(f"type: {slot.name} is {array.dtype}, and must be of floating-point numbers")
+            wrong.append(f"type: {slot.name} is {array.dtype}, and must be floating-point")
         elif not _fits(slot, array):
             wrong.append(f"shape: {slot.name} is {array.shape}, which does not make {tuple(slot.variable.shape)}")
     return wrong
 
 
 def _fits(slot: Slot, array: Array) -> bool:
-    """Whether what the slot reads has its variable's shape, found without the numbers."""
+    """Whether the array of a slot has the shape of its variable, without reading it."""
     ours = read_slot(slot, np.broadcast_to(np.zeros((), "int8"), array.shape)) if array.dtype == np.float32 else None
     return ours is not None and ours.shape == tuple(slot.variable.shape)
 
 
 def _given(wanted: list[Slot], state: State, change: bool) -> list[str]:
-    """Gives each variable what its first slot reads, if it fits and is finite; returns what is wrong with the numbers.
+    """Assigns to each variable its first slot, if it fits and is finite; returns a list of errors in the values.
 
-    Without `change` the numbers are looked at alone.
+    Without `change` the values are only checked.
     """
     copies = collections.Counter(id(slot.variable) for slot in wanted)
-    first: dict[int, tuple[str, np.ndarray]] = {}  # what variables with copies were given; those are small
+    first: dict[int, tuple[str, np.ndarray]] = {}  # the values of variables with copies, which are small
     groups: dict[str, list[Slot]] = {}  # the slots of each array, which is read once
     for slot in wanted:
         if slot.name in state and _fits(slot, state[slot.name]):
@@ -278,25 +279,25 @@ def _given(wanted: list[Slot], state: State, change: bool) -> list[str]:
 
 
 def _finite(array: np.ndarray) -> bool:
-    """Whether all numbers are; a finite sum says so in one pass without a second array."""
+    """Whether all values are finite; a finite sum shows it in one pass without a second array."""
     with np.errstate(over="ignore", invalid="ignore"):
         return bool(np.isfinite(np.sum(array)) or np.all(np.isfinite(array)))
 
 
 def read_slot(slot: Slot, array: np.ndarray) -> np.ndarray | None:
-    """What a slot takes of an array, in our layout; None if the array has other axes than it must."""
+    """The values of a slot in an array, in the layout of kdiff; None if the number of axes is wrong."""
     if slot.rows is not None:
         if array.ndim == 0 or array.shape[0] % (slot.rows.groups * slot.rows.of):
             return None
         array = slot.rows.take(array)
     try:
         return _layout(slot).ours(array)
-    except ValueError:  # of another number of axes
+    except ValueError:  # wrong number of axes
         return None
 
 
 def export_layout(slot: Slot, array: np.ndarray) -> np.ndarray:
-    """An array of ours in the layout of the slot."""
+    """An array of kdiff in the layout of the slot."""
     return _layout(slot).theirs(array)
 
 
@@ -323,14 +324,14 @@ def _cut(kind: str, lines: list[str]) -> list[str]:
 
 
 def _hint(state: State, wanted: list[Slot]) -> str:
-    """Why no name matches: something stands before all of them, or they are another network's."""
+    """A reason why no name matches: a common prefix, or another network."""
     names = {slot.name for slot in wanted}
     if names & set(state):
         return ""
     for name in state:
         for prefix in (name.removesuffix(one) for one in names if name.endswith("." + one)):
             if all(prefix + one in state for one in names):
-                return f", whose names stand after {prefix!r} in the file: give a mapping without it"
+                return f", whose names have the prefix {prefix!r} in the file: pass a mapping without it"
     return about_names(state)
 
 
@@ -339,7 +340,7 @@ def export(wanted: Iterable[Slot], values: Mapping[int, Any] | None = None) -> S
 
     Args:
         wanted: the slots.
-        values: variables to take in place of others, by the `id` of those.
+        values: values that replace those of variables, by the `id` of the variable.
     """
     state: State = {}
     for slot in wanted:

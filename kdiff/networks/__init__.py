@@ -1,4 +1,4 @@
-"""Keras models composed of blocks: `network({"image": ..., "time": ..., **conditions})` gives an image."""
+"""Keras models composed of blocks: `network({"image": ..., "time": ..., **conditions})` returns an image."""
 
 from kdiff.blocks.transformer import adaptive_block
 from kdiff.networks import published
@@ -9,12 +9,13 @@ from kdiff.networks.control import Controlled, ControlNet, Hint
 from kdiff.networks.counting import flops, parameters, summary
 from kdiff.networks.dit import DiT
 from kdiff.networks.hybrid import Hybrid
+from kdiff.networks.levels import Level
 from kdiff.networks.mlp import MLP
 from kdiff.networks.mmdit import MMDiT
 from kdiff.networks.ncsnpp import InputResidual, InputSkip, NCSNpp, OutputSkip
 from kdiff.networks.prior_transformer import PriorTransformer
 from kdiff.networks.simple_unet import SimpleUNet
-from kdiff.networks.unet import Level, UNet
+from kdiff.networks.unet import UNet
 from kdiff.networks.uvit import UViT
 
 __all__ = [

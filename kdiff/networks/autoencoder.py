@@ -1,12 +1,11 @@
-"""Autoencoders: images to latents that are smaller by a factor along each axis, and back.
+"""Autoencoders: from images to latents that are smaller by a factor along each axis, and back.
 
     mean, log_variance = autoencoder.encode(images)     # (batch, height, width, channels) in [-1, 1]
     images = autoencoder.decode(latents)                # (batch, height / factor, width / factor, latent_channels)
 
-They are Keras models, `autoencoder(images)` is `decode(mean)`, and what `codecs.Latent` is made of. An autoencoder of
-your own need not derive from `Autoencoder`: a Keras model or layer with `encode`, `decode` and `latent_shape` will do.
-
-| size | paper | latents | millions of parameters |
+They are Keras models, with `autoencoder(images)` equal to `decode(mean)`, and are used by `codecs.Latent`, which
+accepts any Keras model or layer with `encode`, `decode` and `latent_shape`.
+| size | paper | latents | parameters (millions) |
 |---|---|---|---|
 | `AutoencoderKL.sd()`, `AutoencoderKL.sdxl()` | Rombach et al. (2022), Podell et al. (2023) | f = 8, 4 channels | 83.7 |
 | `AutoencoderKL.sd3()` | Esser et al., "Scaling Rectified Flow Transformers" (2024), section 5.2.1 | f = 8, 16 channels | 83.8 |
@@ -32,24 +31,24 @@ from kdiff.networks.codebook import Codebook
 
 __all__ = ["LOG_VARIANCES", "VQ", "Autoencoder", "AutoencoderKL", "Convolutional"]
 
-LOG_VARIANCES = (-30.0, 20.0)  # beyond which the encoder's are clipped
+LOG_VARIANCES = (-30.0, 20.0)  # the range to which the encoder's output is clipped
 
 
 class Autoencoder(ConfigurableLayer, keras.Model):
-    """The base of autoencoders. A new one writes `_build_parts`, `_encode` and `_decode`.
+    """The base of autoencoders. A subclass defines `_build_parts`, `_encode` and `_decode`.
 
     Args:
         channels: of the images.
         latent_channels: of the latents.
-        factor: how many pixels there are to a latent along each axis.
-        out_channels: of what is decoded; None for those of the images.
-        kwargs: `name` and `dtype`. In a lower precision the last layers of both halves stay in float32.
+        factor: the number of pixels per latent along each axis.
+        out_channels: of the decoded images; None for `channels`.
+        kwargs: `name` and `dtype`. At lower precision the last layers of both halves stay in float32.
 
     Raises:
-        ValueError: if the images have other channels, or a size that `factor` does not divide.
+        ValueError: if the channels of the images differ, or `factor` does not divide their size.
     """
 
-    ranks: tuple[int, ...] = (3, 4, 5)  # that the images may have
+    ranks: tuple[int, ...] = (3, 4, 5)  # the possible ranks of the images
 
     def __init__(
         self, channels: int, latent_channels: int, factor: int, out_channels: int | None = None, **kwargs
@@ -70,11 +69,11 @@ class Autoencoder(ConfigurableLayer, keras.Model):
         raise NotImplementedError
 
     def _encode(self, images, training):
-        """(mean, log_variance) or (latents, None) of images in the network's precision."""
+        """(mean, log_variance) or (latents, None) of images in the compute precision."""
         raise NotImplementedError
 
     def _decode(self, latents, training):
-        """Images of latents in the network's precision."""
+        """The images decoded from latents in the compute precision."""
         raise NotImplementedError
 
     def build(self, input_shape: Shape | None = None) -> None:
@@ -87,7 +86,7 @@ class Autoencoder(ConfigurableLayer, keras.Model):
         self._build_parts(shape, latent)
 
     def get_build_config(self) -> dict[str, Any] | None:
-        """The shape that it was built for."""
+        """The shape for which it was built."""
         return None if self._shape is None else {"input_shape": self._shape}
 
     def build_from_config(self, config: dict[str, Any] | None) -> None:
@@ -96,33 +95,32 @@ class Autoencoder(ConfigurableLayer, keras.Model):
             self.build(config["input_shape"])
 
     def latent_shape(self, shape: Shape) -> Shape:
-        """The shape of the latents of one image of this shape; None is a size that is not known.
+        """The shape of the latents of one image of this shape, in which None is an unknown size.
 
         Raises:
-            ValueError: if there can be no such image.
+            ValueError: if images cannot have this shape.
         """
         shape = tuple(shape)
         if len(shape) + 1 not in self.ranks or shape[-1] != self.channels:
             known = " or ".join(f"({', '.join(AXES[rank])}, {self.channels})" for rank in self.ranks)
             raise ValueError(f"{self.name}: images must have the shape {known}; received: {shape}")
-        check_size(self, (None, *shape), self.factor, f"latents {self.factor} times smaller need")
+        check_size(self, (None, *shape), self.factor, f"a reduction by {self.factor} needs")
         return (*(size and size // self.factor for size in shape[:-1]), self.latent_width)
 
     @property
     def latent_width(self) -> int:
-        """The channels of what `encode` gives."""
+        """The channels of the output of `encode`."""
         return self.latent_channels
 
     def encode(self, images, training: bool | None = None) -> tuple[Any, Any]:
-        """Images to the distribution of their latents.
+        """The distribution of the latents of images.
 
         Args:
             images: (batch, height, width, channels), in [-1, 1].
-            training: whether dropout and the like are at work.
+            training: whether dropout is active.
 
         Returns:
-            (mean, log_variance), both (batch, height / factor, width / factor, latent_channels), float32; the second is
-            None where an image has one latent.
+            (mean, log_variance), float32 (batch, height / factor, width / factor, latent_channels); or (latents, None).
         """
         self.latent_shape(tuple(images.shape)[1:])
         self._prepare(images.shape)
@@ -130,7 +128,7 @@ class Autoencoder(ConfigurableLayer, keras.Model):
         return ops.cast(mean, "float32"), None if log_variance is None else ops.cast(log_variance, "float32")
 
     def decode(self, latents, training: bool | None = None):
-        """Latents to images, float32, near [-1, 1] but not clipped."""
+        """Decodes latents to images, float32, about in [-1, 1] but not clipped."""
         shape = tuple(latents.shape)
         if len(shape) not in self.ranks or shape[-1] != self.latent_width:
             raise ValueError(f"{self.name}: latents must have {self.latent_width} channels; received: {shape}")
@@ -142,28 +140,28 @@ class Autoencoder(ConfigurableLayer, keras.Model):
             self.build((None, *[None] * (len(shape) - 2), self.channels))
 
     def call(self, images, training=None):
-        """The images from the most likely latents."""
+        """The images decoded from the means of the latents."""
         return self.decode(self.encode(images, training)[0], training)
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
-        """That of the images, with `out_channels`."""
+        """The shape of the images, with `out_channels`."""
         return (*input_shape[:-1], self.out_channels or self.channels)
 
 
 class Convolutional(Autoencoder):
-    """Levels of residual blocks at falling resolution, two blocks with attention between them, and back.
+    """An encoder of residual blocks at decreasing resolution, a middle with attention, and a decoder.
 
-    Esser et al., "Taming Transformers" (2021), table 7; Rombach et al. (2022), appendix G.1. Sizes are halved by a
-    convolution that pads on the right and below. On the way up each level has a block more.
+    Esser et al., "Taming Transformers" (2021), table 7; Rombach et al. (2022), appendix G.1. Downsampling convolutions
+    are padded on the right and at the bottom. In the decoder each level has one more block.
 
     Args:
         widths: the channels of each level, from the finest; latents are 2^(levels - 1) times smaller.
         latent_channels: of the latents.
-        depth: the number of blocks a level on the way down.
+        depth: the number of blocks per level of the encoder.
         channels: of the images.
-        out_channels: of what is decoded; None for those of the images.
-        attention: whether there is attention, of one head, in the middle.
-        attention_at: the numbers of the levels where attention follows each block.
+        out_channels: of the decoded images; None for `channels`.
+        attention: whether the middle has single-head attention.
+        attention_at: the indices of the levels where attention follows each block.
         groups: of the group norms; None as in `GroupNorm`, which is 32 for the published widths.
         kwargs: `name` and `dtype`.
     """
@@ -184,13 +182,13 @@ class Convolutional(Autoencoder):
     ):
         owner = type(self).__name__
         if not widths or isinstance(widths, int):
-            raise ValueError(f"{owner}: `widths` must be the channels of one level or more; received: {widths!r}")
+            raise ValueError(f"{owner}: `widths` must be the channels of at least one level; received: {widths!r}")
         for width in widths:
             check_integer(owner, "a width", width)
         check_integer(owner, "depth", depth)
         unknown = [level for level in attention_at if level not in range(len(widths))]
         if unknown:
-            raise ValueError(f"{owner}: `attention_at` must be levels of 0..{len(widths) - 1}; received: {unknown}")
+            raise ValueError(f"{owner}: `attention_at` must be levels in 0..{len(widths) - 1}; received: {unknown}")
         super().__init__(channels, latent_channels, 2 ** (len(widths) - 1), out_channels, **kwargs)
         self.widths = list(widths)
         self.depth = depth
@@ -238,7 +236,7 @@ class Convolutional(Autoencoder):
         return self._chain([*layers, *self._middle(), *self._ends(outputs)], "encoder")
 
     def _decoder(self, spatial: bool = False) -> Chain:
-        """With `spatial`, all norms are steered by a map."""
+        """With `spatial`, all norms are conditioned on a map."""
         layers = [self._convolution(self.widths[-1]), *self._middle(spatial)]
         for level in reversed(range(len(self.widths))):
             layers += self._level(level, self.depth + 1, spatial)
@@ -247,16 +245,16 @@ class Convolutional(Autoencoder):
 
 
 class AutoencoderKL(Convolutional):
-    """The autoencoder of latent diffusion with Gaussian latents, kept near N(0, 1) by a small KL term.
+    """The autoencoder of latent diffusion with Gaussian latents, regularised by a small KL term.
 
         encode(images) = (mean, log_variance),    latents = mean + exp(log_variance / 2) noise
 
     Kingma & Welling, "Auto-Encoding Variational Bayes" (2014); Rombach et al. (2022), section 3.1 and appendix G.1.
 
     Args:
-        widths, latent_channels, depth, channels, out_channels, attention, attention_at, groups: of `Convolutional`.
+        widths, latent_channels, depth, channels, out_channels, attention, attention_at, groups: as in `Convolutional`.
         quant: whether a 1x1 convolution follows the encoder; SD 3 and Flux have none.
-        post_quant: whether a 1x1 convolution leads into the decoder.
+        post_quant: whether a 1x1 convolution precedes the decoder.
         kwargs: `name` and `dtype`.
     """
 
@@ -302,17 +300,17 @@ class AutoencoderKL(Convolutional):
 
     @classmethod
     def sd(cls, **options: Any) -> Self:
-        """That of Stable Diffusion 1 and 2: scale 0.18215. For `options` see the class."""
+        """The autoencoder of Stable Diffusion 1 and 2: scale 0.18215. For `options` see the class."""
         return cls(**options)
 
     @classmethod
     def sdxl(cls, **options: Any) -> Self:
-        """That of Stable Diffusion XL, the same network: scale 0.13025. For `options` see the class."""
+        """The autoencoder of Stable Diffusion XL, the same network: scale 0.13025. For `options` see the class."""
         return cls(**options)
 
     @classmethod
     def sd3(cls, **options: Any) -> Self:
-        """That of Stable Diffusion 3, scale 1.5305 and shift 0.0609, and of Flux, 0.3611 and 0.1159. See the class."""
+        """For Stable Diffusion 3 (scale 1.5305, shift 0.0609) and Flux (0.3611, 0.1159); `options` as above."""
         return cls(**{"latent_channels": 16, "quant": False, "post_quant": False, **options})
 
     @classmethod
@@ -322,19 +320,19 @@ class AutoencoderKL(Convolutional):
 
 
 class VQ(Convolutional):
-    """The autoencoder with a codebook: the decoder sees, for each latent, the code that is nearest to it.
+    """The vector-quantised autoencoder: the decoder receives the code nearest to each latent.
 
         encode(images) = (latents, None),    decode(latents) = decoder(argmin_code |latent - code|)
 
     van den Oord et al., "Neural Discrete Representation Learning" (2017); Esser et al. (2021), section 3.1. A diffusion
-    model learns the latents before they become codes, as Rombach et al. (2022, section 4) have it.
+    model is trained on the latents before quantisation, as in Rombach et al. (2022, section 4).
 
     Args:
-        widths, latent_channels, depth, channels, out_channels, attention, attention_at, groups: of `Convolutional`.
+        widths, latent_channels, depth, channels, out_channels, attention, attention_at, groups: as in `Convolutional`.
         codes: the number of codes.
-        code_width: the channels of a code, and so of `encode`; None for `latent_channels`.
-        spatial: whether the decoder's norms are `SpatialNorm`s of the latents (Zheng et al., "MoVQ", 2022).
-        quantize: whether `decode` takes the nearest codes, unless told otherwise; Kandinsky's takes the latents.
+        code_width: the channels of a code and of the output of `encode`; None for `latent_channels`.
+        spatial: whether the decoder's norms are `SpatialNorm`s conditioned on the latents (Zheng et al., "MoVQ", 2022).
+        quantize: whether `decode` quantises by default; Kandinsky's does not.
         kwargs: `name` and `dtype`.
     """
 
@@ -383,13 +381,11 @@ class VQ(Convolutional):
         return self.to_latents(self.encoder(images, training=training)), None
 
     def nearest(self, latents):
-        """(codes, indices): the nearest code of each latent, float32, through which gradients pass to the latents, and
-        its number.
-        """
+        """(codes, indices): the nearest code of each latent, float32, with straight-through gradient, and its index."""
         return self.codebook(latents)
 
     def decode(self, latents, training=None, quantize: bool | None = None):
-        """Latents to images; by their nearest codes if `quantize`, or if that is None and the constructor's is true."""
+        """Decodes latents to images, quantised if `quantize`; None for the constructor's value."""
         quantize = self.quantize if quantize is None else quantize
         return super().decode(self.nearest(latents)[0] if quantize else latents, training)
 

@@ -1,4 +1,4 @@
-"""TAESD: an autoencoder of convolutions alone, for previews of the latents of a larger one."""
+"""TAESD: a small convolutional autoencoder, for previews of the latents of a larger one."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ __all__ = ["Tiny", "TinyBlock"]
 
 
 class TinyBlock(ConfigurableLayer, keras.layers.Layer):
-    """Three 3x3 convolutions beside the identity: `relu(conv(relu(conv(relu(conv(x))))) + x)`."""
+    """Three 3x3 convolutions with a residual connection: `relu(conv(relu(conv(relu(conv(x))))) + x)`."""
 
     def build(self, x_shape):
         """Builds the three convolutions."""
@@ -24,27 +24,27 @@ class TinyBlock(ConfigurableLayer, keras.layers.Layer):
             layer.build(x_shape)
 
     def call(self, x):
-        """(batch, height, width, channels) to the same."""
+        """Maps (batch, height, width, channels) to the same shape."""
         first, second, third = self.convolutions
         return ops.relu(third(ops.relu(second(ops.relu(first(x))))) + x)
 
 
 class Tiny(Autoencoder):
-    """TAESD (Bohan 2023, "Tiny AutoEncoder for Stable Diffusion"): distilled from the autoencoder of another model.
+    """TAESD (Bohan 2023, "Tiny AutoEncoder for Stable Diffusion"): distilled from the autoencoder of a larger model.
 
         encode(images) = (encoder((images + 1) / 2), None),    decode(latents) = 2 decoder(3 tanh(latents / 3)) - 1
 
-    Its latents are those of a diffusion model, scaled and shifted already: `codecs.Latent(Tiny())`, as a codec of its
-    own or as the `preview` of another.
+    Its latents are already scaled and shifted as the diffusion model needs them: use `codecs.Latent(Tiny())` as a
+    codec, or as the `preview` of another codec.
 
     Args:
         width: the channels of all layers.
         latent_channels: of the latents.
         depths: the number of blocks of each level of the encoder, from the finest; latents are 2^(levels - 1) times
             smaller than images.
-        up_depths: of the decoder, from the coarsest.
+        up_depths: the same for the decoder, from the coarsest.
         channels: of the images.
-        out_channels: of what is decoded; None for those of the images.
+        out_channels: of the decoded images; None for `channels`.
         kwargs: `name` and `dtype`.
     """
 
@@ -64,7 +64,9 @@ class Tiny(Autoencoder):
         for depth in (*depths, *up_depths):
             check_integer("Tiny", "a depth", depth, 0)
         if len(depths) != len(up_depths) or not depths:
-            raise ValueError(f"Tiny: both halves must have as many levels; received: {depths!r} and {up_depths!r}")
+            raise ValueError(
+                f"Tiny: encoder and decoder must have the same number of levels; received: {depths!r} and {up_depths!r}"
+            )
         super().__init__(channels, latent_channels, 2 ** (len(depths) - 1), out_channels, **kwargs)
         self.width = width
         self.depths = list(depths)

@@ -1,11 +1,11 @@
-"""What networks share: one dictionary of inputs, conditions made into vectors, tokens and maps, templates copied.
+"""The base of networks: a dictionary of inputs, conditions encoded as vectors, tokens and maps, and template layers.
 
     network({"image": (batch, height, width, channels), "time": (batch,), **conditions})
         -> (batch, height, width, out_channels), float32
 
-The image may as well be a series (batch, length, channels) or a volume (batch, depth, height, width, channels): the
-rank of all layers is that of what they are built for. A network of your own writes `_build_body` and `_body`; it need
-not derive from `Network`: any Keras model with this contract will do.
+The image may also be a series (batch, length, channels) or a volume (batch, depth, height, width, channels): the rank
+of the layers is inferred in `build`. A new network defines `_build_body` and `_body`; it need not derive from
+`Network`, as any Keras model that satisfies this contract can be used.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,28 +24,29 @@ from kdiff.blocks.joint import JointBlock
 
 __all__ = ["AXES", "Network", "check_size", "joined"]
 
-# What the sizes of a batch of each rank are called.
+# The names of the spatial axes, by the rank of the batch.
 AXES = {2: (), 3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}
 
 
 class Network(ConfigurableLayer, keras.Model):
-    """Time and conditions to `embed`, `context` and maps beside the image; the body, by a subclass, does the rest.
+    """Encodes time and conditions as `embed`, `context` and maps; a subclass defines the body.
 
     Args:
-        embedding: the layer that makes `embed`, (batch, dim), of the time, and of what else it takes (`inputs_of`).
-        conditions: a layer for each condition, by its name in the input, such as `{"label": LabelEmbedding(10)}`. What
-            it gives (see `kdiff.blocks.Encoded`) is added to `embed` if it is a vector, (batch, dim), is a part of
-            `context` if it is tokens, (batch, tokens, dim), and is joined to the channels of the image if it is a map.
+        embedding: the layer from the time (and its other inputs, `inputs_of`) to `embed`, (batch, dim).
+        conditions: a layer for each condition, by its name in the input, such as `{"label": LabelEmbedding(10)}`. Its
+            output (see `kdiff.blocks.Encoded`) is added to `embed` if it is a vector, (batch, dim), becomes a part of
+            `context` if it is tokens, (batch, tokens, dim), and is concatenated to the channels of the image if it is a
+            map.
         out_channels: of the output; None for those of the image.
-        remat: whether training keeps only the inputs of each block, and computes what is inside again for the
-            gradient: less memory, about a third more time (Chen et al., "Training Deep Nets with Sublinear Memory
-            Cost", 2016).
-        seed: from which each copied layer that has a `seed` gets one of its own.
-        kwargs: `name` and `dtype`. The precision is that of every layer made from a template; `embedding` and
+        remat: whether training keeps only the inputs of each block and recomputes its activations in the backward pass
+            (gradient checkpointing): less memory for about a third more time (Chen et al., "Training Deep Nets with
+            Sublinear Memory Cost", 2016).
+        seed: from which the seed of each copied layer that has one is derived.
+        kwargs: `name` and `dtype`. The precision applies to every layer made from a template; `embedding` and
             `conditions` keep theirs.
     """
 
-    ranks: tuple[int, ...] = (3, 4, 5)  # that the image may have
+    ranks: tuple[int, ...] = (3, 4, 5)  # the possible ranks of the image
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class Network(ConfigurableLayer, keras.Model):
         layers = conditions.values() if isinstance(conditions, Mapping) else [conditions] if conditions else []
         if not all(isinstance(layer, keras.layers.Layer) for layer in layers):
             raise TypeError(
-                f"{name}: `conditions` must be layers by name, such as {{'label': LabelEmbedding(10)}}; received: "
+                f"{name}: `conditions` must map names to layers, such as {{'label': LabelEmbedding(10)}}; received: "
                 f"{conditions!r}"
             )
         self.embedding = embedding
@@ -75,23 +76,23 @@ class Network(ConfigurableLayer, keras.Model):
         self._copies = 0
 
     def _build_body(self, x_shape, embed_shape, context_shape):
-        """Builds all but `embedding` and `conditions`. `x_shape` has the channels of the image and of all maps."""
+        """Builds all layers but `embedding` and `conditions`. `x_shape` includes the channels of the maps."""
         raise NotImplementedError
 
     def _body(self, x, embed, context, training):
-        """The output, (..., out_channels), from the image, joined by the maps, in the network's precision."""
+        """Computes the output, (..., out_channels), from image and maps in the compute precision."""
         raise NotImplementedError
 
     def _check_image(self, shape):
-        """Raises a ValueError for an image of another rank or size than the network takes."""
+        """Raises a ValueError if the network does not support an image of this rank or size."""
         if len(shape) not in self.ranks or shape[-1] is None:
             known = " or ".join(f"(batch, {', '.join((*AXES[rank], 'channels'))})" for rank in self.ranks)
             raise ValueError(f"{self.name}: the image must have the shape {known}; received: {shape}")
 
     def _chain(self, layers, name: str) -> Chain:
-        """A chain of layers, at the network's precision, each with random numbers of its own.
+        """A chain of copied layers at the network's precision, each with its own seed.
 
-        With those of the template all copies would drop the same units.
+        With the seed of the template all copies would drop the same units.
         """
         chain = Chain(layers, name=name)
         for layer in chain._flatten_layers():
@@ -102,16 +103,16 @@ class Network(ConfigurableLayer, keras.Model):
         return chain
 
     def _copy(self, layer: Any, name: str) -> keras.layers.Layer:
-        """A copy of a template, or of the block so named, at the network's precision."""
+        """A copy of a template, or of the block of this name, at the network's precision."""
         return copy_layer(layer, name=name, dtype=self.dtype_policy)
 
     def _head(self, layer: Callable[..., keras.layers.Layer], *arguments, **options):
-        """The last layer, such as a Dense or a Conv2D: in float32, and zero at first unless `options` say otherwise."""
+        """The last layer, such as a Dense or a Conv2D: float32, and initialised to zero unless set in `options`."""
         options = {"kernel_initializer": "zeros", "dtype": "float32", "name": "head", **options}
         return layer(self._channels, *arguments, **options)
 
     def _run(self, layer, x, embed, context, training):
-        """Calls a chain or block, with its inside forgotten until the gradient wants it if `remat`."""
+        """Calls a chain or block, recomputed in the backward pass if `remat`."""
         if not (self.remat and training):
             return layer(x, embed=embed, context=context, training=training)
         return backend.remat(layer, {"x": x, "embed": embed, "context": context}, training=training)
@@ -128,7 +129,7 @@ class Network(ConfigurableLayer, keras.Model):
         self._build_body((*sizes, channels), embed, context)
         self._check_attended(context)
         for name, layer in self.conditions.items():
-            if hasattr(layer, "attach"):  # to what attends to its tokens
+            if hasattr(layer, "attach"):  # to the layers that attend to its tokens
                 self._attach(name, layer)
 
     def load_own_variables(self, store) -> None:
@@ -137,12 +138,12 @@ class Network(ConfigurableLayer, keras.Model):
         super().load_own_variables(store)
 
     def add_condition(self, name: str, layer: keras.layers.Layer, shapes: Mapping[str, tuple]) -> None:
-        """Gives a built network one more condition, which changes nothing of its other weights.
+        """Adds a condition to a built network, without changing its other weights.
 
         Args:
-            name: of the condition.
-            layer: which has `attach`, as `kdiff.encoders.ImagePrompt`.
-            shapes: of all inputs by name, its own included.
+            name: the name of the condition.
+            layer: a layer with `attach`, such as `kdiff.encoders.ImagePrompt`.
+            shapes: the shapes of all inputs by name, including the new one.
         """
         time = build_layer(self.embedding, given_to(self.embedding, "time", shapes))
         build_layer(layer, given_to(layer, name, shapes), time)
@@ -155,14 +156,14 @@ class Network(ConfigurableLayer, keras.Model):
     def _attach(self, name, layer):
         if list(self.conditions)[-1] != name:
             raise ValueError(
-                f"{type(self).__name__}: {name!r} must be the last of `conditions`; it is not: {self.conditions}"
+                f"{type(self).__name__}: {name!r} must be the last of `conditions`; received: {self.conditions}"
             )
         inside = {id(one) for top in self.conditions.values() for one in top._flatten_layers()}
         layers = [one for one in self._flatten_layers() if isinstance(one, CrossAttention) and id(one) not in inside]
         layer.attach([one.attention for one in layers if one.built])
 
     def encoded_shapes(self, shapes: Mapping[str, tuple]) -> tuple[Any, dict[str, Encoded]]:
-        """The shapes of what `encoded` gives, of inputs of these shapes; what is not built yet is built."""
+        """The shapes of the output of `encoded` for inputs of these shapes; builds layers that are not built."""
         time = build_layer(self.embedding, given_to(self.embedding, "time", shapes))
         made = {
             name: build_layer(layer, given_to(layer, name, shapes), time, image=shapes["image"])
@@ -171,23 +172,21 @@ class Network(ConfigurableLayer, keras.Model):
         return time, {name: Encoded.of(shape) for name, shape in made.items()}
 
     def _steering_shapes(self, time, encoded):
-        """The shapes of what `_steering` gives."""
+        """The shapes of the output of `_steering`."""
         for name, one in encoded.items():
             if one.vector is not None and one.vector[-1] != time[-1]:
                 raise ValueError(
-                    f"{type(self).__name__}: the layer of condition {name!r} must give (batch, {time[-1]}), the width "
-                    f"of the time embedding, or (batch, tokens, dim); it gives: {one.vector}"
+                    f"{type(self).__name__}: the layer of condition {name!r} must return (batch, {time[-1]}), the "
+                    f"width of the time embedding, or (batch, tokens, dim); it returns: {one.vector}"
                 )
         return time, self._joined([one.tokens for one in encoded.values() if one.tokens is not None])
 
     def _joined(self, shapes):
-        """The shape of sequences one after the other; None for none."""
+        """The shape of the concatenated sequences; None if there are none."""
         if not shapes:
             return None
         if len({shape[-1] for shape in shapes}) > 1:
-            raise ValueError(
-                f"{type(self).__name__}: conditions that give tokens must give them one width; they give: {shapes}"
-            )
+            raise ValueError(f"{type(self).__name__}: all tokens of conditions must have one width; received: {shapes}")
         tokens = [shape[1] for shape in shapes]
         return (shapes[0][0], None if None in tokens else sum(tokens), shapes[0][-1])
 
@@ -199,11 +198,11 @@ class Network(ConfigurableLayer, keras.Model):
             if not known or any(None not in pair and pair[0] != pair[1] for pair in pairs):
                 raise ValueError(
                     f"{type(self).__name__}: the map of condition {name!r} must have the sizes of the image, {image}; "
-                    f"it has the shape: {shape}. `blocks.Concat` resizes."
+                    f"it has the shape: {shape}. `blocks.Concat` resizes images."
                 )
 
     def _check_attended(self, context):
-        """Raises a ValueError for tokens that no layer attends to. Of a layer that is not kdiff's it is not known."""
+        """Raises a ValueError if no layer attends to the tokens. Layers from outside kdiff are assumed to."""
         conditions = {id(layer) for top in self.conditions.values() for layer in top._flatten_layers()}
         layers = [layer for layer in self._flatten_layers(include_self=False) if id(layer) not in conditions]
         own = all(type(layer).__module__.split(".")[0] in ("kdiff", "keras") for layer in layers)
@@ -213,14 +212,14 @@ class Network(ConfigurableLayer, keras.Model):
             and not any(isinstance(layer, (CrossAttention, ContextAttention, JointBlock)) for layer in layers)
         ):
             raise ValueError(
-                f"{type(self).__name__}: conditions give tokens, and no layer attends to them: compose the network of "
+                f"{type(self).__name__}: some conditions give tokens, but no layer attends to them: use "
                 "blocks with attention to a context, such as `TransformerBlock`, or give a vector, as of "
                 "`TextEncoder(pooled=True)`"
             )
 
     @property
     def condition_inputs(self) -> dict[str, Input]:
-        """The inputs beside image and time, by name; of one that several conditions take, the first knows its null."""
+        """The inputs other than image and time, by name; if conditions share one, the first defines its null."""
         layers, found = {"time": self.embedding, **self.conditions}, {}
         for name, layer in layers.items():
             for one, taken in inputs_of(layer, name).items():
@@ -228,11 +227,11 @@ class Network(ConfigurableLayer, keras.Model):
         return {name: one for name, one in found.items() if name != "time"}
 
     def call(self, inputs, training=None):
-        """The dictionary of inputs (see the module) to the shape of the image with `out_channels`, float32."""
+        """Maps the inputs (see the module) to the shape of the image with `out_channels`, float32."""
         return self._output(inputs, training)
 
     def _output(self, inputs, training, encoded=None, **options):
-        """What `call` gives; `options` are of `_body`, `encoded` what `encoded` gave of these inputs."""
+        """The output of `call`; `options` are for `_body`, `encoded` is the output of `encoded` for these inputs."""
         image = inputs["image"]
         time, conditions = self.encoded(inputs, training) if encoded is None else encoded
         maps = [image, *(one.map for one in conditions.values() if one.map is not None)]
@@ -242,10 +241,10 @@ class Network(ConfigurableLayer, keras.Model):
         return ops.cast(self._body(x, embed, context, training, **options), "float32")
 
     def encoded(self, inputs, training=None) -> tuple[Any, dict[str, Encoded]]:
-        """What the embedding makes of the time, and the layer of each condition of its inputs, by name."""
+        """The output of the embedding of time and, by name, of the layer of each condition."""
         self._checked({name: tuple(value.shape) for name, value in inputs.items()})
         for layer in self.conditions.values():
-            if hasattr(layer, "unfolded"):  # what encoders that learn make of tokens, once for all that take it
+            if hasattr(layer, "unfolded"):  # a trainable encoder runs once for all conditions that share it
                 inputs = layer.unfolded(inputs, training)
         image = inputs["image"]
         time = apply_layer(self.embedding, given_to(self.embedding, "time", inputs), training=training)
@@ -257,7 +256,7 @@ class Network(ConfigurableLayer, keras.Model):
         return time, encoded
 
     def _steering(self, time, encoded: list[Encoded]):
-        """The sum of the vectors of time and conditions, and the conditions' tokens one after the other, or None."""
+        """The sum of the vectors of time and conditions, and the concatenated tokens of conditions, or None."""
         embed = time
         for one in encoded:
             if one.vector is not None:
@@ -265,7 +264,7 @@ class Network(ConfigurableLayer, keras.Model):
         return embed, joined([one for one in encoded if one.tokens is not None])
 
     def compute_output_spec(self, inputs, training=None):
-        """The image's shape with `out_channels`, in float32."""
+        """The shape of the image with `out_channels`, float32."""
         *shape, channels = inputs["image"].shape
         return keras.KerasTensor((*shape, self.out_channels or channels), "float32")
 
@@ -276,7 +275,7 @@ class Network(ConfigurableLayer, keras.Model):
                 raise ValueError(f"{self.name}: the input {name!r} is missing; received: {sorted(shapes)}")
         for name, shape in shapes.items():
             if name not in ("image", "time", *known):
-                raise ValueError(f"{self.name}: the input {name!r} is unknown; `conditions` has: {list(known)}")
+                raise ValueError(f"{self.name}: the input {name!r} is unknown; `conditions` are: {list(known)}")
             if None not in (shape[0], shapes["image"][0]) and shape[0] != shapes["image"][0]:
                 raise ValueError(
                     f"{self.name}: the input {name!r} must have the batch size of the image, "
@@ -287,7 +286,7 @@ class Network(ConfigurableLayer, keras.Model):
 
 
 def joined(encoded: list[Encoded]) -> Any:
-    """The tokens of several one after the other, `Tokens` if one has a mask; None of none."""
+    """The concatenated tokens of several conditions, `Tokens` if one has a mask; None if there are none."""
     if not encoded:
         return None
     values = ops.concatenate([one.tokens for one in encoded], axis=1)
@@ -304,5 +303,5 @@ def check_size(owner: keras.Model, shape: tuple, factor: int, reason: str) -> No
             below, above = size // factor * factor, (size // factor + 1) * factor
             fit = f"{below} or {above}" if below else f"{above}"
             raise ValueError(
-                f"{owner.name}: {reason} a {name} that {factor} divides; received: {size}. The nearest that fit: {fit}"
+                f"{owner.name}: {reason} a {name} divisible by {factor}; received: {size}. The nearest that fit: {fit}"
             )

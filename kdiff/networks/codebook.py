@@ -1,4 +1,4 @@
-"""A codebook: for each vector the nearest of a number of codes."""
+"""Vector quantisation: each vector is replaced by the nearest code of a codebook."""
 
 import keras
 from keras import ops
@@ -10,15 +10,15 @@ __all__ = ["Codebook"]
 
 
 class Codebook(ConfigurableLayer, keras.layers.Layer):
-    """The nearest code of each vector, with a gradient that passes straight through to the vector.
+    """The nearest code of each vector, with a straight-through gradient.
 
         index = argmin_k |x - code_k|^2,    y = x + stop_gradient(code_index - x)
 
-    van den Oord et al., "Neural Discrete Representation Learning" (2017), equations 1 and 2. The codes get no gradient
-    from `y`, only from `lookup`. Codes and distances are float32 whatever the precision.
+    van den Oord et al., "Neural Discrete Representation Learning" (2017), equations 1 and 2. The codes receive a
+    gradient only from `lookup`, not from `y`. Codes and distances are float32 at any precision.
 
     Args:
-        codes: their number.
+        codes: the number of codes.
         kwargs: `name` and `dtype`.
     """
 
@@ -28,7 +28,7 @@ class Codebook(ConfigurableLayer, keras.layers.Layer):
         self.codes = codes
 
     def build(self, x_shape):
-        """Makes the `table`, (codes, channels), uniform in [-1 / codes, 1 / codes] at first."""
+        """Creates the `table`, (codes, channels), initialised uniformly in [-1 / codes, 1 / codes]."""
         if self.built:
             return
         initializer = keras.initializers.RandomUniform(-1.0 / self.codes, 1.0 / self.codes)
@@ -37,12 +37,14 @@ class Codebook(ConfigurableLayer, keras.layers.Layer):
         )
 
     def lookup(self, indices):
-        """The codes with these numbers, (..., channels)."""
+        """The codes with these indices, (..., channels)."""
         return ops.take(self.table, indices, axis=0)
 
     def call(self, x):
-        """(batch, ..., channels) to (y, index): the same shape, and (batch, ...)."""
+        """Maps (batch, ..., channels) to (y, index), of the same shape and (batch, ...)."""
         x, table = ops.cast(x, "float32"), ops.convert_to_tensor(self.table)
-        distance = ops.sum(ops.square(table), axis=-1) - 2.0 * ops.matmul(x, ops.transpose(table))  # less |x|^2
+        distance = ops.sum(ops.square(table), axis=-1) - 2.0 * ops.matmul(
+            x, ops.transpose(table)
+        )  # without |x|^2, which is the same for all codes
         index = ops.argmin(distance, axis=-1)
         return x + ops.stop_gradient(self.lookup(index) - x), index

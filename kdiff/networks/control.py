@@ -1,15 +1,15 @@
-"""ControlNet: a copy of half a U-Net sees a picture, such as edges, and adds to what the U-Net hands to its way up.
+"""ControlNet: a copy of a U-Net's encoder sees a picture, such as edges, and adds to the skip connections of the U-Net.
 
-    control = ControlNet.of(network)                              # from its own weights; changes nothing at first
-    controlled = Controlled(network, {"edges": control})          # the network is frozen, `control` learns
+    control = ControlNet.of(network)                              # initialised from its weights; no effect initially
+    controlled = Controlled(network, {"edges": control})          # the network is frozen, `control` is trained
     model = DiffusionModel(controlled, prediction="noise")
     model.fit({"image": images, "text": captions, "edges": edges})
     model.sample(4, text="a red hat", edges=drawing, edges_scale=0.8)
 
-Zhang et al., "Adding Conditional Control to Text-to-Image Diffusion Models" (2023), section 3, as diffusers has it:
+Zhang et al., "Adding Conditional Control to Text-to-Image Diffusion Models" (2023), section 3, as in diffusers:
 
-    x = stem(x_t) + hint(picture),    y_1 ... y_n, y = way down (x), middle (y_n)
-    skip_i + scale zero_i(y_i),    middle + scale zero(y),    each zero a convolution of size 1 that is zero at first
+    x = stem(x_t) + hint(picture),    y_1 ... y_n, y = encoder(x), middle(y_n)
+    skip_i + scale zero_i(y_i),    middle + scale zero(y),    each zero a 1x1 convolution initialised to zero
 """
 
 import functools
@@ -36,20 +36,22 @@ from kdiff.blocks.conditions import Encoded, Input
 from kdiff.blocks.layers import Conv2D
 from kdiff.blocks.resampling import Downsample
 from kdiff.networks.base import joined
-from kdiff.networks.unet import Level, UNet, WayDown
+from kdiff.networks.levels import Level
+from kdiff.networks.unet import UNet, WayDown
 
 __all__ = ["GIVEN", "ControlNet", "Controlled", "Hint"]
 
 
 class Hint(Block):
-    """A picture made as small and as wide as what the stem of a U-Net gives: convolutions, half the size between two.
+    """Convolutions from a picture to the size and width of the output of a U-Net's stem.
 
-    Zhang et al. (2023), section 3.2, with the widths and activations of diffusers. The last one is zero at first.
+    Zhang et al. (2023), section 3.2, with the widths and activations of diffusers. The last convolution is initialised
+    to zero.
 
     Args:
-        widths: of the convolutions; each but the first halves the size. (8,) is for models of pixels, the default for
-            latents an eighth as high and wide.
-        width: of the output; a `ControlNet` sets it.
+        widths: of the convolutions; each but the first halves the size. Use (8,) for pixel models; the default is for
+            latents that are smaller than images by a factor of 8.
+        width: of the output; set by the `ControlNet`.
     """
 
     def __init__(self, widths: Sequence[int] = (16, 32, 96, 256), width: int | None = None, **kwargs):
@@ -71,7 +73,7 @@ class Hint(Block):
 
     @property
     def factor(self) -> int:
-        """How many times as high and wide the picture is as the output."""
+        """The ratio of the size of the picture to that of the output."""
         return 2 ** (len(self.widths) - 1)
 
     def build(self, x_shape):
@@ -80,7 +82,7 @@ class Hint(Block):
             x_shape = build_layer(layer, x_shape)
 
     def call(self, x, embed=None, context=None, training=None):
-        """Pictures, whole numbers in 0 ... 255 or others in [-1, 1], to (batch, height / factor, ..., width)."""
+        """Maps pictures, integers in 0 ... 255 or floats in [-1, 1], to (batch, height / factor, ..., width)."""
         whole = "int" in str(x.dtype)
         x = ops.cast(x, "float32")
         x = ops.cast(x / 255.0 if whole else 0.5 * (x + 1.0), self.compute_dtype)
@@ -94,34 +96,34 @@ class Hint(Block):
         return (x_shape[0], *sizes, self.last.filters)
 
     def check(self, values) -> None:
-        """Raises a ValueError for pictures out of range."""
+        """Raises a ValueError if the values are out of range."""
         low, high = float(np.min(values)), float(np.max(values))
         whole = np.issubdtype(values.dtype, np.integer)
         if (low < 0 or high > 255) if whole else max(-low, high) > 1.001:
             raise ValueError(
-                "ControlNet: a picture must be whole numbers in 0..255, or others in [-1, 1], where black is -1; "
+                "ControlNet: a picture must be integers in 0..255, or floats in [-1, 1], where black is -1; "
                 f"received {low:.4g} to {high:.4g}"
             )
 
 
 class ControlNet(WayDown):
-    """The way down and the middle of a U-Net, with a picture beside x_t: what it gives is added to a U-Net's own.
+    """The encoder and middle of a U-Net, with a picture as additional input; its outputs are added to those of a U-Net.
 
         control({"image": x_t, "time": ..., "hint": picture, "tokens": context, ...}) -> [map, ..., map]
 
-    One map for each that a U-Net of these levels hands to its way up, in the order of the way down, and one for the
-    output of the middle: all zero at first. `Controlled` joins the two; what conditions a control has no layer for,
-    it is given as the U-Net has encoded them: "tokens" (batch, tokens, dim), their "mask" (batch, tokens), and "vector"
-    (batch, dim), which is added to `embed`. All three may be missing.
+    It returns one map for each skip connection of a U-Net of these levels, in the order of the encoder, and one for the
+    output of the middle, all initially zero. `Controlled` combines the two networks. Conditions for which the control
+    has no layer are passed as the U-Net encoded them: "tokens" (batch, tokens, dim), their "mask" (batch, tokens), and
+    "vector" (batch, dim), which is added to `embed`; all three are optional.
 
     Args:
         levels, middle, embedding, remat, seed, stem_width: as in `UNet`.
-        conditions: a layer for each condition of the U-Net of which the control has its own.
-        hint: the layer that brings the picture to the size of x_t, with an argument `width`, which is set.
+        conditions: a layer for each condition that the control encodes itself.
+        hint: the layer from the picture to the size of x_t, with an argument `width`, which is set.
         kwargs: `name` and `dtype`.
 
     Raises:
-        ValueError: as of `UNet`; if the picture is not as many times as large as x_t as `hint` makes it smaller.
+        ValueError: as in `UNet`; if the ratio of the sizes of picture and x_t is not the factor of `hint`.
     """
 
     def __init__(
@@ -142,7 +144,7 @@ class ControlNet(WayDown):
 
     @property
     def condition_inputs(self) -> dict[str, Input]:
-        """The picture, what a U-Net has encoded, and the inputs of the conditions that are its own."""
+        """The picture, the encoded conditions of the U-Net, and the inputs of the control's own conditions."""
         given = {name: Input(None, None, optional=True) for name in GIVEN}
         return {**super().condition_inputs, "hint": Input(None, self.hint), **given}
 
@@ -153,7 +155,7 @@ class ControlNet(WayDown):
         pairs = zip(small, large, strict=True) if len(small) == len(large) else [(1, 0)]
         if any(None not in pair and factor * pair[0] != pair[1] for pair in pairs):
             raise ValueError(
-                f"{self.name}: a picture must be {factor} times as high and wide as x_t, {tuple(small)}; received: "
+                f"{self.name}: a picture must be {factor} times the size of x_t, {tuple(small)}; received: "
                 f"{tuple(large)}"
             )
         return given
@@ -172,7 +174,7 @@ class ControlNet(WayDown):
             layer.build(y)
 
     def call(self, inputs, training=None):
-        """The dictionary of inputs (see the class) to a list of maps, in the network's precision."""
+        """Maps the dictionary of inputs (see the class) to a list of maps in the compute precision."""
         time, encoded = self.encoded(inputs, training)
         tokens = inputs.get("tokens")
         given = [] if tokens is None else [Encoded(tokens=tokens, mask=inputs.get("mask"))]
@@ -184,25 +186,27 @@ class ControlNet(WayDown):
         return [layer(y) for layer, y in zip(self.outlets, (*kept, x), strict=True)]
 
     def compute_output_spec(self, inputs, training=None):
-        """Maps: of each level's width, at its size."""
-        raise NotImplementedError(f"{self.name}: it is called with tensors alone; `Controlled` with symbols as well")
+        """Not supported; see `Controlled`."""
+        raise NotImplementedError(
+            f"{self.name}: it can only be called with tensors; `Controlled` also accepts symbolic inputs"
+        )
 
     @classmethod
     def of(cls, network: UNet, hint: Any = "hint", channels: int = 3, **options: Any) -> Self:
-        """A control for a U-Net that is built, with copies of its weights; at first it changes nothing of the U-Net.
+        """A control for a built U-Net, initialised with copies of its weights, without effect before training.
 
-        It has copies of those conditions that give vectors alone, as that of a class; others it is given.
+        It copies the layers of those conditions that give only vectors, such as a class; the others are passed encoded.
 
         Args:
-            network: the U-Net, or what holds it; maps beside x_t among its channels are left out.
-            hint: as of `ControlNet`; `Hint((8,))` for a model of pixels.
+            network: the U-Net, or a model that holds it; maps concatenated to x_t are left out.
+            hint: as in `ControlNet`; `Hint((8,))` for a pixel model.
             channels: of the pictures.
-            options: others, in place of those of the U-Net, such as `remat`.
+            options: arguments that replace those of the U-Net, such as `remat`.
         """
         while not isinstance(network, UNet) and hasattr(network, "network"):
             network = network.network
         if type(network) is not UNet or not network.built:
-            raise ValueError(f"ControlNet.of: `network` must be a UNet that is built; received: {network!r}")
+            raise ValueError(f"ControlNet.of: `network` must be a built UNet; received: {network!r}")
         shapes = network.get_build_config()["input_shape"]
         _, encoded = network.encoded_shapes({name: tuple(shape) for name, shape in shapes.items()})
         own = [name for name, one in encoded.items() if one.tokens is None and one.map is None]
@@ -222,28 +226,28 @@ class ControlNet(WayDown):
 
 
 class Controlled(ConfigurableLayer, keras.Model):
-    """A U-Net with ControlNets, a picture a condition: the network of a `DiffusionModel`.
+    """A U-Net with ControlNets, each with a picture as a condition: the network of a `DiffusionModel`.
 
         network({"image": x_t, "time": ..., "edges": picture, "edges_scale": numbers, **conditions})
 
-    The U-Net is frozen, has no averages, and is never in training, but for the conditions that are left out at times.
-    Any of the pictures may be missing outside of training, and its control is then not asked. "edges_scale", (batch,),
-    or (batch, maps) for one a map, multiplies what the control gives; 1 if it is missing. A part of a run is by
-    `guidance.Control`.
+    The U-Net is frozen, not averaged, and runs in inference mode except for the dropout of conditions. Outside
+    training, pictures are optional, and the control of a missing picture is not run. "edges_scale", (batch,), or
+    (batch, maps) for one scale per map, multiplies the output of the control; the default is 1. `guidance.Control`
+    limits a control to a part of the run.
 
-    diffusers' "guess mode", in which a picture says what there is without a text, is
+    The "guess mode" of diffusers, in which a picture replaces the text, is
 
         ramp = np.tile(np.logspace(-1, 0, 13), (4, 1))                    # 13 maps of Stable Diffusion 1 and 2
-        free = ClassifierFree(4.0, negative={"edges_scale": 0 * ramp})    # without the control in the second question
+        free = ClassifierFree(4.0, negative={"edges_scale": 0 * ramp})    # the unconditional call has no control
         model.sample(4, text="", edges=drawing, edges_scale=ramp, guidance=free)
 
     Args:
         network: the U-Net.
-        controls: a `ControlNet` by the name of each picture.
+        controls: `ControlNet`s, by the names of their pictures.
         kwargs: `name` and `dtype`.
 
     Raises:
-        ValueError: if a control has other levels than the U-Net, or the name of another input.
+        ValueError: if the levels of a control and the U-Net differ, or its name is that of another input.
     """
 
     def __init__(self, network: UNet, controls: Mapping[str, ControlNet], **kwargs):
@@ -251,28 +255,30 @@ class Controlled(ConfigurableLayer, keras.Model):
             raise TypeError(f"Controlled: `network` must be a UNet; received: {network!r}")
         super().__init__(autocast=False, **{"dtype": network.dtype_policy, **kwargs})
         if not controls or not all(isinstance(one, ControlNet) for one in controls.values()):
-            raise TypeError(f"Controlled: `controls` must be ControlNets by name, one or more; received: {controls!r}")
+            raise TypeError(
+                f"Controlled: `controls` must be a non-empty mapping of names to ControlNets; received: {controls!r}"
+            )
         self.network = network
         self.controls = dict(controls)
         taken = {"image", "time", *network.condition_inputs}
         for name, control in self.controls.items():
             if {name, f"{name}_scale"} & taken:
-                raise ValueError(f"Controlled: {name!r} is an input already; the U-Net takes: {sorted(taken)}")
+                raise ValueError(f"Controlled: {name!r} is already an input of the U-Net, which has: {sorted(taken)}")
             if _plan(control) != _plan(network):
                 raise ValueError(
-                    f"Controlled: the control {name!r} must have the levels of the U-Net, of the widths and depths "
-                    f"{_plan(network)}; it has: {_plan(control)}"
+                    f"Controlled: the control {name!r} must have the levels of the U-Net, with widths and depths "
+                    f"{_plan(network)}; received: {_plan(control)}"
                 )
         self._freeze()
 
     @property
     def conditions(self) -> dict[str, keras.layers.Layer]:
-        """Those of the U-Net."""
+        """The conditions of the U-Net."""
         return self.network.conditions
 
     @property
     def condition_inputs(self) -> dict[str, Input]:
-        """Those of the U-Net, the pictures and their scales."""
+        """The inputs of the U-Net, the pictures and their scales."""
         own = {name: Input(None, control.hint, optional=True) for name, control in self.controls.items()}
         scales = {f"{name}_scale": Input(None, None, optional=True) for name in self.controls}
         return {**self.network.condition_inputs, **own, **scales}
@@ -290,7 +296,7 @@ class Controlled(ConfigurableLayer, keras.Model):
         self._freeze()
 
     def _freeze(self) -> None:
-        """Weight by weight: a layer that is not trainable could not be given LoRA."""
+        """Freezes each weight, not the layers, since a non-trainable layer could not have LoRA."""
         for weight in self.network.trainable_variables:
             weight.trainable = False
         for weight in self.network.weights:
@@ -301,17 +307,19 @@ class Controlled(ConfigurableLayer, keras.Model):
         return {name: value for name, value in values.items() if name not in own}
 
     def call(self, inputs, training=None):
-        """As of the U-Net."""
+        """As in the U-Net."""
         plain, given = self._plain(inputs), [name for name in self.controls if name in inputs]
         if training and not given:
-            raise ValueError(f"{self.name}: training needs one of the pictures {list(self.controls)}; received none")
+            raise ValueError(
+                f"{self.name}: training needs at least one of the pictures {list(self.controls)}; received none"
+            )
         encoded = self.network.encoded(plain, training)
         maps = [self._scaled(name, self._asked(name, inputs, encoded, training), inputs) for name in given]
         *skips, middle = [functools.reduce(operator.add, some) for some in zip(*maps, strict=True)] or [None]
         return self.network(plain, training=False, skips=skips or None, middle=middle, encoded=encoded)
 
     def _asked(self, name, inputs, encoded, training):
-        """The maps of one control."""
+        """The scaled output maps of one control."""
         control, (_, conditions) = self.controls[name], encoded
         given = {one: inputs[one] for one in control.condition_inputs if one in inputs and one not in GIVEN}
         others = [one for key, one in conditions.items() if key not in control.conditions]
@@ -330,18 +338,18 @@ class Controlled(ConfigurableLayer, keras.Model):
             return maps
         if len(scale.shape) == 2 and scale.shape[1] != len(maps):
             raise ValueError(
-                f"{self.name}: `{name}_scale` must be one number, or {len(maps)}, one a map, for each sample; received "
+                f"{self.name}: `{name}_scale` must be one number, or {len(maps)}, one per map, per sample; received "
                 f"the shape: {tuple(scale.shape)}"
             )
         numbers = [scale] * len(maps) if len(scale.shape) == 1 else ops.unstack(scale, axis=1)
         return [ops.cast(over_positions(n[:, None], y), y.dtype) * y for n, y in zip(numbers, maps, strict=True)]
 
     def compute_output_spec(self, inputs, training=None):
-        """That of the U-Net."""
+        """The specification of the output of the U-Net."""
         return self.network.compute_output_spec(self._plain(inputs), training)
 
 
-# What a control is given as the U-Net has encoded it.
+# Conditions that a control receives as encoded by the U-Net.
 GIVEN = ("tokens", "mask", "vector")
 
 
@@ -350,7 +358,7 @@ def _plan(network: WayDown) -> list:
 
 
 def _shapes_of(control: ControlNet, network: UNet, shapes: Mapping[str, Any], name: str) -> dict[str, tuple]:
-    """The shapes of the inputs of a control, from those of a U-Net that is built; `name` is its picture's there."""
+    """The shapes of the inputs of a control, from those of a built U-Net; `name` is that of the picture."""
     shapes = {key: tuple(shape) for key, shape in shapes.items()}
     _, encoded = network.encoded_shapes({"time": (None,), **shapes})
     tokens = [one.tokens for key, one in encoded.items() if key not in control.conditions and one.tokens is not None]
@@ -362,7 +370,7 @@ def _shapes_of(control: ControlNet, network: UNet, shapes: Mapping[str, Any], na
 def _copy_weights(ours: keras.layers.Layer, theirs: keras.layers.Layer) -> None:
     if [tuple(weight.shape) for weight in ours.weights] != [tuple(weight.shape) for weight in theirs.weights]:
         raise ValueError(
-            f"ControlNet.of: the layer {theirs.name!r} has other weights than a new one of its kind; end LoRA before, "
+            f"ControlNet.of: the layer {theirs.name!r} has other weights than a new layer of its type; end LoRA first, "
             "by `lora.merge`"
         )
     for weight, other in zip(ours.weights, theirs.weights, strict=True):

@@ -1,10 +1,10 @@
-"""How large a network is: parameters and multiply-additions, level by level, without allocating or running it.
+"""The size of a network, parameters and multiply-additions of each part, without allocating or running it.
 
     networks.flops(DiT.xl(2), (32, 32, 4))          # 118.6e9
     networks.summary(UNet.attention(), (32, 32, 3))
 
-As in the tables of the literature, one multiplication with its addition counts as one, and only those of matrix
-products, convolutions and attention count; per image.
+As usual in the literature, a multiplication with its addition counts as one operation; only matrix products,
+convolutions and attention count; per image.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ class Row(NamedTuple):
 
     Attributes:
         name: of the layer.
-        shape: of its output, without the batch.
-        parameters: the numbers in its weights.
+        shape: the shape of its output, without the batch.
+        parameters: the number of its parameters.
         flops: its multiply-additions.
     """
 
@@ -48,19 +48,19 @@ def flops(network: keras.Model, shape: Shape, **conditions: Shape) -> int:
     """The multiply-additions of one call of a network on one image.
 
     Args:
-        network: a `Network` or an `Autoencoder`, built or not, of which nothing is allocated; or another built Keras
-            model that meets the contract of networks.
+        network: a `Network` or an `Autoencoder`, built or not, which is not allocated; or another, built Keras model
+            that satisfies the contract of networks.
         shape: of the image, without the batch: (height, width, channels).
-        conditions: the shape of each condition, without the batch; of those not given it is (), as of labels.
+        conditions: the shape of each condition, without the batch; the default is (), as for labels.
 
     Raises:
-        ValueError: if the network takes no such image or condition.
+        ValueError: if the network does not accept such an image or condition.
     """
     return sum(row.flops for row in rows(network, shape, **conditions))
 
 
 def parameters(network: keras.Model, shape: Shape, **conditions: Shape) -> int:
-    """The numbers in the weights of a network, trained or not. Arguments as of `flops`; sizes may be None here."""
+    """The number of parameters, trainable or not. Arguments as in `flops`; here sizes may be None."""
     with backend.unallocated():
         return _parameters(_built(network, _shapes(network, shape, conditions)))
 
@@ -68,7 +68,7 @@ def parameters(network: keras.Model, shape: Shape, **conditions: Shape) -> int:
 def summary(
     network: keras.Model, shape: Shape, *, print_fn: Callable[[str], None] = print, **conditions: Shape
 ) -> None:
-    """Prints the shape, the parameters and the multiply-additions of each part. Arguments as of `flops`."""
+    """Prints the shape, the parameters and the multiply-additions of each part. Arguments as in `flops`."""
     parts = rows(network, shape, **conditions)
     total = Row("total", (), sum(row.parameters for row in parts), sum(row.flops for row in parts))
     print_fn(f"{network.name}: image {shape}\n{'part':24} {'output':>18} {'parameters':>14} {'multiply-adds':>16}")
@@ -78,7 +78,7 @@ def summary(
 
 
 def rows(network: keras.Model, shape: Shape, **conditions: Shape) -> list[Row]:
-    """The parts of a network, in the order of their calls. Arguments as of `flops`."""
+    """The parts of a network, in the order of their calls. Arguments as in `flops`."""
     shapes = _shapes(network, shape, conditions)
     with backend.unallocated():
         network = _built(network, shapes)
@@ -100,7 +100,7 @@ def _shapes(network, shape, conditions):
 
 
 def _built(network, shapes):
-    """A copy without values of a `Network` or an `Autoencoder`; another network itself."""
+    """An unallocated copy of a `Network` or an `Autoencoder`; any other network itself."""
     if isinstance(network, (Network, Autoencoder)):
         network = network.clone()
         network.build(shapes["image"] if isinstance(network, Autoencoder) else shapes)
@@ -110,7 +110,7 @@ def _built(network, shapes):
 
 
 class _Recorder:
-    """While it is entered, calls of the network's layers are noted, and those that multiply by a kernel skipped."""
+    """A context that records the calls of a network's layers, and skips those that multiply by a kernel."""
 
     def __init__(self, network):
         self.network = network
@@ -156,7 +156,7 @@ class _Recorder:
 
 
 def _without_weights(layer, call, x):
-    """A tensor of the shape of the layer's output; made by a call only where Keras does not tell the shape."""
+    """A tensor of the layer's output shape; the layer is called only if Keras cannot infer that shape."""
     shape = layer.compute_output_shape(tuple(x.shape))
     return call(x) if None in shape else ops.zeros(shape, layer.compute_dtype)
 
@@ -175,7 +175,7 @@ def _replaced_call(layer, call) -> Iterator[None]:
 
 
 def _own_count(layer, shape: Shape | None, arguments: tuple, options: dict[str, Any]) -> int:
-    """What a layer multiplies itself, apart from the layers inside it."""
+    """The multiply-additions of a layer without those of inner layers."""
     if isinstance(layer, keras.layers.MultiHeadAttention):
         keys = (arguments[0] if arguments else options["value"]).shape[1:-1]
         return math.prod(shape[:-1]) * math.prod(keys) * layer.num_heads * (layer.key_dim + layer.value_dim)
@@ -184,28 +184,30 @@ def _own_count(layer, shape: Shape | None, arguments: tuple, options: dict[str, 
         shapes = keras.tree.map_structure(lambda value: None if value is None else tuple(value.shape), given)
         return layer.multiply_adds(shape, **{f"{name}_shape": value for name, value in shapes.items()})
     if any(len(weight.shape) > 1 for weight in layer._trainable_variables):
-        warnings.warn(f"flops: what {type(layer).__name__} multiplies is not known and not counted", stacklevel=2)
+        warnings.warn(
+            f"flops: the multiply-additions of {type(layer).__name__} are unknown and not counted", stacklevel=2
+        )
     return 0
 
 
 def _by_output(layer, x: Shape, y: Shape) -> int:
-    """Each position of the output is a sum over the kernel."""
+    """One kernel product per output position."""
     return math.prod(y[:-1]) * math.prod(layer.kernel.shape)
 
 
 def _by_input(layer, x: Shape, y: Shape) -> int:
-    """Each position of the input is multiplied by the whole kernel."""
+    """One kernel product per input position."""
     return math.prod(x[:-1]) * math.prod(layer.kernel.shape)
 
 
 def _einsum(layer, x: Shape, y: Shape) -> int:
-    """Each letter of the equation is a loop."""
+    """The product of the sizes of all indices of the equation."""
     first, kernel = layer.equation.split("->")[0].replace("...", "").split(",")
     sizes = dict(zip(first, x[-len(first) :], strict=True)) | dict(zip(kernel, layer.kernel.shape, strict=True))
     return math.prod(x[: -len(first)]) * math.prod(sizes.values())
 
 
-# The multiply-additions of Keras' layers, from the shapes of input and output.
+# The multiply-additions of Keras' layers, as functions of the shapes of input and output.
 COUNTS = {
     **dict.fromkeys([keras.layers.Dense, Dense, Conv2D], _by_output),
     keras.layers.EinsumDense: _einsum,

@@ -1,4 +1,4 @@
-"""The diffusion transformer: patches of the image as tokens, through blocks that time and class steer."""
+"""The diffusion transformer: patches of the image as tokens, through blocks conditioned on time and class."""
 
 from collections.abc import Mapping
 from typing import Any, Self
@@ -10,7 +10,8 @@ from kdiff.base import check_integer
 from kdiff.blocks.attention import usual_heads
 from kdiff.blocks.base import ConfigurableLayer, apply_layer, build_layer, copy_layer, get_layer
 from kdiff.blocks.conditions import Encoded, given_to
-from kdiff.blocks.embeddings import LabelEmbedding, MLPEmbedding, SinusoidalEmbedding
+from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding
+from kdiff.blocks.lookup import LabelEmbedding
 from kdiff.blocks.normalization import AdaptiveNorm, LayerNorm
 from kdiff.blocks.patches import Patchify, Unpatchify
 from kdiff.blocks.transformer import adaptive_block
@@ -20,13 +21,13 @@ __all__ = ["DiT", "Steering"]
 
 
 class DiT(Network):
-    """A transformer on patches of the image, with adaptive normalisation: "DiT".
+    """DiT: a transformer on patches of the image, with adaptive normalisation.
 
         network({"image": (batch, height, width, channels), "time": (batch,), **conditions})
             -> (batch, height, width, out_channels), float32
 
-    Peebles & Xie, "Scalable Diffusion Models with Transformers" (2022), section 3.2: `depth` adaLN-Zero blocks, of
-    which each is the identity at first. The patches keep their places on a map, so a block may look near itself only
+    Peebles & Xie, "Scalable Diffusion Models with Transformers" (2022), section 3.2: `depth` adaLN-Zero blocks, each
+    initialised to the identity. The patches stay arranged as a map, so attention may be local
     (`TransformerBlock(pattern=Window(8))`). A series (batch, length, channels) is patched along its length, a volume
     (batch, depth, height, width, channels) along all of its axes.
 
@@ -34,25 +35,25 @@ class DiT(Network):
         width: the channels of a token.
         depth: the number of blocks.
         patch: the height and width of a patch, which must divide those of the image.
-        block: a template of the blocks, or several, which take turns; None for the paper's, with as many
-            heads of 64 channels or more as there can be.
-        positions: a layer that adds positions to the tokens; None for none, as where the attention has rotary ones.
-        embedding: the layer that makes `embed`, (batch, dim), of the time; None for an MLPEmbedding of `width`
-            channels of a SinusoidalEmbedding of 256.
+        block: a template of the blocks, or several, used in turn; None for the paper's, with the largest number of
+            heads of at least 64 channels.
+        positions: a layer that adds positions to the tokens; None for none, as with rotary positions.
+        embedding: the layer from the time to `embed`, (batch, dim); None for an MLPEmbedding of `width` channels on a
+            SinusoidalEmbedding of 256.
         conditions: a layer for each condition, by its name in the input, such as `{"label": LabelEmbedding(1000)}`.
-            What it gives is added to `embed` if it is a vector, (batch, dim), is a part of `context` if it is tokens,
-            (batch, tokens, dim), and is joined to the channels of the image if it is a map.
-        normalization: before the last layer; `embed` scales and shifts it.
-        out_channels: of the output; None for those of the image, twice those for a learned variance.
-        remat: whether the inside of each block is computed again for the gradient, to save memory.
-        seed: from which each copied layer that has a `seed` gets one of its own.
-        separate: whether each block but the first has copies of `embedding` and of `conditions` to itself, with numbers
-            of their own, whose vectors steer it; the last layer is steered by the first block's. So do networks differ
-            from the paper's that diffusers has trained. Tokens and maps are those of `conditions`.
+            Its output is added to `embed` if it is a vector, (batch, dim), becomes a part of `context` if it is tokens,
+            (batch, tokens, dim), and is concatenated to the channels of the image if it is a map.
+        normalization: before the last layer; scaled and shifted by `embed`.
+        out_channels: of the output; None for those of the image; twice as many for a learned variance.
+        remat: whether each block is recomputed in the backward pass, to save memory.
+        seed: from which the seed of each copied layer that has one is derived.
+        separate: whether each block except the first has its own copies of `embedding` and `conditions`, as in the
+            networks that diffusers trained, unlike the paper's. Their vectors condition the block; the first block's
+            also condition the last layer. Tokens and maps come from `conditions`.
         kwargs: `name` and `dtype`.
 
     Raises:
-        ValueError: if `patch` does not divide the image's sizes; if a condition is missing, unknown or of another
+        ValueError: if `patch` does not divide the size of the image; if a condition is missing, unknown or of another
             batch size.
     """
 
@@ -124,7 +125,7 @@ class DiT(Network):
         return self.head(self.last(x, embed=embed))
 
     def _through(self, x, vectors, context, training):
-        """What the blocks make of a map, each steered by one of the vectors."""
+        """The output of the blocks on a map, each conditioned on one of the vectors."""
         for block, embed in zip(self.blocks, vectors, strict=True):
             x = self._run(block, x, embed, context, training)
         return x
@@ -135,45 +136,46 @@ class DiT(Network):
 
     @classmethod
     def s(cls, patch: int = 2, **options) -> Self:
-        """DiT-S: 12 blocks of 384 channels and 6 heads; 33.0 M parameters with patches of 2. Options as of `sized`."""
+        """DiT-S: 12 blocks of 384 channels and 6 heads; 33.0 M parameters with patches of 2. Options as in `sized`."""
         return cls.sized(384, 12, 6, patch, **options)
 
     @classmethod
     def b(cls, patch: int = 2, **options) -> Self:
-        """DiT-B: 12 blocks of 768 channels and 12 heads; 130.5 M parameters. Options as of `sized`."""
+        """DiT-B: 12 blocks of 768 channels and 12 heads; 130.5 M parameters. Options as in `sized`."""
         return cls.sized(768, 12, 12, patch, **options)
 
     @classmethod
     def l(cls, patch: int = 2, **options) -> Self:  # noqa: E743
-        """DiT-L: 24 blocks of 1024 channels and 16 heads; 458.1 M parameters. Options as of `sized`."""
+        """DiT-L: 24 blocks of 1024 channels and 16 heads; 458.1 M parameters. Options as in `sized`."""
         return cls.sized(1024, 24, 16, patch, **options)
 
     @classmethod
     def xl(cls, patch: int = 2, **options) -> Self:
-        """DiT-XL: 28 blocks of 1152 channels and 16 heads; 675.1 M parameters. Options as of `sized`."""
+        """DiT-XL: 28 blocks of 1152 channels and 16 heads; 675.1 M parameters. Options as in `sized`."""
         return cls.sized(1152, 28, 16, patch, **options)
 
     @classmethod
     def sized(cls, width: int, depth: int, heads: int, patch: int = 2, **options) -> Self:
-        """The paper's network for ImageNet's latents (its table 1), of any size.
+        """The network of the paper for latents of ImageNet (table 1), at any size.
 
         Args:
             width: the channels of a token.
             depth: the number of blocks.
             heads: of the attention.
             patch: the size of a patch.
-            options: the other arguments of `DiT`. As published: `conditions` has the label, one of 1000 classes,
-                dropped with probability 0.1, and `out_channels` is 8, for latents of 4 channels and a learned variance.
+            options: the other arguments of `DiT`. By default, as published, `conditions` has the label, one of 1000
+                classes, dropped with probability 0.1, and `out_channels` is 8, for latents of 4 channels and a learned
+                variance.
         """
         published = {"conditions": {"label": LabelEmbedding(1000, dropout=0.1)}, "out_channels": 8}
         return cls(width, depth, patch, adaptive_block(heads), **{**published, **options})
 
 
 class Steering(ConfigurableLayer, keras.layers.Layer):
-    """A vector of time and conditions, (batch, dim): the sum of an embedding and of the conditions that give vectors.
+    """The sum of the time embedding and of the vectors of the conditions, (batch, dim).
 
     Args:
-        embedding: a template of the layer of the time.
+        embedding: a template of the time embedding.
         conditions: a template for each condition, by its name in the input.
     """
 
@@ -185,13 +187,13 @@ class Steering(ConfigurableLayer, keras.layers.Layer):
         self.conditions = {name: copy_layer(layer) for name, layer in (conditions or {}).items()}
 
     def build(self, shapes):
-        """Builds the layers, of the shapes of the network's inputs."""
+        """Builds the layers from the shapes of the inputs of the network."""
         time = build_layer(self.embedding, given_to(self.embedding, "time", shapes))
         for name, layer in self.conditions.items():
             build_layer(layer, given_to(layer, name, shapes), time, image=shapes["image"])
 
     def call(self, inputs, training=None):
-        """The network's inputs by name to (batch, dim)."""
+        """Maps the inputs of the network, by name, to (batch, dim)."""
         embed = apply_layer(self.embedding, given_to(self.embedding, "time", inputs), training=training)
         for name, layer in self.conditions.items():
             given, others = given_to(layer, name, inputs), {"training": training, "image": inputs["image"]}

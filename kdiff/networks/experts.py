@@ -1,4 +1,4 @@
-"""Two networks, of which one knows the noisy times and the other the clean ones."""
+"""An ensemble of two networks, one for high and one for low noise levels."""
 
 from typing import Any
 
@@ -12,17 +12,17 @@ __all__ = ["Experts"]
 
 
 class Experts(ConfigurableLayer, keras.Model):
-    """One network above a time, another up to it, as one network:
+    """Expert denoisers: one network above a time, another below, used as one network:
 
         output = clean(inputs) if time <= bound else noisy(inputs)
 
     Balaji et al., "eDiff-I: Text-to-Image Diffusion Models with an Ensemble of Expert Denoisers" (2022), section 3.1;
-    Karlo's upsampler has another network for the last step alone. In a step of sampling, where all examples have one
-    time, one of the two is asked; in training both, and each learns of its own times.
+    Karlo's upsampler has a separate network for the last step. In a sampling step, where all examples have the same
+    time, only one of the two is called; in training both are, and each is trained on its own times.
 
     Args:
-        noisy, clean: networks that take the same inputs. They are used as they are.
-        bound: the largest "time", as the networks see it, that is of `clean`.
+        noisy, clean: networks with the same inputs, used directly, not copied.
+        bound: the largest "time", as the networks receive it, for which `clean` is used.
         kwargs: `name` and `dtype`.
 
     Raises:
@@ -35,36 +35,36 @@ class Experts(ConfigurableLayer, keras.Model):
         self.noisy, self.clean, self.bound = noisy, clean, bound
         inputs = [sorted(getattr(network, "condition_inputs", {})) for network in (noisy, clean)]
         if inputs[0] != inputs[1]:
-            raise ValueError(f"Experts: both networks must take the same conditions; they take {inputs}")
+            raise ValueError(f"Experts: both networks must take the same conditions; received: {inputs}")
         if noisy.out_channels != clean.out_channels:
             raise ValueError(
-                "Experts: both networks must have the same `out_channels`; they have "
+                "Experts: both networks must have the same `out_channels`; received: "
                 f"{[noisy.out_channels, clean.out_channels]}"
             )
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """Those of the noisy one, which know what stands for none."""
+        """The conditions of `noisy`, which define the null inputs."""
         return self.noisy.conditions
 
     @property
     def condition_inputs(self) -> dict[str, Any]:
-        """Those of the noisy one."""
+        """The inputs of `noisy`."""
         return self.noisy.condition_inputs
 
     @property
     def out_channels(self) -> int | None:
-        """Those of both."""
+        """The output channels of both."""
         return self.noisy.out_channels
 
     def build(self, input_shape):
-        """Builds both."""
+        """Builds both networks."""
         for network in (self.noisy, self.clean):
             if not network.built:
                 network.build(input_shape)
 
     def call(self, inputs, training=None):
-        """The dictionary of inputs to what one of the networks gives for each example."""
+        """Maps the dictionary of inputs to the output of the network that applies to each example."""
         low = ops.less_equal(ops.cast(inputs["time"], "float32"), self.bound)
 
         def noisy():
@@ -82,5 +82,5 @@ class Experts(ConfigurableLayer, keras.Model):
         return ops.cond(ops.all(low), clean, lambda: ops.cond(ops.any(low), both, noisy))
 
     def compute_output_spec(self, inputs, training=None):
-        """That of the networks."""
+        """The output specification of the networks."""
         return self.noisy.compute_output_spec(inputs, training)

@@ -1,4 +1,4 @@
-"""An hourglass of convolutions where the map is fine and transformers where it is coarse."""
+"""An hourglass network: convolutions at fine resolution and transformers at coarse resolution."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -14,34 +14,34 @@ from kdiff.blocks.layers import Conv2D
 from kdiff.blocks.patterns import Neighborhood, Pattern
 from kdiff.blocks.transformer import adaptive_block
 from kdiff.networks.base import Network, check_size
-from kdiff.networks.unet import Level, check_levels
+from kdiff.networks.levels import Level, check_levels
 
 __all__ = ["Hybrid"]
 
 
 class Hybrid(Network):
-    """Levels of any blocks down to a coarse map and back, joined by one skip a level.
+    """An encoder and a decoder of any blocks, with one skip connection per level.
 
         network({"image": (batch, height, width, channels), "time": (batch,), **conditions})
             -> (batch, height, width, out_channels), float32
 
-    Hoogeboom et al., "Simple diffusion" (2023), section 3.3: convolutions where the map is fine, a transformer below;
-    Crowson et al., "Scalable High-Resolution Pixel-Space Image Synthesis with Hourglass Diffusion Transformers" (2024),
-    section 4: attention to the neighbourhood first, to everything at the coarsest level, and skips that are learned
-    interpolations, `fraction x + (1 - fraction) skip`. Height and width may be any multiple of
-    `2 ** (len(levels) - 1)` that the blocks take. The last convolution is zero at first.
+    Hoogeboom et al., "Simple diffusion" (2023), section 3.3: convolutions at fine levels, a transformer below; Crowson
+    et al., "Scalable High-Resolution Pixel-Space Image Synthesis with Hourglass Diffusion Transformers" (2024), section
+    4: neighbourhood attention at fine levels, global attention at the coarsest, and skips that are learned
+    interpolations, `fraction x + (1 - fraction) skip`. Height and width may be any multiple of `2 ** (len(levels) - 1)`
+    that the blocks accept. The last convolution is initialised to zero.
 
     Args:
-        levels: the `Level`s, from the finest to the coarsest, with any blocks; `depth` blocks on the way down and as
-            many on the way up, at the coarsest once. A downsampling or upsampling with an argument `width` gets that of
-            the level it leads to; one without must give it.
-        embedding: the layer that makes `embed`, (batch, dim), of the time; None for an MLPEmbedding of 256 channels.
+        levels: the `Level`s, from the finest to the coarsest, with any blocks; `depth` blocks in the encoder and the
+            same number in the decoder, once at the coarsest. A downsampling or upsampling layer with an argument
+            `width` gets the width of the level that it leads to; one without must produce it.
+        embedding: the layer from the time to `embed`, (batch, dim); None for an MLPEmbedding of 256 channels.
         conditions: a layer for each condition, by its name in the input; see `UNet`.
-        normalization: of the last convolution's input.
-        activation: of the last convolution's input.
+        normalization: before the last convolution.
+        activation: before the last convolution.
         out_channels: of the output; None for those of the image.
-        remat: whether the inside of each block is computed again for the gradient, to save memory.
-        seed: from which each copied layer that has a `seed` gets one of its own.
+        remat: whether each block is recomputed in the backward pass, to save memory.
+        seed: from which the seed of each copied layer that has one is derived.
         kwargs: `name` and `dtype`.
     """
 
@@ -101,7 +101,7 @@ class Hybrid(Network):
         for units, grow, skip in reversed(list(zip(self.up, self.grow, skips, strict=True))):
             x = built([grow], x)
             if x[-1] != skip[-1]:
-                raise ValueError(f"Hybrid: the upsampling gives {x[-1]} channels where the level has {skip[-1]}")
+                raise ValueError(f"Hybrid: the upsampling returns {x[-1]} channels, but the level has {skip[-1]}")
             x = built(units, x)
         build_layer(self.normalization, x)
         self.head = self._head(Conv2D, 3, padding="same")
@@ -140,21 +140,23 @@ class Hybrid(Network):
         dropout: float = 0.0,
         **options,
     ) -> Self:
-        """Convolutions at the finest levels, local attention below, attention to everything at the coarsest.
+        """Convolutions at the finest levels, local attention below, global attention at the coarsest.
 
         Args:
             widths: the channels of each level.
             depths: the number of blocks of each level.
             convolutional: the number of levels with `ResidualBlock`s; the others have adaLN-Zero transformer blocks.
-            pattern: of the attention of the levels between; None for `Neighborhood(7)`.
-            head_width: the channels of a head.
-            rotary: the positions of the attention.
-            dropout: of every block.
+            pattern: the attention pattern of the levels between; None for `Neighborhood(7)`.
+            head_width: the channels per head.
+            rotary: the relative positions of the attention.
+            dropout: the rate of dropout in every block.
             options: the other arguments of `Hybrid`.
         """
         check_integer("Hybrid", "convolutional", convolutional, 0)
         if len(widths) != len(depths):
-            raise ValueError(f"Hybrid: `widths` and `depths` must be as many; received: {widths!r} and {depths!r}")
+            raise ValueError(
+                f"Hybrid: `widths` and `depths` must have the same length; received: {widths!r} and {depths!r}"
+            )
         local = {"pattern": Neighborhood(7) if pattern is None else Pattern.get(pattern)}
         attention = {"head_width": head_width, "rotary": rotary, "dropout": dropout}
         last = len(widths) - 1

@@ -1,4 +1,4 @@
-"""A network for vectors: points in the plane, latents, features."""
+"""A network for vectors, such as points in the plane, latents or features."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,23 +18,23 @@ __all__ = ["MLP"]
 
 
 class MLP(Network):
-    """Dense residual blocks on vectors, steered by time and conditions.
+    """Dense residual blocks on vectors, conditioned on time and conditions.
 
         network({"image": (batch, channels), "time": (batch,), **conditions}) -> (batch, out_channels), float32
 
-    A vector goes through the blocks as a sequence of one token, so any block that takes tokens will do. The last layer
-    is zero at first.
+    A vector is processed as a sequence of one token, so any block on tokens can be used. The last layer is initialised
+    to zero.
 
     Args:
         width: the channels of the hidden vectors.
         depth: the number of blocks.
-        block: a template of the blocks; None for a `FeedForward` whose normalisation the embedding scales and shifts.
-        embedding: the layer that makes `embed`, (batch, dim), of the time; None for an MLPEmbedding of `width`.
+        block: a template of the blocks; None for a `FeedForward` with an `AdaptiveNorm`.
+        embedding: the layer from the time to `embed`, (batch, dim); None for an MLPEmbedding of `width`.
         conditions: a layer for each condition, by its name in the input; see `UNet`.
-        normalization: of the last layer's input.
+        normalization: before the last layer.
         out_channels: of the output; None for those of the input.
-        remat: whether the inside of each block is computed again for the gradient, to save memory.
-        seed: from which each copied layer that has a `seed` gets one of its own.
+        remat: whether each block is recomputed in the backward pass, to save memory.
+        seed: from which the seed of each copied layer that has one is derived.
         kwargs: `name` and `dtype`.
     """
 

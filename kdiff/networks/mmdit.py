@@ -1,4 +1,4 @@
-"""The multimodal diffusion transformer: image and text, two sequences with weights of their own, and one attention."""
+"""The multimodal diffusion transformer: separate weights for image and text tokens, and joint attention."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,14 +16,14 @@ __all__ = ["MMDiT"]
 
 
 class MMDiT(DiT):
-    """A `DiT` whose blocks change the text with the image: "MM-DiT", of Stable Diffusion 3 and 3.5.
+    """MM-DiT: a `DiT` whose blocks update image and text, as in Stable Diffusion 3 and 3.5.
 
         network({"image": (batch, height, width, channels), "time": (batch,), **conditions})
             -> (batch, height, width, out_channels), float32
 
     Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (2024), section 4: the
-    tokens of the conditions, the `context`, are projected to `width` and go with the patches through `depth` blocks of
-    `JointBlock`, the last of which gives no more text. Vectors of conditions are added to that of the time.
+    tokens of the conditions, the `context`, are projected to `width` and pass with the patches through `depth` blocks
+    of `JointBlock`, the last of which returns no text. Vectors of conditions are added to the time embedding.
 
         MMDiT(384, 6, conditions={"text": TextEncoder(kdiff.text.Bytes(80), dropout=0.1)})
         published.stable_diffusion_3()                      # 2.03 G parameters
@@ -32,17 +32,17 @@ class MMDiT(DiT):
         width: the channels of a token.
         depth: the number of blocks.
         patch: the height and width of a patch, which must divide those of the image.
-        block: a template of the `TransformerBlock` that image and text have each, in every block; None for
-            `adaptive_block`, with as many heads of 64 channels or more as there can be.
-        dual: the numbers of the blocks, from 0, in which the image attends to itself alone besides, as in Stable
+        block: a template of the `TransformerBlock` of image and of text, in every block; None for `adaptive_block`,
+            with the largest number of heads of at least 64 channels.
+        dual: the indices of the blocks in which the image has a second attention, to itself alone, as in Stable
             Diffusion 3.5 medium.
         positions: a layer that adds positions to the patches, such as `PositionTable(192)`; None for none.
-        embedding, conditions, normalization, out_channels, remat, seed: as of `DiT`. One of the conditions, or more,
-            must give tokens.
+        embedding, conditions, normalization, out_channels, remat, seed: as in `DiT`. At least one of the conditions
+            must return tokens.
         kwargs: `name` and `dtype`.
 
     Raises:
-        ValueError: as of `DiT`; if no condition gives tokens; if `dual` has the number of no block.
+        ValueError: as in `DiT`; if no condition returns tokens; if an index in `dual` is out of range.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class MMDiT(DiT):
         super().__init__(width, depth, patch, block, *rest, **kwargs)
         self.dual = sorted(self._dual)
         if not self._dual <= set(range(depth)):
-            raise ValueError(f"MMDiT: `dual` must be numbers of blocks, 0 to {depth - 1}; received: {list(dual)}")
+            raise ValueError(f"MMDiT: `dual` must be indices of blocks in 0..{depth - 1}; received: {list(dual)}")
         self.projection = Dense(width, dtype=self.dtype_policy, name="projection")
 
     def _turns(self):
@@ -78,8 +78,8 @@ class MMDiT(DiT):
         tokens, mask = opened(context_shape)
         if tokens is None:
             raise ValueError(
-                f"{self.name}: a condition must give tokens, (batch, tokens, dim), such as `TextEncoder`; "
-                f"`conditions` has: {self.conditions}"
+                f"{self.name}: a condition must return tokens, (batch, tokens, dim), as `TextEncoder` does; "
+                f"`conditions` are: {self.conditions}"
             )
         tokens = build_layer(self.projection, tokens)
         for block in self.blocks:

@@ -1,4 +1,4 @@
-"""NCSN++: a U-Net that also hands the image down, half the size each time, and the output up, twice the size.
+"""NCSN++: a U-Net with a progressively downsampled input and a progressively upsampled output.
 
 Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations" (2021), appendix H,
 "progressive architecture", after Karras et al., "Analyzing and Improving the Image Quality of StyleGAN" (2020),
@@ -17,13 +17,14 @@ from kdiff.blocks.base import ConfigurableLayer, apply_layer, build_layer, copy_
 from kdiff.blocks.embeddings import FourierEmbedding, MLPEmbedding
 from kdiff.blocks.layers import Conv2D
 from kdiff.blocks.resampling import FIRDownsample
-from kdiff.networks.unet import Level, UNet
+from kdiff.networks.levels import Level
+from kdiff.networks.unet import UNet
 
 __all__ = ["InputResidual", "InputSkip", "NCSNpp", "OutputSkip"]
 
 
 class InputSkip(ConfigurableLayer, keras.layers.Layer):
-    """After a downsampling, the image, made as small, is added: `image = down(image)`, `x + W image`.
+    """Adds the image, downsampled to the same size, after a downsampling: `image = down(image)`, `x + W image`.
 
     Args:
         downsample: a layer that halves the image.
@@ -40,17 +41,18 @@ class InputSkip(ConfigurableLayer, keras.layers.Layer):
         build_layer(self.convolution, build_layer(self.downsample, image_shape))
 
     def call(self, x, image):
-        """A map and the image at twice its size to the map and the image at its size."""
+        """Maps a map and an image of twice its size to the sum and the image at the size of the map."""
         image = self.downsample(image)
         return x + self.convolution(image), image
 
     def next_shape(self, x_shape, image_shape):
-        """The shape of the image that `call` gives."""
+        """The shape of the image that `call` returns."""
         return (*x_shape[:-1], image_shape[-1])
 
 
 class InputResidual(ConfigurableLayer, keras.layers.Layer):
-    """After a downsampling, what was handed down is added, and the sum handed on: `image = x = (x + down(image)) / c`.
+    """Adds a downsampled residual stream after a downsampling, and passes the sum on: `image = x = (x + down(image)) /
+    c`.
 
     Args:
         downsample: a layer that halves the size, with an argument `width`, which is set to the channels of `x`; None is
@@ -70,19 +72,19 @@ class InputResidual(ConfigurableLayer, keras.layers.Layer):
         build_layer(self.down, image_shape)
 
     def call(self, x, image):
-        """A map and what was handed down, at twice its size, to the sum, twice."""
+        """Maps a map and the stream, of twice its size, to (sum, sum)."""
         x = (x + self.down(image)) / self.rescale
         return x, x
 
     def next_shape(self, x_shape, image_shape):
-        """The shape of what `call` hands on."""
+        """The shape of the stream that `call` returns."""
         return x_shape
 
 
 class OutputSkip(ConfigurableLayer, keras.layers.Layer):
-    """Before an upsampling, what the map says of the image is added to it: `up(image + W silu(norm(x)))`.
+    """Adds the contribution of a map to the output image, which is then upsampled: `up(image + W silu(norm(x)))`.
 
-    `W` is a 3x3 convolution, zero at first.
+    `W` is a 3x3 convolution, initialised to zero.
 
     Args:
         upsample: a layer that doubles the size.
@@ -106,26 +108,27 @@ class OutputSkip(ConfigurableLayer, keras.layers.Layer):
         build_layer(self.upsample, build_layer(self.convolution, build_layer(self.normalization, x_shape)))
 
     def call(self, x, image=None):
-        """A map, and the image at its size or None, to the image at twice the size."""
+        """Maps a map, and the image at its size or None, to the image at twice the size."""
         y = self.convolution(self._activate(apply_layer(self.normalization, x)))
         return self.upsample(y if image is None else image + y)
 
 
 class NCSNpp(UNet):
-    """A `UNet` to which the image is given at each size, and which gives a part of its output at each size.
+    """A `UNet` that receives the image at each resolution and adds to its output at each resolution.
 
         network({"image": (batch, height, width, channels), "time": (batch,), **conditions})
             -> (batch, height, width, out_channels), float32
 
     Song et al. (2021), appendix H. Its levels have `ResidualBlock(scale_shift=False, rescale=sqrt(2))`, FIR resampling
-    inside such blocks and attention rescaled likewise; see `kdiff.networks.published`.
+    inside such blocks and attention with the same rescaling; see `kdiff.networks.published`.
 
     Args:
         levels, middle, conditions, normalization, activation, out_channels, remat, seed, stem_width: as in `UNet`.
         embedding: as in `UNet`; None for an MLPEmbedding of Fourier features of scale 16: `time` is log(sigma).
-        progressive_input: a template of what gives the image to each level but the finest, `InputSkip()` or
-            `InputResidual()`; None for nothing.
-        progressive_output: a template of what takes a part of the output from each, `OutputSkip()`; None for nothing.
+        progressive_input: a template of the layer that adds the image at each level but the finest, `InputSkip()` or
+            `InputResidual()`; None for none.
+        progressive_output: a template of the layer that adds to the output at each level, `OutputSkip()`; None for
+            none.
         divide: whether the output is divided by `sigma = exp(time)`, so that it is the score.
     """
 
@@ -166,7 +169,7 @@ class NCSNpp(UNet):
         return [self._copy(template, f"{name}_{i}") for i, _ in self._finer()] if template is not None else []
 
     def _way_up(self):
-        """As in `UNet`, without the upsampling: a part of the output is taken before."""
+        """As in `UNet`, without the upsampling: which follows a contribution to the output."""
         for level in reversed(self.levels):
             yield from level.units_up()
 
@@ -200,12 +203,12 @@ class NCSNpp(UNet):
             self.outputs_up[i].build(x, channels)
 
     def _numbered_down(self):
-        """The units of the way down, a downsampling with the number of the level that it leads from, others None."""
+        """The units of the encoder; a downsampling with the index of the level before it, others with None."""
         numbers = [n for i, level in enumerate(self.levels) for n in [*[None] * level.depth, i]]
         return zip(numbers[:-1], self.down, strict=True)
 
     def _numbered_up(self):
-        """The units of the way up, the last of a level with the number of the next finer level, others None."""
+        """The units of the decoder; the last of a level with the index of the next finer level, others with None."""
         numbers = [n for i, level in enumerate(self.levels) for n in [i - 1 if i else None, *[None] * level.depth]]
         return zip(numbers[::-1], self.up, strict=True)
 

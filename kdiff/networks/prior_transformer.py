@@ -1,4 +1,4 @@
-"""The transformer of DALL-E 2's prior: embeddings from noisy ones, read after the text that they are to suit."""
+"""The transformer of DALL-E 2's prior, which denoises image embeddings given text."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,9 +9,10 @@ from keras import ops
 from kdiff.base import check_integer
 from kdiff.blocks.attention import MultiHeadAttention, usual_heads
 from kdiff.blocks.base import Tokens, build_layer, copy_layer, get_layer, kernel_initializer
-from kdiff.blocks.embeddings import LearnedEmbedding, MLPEmbedding, SinusoidalEmbedding
+from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding
 from kdiff.blocks.initializers import Normal
 from kdiff.blocks.layers import Dense
+from kdiff.blocks.lookup import LearnedEmbedding
 from kdiff.blocks.patterns import Causal
 from kdiff.blocks.transformer import TransformerBlock
 from kdiff.networks.base import Network, joined
@@ -27,28 +28,29 @@ class PriorTransformer(Network):
         network({"image": (batch, channels), "time": (batch,), **conditions}) -> (batch, out_channels), float32
 
     Ramesh et al., "Hierarchical Text-Conditional Image Generation with CLIP Latents" (2022), section 2.2: with the
-    prediction "data", the encoded text as tokens and its CLIP embedding as a vector, the prior of DALL-E 2. All are
-    projected to `width`; each token sees itself and those before it, but for those that a condition's mask hides. So
-    padding changes nothing. Where the vectors are of other conditions than a text, such as labels, each is a token too.
+    prediction "data", the encoded text as tokens and its CLIP embedding as a vector, this is the prior of DALL-E 2. All
+    are projected to `width`; each token attends to itself and to those before it, except masked ones, so that padding
+    has no effect. Vectors of other conditions, such as labels, are one token each.
 
         conditions={"text": Prompt(clip.text, tokenizer, masked=True), "vector": Joint({"text": PromptVector(64)}, ...)}
 
     Args:
         width: the channels of a token.
         depth: the number of blocks.
-        block: a template of the blocks; None for a `TransformerBlock` with as many heads of 64 channels or more as
-            there can be, each token of which sees those before it.
-        embedding: the layer of the time; None for an MLPEmbedding of `width` channels of as many waves.
-        conditions: a layer for each condition, by its name in the input. One at least must give something.
+        block: a template of the blocks; None for a causal `TransformerBlock` with the largest number of heads of at
+            least 64 channels.
+        embedding: the layer of the time; None for an MLPEmbedding of `width` channels on a SinusoidalEmbedding of
+            `width`.
+        conditions: a layer for each condition, by its name in the input. At least one must return a vector or tokens.
         normalization: before the last layer.
         out_channels: of the output; None for those of the input.
-        remat: whether the inside of each block is computed again for the gradient, to save memory.
-        seed: from which each copied layer that has a `seed` gets one of its own.
+        remat: whether each block is recomputed in the backward pass, to save memory.
+        seed: from which the seed of each copied layer that has one is derived.
         kwargs: `name` and `dtype`.
 
     Raises:
-        ValueError: if a condition gives a map, or tokens whose number is not known, or there is nothing before the
-            time; if a block attends to tokens after its own.
+        ValueError: if a condition returns a map, or an unknown number of tokens, or there is no token before the time;
+            if a block is not causal.
     """
 
     ranks = (2,)
@@ -83,12 +85,12 @@ class PriorTransformer(Network):
     def _dense(self, name):
         return Dense(self.width, kernel_initializer=kernel_initializer(), dtype=self.dtype_policy, name=name)
 
-    # What conditions give is not added to the time, but stands in the sequence.
+    # Conditions are not added to the time embedding, but are part of the sequence.
 
     def _steering_shapes(self, time, encoded):
         if time[-1] != self.width:
             raise ValueError(
-                f"PriorTransformer: the time embedding must have the width of a token, {self.width}; it has: {time[-1]}"
+                f"PriorTransformer: the time embedding must have the token width, {self.width}; received: {time[-1]}"
             )
         context = self._joined([one.tokens for one in encoded.values() if one.tokens is not None])
         if context is not None and context[1] is None:
@@ -100,13 +102,13 @@ class PriorTransformer(Network):
                 build_layer(self.vector_projections[name], one.vector)
         if context is None and not self.vector_projections:
             raise ValueError(
-                "PriorTransformer: there must be a condition that gives tokens or a vector; of noise alone an `MLP` "
-                f"makes embeddings; received: {self.conditions}"
+                "PriorTransformer: at least one condition must return tokens or a vector (for unconditional "
+                f"embeddings use an `MLP`); received: {self.conditions}"
             )
         return time, context
 
     def _steering(self, time, encoded):
-        """The time, and the sequence up to it, with a mask if a condition has one."""
+        """The time, and the sequence that precedes it, with a mask if a condition has one."""
         given = [one for one in encoded if one.tokens is not None]
         sequence, mask = [], None
         if given:
@@ -122,14 +124,16 @@ class PriorTransformer(Network):
 
     def _check_maps(self, encoded, image):
         if found := [name for name, one in encoded.items() if one.map is not None]:
-            raise ValueError(f"PriorTransformer: conditions must give tokens or vectors; {found} give maps")
+            raise ValueError(f"PriorTransformer: conditions must return tokens or vectors; {found} return maps")
 
     def _check_attended(self, context):
-        """They stand in the sequence that attends to itself."""
+        """Always satisfied: the tokens are part of the sequence that attends to itself."""
         layers = [layer for block in self.blocks for layer in block._flatten_layers()]
         later = [one.pattern for one in layers if isinstance(one, MultiHeadAttention) and one.pattern != Causal()]
         if later:
-            raise ValueError(f"PriorTransformer: blocks must attend by the pattern Causal(); received: {later[0]!r}")
+            raise ValueError(
+                f"PriorTransformer: blocks must have the attention pattern Causal(); received: {later[0]!r}"
+            )
 
     def _build_body(self, x_shape, embed_shape, context_shape):
         batch = x_shape[0]

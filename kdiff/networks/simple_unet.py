@@ -1,4 +1,4 @@
-"""A small U-Net to read from top to bottom: no templates, no options, each layer made and called in plain sight."""
+"""A small U-Net that reads from top to bottom: no templates, few options, each layer created and called explicitly."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,7 +17,7 @@ __all__ = ["SimpleUNet"]
 
 
 class SimpleUNet(Network):
-    """The U-Net of the textbook, which knows the time: down to a small map, back up, and skips straight across.
+    """The textbook U-Net, conditioned on time: an encoder, a decoder, and skip connections between them.
 
         network({"image": (batch, height, width, channels), "time": (batch,), **conditions})
             -> (batch, height, width, out_channels), float32
@@ -28,21 +28,21 @@ class SimpleUNet(Network):
                                      half - block 256 (bottleneck) - twice
 
     Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image Segmentation" (2015), figure 1. Going down,
-    the map is halved by 2x2 maxima; going up, it is doubled by bilinear interpolation (aligned corners) and joined to
-    the map that left the same level on the way down: there is the detail that the small map has lost. On the way up a
-    block has the width of the next finer level. The last layer is a 1x1 convolution, zero at first. `time` is 0 ... 999
-    and enters as Ho et al. (2020) have it, sines first.
+    the map is halved by 2x2 max pooling; going up, it is doubled by bilinear interpolation (aligned corners) and
+    concatenated with the map of the same level of the encoder, which carries the fine detail. A decoder block has the
+    width of the next finer level. The last layer is a 1x1 convolution, initialised to zero. `time` is 0 ... 999,
+    embedded as in Ho et al. (2020), sines first.
 
-    It is the SimpleUNet of PyTorch tutorials, weight for weight; `interop.original.simple_unet` reads theirs.
+    It equals the SimpleUNet of PyTorch tutorials, whose weights `interop.original.simple_unet` reads.
 
     Args:
-        widths: the channels of each level, from the finest, which 8 divides. Height and width of the image must be
+        widths: the channels of each level, from the finest, multiples of 8. Height and width of the image must be
             multiples of `2 ** len(widths)`.
-        bottleneck: the channels between the way down and the way up, which 8 divides; None for those of the last level.
-        embed_width: of the vector that tells every block the time, at least 4.
+        bottleneck: the channels between encoder and decoder, a multiple of 8; None for those of the last level.
+        embed_width: the width of the time embedding, at least 4.
         conditions: a layer for each condition, by its name in the input, such as `{"label": LabelEmbedding(10)}`.
         out_channels: of the output; None for those of the image.
-        remat: whether the inside of each block is computed again for the gradient, to save memory.
+        remat: whether each block is recomputed in the backward pass, to save memory.
         kwargs: `name` and `dtype`.
     """
 
@@ -57,7 +57,9 @@ class SimpleUNet(Network):
         **kwargs,
     ):
         if not isinstance(widths, Sequence) or not widths:
-            raise ValueError(f"SimpleUNet: `widths` must be one width a level, such as (64, 128); received: {widths!r}")
+            raise ValueError(
+                f"SimpleUNet: `widths` must be one width per level, such as (64, 128); received: {widths!r}"
+            )
         for width in (*widths, *([] if bottleneck is None else [bottleneck])):
             check_integer("SimpleUNet", "a width", width, 8)
         check_integer("SimpleUNet", "embed_width", embed_width, 4)
@@ -88,7 +90,7 @@ class SimpleUNet(Network):
         return self.head(x)
 
     def _build_body(self, x_shape, embed_shape, context_shape):
-        """The same way, with shapes: here the blocks learn how many channels they are given."""
+        """The same path with shapes, in which the blocks infer their input channels."""
         x, skips = x_shape, []
         for block in self.down:
             x = build_layer(block, x, embed_shape)

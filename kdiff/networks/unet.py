@@ -1,4 +1,4 @@
-"""The U-Net: levels of blocks at falling resolution and back, each block on the way up given one from the way down."""
+"""The U-Net: an encoder and a decoder of blocks, with a skip connection from each encoder block to a decoder block."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -6,100 +6,25 @@ from typing import Any, Self
 import keras
 from keras import ops
 
-from kdiff.base import Value, check_integer
+from kdiff.base import check_integer
 from kdiff.blocks.attention import SelfAttention
-from kdiff.blocks.base import apply_layer, build_layer, copy_layer, get_layer, kernel_initializer
+from kdiff.blocks.base import apply_layer, build_layer, copy_layer, kernel_initializer
 from kdiff.blocks.convolution import ConvBlock, ResidualBlock
 from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding
 from kdiff.blocks.layers import Conv2D
 from kdiff.blocks.transformer import TransformerBlock
 from kdiff.networks.base import Network, check_size
+from kdiff.networks.levels import Level, check_levels
 
-__all__ = ["Level", "UNet", "WayDown", "check_levels"]
-
-
-class Level(Value):
-    """One resolution of a U-Net: template layers, which the network copies for every use.
-
-    Args:
-        width: the channels at this level.
-        depth: the number of blocks on the way down; on the way up there is one more. Of the middle it may be 0.
-        block: a block; where it has an argument `width`, the network sets it, and a UNet needs that.
-        mixer: a layer that follows each block, such as `SelfAttention()`; None for none; or a list of `depth` of these,
-            one a block.
-        downsample: the layer that leads from here to the next, coarser level, at half the size.
-        upsample: the layer that leads back from there, at twice the size.
-        up_mixers: the number of mixers on the way up, after the last of the blocks; None for one after each.
-        up_mixer: what follows each block on the way up: "same" for `mixer`, else a layer, None or a list of `depth + 1`
-            of these.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        depth: int = 2,
-        block: Any = "residual_block",
-        mixer: Any = None,
-        downsample: Any = "downsample",
-        upsample: Any = "upsample",
-        up_mixers: int | None = None,
-        up_mixer: Any = "same",
-    ):
-        check_integer("Level", "width", width)
-        check_integer("Level", "depth", depth, 0)
-        if up_mixers is not None:
-            check_integer("Level", "up_mixers", up_mixers, 0)
-        self.width = width
-        self.depth = depth
-        self.block = get_layer(block)
-        self.mixer = _mixers(mixer, depth)
-        self.downsample = get_layer(downsample)
-        self.upsample = get_layer(upsample)
-        self.up_mixers = up_mixers
-        self.up_mixer = up_mixer if isinstance(up_mixer, str) and up_mixer == "same" else _mixers(up_mixer, depth + 1)
-
-    def unit(self, mixer: keras.layers.Layer | None, *after: keras.layers.Layer) -> list[keras.layers.Layer]:
-        """Copies of the block, at this level's width, of a mixer, if there is one, and of the layers `after`."""
-        width = {"width": self.width} if self.widens else {}
-        mixers = [] if mixer is None else [mixer]
-        return [copy_layer(self.block, **width), *map(copy_layer, [*mixers, *after])]
-
-    @property
-    def mixers_down(self) -> list[keras.layers.Layer | None]:
-        """What follows each block on the way down."""
-        return self.mixer if isinstance(self.mixer, list) else [self.mixer] * self.depth
-
-    @property
-    def mixers_up(self) -> list[keras.layers.Layer | None]:
-        """What follows each block on the way up."""
-        mixer, count = self.mixer if isinstance(self.up_mixer, str) else self.up_mixer, self.depth + 1
-        if isinstance(mixer, list) and isinstance(self.up_mixer, str):
-            raise ValueError("Level: a list of mixers for the way down needs an `up_mixer` for the way up")
-        mixers = mixer if isinstance(mixer, list) else [mixer] * count
-        plain = 0 if self.up_mixers is None else max(0, count - self.up_mixers)
-        return [None] * plain + mixers[plain:]
-
-    def units_down(self) -> list[list[keras.layers.Layer]]:
-        """The `depth` units of the way down."""
-        return [self.unit(mixer) for mixer in self.mixers_down]
-
-    def units_up(self, *after: keras.layers.Layer) -> list[list[keras.layers.Layer]]:
-        """The units of the way up, one more than `depth`, the last with the layers `after`."""
-        *mixers, last = self.mixers_up
-        return [*(self.unit(mixer) for mixer in mixers), self.unit(last, *after)]
-
-    @property
-    def widens(self) -> bool:
-        """Whether the block has an argument `width`; otherwise it keeps the channels of its input."""
-        return "width" in self.block.get_config()
+__all__ = ["UNet", "WayDown"]
 
 
 class WayDown(Network):
-    """The first half of a U-Net, to the middle: `UNet` adds the way up, `kdiff.networks.ControlNet` what it hands over.
+    """The encoder and the middle of a U-Net, to which `UNet` adds a decoder, and `ControlNet` the output convolutions.
 
     Args:
         levels, middle, embedding, conditions, stem_width: as in `UNet`.
-        options: of `Network`.
+        options: as in `Network`.
     """
 
     def __init__(self, levels, middle, embedding, conditions, stem_width, **options):
@@ -107,7 +32,9 @@ class WayDown(Network):
         check_levels(name, levels)
         for level in (*levels, *([middle] if middle else [])):
             if not level.widens:
-                raise ValueError(f"{name}: a level's `block` must have an argument `width`; received: {level.block!r}")
+                raise ValueError(
+                    f"{name}: the `block` of a level must have an argument `width`; received: {level.block!r}"
+                )
         if stem_width is not None:
             check_integer(name, "stem_width", stem_width)
         embedding = embedding or self._usual_embedding(stem_width or levels[0].width)
@@ -122,11 +49,11 @@ class WayDown(Network):
 
     @staticmethod
     def _usual_embedding(width):
-        """Of the time, where none is given."""
+        """The default embedding of the time."""
         return MLPEmbedding(SinusoidalEmbedding(max(2, width)))
 
     def _build_down(self, x_shape, embed_shape, context_shape):
-        """(x, kept): the shapes of the output of the middle, and of those that the way up is given."""
+        """(x, kept): the shapes of the output of the middle and of the skip connections."""
         kept = [self._build_stem(x_shape, embed_shape)]
         for unit in self.down:
             kept.append(build_layer(unit, kept[-1], embed_shape, context_shape))
@@ -136,7 +63,7 @@ class WayDown(Network):
         return build_layer(self.stem, x_shape)
 
     def _run_down(self, x, embed, context, training):
-        """(x, kept) of the input of the first level."""
+        """(x, kept): the output of the middle and the skip connections."""
         kept = [x]
         for unit in self.down:
             kept.append(self._run(unit, kept[-1], embed, context, training))
@@ -148,46 +75,46 @@ class WayDown(Network):
 
 
 class UNet(WayDown):
-    """A U-Net of levels of template layers, steered by time and by conditions.
+    """A U-Net composed of levels of template layers, conditioned on time and conditions.
 
         network({"image": (batch, height, width, channels), "time": (batch,), **conditions})
             -> (batch, height, width, out_channels), float32
 
-    Ronneberger et al., "U-Net" (2015), as Ho et al. (2020), appendix B, and Dhariwal & Nichol (2021) have it: the
-    outputs of the first convolution, of every block and of every downsampling on the way down are each concatenated to
-    the input of one block on the way up. The last convolution is zero at first.
+    Ronneberger et al., "U-Net" (2015), in the form of Ho et al. (2020), appendix B, and Dhariwal & Nichol (2021): the
+    outputs of the first convolution and of every block and downsampling of the encoder are each concatenated to the
+    input of one block of the decoder. The last convolution is initialised to zero.
 
-    Height and width may be any multiple of `2 ** (len(levels) - 1)`, of twice that with `shrink`, and may change from
-    call to call. So may the length of a series (batch, length, channels) and the sizes of a volume (batch, depth,
-    height, width, channels), which the network takes as well: its rank is that of what it is built for. `time` is what
-    the embedding takes: a SinusoidalEmbedding wants it to span some hundreds, as 0 ... 999.
+    Height and width may be any multiple of `2 ** (len(levels) - 1)` (of twice that with `shrink`), and may change
+    between calls. The same holds for the length of a series (batch, length, channels) and the sizes of a volume (batch,
+    depth, height, width, channels): the rank is inferred in `build`. `time` is the input of the embedding; for a
+    SinusoidalEmbedding it should span some hundreds, as 0 ... 999.
 
     Args:
         levels: the `Level`s, from the finest to the coarsest.
-        middle: a Level of which `depth` blocks, with a mixer between each two, stand between the way down and the way
-            up, none if that is 0; None for two blocks of the coarsest level, and its mixer.
-        embedding: the layer that makes `embed`, (batch, dim), of the time; None for an MLPEmbedding of a
-            SinusoidalEmbedding as wide as the first convolution.
-        conditions: a layer for each condition, by its name in the input, such as `{"label": LabelEmbedding(10)}`. What
-            it gives is added to `embed` if it is a vector, (batch, dim), is a part of `context` if it is tokens,
-            (batch, tokens, dim), and is joined to the channels of the image if it is a map.
-        normalization: of the last convolution's input.
-        activation: of the last convolution's input.
+        middle: a Level whose `depth` blocks, with a mixer between consecutive ones, stand between encoder and decoder,
+            none if that is 0; None for two blocks of the coarsest level, and its mixer.
+        embedding: the layer from the time to `embed`, (batch, dim); None for an MLPEmbedding of a SinusoidalEmbedding
+            as wide as the first convolution.
+        conditions: a layer for each condition, by its name in the input, such as `{"label": LabelEmbedding(10)}`. Its
+            output is added to `embed` if it is a vector, (batch, dim), becomes a part of `context` if it is tokens,
+            (batch, tokens, dim), and is concatenated to the channels of the image if it is a map.
+        normalization: before the last convolution.
+        activation: before the last convolution.
         out_channels: of the output; None for those of the image.
-        remat: whether the inside of each block is computed again for the gradient, to save memory.
-        seed: from which each copied layer that has a `seed` gets one of its own.
+        remat: whether each block is recomputed in the backward pass, to save memory.
+        seed: from which the seed of each copied layer that has one is derived.
         stem_width: the channels of the first convolution; None for those of the first level.
-        shrink, grow: layers around the levels, after the first convolution at half the size, and before the last at
-            twice the size, such as "downsample" and "upsample": no block works at the size of the image. None for none.
-        kwargs: `name` and `dtype`. The precision is that of every layer made from a template; `embedding` and
+        shrink, grow: layers around the levels, after the first convolution to half the size, and before the last to
+            twice the size, such as "downsample" and "upsample": no block works at full size. None for none.
+        kwargs: `name` and `dtype`. The precision applies to every layer made from a template; `embedding` and
             `conditions` keep theirs.
 
     Raises:
-        ValueError: if the image has no rank from 3 to 5, or a size that the levels do not divide; if a condition is
-        missing, unknown or of another batch size.
+        ValueError: if the rank of the image is not 3 to 5, or its size is not divisible as above; if a condition is
+            missing, unknown or of another batch size.
     """
 
-    any_size = True  # of images, whatever it was built for, if its layers are not for one size
+    any_size = True  # the image may have another size than at build, unless a layer fixes it
 
     def __init__(
         self,
@@ -206,7 +133,7 @@ class UNet(WayDown):
         **kwargs,
     ):
         if (shrink is None) != (grow is None):
-            raise ValueError(f"UNet: `shrink` and `grow` go together; received: {shrink!r} and {grow!r}")
+            raise ValueError(f"UNet: `shrink` and `grow` must be given together; received: {shrink!r} and {grow!r}")
         options = {"out_channels": out_channels, "remat": remat, "seed": seed}
         super().__init__(levels, middle, embedding, conditions, stem_width, **options, **kwargs)
         self.normalization = self._copy(normalization, "normalization")
@@ -217,7 +144,7 @@ class UNet(WayDown):
         self.up = [self._chain(unit, f"up_{i}") for i, unit in enumerate(self._way_up())]
 
     def _way_up(self):
-        """Lists of layers, the input of each joined by one output of the way down."""
+        """The units of the decoder, the input of each concatenated with one skip connection."""
         for i, level in reversed(list(enumerate(self.levels))):
             yield from level.units_up(*([self.levels[i - 1].upsample] if i else []))
 
@@ -245,10 +172,10 @@ class UNet(WayDown):
         Args:
             inputs: the dictionary of inputs.
             training: whether this is training.
-            skips: what is added to the outputs that the way down hands to the way up, as ControlNet does (Zhang et al.,
-                2023, section 3.2): maps, as many as there are, in the order of the way down, the stem's first.
-            middle: what is added to the output of the middle.
-            encoded: what the method `encoded` has made of these inputs, if it was called already.
+            skips: added to the skip connections, as in ControlNet (Zhang et al., 2023, section 3.2): one map for each,
+                in the order of the encoder, the stem's first.
+            middle: added to the output of the middle.
+            encoded: the output of the method `encoded` for these inputs, if it was already computed.
         """
         return self._output(inputs, training, **_given(encoded=encoded, skips=skips, middle=middle))
 
@@ -267,7 +194,7 @@ class UNet(WayDown):
         return self.head(self._activate(apply_layer(self.normalization, x, training=training)))
 
     def _with_additions(self, x, kept, skips, middle):
-        """The output of the middle and those that are kept for the way up, with what is added to them."""
+        """The output of the middle and the skip connections, with the additions."""
         if skips is not None and len(skips) != len(kept):
             raise ValueError(f"{self.name}: `skips` must be {len(kept)} maps; received: {len(skips)}")
         kept = kept if skips is None else [y + ops.cast(more, y.dtype) for y, more in zip(kept, skips, strict=True)]
@@ -318,9 +245,9 @@ class UNet(WayDown):
         adaptive: bool = False,
         **options,
     ) -> Self:
-        """A U-Net of `ResidualBlock`s with a `TransformerBlock` after each at the levels `at`.
+        """A U-Net of `ResidualBlock`s followed by `TransformerBlock`s at the levels `at`.
 
-        A condition whose layer gives tokens is attended to there, as in Rombach et al. (2022). For `options` see
+        These attend to the tokens of conditions, as in Rombach et al. (2022). For `options` see
         `UNet.composed`.
         """
         mixer = TransformerBlock(heads, head_width, ratio, adaptive=adaptive, dropout=dropout)
@@ -328,10 +255,10 @@ class UNet(WayDown):
 
     @classmethod
     def _own(cls, block, mixer, width, levels, depth, options: dict[str, Any]) -> Self:
-        """`composed` of parts that the caller does not choose."""
+        """`composed` with a fixed block and mixer."""
         if given := sorted({"block", "mixer"} & options.keys()):
             raise TypeError(
-                f"{cls.__name__}: {given} are what this kind of U-Net is made of; others go to `UNet.composed(block, "
+                f"{cls.__name__}: {given} are fixed for this kind of U-Net; for others use `UNet.composed(block, "
                 "mixer, width, levels, depth)`"
             )
         return cls.composed(block, mixer, width, levels, depth, **options)
@@ -351,26 +278,26 @@ class UNet(WayDown):
         up_mixers: int | None = None,
         **kwargs,
     ) -> Self:
-        """A U-Net of one kind of block and of mixer.
+        """A U-Net with one kind of block and of mixer.
 
         Args:
             block: a block with an argument `width`, or its name.
-            mixer: the layer that follows each block at the levels `at`, and stands between the two in the middle.
-            width: the channels of the first level, before its multiplier.
+            mixer: the layer that follows each block at the levels `at`, and between the two blocks in the middle.
+            width: the base channels, multiplied at each level by its multiplier.
             levels: the number of levels.
-            depth: the number of blocks at each.
+            depth: the number of blocks per level.
             multipliers: the channels of each level as multiples of `width`; None for 1, 2, 4, 4, 4 ...
             at: the levels with mixers, 0 being the finest and -1 the coarsest.
             downsample: a layer that halves the size, or its name.
             upsample: a layer that doubles it, or its name.
-            up_mixers: the number of mixers on the way up of each such level; None for one after each block.
+            up_mixers: the number of mixers in the decoder of each such level; None for one after each block.
             kwargs: the other arguments of `UNet`.
         """
         check_integer("UNet", "width", width)
         check_integer("UNet", "levels", levels)
         multipliers = [min(2**i, 4) for i in range(levels)] if multipliers is None else multipliers
         if len(multipliers) != levels:
-            raise ValueError(f"UNet: `multipliers` must be {levels} numbers, one a level; received: {multipliers!r}")
+            raise ValueError(f"UNet: `multipliers` must be {levels} numbers, one per level; received: {multipliers!r}")
         mixed = {_index("at", i, levels) for i in at}
         made = [
             Level(int(width * multiplier), depth, block, mixer if i in mixed else None, downsample, upsample, up_mixers)
@@ -380,26 +307,13 @@ class UNet(WayDown):
         return cls(made, **kwargs)
 
 
-def check_levels(owner: str, levels: Sequence[Level]) -> None:
-    """Raises a ValueError unless they are one `Level` or more, of one block or more, as the middle need not have."""
-    if isinstance(levels, int):
-        raise ValueError(
-            f"{owner}: `levels` must be a list of `Level`s; received: {levels}. From widths and numbers one is made by "
-            f"`UNet.residual(width=64, levels={levels})`, `UNet.attention`, `Hybrid.composed` and the like"
-        )
-    if not isinstance(levels, Sequence) or not levels or not all(isinstance(level, Level) for level in levels):
-        raise ValueError(f"{owner}: `levels` must be one `Level` or more; received: {levels!r}")
-    if not all(level.depth for level in levels):
-        raise ValueError(f"{owner}: each of `levels` must have a `depth` of 1 or more; received: {levels!r}")
-
-
 def _given(**options):
-    """Those that are not None."""
+    """The options that are not None."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def _way_down(levels):
-    """Lists of layers; the output of each is kept for the way up."""
+    """The units of the encoder; the output of each is a skip connection."""
     for level in levels:
         yield from level.units_down()
         if level is not levels[-1]:
@@ -407,19 +321,10 @@ def _way_down(levels):
 
 
 def _between(level):
-    """`depth` blocks with a mixer between each two."""
+    """`depth` blocks with a mixer between consecutive ones."""
     *units, last = level.units_down() or [[]]
     units.append(last if level.depth == 1 else last[:1])
     return [layer for unit in units for layer in unit]
-
-
-def _mixers(given, count):
-    """A template, None, or a list of so many."""
-    if isinstance(given, (list, tuple)):
-        if len(given) != count:
-            raise ValueError(f"Level: a list of mixers must have {count}, one a block; received: {len(given)}")
-        return [None if one is None else get_layer(one) for one in given]
-    return None if given is None else get_layer(given)
 
 
 def _index(argument, index, length):

@@ -1,4 +1,4 @@
-"""U-ViT: a transformer for which time, conditions and patches are all tokens, with the long skips of a U-Net."""
+"""U-ViT: a transformer in which time, conditions and patches are all tokens, with long skip connections."""
 
 import math
 from collections.abc import Mapping
@@ -21,34 +21,33 @@ __all__ = ["UViT"]
 
 
 class UViT(Network):
-    """A transformer on patches, time and conditions as tokens of one sequence: "U-ViT".
+    """U-ViT: a transformer on patches, time and conditions as the tokens of one sequence.
 
         network({"image": (batch, height, width, channels), "time": (batch,), **conditions})
             -> (batch, height, width, out_channels), float32
 
     Bao et al., "All are Worth Words: A ViT Backbone for Diffusion Models" (2022), section 3: the output of each block
-    of the first half is concatenated to the input of its mirror in the second, and a 3x3 convolution ends it. The size
-    of the image is that of the first call.
+    of the first half is concatenated to the input of its mirror in the second, and a 3x3 convolution follows the last.
+    The size of the image is fixed by the first call.
 
     Args:
         width: the channels of a token.
-        depth: the number of blocks, an odd number: as many before the one in the middle as after it.
+        depth: the number of blocks, odd: the same number before and after the middle one.
         patch: the height and width of a patch, which must divide those of the image.
-        block: a template of the blocks; None for the paper's, with as many heads of 64 channels or
-            more as there can be.
+        block: a template of the blocks; None for the paper's, with the largest number of heads of at least 64 channels.
         positions: a layer that adds positions to the sequence.
-        embedding: the layer that makes a vector, (batch, width), of the time; None for a SinusoidalEmbedding.
-        conditions: a layer for each condition, by its name in the input. What it gives, (batch, width) or
-            (batch, tokens, width), are further tokens; a map is joined to the channels of the image.
+        embedding: the layer from the time to a vector, (batch, width); None for a SinusoidalEmbedding.
+        conditions: a layer for each condition, by its name in the input. Its output, (batch, width) or
+            (batch, tokens, width), becomes further tokens; a map is concatenated to the channels of the image.
         normalization: before the last layers.
         out_channels: of the output; None for those of the image.
-        remat: whether the inside of each block is computed again for the gradient, to save memory.
-        seed: from which each copied layer that has a `seed` gets one of its own.
+        remat: whether each block is recomputed in the backward pass, to save memory.
+        seed: from which the seed of each copied layer that has one is derived.
         kwargs: `name` and `dtype`.
 
     Raises:
-        ValueError: if `depth` is even; if `patch` does not divide the image's sizes; if a condition is missing, unknown
-            or not `width` wide.
+        ValueError: if `depth` is even; if `patch` does not divide the size of the image; if a condition is missing,
+            unknown or not `width` wide.
     """
 
     def __init__(
@@ -69,7 +68,9 @@ class UViT(Network):
         for name, value in {"width": width, "depth": depth, "patch": patch}.items():
             check_integer("UViT", name, value)
         if depth % 2 == 0:
-            raise ValueError(f"UViT: `depth` must be odd, as many blocks before as after the middle; received: {depth}")
+            raise ValueError(
+                f"UViT: `depth` must be odd, with equally many blocks before and after the middle; received: {depth}"
+            )
         super().__init__(embedding or SinusoidalEmbedding(width), conditions, out_channels, remat, seed, **kwargs)
         self.width = width
         self.depth = depth
@@ -81,19 +82,19 @@ class UViT(Network):
         self.blocks = [self._chain(self._unit(i), f"block_{i}") for i in range(depth)]
 
     def _unit(self, index):
-        """A block; in the second half with the layer that makes one of the two inputs."""
+        """A block; in the second half with the layer that merges its two inputs."""
         merge = Dense(self.width, kernel_initializer=kernel_initializer(), name="merge")
         return [*([merge] if index > self.depth // 2 else []), copy_layer(self.block)]
 
     def _steering_shapes(self, time, encoded):
-        """No vector steers the blocks; `context` is the shape of all tokens but the patches."""
+        """There is no `embed`; `context` is the shape of all tokens except the patches."""
         tokens = []
         for name, one in {"time": Encoded(time), **encoded}.items():
             for shape in (one.vector, one.tokens):
                 if shape is not None and shape[-1] != self.width:
                     raise ValueError(
-                        f"UViT: the layer of {name!r} must give vectors or tokens of {self.width}, the width of the "
-                        f"network; it gives: {shape}"
+                        f"UViT: the layer of {name!r} must return vectors or tokens of {self.width}, the width of the "
+                        f"network; it returns: {shape}"
                     )
                 if shape is not None:
                     tokens.append(shape if len(shape) == 3 else (shape[0], 1, shape[1]))
@@ -109,7 +110,7 @@ class UViT(Network):
         return None, joined(tokens)
 
     def _check_attended(self, context):
-        """All tokens are in one sequence."""
+        """Always satisfied: all tokens are in one sequence."""
 
     def _build_body(self, x_shape, embed_shape, context_shape):
         batch, *sizes, _ = self._map = build_layer(self.patchify, x_shape)
@@ -166,7 +167,7 @@ class UViT(Network):
 
     @classmethod
     def sized(cls, width: int, depth: int, heads: int, patch: int = 2, **options) -> Self:
-        """The paper's network of any size: its table 1, of which `depth` counts the block in the middle too."""
+        """The network of the paper (table 1) at any size; `depth` includes the middle block."""
         return cls(width, depth, patch, _block(heads), **options)
 
 
