@@ -1,5 +1,6 @@
-"""The only folder that names a backend: what Keras does not offer in one form for TensorFlow, JAX and PyTorch."""
+"""The only folder that names a backend: functions that Keras does not offer alike for TensorFlow, JAX and PyTorch."""
 
+from kdiff.backend.attention_kernels import HIDDEN, attention
 from kdiff.backend.data import (
     checked_dataset,
     dataset_parts,
@@ -11,8 +12,6 @@ from kdiff.backend.data import (
 )
 from kdiff.backend.one_channel import mend_convolutions
 from kdiff.backend.operations import (
-    HIDDEN,
-    attention,
     average_pool,
     convolution,
     dense,
@@ -27,21 +26,16 @@ from kdiff.backend.operations import (
 from kdiff.backend.running import (
     BACKEND,
     after_step,
-    allocate,
     by_numpy,
     compiled,
     concrete,
     fused,
-    give,
     has_numbers,
-    move_towards,
     needs_no_preparation,
     portable_optimizer,
     remat,
-    replaced,
     synchronise,
     tensor,
-    unallocated,
     uncompiled,
     uninterrupted,
     vjp,
@@ -51,6 +45,7 @@ from kdiff.backend.running import (
 from kdiff.backend.saving import serialized, without_tensorflow
 from kdiff.backend.tangents import forward_mode, forward_mode_is_on, jvp
 from kdiff.backend.training import SafeTraining, replica, strategy_of
+from kdiff.backend.variables import allocate, give, move_towards, replaced, unallocated
 
 __all__ = [
     "BACKEND",

@@ -1,4 +1,4 @@
-"""Data of TensorFlow and PyTorch, which feeds every backend."""
+"""Data of TensorFlow and PyTorch, accepted on every backend."""
 
 import contextlib
 import sys
@@ -22,33 +22,33 @@ __all__ = [
 
 
 def leave_accelerator(tf: Any) -> None:
-    """Keeps TensorFlow, where it only prepares batches for JAX or PyTorch, from taking the accelerator's memory."""
+    """Hides accelerators from TensorFlow if it only prepares batches for JAX or PyTorch."""
     if BACKEND != "tensorflow":
-        with contextlib.suppress(RuntimeError):  # its devices were started before: the user has chosen
+        with contextlib.suppress(RuntimeError):  # its devices are already initialised, by the user's choice
             tf.config.set_visible_devices([], "GPU")
 
 
 def is_tf_dataset(data: Any) -> bool:
-    """Whether `data` is a `tf.data.Dataset`; TensorFlow is not imported to find out."""
+    """Whether `data` is a `tf.data.Dataset`; without importing TensorFlow."""
     tf = sys.modules.get("tensorflow")
     return tf is not None and hasattr(tf, "data") and isinstance(data, tf.data.Dataset)
 
 
 def dataset_parts(dataset: Any) -> Iterator[Any]:
-    """A `tf.data.Dataset` and those that it was made of."""
+    """A `tf.data.Dataset` and the datasets from which it was built."""
     yield dataset
     for part in dataset._inputs():
         yield from dataset_parts(part)
 
 
 def is_data_loader(data: Any) -> bool:
-    """Whether `data` is a `torch.utils.data.DataLoader`; PyTorch is not imported to find out."""
+    """Whether `data` is a `torch.utils.data.DataLoader`; without importing PyTorch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(data, torch.utils.data.DataLoader)
 
 
 def checked_dataset(dataset: Any, check: Callable[[Any], None]) -> Any:
-    """A `tf.data.Dataset` that calls `check` with each of its elements, as NumPy arrays, before it yields them."""
+    """A `tf.data.Dataset` that calls `check` on each element, as NumPy arrays, before yielding it."""
     import tensorflow as tf
 
     def checked(*element):
@@ -66,7 +66,7 @@ def checked_dataset(dataset: Any, check: Callable[[Any], None]) -> Any:
 
 
 def loader_batch(batch: Any) -> Any:
-    """A batch of a PyTorch `DataLoader`, with tensors in place of NumPy arrays: Keras takes no others there."""
+    """A batch of a PyTorch `DataLoader`, with tensors instead of NumPy arrays, as Keras requires."""
     import torch
 
     def tensor(value):

@@ -1,9 +1,9 @@
-"""Convolutions of Keras to one channel, of which PyTorch has no gradient on a CPU.
+"""A workaround for Keras convolutions to one channel, which have no gradient with PyTorch on a CPU.
 
-There Keras looks at a kernel (height, width, channels, 1) as one of (1, channels, height, width). With a first axis of
-1 that lies in memory as PyTorch's channels-last kernels do, so it is not copied; but where oneDNN is not used, as for a
-batch of one small map or in 16 bits on some CPUs, the gradient of such a kernel is refused: "slow_conv2d: grad_weight
-must be contiguous".
+There Keras views a kernel (height, width, channels, 1) as (1, channels, height, width). With a first axis of 1 its
+memory layout equals that of PyTorch's channels-last kernels, so it is not copied; but where oneDNN is not used, as for
+a batch of one small map or in 16 bits on some CPUs, the gradient of such a kernel fails: "slow_conv2d: grad_weight must
+be contiguous".
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ __all__ = ["mend_convolutions"]
 
 
 def mend_convolutions(network: keras.layers.Layer) -> None:
-    """Has the layers of Keras in a built network that make one channel of maps make another of zeros, on PyTorch."""
+    """On PyTorch, adds a zero output channel inside Keras convolutions of a built network that have only one."""
     if BACKEND != "torch":
         return
     plain = keras.layers.Conv2D.convolution_op

@@ -1,11 +1,10 @@
-"""Training steps, compilation, gradients, variables: what surrounds the arithmetic."""
+"""Execution: training steps, compilation, gradients and concrete values."""
 
 import contextlib
 import functools
-import itertools
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -17,21 +16,17 @@ from kdiff.backend.tangents import forward_mode_is_on
 __all__ = [
     "BACKEND",
     "after_step",
-    "allocate",
     "by_numpy",
     "compiled",
     "concrete",
     "fused",
-    "give",
     "has_numbers",
-    "move_towards",
     "needs_no_preparation",
+    "on_cpu",
     "portable_optimizer",
     "remat",
-    "replaced",
     "synchronise",
     "tensor",
-    "unallocated",
     "uncompiled",
     "uninterrupted",
     "vjp",
@@ -42,9 +37,16 @@ __all__ = [
 BACKEND = keras.backend.backend()
 
 
+def on_cpu() -> bool:
+    """Whether JAX computes on the CPU."""
+    import jax
+
+    return jax.default_backend() == "cpu"
+
+
 @contextlib.contextmanager
 def _held() -> Iterator[None]:
-    """Inside, the first Ctrl-C waits for the end; the second does not."""
+    """A context in which the first Ctrl-C waits for the end; the second does not."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
@@ -65,10 +67,10 @@ def _held() -> Iterator[None]:
 
 
 def uninterrupted(function: Callable) -> Callable:
-    """`function`, in which the first Ctrl-C waits for the end.
+    """`function`, during which the first Ctrl-C waits for the end.
 
-    For a step, which must be made as a whole, and for what builds or traces: Keras' optimizers are `built` before they
-    have all their variables, and its `ops.shape` takes an interrupt on TensorFlow for an axis of unknown length.
+    For steps, which must be completed, and for building or tracing: Keras' optimizers are `built` before they have all
+    their variables, and `ops.shape` takes an interrupt on TensorFlow for an axis of unknown length.
     """
 
     @functools.wraps(function)
@@ -76,7 +78,7 @@ def uninterrupted(function: Callable) -> Callable:
         if BACKEND == "torch":
             import torch
 
-            if torch.compiler.is_compiling():  # its compiler knows no signals
+            if torch.compiler.is_compiling():  # its compiler does not support signals
                 return function(*args, **kwargs)
         with _held():
             return function(*args, **kwargs)
@@ -85,7 +87,7 @@ def uninterrupted(function: Callable) -> Callable:
 
 
 def after_step(model: keras.Model, result: Any, update: Callable[[], None]) -> Any:
-    """Runs `update`, which changes variables of `model`, after Keras' own training step, whose `result` is returned.
+    """Runs `update`, which changes variables of `model`, after Keras' own training step, and returns its `result`.
 
     On JAX a step is a pure function from state to state, `(logs, state)`: the update reads and writes that state.
     """
@@ -103,11 +105,11 @@ def after_step(model: keras.Model, result: Any, update: Callable[[], None]) -> A
 
 
 def compiled(function: Callable, *models: keras.Model) -> Callable:
-    """A fast form of `function(*arguments)`, which uses weights of these models and changes nothing.
+    """A fast form of `function(*arguments)`, which uses weights of these models and has no side effects.
 
-    JAX compiles it with XLA, with the weights as arguments, so that training on does not leave old ones in it.
-    TensorFlow makes a graph. PyTorch runs it as it stands, without gradients: on a CPU its compiler gains nothing.
-    Arguments are nests of tensors, arrays and NumPy numbers; only a change of shapes compiles again.
+    JAX compiles it with XLA, with the weights as arguments, so that further training does not leave old ones in it.
+    TensorFlow builds a graph. PyTorch runs it eagerly, without gradients, since on a CPU its compiler gains nothing.
+    Arguments are nests of tensors, arrays and NumPy scalars; only a change of shapes recompiles.
     """
     if BACKEND == "jax":
         import jax
@@ -131,19 +133,19 @@ def compiled(function: Callable, *models: keras.Model) -> Callable:
 
 
 def uncompiled(step: Callable) -> Callable:
-    """A step as it was before Keras had PyTorch compile it; on the other backends, the step.
+    """A step before Keras compiled it with PyTorch; on the other backends, the step itself.
 
-    PyTorch's compiler stops at the gradient, and would trace all that comes before once for each of the functions that
-    the step is in, and compile the rest for each number that the averages move by.
+    PyTorch's compiler stops at the gradient, and would trace everything before it once for each of the nested
+    functions, and compile the rest for each value by which averages are updated.
     """
     return getattr(step, "_torchdynamo_orig_callable", step) if BACKEND == "torch" else step
 
 
 def with_fixed_shapes(function: Callable) -> Callable:
-    """The function, compiled by PyTorch, for each shape of its arguments alone.
+    """The function, compiled by PyTorch separately for each shape of its arguments.
 
-    After a second shape the compiler would take sizes for symbols, of which it cannot decide what kdiff's layers and
-    Keras' ask of them ("cannot determine truth value of Relational").
+    After a second shape the compiler would use symbolic sizes, for which it cannot evaluate conditions in the layers of
+    kdiff and Keras ("cannot determine truth value of Relational").
     """
     import torch
 
@@ -151,7 +153,7 @@ def with_fixed_shapes(function: Callable) -> Callable:
 
 
 def tensor(x: Any, dtype: str) -> Any:
-    """Keras' `convert_to_tensor`; PyTorch's own of arrays, of which its compiler makes no part of a step by Keras'."""
+    """Keras' `convert_to_tensor`; for arrays PyTorch's own, which its compiler keeps out of a compiled step."""
     if BACKEND == "torch" and isinstance(x, np.ndarray):
         import torch
 
@@ -160,9 +162,9 @@ def tensor(x: Any, dtype: str) -> Any:
 
 
 def without_gradients(function: Callable) -> Callable:
-    """The function of nests of tensors without the record for gradients that PyTorch, alone, keeps of all it computes.
+    """The function of nests of tensors, without recording gradients on PyTorch.
 
-    Arguments may also be arrays and NumPy numbers.
+    Arguments may also be arrays and NumPy scalars.
     """
 
     def plain(*arguments):
@@ -173,12 +175,12 @@ def without_gradients(function: Callable) -> Callable:
 
 
 def by_numpy(function: Callable, x: Any, shape: tuple) -> Any:
-    """`function(x)`, a NumPy function of a batch, also where it is compiled; there are no gradients.
+    """`function(x)` for a NumPy function of a batch, also in compiled code; without gradients.
 
     Args:
         function: from a float32 array (batch, ...) to one of shape (batch, *shape).
         x: a tensor.
-        shape: of an example of the result.
+        shape: of the result for one example.
     """
     if BACKEND == "jax":
         import jax
@@ -196,8 +198,8 @@ def by_numpy(function: Callable, x: Any, shape: tuple) -> Any:
 def vjp(function: Callable, x: Any, often: bool = False) -> tuple[Any, Callable, Any]:
     """(y, pull, rest) of `(y, rest) = function(x)`, where `pull(v)` is (dy / dx)^T v; called once, unless `often`.
 
-    A gradient that is taken around it flows through y and `rest`, and takes what `pull` gives for constant: there are
-    no second derivatives, for which few operations are made.
+    A gradient taken around it flows through y and `rest`, and treats the output of `pull` as constant: there are no
+    second derivatives, which few operations support.
     """
     if BACKEND == "jax":
         import jax
@@ -227,10 +229,10 @@ def vjp(function: Callable, x: Any, often: bool = False) -> tuple[Any, Callable,
 
 
 def fused(function: Callable) -> Callable:
-    """A function of tensors alone that JAX and TensorFlow compile as a whole, in or out of a larger program.
+    """A function of tensors, compiled as a whole by JAX and TensorFlow, inside or outside a larger program.
 
-    Op by op, JAX would compile the many small operations of `function` one at a time for every new shape, and
-    TensorFlow would trace them again wherever it is called.
+    Op by op, JAX would compile the many small operations of `function` separately for every new shape, and TensorFlow
+    would trace them again at every call site.
     """
     if BACKEND == "jax":
         import jax
@@ -244,7 +246,7 @@ def fused(function: Callable) -> Callable:
 
 
 def synchronise(model: keras.Model) -> None:
-    """Brings the variables of a model that is being trained up to date; JAX keeps them elsewhere during an epoch."""
+    """Updates the variables of a model during training; JAX keeps their values elsewhere during an epoch."""
     if BACKEND == "jax":
         model.jax_state_sync()
 
@@ -257,44 +259,27 @@ def _no_gradients():
     return contextlib.nullcontext()
 
 
-def move_towards(variables: Sequence, targets: Sequence, fraction) -> None:
-    """variable += fraction (target - variable), for all of them; `fraction` is a scalar tensor."""
-    if BACKEND == "torch":
-        import torch
-
-        values = [variable.value for variable in variables]
-        targets = [target.value.to(torch.float32) for target in targets]
-        if fraction.device.type == "cpu":  # elsewhere it would wait for the number
-            torch._foreach_lerp_(values, targets, float(fraction))
-            return
-        steps = torch._foreach_sub(targets, values)
-        torch._foreach_mul_(steps, fraction)
-        torch._foreach_add_(values, steps)
-        return
-    for variable, target in zip(variables, targets, strict=True):
-        variable.assign_add(fraction * (ops.cast(target.value, variable.dtype) - variable.value))
-
-
 def portable_optimizer(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of an optimizer, with the class that every backend knows in place of PyTorch's own."""
+    """The configuration of an optimizer, with the generic class instead of PyTorch's own."""
     if ".backend.torch.optimizers." not in (config.get("module") or ""):
         return config
     return {**config, "module": "keras.optimizers", "registered_name": None}
 
 
 def remat(layer: keras.layers.Layer, tensors: dict[str, Any], **options: Any) -> Any:
-    """`layer(**tensors, **options)`, of which only the inputs are kept for the gradient: the rest is computed again.
+    """`layer(**tensors, **options)`, storing only the inputs for the gradient and recomputing the rest.
 
-    `keras.RematScope` does not do it: on TensorFlow it takes no keyword arguments, on JAX only arrays, and with dropout
-    the second pass would draw other numbers. Here each pass starts from the same values of the layer's variables.
-    Tensors may be nested. TensorFlow would ask for the gradient of those that are not floating-point, such as masks.
+    `keras.RematScope` cannot be used: it accepts no keyword arguments on TensorFlow, only arrays on JAX, and with
+    dropout the second pass would draw other numbers. Here each pass starts from the same values of the layer's
+    variables. Tensors may be nested. TensorFlow would request the gradient of those that are not floating-point, such
+    as masks.
     """
     weights, changing = layer.trainable_variables, layer.non_trainable_variables
     leaves = tree.flatten(tensors)
     learned = [leaf is not None and ops.is_tensor(leaf) and "float" in str(leaf.dtype) for leaf in leaves]
     given = [leaf for leaf, is_learned in zip(leaves, learned, strict=True) if is_learned]
     values = [ops.convert_to_tensor(variable.value) for variable in weights]
-    values += [ops.copy(variable.value) for variable in changing]  # PyTorch changes them in place
+    values += [ops.copy(variable.value) for variable in changing]  # PyTorch modifies them in place
 
     def pure(*arguments):
         values = iter(arguments[: len(given)])
@@ -309,81 +294,11 @@ def remat(layer: keras.layers.Layer, tensors: dict[str, Any], **options: Any) ->
     return y
 
 
-@contextlib.contextmanager
-def unallocated() -> Iterator[None]:
-    """Variables that are made inside have shapes, and never values.
-
-    Keras holds back the values of those made in a `StatelessScope`, but remembers the variables, to give them values at
-    the end of the next scope. It has no public way to forget them.
-    """
-    from keras.src.backend.common import global_state
-
-    waiting = list(global_state.get_global_attribute("uninitialized_variables", []))
-    try:
-        with keras.StatelessScope(initialize_variables=False):
-            yield
-    finally:
-        global_state.set_global_attribute("uninitialized_variables", waiting)
-
-
-def give(variable: keras.Variable, array: np.ndarray) -> None:
-    """Gives a variable the numbers of an array, which stays the caller's own.
-
-    One that was made in `unallocated` has them for its first value, and its initializer is never run.
-    """
-    value = _packed(array)  # JAX, and PyTorch below, keep the memory of what they are given
-    if variable._value is not None:
-        variable.assign(value)
-        return
-    if BACKEND == "torch":  # Keras would copy it again
-        import torch
-
-        value = torch.from_numpy(value)
-    variable._initialize(ops.convert_to_tensor(value, variable.dtype))
-    variable._initializer = None
-
-
-def _packed(array: np.ndarray) -> np.ndarray:
-    """A copy in C order: of transposed kernels in blocks that a cache holds, 1.3 to 1.8 times as fast as in one."""
-    copy = np.empty(array.shape, array.dtype)
-    if array.ndim < 2:
-        copy[...] = array
-        return copy
-    *_, rows, columns = array.shape
-    for i, j in itertools.product(range(0, rows, 32), range(0, columns, 256)):
-        copy[..., i : i + 32, j : j + 256] = array[..., i : i + 32, j : j + 256]
-    return copy
-
-
-def allocate(layer: keras.layers.Layer) -> None:
-    """Initializes what a layer that was built in `unallocated` has of variables without a value."""
-    for variable in layer.variables:
-        if variable._value is None:
-            variable._deferred_initialize()
-    for one in layer._flatten_layers():
-        one._post_build()  # by which PyTorch's modules learn of their parameters
-
-
-@contextlib.contextmanager
-def replaced(layer: keras.layers.Layer, part: keras.layers.Layer) -> Iterator[None]:
-    """Inside, another layer may take the place of `part` as an attribute of `layer`.
-
-    Keras forgets no layer that an attribute has held, and takes no new one after `build`.
-    """
-    tracker = layer._tracker
-    tracker.untrack(part)
-    locked, tracker.locked = tracker.locked, False
-    try:
-        yield
-    finally:
-        tracker.locked = locked
-
-
 def needs_no_preparation(layer: keras.layers.Layer, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether `layer.call` does on PyTorch what `layer(...)` does: with built layers and tensors in float32.
+    """Whether `layer.call` equals `layer(...)` on PyTorch: for built layers and tensors in float32.
 
-    Keras prepares each call of a layer anew, for more than a tenth of a millisecond: of a small network it is most of
-    the time. TensorFlow and JAX do it once, when they compile.
+    Keras' preparation of each call takes more than a tenth of a millisecond, most of the time of a small network.
+    TensorFlow and JAX do it once, at compilation.
     """
     if BACKEND != "torch" or not layer.built or layer.compute_dtype != "float32" or layer.variable_dtype != "float32":
         return False
@@ -391,7 +306,7 @@ def needs_no_preparation(layer: keras.layers.Layer, args: tuple, kwargs: dict[st
     from keras.src import backend as keras_backend
 
     if layer._call_has_training_arg and kwargs.get("training") is None:
-        return False  # Keras finds out from the layers around it
+        return False  # Keras infers it from the outer layers
     values = [part for value in (*args, *kwargs.values()) for part in (value if isinstance(value, tuple) else (value,))]
     values = [value for value in values if value is not None and not isinstance(value, bool)]
     known = all(isinstance(x, torch.Tensor) and x.dtype in (torch.float32, torch.bool) for x in values)
@@ -401,12 +316,12 @@ def needs_no_preparation(layer: keras.layers.Layer, args: tuple, kwargs: dict[st
 
 
 def has_numbers(x: Any) -> bool:
-    """False on PyTorch where Keras asks for the shapes of results alone."""
+    """False on PyTorch while Keras only infers output shapes."""
     return BACKEND != "torch" or x.device.type != "meta"
 
 
 def concrete(x: Any) -> np.ndarray | None:
-    """The numbers in `x` if they are at hand; None while a graph is traced or where fetching would stall a device."""
+    """The values of `x` if available; None while a graph is traced, or if fetching would stall a device."""
     if isinstance(x, keras.KerasTensor) or (ops.is_tensor(x) and _out_of_reach(x)):
         return None
     return ops.convert_to_numpy(x)

@@ -1,7 +1,7 @@
-"""Keras' serialisation, which imports TensorFlow where it is installed, on every backend.
+"""Keras' serialisation without the import of TensorFlow on other backends.
 
-It asks of anything but numbers, texts and nests of them whether it is of TensorFlow, by its own lazy module. On another
-backend, and where nobody has imported TensorFlow, nothing is; and its import takes seconds, and memory.
+For anything but numbers, strings and nests of them it asks, through a lazy module, whether the object is from
+TensorFlow. On another backend, if TensorFlow was not imported, nothing is; and its import takes seconds, and memory.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ import keras
 __all__ = ["serialized", "without_tensorflow"]
 
 _LIBRARY = sys.modules.get("keras.src.saving.serialization_lib")
-_LAZY = getattr(_LIBRARY, "tf", None)  # looked up once: two threads may be in such blocks
+_LAZY = getattr(_LIBRARY, "tf", None)  # looked up once, as several threads may use it
 
 
 @contextlib.contextmanager
 def without_tensorflow() -> Iterator[None]:
-    """Has Keras' serialisation in the block do without TensorFlow, unless it was imported already."""
+    """A context in which Keras' serialisation does not import TensorFlow, unless it is already imported."""
     if "tensorflow" in sys.modules or _LAZY is None:
         yield
         return

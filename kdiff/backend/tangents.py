@@ -1,4 +1,4 @@
-"""Derivatives along a direction, and the switch by which layers take the forms of operations that have them."""
+"""Directional derivatives, and the switch by which layers use operations that support them."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -14,10 +14,10 @@ _on: ContextVar = ContextVar("forward_mode", default=False)
 
 @contextlib.contextmanager
 def forward_mode() -> Iterator[None]:
-    """Inside, `dense`, `attention`, `group_norm`, `gelu_tanh` and `upsample_nearest` are computed by plain formulas.
+    """A context in which `dense`, `attention`, `group_norm`, `gelu_tanh` and `upsample_nearest` use plain formulas.
 
-    Their fast forms have gradients of their own, or kernels, and no derivative along a direction: custom gradients on
-    JAX, an autograd.Function and the fused attention on PyTorch, `image.resize` on TensorFlow.
+    Their fast forms have no directional derivative: custom gradients on JAX, an autograd.Function and the fused
+    attention on PyTorch, `image.resize` on TensorFlow.
     """
     token = _on.set(True)
     try:
@@ -27,7 +27,7 @@ def forward_mode() -> Iterator[None]:
 
 
 def forward_mode_is_on() -> bool:
-    """Whether plain formulas are asked for."""
+    """Whether plain formulas are in use."""
     return _on.get()
 
 

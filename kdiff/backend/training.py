@@ -1,4 +1,4 @@
-"""Keras' training loops, so that an error or Ctrl-C leaves a model as it was or as the last whole step made it."""
+"""Keras' training loops, made safe: an error or Ctrl-C leaves a model at its previous or last complete step."""
 
 import contextlib
 import functools
@@ -12,15 +12,15 @@ from kdiff.backend.running import BACKEND, uninterrupted
 __all__ = ["SafeTraining", "replica", "strategy_of"]
 
 
-# The parts of the state of JAX's trainer, in order. Evaluation has no optimizer, prediction no metrics either.
+# The parts of the state of the JAX trainer, in order. Evaluation has no optimizer, prediction also no metrics.
 _PARTS = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")
 
 
 class _SafeJAXTraining:
-    """Keeps the state that Keras' JAX trainer alone holds during an epoch where the model finds it again.
+    """Keeps the state that only Keras' JAX trainer holds during an epoch, so that the model can recover it.
 
-    The trainer takes the values from the variables before it asks for a batch, gives the arrays away to the compiled
-    step, and hands the results to the model after it: what goes wrong in between would lose every weight.
+    The trainer takes the values from the variables before it requests a batch, donates the arrays to the compiled step,
+    and returns the results to the model afterwards: a failure in between would lose every weight.
     """
 
     def _keep(self, state: tuple) -> None:
@@ -39,10 +39,10 @@ class _SafeJAXTraining:
         return super()._make_function(self._safe(step_function), concatenate_outputs)
 
     def _safe(self, step: Callable) -> Callable:
-        """A step, of one batch, after which the model has its results, or if it fails what it had before.
+        """A step on one batch, after which the model has its results, or after a failure the previous state.
 
-        On a CPU the arrays are not given away, for they would be lost with the step, and its end is waited for: its
-        errors come late. On an accelerator they are, for the sake of memory.
+        On a CPU the arrays are not donated, as they would be lost with the step, and its end is awaited, as errors come
+        late. On an accelerator they are donated, to save memory.
         """
         import jax
 
@@ -83,7 +83,7 @@ for _name in ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "
 
 
 class _NothingToKeep:
-    """TensorFlow and PyTorch change variables in place."""
+    """TensorFlow and PyTorch update variables in place."""
 
 
 SafeTraining = _SafeJAXTraining if BACKEND == "jax" else _NothingToKeep

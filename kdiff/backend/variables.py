@@ -1,0 +1,101 @@
+"""Variables: creation without memory, allocation, and assignment."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+
+import keras
+import numpy as np
+from keras import ops
+
+from kdiff.backend.running import BACKEND
+
+__all__ = ["allocate", "give", "move_towards", "replaced", "unallocated"]
+
+
+@contextlib.contextmanager
+def unallocated() -> Iterator[None]:
+    """A context in which new variables have shapes, but never values.
+
+    In a `StatelessScope` Keras defers the values of new variables, but initialises them at the end of the next scope.
+    It has no public way to forget them.
+    """
+    from keras.src.backend.common import global_state
+
+    waiting = list(global_state.get_global_attribute("uninitialized_variables", []))
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        global_state.set_global_attribute("uninitialized_variables", waiting)
+
+
+def give(variable: keras.Variable, array: np.ndarray) -> None:
+    """Assigns an array to a variable, without keeping a reference to it.
+
+    For a variable created in `unallocated` it becomes the first value, and its initializer is never run.
+    """
+    value = _packed(array)  # JAX, and PyTorch below, keep the memory of the array
+    if variable._value is not None:
+        variable.assign(value)
+        return
+    if BACKEND == "torch":  # Keras would copy it again
+        import torch
+
+        value = torch.from_numpy(value)
+    variable._initialize(ops.convert_to_tensor(value, variable.dtype))
+    variable._initializer = None
+
+
+def _packed(array: np.ndarray) -> np.ndarray:
+    """A copy in C order, for transposed kernels by blocks that fit in the cache, 1.3 to 1.8 times as fast."""
+    copy = np.empty(array.shape, array.dtype)
+    if array.ndim < 2:
+        copy[...] = array
+        return copy
+    *_, rows, columns = array.shape
+    for i, j in itertools.product(range(0, rows, 32), range(0, columns, 256)):
+        copy[..., i : i + 32, j : j + 256] = array[..., i : i + 32, j : j + 256]
+    return copy
+
+
+def allocate(layer: keras.layers.Layer) -> None:
+    """Initialises the variables without a value of a layer built in `unallocated`."""
+    for variable in layer.variables:
+        if variable._value is None:
+            variable._deferred_initialize()
+    for one in layer._flatten_layers():
+        one._post_build()  # registers parameters with PyTorch's modules
+
+
+@contextlib.contextmanager
+def replaced(layer: keras.layers.Layer, part: keras.layers.Layer) -> Iterator[None]:
+    """A context in which another layer may replace `part` as an attribute of `layer`.
+
+    Keras never drops a layer that an attribute has held, and accepts no new one after `build`.
+    """
+    tracker = layer._tracker
+    tracker.untrack(part)
+    locked, tracker.locked = tracker.locked, False
+    try:
+        yield
+    finally:
+        tracker.locked = locked
+
+
+def move_towards(variables: Sequence, targets: Sequence, fraction) -> None:
+    """variable += fraction (target - variable), for all variables; `fraction` is a scalar tensor."""
+    if BACKEND == "torch":
+        import torch
+
+        values = [variable.value for variable in variables]
+        targets = [target.value.to(torch.float32) for target in targets]
+        if fraction.device.type == "cpu":  # on other devices `float` would synchronise
+            torch._foreach_lerp_(values, targets, float(fraction))
+            return
+        steps = torch._foreach_sub(targets, values)
+        torch._foreach_mul_(steps, fraction)
+        torch._foreach_add_(values, steps)
+        return
+    for variable, target in zip(variables, targets, strict=True):
+        variable.assign_add(fraction * (ops.cast(target.value, variable.dtype) - variable.value))
