@@ -145,7 +145,7 @@ def test_an_absent_row_is_the_learned_one():
 @pytest.mark.parametrize("bad", [[NAN, 1.0], [np.inf, 0.0], [np.inf, NAN]])
 def test_a_row_that_is_broken_is_not_absent(bad):
     x = np.array([[1, 2], bad], "float32")
-    with pytest.raises(ValueError, match=r"must be finite, or all NaN for a condition that is absent; received: \["):
+    with pytest.raises(ValueError, match=r"must be finite, or all NaN for an absent condition; received: \["):
         OptionalCondition().check(x)
     with pytest.raises(ValueError, match=r"must be finite; received: \["):
         OptionalCondition(absent=[0, 0]).check(np.array([[NAN, NAN]]))

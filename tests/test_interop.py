@@ -275,7 +275,7 @@ def test_a_shard_with_what_another_should_have(folder):
     index = {"weight_map": dict.fromkeys(state, "a.safetensors")}
     index["weight_map"]["conv_out.bias"] = "b.safetensors"
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"a\.safetensors has conv_out\.bias, which `weight_map` has in b\."):
+    with pytest.raises(ValueError, match=r"a\.safetensors has conv_out\.bias, which `weight_map` places in b\."):
         diffusers.load(folder)
 
 

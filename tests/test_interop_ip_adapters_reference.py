@@ -180,7 +180,7 @@ def test_the_vector_of_an_image_without_an_encoder(tmp_path):
     rows = model.network.conditions["image_prompt"].rows(IMAGES)
     assert rows.shape == (2, 10)
     np.testing.assert_allclose(ours(other, "sd_1", rows[0]), ours(model, "sd_1"), atol=1e-5)
-    with pytest.raises(ValueError, match=r"takes rows of the shape \(10,\); received the shape: \(12, 12, 3\)"):
+    with pytest.raises(ValueError, match=r"rows of the shape \(10,\) are expected; received the shape: \(12, 12, 3\)"):
         ours(other, "sd_1")
 
 

@@ -193,7 +193,7 @@ def test_the_form_before_version_1_6(tmp_path):
 
 def test_pickles_of_other_programs(tmp_path):
     (tmp_path / "weights.pt").write_bytes(pickle.dumps(Bomb(open, str(tmp_path / "executed"), "w")))
-    with pytest.raises(ValueError, match=r"weights\.pt: not a file of tensors"):
+    with pytest.raises(ValueError, match=r"weights\.pt: not a file of only tensors"):
         files.read_state(tmp_path / "weights.pt")
     assert not (tmp_path / "executed").exists()
 
