@@ -56,6 +56,41 @@ def run_page(name: str, **shorter: str) -> dict:
     return names
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["learn.py", "two_equations.md"])
+def test_notebooks_are_up_to_date(name):
+    pytest.importorskip("jupytext")
+    sys.path.append(str(EXAMPLES))
+    import nbformat
+    from notebooks import notebook_of
+
+    def cells(notebook):
+        return [(cell.cell_type, cell.source) for cell in notebook.cells]
+
+    written = nbformat.read((EXAMPLES / name).with_suffix(".ipynb"), nbformat.NO_CONVERT)
+    assert cells(written) == cells(notebook_of(name)), "run `python examples/notebooks.py`"
+
+
+@pytest.mark.data
+@pytest.mark.once  # minutes of compilation elsewhere; what it uses is tested on each backend
+def test_the_narrative_is_run(tmp_path, monkeypatch):
+    """The notebook's cells, with one epoch and fewer steps."""
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    notebook = nbformat.read(EXAMPLES / "learn.ipynb", nbformat.NO_CONVERT)
+    assert "image/png" in str(notebook.cells)  # it was written with its pictures
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    for long, short in {"EPOCHS = 16": "EPOCHS = 1", "steps=15": "steps=3", "(3, 5, 10, 20, 50)": "(2, 3)"}.items():
+        assert long in code
+        code = code.replace(long, short)
+    names = {}
+    exec(code, names)
+    assert abs(float(names["by_hand"]) - names["by_model"]) < 0.1  # means over 256 pictures of other times and noise
+    names = {path.name for path in (tmp_path / "runs/learn").iterdir()}
+    assert names >= {"data.png", "forward.png", "steps.png", "samples.png", "errors.png", "few-steps.png", "loss.png"}
+
+
 @pytest.mark.data
 @pytest.mark.once  # two minutes of compilation elsewhere; what it uses is tested on each backend
 def test_keras_howto(tmp_path, monkeypatch):

@@ -1,11 +1,40 @@
-"""What the README shows is run, so that it stays true."""
+"""What the README and the pages that it links show is run, so that it stays true."""
 
 import re
 from pathlib import Path
 
+import keras
+import numpy as np
 import pytest
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+import kdiff
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def shortened(code: str, **shorter: str) -> str:
+    for long, short in shorter.items():
+        assert long in code, long
+        code = code.replace(long, short)
+    return code
+
+
+def drawn_data() -> dict:
+    generator = np.random.default_rng(0)
+    images = generator.uniform(-1, 1, (32, 16, 16, 3)).astype("float32")
+    labels = generator.integers(0, 10, 32)
+    return {"keras": keras, "kdiff": kdiff, "images": images, "captions": ["a hat"] * 32, "labels": labels}
+
+
+def test_links():
+    """Of the README and the pages, to files that exist."""
+    for page in [ROOT / "README.md", *sorted((ROOT / "examples").glob("*.md"))]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert "://" in link or (page.parent / link).exists(), (page.name, link)
 
 
 @pytest.mark.data
@@ -19,12 +48,8 @@ def test_twenty_lines(tmp_path, monkeypatch):
         '"trailing", 100': '"trailing", 2',
         "steps=20": "steps=2",
     }
-    code = BLOCKS[0]
-    for long, short in shorter.items():
-        assert long in code
-        code = code.replace(long, short)
     names = {}
-    exec(code, names)
+    exec(shortened(blocks("README.md")[0], **shorter), names)
     assert names["threes"].shape == names["same"].shape == (16, 16, 16, 1)
     assert (tmp_path / "digits.keras").exists()
     assert (tmp_path / "schedule.png").exists()
@@ -32,58 +57,79 @@ def test_twenty_lines(tmp_path, monkeypatch):
 
 
 @pytest.mark.once  # more than a minute of compilation elsewhere; what it uses is tested on each backend
-def test_conditions_and_editing():
-    import keras
-    import numpy as np
-
-    import kdiff
-
-    generator = np.random.default_rng(0)
-    images = generator.uniform(-1, 1, (32, 16, 16, 3)).astype("float32")
-    names = {"keras": keras, "kdiff": kdiff, "np": np, "images": images, "captions": ["a hat"] * 32}
-    names["labels"] = generator.integers(0, 10, 32)
-    (conditions,) = (block for block in BLOCKS if "TextEncoder" in block)
-    (editing,) = (block for block in BLOCKS if "Inpaint(photo, mask)" in block)
-    exec(conditions.replace("model.sample(4, ", "model.sample(4, steps=2, "), names)
-    editing = editing.replace("steps=50", "steps=3").replace("length=10, repeats=5", "length=1, repeats=2")
-    editing = editing.replace(", **hat)", ", steps=2, **hat)")
-    exec(editing, names)
+def test_conditions_guidance_editing():
+    names = drawn_data()
+    (block,) = (block for block in blocks("README.md") if "Inpaint" in block)
+    block = block.replace("epochs=10", "epochs=1").replace("model.sample(4, ", "model.sample(4, steps=2, ")
+    exec(block.replace("label=9)  # and", "label=9, steps=2)  # and"), names)
+    assert names["boots"].shape == (4, 16, 16, 3)
     assert names["noise"].shape == (2, 16, 16, 3)
 
 
+@pytest.mark.data
+@pytest.mark.once  # as above
+def test_guidance_page():
+    names = drawn_data()
+    conditions, editing, latents = blocks("examples/guidance.md")
+    exec(conditions.replace("model.sample(4, ", "model.sample(4, steps=2, "), names)
+    editing = shortened(editing, **{"steps=50": "steps=3", "length=10, repeats=5": "length=1, repeats=2"})
+    exec(editing.replace(", **hat)", ", steps=2, **hat)"), names)
+    assert names["noise"].shape == (2, 16, 16, 3)
+    names["images"] = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3)).astype("uint8")
+    latents = shortened(latents, **{"(32, 64, 64)": "(4, 8, 8)", "epochs=20": "epochs=1", "epochs=50": "epochs=1"})
+    exec(latents.replace("sample(4)", "sample(4, steps=2)"), names)
+    assert names["pictures"].shape == (4, 32, 32, 3)
+
+
 @pytest.mark.once
-def test_networks():
-    (block,) = (block for block in BLOCKS if "DiT.xl" in block)
-    exec(block, {})
+def test_two_equations(tmp_path, monkeypatch):
+    """Its asserts are those of the page."""
+    pytest.importorskip("matplotlib")
+    (tmp_path / "pictures").mkdir()
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in blocks("examples/two_equations.md"):
+        exec(block, names)
+    assert {file.name for file in (tmp_path / "pictures").iterdir()} == {"schedules.png", "objectives.png"}
+
+
+@pytest.mark.once
+def test_objects():
+    networks, functional = blocks("examples/objects.md")
+    exec(networks, {})
+    names = {}
+    exec(functional, names)
+    names["model"].build((None, 28, 28, 1))
+    assert names["model"].sample(2, steps=2).shape == (2, 28, 28, 1)
 
 
 @pytest.mark.data
-@pytest.mark.once
-def test_latent_diffusion():
-    import numpy as np
-
-    import kdiff
-
-    (block,) = (block for block in BLOCKS if "AutoencoderTrainer" in block)
-    for long, short in {"(32, 64, 64)": "(4, 8, 8)", "epochs=20": "epochs=1", "epochs=50": "epochs=1"}.items():
-        assert long in block
-        block = block.replace(long, short)
-    names = {"kdiff": kdiff, "images": np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3)).astype("uint8")}
-    exec(block.replace("sample(4)", "sample(4, steps=2)"), names)
-    assert names["pictures"].shape == (4, 32, 32, 3)
+@pytest.mark.once  # as above
+@pytest.mark.parametrize("example", [0, 1])
+def test_from_keras(example, tmp_path, monkeypatch):
+    """The two that are trained from scratch, on the drawn shapes and with a small network."""
+    monkeypatch.chdir(tmp_path)
+    first, second, _ = blocks("examples/from_keras.md")
+    smaller = {"epochs=50": "epochs=1", "residual(32,": "residual(8,", "steps=20)": "steps=2)", ", download=True": ""}
+    load = {
+        '"oxford_flowers102", image_size=64, batch_size=64': '"shapes", image_size=16, batch_size=4, split="test[:8]"'
+    }
+    fit = {"epochs=800": "epochs=1", "attention(64,": "attention(8,", '"all", ': '"trailing", 2, ', ", 20, ": ", 2, "}
+    names = {}
+    first = shortened(first, **smaller, **load).replace("callbacks=[", "callbacks=[][:0] and [")
+    if example:
+        first = first[: first.index("network = ")]
+    exec(first, names)
+    if example:
+        exec(shortened(second, **fit), names)
+    assert names["pictures"].shape == (16, 16, 16, 3)
 
 
 @pytest.mark.once
 def test_objects_of_ones_own():
     """They are defined, have names, and work with the rest."""
-    import keras
-    import numpy as np
-
-    import kdiff
-
-    names = {"keras": keras, "kdiff": kdiff}
-    own = BLOCKS[[block.startswith("class Quadratic") for block in BLOCKS].index(True) :]
-    for block in own:
+    names = {}
+    for block in blocks("examples/extend.md"):
         exec(block, names)
     network = names["network"]
     model = kdiff.DiffusionModel(network, schedule="quadratic", ema=None)
