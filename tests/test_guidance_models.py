@@ -260,6 +260,16 @@ def test_identity_attention_leaves_each_position_to_itself():
 
 
 @pytest.mark.eager
+@pytest.mark.once
+def test_scales_that_change_nothing():
+    rules = {0.0: PerturbedAttention, 1.0: lambda scale: Autoguidance(MIXTURE, scale)}
+    for off, rule in rules.items():
+        assert not rule(off).active
+        assert not rule([off, off]).active
+        for on in ([off, 2.0], 0.5, off + 0.1):
+            assert rule(on).active, on
+
+
 def test_perturbed_attention_is_its_formula(model):
     x = np.random.default_rng(0).normal(size=(3, *SHAPE)).astype("float32")
     m = model.schedule.at(np.float32(1.0))

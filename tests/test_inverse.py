@@ -62,7 +62,8 @@ def test_pigdm_is_exact_on_isotropic_data(operator, schedule):
 
 
 @pytest.mark.once
-def test_pigdm_leaves_pure_noise_alone():
+@pytest.mark.parametrize("rule", [PiGDM, MomentMatching])
+def test_pure_noise_is_left_alone(rule):
     """At the end of the cosine schedule an error of the derivative is multiplied by sigma^2 / alpha = 2,000."""
     operator, y = OPERATORS[0], measured(OPERATORS[0])
     x_t = np.random.default_rng(1).normal(size=(3, *SHAPE)).astype("float32")
@@ -72,9 +73,7 @@ def test_pigdm_leaves_pure_noise_alone():
 
     for t, guided in ((1.0, False), (0.7, True)):
         m = COSINE.at(np.float32(t))
-        received = numpy(
-            in_a_run(PiGDM(operator, y, NOISE, STD), erring, x_t.shape, m)(ops.convert_to_tensor(x_t), m).x_hat
-        )
+        received = numpy(in_a_run(rule(operator, y, NOISE), erring, x_t.shape, m)(ops.convert_to_tensor(x_t), m).x_hat)
         assert np.allclose(received, numpy(erring(x_t, m)), atol=1e-6) != guided
         assert np.abs(received).max() < 10
 
