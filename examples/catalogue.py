@@ -65,7 +65,7 @@ def call(kind: type) -> str:
 def rows(base: type):
     """The lines of the table of one family."""
     solver = base is solvers.Solver
-    yield "| name | object | what it is |" + (" order | evaluations per step |" if solver else "")
+    yield "| name | object | description |" + (" order | evaluations per step |" if solver else "")
     yield "|---|---|---|" + ("---|---|" if solver else "")
     for name, kind in sorted(base.names().items()):
         if kind.__module__.startswith("kdiff."):

@@ -1,7 +1,7 @@
 """Pictures from batches of images: grids, PNG files, animated GIFs, and a plot of the loss.
 
 A batch of images has the shape `(count, height, width, channels)`, with 1, 3 or 4 channels, and values in [-1, 1]
-(values outside, as of noisy samples, are clipped) or uint8. A picture is a uint8 array `(height, width, channels)`.
+(values outside, as in noisy samples, are clipped) or uint8. A picture is a uint8 array `(height, width, channels)`.
 """
 
 import contextlib

@@ -10,17 +10,17 @@ __all__ = ["Patchify", "Unpatchify"]
 
 
 class Patchify(Block):
-    """Each patch of size x size pixels as one vector: `y = W patch + b`, a convolution whose stride is its size.
+    """Patch embedding: `y = W patch + b` for each patch of size x size pixels, a convolution with stride `size`.
 
     Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021), equation 1, without positions. A patch is read row by
-    row, the channels of a pixel together, so the kernel of the equal convolution, (size, size, channels, width), is `W`
-    reshaped. A sequence (batch, length, channels) has patches of `size` elements, a volume (batch, depth, height,
-    width, channels) of size x size x size.
+    row, the channels of a pixel together, so `W` is the kernel of the equivalent convolution, (size, size, channels,
+    width), reshaped. A sequence (batch, length, channels) has patches of `size` elements, a volume (batch, depth,
+    height, width, channels) of size x size x size.
 
     Args:
-        size: of a patch, which must divide height and width.
+        size: the side of a patch, which must divide height and width.
         width: the channels of the output.
-        bias: whether `b` is there.
+        bias: whether `b` is present.
 
     Raises:
         ValueError: if `size` does not divide the height or width.
@@ -52,15 +52,15 @@ class Patchify(Block):
 
 
 class Unpatchify(Block):
-    """Each vector of a map as a patch of size x size pixels: the inverse of `Patchify`, with weights of its own.
+    """The linear decoder from each vector of a map to a patch of size x size pixels.
 
-    Peebles & Xie, "Scalable Diffusion Models with Transformers" (2022), section 3.2: the linear decoder. The dense
-    layer gives the pixels of a patch row by row, the channels of a pixel together.
+    Peebles & Xie, "Scalable Diffusion Models with Transformers" (2022), section 3.2. The layout of a patch is that of
+    `Patchify`: row by row, the channels of a pixel together.
 
     Args:
-        size: of a patch.
+        size: the side of a patch.
         channels: of the image.
-        zero: whether the dense layer is zero at first.
+        zero: whether the dense layer is initialised to zero.
     """
 
     def __init__(self, size: int, channels: int, zero: bool = False, **kwargs):
@@ -126,6 +126,6 @@ def _check(block, shape):
     _check_rank(block, shape)
     if any(length is not None and length % block.size for length in shape[1:-1]):
         raise ValueError(
-            f"{type(block).__name__}: `size`, {block.size}, must divide {tuple(shape[1:-1])}, the size of `x`; "
+            f"{type(block).__name__}: `size`, {block.size}, must divide the size of `x`, {tuple(shape[1:-1])}; "
             f"received the shape: {tuple(shape)}"
         )

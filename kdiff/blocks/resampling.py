@@ -1,4 +1,4 @@
-"""Half and twice the size of a map, (batch, height, width, channels), or with one or three axes in their place."""
+"""Downsampling and upsampling by 2 of a map, (batch, height, width, channels), or with one or three spatial axes."""
 
 from collections.abc import Sequence
 
@@ -14,14 +14,14 @@ __all__ = ["INTERPOLATIONS", "Downsample", "FIRDownsample", "FIRUpsample", "Upsa
 
 
 class Downsample(Block):
-    """Half the height and half the width.
+    """Halves the height and the width.
 
     Args:
         mode: "convolution", 3x3 with stride 2 (Ho et al., 2020), or the "average" or "max" of each 2x2 square.
-        width: the channels of the output; None keeps those of the input. After "average" and "max" a 1x1 convolution
-            makes them, where they differ.
-        padding: of the 3x3 convolution: "same" for one row of zeros below and one column on the right (Ho et al.,
-            2020), "symmetric" for one on each side (ADM, Stable Diffusion). Of no effect on the other modes.
+        width: the channels of the output; None keeps those of the input. After "average" and "max", a 1x1 convolution
+            follows if they differ.
+        padding: of the 3x3 convolution: "same" for one row of zeros at the bottom and one column on the right (Ho et
+            al., 2020), "symmetric" for one on each side (ADM, Stable Diffusion). No effect in the other modes.
 
     Raises:
         ValueError: if height or width is odd.
@@ -38,7 +38,7 @@ class Downsample(Block):
         self.padding = padding
 
     def build(self, x_shape):
-        """Builds the convolution, if there is one."""
+        """Builds the convolution, if any."""
         check_map(self, x_shape)
         if self.mode == "convolution":
             padding = "same" if self.padding == "same" else "valid"
@@ -52,7 +52,7 @@ class Downsample(Block):
         if self.mode != "convolution":
             x = {"average": backend.average_pool, "max": backend.max_pool}[self.mode](x)
         elif self.padding == "symmetric":
-            x = _padded(x, 1, 0)  # of an even size, stride 2 never reaches the zeros at the other side
+            x = _padded(x, 1, 0)  # with an even size, stride 2 never reaches zeros on the other side
         return x if self.convolution is None else self.convolution(x)
 
     def compute_output_shape(self, x_shape, embed_shape=None, context_shape=None):
@@ -61,15 +61,14 @@ class Downsample(Block):
 
 
 class Upsample(Block):
-    """Twice the height and twice the width.
+    """Doubles the height and the width.
 
     Args:
-        mode: "nearest" or "bilinear" interpolation, "aligned" for a bilinear one in which the corner pixels keep their
-            values (PyTorch's `align_corners`), or a "transposed" convolution, 4x4 with stride 2.
+        mode: "nearest" or "bilinear" interpolation, "aligned" for bilinear interpolation in which the corner pixels
+            keep their values (PyTorch's `align_corners`), or a "transposed" convolution, 4x4 with stride 2.
         width: the channels of the output; None keeps those of the input.
         convolution: whether a 3x3 convolution follows the interpolation (Odena et al., "Deconvolution and Checkerboard
-            Artifacts", 2016). Without it a 1x1 convolution makes another width, where one is asked for. Of no effect on
-            "transposed".
+            Artifacts", 2016). Without it, a 1x1 convolution follows if `width` differs. No effect on "transposed".
     """
 
     def __init__(self, mode: str = "nearest", width: int | None = None, convolution: bool = True, **kwargs):
@@ -82,7 +81,7 @@ class Upsample(Block):
         self.convolution = convolution
 
     def build(self, x_shape):
-        """Builds the convolution, if there is one."""
+        """Builds the convolution, if any."""
         check_map(self, x_shape)
         if self.mode == "transposed":
             self.last = _convolution(self, x_shape, 4, _TRANSPOSED[len(x_shape)], strides=2)
@@ -103,7 +102,7 @@ class Upsample(Block):
         return _twice(x_shape, self.width)
 
 
-# By the rank of what they take.
+# By the rank of their input.
 _TRANSPOSED = {3: keras.layers.Conv1DTranspose, 4: keras.layers.Conv2DTranspose, 5: keras.layers.Conv3DTranspose}
 
 
@@ -119,7 +118,7 @@ def upsample_aligned(x):
 
 
 def _hats(size):
-    """The weights of the pixels, (2 size, size)."""
+    """The weights of the pixels, (2 size, size), piecewise linear."""
     place, pixel = (ops.cast(ops.arange(count), "float32") for count in (2 * size, size))
     place = place * ops.cast((size - 1) / (2 * size - 1), "float32")
     return ops.relu(1 - ops.abs(place[:, None] - pixel))
@@ -133,13 +132,13 @@ INTERPOLATIONS = {
 
 
 class _FIR(Block):
-    """A fixed filter, the outer product of `taps` with themselves divided by their sum, on each channel alone."""
+    """A fixed filter, the outer product of `taps` with themselves, each divided by its sum, applied per channel."""
 
     def __init__(self, taps: Sequence[float] = (1, 3, 3, 1), **kwargs):
         super().__init__(**kwargs)
         if len(taps) < 2 or not sum(taps):
             raise ValueError(
-                f"{type(self).__name__}: `taps` must be two numbers or more that do not add up to 0; received: {taps!r}"
+                f"{type(self).__name__}: `taps` must be at least two numbers with a nonzero sum; received: {taps!r}"
             )
         self.taps = tuple(taps)
 
@@ -153,17 +152,16 @@ class _FIR(Block):
 
 
 class FIRDownsample(_FIR):
-    """Half the height and half the width, each channel low-pass filtered before.
+    """Halves the height and the width after a low-pass filter on each channel.
 
     Zhang, "Making Convolutional Networks Shift-Invariant Again" (2019), section 3.2; Karras et al., "Analyzing and
     Improving the Image Quality of StyleGAN" (2020), appendix B; in diffusion models Song et al. (NCSN++, 2021),
     appendix H.
 
     Args:
-        taps: of the filter along height and along width, divided by their sum. (1, 1) gives averages of 2x2 squares.
+        taps: of the filter along height and along width, divided by their sum. (1, 1) averages 2x2 squares.
         width: the channels of the output of the convolution; None keeps those of the input.
-        convolution: whether a 3x3 convolution takes every second pixel of what is filtered; without it there are no
-            weights.
+        convolution: whether a 3x3 convolution with stride 2 follows the filter; without it there are no weights.
 
     Raises:
         ValueError: if height or width is odd, or `width` is given without `convolution`.
@@ -185,7 +183,7 @@ class FIRDownsample(_FIR):
         self.convolution = convolution
 
     def build(self, x_shape):
-        """Builds the convolution, if there is one."""
+        """Builds the convolution, if any."""
         check_map(self, x_shape)
         self.last = _convolution(self, x_shape, 3, strides=2, padding="valid") if self.convolution else None
 
@@ -203,12 +201,13 @@ class FIRDownsample(_FIR):
 
 
 class FIRUpsample(_FIR):
-    """Twice the height and twice the width: zeros between the pixels, then each channel low-pass filtered.
+    """Doubles the height and the width: zeros are inserted between the pixels, then each channel is filtered.
 
-    The transpose, times four, of `FIRDownsample`, whose references hold here too. It has no weights.
+    The transpose of `FIRDownsample` (see its references), times four. It has no weights.
 
     Args:
-        taps: of the filter along height and along width, divided by their sum. (1, 1) gives 2x2 squares of one value.
+        taps: of the filter along height and along width, divided by their sum. (1, 1) repeats each pixel in a 2x2
+            square.
     """
 
     def call(self, x, embed=None, context=None, training=None):
@@ -242,7 +241,7 @@ def _check_even(block, shape):
 
 
 def _padded(x, before, after):
-    """Zeros around the map, unless it is closed."""
+    """Pads the map with zeros, unless it is periodic."""
     axes = len(x.shape) - 2
     return circular_padding.padded(x, [before] * axes, [after] * axes)
 
@@ -254,5 +253,5 @@ def _widens(block, x_shape):
 def _convolution(block, x_shape, kernel_size, layer=Conv2D, **options):
     options = {"kernel_initializer": kernel_initializer(), "dtype": block.dtype_policy, "padding": "same", **options}
     made = layer(block.width or x_shape[-1], kernel_size, **options)
-    made.build((*[None] * (len(x_shape) - 1), x_shape[-1]))  # a map that is padded first may be smaller than the kernel
+    made.build((*[None] * (len(x_shape) - 1), x_shape[-1]))  # the map before padding may be smaller than the kernel
     return made

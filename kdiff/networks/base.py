@@ -213,7 +213,7 @@ class Network(ConfigurableLayer, keras.Model):
         ):
             raise ValueError(
                 f"{type(self).__name__}: some conditions give tokens, but no layer attends to them: use "
-                "blocks with attention to a context, such as `TransformerBlock`, or give a vector, as of "
+                "blocks with attention to a context, such as `TransformerBlock`, or return a vector, as in "
                 "`TextEncoder(pooled=True)`"
             )
 
