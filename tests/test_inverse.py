@@ -314,7 +314,7 @@ def test_noise_between_noises():
     # Equal on the arc, but for `a` and `b` of different length.
     np.testing.assert_allclose(angles, np.mean(angles), rtol=0.1)
     np.testing.assert_allclose(kdiff.random.slerp(a, a, [0.3])[0], a, atol=1e-6)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="the same shape"):
         kdiff.random.slerp(a, b[0], [0.5])
 
 

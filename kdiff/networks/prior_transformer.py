@@ -127,7 +127,7 @@ class PriorTransformer(Network):
             raise ValueError(f"PriorTransformer: conditions must return tokens or vectors; {found} return maps")
 
     def _check_attended(self, context):
-        """Always satisfied: the tokens are part of the sequence that attends to itself."""
+        """Checks instead that the blocks are causal, as the tokens are part of the sequence."""
         layers = [layer for block in self.blocks for layer in block._flatten_layers()]
         later = [one.pattern for one in layers if isinstance(one, MultiHeadAttention) and one.pattern != Causal()]
         if later:

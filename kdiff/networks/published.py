@@ -69,12 +69,12 @@ __all__ = [
 
 
 def ddpm_cifar10(width: int = 128, levels: int = 4, **options: Any) -> UNet:
-    """DDPM for 32x32 images: widths 128, 256, 256, 256, attention at 16x16, dropout 0.1. `time` is 0 ... 999."""
+    """DDPM for 32x32: widths 128, 256, 256, 256, attention at 16x16, dropout 0.1. `time` is 0 ... 999."""
     return _ddpm(width, levels, (1, 2, 2, 2), (1,), 0.1, **options)
 
 
 def ddpm_256(width: int = 128, levels: int = 6, **options: Any) -> UNet:
-    """DDPM for 256x256 images: widths 128, 128, 256, 256, 512, 512, attention at 16x16. `time` is 0 ... 999."""
+    """DDPM for 256x256: widths 128, 128, 256, 256, 512, 512, attention at 16x16, no dropout. `time` is 0 ... 999."""
     return _ddpm(width, levels, (1, 1, 2, 2, 4, 4), (4,), 0.0, **options)
 
 
