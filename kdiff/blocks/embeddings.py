@@ -17,6 +17,7 @@ from kdiff.blocks.layers import Dense
 
 __all__ = [
     "FourierEmbedding",
+    "GuidanceEmbedding",
     "MLPEmbedding",
     "SinusoidalEmbedding",
     "SizeWaves",
