@@ -53,8 +53,7 @@ def add(model: keras.layers.Layer, token: str, like: str, vectors: int = 1) -> N
 
 
 def extend(model: keras.layers.Layer, token: str, rows: list[np.ndarray | None]) -> None:
-    """Adds a token with these vectors, (count, width) for each encoder; None leaves an encoder and its tokenizer
-    unchanged.
+    """Adds a token with the vectors `rows`, (count, width) per encoder; None leaves an encoder unchanged.
 
     Raises:
         ValueError: if the model has no such text condition, or another token is being trained; if the token exists; if

@@ -22,8 +22,7 @@ __all__ = ["AdaptiveNorm", "GroupNorm", "LayerNorm", "RMSNorm", "SpatialNorm"]
 
 
 class GroupNorm(Block):
-    """Group normalisation, over each group of channels of each example: `gamma (x - mean) / sqrt(var + epsilon) +
-    beta`.
+    """Group normalisation, over each group of channels: `gamma (x - mean) / sqrt(var + epsilon) + beta`.
 
     Wu & He, "Group Normalization" (2018), equations 1, 2 and 7. The default epsilon is PyTorch's, not Keras'.
 

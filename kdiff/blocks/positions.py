@@ -14,14 +14,13 @@ __all__ = ["PositionTable", "RelativePositions", "Rotary", "SinCos2D"]
 
 
 class SinCos2D(Block):
-    """Sinusoidal position encoding of column and row: `x + [sin(f u), cos(f u), sin(f v), cos(f v)]`, u the column and
-    v the row.
+    """Sinusoidal position encoding of column and row: `x + [sin(f u), cos(f u), sin(f v), cos(f v)]`.
 
-    Each part has a quarter of the channels, with `f_i = max_period^(-i / quarter)`, i = 0 ... quarter - 1: the order of
-    He et al., "Masked Autoencoders Are Scalable Vision Learners" (2022), and of Peebles & Xie, "Scalable Diffusion
-    Models with Transformers" (2022), in which columns come first. With a `base_size` the map spans 0 ... base_size in
-    either direction, whatever its size: `u = column * base_size / width / interpolation_scale`. A series or a volume
-    has one part per axis, the last axis first.
+    With u the column and v the row, each part has a quarter of the channels, and `f_i = max_period^(-i / quarter)`, i =
+    0 ... quarter - 1: the order of He et al., "Masked Autoencoders Are Scalable Vision Learners" (2022), and of Peebles
+    & Xie, "Scalable Diffusion Models with Transformers" (2022), in which columns come first. With a `base_size` the map
+    spans 0 ... base_size in either direction, whatever its size: `u = column * base_size / width /
+    interpolation_scale`. A series or a volume has one part per axis, the last axis first.
 
     Args:
         max_period: the period, divided by 2 pi, of the lowest frequency.

@@ -14,8 +14,7 @@ __all__ = ["Encoder", "ratio_of"]
 
 
 class Encoder(ConfigurableLayer, keras.Model):
-    """A transformer on tokens: `block_depth(... block_1(x))`. A subclass defines the embedding of the input, and the
-    output.
+    """A transformer on tokens: `block_depth(... block_1(x))`. A subclass defines its input and output.
 
     Args:
         width: the width of a token.

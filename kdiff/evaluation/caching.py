@@ -20,8 +20,7 @@ _MODULUS = 2**256
 
 
 def fingerprint(examples: Any) -> str:
-    """A hash of the examples that does not depend on their order: the sum of the SHA-256 of each, modulo 2^256, and
-    their number.
+    """A hash of the examples in any order: the sum of the SHA-256 of each, modulo 2^256, and their number.
 
     Args:
         examples: an array, or an iterable of batches.

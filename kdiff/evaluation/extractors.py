@@ -216,6 +216,11 @@ def dinov2(folder: str | os.PathLike, size: int = 224, batch_size: int = 64) -> 
     Stein et al., "Exposing flaws of generative model evaluation metrics and their unfair treatment of diffusion models"
     (2023): ViT-L/14 at 224 pixels, with bicubic resizing.
 
+    Args:
+        folder: of the weights.
+        size: the side of the resized images, in pixels.
+        batch_size: the number of images per call of the network.
+
     Raises:
         ImportError: if `keras-hub` is missing (the extra `hub`).
         ValueError: if the folder does not exist.

@@ -76,8 +76,7 @@ class _Moments:
 
 
 class FrechetDistance(FeatureMetric):
-    """FD = |m - r|^2 + tr(S + R - 2 (R^1/2 S R^1/2)^1/2): m, S are the mean and covariance of samples, r, R of real
-    ones.
+    """FD = |m - r|^2 + tr(S + R - 2 (R^1/2 S R^1/2)^1/2): mean m, covariance S of samples, r, R of real ones.
 
     Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium" (2017), equation
     6: the FID if the features are `InceptionFID`'s, and FD-DINOv2 if they are DINOv2's (Stein et al. 2023).

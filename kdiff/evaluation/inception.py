@@ -126,8 +126,7 @@ class _Builder:
 
 
 def inception(source: str | os.PathLike | Mapping[str, Any] | None = None) -> keras.Model:
-    """The network from images (batch, height, width, 3), in [-1, 1], to "pool", (batch, 2048), and "logits", (batch,
-    1008).
+    """The network: images (batch, height, width, 3), in [-1, 1], to "pool", (batch, 2048), and "logits", (batch, 1008).
 
     The logits have no bias, as in the definition of the inception score.
 
@@ -162,8 +161,7 @@ def inception(source: str | os.PathLike | Mapping[str, Any] | None = None) -> ke
 
 
 class InceptionFID(Extractor):
-    """The features of the FID: images resized to 299 pixels as in clean-fid, (x - 128) / 128, and the last 2048
-    averages.
+    """The features of the FID: images resized to 299 pixels as in clean-fid, (x - 128) / 128, then pool3 (2048).
 
     Heusel et al. (2017). Only these features define the FID. Nothing is downloaded.
 

@@ -30,8 +30,9 @@ class NearlyZeroSNR(AlphaBarTable):
 
 
 class _Sampled(BetaTable):
-    """A table from f, which decreases in u: beta_i = 1 - f((i + 1) / T) / f(i / T), at most 0.999, so that alpha_bar is
-    proportional to f.
+    """A table from f, which decreases in u: beta_i = 1 - f((i + 1) / T) / f(i / T), at most 0.999.
+
+    Thus alpha_bar is proportional to f, except where the bound applies.
 
     Args:
         num_steps: the number of steps T.

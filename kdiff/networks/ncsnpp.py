@@ -51,8 +51,7 @@ class InputSkip(ConfigurableLayer, keras.layers.Layer):
 
 
 class InputResidual(ConfigurableLayer, keras.layers.Layer):
-    """Adds a downsampled residual stream after a downsampling, and passes the sum on: `image = x = (x + down(image)) /
-    c`.
+    """Adds a downsampled residual stream, and passes the sum on: `image = x = (x + down(image)) / c`.
 
     Args:
         downsample: a layer that halves the size, with an argument `width`, which is set to the channels of `x`; None is
