@@ -129,9 +129,12 @@ def main() -> None:
     model = keras.saving.load_model(options.model) if options.model else train(options, prompts)
     measure(model, options.test, options.out)
 
-    images = model.sample(4 * len(prompts), text=np.repeat(prompts, 4), seed=1)
-    pictures.save_png(options.out / "prompts.png", images, 4, captions=list(np.repeat(prompts, 4)))
-    print(f"In {options.out.resolve()}: prompts.png, held-out.png" + ("" if options.model else ", model.keras"))
+    captions = list(np.repeat(prompts, 4))
+    steps = [step.x for step in model.sample_steps(len(captions), text=captions, seed=1)]
+    pictures.save_gif(options.out / "prompts.gif", steps, 4, fps=8, captions=captions)
+    pictures.save_png(options.out / "prompts.png", steps[-1], 4, captions=captions)
+    names = ["prompts.png", "prompts.gif", "held-out.png", *([] if options.model else ["model.keras"])]
+    print(f"In {options.out.resolve()}: {', '.join(names)}")
 
 
 if __name__ == "__main__":

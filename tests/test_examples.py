@@ -153,6 +153,7 @@ def test_text_to_image(run, tmp_path):
     assert "the right colours" in run("text_to_image.py", "a small blue triangle", *first, shorter=fewer)
     again = ("--model", str(tmp_path / "model.keras"))
     assert "prompts.png" in run("text_to_image.py", *again, *first, shorter=fewer)
+    assert (tmp_path / "prompts.gif").stat().st_size > 1_000
 
 
 @pytest.mark.once  # minutes of compilation elsewhere; what it uses is tested on each backend
