@@ -1,15 +1,15 @@
-"""Denoisers: what a sampling run asks, and what it is answered.
+"""Denoisers: the interface between solvers, guidance and networks in a sampling run.
 
     estimate = denoise(x, m)             x at the marginal m -> Estimate(x_hat, share, memory)
 
-A solver asks about a noisy batch, a guidance asks for it under other conditions, a network answers. All of them meet
-here, in two values:
+A solver calls a denoiser for a noisy batch, guidance calls it under several conditions, and a network implements it.
+All of them exchange two values:
 
-    Given       what is known of the samples: their conditions, and what each guidance holds and remembers of them
-    Estimate    what is answered: the data, how large the variance of a step is, and what is to be remembered
+    Given       the inputs known for the samples: conditions, and the arrays and the memory of each guidance
+    Estimate    the result: the estimate of the data, a learned variance, and the new memory of each guidance
 
-Both are nests of tensors with one row a sample. To ask several questions in one batch is therefore to repeat the rows
-of the one (`Denoiser.batched`) and to split those of the other.
+Both are nested structures of tensors with one row per sample. Several conditions can therefore be evaluated in one
+batch by repeating the rows of `Given` and splitting those of `Estimate` (`Denoiser.batched`).
 """
 
 import functools
@@ -23,17 +23,17 @@ from kdiff.schedules import Marginal
 
 __all__ = ["INTERVAL", "Denoise", "Denoiser", "Estimate", "Given", "interval"]
 
-INTERVAL = "interval"  # the input by which a network is told where its answer is to lead; see `Denoiser.jump`
+INTERVAL = "interval"  # the network input with the distance to the target noise level; see `Denoiser.jump`
 
 
 class Estimate(NamedTuple):
-    """The answer to a question.
+    """The result of a denoiser.
 
     Attributes:
-        x_hat: the estimate of the data, of the shape of the batch asked about.
-        share: where the variance of a step lies between its bounds (`predictions.LearnedVariance`), of the same shape;
-            None if that is not learned.
-        memory: what each guidance on the way remembers, the innermost first, one row a sample.
+        x_hat: the estimate of the data, with the shape of the noisy batch.
+        share: the interpolation of the variance of a step between its bounds (`predictions.LearnedVariance`), with the
+            same shape; None if it is not learned.
+        memory: the memory of each guidance, the innermost first, with one row per sample.
     """
 
     x_hat: Any
@@ -41,22 +41,22 @@ class Estimate(NamedTuple):
     memory: tuple = ()
 
     def guided(self, x_hat, remember: Any = ()) -> Self:
-        """The answer of a guidance that was given this one.
+        """The result of a guidance that modifies this estimate.
 
         Args:
-            x_hat: what it makes of `x_hat`.
-            remember: what it is to be told the next time, a nest of tensors with one row a sample.
+            x_hat: the guided estimate of the data.
+            remember: the memory of the guidance for its next call, a nested structure with one row per sample.
         """
         return Estimate(x_hat, self.share, (*self.memory, remember))
 
 
 class Given(NamedTuple):
-    """What is known of the samples of a batch: nests of tensors with one row a sample.
+    """The inputs known for the samples of a batch: nested structures of tensors with one row per sample.
 
     Attributes:
-        conditions: those of the network, by name.
-        rows: of each guidance, its arrays, by name, the innermost first.
-        memory: of each guidance, what it remembers.
+        conditions: the conditions of the network, by name.
+        rows: the arrays of each guidance, by name, the innermost guidance first.
+        memory: the memory of each guidance, in the same order.
     """
 
     conditions: Mapping[str, Any] = {}
@@ -68,23 +68,23 @@ Denoise = Callable[[Any, Marginal], Estimate]
 
 
 def interval(now: Marginal, then: Marginal | None = None):
-    """How far it is from one noise level to a lower one, or to data: u_now - u_then, tan(u) = sigma / alpha.
+    """The distance from one noise level to a lower one, or to data: u_now - u_then, with tan(u) = sigma / alpha.
 
-    It is the same on every schedule, in [0, pi / 2], and 0 where the two are one.
+    It does not depend on the schedule, is in [0, pi / 2], and is 0 if the two noise levels are equal.
     """
     u = ops.arctan2(now.sigma, now.alpha)
     return u if then is None else u - ops.arctan2(then.sigma, then.alpha)
 
 
 class Denoiser(functools.partial):
-    """estimate = denoise(x, m): x a noisy batch `(batch, ...)`, at the marginal m, of fields `()` or `(batch,)`.
+    """estimate = denoise(x, m), for a noisy batch x `(batch, ...)` at the marginal m, with fields `()` or `(batch,)`.
 
-    It is the function `answer` with its first argument filled in, what is given.
+    It is the function `answer` with its first argument bound to `given`.
 
     Args:
-        answer: `answer(given, x, m)` gives the `Estimate`.
-        given: what is known of the samples.
-        nulls: the row that stands for no condition, by the name of each condition that has one.
+        answer: a function `answer(given, x, m)` that returns the `Estimate`.
+        given: the inputs known for the samples.
+        nulls: the row of the null condition, by the name of each condition that has one.
     """
 
     def __new__(
@@ -101,7 +101,7 @@ class Denoiser(functools.partial):
 
     @classmethod
     def of(cls, denoise: Any) -> Self:
-        """The denoiser itself, or a plain function `x_hat = denoise(x, m)` as one without conditions."""
+        """The denoiser itself, or a function `x_hat = denoise(x, m)` as a denoiser without conditions."""
         return denoise if isinstance(denoise, Denoiser) else cls(lambda given, x, m: Estimate(denoise(x, m)))
 
     @property
@@ -110,14 +110,14 @@ class Denoiser(functools.partial):
         return self.given.conditions
 
     def batched(self, x, m: Marginal, *conditions: Mapping[str, Any]) -> list[Estimate]:
-        """The estimates under each of these conditions, asked in one batch.
+        """The estimates under each of these conditions, computed in one batch.
 
         Raises:
-            ValueError: if one has conditions that another has not.
+            ValueError: if they do not all have the same names.
         """
         count = len(conditions)
         if alone := {name for some in conditions for name in some.keys() ^ conditions[0].keys()}:
-            raise ValueError(f"Guidance: {sorted(alone)} must be given to all questions of a batch, or to none")
+            raise ValueError(f"Guidance: {sorted(alone)} must be given in all sets of conditions, or in none")
 
         def repeated(rows):
             return ops.concatenate([rows] * count)
@@ -133,33 +133,30 @@ class Denoiser(functools.partial):
         return [Estimate(*parts) for parts in zip(ops.split(estimate.x_hat, count), share, memories, strict=True)]
 
     def jump(self, x, now: Marginal, then: Marginal) -> Estimate:
-        """The answer that leads from `now` to `then`, lower, in one step, if the network knows one.
+        """The estimate that leads from `now` to the lower noise level `then` in one step, for a flow map network.
 
-        A network that has an input "interval" (`blocks.Interval`) is told how far it is to go, and its x_hat is the one
-        with which DDIM's step ends where the probability flow leads,
+        A network with an input "interval" (`blocks.Interval`) receives the distance, and returns the x_hat with which
+        the step of DDIM ends on the trajectory of the probability flow:
 
             x_then = (sigma_then / sigma_now) x_now + alpha_then (1 - e^{l_now - l_then}) x_hat,   l = log(alpha/sigma).
 
-        With `then` = `now` it is the mean of the data, what `denoise(x, now)` asks for, and with `then` = 0 the data
-        itself, a consistency function. Any other network answers as to `denoise(x, now)`.
+        For `then` = `now` this x_hat is the posterior mean of the data, as in `denoise(x, now)`, and for `then` at
+        data it is the endpoint of the trajectory, as in a consistency model. For any other network the result is that
+        of `denoise(x, now)`.
 
         Args:
             x: the noisy batch, with shape `(batch, ...)`.
-            now: the marginal that it is at; fields of shape `()` or `(batch,)`.
-            then: the marginal to go to.
+            now: the marginal of `x`, with fields of shape `()` or `(batch,)`.
+            then: the marginal to step to.
         """
         rows = ops.broadcast_to(interval(now, then), ops.shape(x)[:1])
         given = self.given._replace(conditions={**self.given.conditions, INTERVAL: rows})
         return self.answer(given, x, now)
 
-    each = deprecated.member("each", "batched")
-    linearised = deprecated.member("linearised", "vjp")
-    without = deprecated.member("without", "unconditional")
-
     def vjp(self, x, m: Marginal, often: bool = False) -> tuple[Estimate, Callable]:
-        """(estimate, pull): `pull(v)`, of the shape of `x`, is (d x_hat / d x)^T v. No gradient flows through it.
+        """(estimate, pull), where `pull(v)` is the vector-Jacobian product (d x_hat / d x)^T v, with the shape of `x`.
 
-        It is to be called once, unless `often`.
+        No gradient flows through it. `pull` may be called only once, unless `often` is true.
         """
 
         def parts(x):
@@ -172,25 +169,29 @@ class Denoiser(functools.partial):
     def unconditional(
         self, names: Sequence[str] | None = None, instead: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """The conditions without some of them: their null rows in their place.
+        """The conditions, with some of them replaced by their null rows, as in classifier-free guidance.
 
         Args:
-            names: which; None for all that have a null.
-            instead: other values, one row a sample, for some of them.
+            names: the conditions to replace; None: all that have a null row.
+            instead: other values for some of them, with one row per sample, such as a negative prompt.
 
         Raises:
-            ValueError: if one of `names` has no null, or nothing has.
+            ValueError: if one of `names` has no null row, or no condition has one.
         """
         names, instead = self.nulls if names is None else names, instead or {}
         unknown = [name for name in names if name not in self.nulls and name not in instead]
         if unknown or not (names or instead):
             raise ValueError(
-                f"Guidance: the conditions {unknown or list(self.conditions)} cannot be left out, for nothing stands "
-                f"for none of them: give their layers a `dropout` above 0, such as LabelEmbedding(10, dropout=0.1). "
-                f"Those that can: {sorted(self.nulls)}"
+                f"Guidance: the conditions {unknown or list(self.conditions)} cannot be left out, because they have no "
+                f"null row: give their layers a `dropout` above 0, such as LabelEmbedding(10, dropout=0.1). "
+                f"Conditions that can be left out: {sorted(self.nulls)}"
             )
         nulls = {name: _rows_like(self.nulls[name], self.conditions[name]) for name in names if name not in instead}
         return {**self.conditions, **nulls, **instead}
+
+    each = deprecated.member("each", "batched")
+    linearised = deprecated.member("linearised", "vjp")
+    without = deprecated.member("without", "unconditional")
 
 
 def _rows_like(row, rows):

@@ -223,7 +223,7 @@ def test_errors():
         sample(model, edges=np.float32([[[0, 1, 255]]]))
     with pytest.raises(ValueError, match=r"`edges_scale` must be one number, or 5, one per map"):
         sample(model, edges=EDGES[0], edges_scale=np.ones((2, 3), "float32"))
-    with pytest.raises(ValueError, match=r"\['edges_scale'\] must be given to all questions of a batch"):
+    with pytest.raises(ValueError, match=r"\['edges_scale'\] must be given in all sets of conditions"):
         sample(model, edges=EDGES[0], guidance=ClassifierFree(2.0, negative={"edges_scale": 0.0, "text": TEXT[1]}))
     model.compile("adam")
     with pytest.raises(ValueError, match=r"training needs at least one of the pictures \['edges'\]"):

@@ -33,11 +33,11 @@ def test_parts():
 
 @pytest.mark.once
 def test_errors():
-    with pytest.raises(ValueError, match="one number or more"):
+    with pytest.raises(ValueError, match="at least one entry"):
         Sections([])
     with pytest.raises(ValueError, match="`counts` must be a whole number of at least 1; received: 0"):
         Sections([3, 0])
-    with pytest.raises(ValueError, match="`steps` must be 5, as `counts` say; received: 4"):
+    with pytest.raises(ValueError, match="`steps` must be 5, the sum of `counts`; received: 4"):
         Sections([3, 2])(TABLE, 4)
     with pytest.raises(ValueError, match="part 1 has 5 steps; received a count of 6"):
         Sections([3, 6])(schedules.CosineBeta(10), 9)

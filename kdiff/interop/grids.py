@@ -5,7 +5,7 @@ from keras import ops
 
 from kdiff.schedules import NoiseSchedule
 from kdiff.times import BetaQuantile, FlowShift, Karras, TimeGrid, Trailing
-from kdiff.times.grids import _Sigmas
+from kdiff.times.noise_grids import _Sigmas
 
 __all__ = [
     "HAIR",

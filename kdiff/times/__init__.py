@@ -1,28 +1,24 @@
-"""Times: which t a network is trained at, which it is sampled at, and how it is told.
+"""Times: those of training, those of sampling, and the time input of the network.
 
-TimeSampler   (schedule, batch, key) -> t        random times for a training batch, float32, shape `(batch,)`
-TimeGrid      (schedule, steps) -> t             the times of a sampling run, float64, decreasing (but for `Jumps`) to 0
-TimeLabel     (schedule, marginal) -> label      what the network sees as time
+TimeSampler   (schedule, batch, key) -> t     random times for a training batch, float32, shape `(batch,)`
+TimeGrid      (schedule, steps) -> t          the times of a sampling run, float64, decreasing (except `Jumps`) to 0
+TimeLabel     (schedule, marginal) -> label   the time input of the network
 """
 
 from kdiff.times.grids import (
     All,
     BetaQuantile,
-    Exponential,
     FlowShift,
-    Karras,
     Leading,
     Linspace,
-    Polyexponential,
     Rounded,
-    Sigmas,
     TimeGrid,
     Times,
     Trailing,
-    UniformLogSNR,
 )
 from kdiff.times.jumps import Jumps
 from kdiff.times.labels import Index, LogSNR, RoundedLabel, Scaled, TimeLabel
+from kdiff.times.noise_grids import Exponential, Karras, Polyexponential, Sigmas, UniformLogSNR
 from kdiff.times.samplers import (
     Antithetic,
     Discrete,

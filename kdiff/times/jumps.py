@@ -1,4 +1,4 @@
-"""A grid that goes back to more noise, and down again."""
+"""A grid that returns to higher noise levels, as in RePaint."""
 
 import numpy as np
 
@@ -10,20 +10,20 @@ __all__ = ["Jumps"]
 
 
 class Jumps(TimeGrid):
-    """Another grid, of which every `length` steps are made `repeats` times.
+    """Another grid, in which each segment of `length` steps is repeated `repeats` times (RePaint's resampling).
 
-    After `length` steps noise is added, which asks nothing of the network, and the steps are made again:
+    After `length` steps, noise is added by the forward process, without a call of the network, and they are repeated:
 
         x_now = r x_then + sqrt(sigma_now^2 - r^2 sigma_then^2) noise,    r = alpha_now / alpha_then.
 
-    So what is drawn comes into harmony with what is given (RePaint, Lugmayr et al. 2022, arXiv:2201.09865, section
-    4.2), or errors are forgotten. The pieces are counted from the clean end; what is left over at the noisy one is made
-    once.
+    This harmonises the generated region with the known one in inpainting (Lugmayr et al. 2022, arXiv:2201.09865,
+    section 4.2), and corrects errors of earlier steps. Segments are counted from the clean end; the remaining steps at
+    the noisy end are made once.
 
     Args:
-        grid: a `TimeGrid` or its name; its steps are those that a run counts.
-        length: of a piece, in steps.
-        repeats: how often each is made; 1 is the grid itself.
+        grid: a `TimeGrid` or its name, which receives the number of steps of the run.
+        length: the length of a segment, in steps.
+        repeats: how many times each segment is made; 1 gives the grid itself.
     """
 
     def __init__(self, grid="trailing", length: int = 10, repeats: int = 10):
@@ -35,7 +35,7 @@ class Jumps(TimeGrid):
         return self.grid.default_steps(schedule)
 
     def __call__(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
-        """The times: float64, falling in pieces, with shape `(steps in all + jumps + 1,)`."""
+        """The times, float64, decreasing within each segment, with shape `(total steps + jumps + 1,)`."""
         check_steps(self, steps, self.repeats)
         times = self.grid(schedule, steps)
         path = list(times[: steps % self.length + 1])

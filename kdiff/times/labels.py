@@ -1,4 +1,4 @@
-"""TimeLabel: what a network sees as time."""
+"""TimeLabel: the time input of a network."""
 
 from keras import ops
 
@@ -9,15 +9,15 @@ __all__ = ["Index", "LogSNR", "RoundedLabel", "Scaled", "TimeLabel"]
 
 
 class TimeLabel(Value):
-    """The base of what a network sees as time."""
+    """The base class of time inputs of a network."""
 
     def __call__(self, schedule: NoiseSchedule, m: Marginal):
-        """The label of the marginal `m` of `schedule`; float32, of the shape of `m.t`."""
+        """The label for the marginal `m` of `schedule`, float32, with the shape of `m.t`."""
         raise NotImplementedError
 
 
 class Scaled(TimeLabel):
-    """`scale` t: with 1000, in the range that sinusoidal embeddings were made for, whatever the schedule.
+    """`scale` t: with 1000, the range for which sinusoidal embeddings were designed, on any schedule.
 
     Args:
         scale: the label at t = 1.
@@ -32,7 +32,7 @@ class Scaled(TimeLabel):
 
 
 class Index(TimeLabel):
-    """The index i = T t - 1 of a discrete process, as DDPM's network sees it."""
+    """The index i = T t - 1 of a discrete process, as in DDPM."""
 
     def __call__(self, schedule: NoiseSchedule, m: Marginal):
         if schedule.num_steps is None:
@@ -41,7 +41,7 @@ class Index(TimeLabel):
 
 
 class LogSNR(TimeLabel):
-    """`scale` log_snr: a network labelled so can be sampled under another schedule.
+    """`scale` log_snr: a network with this input can be sampled on another schedule.
 
     Args:
         scale: the factor. -1/8 makes it EDM's c_noise = ln(sigma / alpha) / 4 (Karras et al. 2022,
@@ -56,12 +56,12 @@ class LogSNR(TimeLabel):
 
 
 class RoundedLabel(TimeLabel):
-    """A label as a whole number: what a network is told that was trained at whole numbers, at times that lie between.
+    """A label rounded to an integer, for a network that was trained on integer labels.
 
     Args:
         label: a `TimeLabel` or its name.
-        rounding: "nearest", a half being rounded to the even number; or "down". A label that is whole to float32's
-            precision, 0.001, stays what it is.
+        rounding: "nearest", with halves rounded to even, or "down", with a tolerance of 0.001 for the rounding errors
+            of float32.
     """
 
     def __init__(self, label="index", rounding: str = "nearest"):

@@ -1,14 +1,14 @@
 """TimeSampler: random times for a training batch.
 
-There are two questions. How evenly is [0, 1] covered? `Uniform`, `Stratified`, `Systematic`, `LowDiscrepancy` and
-`Antithetic` all give uniform times, and differ in how a batch is spread. How often is each noise level trained?
-`LogitNormal`, `LogNormalSigma`, ... bend uniform numbers u into another density, t = quantile(u), and take as `points`
-any of the first five:
+A sampler makes two choices. The first is how evenly a batch covers [0, 1]: `Uniform`, `Stratified`, `Systematic`,
+`LowDiscrepancy` and `Antithetic` all have a uniform marginal density, and differ in how they spread a batch. The second
+is how often each noise level is trained: `LogitNormal`, `LogNormalSigma` and others transform uniform numbers u to
+another density, t = quantile(u), and take any of the first five as `points`:
 
     times.LogitNormal(0.0, 1.0, points="stratified")
 
-All begin at the schedule's clean end: 0, or the first step of a discrete process, t = 1 / T, below which it has none.
-[0, 1] below stands for what is between that end and 1.
+All begin at the clean end of the schedule: 0, or the first step of a discrete process, t = 1 / T. Below, [0, 1] stands
+for the interval from that end to 1.
 """
 
 import math
@@ -38,19 +38,19 @@ __all__ = [
     "check_points",
 ]
 
-HALF_STEP = 2.0**-24  # half the distance of the numbers that `random.uniform` draws
+HALF_STEP = 2.0**-24  # half the spacing of the numbers that `random.uniform` draws
 
 
 class TimeSampler(Value):
-    """The base of the training times' distributions. A new one defines `__call__`, and `density` if it can."""
+    """The base class of distributions of training times. A new one defines `__call__`, and `density` if known."""
 
     def __call__(self, schedule: NoiseSchedule, batch, key):
-        """Random times.
+        """Draws random times.
 
         Args:
-            schedule: the schedule that they are for.
-            batch: how many; a number or a tensor.
-            key: the stream to draw from (`kdiff.random`), int32, shape `(2,)`.
+            schedule: the noise schedule.
+            batch: the number of times, an integer or a scalar tensor.
+            key: the key of a random stream (`kdiff.random`), int32, with shape `(2,)`.
 
         Returns:
             float32 times in [0, 1], with shape `(batch,)`.
@@ -59,16 +59,16 @@ class TimeSampler(Value):
 
     @property
     def has_density(self) -> bool:
-        """Whether `density` is defined. Training with a `Weighting` that is `per_log_snr` asks for it."""
+        """Whether `density` is defined. Training with a `Weighting` that is `per_log_snr` requires it."""
         return type(self).density is not TimeSampler.density
 
     def density(self, schedule: NoiseSchedule, t):
         """The probability density p(t) of the times, float32, with the shape of `t`."""
-        raise NotImplementedError(f"{type(self).__name__} does not say its density: define `density(schedule, t)`")
+        raise NotImplementedError(f"{type(self).__name__} has no density: define `density(schedule, t)`")
 
 
 class _OverTime(TimeSampler):
-    """Times drawn by a law on [0, 1], whatever the schedule. A new one defines `law`, and how it is drawn."""
+    """Times with the density `law` on [0, 1], independent of the schedule. A new one defines `law` and sampling."""
 
     def law(self, t):
         """The density on [0, 1]."""
@@ -81,12 +81,12 @@ class _OverTime(TimeSampler):
 
 
 def _between_ends(schedule: NoiseSchedule, t):
-    """t of [0, 1], from the schedule's clean end to 1."""
+    """Maps t from [0, 1] to the interval from the clean end of the schedule to 1."""
     return schedule.first_time + (1.0 - schedule.first_time) * t
 
 
 class _Even(_OverTime):
-    """Uniform times, however they are spread over a batch. A new one defines `cover`."""
+    """Times that are uniform individually. A new one defines `cover`, which spreads them over a batch."""
 
     def __call__(self, schedule: NoiseSchedule, batch, key):
         return _between_ends(schedule, self.cover(batch, key))
@@ -110,12 +110,12 @@ UNIFORM = Uniform()
 
 
 class Discrete(_Even):
-    """Independent t, uniform among the steps of a discrete process: t = (i + 1) / T, i = 0 ... T - 1 (DDPM, alg. 1).
+    """Independent t, uniform over the steps of a discrete process: t = (i + 1) / T, i = 0 ... T - 1 (DDPM, alg. 1).
 
-    `density` is that of the continuous times of which these are the roundings, 1.
+    `density` is that of the continuous times of which these are roundings: 1.
 
     Args:
-        num_steps: T. None takes the schedule's own; a continuous schedule has none. At most the schedule's own.
+        num_steps: T, at most that of the schedule. None: that of the schedule, which must be discrete.
     """
 
     def __init__(self, num_steps: int | None = None):
@@ -129,7 +129,7 @@ class Discrete(_Even):
             raise ValueError(f"Discrete: {schedule!r} is continuous; give `num_steps`, or use Uniform or Stratified")
         if num_steps > (schedule.num_steps or num_steps):
             raise ValueError(
-                f"Discrete: `num_steps` must be at most {schedule.num_steps}, the number that {schedule!r} has; "
+                f"Discrete: `num_steps` must be at most {schedule.num_steps}, the number of steps of {schedule!r}; "
                 f"received: {num_steps}"
             )
         return (ops.floor(random.uniform(key, (batch,)) * num_steps) + 1.0) / num_steps
@@ -139,12 +139,12 @@ class Discrete(_Even):
 
 
 class Stratified(_Even):
-    """One t in each of `batch` equal parts of [0, 1), at random within it: a batch covers all noise levels evenly.
+    """One random t in each of `batch` equal parts of [0, 1), so that a batch covers all noise levels evenly:
 
         t_n = (k_n + u_n) / batch,    k_n = (n + offset) mod batch
 
-    Each t alone is still uniform, and the variance of the loss falls. The random offset keeps the place in the batch
-    and the noise level independent. `Systematic` draws one u for all parts.
+    Each t is still uniform, and the variance of the loss is reduced. The random offset makes the noise level
+    independent of the position in the batch. `Systematic` uses one u for all parts.
     """
 
     def cover(self, batch, key):
@@ -155,10 +155,10 @@ class Stratified(_Even):
 
 
 class Systematic(_Even):
-    """Equal spaces from a random start: t_n = (u + n / batch) mod 1, with one u for the whole batch.
+    """Evenly spaced times with a random offset: t_n = (u + n / batch) mod 1, with one u for the whole batch.
 
     The low-discrepancy sampler of variational diffusion models (Kingma et al. 2021, arXiv:2107.00630, appendix I.1). A
-    whole batch covers [0, 1) as evenly as can be; a part of it, such as one device's, covers a part.
+    batch covers [0, 1) with even spacing; a part of it, such as that of one device, covers only a part of [0, 1).
     """
 
     def cover(self, batch, key):
@@ -166,26 +166,26 @@ class Systematic(_Even):
 
 
 class LowDiscrepancy(_Even):
-    """The golden-ratio sequence from a random start: t_n = (u + n / phi) mod 1, phi = (1 + sqrt(5)) / 2.
+    """The golden-ratio sequence with a random offset: t_n = (u + n / phi) mod 1, phi = (1 + sqrt(5)) / 2.
 
-    Every run of consecutive examples covers [0, 1) evenly, whether it is the whole batch or the part of it that one
-    device or one accumulation step sees (Kronecker's sequence; phi is the number worst approximated by fractions).
+    Any consecutive examples cover [0, 1) evenly, whether they are the whole batch or the part of one device or one
+    accumulation step (a Kronecker sequence; phi is the number that is worst approximated by fractions).
     """
 
-    RATIO = np.array(round((math.sqrt(5) - 1) / 2 * 2**32), "uint32").astype("int32")  # 2^32 / phi, as it wraps around
+    RATIO = np.array(round((math.sqrt(5) - 1) / 2 * 2**32), "uint32").astype("int32")  # 2^32 / phi, with wrap-around
 
     def cover(self, batch, key):
-        """(u + n / phi) mod 1; n / phi mod 1 is counted in units of 2^-32, so that no n is too large."""
+        """(u + n / phi) mod 1; n / phi mod 1 is computed in units of 2^-32, and so is exact for any n."""
         turns = ops.arange(batch, dtype="int32") * ops.convert_to_tensor(self.RATIO)
         turns = ops.cast(ops.bitwise_and(ops.right_shift(turns, 8), 2**24 - 1), "float32") * 2.0**-24
         return (random.uniform(key, (1,)) + turns) % 1.0
 
 
 class Antithetic(_Even):
-    """Pairs t and 1 - t, the second half of the batch mirroring the first; of an odd batch one t stays single.
+    """Antithetic pairs t and 1 - t: the second half of the batch mirrors the first.
 
-    What a loss has that is odd about t = 1/2 cancels within a pair (DDIM's code trains so; Song et al. 2021,
-    arXiv:2010.02502).
+    The part of the loss that is odd about t = 1/2 cancels within a pair. It is used by the code of DDIM (Song et al.
+    2021, arXiv:2010.02502). In a batch of odd size one t has no partner.
     """
 
     def cover(self, batch, key):
@@ -198,7 +198,7 @@ def _count(batch):
 
 
 class _Bent(TimeSampler):
-    """Times t = quantile(u) of uniform u. A new one defines `quantile` and `density`, and passes on `points`."""
+    """Times t = quantile(u) for uniform u. A new one defines `quantile` and `density`, and passes on `points`."""
 
     def __init__(self, points=UNIFORM):
         self.points = check_points(type(self).__name__, points)
@@ -207,18 +207,18 @@ class _Bent(TimeSampler):
         return self.quantile(schedule, self.points.cover(batch, key))
 
     def quantile(self, schedule: NoiseSchedule, u):
-        """The t that a uniform number u becomes: the inverse of the distribution function, or of its mirror image."""
+        """Maps a uniform number u to t: the inverse of the distribution function, or that of its mirror image."""
         raise NotImplementedError
 
 
 class _BentTime(_OverTime, _Bent):
-    """t = quantile(u), whatever the schedule. A new one defines `bend` and `law`."""
+    """t = quantile(u), independent of the schedule. A new one defines `bend` and `law`."""
 
     def quantile(self, schedule: NoiseSchedule, u):
         return _between_ends(schedule, self.bend(ops.convert_to_tensor(u, "float32")))
 
     def bend(self, u):
-        """The t in [0, 1] that a uniform number u becomes."""
+        """Maps a uniform number u to t in [0, 1]."""
         raise NotImplementedError
 
 
@@ -228,9 +228,9 @@ class LogitNormal(_BentTime):
         p(t) = exp(-(logit(t) - mean)^2 / (2 std^2)) / (std sqrt(2 pi) t (1 - t))
 
     Args:
-        mean: above 0 trains more at noise, below 0 at data.
-        std: above 0.
-        points: how the uniform numbers cover a batch: a `TimeSampler` or its name.
+        mean: the mean of logit(t); positive values favour high noise levels, negative ones low noise levels.
+        std: the standard deviation of logit(t), above 0.
+        points: the sampler of the uniform numbers u, a `TimeSampler` or its name.
     """
 
     def __init__(self, mean: float = 0.0, std: float = 1.0, points=UNIFORM):
@@ -248,14 +248,14 @@ class LogitNormal(_BentTime):
 
 
 class Mode(_BentTime):
-    """The distribution with heavy tails of Stable Diffusion 3 (arXiv:2403.03206, eq. 20):
+    """The heavy-tailed mode sampling of Stable Diffusion 3 (Esser et al. 2024, arXiv:2403.03206, eq. 20):
 
         t = f(u) = 1 - u - scale (cos^2(pi u / 2) - 1 + u),    p(t) = 1 / |f'(u)|
 
     Args:
-        scale: above 0 prefers the middle, 0 is uniform, below 0 prefers the ends; in [-1, 2 / (pi - 2)], where f is
-            monotone.
-        points: how the uniform numbers cover a batch: a `TimeSampler` or its name.
+        scale: positive values favour the middle, 0 is uniform, negative values favour the ends; in
+            [-1, 2 / (pi - 2)], where f is monotone.
+        points: the sampler of the uniform numbers u, a `TimeSampler` or its name.
     """
 
     def __init__(self, scale: float = 1.29, points=UNIFORM):
@@ -270,20 +270,19 @@ class Mode(_BentTime):
     def law(self, t):
         """1 / |f'(u)|, f'(u) = -1 - scale (1 - pi / 2 sin(pi u)); u is found by bisection."""
         u = ops.full_like(t, 0.5)
-        for i in range(2, 26):  # f falls
+        for i in range(2, 26):  # f is decreasing
             u = u + ops.sign(self.bend(u) - t) * 2.0**-i
         return 1.0 / ops.maximum(ops.abs(1.0 + self.scale * (1.0 - np.pi / 2 * ops.sin(np.pi * u))), 1e-6)
 
 
 class PowerLaw(_BentTime):
-    """p(t) = (exponent + 1) t^exponent.
+    """p(t) = (exponent + 1) t^exponent, the distribution Beta(exponent + 1, 1).
 
-    It is Beta(exponent + 1, 1): with 0.5 the one that pi-0 trains with (Black et al. 2024, arXiv:2410.24164, which
-    cuts it off a hair before pure noise).
+    With 0.5 it is that of pi-0 (Black et al. 2024, arXiv:2410.24164, where it is truncated just below pure noise).
 
     Args:
-        exponent: above 0 prefers noise, 0 is uniform, below 0 prefers data; above -1.
-        points: how the uniform numbers cover a batch: a `TimeSampler` or its name.
+        exponent: above -1; positive values favour high noise levels, 0 is uniform, negative ones favour low noise.
+        points: the sampler of the uniform numbers u, a `TimeSampler` or its name.
     """
 
     def __init__(self, exponent: float = 0.5, points=UNIFORM):
@@ -299,17 +298,17 @@ class PowerLaw(_BentTime):
 
 
 class LogNormalSigma(_Bent):
-    """ln(sigma / alpha) is normal (Karras et al. 2022, "EDM", arXiv:2206.00364, table 1, with its numbers):
+    """ln(sigma / alpha) is normal (Karras et al. 2022, "EDM", arXiv:2206.00364, table 1, with the same defaults):
 
         t = schedule.time(-2 n),  n ~ N(mean, std^2),        p(t) = N(ln(sigma / alpha); mean, std^2) |slope(t)| / 2
 
-    What falls beyond the schedule's ends is trained at the ends, which `density` leaves out. On a discrete schedule the
-    times lie between its steps as well, and the clean end is its first step.
+    Values beyond the ends of the schedule are clipped to the ends, a point mass that `density` omits. On a discrete
+    schedule the times also lie between its steps, and the clean end is its first step.
 
     Args:
-        mean: of ln(sigma / alpha).
-        std: of ln(sigma / alpha).
-        points: how the uniform numbers cover a batch: a `TimeSampler` or its name.
+        mean: the mean of ln(sigma / alpha).
+        std: the standard deviation of ln(sigma / alpha).
+        points: the sampler of the uniform numbers u, a `TimeSampler` or its name.
     """
 
     def __init__(self, mean: float = -1.2, std: float = 1.2, points=UNIFORM):
@@ -319,7 +318,7 @@ class LogNormalSigma(_Bent):
         self.mean, self.std = mean, std
 
     def quantile(self, schedule: NoiseSchedule, u):
-        """time(-2 (mean + std z)), within the schedule's ends."""
+        """time(-2 (mean + std z)), clipped to the range of the schedule."""
         clean, noisy = schedule.log_snr_ends()
         log_snr = -2.0 * (self.mean + self.std * _normal(u))
         return _time(schedule, ops.minimum(ops.maximum(log_snr, noisy), clean))
@@ -332,14 +331,14 @@ class LogNormalSigma(_Bent):
 
 
 class LogUniform(_Bent):
-    """sigma / alpha is log-uniform, which is to say that log-SNR is uniform, between the schedule's ends:
+    """sigma / alpha is log-uniform, so log-SNR is uniform, over the range of the schedule:
 
         t = schedule.time(l),  l uniform,        p(t) = |slope(t)| / (log_snr(0) - log_snr(1))
 
-    On a discrete schedule the clean end is its first step, t = 1 / T, and times lie between the steps as well.
+    On a discrete schedule the clean end is its first step, t = 1 / T, and the times also lie between its steps.
 
     Args:
-        points: how the uniform numbers cover a batch: a `TimeSampler` or its name.
+        points: the sampler of the uniform numbers u, a `TimeSampler` or its name.
     """
 
     def quantile(self, schedule: NoiseSchedule, u):
@@ -353,14 +352,14 @@ class LogUniform(_Bent):
 
 
 def _time(schedule: NoiseSchedule, log_snr):
-    return ops.clip(schedule.time(log_snr), schedule.first_time, 1.0)  # the rounding of `time` may go beyond
+    return ops.clip(schedule.time(log_snr), schedule.first_time, 1.0)  # against rounding errors of `time`
 
 
 def _normal(u):
-    """Standard normal numbers from uniform ones: sqrt(2) erfinv(2 u - 1), in the middle of each step of u."""
+    """Standard normal numbers from uniform ones: sqrt(2) erfinv(2 u - 1), at the middle of each step of u."""
     u = 2.0 * ops.convert_to_tensor(u, "float32") - 1.0 + HALF_STEP
     u = ops.clip(u, HALF_STEP - 1.0, 1.0 - HALF_STEP)
-    # In the lower tail, for TensorFlow's erfinv(1 - 2^-24) is infinite.
+    # In the lower tail, because TensorFlow's erfinv(1 - 2^-24) is infinite.
     return -math.sqrt(2.0) * ops.sign(u) * ops.erfinv(-ops.abs(u))
 
 
@@ -370,12 +369,12 @@ def _gaussian(x, mean: float, std: float):
 
 
 def _inside(t):
-    """t, kept from 0 and 1, where a density may be infinite."""
+    """t, clipped away from 0 and 1, where a density may be infinite."""
     return ops.clip(ops.convert_to_tensor(t, "float32"), HALF_STEP, 1.0 - HALF_STEP)
 
 
 def check_points(owner: str, points) -> TimeSampler:
-    """The sampler of uniform times that is named; a ValueError for one of other times."""
+    """The sampler of uniform times for `points`; a ValueError if its times are not uniform."""
     sampler = TimeSampler.get(points)
     if not isinstance(sampler, _Even) or isinstance(sampler, Discrete):
         known = [Uniform(), Stratified(), Systematic(), LowDiscrepancy(), Antithetic()]

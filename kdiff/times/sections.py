@@ -1,4 +1,4 @@
-"""A grid with as many steps in each part of a process as are said: the `timestep_respacing` of improved DDPM."""
+"""A grid with a given number of steps in each section of a process: the `timestep_respacing` of improved DDPM."""
 
 from collections.abc import Sequence
 from typing import Self
@@ -11,8 +11,8 @@ from kdiff.times.grids import TimeGrid
 
 __all__ = ["DEEPFLOYD", "Sections"]
 
-# The lists of steps that DeepFloyd IF is sampled with, by their names there: "fast" and "smart" of the first stage,
-# with most steps where there is little noise or at both ends, "super" of the next, with most where there is much.
+# The step counts with which DeepFloyd IF is sampled, by their original names: "fast" and "smart" for the first stage,
+# with most steps at low noise or at both ends, and "super" for the next stage, with most steps at high noise.
 DEEPFLOYD = {
     "fast27": (10, 10, 3, 2, 2),
     "smart27": (7, 4, 2, 1, 2, 4, 7),
@@ -26,19 +26,20 @@ DEEPFLOYD = {
 
 
 class Sections(TimeGrid):
-    """The T steps in parts of equal size, the cleanest first, and of each part so many, at even distances:
+    """Divides the T steps into sections of equal size, the cleanest first, and spaces `count` steps evenly in each:
 
         i = first + round(k (size - 1) / (count - 1)),    k = 0 ... count - 1
 
-    of a part of `size` steps; one alone is its first. Of T that the number of parts does not divide, the first parts
-    have one step more. Nichol & Dhariwal, "Improved DDPM" (2021), whose code calls it `timestep_respacing`.
+    for a section of `size` steps; a single step is the first of its section. If the number of sections does not divide
+    T, the first sections have one step more. It is the `timestep_respacing` of the code of improved DDPM (Nichol and
+    Dhariwal 2021, arXiv:2102.09672).
 
     Args:
-        counts: whole numbers of at least 1, one a part.
+        counts: the number of steps in each section, integers of at least 1.
 
     Raises:
-        ValueError: if they are not; and, when called, if the run has another number of steps than all together, or a
-            part has fewer.
+        ValueError: if they are not; and, when called, if the number of steps of the run is not their sum, or a section
+            has fewer steps than its count.
     """
 
     named = False
@@ -46,13 +47,13 @@ class Sections(TimeGrid):
     def __init__(self, counts: Sequence[int]):
         self.counts = tuple(counts)
         if not self.counts:
-            raise ValueError("Sections: `counts` must be one number or more; received none")
+            raise ValueError("Sections: `counts` must have at least one entry; received none")
         for count in self.counts:
             check_integer("Sections", "counts", count)
 
     @classmethod
     def deepfloyd(cls, name: str) -> Self:
-        """The list of steps of this name, such as "fast27", "smart50" or "super40", of `DEEPFLOYD`."""
+        """The grid of this name in `DEEPFLOYD`, such as "fast27", "smart50" or "super40"."""
         check_choice("Sections", "name", name, tuple(DEEPFLOYD))
         return cls(DEEPFLOYD[name])
 
@@ -61,7 +62,7 @@ class Sections(TimeGrid):
 
     def indices(self, num_steps: int, steps: int) -> np.ndarray:
         if steps != sum(self.counts):
-            raise ValueError(f"Sections: `steps` must be {sum(self.counts)}, as `counts` say; received: {steps}")
+            raise ValueError(f"Sections: `steps` must be {sum(self.counts)}, the sum of `counts`; received: {steps}")
         size, more = divmod(num_steps, len(self.counts))
         taken, first = [], 0
         for part, count in enumerate(self.counts):
@@ -69,7 +70,7 @@ class Sections(TimeGrid):
             if count > own:
                 raise ValueError(f"Sections: part {part} has {own} steps; received a count of {count}")
             distances = np.full(count - 1, (own - 1) / max(1, count - 1))
-            # Sums, not products: on halves the published lists have what these round to.
+            # Cumulative sums, not products: at halves the published lists round as these do.
             taken.append(first + np.round(np.append(0.0, np.cumsum(distances))))
             first += own
         return np.concatenate(taken)[::-1]
