@@ -340,7 +340,7 @@ def test_off_is_off():
         (lambda: CFGZeroStar(zero_steps=-1), "zero_steps"),
         (
             lambda: Sampler(steps=3, guidance=ClassifierFree([1.0, 2.0]))(MIXTURE.conditional(LABELS), COSINE, (4, 2)),
-            r"scale.*\(4,\) for one a sample",
+            r"scale.*\(4,\) for one value per sample",
         ),
         (lambda: Sampler(steps=3, guidance=ClassifierFree())(MIXTURE, COSINE, (4, 2)), "dropout"),
         (

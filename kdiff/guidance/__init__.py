@@ -1,4 +1,4 @@
-"""Guidance: denoisers made from denoisers, by other questions, by gradients, or by what is known of the result."""
+"""Guidance: denoisers that wrap a denoiser, by further calls, by gradients, or by known parts of the result."""
 
 from kdiff.guidance.base import Clip, DynamicThreshold, Guidance, Here
 from kdiff.guidance.classifier_free import AdaptiveProjected, CFGPlusPlus, CFGZeroStar, ClassifierFree

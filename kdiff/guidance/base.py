@@ -1,18 +1,18 @@
-"""Guidance: a denoiser made from a denoiser, so that it works with any solver and any prediction.
+"""Guidance: a denoiser that wraps a denoiser, so that it works with any solver and any prediction.
 
     guided = guidance(denoise),    guided(x, m).x_hat = guidance.guide(denoise, x, m, here).x_hat
 
-A guidance is a function of values. It asks the denoiser that it is given, as often and under whatever conditions it
-wants, and answers with an estimate made from one of the answers. That is all that classifier-free guidance wants:
+A guidance calls the given denoiser, any number of times and under any conditions, and returns a modified estimate. For
+classifier-free guidance this is all:
 
     class Twice(Guidance):
         def guide(self, denoise, x, m, here):
             given, none = denoise.batched(x, m, denoise.conditions, denoise.unconditional())       # one batch
             return given.guided(none.x_hat + 2.0 * (given.x_hat - none.x_hat))
 
-What it has for each sample, its `arrays`, and what it remembered come to it as `here`, one row a sample, and travel as
-conditions do: whoever asks several questions in one batch repeats them without knowing. What it wants to remember it
-gives back with the estimate; in a run it is told so in the next step:
+The per-sample values of its arguments (`arrays`) and its memory are passed as `here`, with one row per sample. They
+are batched together with the conditions, so an outer guidance that evaluates several conditions in one batch repeats
+them. A guidance returns its new memory with the estimate, and receives it in the next step of the run:
 
     class Smooth(Guidance):
         def start(self, x):
@@ -23,8 +23,9 @@ gives back with the estimate; in a run it is told so in the next step:
             x_hat = 0.5 * (estimate.x_hat + here.memory)
             return estimate.guided(x_hat, remember=x_hat)
 
-A step may ask several times, as Heun's method does, and a guidance may ask several questions in one batch. All are told
-the same, and what is remembered is of the estimate that the solver's step returns, and of the first of the questions.
+A step may call the denoiser several times, as Heun's method does, and a guidance may evaluate several conditions in one
+batch. All these calls receive the same memory. The new memory is that of the estimate that the solver's step returns,
+and of the first set of conditions.
 """
 
 from collections.abc import Callable, Mapping
@@ -44,9 +45,9 @@ class Place(NamedTuple):
     """A step of a run.
 
     Attributes:
-        index: its number, 0 ... steps - 1, an int32 tensor.
-        now: where the step begins; fields of shape `()`.
-        then: where it leads.
+        index: its index, 0 ... steps - 1, an int32 tensor.
+        now: the marginal at the beginning of the step, with fields of shape `()`.
+        then: the marginal at its end.
         schedule: the schedule of the run.
     """
 
@@ -57,12 +58,12 @@ class Place(NamedTuple):
 
 
 class Here(NamedTuple):
-    """What a guidance is told beside the question.
+    """The context of a call of `Guidance.guide`.
 
     Attributes:
-        rows: its `arrays` that are given, by name, one row a sample.
-        memory: what it remembered in the last step, or `start`.
-        place: the step of the run; None outside of a run.
+        rows: the values of its `arrays`, by name, with one row per sample.
+        memory: its memory from the previous step, or the result of `start`.
+        place: the current step of the run; None outside a run.
     """
 
     rows: Mapping[str, Any]
@@ -70,25 +71,26 @@ class Here(NamedTuple):
     place: Place | None
 
     def step(self, owner: Any) -> Place:
-        """The step of the run.
+        """The current step of the run.
 
         Raises:
-            ValueError: outside of a run.
+            ValueError: outside a run.
         """
         if self.place is None:
-            raise ValueError(f"{type(owner).__name__}: it depends on the step; use it in a `Sampler`")
+            raise ValueError(f"{type(owner).__name__} depends on the step of the run; use it in a `Sampler`")
         return self.place
 
 
 class Run(NamedTuple):
-    """What a guidance is told of a run before it begins.
+    """The description of a run that a guidance receives before the run begins.
 
     Attributes:
-        shape: of all samples, `(samples, ...)`.
-        encode: from examples to data, as a model's codec does.
-        conditions: from a dictionary of conditions to one with a row a sample, checked and tokenised.
-        data_shape: from the shape of one example to that of its data; a ValueError if there is none such.
-        limit: the largest magnitude that the data itself has, as pixels have 1; None if it is not known.
+        shape: the shape of all samples, `(samples, ...)`.
+        encode: a function from examples to data, as a model's codec.
+        conditions: a function from a dictionary of conditions to one with a row per sample, checked and tokenised.
+        data_shape: a function from the shape of an example to that of its data, which raises a ValueError for an
+            invalid shape.
+        limit: the largest magnitude of the data, such as 1 for pixels; None if it is not known.
     """
 
     shape: tuple[int, ...]
@@ -98,7 +100,7 @@ class Run(NamedTuple):
     limit: float | None = None
 
     def rows(self, owner: Any, name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
-        """`value` as float32 with one row a sample, each of this shape; one value for all samples is repeated.
+        """`value` as float32 with one row of this shape per sample; a single value is repeated for all samples.
 
         Raises:
             ValueError: if it has another shape, or is not finite.
@@ -106,7 +108,7 @@ class Run(NamedTuple):
         value, wanted = np.asarray(value, "float32"), (self.shape[0], *shape)
         if value.shape not in (shape, wanted):
             raise ValueError(
-                f"{type(owner).__name__}: `{name}` must have the shape {shape}, or {wanted} for one a sample; "
+                f"{type(owner).__name__}: `{name}` must have the shape {shape}, or {wanted} for one value per sample; "
                 f"received: {value.shape}"
             )
         if not np.isfinite(value).all():
@@ -114,7 +116,7 @@ class Run(NamedTuple):
         return np.broadcast_to(value, wanted)
 
     def examples(self, owner: Any, name: str, value: Any) -> np.ndarray:
-        """Examples, such as images, as data with one row a sample."""
+        """Examples, such as images, encoded as data with one row per sample."""
         value = np.asarray(value)
         one = self._is_example(value.shape)
         if not one:
@@ -130,23 +132,23 @@ class Run(NamedTuple):
 
 
 class Guidance(Value):
-    """The base of all guidance. A new one defines `guide`, or, if it changes x_hat alone, `change`.
+    """The base class of all guidance. A new one defines `guide`, or only `change` if it is a function of x_hat.
 
     Attributes:
-        arrays: the names of the arguments that may differ from sample to sample. `rows` makes arrays of them, and
-            other numbers in them are no reason to compile again.
+        arrays: the names of the arguments that may differ between samples. `rows` converts them to arrays, and a
+            change of their values does not recompile the step.
     """
 
     arrays: tuple[str, ...] = ()
 
     def guide(self, denoise: Denoiser, x, m: Marginal, here: Here) -> Estimate:
-        """The guided estimate: `guided(x_hat)` of an answer of `denoise`.
+        """The guided estimate, made by `estimate.guided(x_hat)` from a result of `denoise`.
 
         Args:
-            denoise: the denoiser to ask, with the conditions of the samples.
+            denoise: the denoiser to call, with the conditions of the samples.
             x: the noisy batch, float32, with shape `(batch, ...)`.
-            m: the marginal that it is at; fields of shape `()` or `(batch,)`.
-            here: what it has for these samples, what it remembers, and where in a run it is.
+            m: the marginal of `x`, with fields of shape `()` or `(batch,)`.
+            here: the values of its `arrays` for these samples, its memory, and the step of the run.
         """
         estimate = denoise(x, m)
         return estimate.guided(self.change(estimate.x_hat))
@@ -157,32 +159,32 @@ class Guidance(Value):
 
     @property
     def active(self) -> bool:
-        """Whether it changes anything."""
+        """Whether it has any effect."""
         return True
 
     @property
     def models(self) -> tuple:
-        """The Keras models that it asks."""
+        """The Keras models that it calls."""
         return ()
 
     def rows(self, run: Run) -> dict[str, Any]:
-        """The `arrays` that are given, with one row a sample each.
+        """The values of its `arrays`, each with one row per sample.
 
         Raises:
-            ValueError: if one does not fit the run.
+            ValueError: if a value does not fit the run.
         """
         return {}
 
     def start(self, x) -> Any:
-        """What it remembers before the first step, a nest of tensors with a row a sample; `x` is the noisy batch."""
+        """Its memory before the first step, a nested structure with one row per sample; `x` is the noisy batch."""
         return ()
 
     def key(self) -> tuple:
-        """What a compiled step depends on: all arguments but the arrays."""
+        """The cache key of a compiled step: all arguments except the arrays."""
         return (type(self), *(_hashable(getattr(self, n)) for n in self._argument_defaults() if n not in self.arrays))
 
     def __call__(self, denoise: Any) -> Denoiser:
-        """The guided denoiser, outside of a run: each question is a first one."""
+        """The guided denoiser, outside a run: each call starts with the initial memory."""
         inner = Denoiser.of(denoise)
         guided = self.over(inner).answer
 
@@ -195,15 +197,15 @@ class Guidance(Value):
         return Denoiser(answer, inner.given, inner.nulls)
 
     def over(self, denoise: Denoiser, place: Place | None = None) -> Denoiser:
-        """The guided denoiser; of the rows and memories that are given it takes the last, and passes on the others."""
+        """The guided denoiser; it uses the last of the given rows and memories, and passes on the others."""
 
         def answer(given, x, m):
             inner = Denoiser(denoise.answer, Given(given.conditions, given.rows[:-1], given.memory[:-1]), denoise.nulls)
             estimate = self.guide(inner, x, m, Here(given.rows[-1], given.memory[-1], place))
             if not isinstance(estimate, Estimate) or len(estimate.memory) != len(given.memory):
                 raise TypeError(
-                    f"{type(self).__name__}: `guide` must return `estimate.guided(x_hat)`, of an `estimate` that "
-                    f"`denoise` gave it; received: {estimate!r}"
+                    f"{type(self).__name__}: `guide` must return `estimate.guided(x_hat)`, for an `estimate` returned "
+                    f"by `denoise`; received: {estimate!r}"
                 )
             return estimate
 
@@ -211,7 +213,7 @@ class Guidance(Value):
 
 
 def tensors(rows: Any) -> Any:
-    """A nest of arrays as tensors."""
+    """A nested structure of arrays, converted to tensors."""
     return tree.map_structure(lambda value: ops.convert_to_tensor(np.array(value)), rows)
 
 
@@ -220,25 +222,25 @@ def _hashable(value):
 
 
 def over(values, x):
-    """Numbers, `()` or `(batch,)`, shaped to broadcast against the batch `x`."""
+    """Values of shape `()` or `(batch,)`, reshaped to broadcast against the batch `x`."""
     return ops.reshape(ops.cast(values, "float32"), (-1, *[1] * (len(x.shape) - 1)))
 
 
 def check_scale(owner: str, scale: Any) -> None:
-    """Raises a ValueError unless `scale` is a finite number, or one a sample."""
+    """Raises a ValueError unless `scale` is a finite number, or one per sample."""
     try:
         numbers = np.asarray(scale, "float64")
     except (TypeError, ValueError):
         numbers = np.full(1, np.nan)
     if numbers.ndim > 1 or not np.isfinite(numbers).all():
-        raise ValueError(f"{owner}: `scale` must be a number, or one a sample; received: {scale!r}")
+        raise ValueError(f"{owner}: `scale` must be a number, or one per sample; received: {scale!r}")
 
 
 class Clip(Guidance):
-    """Static thresholding: x_hat is clipped to [-limit, limit], as DDPM's code does.
+    """Static thresholding: x_hat is clipped to [-limit, limit], as in the code of DDPM.
 
     Args:
-        limit: the largest magnitude of data.
+        limit: the largest magnitude of the data.
     """
 
     def __init__(self, limit: float = 1.0):

@@ -1,15 +1,15 @@
-"""Classifier-free guidance and its descendants: away from what the network says without the condition.
+"""Classifier-free guidance and its variants: extrapolation from the unconditional estimate past the conditional one.
 
-All ask for two answers in one batch, x_c under the conditions and x_u without them (or under negative ones), and go
-from the second past the first. With scale w (1 is off, as in Imagen and diffusers; Ho and Salimans' w is one less),
+All evaluate two estimates in one batch, x_c under the conditions and x_u without them (or under negative conditions).
+With scale w (1 is off, as in Imagen and diffusers; the w of Ho and Salimans is one less),
 
     ClassifierFree       x_hat = x_u + w (x_c - x_u)
-    AdaptiveProjected    x_hat = x_c + (w - 1) d,        d = x_c - x_u with momentum, at most so long, turned off x_c
+    AdaptiveProjected    x_hat = x_c + (w - 1) d,        d = x_c - x_u with momentum, of bounded norm, projected off x_c
     CFGPlusPlus          x_hat = x_u + w(h) (x_c - x_u), w(h) = w / (1 - e^-h), h the step in log(alpha / sigma)
     CFGZeroStar          v     = s v_u + w (v_c - s v_u),  s = <v_c, v_u> / |v_u|^2
 
-An answer is linear in its score, (alpha x_hat - x) / sigma^2, so the first is the mixture of scores that the paper has,
-(1 - w) score_u + w score_c.
+x_hat is an affine function of the score (alpha x_hat - x) / sigma^2, so the first is equivalent to the combination of
+scores in the paper, (1 - w) score_u + w score_c.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,10 +29,10 @@ __all__ = ["AdaptiveProjected", "CFGPlusPlus", "CFGZeroStar", "ClassifierFree"]
 
 
 class _TwoAnswers(Guidance):
-    """What they share. A subclass writes `combine`.
+    """Their common base class. A subclass defines `combine`.
 
-    In an interval of noise levels alone, where it helps most, after Kynkäänniemi et al. 2024, "Applying guidance in a
-    limited interval", arXiv:2404.07724, eq. 4.
+    Guidance can be limited to an interval of noise levels (Kynkäänniemi et al. 2024, "Applying guidance in a limited
+    interval", arXiv:2404.07724, eq. 4).
     """
 
     arrays = ("scale", "negative")
@@ -62,7 +62,7 @@ class _TwoAnswers(Guidance):
         return bool(np.any(np.asarray(self.scale) != 1.0))
 
     def rows(self, run: Run):
-        """The scale, and the negative conditions, of each sample."""
+        """The scale and the negative conditions of each sample."""
         rows = {"scale": run.rows(self, "scale", self.scale, ())}
         if self.negative is None:
             return rows
@@ -80,7 +80,7 @@ class _TwoAnswers(Guidance):
         return guided._replace(x_hat=ops.where(inside, guided.x_hat, given.x_hat))
 
     def combine(self, given: Estimate, none: Estimate, scale, x, m: Marginal, here: Here) -> Estimate:
-        """The guided estimate, made from `given`; `scale` and the fields of `m` broadcast against `x`."""
+        """The guided estimate, derived from `given`; `scale` and the fields of `m` broadcast against `x`."""
         raise NotImplementedError
 
 
@@ -89,22 +89,22 @@ class ClassifierFree(_TwoAnswers):
 
         x_hat = x_u + scale (x_c - x_u),
 
-    and, with `rescale` r, the output y of a network with this `prediction` brought near to the standard deviation that
-    it has under the conditions (Lin et al. 2023, arXiv:2305.08891, eqs. 15 and 16):
+    With `rescale` r, the output y of a network with this `prediction` is also rescaled towards the standard deviation
+    of the conditional output (Lin et al. 2023, arXiv:2305.08891, eqs. 15 and 16):
 
         y <- (r std(y_c) / std(y) + 1 - r) y.
 
     Args:
-        scale: 1 is off; one number, or one a sample.
-        negative: conditions that take the place of none, by name: `{"text": "blurry"}`.
-        drop: the names of the conditions to leave out; None for all that have a value for none.
-        lowest: guidance acts where sigma / alpha is at least this ...
-        highest: ... and at most this. The paper's choice for ImageNet-512 is 0.28 to 2.9.
-        rescale: in [0, 1]; 0 is off, and the paper's choice is 0.7.
-        prediction: a `Prediction` or its name: whose output is rescaled.
+        scale: one number, or one per sample; 1 is off.
+        negative: negative conditions by name, used instead of the null condition, such as `{"text": "blurry"}`.
+        drop: the names of the conditions to drop; None: all that have a null value.
+        lowest: the lower end of the guidance interval in sigma / alpha.
+        highest: the upper end of the interval. For ImageNet-512 the paper uses 0.28 to 2.9.
+        rescale: the strength of the rescaling, in [0, 1]; 0 is off, and the paper uses 0.7.
+        prediction: the `Prediction`, or its name, whose output is rescaled.
 
     Raises:
-        ValueError: if a number is out of range; in a run, if no condition can be left out.
+        ValueError: if a number is out of range; in a run, if no condition can be dropped.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class ClassifierFree(_TwoAnswers):
         self.rescale, self.prediction = rescale, _plain("ClassifierFree", prediction)
 
     def combine(self, given: Estimate, none: Estimate, scale, x, m: Marginal, here: Here) -> Estimate:
-        x_hat = given.x_hat + (scale - 1.0) * (given.x_hat - none.x_hat)  # exactly x_c where the scale is 1
+        x_hat = given.x_hat + (scale - 1.0) * (given.x_hat - none.x_hat)  # exactly x_c if the scale is 1
         if self.rescale == 0:
             return given.guided(x_hat)
         y, y_given = (_output(self.prediction, x, answer, m) for answer in (x_hat, given.x_hat))
@@ -131,19 +131,19 @@ class ClassifierFree(_TwoAnswers):
 
 
 class AdaptiveProjected(_TwoAnswers):
-    """Adaptive projected guidance, APG (Sadat et al. 2024, arXiv:2410.02416, algorithm 1): high scales without
-    oversaturation.
+    """Adaptive projected guidance, APG (Sadat et al. 2024, arXiv:2410.02416, algorithm 1), which avoids oversaturation
+    at high scales:
 
         d <- x_c - x_u + momentum d,    d <- d min(1, radius / |d|),
         x_hat = x_c + (scale - 1) (d_orthogonal + parallel d_parallel),
 
-    in parts parallel and orthogonal to x_c.
+    with the components of d parallel and orthogonal to x_c.
 
     Args:
-        scale, negative, drop, lowest, highest: as of `ClassifierFree`.
-        parallel: the weight of the part parallel to x_c, which saturates; the paper's eta. 1 keeps it.
+        scale, negative, drop, lowest, highest: as in `ClassifierFree`.
+        parallel: the weight of the component parallel to x_c, which causes saturation; the paper's eta. 1 keeps it.
         radius: the largest |d|; inf for no limit.
-        momentum: of d from one question to the next; negative as a rule. 0 is none.
+        momentum: the momentum of d over the steps, usually negative; 0 is off.
     """
 
     def __init__(
@@ -171,24 +171,24 @@ class AdaptiveProjected(_TwoAnswers):
         x_c, d = given.x_hat, given.x_hat - none.x_hat + self.momentum * here.memory
         remember = d
         if self.radius < float("inf"):
-            # The root of at least 1e-24: where d is 0, that of 0 would have no derivative.
+            # The lower limit of 1e-24 keeps the derivative finite where d is 0.
             d = d * ops.minimum(1.0, self.radius * ops.rsqrt(ops.maximum(_dot(d, d), 1e-24)))
         along = _dot(d, x_c) / ops.maximum(_dot(x_c, x_c), 1e-12) * x_c
         return given.guided(x_c + (scale - 1.0) * (d - along + self.parallel * along), remember)
 
 
 class CFGPlusPlus(_TwoAnswers):
-    """CFG++ (Chung et al. 2024, arXiv:2406.08070, algorithm 2): the guided data, but the noise of x_u.
+    """CFG++ (Chung et al. 2024, arXiv:2406.08070, algorithm 2), which guides the data but keeps the noise of x_u:
 
-        x_then = alpha_then (x_u + scale (x_c - x_u)) + sigma_then noise_u
+        x_then = alpha_then (x_u + scale (x_c - x_u)) + sigma_then noise_u.
 
-    is DDIM's step with the estimate x_u + scale / (1 - e^-h) (x_c - x_u), where h is the step in log(alpha / sigma): so
-    it is classifier-free guidance whose scale grows as the steps get shorter. In this form it suits any solver; with
-    DDIM it is the paper's.
+    This is the step of DDIM with the estimate x_u + scale / (1 - e^-h) (x_c - x_u), where h is the step size in
+    log(alpha / sigma), that is, classifier-free guidance with a scale that grows as the steps get shorter. In this form
+    it applies to any solver; with DDIM it is the paper's algorithm.
 
     Args:
-        scale: the paper's lambda, in [0, 1] as a rule; one number, or one a sample.
-        negative, drop, lowest, highest: as of `ClassifierFree`.
+        scale: the paper's lambda, usually in [0, 1]; one number, or one per sample.
+        negative, drop, lowest, highest: as in `ClassifierFree`.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class CFGPlusPlus(_TwoAnswers):
 
     @property
     def active(self) -> bool:
-        """True: a scale of 1 is not off."""
+        """True, since a scale of 1 is not off."""
         return True
 
     def combine(self, given: Estimate, none: Estimate, scale, x, m: Marginal, here: Here) -> Estimate:
@@ -217,12 +217,12 @@ class CFGZeroStar(_TwoAnswers):
 
         v = s v_u + scale (v_c - s v_u),    s = <v_c, v_u> / |v_u|^2    for each example,
 
-    and v = 0 in the first steps, in which an underfitted network's velocity is worse than none.
+    and v = 0 in the first steps, where the velocity of an underfitted network is worse than zero.
 
     Args:
-        scale, negative, drop, lowest, highest: as of `ClassifierFree`.
-        zero_steps: the number of first steps with v = 0.
-        prediction: a `Prediction` or its name: whose output is v.
+        scale, negative, drop, lowest, highest: as in `ClassifierFree`.
+        zero_steps: the number of initial steps with v = 0.
+        prediction: the `Prediction`, or its name, whose output is v.
     """
 
     def __init__(
@@ -241,7 +241,7 @@ class CFGZeroStar(_TwoAnswers):
 
     @property
     def active(self) -> bool:
-        """Whether a scale differs from 1, or v is 0 at first."""
+        """Whether a scale differs from 1, or there are steps with v = 0."""
         return self.zero_steps > 0 or super().active
 
     def combine(self, given: Estimate, none: Estimate, scale, x, m: Marginal, here: Here) -> Estimate:
@@ -256,17 +256,17 @@ class CFGZeroStar(_TwoAnswers):
 def _plain(owner: str, prediction) -> Prediction:
     prediction = Prediction.get(prediction)
     if prediction.factor != 1:
-        raise ValueError(f"{owner}: `prediction` must have one output a channel; received: {prediction!r}")
+        raise ValueError(f"{owner}: `prediction` must have one output per channel; received: {prediction!r}")
     return prediction
 
 
 def _output(prediction: Prediction, x, x_hat, m: Marginal):
-    """What a network of this prediction says if it means x_hat."""
+    """The output of a network with this prediction for the estimate x_hat."""
     return prediction.target(x_hat, noise_of(x, x_hat, m), m)
 
 
 def _dot(a, b):
-    """<a, b> for each example, of a shape that broadcasts."""
+    """<a, b> for each example, with axes of length 1 for broadcasting."""
     return ops.sum(a * b, axis=tuple(range(1, len(a.shape))), keepdims=True)
 
 

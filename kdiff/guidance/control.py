@@ -1,4 +1,4 @@
-"""A ControlNet at a scale, in a part of the run."""
+"""The scale of a ControlNet, limited to a part of the run."""
 
 from typing import Any
 
@@ -13,18 +13,18 @@ __all__ = ["Control"]
 
 
 class Control(Guidance):
-    """The picture `name` acts with this scale at the times end < t <= begin, and not at others:
+    """Applies the control image `name` with this scale at times end < t <= begin, and not at other times:
 
         model.sample(4, text="a hat", edges=drawing, guidance=[Control("edges", 0.8, end=0.4), ClassifierFree(7.5)])
 
-    It multiplies the input `<name>_scale` of `networks.Controlled`. For several pictures it stands several times in the
-    list. diffusers' `control_guidance_start` a and `control_guidance_end` b, which count steps, are `begin=1 - a` and
-    `end=1 - b` where the times of the steps are uniform.
+    It multiplies the input `<name>_scale` of `networks.Controlled`. For several control images, give one each. The
+    `control_guidance_start` a and `control_guidance_end` b of diffusers, which are fractions of the steps, correspond
+    to `begin=1 - a` and `end=1 - b` on a uniform grid.
 
     Args:
-        name: of the picture.
-        scale: a number, or one a sample.
-        begin, end: in [0, 1], where 1 is noise and 0 data; each a number, or one a sample.
+        name: the name of the control image.
+        scale: a number, or one per sample.
+        begin, end: times in [0, 1], where 1 is noise and 0 is data; each a number, or one per sample.
 
     Raises:
         ValueError: if a number is out of range.
@@ -37,11 +37,11 @@ class Control(Guidance):
         for argument, value in {"begin": begin, "end": end}.items():
             numbers = np.asarray(value, "float64")
             if numbers.ndim > 1 or not np.all((numbers >= 0) & (numbers <= 1)):
-                raise ValueError(f"Control: `{argument}` must be in [0, 1], or so for each sample; received: {value!r}")
+                raise ValueError(f"Control: `{argument}` must be in [0, 1], or one per sample; received: {value!r}")
         self.name, self.scale, self.begin, self.end = name, scale, begin, end
 
     def rows(self, run: Run):
-        """Scale, begin and end of each sample."""
+        """The scale, begin and end of each sample."""
         return {name: run.rows(self, name, getattr(self, name), ()) for name in self.arrays}
 
     def guide(self, denoise: Denoiser, x, m: Marginal, here: Here) -> Estimate:

@@ -1,11 +1,11 @@
-"""Guidance by what is known of the result: a part of the image, or a measurement y = A x + noise.
+"""Guidance for inverse problems: a known part of the image, or a measurement y = A x + noise.
 
-Inpainting needs no gradient: the estimate is replaced where the image is known. The others add the gradient of
-log p(y | x_t), for which x_hat, the mean of p(x | x_t), stands in, with some covariance:
+Inpainting needs no gradient: the estimate is replaced where the image is known. The other rules add the gradient of
+log p(y | x_t), for a Gaussian approximation of p(x | x_t) with mean x_hat and some covariance:
 
     E[x | x_t, y] = x_hat + (sigma^2 / alpha) grad log p(y | x_t).
 
-With PiGDM's covariance, r^2 I, it is exact if data is N(mean, s^2 I); with that of `MomentMatching`, for any Gaussian.
+With the covariance r^2 I of PiGDM it is exact for data N(mean, s^2 I); with that of `MomentMatching`, for any Gaussian.
 """
 
 from typing import Any
@@ -25,23 +25,23 @@ __all__ = ["DPS", "Inpaint", "MomentMatching", "PiGDM"]
 
 
 class Inpaint(Guidance):
-    """New pixels where `mask` is 1, those of `image` where it is 0, and between the two those of `image`, changed by so
-    much:
+    """Inpainting: pixels are generated where `mask` is 1, kept from `image` where it is 0, and edited in between:
 
         x_hat <- x_hat where t <= mask (anywhere if mask = 1, nowhere if 0), else image.
 
-    So what is known follows q(x_then | x_now, image) with any solver. The value of a mask is a strength, as of
-    `DiffusionModel.sample`: a pixel follows the image until the time `mask` and the network from there, so that the
-    mask may be soft (Levin & Fried 2023, "Differential Diffusion", arXiv:2306.00950, section 3). The network sees a
-    border between what it drew and what it was given; going back and forth over it heals the border (RePaint, Lugmayr
-    et al. 2022, arXiv:2201.09865, algorithm 1), by a grid with jumps:
+    The known pixels then follow q(x_then | x_now, image) with any solver. A mask value is a strength, as in
+    `DiffusionModel.sample`: a pixel follows the image until time `mask` and the network afterwards, so the mask may be
+    soft (Levin & Fried 2023, "Differential Diffusion", arXiv:2306.00950, section 3). Visible borders between generated
+    and known regions can be harmonised by resampling (RePaint, Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1), a
+    grid with jumps:
 
         Sampler("ddpm", times.Jumps("trailing", length=10, repeats=10), steps=250, guidance=Inpaint(image, mask))
 
     Args:
-        image: one for all samples, or one a sample; as the model takes it, uint8 or in [-1, 1]. Any other data too.
-        mask: in [0, 1], (height, width), with or without a last axis of 1 or of the channels; for all, or one a sample.
-            None: 1 where `image` is NaN, 0 elsewhere.
+        image: one image for all samples, or one per sample, as the model takes it: uint8, or in [-1, 1]. Other data
+            works in the same way.
+        mask: values in [0, 1] with shape `(height, width)`, optionally with a last axis of 1 or of the channels; one
+            for all samples, or one per sample. None: 1 where `image` is NaN, 0 elsewhere.
 
     Raises:
         ValueError: if the mask is not in [0, 1], or the image is NaN where the mask is below 1; in a run, if the image
@@ -56,17 +56,17 @@ class Inpaint(Guidance):
         self.mask = missing if mask is None else np.asarray(mask)
         if not ((self.mask >= 0) & (self.mask <= 1)).all():
             raise ValueError(
-                "Inpaint: `mask` must be in [0, 1]: 1, or True, where the image is to be painted, 0 where it is kept, "
-                f"and between them where it is changed; received values from {self.mask.min()} to {self.mask.max()}"
+                "Inpaint: `mask` must be in [0, 1]: 1, or True, where the image is generated, 0 where it is kept, "
+                f"and in between where it is edited; received values from {self.mask.min()} to {self.mask.max()}"
             )
         self._missing = missing
 
     def rows(self, run: Run):
-        """Image and mask of each sample."""
+        """The image and the mask of each sample."""
         image = np.where(self._missing, 0, self.image).astype(self.image.dtype)
         rows = {"image": run.examples(self, "image", image), "mask": self._mask_rows(run)}
         if self._missing.any() and (run.rows(self, "image", self._missing, run.shape[1:]) > rows["mask"]).any():
-            raise ValueError("Inpaint: `image` must be a number where `mask` is below 1; it is NaN at some such place")
+            raise ValueError("Inpaint: `image` must not be NaN where `mask` is below 1")
         return rows
 
     def _mask_rows(self, run: Run):
@@ -76,8 +76,8 @@ class Inpaint(Guidance):
                 if mask.shape in (shape, (count, *shape)):
                     return run.rows(self, "mask", mask, shape)
         raise ValueError(
-            f"Inpaint: `mask` must have the shape {tuple(size)}, with or without {count} rows before it and 1 or "
-            f"{channels} channels after it; received: {self.mask.shape}"
+            f"Inpaint: `mask` must have the shape {tuple(size)}, optionally with a first axis of {count} samples and a "
+            f"last axis of 1 or {channels} channels; received: {self.mask.shape}"
         )
 
     def guide(self, denoise: Denoiser, x, m: Marginal, here: Here) -> Estimate:
@@ -87,7 +87,7 @@ class Inpaint(Guidance):
 
 
 class _Measured(Guidance):
-    """Guidance by y = A x + noise."""
+    """Guidance by a measurement y = A x + noise."""
 
     arrays = ("measurement", "scale")
 
@@ -97,22 +97,22 @@ class _Measured(Guidance):
         self.measurement, self.scale = np.asarray(measurement, "float32"), scale
 
     def rows(self, run: Run):
-        """Measurement and scale of each sample."""
+        """The measurement and the scale of each sample."""
         self._check_range(run)
         shape = self.operator.output_shape(run.shape[1:])
         rows = {"measurement": run.rows(self, "measurement", self.measurement, shape)}
         return {**rows, "scale": run.rows(self, "scale", self.scale, ())}
 
     def _check_range(self, run: Run) -> None:
-        """Raises a ValueError for a measurement in 0 ... 255 of data that is in [-1, 1]."""
+        """Raises a ValueError for a measurement in 0 ... 255 if the data is in [-1, 1]."""
         if run.limit is None or not like_bytes(self.measurement):
             return
         ones = ops.full((1, *run.shape[1:]), run.limit, "float32")
         most = max(float(np.abs(ops.convert_to_numpy(self.operator.forward(x))).max()) for x in (ones, _signs(ones)))
         if (high := float(self.measurement.max())) > 4.0 * most:
             raise ValueError(
-                f"{type(self).__name__}: `measurement` reaches {high:.4g}, and of data in [-{run.limit:g}, "
-                f"{run.limit:g}] the operator makes at most about {most:.4g}: it is to be `operator(images)` of "
+                f"{type(self).__name__}: `measurement` reaches {high:.4g}, but for data in [-{run.limit:g}, "
+                f"{run.limit:g}] the operator gives at most about {most:.4g}: it must be `operator(images)` for "
                 "images in that range, x / 127.5 - 1 for 0..255"
             )
 
@@ -124,42 +124,42 @@ class _Measured(Guidance):
         return estimate.guided(estimate.x_hat + over(here.rows["scale"], x) * self._step(m.like(x), here) * gradient)
 
     def _weighted(self, rest, shape, m: Marginal):
-        """What A^T and the derivative of x_hat are applied to."""
+        """The vector to which A^T and the derivative of x_hat are applied."""
         raise NotImplementedError
 
     def _step(self, m: Marginal, here: Here):
-        """The factor on the result."""
+        """The factor on the gradient."""
         raise NotImplementedError
 
 
 def _signs(ones):
-    """The same with random signs."""
+    """The same values with random signs."""
     return ops.sign(random.normal(random.key_of(0), ops.shape(ones))) * ones
 
 
 class DPS(_Measured):
-    """Diffusion posterior sampling (Chung et al. 2022, arXiv:2209.14687, algorithm 1, with the step size of section
-    4 as in the authors' code): after a step of DDPM,
+    """Diffusion posterior sampling, DPS (Chung et al. 2022, arXiv:2209.14687, algorithm 1, with the step size of the
+    authors' code): after a step of DDPM,
 
-        x_then <- x_then - scale grad |y - A x_hat(x_t)|,
+        x_then <- x_then - scale grad |y - A x_hat(x_t)|.
 
-    which is that step with the estimate x_hat - scale / (alpha_then (1 - SNR_now / SNR_then)) grad |y - A x_hat|. With
-    other solvers it is the same change of the estimate. It wants many steps: the paper takes 1,000.
+    This equals a step with the estimate x_hat - scale / (alpha_then (1 - SNR_now / SNR_then)) grad |y - A x_hat|, which
+    is used with any solver. It needs many steps: the paper takes 1,000.
 
     Args:
         operator: an `Operator` or its name.
-        measurement: y, for all samples or one a sample.
-        scale: the step size; 0.3 to 1 in the paper.
+        measurement: y, one for all samples or one per sample.
+        scale: the step size, 0.3 to 1 in the paper; one number, or one per sample.
 
     Raises:
-        ValueError: in a run, if the operator does not fit the samples, or the measurement not the operator.
+        ValueError: in a run, if the operator does not fit the samples, or the measurement does not fit the operator.
     """
 
     def __init__(self, operator: Any, measurement: Any, scale: Any = 1.0):
         super().__init__(operator, measurement, scale)
 
     def _weighted(self, rest, shape, m: Marginal):
-        """-grad |y - A x_hat| by A x_hat."""
+        """-grad |y - A x_hat| with respect to A x_hat."""
         norm = ops.sqrt(ops.sum(rest**2, axis=tuple(range(1, len(rest.shape))), keepdims=True))
         return rest / ops.maximum(norm, 1e-8)
 
@@ -175,21 +175,21 @@ class PiGDM(_Measured):
         grad log p(y | x_t) = (d x_hat / d x_t)^T A^T (r^2 A A^T + std^2 I)^-1 (y - A x_hat),
         r^2 = data_std^2 sigma^2 / (alpha^2 data_std^2 + sigma^2).
 
-    The estimate changes by sigma^2 / alpha times that, which multiplies the error of a trained network's derivative as
-    well. Where there is next to nothing but noise the result would be noise too, so the rule begins at sigma / alpha =
-    `highest`; before that y can hardly matter. Few steps are enough. The inverse comes from conjugate gradients.
+    The estimate changes by sigma^2 / alpha times this gradient, a factor that also amplifies the error of a trained
+    network's derivative. Guidance therefore starts at sigma / alpha = `highest`, above which y carries hardly any
+    information. A few steps suffice. The inverse is computed by conjugate gradients.
 
     Args:
         operator: an `Operator` or its name.
-        measurement: y, for all samples or one a sample.
+        measurement: y, one for all samples or one per sample.
         std: the standard deviation of the noise in y.
-        data_std: that of the data; 1 is the paper's. Images in [-1, 1] have about 0.5.
-        scale: of the gradient; 1 is Bayes' rule.
-        iterations: of the conjugate gradients; 1 is enough where A A^T is a multiple of the identity.
-        highest: the largest sigma / alpha at which it guides; infinity with an exact denoiser.
+        data_std: the standard deviation of the data, 1 in the paper. Images in [-1, 1] have about 0.5.
+        scale: the factor on the gradient; 1 is Bayes' rule. One number, or one per sample.
+        iterations: the conjugate gradient iterations; 1 suffices if A A^T is a multiple of the identity.
+        highest: the largest sigma / alpha with guidance; infinity for an exact denoiser.
 
     Raises:
-        ValueError: as of `DPS`.
+        ValueError: as in `DPS`.
     """
 
     def __init__(
@@ -221,28 +221,28 @@ class PiGDM(_Measured):
 
 class MomentMatching(_Measured):
     """Moment matching posterior sampling (Rozet et al. 2024, "Learning Diffusion Priors from Observations by
-    Expectation Maximization", arXiv:2405.13712). The derivative J = d x_hat / d x_t gives the covariance of p(x | x_t):
+    Expectation Maximization", arXiv:2405.13712). The Jacobian J = d x_hat / d x_t gives the covariance of p(x | x_t):
 
         C = sigma^2 / alpha J,    x_hat <- x_hat + C A^T (A C A^T + std^2 I)^-1 (y - A x_hat).
 
-    So what is measured of one part counts for all that depends on it. For Gaussian data it is E[x | x_t, y], exactly,
-    and mean and covariance of the samples are those of p(x | y) but for the error of the solver: to fill in what is
-    missing of a series or a table,
+    A measurement of one part thus informs all correlated parts. For Gaussian data the result is exactly E[x | x_t, y],
+    and the samples have the mean and covariance of p(x | y), up to the error of the solver. For example, to impute the
+    missing values of a series or a table:
 
         model.sample(100, guidance=MomentMatching(operators.Mask(missing), known, std=0.01), sampler="heun")
 
-    The inverse comes from conjugate gradients, each of which goes back through the network once.
+    The inverse is computed by conjugate gradients, with one backward pass of the network per iteration.
 
     Args:
         operator: an `Operator` or its name.
-        measurement: y, for all samples or one a sample; of `Mask`, examples with any numbers in the missing places.
-        std: the standard deviation of the noise in y; if there is none, one that is small against the data's.
-        scale: of the change; 1 is Bayes' rule.
-        iterations: of the conjugate gradients; as many as y has numbers are exact.
-        highest: the largest sigma / alpha at which it guides, as of `PiGDM`; infinity with an exact denoiser.
+        measurement: y, one for all samples or one per sample; for `Mask`, examples with arbitrary missing values.
+        std: the standard deviation of the noise in y; for exact data, a value small compared to that of the data.
+        scale: the factor on the change; 1 is Bayes' rule. One number, or one per sample.
+        iterations: the conjugate gradient iterations; as many as y has elements are exact.
+        highest: the largest sigma / alpha with guidance, as in `PiGDM`; infinity for an exact denoiser.
 
     Raises:
-        ValueError: as of `DPS`.
+        ValueError: as in `DPS`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Guidance by another network: a weaker one, a classifier, or the same one with its attention spoilt."""
+"""Guidance by another network: a weaker model, a classifier, or the same network with perturbed attention."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,15 +20,15 @@ __all__ = ["Autoguidance", "ClassifierGuidance", "PerturbedAttention", "Seamless
 
 
 class Autoguidance(Guidance):
-    """Guidance by a bad version of the model itself (Karras et al. 2024, arXiv:2406.02507, eq. 3):
+    """Autoguidance, by a weaker version of the model itself (Karras et al. 2024, arXiv:2406.02507, eq. 3):
 
         x_hat = x_weak + scale (x_model - x_weak).
 
     Args:
-        weak: a `DiffusionModel`, smaller or trained for less time, or any denoiser x_hat = weak(x, m) on the schedule
-            of the run. A model is asked under those of the conditions that it takes, at the same log-SNR.
-        scale: 1 is off; one number, or one a sample.
-        ema: whether a weak model uses its averaged weights.
+        weak: a `DiffusionModel`, smaller or trained for fewer steps, or any denoiser x_hat = weak(x, m) on the schedule
+            of the run. A model is called with those of the conditions that it takes, at the same log-SNR.
+        scale: one number, or one per sample; 1 is off.
+        ema: whether the weak model uses its averaged (EMA) weights.
     """
 
     arrays = ("scale",)
@@ -47,7 +47,7 @@ class Autoguidance(Guidance):
 
     @property
     def models(self) -> tuple:
-        """The weak model, if it is one."""
+        """The weak model, if it is a Keras model."""
         return (self.weak,) if isinstance(self.weak, keras.Model) else ()
 
     def rows(self, run: Run):
@@ -72,20 +72,21 @@ class Autoguidance(Guidance):
 
 
 class ClassifierGuidance(Guidance):
-    """Guidance by a classifier (Dhariwal and Nichol 2021, arXiv:2105.05233, eq. 10 and algorithm 1):
+    """Classifier guidance (Dhariwal and Nichol 2021, arXiv:2105.05233, eq. 10 and algorithm 1):
 
-        x_hat <- x_hat + scale (sigma^2 / alpha) grad log p(y | x_t),    the gradient by x_t.
+        x_hat <- x_hat + scale (sigma^2 / alpha) grad log p(y | x_t),    the gradient with respect to x_t.
 
-    A classifier of clean images is asked about x_hat, log p(y | x_hat(x_t)), and the gradient goes through the network
-    (Bansal et al. 2023, "Universal guidance", arXiv:2302.07121, section 3.1): no training on noise, for twice the work.
+    A classifier of clean images is applied to x_hat, log p(y | x_hat(x_t)), and the gradient is backpropagated through
+    the network (Bansal et al. 2023, "Universal guidance", arXiv:2302.07121, section 3.1): it needs no training on
+    noisy images, at twice the cost.
 
     Args:
-        classifier: a Keras model that gives a logit for each class: of images as the model decodes them, in [-1, 1],
-            `classifier(image)`; or, if `noisy`, of noisy ones, `classifier({"image": x_t, "time": label})`.
-        scale: of the gradient; 1 samples from p(x) p(y | x); one number, or one a sample.
-        labels: the classes y, one for all samples or one a sample; None for the condition "label".
+        classifier: a Keras model that returns one logit per class: for images as the model decodes them, in [-1, 1],
+            `classifier(image)`; or, if `noisy`, for noisy images, `classifier({"image": x_t, "time": label})`.
+        scale: the factor on the gradient; 1 samples from p(x) p(y | x). One number, or one per sample.
+        labels: the classes y, one for all samples or one per sample; None: the condition "label".
         noisy: whether the classifier was trained on noisy images.
-        time_label: a `TimeLabel` or its name: what a noisy classifier sees as time.
+        time_label: the `TimeLabel`, or its name, of a noisy classifier.
     """
 
     arrays = ("scale", "labels")
@@ -111,7 +112,7 @@ class ClassifierGuidance(Guidance):
             return rows
         labels = run.rows(self, "labels", self.labels, ())
         if np.any(labels != np.floor(labels)) or labels.min() < 0:
-            raise ValueError(f"ClassifierGuidance: `labels` must be whole numbers from 0; received: {self.labels!r}")
+            raise ValueError(f"ClassifierGuidance: `labels` must be integers of at least 0; received: {self.labels!r}")
         return {**rows, "labels": labels.astype("int32")}
 
     def guide(self, denoise: Denoiser, x, m: Marginal, here: Here) -> Estimate:
@@ -129,7 +130,7 @@ class ClassifierGuidance(Guidance):
         return estimate.guided(estimate.x_hat + over(here.rows["scale"], x) * m.sigma**2 / m.alpha * gradient)
 
     def _gradient(self, inputs, x, labels):
-        """The gradient of log p(labels | x) by x."""
+        """The gradient of log p(labels | x) with respect to x."""
 
         def log_probability(x):
             logits = ops.cast(self.classifier(inputs(x), training=False), "float32")
@@ -141,18 +142,17 @@ class ClassifierGuidance(Guidance):
 
 
 class Seamless(Guidance):
-    """Samples without a seam: what leaves a map at one edge comes back at the opposite one, so that copies side by side
-    make a texture, or a panorama goes all the way round.
+    """Seamless samples by circular padding, for tileable textures and 360-degree panoramas.
 
-    In every question that this guidance passes on, the convolutions of kdiff's networks are padded by the opposite edge
-    in place of zeros, whatever they were trained with. Given last, it holds for all guidance before it. Attention sees
-    the whole map as it is, and positions that are added to it have an edge.
+    In every call of the denoiser by this guidance, the convolutions of kdiff's networks use circular padding instead of
+    zeros, however they were trained. If it is last in the list, it applies to all guidance before it. Attention is
+    unchanged, and added position embeddings still have edges.
 
     Args:
-        axes: which axes of an example close, 0 the height, 1 the width; None for all.
+        axes: the axes of an example that are periodic, 0 the height, 1 the width; None: all.
 
     Raises:
-        ValueError: when it runs, if the network has no convolution of kdiff's.
+        ValueError: when it runs, if the network has no convolution of kdiff.
     """
 
     def __init__(self, axes: Sequence[int] | None = None):
@@ -172,17 +172,17 @@ class PerturbedAttention(Guidance):
 
         x_hat <- x_hat + scale (x_hat - x_perturbed),
 
-    where x_perturbed comes from the same network with the identity in place of the attention map of some layers: each
-    position attends to itself. It needs neither a condition nor training. Given before `ClassifierFree`, both of its
-    questions are guided; given after, its result is.
+    where x_perturbed is the estimate of the same network with the attention maps of some layers replaced by the
+    identity, so that each position attends only to itself. It needs neither a condition nor extra training. Before
+    `ClassifierFree` in the list, it guides both of its estimates; after it, the result.
 
     Args:
-        scale: 0 is off; one number, or one a sample.
-        layers: a regular expression, of which a part of the path of a `MultiHeadAttention` must be an instance:
-            "bridge", the middle of a `UNet`, or "block_(4|5)/" of a `DiT`. `keras.layers.Layer.path` is the path.
+        scale: one number, or one per sample; 0 is off.
+        layers: a regular expression that is searched in the path of each `MultiHeadAttention` (`Layer.path`), such as
+            "bridge" for the middle of a `UNet`, or "block_(4|5)/" for a `DiT`.
 
     Raises:
-        ValueError: when it runs, if no self-attention has such a path; the message lists those that there are.
+        ValueError: when it runs, if no self-attention layer matches; the message lists the available paths.
     """
 
     arrays = ("scale",)

@@ -1,4 +1,4 @@
-"""Guidance by several conditions, each with a scale of its own: they are left out one after the other."""
+"""Guidance by several conditions, each with its own scale, which are dropped one after the other."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,18 +17,18 @@ class Successive(Guidance):
 
         x_hat = x_n + scale_n (x_{n-1} - x_n) + ... + scale_1 (x_0 - x_1),
 
-    where x_0 is under all conditions, x_1 without the first of `scales`, x_2 without the first two, and so on; all of
-    them are asked in one batch. InstructPix2Pix's is `Successive({"text": 7.5, "source": 1.5})`: what the text adds to
-    the picture, and the picture to nothing. With one name it is `ClassifierFree(scale, drop=(name,))`.
+    where x_0 is the estimate under all conditions, x_1 without the first of `scales`, x_2 without the first two, and so
+    on, all evaluated in one batch. InstructPix2Pix uses `Successive({"text": 7.5, "source": 1.5})`. With a single name
+    it is `ClassifierFree(scale, drop=(name,))`.
 
     Args:
-        scales: by the names of the conditions, in the order in which they are left out; 1 is off. Each is one number,
-            or one a sample.
-        negative: conditions that take the place of none where one is left out, by name: `{"text": "blurry"}`.
+        scales: the scales by the names of the conditions, in the order in which these are dropped; 1 is off. Each is
+            one number, or one per sample.
+        negative: negative conditions by name, used instead of the null condition, such as `{"text": "blurry"}`.
 
     Raises:
-        ValueError: if there is no scale, or one is not finite; if `negative` is of a condition without a scale; in a
-            run, if a condition cannot be left out.
+        ValueError: if there is no scale, or one is not finite; if `negative` has a condition without a scale; in a run,
+            if a condition cannot be dropped.
     """
 
     arrays = ("scales", "negative")
@@ -54,11 +54,11 @@ class Successive(Guidance):
         return any(np.any(np.asarray(scale) != 1.0) for scale in self.scales.values())
 
     def key(self) -> tuple:
-        """The order of the names, beside the class."""
+        """The class and the order of the names."""
         return (type(self), *self.scales)
 
     def rows(self, run: Run):
-        """The scales, and the negative conditions, of each sample."""
+        """The scales and the negative conditions of each sample."""
         scales = {name: run.rows(self, f"scales[{name!r}]", scale, ()) for name, scale in self.scales.items()}
         if self.negative is None:
             return {"scales": scales}
