@@ -10,7 +10,8 @@ from kdiff.solvers import DDIM, DDPM, DDIMInversion
 from kdiff.solvers.adaptive import Adaptive, Control
 from kdiff.solvers.base import History
 from kdiff.solvers.multistep import DEIS, IPNDM, LMS, PNDM
-from kdiff.solvers.runge_kutta import DPM2, RK4, Angle, DPM2Ancestral, Euler, EulerAncestral, Heun, Ratio
+from kdiff.solvers.runge_kutta import DPM2, RK4, DPM2Ancestral, Euler, EulerAncestral, Heun
+from kdiff.solvers.stages import Angle, Ratio
 from tests.toys import (
     EAGER,
     GAUSSIAN_DATA,

@@ -10,7 +10,8 @@ from kdiff.predictions import Prediction
 from kdiff.schedules import Marginal, NoiseSchedule, bridge
 from kdiff.solvers import DDIM, DDPM, IPNDM, Denoise, Draw, Solver
 from kdiff.solvers.base import noise_of
-from kdiff.solvers.runge_kutta import RK4, Ratio, chosen
+from kdiff.solvers.runge_kutta import RK4
+from kdiff.solvers.stages import Ratio, chosen
 
 __all__ = [
     "DDIMInverted",

@@ -1,4 +1,4 @@
-"""Solvers, a file a family: how a sampling run goes from one time to the next. The theory is in `solvers.base`."""
+"""Solvers, which step a sampling run from one time to the next. The theory is in `solvers.base`."""
 
 from kdiff.solvers.adaptive import Adaptive
 from kdiff.solvers.ancestral import DDIM, DDPM, DDIMInversion
@@ -14,8 +14,9 @@ from kdiff.solvers.dpm_sde import (
 )
 from kdiff.solvers.fast import DPMSolverFast
 from kdiff.solvers.multistep import DEIS, IPNDM, LMS, PNDM
-from kdiff.solvers.runge_kutta import DPM2, RK4, Angle, DPM2Ancestral, Euler, EulerAncestral, Heun, Ratio
+from kdiff.solvers.runge_kutta import DPM2, RK4, DPM2Ancestral, Euler, EulerAncestral, Heun
 from kdiff.solvers.sa import SASolver, Tau, Within
+from kdiff.solvers.stages import Angle, Ratio
 from kdiff.solvers.unipc import UniPC
 
 __all__ = [

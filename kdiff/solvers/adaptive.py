@@ -1,17 +1,16 @@
-"""A solver that chooses its own steps: as many between two times of the grid as a tolerance asks for.
+"""A solver with adaptive step size control between the times of the grid.
 
-In z = x / alpha and l = log(alpha / sigma) = log_snr / 2 the probability flow is dz/dl = x_hat - z, so that a step of h
-is
+In z = x / alpha and l = log(alpha / sigma) = log_snr / 2 the probability flow is dz/dl = x_hat - z, and a step of h is
 
     z_then = e^-h z + integral of e^(y - h) x_hat dy, from 0 to h.
 
-With x_hat constant it is DDIM; with x_hat linear in y, by its value x_hat_r at y = r h (`solvers.exponential`),
+For constant x_hat it is DDIM; for x_hat linear in y, with the value x_hat_r at y = r h (`solvers.exponential`),
 
     z_then = e^-h z + (1 - e^-h) x_hat + w (x_hat_r - x_hat),    w = M_1(h) / r.
 
-Nothing in it grows with h: a step may go to t = 0. This is DPM-Solver (Lu et al. 2022, arXiv:2206.00927, algorithms 1
-and 2) in the form that predicts data (DPM-Solver++, arXiv:2211.01095), of order 2, and of order 3 if r = 2/3 and the
-stage at r is itself made from one at 1/3.
+All terms are bounded in h, so a step may go to t = 0. This is DPM-Solver (Lu et al. 2022, arXiv:2206.00927, algorithms
+1 and 2) with data prediction (DPM-Solver++, arXiv:2211.01095), of order 2, and of order 3 if r = 2/3 and the stage at r
+is itself computed from one at 1/3.
 """
 
 from typing import Any, NamedTuple
@@ -31,12 +30,12 @@ SAFETY, SMALLEST, LARGEST = 0.9, 0.2, 5.0
 
 
 class Control(NamedTuple):
-    """What is carried from step to step, all scalars.
+    """The state of the step size control, all scalars.
 
     Attributes:
-        h: the next sub-step, in l.
-        error: the error of the last one that was taken, in units of the tolerance.
-        tried: how many there were so far, int32, those included that were not taken.
+        h: the size of the next substep, in l.
+        error: the error of the last accepted substep, in units of the tolerance.
+        tried: the number of substeps so far, int32, including rejected ones.
     """
 
     h: Any
@@ -47,33 +46,33 @@ class Control(NamedTuple):
 class Adaptive(Solver):
     """DPM-Solver-23, or -12, with error control (Lu et al. 2022, arXiv:2206.00927, appendix C).
 
-    k-diffusion's `sample_dpm_adaptive` is the same pair of methods, but not the same solver: it integrates noise_hat,
-    where this integrates x_hat and so may go to t = 0; it measures the error by the root mean square over the whole
-    batch, absolute in the scale of x / alpha, where this takes the worst sample, in units of the size of its z; and its
-    next sub-step is by error^(-1 / order) alone, limited by an arctangent. At an equal tolerance they differ.
+    `sample_dpm_adaptive` of k-diffusion uses the same pair of methods, but differs in three ways: it integrates
+    noise_hat, whereas this solver integrates x_hat and so can go to t = 0; it measures the error by the root mean
+    square over the whole batch, absolute on the scale of x / alpha, whereas this takes the worst sample, relative to
+    the size of its z; and its next step size depends on error^(-1 / order) alone, limited by an arctangent.
 
-    A step of the grid is cut into sub-steps. The error of each is taken to be the difference of the methods of order
-    `order` and `order` - 1, and measured in units of the tolerance,
+    Each step of the grid is divided into substeps. The error of a substep is estimated by the difference between the
+    methods of order `order` and `order` - 1, in units of the tolerance,
 
         error = max over the batch of rms( (z_high - z_low) / (sqrt(1 + s^2) atol + rtol max(|z|, |z_high|)) ),
 
-    where s = sigma / alpha and sqrt(1 + s^2) is about the size of z, whatever the schedule. A sub-step is taken if
-    error <= 1, else tried again, shorter. The next one is (a PI controller; Gustafsson 1991)
+    where s = sigma / alpha and sqrt(1 + s^2) is about the size of z on any schedule. A substep is accepted if error <=
+    1, and otherwise repeated with a smaller size. The next size is (a PI controller; Gustafsson 1991)
 
         h <- h 0.9 error^(-0.7 / order) error_before^(0.4 / order),    from a fifth of h to five times h.
 
-    An error that is NaN or infinite is too large. The samples of a batch share their sub-steps, so that one drawn in
-    another batch is the same to within the tolerance only.
+    An error of NaN or infinity counts as too large. The samples of a batch share their substeps, so a sample that is
+    drawn in another batch is equal only to within the tolerance.
 
     Args:
         rtol: the relative tolerance.
-        atol: the absolute one, for data of order 1. 0.0078 is one grey level of 256 on [-1, 1].
-        order: 2 (DPM-Solver-12) or 3 (DPM-Solver-23): the method that is used, and the calls of the denoiser in each
-            sub-step, tried or taken.
-        max_substeps: the most sub-steps in one step of the grid, those included that are not taken. None is shorter
-            than 1 / n of the way that is left, where n are left, and one of that length is taken whatever its error: a
-            tolerance that cannot be met gives equal steps.
-        first: the first sub-step of a run, in l.
+        atol: the absolute tolerance, for data of unit scale. 0.0078 is one of 256 grey levels on [-1, 1].
+        order: 2 (DPM-Solver-12) or 3 (DPM-Solver-23), which is also the number of calls of the denoiser per substep,
+            accepted or not.
+        max_substeps: the maximum number of substeps in one step of the grid, including rejected ones. With n substeps
+            left, none is shorter than 1 / n of the remaining interval, and one of that length is always accepted: a
+            tolerance that cannot be met results in equal steps.
+        first: the size of the first substep of a run, in l.
 
     Raises:
         ValueError: if a number is out of range, or both tolerances are 0.
@@ -98,11 +97,11 @@ class Adaptive(Solver):
         self.order = self.evaluations = order
 
     def init(self, x, steps: int) -> Control:
-        """The first sub-step, and an error of 1."""
+        """The initial step size, and an error of 1."""
         return Control(*(ops.convert_to_tensor(v) for v in (np.float32(self.first), np.float32(1.0), np.int32(0))))
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
-        """One step of the grid, in sub-steps; arguments and results as in `Solver.step`."""
+        """One step of the grid, in substeps; arguments and results as in `Solver.step`."""
         span, start = half_step(now, then), state.tried
 
         def on_the_way(done, z, x_hat, memory, control):
@@ -111,7 +110,7 @@ class Adaptive(Solver):
         def substep(done, z, x_hat, memory, control):
             left = ops.cast(self.max_substeps - (control.tried - start), "float32")
             least = (span - done) / left
-            # The last one goes all the way, by its number or because little would be left of the way.
+            # The last substep goes to the end, either as the last one allowed or because little is left.
             wanted = ops.maximum(control.h, least)
             last = ops.logical_or(wanted >= 0.999 * (span - done), left < 1.5)
             h = ops.where(last, span - done, wanted)
@@ -123,13 +122,13 @@ class Adaptive(Solver):
             done = ops.where(taken, ops.where(last, span, done + h), done)
             return done, ops.where(taken, z_high, z), estimate.x_hat, estimate.memory, control
 
-        # The estimate is that of the last sub-step; all of them are told what was remembered before the step.
+        # The estimate is that of the last substep; all substeps receive the memory from before the step.
         begin = (ops.zeros_like(span), x / now.alpha, ops.zeros_like(x), denoise.given.memory, state)
         _, z, x_hat, memory, state = ops.while_loop(on_the_way, substep, begin)
         return then.alpha * z, Estimate(x_hat, memory=memory), state
 
     def _pair(self, denoise, schedule, z, m, h):
-        """z after h by the method of one order less, and by the method; and the estimate at its beginning."""
+        """z after h by the method of lower order and by that of higher order, and the estimate at the beginning."""
         estimate = denoise(m.alpha * z, m)
         x_hat = estimate.x_hat
 
@@ -152,13 +151,13 @@ class Adaptive(Solver):
     def _error(self, z, z_low, z_high, m, h):
         s = m.sigma / m.alpha * ops.exp(-h)
         unit = ops.sqrt(1.0 + s**2) * self.atol + self.rtol * ops.maximum(ops.abs(z), ops.abs(z_high))
-        # 1e-30: where the tolerance is relative alone and z is 0.
+        # 1e-30, for a purely relative tolerance where z is 0.
         square = ((z_high - z_low) / ops.maximum(unit, 1e-30)) ** 2
         return ops.sqrt(ops.max(ops.mean(square, axis=tuple(range(1, len(square.shape))))))
 
     def _control(self, control: Control, error, h, taken) -> Control:
-        """The next sub-step. One that the grid cut short, and that was good, says nothing against the longer one."""
-        # A difference of 0 would divide by 0; NaN and infinity shorten the next sub-step as far as it goes.
+        """The next step size. An accepted substep that was shortened by the grid does not reduce the step size."""
+        # A difference of 0 would divide by 0; NaN and infinity shorten the next substep as much as possible.
         known = ops.where(error < 1e6, ops.maximum(error, 1e-6), 1e6)
         factor = SAFETY * known ** (-0.7 / self.order) * control.error ** (0.4 / self.order)
         proposed = h * ops.clip(factor, SMALLEST, ops.where(taken, LARGEST, SAFETY))

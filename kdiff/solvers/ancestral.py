@@ -1,6 +1,6 @@
-"""DDPM and DDIM: the solvers that follow from the exact posterior q(x_then | x_now, x).
+"""DDPM and DDIM: the solvers derived from the exact posterior q(x_then | x_now, x).
 
-In both r = SNR_now / SNR_then < 1, and 1 - r is written -expm1(log r), which does not cancel near t = 0.
+In both, r = SNR_now / SNR_then < 1, and 1 - r is computed as -expm1(log r), which does not cancel near t = 0.
 """
 
 import numpy as np
@@ -14,16 +14,16 @@ __all__ = ["DDIM", "DDPM", "DDIMInversion"]
 
 
 class DDPM(Solver):
-    """Ancestral sampling: a draw from q(x_then | x_now, x = x_hat) (Ho et al. 2020, algorithm 2):
+    """Ancestral sampling from q(x_then | x_now, x = x_hat) (Ho et al. 2020, arXiv:2006.11239, algorithm 2):
 
         x_then = (alpha_now sigma_then^2) / (alpha_then sigma_now^2) x_now + alpha_then (1 - r) x_hat + s noise.
 
     Args:
-        variance: "small" is that of the posterior, s^2 = sigma_then^2 (1 - r), right if the data were one point;
-            "large" is the forward process's, s^2 = sigma_now^2 (1 - r), right if the data were standard normal
-            (section 3.2); "learned" lies between the two where the network says, in the logarithm (improved DDPM,
-            arXiv:2102.09672, eq. 15), and needs the prediction `LearnedVariance`. With "large" and "learned" no noise
-            is added in the step to t = 0.
+        variance: "small" is the posterior variance, s^2 = sigma_then^2 (1 - r), optimal for data at a single point;
+            "large" is the variance of the forward process, s^2 = sigma_now^2 (1 - r), optimal for standard normal data
+            (section 3.2); "learned" interpolates between their logarithms as predicted by the network (improved DDPM,
+            arXiv:2102.09672, eq. 15), and needs the prediction `LearnedVariance`. With "large" and "learned" the step
+            to t = 0 adds no noise.
     """
 
     stochastic = True
@@ -55,11 +55,11 @@ class DDIM(Solver):
         x_then = alpha_then x_hat + sqrt(sigma_then^2 - s^2) noise_hat + s noise,
         noise_hat = (x_now - alpha_now x_hat) / sigma_now,    s = eta sigma_then sqrt(1 - r).
 
-    With eta = 0 it is Euler's method, in sigma / alpha as in EDM and in t as in rectified flow; with eta = 1 it is DDPM
-    with the small variance, and the ancestral Euler method.
+    With eta = 0 it is Euler's method, both in sigma / alpha as in EDM and in t for rectified flow; with eta = 1 it is
+    DDPM with the small variance, and the ancestral Euler method.
 
     Args:
-        eta: 0 is deterministic, an ODE solver of order 1; 1 is DDPM; any number in [0, 1].
+        eta: the amount of noise, in [0, 1]; 0 is deterministic, an ODE solver of order 1, and 1 is DDPM.
     """
 
     def __init__(self, eta: float = 0.0):
@@ -84,20 +84,20 @@ class DDIM(Solver):
 
 
 class DDIMInversion(Solver):
-    """DDIM from data to noise: here `then` is noisier than `now`. The step that DDIM undoes solves
+    """DDIM inversion, from data to noise: here `then` is noisier than `now`. The exact inverse of a DDIM step solves
 
         x_then = x_now + (alpha_then - alpha_now) x_hat(x_then) + (sigma_then - sigma_now) noise_hat(x_then),
 
-    by iteration from x_now: with one, the estimates are those at (x_now, t_then) (Song et al. 2021, section 4.3);
-    Garibi et al. 2024, "ReNoise", arXiv:2403.14602, iterate. In this form of the equation each iteration divides the
-    error by about the number of steps, at any noise. Eliminating x_hat instead, by alpha_now x_hat + sigma_now
-    noise_hat = x_now, gives an iteration that stands still where alpha_then is small.
+    by a fixed-point iteration from x_now. One iteration uses the estimates at (x_now, t_then) (Song et al. 2021,
+    section 4.3); Garibi et al. 2024, "ReNoise", arXiv:2403.14602, use several. In this form, each iteration reduces the
+    error by about the number of steps, at any noise level. Eliminating x_hat by alpha_now x_hat + sigma_now noise_hat =
+    x_now instead would give an iteration that stalls where alpha_then is small.
 
-    Where x_hat changes fast the iteration does not converge by itself: if for a sample the equation is missed by more
-    than before, it goes back to the best x_then, and half as far from there.
+    If x_hat changes fast, the plain iteration does not converge. When the residual of a sample increases, the iteration
+    therefore returns to the best x_then and halves the step size.
 
     Args:
-        iterations: how often the network is asked in a step.
+        iterations: the number of calls of the network per step.
     """
 
     def __init__(self, iterations: int = 1):
@@ -106,7 +106,7 @@ class DDIMInversion(Solver):
         self.evaluations = iterations
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
-        """One step back; arguments and results as in `Solver.step`."""
+        """One step towards noise; arguments and results as in `Solver.step`."""
         x_then, best, way, least, share = x, x, x, np.inf, 1.0
         for _ in range(self.iterations):
             estimate = denoise(x_then, then)

@@ -1,19 +1,19 @@
-"""What all solvers share: one step from a noisy x_now to a less noisy x_then.
+"""The interface of all solvers: one step from a noisy x_now to a less noisy x_then.
 
-A solver knows a denoiser, `estimate = denoise(x, m)`, whose x_hat is the data to be expected at a marginal m. It knows
-neither the network nor what it predicts, neither the grid nor the loop. Its state is a value that the loop carries:
+A solver calls a denoiser, `estimate = denoise(x, m)`, whose x_hat is the expected data at a marginal m. It depends
+neither on the network and its prediction, nor on the grid and the loop. Its state is a value that the loop carries:
 
     state = solver.init(x, steps)
-    x, estimate, state = solver.step(denoise, schedule, x, now, then, noise, state)        once a step
+    x, estimate, state = solver.step(denoise, schedule, x, now, then, noise, state)        once per step
 
-With the estimate of the noise that goes with x_hat, noise_hat = (x - alpha x_hat) / sigma, the probability flow of any
+With the corresponding estimate of the noise, noise_hat = (x - alpha x_hat) / sigma, the probability flow of any
 schedule is, in l = log_snr / 2 = log(alpha / sigma) (Lu et al. 2022, arXiv:2211.01095, eqs. 8 and 9; Salimans and Ho
 2022, arXiv:2202.00512, appendix D),
 
     x / sigma  =  x_now / sigma_now + integral of e^l x_hat dl,          from l_now to l_then       (data)
     x / alpha  =  x_now / alpha_now - integral of e^-l noise_hat dl                                 (noise)
 
-and a deterministic solver is a rule for one of the two integrals. Where x_hat, or noise_hat, is constant both are DDIM.
+and a deterministic solver approximates one of the two integrals. If x_hat, or noise_hat, is constant, both give DDIM.
 """
 
 from collections.abc import Callable
@@ -33,14 +33,14 @@ Draw = Callable[[], Any]
 
 
 class Solver(Value):
-    """The base of all solvers. A new one defines `step`, its `order` and whether it is `stochastic`.
+    """The base class of all solvers. A new one defines `step`, its `order` and whether it is `stochastic`.
 
     Attributes:
-        order: the error of a run falls as steps^-order; of a stochastic solver, that of its mean and covariance.
+        order: the error of a run decreases as steps^-order; for a stochastic solver, that of the mean and covariance.
         stochastic: whether `step` draws noise.
-        evaluations: how often a step calls the denoiser.
-        grid: the grid of a run that names none.
-        learned: whether an estimate must have a `share`, as of `predictions.LearnedVariance`.
+        evaluations: the number of calls of the denoiser per step.
+        grid: the default grid of a run.
+        learned: whether the estimates must have a `share`, as with `predictions.LearnedVariance`.
     """
 
     aliases: ClassVar = {
@@ -67,28 +67,28 @@ class Solver(Value):
     learned: bool = False
 
     def init(self, x, steps: int) -> Any:
-        """The state before the first of `steps` steps: a nest of tensors."""
+        """The state before the first of `steps` steps, a nested structure of tensors."""
         return ()
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One step.
 
         Args:
-            denoise: estimate = denoise(x, m), a `Denoiser`.
-            schedule: gives marginals between the two, `schedule.at_log_snr(l)`, to solvers that need them.
+            denoise: a `Denoiser`, estimate = denoise(x, m).
+            schedule: the schedule, for intermediate marginals `schedule.at_log_snr(l)`.
             x: the noisy batch, float32, with shape `(batch, ...)`.
-            now: the marginal that `x` is at; its fields have shape `()`.
-            then: the marginal to go to.
-            noise: a function; each call gives fresh standard normal noise with the shape of `x`.
-            state: what `init` or the last step returned.
+            now: the marginal of `x`, with fields of shape `()`.
+            then: the marginal to step to.
+            noise: a function, each call of which draws fresh standard normal noise with the shape of `x`.
+            state: the state returned by `init` or the previous step.
 
         Returns:
-            `(x, estimate, state)`: the batch at `then`, the estimate of the data that led there, and the new state.
+            `(x, estimate, state)`: the batch at `then`, the estimate of the data in this step, and the new state.
         """
         raise NotImplementedError
 
     def inverse(self, iterations: int = 1) -> "Solver":
-        """The solver that goes from data to noise, and undoes a run of this one, by so many iterations a step.
+        """The solver from data to noise that inverts a run of this one, with this number of iterations per step.
 
         Raises:
             ValueError: if there is none.
@@ -98,12 +98,12 @@ class Solver(Value):
 
 
 def noise_of(x, x_hat, m: Marginal):
-    """The noise that goes with an estimate of the data: noise_hat = (x - alpha x_hat) / sigma."""
+    """The estimate of the noise for an estimate of the data: noise_hat = (x - alpha x_hat) / sigma."""
     return (x - m.alpha * x_hat) / m.sigma
 
 
 def flow_to(x, x_hat, now: Marginal, then: Marginal):
-    """DDIM's step with this data: (sigma_then / sigma_now) x - alpha_then (e^-h - 1) x_hat, h = l_then - l_now."""
+    """The step of DDIM with x_hat: (sigma_then / sigma_now) x - alpha_then (e^-h - 1) x_hat, h = l_then - l_now."""
     h = half_step(now, then)
     return then.sigma / now.sigma * x - then.alpha * ops.expm1(-h) * x_hat
 
@@ -119,13 +119,13 @@ def between(schedule: NoiseSchedule, now: Marginal, then: Marginal, fraction: fl
 
 
 class History(NamedTuple):
-    """What a multistep solver remembers: the newest value first. All fields are tensors, fit for a compiled loop.
+    """The past values of a multistep solver, the newest first. All fields are tensors, as a compiled loop requires.
 
     Attributes:
-        made: steps made so far, int32.
-        left: steps left, this one included, int32.
+        made: the number of steps made so far, int32.
+        left: the number of steps left, including this one, int32.
         values: past x_hat or noise_hat, each with the shape of x.
-        log_snrs: where they were, scalars.
+        log_snrs: the log-SNR of each value, scalars.
     """
 
     made: Any
@@ -135,29 +135,29 @@ class History(NamedTuple):
 
     @classmethod
     def empty(cls, x, length: int, steps: int) -> Self:
-        """A history of `length` values with nothing in it; places count down, so that no two coincide."""
+        """An empty history of `length` values; its placeholder log-SNRs are distinct."""
         made, left = (ops.convert_to_tensor(np.int32(number)) for number in (0, steps))
         values = tuple(ops.zeros_like(x) for _ in range(length))
         log_snrs = tuple(ops.convert_to_tensor(np.float32(-100.0 * (i + 1))) for i in range(length))
         return cls(made, left, values, log_snrs)
 
     def add(self, value, m: Marginal) -> Self:
-        """The history after a step that found `value` at `m`."""
+        """The history after a step with `value` at `m`."""
         values, log_snrs = (value, *self.values)[: len(self.values)], (m.log_snr, *self.log_snrs)[: len(self.values)]
         return History(self.made + 1, self.left - 1, values, log_snrs)
 
     def places(self, now: Marginal, then: Marginal) -> list:
-        """Where the values are on the way from `now` to `then`, as fractions of it in log-SNR."""
+        """The positions of the values, as fractions of the step from `now` to `then` in log-SNR."""
         return [(past - now.log_snr) / (then.log_snr - now.log_snr) for past in self.log_snrs]
 
     def order(self, order: int, lower_final: bool = True):
-        """The order that this step can have: `order`, less while there is no history, and at the end if asked for."""
+        """The order of this step: `order`, reduced while the history is short, and at the end if `lower_final`."""
         order = ops.minimum(order, self.made + 1)
         return ops.minimum(order, self.left) if lower_final else order
 
 
 def check_order(owner: Any, order: Any, highest: int, lowest: int = 1) -> None:
-    """Raises a ValueError unless `order` is a whole number from `lowest` to `highest`."""
+    """Raises a ValueError unless `order` is an integer from `lowest` to `highest`."""
     name = type(owner).__name__
     check_integer(name, "order", order, lowest)
     if order > highest:

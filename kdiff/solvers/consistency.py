@@ -1,12 +1,12 @@
-"""Solvers for distilled networks, which jump to the data, or to the next time, in one step.
+"""Solvers for distilled networks, which map to the data, or to the next time, in one step.
 
-Their `denoise` is a consistency function: it does not answer with the mean of all x that x_t may come from, but with
-the one x that the probability flow leads to. A step jumps there, and goes back to `then` with fresh noise; so each step
-mends the last one's errors, and one step is enough. More steps do not converge to anything: `order` is 0. With a
-denoiser that was not distilled they blur the samples in few steps.
+Their `denoise` is a consistency function: it returns not the posterior mean of x given x_t, but the end point of the
+trajectory of the probability flow through x_t. A step maps there, and returns to `then` with fresh noise, so each step
+corrects the errors of the previous one, and a single step suffices. More steps do not converge to a limit: `order` is
+0. With a denoiser that was not distilled, they blur the samples in few steps.
 
-A network that has learned to lead from any time to any other (`objectives.Shortcut`, `objectives.MeanFlow`) is asked by
-`Denoiser.jump`: all of these do so, and tell one that has not nothing.
+All of these call the network by `Denoiser.jump`, which passes the target time to a network that has learned to step
+between any two times (`objectives.Shortcut`, `objectives.MeanFlow`).
 """
 
 from keras import ops
@@ -19,7 +19,7 @@ __all__ = ["LCM", "TCD", "Consistency", "FlowMap", "renoised"]
 
 
 def renoised(x_hat, then: Marginal, noise: Draw, s=None):
-    """alpha_then x_hat + s noise, s = sigma_then unless given; without noise at t = 0."""
+    """alpha_then x_hat + s noise, with s = sigma_then by default; without noise at t = 0."""
     s = then.sigma if s is None else s
     return then.alpha * x_hat + ops.where(then.t > 0, s, 0.0) * noise()
 
@@ -32,7 +32,7 @@ class Consistency(Solver):
     where f = `denoise` is a consistency function (see the module). The step to t = 0 adds no noise.
 
     Args:
-        epsilon: the noise level sigma / alpha that f leads to. In the paper it is sigma_min, 0.002, not 0.
+        epsilon: the noise level sigma / alpha to which f maps; sigma_min = 0.002 in the paper.
     """
 
     order = 0
@@ -46,20 +46,20 @@ class Consistency(Solver):
         """One jump to the data and back to `then`; arguments and results as in `Solver.step`."""
         estimate = denoise.jump(x, now, schedule.sampled_at(0.0))
         x_hat = estimate.x_hat
-        # A difference of squares, so that it is exactly 0 where sigma_then / alpha_then is epsilon.
+        # Factored, so that it is exactly 0 if sigma_then / alpha_then is epsilon.
         least = then.alpha * self.epsilon
         s = ops.sqrt(ops.maximum((then.sigma - least) * (then.sigma + least), 0.0))
         return renoised(x_hat, then, noise, s), estimate, state
 
 
 class FlowMap(Solver):
-    """Jumps along the probability flow, of a network that has learned them: average velocities, shortcuts.
+    """Jumps along the probability flow, for flow map networks such as shortcut models and MeanFlow:
 
         x_then = (sigma_then / sigma_now) x_now + alpha_then (1 - e^{l_now - l_then}) x_hat(x_now, now, then)
 
-    On the rectified schedule, with a network that predicts the velocity u, it is x_now - (t_now - t_then) u(x_now, now,
-    then): Frans et al. 2024 (shortcut models), arXiv:2410.12557, algorithm 2; Geng et al. 2025 (MeanFlow),
-    arXiv:2505.13447, eq. 12. A network that has not learned them is sampled by DDIM: so its `order` is 1.
+    On the rectified schedule, with a network that predicts the velocity u, this is x_now - (t_now - t_then) u(x_now,
+    now, then): Frans et al. 2024 (shortcut models), arXiv:2410.12557, algorithm 2; Geng et al. 2025 (MeanFlow),
+    arXiv:2505.13447, eq. 12. For any other network it is DDIM, so its `order` is 1.
     """
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
@@ -75,12 +75,12 @@ class LCM(Solver):
         c_skip = sigma_data^2 / (s^2 + sigma_data^2),    c_out = s / sqrt(s^2 + sigma_data^2),    s = scaling i,
 
     where i is the index of a discrete process of T steps, t = (i + 1) / T (T = 1000 for a continuous schedule). f is a
-    consistency function (see the module) whose boundary condition, f(x) = x, holds at i = 0. The step to t = 0 adds no
+    consistency function (see the module) with the boundary condition f(x) = x at i = 0. The step to t = 0 adds no
     noise. The x_hat of a step is f.
 
     Args:
         sigma_data: the standard deviation of the data in the scalings.
-        scaling: what multiplies the index, large, so that c_skip is small everywhere but at i = 0.
+        scaling: the factor on the index, large, so that c_skip is small except at i = 0.
     """
 
     order = 0
@@ -106,9 +106,8 @@ class LCM(Solver):
 
 
 class TCD(Solver):
-    """Strategic stochastic sampling, of trajectory consistency distillation (Zheng et al. 2024, arXiv:2402.19159).
-
-    A step of DDIM down to the time s = (1 - gamma) t_then, and back up to `then` with fresh noise:
+    """Strategic stochastic sampling from trajectory consistency distillation (Zheng et al. 2024, arXiv:2402.19159):
+    a DDIM step to the time s = (1 - gamma) t_then, followed by fresh noise up to `then`,
 
         x_s = (sigma_s / sigma_now) x_now + alpha_s (1 - e^{l_now - l_s}) x_hat,
         x_then = (alpha_then / alpha_s) x_s + sqrt(sigma_then^2 - (alpha_then sigma_s / alpha_s)^2) noise.
@@ -117,7 +116,7 @@ class TCD(Solver):
     consistency function (see the module).
 
     Args:
-        gamma: in [0, 1]; how much of the noise is fresh.
+        gamma: the amount of fresh noise, in [0, 1].
     """
 
     order = 0

@@ -1,15 +1,15 @@
-"""DPM-Solver and DPM-Solver++ with noise: solvers of the reverse SDE, and ancestral sampling of order 2.
+"""DPM-Solver and DPM-Solver++ with noise: solvers of the reverse SDE, and second-order ancestral sampling.
 
-There are two ways to put noise into a run, each with a strength eta, where 0 is the probability flow:
+Noise is added in one of two ways, with a strength eta that is 0 for the probability flow:
 
-    SDE         The reverse SDE whose noise has eta times the strength of DDPM's in the limit of small steps is solved
-                with x_hat, or noise_hat, a polynomial in the log-SNR: the sums of `solvers.dpm`, with (1 + eta) h.
-    ancestral   A step of the probability flow to less noise than `then` has, sigma_down, and fresh noise on top,
-                sigma_up, as DDIM's and Euler's ancestral methods do (k-diffusion). In s = sigma / alpha
+    SDE         The reverse SDE, whose noise has eta times the strength of that of DDPM in the limit of small steps, is
+                solved with x_hat or noise_hat a polynomial in log-SNR: the sums of `solvers.dpm` with (1 + eta) h.
+    ancestral   A step of the probability flow to a noise level sigma_down below that of `then`, followed by fresh noise
+                sigma_up, as in DDIM and Euler ancestral (k-diffusion). In s = sigma / alpha
 
                     s_up = eta s_then sqrt(1 - s_then^2 / s_now^2),    s_down^2 = s_then^2 - s_up^2.
 
-With eta = 1 and x_hat constant over a step both, of the data, are DDPM's posterior.
+With data prediction, eta = 1 and x_hat constant over a step, both sample from the posterior of DDPM.
 
 Sources: Lu et al. 2022, "DPM-Solver++", arXiv:2211.01095, the section on diffusion SDEs; and, for the ancestral and the
 singlestep solver and for 3M, K. Crowson's k-diffusion (https://github.com/crowsonkb/k-diffusion, sampling.py), which
@@ -49,53 +49,53 @@ class _MultistepSDE(_Multistep):
 
 
 class DPMSolverSDE(OfNoise, _MultistepSDE):
-    """SDE-DPM-Solver: the reverse SDE, of the noise, multistep (Lu et al. 2022, arXiv:2211.01095):
+    """SDE-DPM-Solver, multistep, noise prediction (Lu et al. 2022, arXiv:2211.01095):
 
         x_then = (alpha_then / alpha_now) x + (1 + eta) sigma_then sum_k M_k(-h) p_k + spread noise,
         spread = sigma_then sqrt(eta (e^(2h) - 1)).
 
-    Its noise does not fall with sigma_then: the step to t = 0 is made without noise, and in few steps from alpha near
-    zero a run does not stay near the data, so that unless another grid is named it begins at a log-SNR of -6, and wants
-    10 steps. On `schedules.Laplace`, whose even times lie far apart in log-SNR at both ends, samples of 50 steps are
-    still spread 1.2 times as far as the data: name `times.Exponential(0.02, 20.0)` there. `DPMSolverPPSDE` has none of
-    these faults.
+    Its noise does not vanish with sigma_then, so the step to t = 0 is made without noise. With few steps, a run from
+    alpha near zero diverges from the data, so the default grid begins at a log-SNR of -6, and at least 10 steps are
+    needed. On `schedules.Laplace`, whose uniform times are far apart in log-SNR at both ends, samples of 50 steps still
+    have 1.2 times the spread of the data: use `times.Exponential(0.02, 20.0)` there. `DPMSolverPPSDE` has none of these
+    limitations.
 
     Args:
         order: 1 or 2.
-        variant: of order 2, "midpoint" or "heun".
-        eta: the strength of the noise; 1 is the paper's, 0 is `DPMSolver`.
-        lower_final: whether the last step is of order 1.
+        variant: for order 2, "midpoint" or "heun".
+        eta: the strength of the noise; 1 is that of the paper, and 0 gives `DPMSolver`.
+        lower_final: whether the last step has order 1.
 
     Raises:
-        ValueError: if `order` or `variant` is none of these, or `eta` is negative.
+        ValueError: if `order` or `variant` is invalid, or `eta` is negative.
     """
 
     grid = Trailing(-6.0)
 
 
 class DPMSolverPPSDE(OfData, _MultistepSDE):
-    """SDE-DPM-Solver++: the reverse SDE, of the data, multistep; order 2 is 2M SDE (Lu et al. 2022, arXiv:2211.01095):
+    """SDE-DPM-Solver++, multistep, data prediction; order 2 is 2M SDE (Lu et al. 2022, arXiv:2211.01095):
 
         x_then = (sigma_then / sigma_now) e^(-eta h) x + alpha_then sum_k M_k((1 + eta) h) p_k + spread noise,
         spread = sigma_then sqrt(1 - e^(-2 eta h)).
 
     Args:
-        order: 1 (with eta = 1 it is DDPM) or 2.
-        variant: of order 2, "midpoint" or "heun".
-        eta: the strength of the noise; 1 is the paper's, 0 is `DPMSolverPP`. k-diffusion has it too.
-        lower_final: whether the last step is of order 1.
+        order: 1 (DDPM for eta = 1) or 2.
+        variant: for order 2, "midpoint" or "heun".
+        eta: the strength of the noise, as in k-diffusion; 1 is that of the paper, and 0 gives `DPMSolverPP`.
+        lower_final: whether the last step has order 1.
 
     Raises:
-        ValueError: if `order` or `variant` is none of these, or `eta` is negative.
+        ValueError: if `order` or `variant` is invalid, or `eta` is negative.
     """
 
 
 class DPMSolverPP3MSDE(OfData, _MultistepSDE):
-    """DPM-Solver++ 3M SDE, as k-diffusion has it: `DPMSolverPPSDE` with p of degree 2, whose p_2 is halved.
+    """DPM-Solver++ 3M SDE, as in k-diffusion: `DPMSolverPPSDE` with p of degree 2, whose p_2 is halved.
 
-    The half is a mistake (see `solvers.dpm`), and is kept because it is what the name stands for. In spite of the name
-    the order is 2; a whole p_2 would make it 3 without noise, but not with it. The step to t = 0 is of order 1, and of
-    the others only the first two are lowered.
+    Halving it is a mistake (see `solvers.dpm`), which is kept because the name refers to this method. Despite the name
+    the order is 2; the correct p_2 would make it 3 without noise, but not with noise. The step to t = 0 has order 1,
+    and otherwise only the first two steps have a lower order.
 
     Args:
         eta: the strength of the noise; 0 is the probability flow.
@@ -118,7 +118,7 @@ class DPMSolverPP3MSDE(OfData, _MultistepSDE):
 
 
 class Down(NamedTuple):
-    """A step to sigma_down, in the scale of `then`: x_then = kept x + alpha_then (1 - e^-h) x_hat + spread noise.
+    """A step to sigma_down, on the scale of `then`: x_then = kept x + alpha_then (1 - e^-h) x_hat + spread noise.
 
     With a = (s_down / s_then)^2 = 1 - eta^2 (1 - e^(-2 h_0)) and h_0 = l_then - l_now,
 
@@ -133,7 +133,7 @@ class Down(NamedTuple):
 
     @classmethod
     def of(cls, now: Marginal, then: Marginal, eta: float) -> Self:
-        """The step, from the formulas above."""
+        """The step given by the formulas above."""
         h = half_step(now, then)
         a = (1.0 - eta**2) + eta**2 * ops.exp(-2.0 * h)
         spread = eta * then.sigma * ops.sqrt(-ops.expm1(-2.0 * h))
@@ -145,7 +145,7 @@ class Down(NamedTuple):
 
 
 class _Ancestral(Solver):
-    """A singlestep solver of order 2, of the data, with ancestral noise. The step to t = 0 is that of DDIM(eta)."""
+    """A second-order singlestep solver with data prediction and ancestral noise. Its step to t = 0 is DDIM(eta)."""
 
     order = 2
     evaluations = 2
@@ -157,7 +157,7 @@ class _Ancestral(Solver):
 
 
 class DPMSolverPP2SAncestral(_Ancestral):
-    """DPM-Solver++ 2S ancestral (k-diffusion): 2S of the probability flow to sigma_down, and then noise,
+    """DPM-Solver++ 2S ancestral (k-diffusion): 2S on the probability flow to sigma_down, followed by noise,
 
         z = x / alpha,    s = sigma / alpha,    s_mid = sqrt(s_now s_down)
         z_then = (s_down / s_now) z + (1 - s_down / s_now) x_hat(z_mid, s_mid) + s_up noise,
@@ -166,7 +166,7 @@ class DPMSolverPP2SAncestral(_Ancestral):
     The step to t = 0 is that of DDIM(eta).
 
     Args:
-        eta: 0 is `DPMSolverPPSinglestep(2)`; 1 puts in the noise of DDPM; any number in [0, 1].
+        eta: the amount of noise, in [0, 1]; 0 gives `DPMSolverPPSinglestep(2)`, and 1 the noise of DDPM.
 
     Raises:
         ValueError: if `eta` is not in [0, 1].
@@ -177,7 +177,7 @@ class DPMSolverPP2SAncestral(_Ancestral):
         estimate = denoise(x, now)
         x_hat = estimate.x_hat
         down = Down.of(now, then, self.eta)
-        # Half of the way to sigma_down, which with eta = 1 is `then` itself.
+        # The midpoint of the step to sigma_down in log-SNR, which for eta = 1 is `then` itself.
         mid = schedule.at_log_snr(now.log_snr + down.h)
         x_mid = flow_to(x, x_hat, now, mid)
         x_hat = ops.where(then.t > 0, denoise(x_mid, mid).x_hat, x_hat)
@@ -188,19 +188,19 @@ class DPMSolverPP2SAncestral(_Ancestral):
 
 
 class DPMSolverPPSinglestepSDE(_Ancestral):
-    """DPM-Solver++ SDE (k-diffusion, r = 1/2): an ancestral step to the middle, in log-SNR, and a second one over all,
+    """DPM-Solver++ SDE (k-diffusion, r = 1/2): an ancestral step to the midpoint in log-SNR, then one over the whole,
 
         z_mid  = (s_down / s_now) z + (1 - s_down / s_now) x_hat(z, s_now) + s_up noise_1,            `then` = mid
         z_then = (s_down / s_now) z + (1 - s_down / s_now) x_hat(z_mid, s_mid) + s_up noise_2,
 
     with z = x / alpha, s = sigma / alpha, s_mid = sqrt(s_now s_then). The step to t = 0 is that of DDIM(eta).
 
-    noise_2 is not fresh: it is noise_1 as the second half of the step carries it on, and fresh noise to fill it up to
-    variance 1. k-diffusion draws both from one Brownian path, to the same end, and in the limit of small steps with
-    the same correlation, sqrt(1/2). With two independent noises the order would be 1.
+    noise_2 is not independent: it is noise_1, as propagated by the second half of the step, plus fresh noise up to
+    variance 1. k-diffusion samples both from one Brownian path, which in the limit of small steps gives the same
+    correlation, sqrt(1/2). With independent noises the order would be 1.
 
     Args:
-        eta: 0 is `DPMSolverPPSinglestep(2)`; 1 puts in the noise of DDPM; any number in [0, 1].
+        eta: the amount of noise, in [0, 1]; 0 gives `DPMSolverPPSinglestep(2)`, and 1 the noise of DDPM.
 
     Raises:
         ValueError: if `eta` is not in [0, 1].

@@ -1,16 +1,16 @@
-"""The integral that all exponential integrators share: of a polynomial through estimates, against an exponential.
+"""The integral of exponential integrators: a polynomial through estimates times an exponential.
 
-From l_now to l_then, l = log(alpha / sigma), h = l_then - l_now, let u = (l - l_now) / h be the fraction of the way.
-With the polynomial through the estimate v_0, made at u = 0, and others v_k, made at u_k, in place of the integrand, the
-two integrals of `solvers.base` are, without approximation,
+From l_now to l_then, l = log(alpha / sigma), h = l_then - l_now, let u = (l - l_now) / h be the fraction of the step.
+If the integrand is replaced by the polynomial through the estimate v_0 at u = 0 and others v_k at u_k, the two
+integrals of `solvers.base` are exactly
 
     x_then  =  (sigma_then / sigma_now) x_now  +  alpha_then (M_0 v_0 + sum_k w_k (v_k - v_0)),    z = h     (data)
     x_then  =  (alpha_then / alpha_now) x_now  +  sigma_then (M_0 v_0 + sum_k w_k (v_k - v_0)),    z = -h    (noise)
 
     M_n(z)  =  z integral of e^(-z (1 - u)) u^n du from 0 to 1,        w_k  =  sum_n c_kn M_n,
 
-where sum_n c_kn u^n is the polynomial L_k that is 1 at u_k, and 0 at 0 and at the other u_j. Of one term both are DDIM.
-Past estimates have u_k < 0, estimates within the step 0 < u_k < 1, and that of a corrector u_k = 1.
+where sum_n c_kn u^n is the Lagrange polynomial L_k, which is 1 at u_k, and 0 at 0 and at the other u_j. With one term
+both are DDIM. Past estimates have u_k < 0, estimates inside the step 0 < u_k < 1, and that of a corrector u_k = 1.
 """
 
 from math import factorial
@@ -20,16 +20,16 @@ from keras import ops
 
 __all__ = ["SERIES", "SMALL", "TERMS", "half", "integrals", "moments", "weights"]
 
-# Where |z| is below this the moments are summed from a series, whose terms these are.
+# For |z| below SMALL the moments are computed by a series with these coefficients.
 SMALL = 1.5
 TERMS = np.arange(13, dtype="float32")
 SERIES = [np.float32([factorial(n) / factorial(n + k + 1) for k in range(13)]) for n in range(4)]
 
 
 def moments(z, highest: int) -> list:
-    """M_0 ... M_highest, `highest` at most 3, to float32's precision at any z; scalars.
+    """M_0 ... M_highest, `highest` at most 3, accurate in float32 for any z; scalars.
 
-    By parts M_n = 1 - n / z M_(n-1). Near z = 0 that loses all digits; there the series of the exponential is used,
+    Integration by parts gives M_n = 1 - n / z M_(n-1). Near z = 0 this cancels, and the exponential series is used,
 
         M_n = z sum_k n! / (n + k + 1)! (-z)^k.
     """
@@ -46,12 +46,12 @@ def moments(z, highest: int) -> list:
 
 
 def integrals(places: list, moments: list, count) -> list:
-    """The sum over n of c_kn M_n for each u_k, scalars: the integrals of Lagrange's polynomials L_k.
+    """The sum over n of c_kn M_n for each u_k, scalars: the integrals of the Lagrange polynomials L_k.
 
     Args:
-        places: the u_k, neither 0 nor equal to each other.
-        moments: M_0, M_1, ... of any weight, one more than places.
-        count: how many of the places there are, a scalar; the others may be anything, and their integrals are 0.
+        places: the u_k, distinct and not 0.
+        moments: M_0, M_1, ... for any weight function, one more than `places`.
+        count: the number of places in use, a scalar; the others are ignored, and their integrals are 0.
     """
     found = []
     for k, place in enumerate(places):
@@ -72,11 +72,11 @@ def weights(z, places: list, count=None, single=None, curvature: float = 1.0) ->
     """w_1, w_2, ..., scalars.
 
     Args:
-        z: the step, h or -h, above or below zero.
-        places: the u_k, at most three, neither 0 nor equal to each other.
-        count: how many of them have an estimate, a scalar; None for all.
-        single: takes the place of M_1 where `count` is 1; None for M_1 itself.
-        curvature: multiplies the coefficient of u^2.
+        z: the step, h or -h.
+        places: the u_k, at most three, distinct and not 0.
+        count: the number of them with an estimate, a scalar; None: all.
+        single: replaces M_1 if `count` is 1; None: M_1 itself.
+        curvature: a factor on the coefficient of u^2.
     """
     count = len(places) if count is None else count
     found = moments(z, len(places))
@@ -88,5 +88,5 @@ def weights(z, places: list, count=None, single=None, curvature: float = 1.0) ->
 
 
 def half(z):
-    """M_0 / 2, which as M_1 keeps the order 2, and with which an estimate in the middle of the step stands alone."""
+    """M_0 / 2, a replacement for M_1 that keeps order 2, and with which only an estimate at the midpoint is used."""
     return -ops.expm1(-z) / 2.0

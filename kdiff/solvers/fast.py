@@ -1,4 +1,4 @@
-"""DPM-Solver-fast: singlestep steps of order 3, and at the end lower ones, so that the calls come out even."""
+"""DPM-Solver-fast: singlestep steps of order 3, with lower orders at the end to match the number of calls."""
 
 from typing import Any, NamedTuple
 
@@ -14,23 +14,23 @@ __all__ = ["DPMSolverFast", "Orders"]
 
 
 class Orders(NamedTuple):
-    """What `DPMSolverFast` carries: the orders of all steps, int32, and how many were made."""
+    """The state of `DPMSolverFast`: the orders of all steps, int32, and the number of steps made."""
 
     orders: Any
     made: Any
 
 
 class DPMSolverFast(Solver):
-    """DPM-Solver-fast (Lu et al. 2022, arXiv:2206.00927, section 3.4 and appendix D), k-diffusion's `sample_dpm_fast`:
+    """DPM-Solver-fast (Lu et al. 2022, arXiv:2206.00927, section 3.4 and appendix D), `sample_dpm_fast` of k-diffusion:
 
-        3, 3, ..., 3, 2, 1     the orders of the steps where the calls are 3 (steps - 1),            `rest` 0;
-        3, 3, ..., 3, rest     where they are 3 (steps - 1) + rest,                                  `rest` 1 or 2,
+        3, 3, ..., 3, 2, 1     the orders of the steps for 3 (steps - 1) calls,                      `rest` 0;
+        3, 3, ..., 3, rest     for 3 (steps - 1) + rest calls,                                       `rest` 1 or 2,
 
-    each step `DPMSolverSinglestep` of its order, of the noise. Its grid is uniform in log-SNR, and ends above t = 0:
-    `sampling.dpm_fast(20)` is the sampler that calls the denoiser 20 times.
+    where each step is that of `DPMSolverSinglestep` of this order. Its grid is uniform in log-SNR, and ends above
+    t = 0: `sampling.dpm_fast(20)` is the sampler that calls the denoiser 20 times.
 
     Args:
-        rest: how many calls there are beyond 3 (steps - 1).
+        rest: the number of calls beyond 3 (steps - 1).
 
     Raises:
         ValueError: if `rest` is not 0, 1 or 2.
@@ -45,12 +45,12 @@ class DPMSolverFast(Solver):
         self._solvers = [DPMSolverSinglestep(order) for order in (1, 2, 3)]
 
     def orders(self, steps: int) -> list[int]:
-        """Of each step."""
+        """The order of each step."""
         last = [2, 1] if self.rest == 0 else [self.rest]
         return ([3] * steps + last)[-steps:]
 
     def init(self, x, steps: int) -> Orders:
-        """The orders, and no step made."""
+        """The orders of all steps."""
         orders, made = np.array(self.orders(steps), "int32"), np.int32(0)
         return Orders(ops.convert_to_tensor(orders), ops.convert_to_tensor(made))
 
@@ -59,7 +59,7 @@ class DPMSolverFast(Solver):
         estimate, order = denoise(x, now), ops.take(state.orders, state.made)
 
         def by(solver):
-            answers = iter([estimate])  # the first question of a step is that at its beginning, for all of them
+            answers = iter([estimate])  # the first call of each method is at the beginning of the step
 
             def known(x, m):
                 return next(answers, None) or denoise(x, m)
@@ -67,6 +67,6 @@ class DPMSolverFast(Solver):
             return lambda: solver.step(known, schedule, x, now, then, noise, ())[0]
 
         first, second, third = self._solvers
-        # `cond` runs one of the two.
+        # `cond` runs only one branch.
         x = ops.cond(ops.equal(order, 3), by(third), lambda: ops.cond(ops.equal(order, 2), by(second), by(first)))
         return x, estimate, Orders(state.orders, state.made + 1)

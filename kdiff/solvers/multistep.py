@@ -1,16 +1,15 @@
-"""Linear multistep methods, which look back: LMS, DEIS, IPNDM, PNDM. One call of the denoiser a step.
+"""Linear multistep methods: LMS, DEIS, IPNDM, PNDM, with one call of the denoiser per step.
 
 In z = x / alpha and s = sigma / alpha the probability flow of every schedule is dz / ds = d, d = noise_hat, so
 
     z_then = z + integral of d ds, from s to s_then.
 
-A multistep method puts the polynomial through the last values of d, d_0 = d now, d_1, ..., in its place. All are
-written
+A multistep method replaces d by the polynomial through its last values, d_0 = d, d_1, ... All are written as
 
     z_then = x_hat + s_then d + sum_i c_i (d_i - d),
 
-DDIM's step and a correction, so that nothing cancels at s_then = 0. The first steps, which have no past to look at, are
-of lower order.
+the step of DDIM plus a correction, so that nothing cancels at s_then = 0. The first steps, for which there are no past
+values, have a lower order.
 """
 
 from keras import ops
@@ -19,20 +18,21 @@ from kdiff.base import check_choice
 from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.solvers.base import Denoise, Draw, History, Solver, check_order, half_step
 from kdiff.solvers.exponential import integrals, weights
-from kdiff.solvers.runge_kutta import Line, RungeKutta, ratio
+from kdiff.solvers.runge_kutta import RungeKutta
+from kdiff.solvers.stages import Line, ratio
 
 __all__ = ["DEIS", "IPNDM", "LMS", "PNDM", "adams_bashforth"]
 
 
 def adams_bashforth(places: list, count) -> list:
-    """Weights of the changes in a slope, of `count` of which there are values at these fractions of the step, below 0
-    (Adams and Bashforth 1883): the integrals of Lagrange's polynomials from 0 to 1.
+    """The weights of the differences of slopes, for `count` past values at these negative fractions of the step (Adams
+    and Bashforth 1883): the integrals of the Lagrange polynomials from 0 to 1.
     """
     return integrals(places, [1.0 / (n + 1) for n in range(len(places) + 1)], count)
 
 
 class _Multistep(Solver):
-    """A linear multistep method. A new one defines `coefficients` and, as `terms`, how many values it combines."""
+    """A linear multistep method. A new one defines `coefficients`, and `terms`, the number of values it combines."""
 
     terms = 1
     lower_final = False
@@ -47,7 +47,7 @@ class _Multistep(Solver):
         return self._look_back(line, then, state), line.estimate, state.add(line.noise_hat, now)
 
     def coefficients(self, order, now: Marginal, then: Marginal, past: History) -> list:
-        """c_1, c_2, ..., scalars, for this order, a tensor, and these past values."""
+        """c_1, c_2, ..., scalars, for this order (a tensor) and these past values."""
         raise NotImplementedError
 
     def _look_back(self, line: Line, then: Marginal, past: History):
@@ -58,15 +58,15 @@ class _Multistep(Solver):
 
 
 class LMS(_Multistep):
-    """The linear multistep method of Adams and Bashforth (1883) for unequal steps in s = sigma / alpha; k-diffusion's
-    `sample_lms`:
+    """The linear multistep method of Adams and Bashforth (1883) with variable steps in s = sigma / alpha; `sample_lms`
+    of k-diffusion:
 
         z_then = z + sum_i c_i d_i,    c_i = integral of prod_(j != i) (s - s_j) / (s_i - s_j) ds, from s to s_then.
 
     The integral is exact.
 
     Args:
-        order: 1 (DDIM) to 4: how many values of d are combined.
+        order: 1 (DDIM) to 4, the number of values of d that are combined.
 
     Raises:
         ValueError: if `order` is not one of these.
@@ -85,16 +85,16 @@ class LMS(_Multistep):
 
 class DEIS(_Multistep):
     """Diffusion exponential integrator sampler (Zhang and Chen 2022, arXiv:2204.13902), with the polynomial in log s,
-    as diffusers' `logrho`:
+    as `logrho` in diffusers:
 
         z_then = z + sum_i c_i d_i,    c_i = integral of prod_(j != i) log(s / s_j) / log(s_i / s_j) ds.
 
-    The integral is exact: that of `solvers.exponential`, of the noise. `DPMSolver` is the same with M_0 / 2 for M_1.
+    The integral is exact, that of `solvers.exponential` for the noise. `DPMSolver` is the same with M_0 / 2 for M_1.
 
     Args:
-        order: 1 (DDIM) to 4: how many values of d are combined.
-        lower_final: whether the order falls to 1 towards the end of the run, which is steadier with few steps.
-            (diffusers does so in runs of fewer than 15 steps.)
+        order: 1 (DDIM) to 4, the number of values of d that are combined.
+        lower_final: whether the order decreases to 1 towards the end of the run, which is more stable with few steps.
+            (diffusers does this in runs of fewer than 15 steps.)
 
     Raises:
         ValueError: if `order` is not one of these.
@@ -111,16 +111,16 @@ class DEIS(_Multistep):
 
 
 class IPNDM(_Multistep):
-    """Improved pseudo numerical method (Zhang and Chen 2022, arXiv:2204.13902, iPNDM): Adams and Bashforth's
-    weights b_i for equal steps, whatever the steps are, and lower orders at the start instead of a warm-up:
+    """Improved pseudo numerical methods, iPNDM (Zhang and Chen 2022, arXiv:2204.13902): the Adams-Bashforth weights b_i
+    for equal steps, on any grid, with lower orders at the start instead of a warm-up:
 
         z_then = z + (s_then - s) sum_i b_i d_i.
 
-    Its order is 1 with one term and 2 with more: the steps of s are not equal. On a grid that is uniform in s it is
-    `LMS`, and its order the number of terms.
+    Its order is 1 with one term and 2 with more, because the steps in s are not equal. On a grid that is uniform in s
+    it is `LMS`, and its order is the number of terms.
 
     Args:
-        terms: 1 (DDIM) to 4: how many values of d are combined.
+        terms: 1 (DDIM) to 4, the number of values of d that are combined.
 
     Raises:
         ValueError: if `terms` is not one of these.
@@ -138,19 +138,19 @@ class IPNDM(_Multistep):
 
 
 class PNDM(IPNDM):
-    """Pseudo numerical methods for diffusion models (Liu et al. 2022, arXiv:2202.09778, algorithm 2): `IPNDM` of four
+    """Pseudo numerical methods for diffusion models (Liu et al. 2022, arXiv:2202.09778, algorithm 2): `IPNDM` with four
     terms after a warm-up.
 
-    Its order is 2, as the authors find, because the steps of s are not equal.
+    Its order is 2, as the authors find, because the steps in s are not equal.
 
     Args:
-        warmup: the Runge-Kutta method, without churn, of the first steps, or its name. A step to t = 0 is made by
-            looking back, even at the start. The authors' is `interop.solvers.PseudoRungeKutta`.
-        warm: how many steps it makes: 3, after which there are four values; or 1, after which the number of terms grows
-            (Stable Diffusion's PLMS sampler, diffusers' `skip_prk_steps`, is `PNDM(Heun("ratio"), 1)`).
+        warmup: the Runge-Kutta method of the first steps, without churn, or its name. A step to t = 0 always uses the
+            multistep formula. The method of the authors is `interop.solvers.PseudoRungeKutta`.
+        warm: the number of warm-up steps: 3, after which there are four values; or fewer, after which the number of
+            terms grows (Stable Diffusion's PLMS sampler, `skip_prk_steps` in diffusers, is `PNDM(Heun("ratio"), 1)`).
 
     Raises:
-        ValueError: if `warmup` is no such method, or `warm` is not one of 1, 2, 3.
+        ValueError: if `warmup` is not such a method, or `warm` is not one of 1, 2, 3.
     """
 
     def __init__(self, warmup="rk4", warm: int = 3):
@@ -163,7 +163,7 @@ class PNDM(IPNDM):
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One step; arguments and results as in `Solver.step`."""
         line = Line.at(denoise, x, now)
-        # `cond` runs one of the two. Where both would run, a run would cost four times what it need.
+        # `cond` runs only one branch; running both would cost four times as much.
         x = ops.cond(
             ops.logical_and(state.made < self.warm, then.t > 0),
             lambda: self.warmup.go(denoise, schedule, line, then),

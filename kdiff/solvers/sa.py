@@ -1,4 +1,4 @@
-"""SA-Solver: an Adams predictor-corrector for the stochastic differential equation, with as much noise as wanted."""
+"""SA-Solver: an Adams predictor-corrector for the reverse SDE with an adjustable amount of noise."""
 
 from keras import ops
 
@@ -12,20 +12,20 @@ __all__ = ["SASolver", "Tau", "Within"]
 
 
 class Tau(Value):
-    """The base of SA-Solver's noise level as a function of time. A new one defines `__call__` alone."""
+    """The base class of the noise strength tau(t) of SA-Solver. A new one defines only `__call__`."""
 
     def __call__(self, m: Marginal):
-        """tau >= 0 for a step that begins at `m`: 0 is the probability flow, 1 the reverse of the forward process."""
+        """tau >= 0 for a step that begins at `m`: 0 is the probability flow, 1 the standard reverse SDE."""
         raise NotImplementedError
 
 
 class Within(Tau):
-    """`value` for `low` <= t <= `high`, 0 elsewhere: Xue et al. 2023 take such intervals.
+    """tau is `value` for `low` <= t <= `high`, and 0 elsewhere, as in Xue et al. 2023.
 
     Args:
-        value: tau inside.
-        low: where it begins, in [0, 1].
-        high: where it ends, in [0, 1].
+        value: tau inside the interval.
+        low: the lower end of the interval, in [0, 1].
+        high: the upper end of the interval, in [0, 1].
     """
 
     def __init__(self, value: float = 1.0, low: float = 0.2, high: float = 0.8):
@@ -46,28 +46,29 @@ class SASolver(Solver):
         x_then = e^{-tau^2 h} sigma_then / sigma_now x_now + alpha_then (M_0 m_0 + sum_k w_k (m_k - m_0))
                  + sigma_then sqrt(1 - e^{-2 tau^2 h}) noise,
 
-    m_k the estimates, and M_0 and w_k as of `solvers.exponential`. The predictor has those at the last
-    `predictor_order` times. The corrector makes the same step again, with the same noise, from the estimate at its end
-    and those at the `corrector_order` - 1 times before. As in UniPC the next step begins with it, estimates stay what
-    they were at the predicted x, and the last x is not corrected.
+    where m_k are the estimates, and M_0 and w_k are those of `solvers.exponential`. The predictor uses the estimates at
+    the last `predictor_order` times. The corrector repeats the step, with the same noise, using the estimate at its end
+    and those at the `corrector_order` - 1 times before. As in UniPC it is evaluated at the beginning of the next step,
+    estimates are not recomputed at the corrected x, and the last x is not corrected.
 
-    Where the sum has a single term, M_1 in it is replaced by M_0 / 2, as in UniPC ("bh2"). The authors' code has z / 2
-    ("bh1"), which grows with the step: with tau = 1, 8 steps of a variance-exploding schedule make the covariance of a
-    Gaussian 17 times too large, and with M_0 / 2 it is right to 1 %. With a predictor of two estimates, and no
-    corrector or one of two or three, the covariance is then nearer than by Euler's method with as many calls, from 8
-    on; with three and tau = 1, from 20 on. With one in either it may be worse: in 20 steps of
-    a variance-exploding schedule, where Euler's error of a covariance of 0.5 is 0.12, that of the orders 1 and 0 is
-    0.19, of 1 and 1 0.06, of 1 and 2 0.14, of 2 and 1 0.18, and of 2 and 2 0.015.
+    If the sum has a single term, its M_1 is replaced by M_0 / 2, as in UniPC ("bh2"). The authors' code uses z / 2
+    ("bh1"), which grows with the step: with tau = 1 and 8 steps on a variance exploding schedule, the covariance of a
+    Gaussian becomes 17 times too large, whereas with M_0 / 2 its error is 1 %. With a predictor of two estimates, and
+    no corrector or one of two or three, the covariance is then more accurate than that of Euler's method with equally
+    many calls, from 8 calls on; with three and tau = 1, from 20 calls on. With one estimate in either it may be worse:
+    for a covariance of 0.5 and 20 steps on a variance exploding schedule, the error of Euler's method is 0.12, and that
+    of the orders (1, 0) is 0.19, of (1, 1) 0.06, of (1, 2) 0.14, of (2, 1) 0.18, and of (2, 2) 0.015.
 
-    With tau = 0 this is UniPC, and of the order of its corrector. With tau > 0 past estimates differ by noise of size
-    sqrt(h), and mean and covariance have order 2 at most. With tau = 1 and the orders 1 and 0 it is DDPM.
+    With tau = 0 this is UniPC, with the order of its corrector. With tau > 0 past estimates differ by noise of size
+    sqrt(h), and the order of the mean and covariance is at most 2. With tau = 1 and orders (1, 0) it is DDPM.
 
     Args:
-        tau: a number, or a `Tau`.
+        tau: the strength of the noise, a number or a `Tau`.
         predictor_order: the number of estimates in the predictor, from 1 to 3.
-        corrector_order: the number of estimates in the corrector, from 1 to 3; 0 for none.
-        lower_final: whether the orders fall to 1 and 2 in the last step, steadier in few steps to t = 0.
-        variant: "bh2", or "bh1" for the authors' code.
+        corrector_order: the number of estimates in the corrector, from 1 to 3; 0 for no corrector.
+        lower_final: whether the orders decrease to 1 and 2 in the last step, which is more stable for few steps to
+            t = 0.
+        variant: "bh2", or "bh1" as in the authors' code.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class SASolver(Solver):
         self.order = min(order, 2 if lower_final or self.stochastic else 3)
 
     def init(self, x, steps: int) -> Memory:
-        """No estimates yet."""
+        """The state without estimates."""
         return Memory.empty(x, max(self.predictor_order, self.corrector_order - 1), steps, self.stochastic)
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):

@@ -1,6 +1,6 @@
 """UniPC: a predictor and a corrector, both exponential Adams formulas (`solvers.exponential`).
 
-A predictor knows estimates at u_k < 0 alone; a corrector also that at u_1 = 1, once the denoiser was asked there.
+The predictor uses estimates at u_k < 0; the corrector also uses that at u_1 = 1, after the denoiser was called there.
 """
 
 from typing import Any, NamedTuple, Self
@@ -17,13 +17,13 @@ __all__ = ["Memory", "UniPC", "adams"]
 
 
 class Memory(NamedTuple):
-    """What a predictor-corrector remembers of its last step.
+    """The state of a predictor-corrector method.
 
     Attributes:
-        history: the estimates, that of the last step first.
-        x: where the last step began, corrected.
+        history: the past estimates, that of the last step first.
+        x: the corrected x at the beginning of the last step.
         now: the marginal of that x.
-        noise: the noise that the last step drew; `()` in a deterministic solver.
+        noise: the noise drawn in the last step; `()` for a deterministic solver.
     """
 
     history: History
@@ -33,35 +33,35 @@ class Memory(NamedTuple):
 
     @classmethod
     def empty(cls, x, length: int, steps: int, stochastic: bool = False) -> Self:
-        """Before the first step; the marginal is any that is noisier than all others."""
+        """The state before the first step, with a placeholder marginal that is noisier than all others."""
         one, least = (ops.convert_to_tensor(np.float32(number)) for number in (1.0, -100.0))
         noise = ops.zeros_like(x) if stochastic else ()
         return cls(History.empty(x, length, steps), ops.zeros_like(x), Marginal(one, one, one, least), noise)
 
     def places(self, then: Marginal) -> list:
-        """u_k of the estimates before the last, in the step to `then`."""
+        """u_k of the estimates before the last one, for the step to `then`."""
         return self.history.places(self.now, then)[1:]
 
 
 class UniPC(Solver):
     """UniPC-p, the B(h) version (Zhao et al. 2023, arXiv:2302.04867, theorem 3.1, corollary 3.2).
 
-    The predictor, of order p, is the formula of `solvers.exponential` with the p - 1 estimates before the last. The
-    corrector, of order p + 1, makes the same step again once the estimate at its end is known: the next step begins
-    with it, so that a step asks the denoiser once. Estimates stay what they were at the predicted x, and the last x is
-    not corrected.
+    The predictor, of order p, is the formula of `solvers.exponential` with the p - 1 estimates before the last one. The
+    corrector, of order p + 1, repeats the step with the estimate at its end. It is evaluated at the beginning of the
+    next step, so there is one call of the denoiser per step. Estimates are not recomputed at the corrected x, and the
+    last x is not corrected.
 
-    Where the sum has a single term, M_1 in it is replaced by B / 2, which keeps the order. There alone the two variants
-    differ.
+    If the sum has a single term, its M_1 is replaced by B / 2, which keeps the order. The two variants differ only
+    there.
 
     Args:
-        predictor_order: p, from 1 to 3. With a strong guidance 2 is steadier than 3.
+        predictor_order: p, from 1 to 3. With strong guidance 2 is more stable than 3.
         variant: "bh1" is B = z, "bh2" is B = M_0 = 1 - e^-z.
-        corrector: whether there is one.
-        predicts: "data" or "noise": which of the two the polynomial is for. An error of the noise counts 1 / alpha_now
-            times, so that "noise" needs many steps where alpha is near 0, and never suits strong guidance.
-        lower_final: whether the last step has order 1 and the one before at most 2, steadier in few steps to t = 0. The
-            order of the run is then at most 2.
+        corrector: whether to use the corrector.
+        predicts: "data" or "noise", the quantity that the polynomial interpolates. Errors of the noise are amplified by
+            1 / alpha_now, so "noise" needs many steps if alpha is near 0, and is unsuitable for strong guidance.
+        lower_final: whether the last step has order 1 and the step before it at most 2, which is more stable for few
+            steps to t = 0. The order of the run is then at most 2.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class UniPC(Solver):
         self.order = min(predictor_order + bool(corrector), 2 if lower_final else 4)
 
     def init(self, x, steps: int) -> Memory:
-        """No estimates yet."""
+        """The state without estimates."""
         return Memory.empty(x, self.predictor_order, steps)
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
@@ -103,7 +103,7 @@ class UniPC(Solver):
         return self._move(last, now, [1.0, *last.places(now)], [value, *last.history.values[1:]], order)
 
     def _move(self, last: Memory, then: Marginal, places, values, count):
-        """The formula, from `last.x` to `then`, with the first `count` of `values`, made at `places`."""
+        """The formula, from `last.x` to `then`, with the first `count` of `values`, at `places`."""
         kept, scale, z = then.sigma / last.now.sigma, then.alpha, half_step(last.now, then)
         if self.predicts == "noise":
             kept, scale, z = then.alpha / last.now.alpha, then.sigma, -z
@@ -112,6 +112,6 @@ class UniPC(Solver):
 
 
 def adams(z, first, places: list, values: list, count, single):
-    """M_0 v_0 + sum_k w_k (v_k - v_0), where v_0 is `first`; the others as of `exponential.weights`."""
+    """M_0 v_0 + sum_k w_k (v_k - v_0), where v_0 is `first`; other arguments as in `exponential.weights`."""
     changes = zip(weights(z, places, count, single), values, strict=True)
     return -ops.expm1(-z) * first + sum(w * (value - first) for w, value in changes)
