@@ -1,4 +1,4 @@
-"""When a model computes with the averages of its weights, and what moves them."""
+"""The averaged (EMA) weights of a model: when they are used and when they are updated."""
 
 from contextlib import nullcontext
 
@@ -9,7 +9,7 @@ __all__ = ["Averaging"]
 
 
 class Averaging:
-    """The part of `DiffusionModel` that uses and moves the averages of its weights."""
+    """The part of `DiffusionModel` that uses and updates its averaged weights."""
 
     averages = deprecated.member("averages", "ema_weights")
     reset_averages = deprecated.member("reset_averages", "reset_ema")
@@ -28,13 +28,13 @@ class Averaging:
         return ema
 
     def _weights(self, ema: bool):
-        """The scope in which the network computes with the averaged weights, if there are and it is asked for."""
+        """A scope in which the network uses the averaged weights, if `ema` is true and there are any."""
         return self.ema_weights.scope(self.network) if ema and self._averaging and self.ema_weights else nullcontext()
 
     def reset_ema(self) -> None:
-        """Sets the averages to the weights as they are now, as after loading weights into the network.
+        """Resets the averages to the current weights, for example after loading weights into the network.
 
-        If the network has other weights than before, as after `enable_lora`, the averages are new ones.
+        If the network has other weights than before, as after `enable_lora`, new averages are created.
         """
         if not self.ema_weights:
             return
@@ -47,31 +47,31 @@ class Averaging:
 
     @backend.uninterrupted
     def update_ema(self) -> None:
-        """Moves the averages once towards the weights, as `fit` does after each step of the optimizer.
+        """Updates the averages once, as `fit` does after each step of the optimizer.
 
-        Call it after each step of a training loop of your own:
+        Call it after each step of a custom training loop:
 
-            loss.backward(); optimizer.step(); model.update_ema()       # on PyTorch, for instance
+            loss.backward(); optimizer.step(); model.update_ema()       # for example on PyTorch
 
-        Averages that were never moved are not used: `sample` and `evaluate` compute with the weights themselves.
+        Before the first update the averages are not used: `sample` and `evaluate` use the weights themselves.
         """
         if self.ema_weights:
             backend.without_gradients(lambda: self.ema_weights.update(self.network))()
             self._use_ema(True)
 
     def _follow_ema(self) -> bool:
-        """Whether the averages are used, which is so from the first time that they are moved."""
+        """Whether the averages are used, which is the case from their first update."""
         self._follow_ema_of_others()
         self._use_ema(self.ema_weights is not None and self.ema_weights.moved)
         return self._averaging
 
     def _follow_ema_of_others(self) -> None:
-        """Of the models that are part of this one, as a teacher that its objective asks."""
+        """The same for the models that are parts of this one, such as the teacher of its objective."""
         for part in self._flatten_layers(include_self=False):
             if isinstance(part, Averaging):
                 part._follow_ema()
 
     def _use_ema(self, used: bool) -> None:
-        """Graphs cannot ask: they are traced with an answer, and traced again when it changes."""
+        """Graphs are traced for one of the two cases, and traced again when it changes."""
         if used != self._averaging:
             self._averaging, self.test_function = used, None

@@ -5,8 +5,8 @@
               y = prediction.target(x, noise, m),   loss = w(log_snr) gain(m)^2 |network(x_t, t) - y|^2
     sample    x = sigma(1) noise, then solver steps with x_hat = prediction.denoise(network(x_t, t), x_t, m)
 
-The model is Keras' own in every other respect: `compile`, `fit`, `evaluate`, `save`, callbacks, mixed precision,
-gradient accumulation and clipping are untouched.
+In all other respects it is a `keras.Model`: `compile`, `fit`, `evaluate`, `save`, callbacks, mixed precision, gradient
+accumulation and clipping work as in Keras.
 """
 
 import inspect
@@ -40,7 +40,7 @@ from kdiff.weightings import Weighting
 
 __all__ = ["DERIVING", "RESERVED", "DiffusionModel"]
 
-DERIVING = 7  # the stream of random numbers of what is made of the clean batch, beside those of conditions
+DERIVING = 7  # the random stream of conditions that are derived from the clean batch
 
 
 class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining, backend.SafeTraining, keras.Model):
@@ -48,22 +48,22 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
 
     Args:
         network: a Keras model or layer: `network({"image": x_t, "time": label, **conditions}, training=...)` returns
-            a tensor with the shape of `x_t`, `(batch, ...)`. An attribute `conditions`, a tuple of names, says which
-            conditions it takes; it may be a dictionary of layers by name, as that of `UNet` is.
+            a tensor with the shape of `x_t`, `(batch, ...)`. Its attribute `conditions`, a tuple of names or a
+            dictionary of layers by name, as that of `UNet`, lists the conditions that it takes.
         schedule: a `NoiseSchedule` or its name.
-        prediction: a `Prediction` or its name: what the network's output means.
-        times: a `TimeSampler` or its name: the times to train at.
-        weighting: a `Weighting` or its name; None is the simple loss, in which every output counts the same.
-        time_label: a `TimeLabel` or its name: what the network sees as time.
-        codec: a `Codec` or its name: "pixels" for images, uint8 or in [-1, 1]; "identity" for any other numbers.
-        objective: an `Objective` or its name: what the network learns.
-        sampler: a `Sampler`, a `Solver`, or the name of one: by which `sample` samples where nothing else is asked for.
-        ema: the decay of the averaged weights, in [0, 1); None keeps no averages. In update n it is
-            min(ema, (1 + n) / (10 + n)), so that the first weights are soon forgotten. Or another profile of
-            `kdiff.ema`, or a list of several. Validation and sampling use the averages, the first if there are
-            several; `kdiff.posthoc` makes others of `[Power(0.05), Power(0.1)]` after training.
-        seed: names the random numbers of training, the same on every backend.
-        name: the model's name.
+        prediction: a `Prediction` or its name: the parametrisation of the network's output.
+        times: a `TimeSampler` or its name: the distribution of training times.
+        weighting: a `Weighting` or its name; None is the simple loss, the unweighted error of the output.
+        time_label: a `TimeLabel` or its name: the time input of the network.
+        codec: a `Codec` or its name: "pixels" for images, uint8 or in [-1, 1]; "identity" for any other data.
+        objective: an `Objective` or its name: the training objective.
+        sampler: a `Sampler`, a `Solver`, or the name of one: the default of `sample`.
+        ema: the decay of the exponential moving average (EMA) of the weights, in [0, 1); None keeps none. In update n
+            the decay is min(ema, (1 + n) / (10 + n)), so that the initial weights are quickly forgotten. Or another
+            profile of `kdiff.ema`, or a list of several. Validation and sampling use the averaged weights, the first if
+            there are several; `kdiff.posthoc` reconstructs others from `[Power(0.05), Power(0.1)]` after training.
+        seed: the seed of the random numbers of training, which are the same on every backend.
+        name: the name of the model.
 
     Examples:
         model = DiffusionModel(UNet.residual(width=32, levels=2))
@@ -91,8 +91,8 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
     ):
         if not isinstance(network, keras.layers.Layer):
             raise TypeError(f"DiffusionModel: `network` must be a Keras model or layer; received: {network!r}")
-        # The network has its own precision. Here nothing is cast: neither examples on their way to `encode`, nor the
-        # averages, which take the place of float32 weights.
+        # The network has its own precision. Nothing is cast here: neither examples before `encode`, nor the averages,
+        # which replace float32 weights.
         super().__init__(name=name, dtype="float32", autocast=False)
         profiles_of(ema)
         random.key_of(seed)
@@ -107,13 +107,13 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
         self.sampler = as_sampler(sampler)
         if self.sampler.models:
             raise ValueError(
-                "DiffusionModel: the model's own `sampler` must not ask other models, which would not be saved with "
-                f"it; give `sample` the guidance instead. Received: {self.sampler!r}"
+                "DiffusionModel: the model's own `sampler` must not call other models, which would not be saved with "
+                f"it; pass the guidance to `sample` instead. Received: {self.sampler!r}"
             )
         self.ema = ema
         self.seed = seed
-        self.shapes: dict[str, tuple] | None = None  # of what the network takes, encoded data included
-        self.example: tuple | None = None  # the shape of an example that is not encoded, if it is known
+        self.shapes: dict[str, tuple] | None = None  # the shapes of the network's inputs, including encoded data
+        self.example: tuple | None = None  # the shape of an example before encoding, if it is known
         self._averaging = False  # whether the averages are used: see `_follow_ema`
         self._compiled_steps: dict[Any, Any] = {}
         self._compiled_problem: Callable | None = None  # on PyTorch
@@ -124,10 +124,10 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
         self.objective.check(self)
 
     def _warn_of_beginning(self) -> None:
-        """Warns if the model's own sampler begins where `sample` would raise; another may begin lower."""
+        """Warns if `sample` with the default sampler would raise; another may begin at less noise."""
         try:
             times = self.sampler.times(self.schedule)
-        except ValueError:  # the sampler wants other steps than its own on this schedule
+        except ValueError:  # on this schedule the sampler needs another number of steps
             return
         try:
             self._check_beginning(self.schedule, times)
@@ -136,17 +136,18 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
 
     @staticmethod
     def _check_names(names: Iterable[str]) -> None:
-        """Raises a ValueError for a condition whose name `sample` has for something else."""
+        """Raises a ValueError for a condition with the name of an argument of `sample`."""
         if taken := set(names) & RESERVED:
             raise ValueError(
-                f"DiffusionModel: conditions cannot be named {sorted(taken)}, for `fit` and `sample` take other things "
-                f"by these names. All that are taken: {sorted(RESERVED)}"
+                f"DiffusionModel: conditions cannot be named {sorted(taken)}, which are arguments of `fit` or `sample`. "
+                f"Reserved names: {sorted(RESERVED)}"
             )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """`model.codec = codec` gives a model another codec at any time, and so another schedule or prediction.
+        """`model.codec = codec` replaces the codec at any time; so for the schedule, the prediction and the objective.
 
-        `model.objective = "denoising"` lets go of what was asked in training, as a teacher, which is then not saved.
+        `model.objective = "denoising"` releases the models of the old objective, such as a teacher, which is then no
+        longer saved.
         """
         if name not in _REPLACEABLE or not hasattr(self, name):
             super().__setattr__(name, value)
@@ -178,8 +179,8 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
 
         Args:
             shapes: the shape of a batch of images, or a dictionary of the shapes of all inputs by name,
-                {"image": (None, 32, 32, 3), "label": (None,)}, with "encoded" in place of "image" for the shape of
-                encoded data. The first axis is not used.
+                {"image": (None, 32, 32, 3), "label": (None,)}, with "encoded" instead of "image" for the shape of
+                encoded data. The first axis is ignored.
         """
         if self.built:
             return
@@ -190,11 +191,11 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
             self.step = self._counter("step")
             self.evaluation_step = self._counter("evaluation_step")
             self.ema_weights = self._new_ema()
-        self.shapes, self.example = shapes, example  # only now: what fails leaves no shapes behind
+        self.shapes, self.example = shapes, example  # last, so that a failure leaves no shapes behind
         self.built = True
 
     def _known_shapes(self, shapes) -> tuple[dict[str, tuple], tuple | None]:
-        """Those of encoded data, as "image", and of the conditions; and that of an example, if it is known."""
+        """The shapes of encoded data, as "image", and of the conditions; and that of an example, if it is known."""
         shapes = dict(shapes) if isinstance(shapes, dict) else {"image": shapes}
         shapes = {n: (None, *tuple(shape)[1:]) for n, shape in shapes.items() if n not in self.objective.inputs}
         self._check_names(set(shapes) - {"image", "encoded"})
@@ -202,8 +203,8 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
         made = {name: of for name, of in derivations(self.network).items() if name not in shapes}
         if made and None in data[1:]:
             raise ValueError(
-                f"DiffusionModel: {sorted(made)} are made of the data, whose shape must be known; received: {data}. "
-                "Give them in the data, or build the model for one size"
+                f"DiffusionModel: {sorted(made)} are derived from the data, whose shape must be known; received: "
+                f"{data}. Give them in the data, or build the model for one size"
             )
         conditions = {n: shape for n, shape in shapes.items() if n not in ("image", "encoded")}
         conditions |= {name: (None, *of.output_shape(data[1:])) for name, of in made.items()}
@@ -211,7 +212,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
         return {"image": data, **conditions}, shapes["image"][1:] if "image" in shapes else plain
 
     def _build_network(self, shapes: dict[str, tuple]) -> None:
-        """By its own `build`, or by a symbolic call if it has none: every weight must be there to be averaged."""
+        """By its own `build`, or by a symbolic call if it has none, so that every weight exists for the averages."""
         shapes = {**shapes, "time": (None,)}
         if not self.network.built and type(self.network).build not in (keras.Model.build, keras.layers.Layer.build):
             self.network.build(shapes)
@@ -233,16 +234,16 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
     def compile(self, optimizer="adam", loss="mse", metrics=None, **options) -> None:
         """Keras' `compile`; `loss` compares the network's output with its target: "mse", "mae", "huber" or any other.
 
-        So do `metrics`, but for those that ask for the whole problem, as `likelihood.BitsPerDim` does.
+        The same holds for `metrics`, except those that need the whole problem, such as `likelihood.BitsPerDim`.
 
-        A network that computes in float16 gets a loss scale, unless `auto_scale_loss=False`. `jit_compile` and
-        `steps_per_execution` are choices for a machine, and are not saved with the model.
+        A network that computes in float16 gets loss scaling, unless `auto_scale_loss=False`. `jit_compile` and
+        `steps_per_execution` depend on the machine, and are not saved with the model.
         """
         optimizer = scaled(optimizer, self.network.compute_dtype == "float16", options)
         several = isinstance(metrics, (list, tuple))
         for one in metrics if several else [metrics]:
             if hasattr(one, "update_from"):
-                raise ValueError(f"compile: {one!r} is of samples: give it to `evaluation.EvaluationCallback`")
+                raise ValueError(f"compile: {one!r} needs samples: pass it to `evaluation.EvaluationCallback`")
         measures = [one for one in metrics if hasattr(one, "update_problem")] if several else []
         for measure in measures:
             measure.prepare(self)
@@ -253,16 +254,16 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
 
     @property
     def metrics(self) -> list:
-        """Keras' metrics, and those that ask for the whole problem."""
+        """The metrics of Keras, and those that need the whole problem."""
         return [*super().metrics, *self._measures.metrics]
 
     @backend.uninterrupted
     def call(self, data, training: bool | None = None) -> Problem:
-        """The problem that the objective makes of a clean batch, and the network's answer.
+        """The regression problem that the objective derives from a clean batch, with the network's output.
 
         Args:
-            data: images, or a dictionary {"image": ..., **conditions}; "encoded" in place of "image" is data that the
-                codec has encoded already.
+            data: images, or a dictionary {"image": ..., **conditions}; "encoded" instead of "image" is data that is
+                already encoded by the codec.
             training: whether to use the weights (True), or their averages (False).
         """
         return (self._compiled_problem or self._problem)(data, training)
@@ -270,7 +271,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
     def _problem(self, data, training) -> Problem:
         batch, _ = feeding.unpack((data,))
         keys = self._keys(training)
-        key = next(keys)  # encoded data does not use it, and so gets the noise that its images would
+        key = next(keys)  # unused for encoded data, which so gets the same noise as its images
         if "encoded" in batch:
             x = ops.cast(batch.pop("encoded"), "float32")
         else:
@@ -280,12 +281,12 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
         return self.objective.problem(self, x, batch, keys, bool(training))
 
     def _keys(self, training) -> Iterator:
-        """The keys of this step: training goes on from step to step, each evaluation draws the same numbers."""
+        """The keys of this step: those of training differ in each step, those of each evaluation are the same."""
         stream, counter = (random.TRAINING, self.step) if training else (random.EVALUATION, self.evaluation_step)
         key = random.fold_in(random.key_of(self.seed), counter.value, stream)
         if (replica := backend.replica()) is not None:
             key = random.fold_in(key, replica, random.REPLICAS)
-        if backend.has_numbers(counter.value):  # if that fails, Keras asks again with numbers, in the same scope
+        if backend.has_numbers(counter.value):  # otherwise Keras calls again with numbers, in the same scope
             counter.assign_add(1)  # after its last use: on TensorFlow `value` is not a copy
         return random.Keys(key)
 
@@ -306,10 +307,10 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
 
     @backend.uninterrupted
     def train_step(self, *args):
-        """Keras' own step, then the averages. `args` are `(data,)`, on JAX `(state, data)`."""
+        """The step of Keras, then the update of the averages. `args` are `(data,)`, or `(state, data)` on JAX."""
         *state, data = args
         x, sample_weight = feeding.unpack(data)
-        self._use_ema(True)  # from this step on: an objective that asks them is traced once for all steps
+        self._use_ema(True)  # from the first step, so that an objective that uses them is traced once
         result = super().train_step(*state, (x, None, sample_weight))
         if self.ema_weights is None:
             return result
@@ -318,13 +319,13 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
         )
 
     def make_train_function(self, force: bool = False):
-        """Keras' own; on PyTorch only `call` is compiled."""
+        """As in Keras; on PyTorch only `call` is compiled."""
         super().make_train_function(force)
         self.train_function = self._compiled_in_parts(self.train_function)
         return self.train_function
 
     def make_test_function(self, force: bool = False):
-        """Keras' own; on PyTorch only `call` is compiled."""
+        """As in Keras; on PyTorch only `call` is compiled."""
         super().make_test_function(force)
         self.test_function = self._compiled_in_parts(self.test_function)
         return self.test_function
@@ -337,20 +338,20 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
 
     @backend.uninterrupted
     def test_step(self, *args):
-        """Keras' own step."""
+        """The step of Keras."""
         *state, data = args
         x, sample_weight = feeding.unpack(data)
         return super().test_step(*state, (x, None, sample_weight))
 
     def _take_rows_anew(self) -> None:
-        """To be called when layers of conditions take other rows than before, as texts whose encoders learn."""
+        """Must be called when the inputs of condition layers change, as for texts whose encoders start to learn."""
         layers = {name: layer for name, layer in condition_layers(self.network).items() if hasattr(layer, "row")}
         rows = {name: (None, *layer.row) for name, layer in layers.items() if name in (self.shapes or {})}
         self.shapes = {**self.shapes, **rows} if rows else self.shapes
         self._forget_graphs()
 
     def _forget_graphs(self) -> None:
-        """What is compiled for the model as it was."""
+        """Discards all compiled functions."""
         self.train_function = self.test_function = self._compiled_problem = None
         self._compiled_steps.clear()
         for measure in self._measures.metrics:
@@ -359,8 +360,8 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
     # Data on its way in: see `CheckedTraining`
 
     instead = (
-        "a diffusion model draws, `sample(8)`, estimates the data of a noisy batch, `denoise(x_t, m)`, or measures its "
-        "loss, `evaluate(x)`; what a sampler asks is `model.network`"
+        "a diffusion model samples, `sample(8)`, estimates the data of a noisy batch, `denoise(x_t, m)`, or evaluates "
+        "its loss, `evaluate(x)`; its network is `model.network`"
     )
 
     def _taking(self) -> keras.layers.Layer:
@@ -378,14 +379,14 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
         self.shapes, self.example = self._known_shapes(shapes)
 
     def _before_training(self) -> None:
-        """Averages that do not fit the network are an error before anything is trained."""
+        """Raises an error before training if the averages do not fit the network."""
         if self.ema_weights:
             self.ema_weights.pairs(self.network)
             self._use_ema(True)  # not first in a step, which PyTorch may compile
         self._follow_ema_of_others()
 
     def _before_evaluating(self, anew: bool) -> None:
-        """The averaged weights, and the same times and noise at each call of `evaluate`."""
+        """Switches to the averaged weights, and to the same times and noise in each call of `evaluate`."""
         if anew:
             self.evaluation_step.assign(0)
         self._follow_ema()
@@ -393,38 +394,38 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
     # Denoising
 
     def _inputs(self, x_t, m: Marginal, conditions: Mapping[str, Any]) -> dict[str, Any]:
-        """What the network is given."""
+        """The inputs of the network."""
         label = ops.broadcast_to(self.time_label(self.schedule, m), ops.shape(x_t)[:1])
         if INTERVAL in conditions and INTERVAL not in optional_names(self.network):
             conditions = {name: value for name, value in conditions.items() if name != INTERVAL}
         return {"image": self.prediction.input_scale(m.like(x_t)) * x_t, "time": label, **conditions}
 
     def _checked_output(self, output, x_t):
-        """The network's output, float32."""
+        """The network's output, float32, after a check of its channels."""
         wanted = self.prediction.factor * x_t.shape[-1]
         if output.shape[-1] != wanted:
             raise ValueError(
                 f"{self.prediction!r}: the network must return {wanted} channels (`out_channels={wanted}`), "
-                f"{self.prediction.factor} for each of the data; received: {output.shape[-1]}"
+                f"{self.prediction.factor} per channel of the data; received: {output.shape[-1]}"
             )
         return ops.cast(output, "float32")
 
     @deprecated.arguments(averages="ema")
     def output(self, x_t, m: Marginal, conditions: Mapping[str, Any], training: bool = False, ema: bool = True):
-        """The network's output, float32, which means what `prediction` says.
+        """The network's output, float32, in the parametrisation `prediction`.
 
         Args:
             x_t: a noisy batch, with shape `(batch, ...)`.
-            m: the marginal that it is at; fields of shape `()` or `(batch,)`.
-            conditions: by name, one row an example.
-            training: whether dropout and the like are at work.
-            ema: use the averaged weights.
+            m: the marginal of `x_t`, with fields of shape `()` or `(batch,)`.
+            conditions: the conditions by name, with one row per example.
+            training: whether the network is called in training mode, for example with dropout.
+            ema: whether to use the averaged (EMA) weights.
         """
         with self._weights(ema):
             return self._checked_output(self.network(self._inputs(x_t, m, conditions), training=training), x_t)
 
     def _answer(self, ema: bool, schedule: NoiseSchedule, given: Given, x_t, m: Marginal) -> Estimate:
-        """The answer of a `Denoiser` to a question on `schedule`. Not by `output`: each call in a step is a frame."""
+        """The estimate of a `Denoiser` on `schedule`. It does not call `output`, to save a stack frame per call."""
         x_t, m = moved(x_t, m, schedule, self.schedule)
         with self._weights(ema):
             output = self.network(self._inputs(x_t, m, given.conditions), training=False)
@@ -437,58 +438,58 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
 
         Args:
             x_t: a noisy batch, with shape `(batch, ...)`.
-            m: the marginal that it is at, `schedule.at(t)`; the fields have shape `()` or `(batch,)`.
-            ema: use the averaged weights.
-            **conditions: one row an example.
+            m: the marginal of `x_t`, `schedule.at(t)`, with fields of shape `()` or `(batch,)`.
+            ema: whether to use the averaged (EMA) weights.
+            **conditions: the conditions, with one row per example.
 
         Returns:
             x_hat, with the shape of `x_t`.
 
         Raises:
-            TypeError: if `m` is not a marginal, but a time.
+            TypeError: if `m` is not a marginal, for example a time.
         """
         if not isinstance(m, Marginal):
             raise TypeError(f"denoise: `m` must be a marginal, such as `model.schedule.at(t)`; received: {m!r}")
         if ema and self.ema_weights and backend.concrete(self.ema_weights.updates.value) is not None:
-            self._follow_ema()  # else it is a part of a graph, which does that first
+            self._follow_ema()  # inside a graph, the caller has already done so
         return self._answer(ema, self.schedule, Given(conditions), x_t, m).x_hat
 
 
 _REPLACEABLE = {"codec": Codec, "schedule": NoiseSchedule, "prediction": Prediction, "objective": Objective}
 
 _METHODS = (DiffusionModel.sample, DiffusionModel.sample_steps, DiffusionModel.invert)
-# What no condition can be named, for it is an argument of a method that takes conditions, or another input.
+# Names that no condition can have: arguments of methods that take conditions, their old names, and other inputs.
 RESERVED = frozenset(
     name
     for method in (*_METHODS, DiffusionModel._run, DiffusionModel.denoise)
     for name, parameter in inspect.signature(method).parameters.items()
     if parameter.kind is not parameter.VAR_KEYWORD and name != "self"
-) | {"time", "encoded", "sample_weight", INTERVAL}
+) | {"time", "encoded", "sample_weight", "averages", INTERVAL}
 
 
 def _compared(problem: Problem, sample_weight):
-    """(target, output, weight), the weight with the rank of a loss that has averaged over the last axis."""
+    """(target, output, weight), where the weight has the rank of a loss that is averaged over the last axis."""
     positions = len(problem.target.shape) - 1
     factors = [_with_rank(factor, positions) for factor in (problem.weight, sample_weight)]
     return problem.target, problem.output, _product(*factors)
 
 
 def _with_rank(weight, rank: int):
-    """A weight of each example as one of this rank; what has one a position stays."""
+    """A weight per example, reshaped to this rank; a weight per position is unchanged."""
     if weight is None or len(weight.shape) == rank:
         return weight
     return ops.reshape(weight, (-1, *[1] * (rank - 1)))
 
 
 def _of_examples(weight):
-    """The weight of each example, `(batch,)`: its mean over the positions."""
+    """The weight of each example, `(batch,)`, its mean over the positions."""
     if weight is None or len(weight.shape) == 1:
         return weight
     return ops.mean(ops.cast(weight, "float32"), axis=tuple(range(1, len(weight.shape))))
 
 
 def _errors(problem: Problem, sample_weight):
-    """The mean squared errors, `(batch,)`, over those positions that count."""
+    """The mean squared errors, `(batch,)`, over the positions with weight."""
     errors = ops.mean(ops.square(problem.target - problem.output), axis=-1)
     axes = tuple(range(1, len(errors.shape)))
     if sample_weight is None or len(sample_weight.shape) == 1:
@@ -498,6 +499,6 @@ def _errors(problem: Problem, sample_weight):
 
 
 def _product(*factors):
-    """The product in float32 of those that are not None; None if all are."""
+    """The product, in float32, of the factors that are not None; None if there are none."""
     factors = [ops.cast(factor, "float32") for factor in factors if factor is not None]
     return math.prod(factors[1:], start=factors[0]) if factors else None
