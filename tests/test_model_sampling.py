@@ -245,7 +245,7 @@ def test_seamless():
         ({"x": images(2, SHAPE), "start": 0.0}, r"`start`.*received: 0.0"),
         ({"stop": 1.0}, "`stop` must be below 1.0"),
         ({"image": images(2, SHAPE), "strength": 0.3, "stop": 0.3}, "`stop` must be below 0.3"),
-        ({"x": images(2, SHAPE), "noise": images(2, SHAPE)}, "`x` has its noise"),
+        ({"x": images(2, SHAPE), "noise": images(2, SHAPE)}, "`x`, which is noisy already"),
         ({"noise": images(2, (4, 4, 2))}, r"`noise`.*\(4, 4, 1\)"),
         ({"mask": np.ones((4, 4))}, "what is `known`"),
         ({"known": np.full(SHAPE, np.nan), "mask": np.zeros((4, 4))}, "NaN"),

@@ -139,8 +139,8 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
         """Raises a ValueError for a condition with the name of an argument of `sample`."""
         if taken := set(names) & RESERVED:
             raise ValueError(
-                f"DiffusionModel: conditions cannot be named {sorted(taken)}, which are arguments of `fit` or `sample`. "
-                f"Reserved names: {sorted(RESERVED)}"
+                f"DiffusionModel: conditions cannot be named {sorted(taken)}, which are arguments of `fit` or "
+                f"`sample`. Reserved names: {sorted(RESERVED)}"
             )
 
     def __setattr__(self, name: str, value: Any) -> None:
