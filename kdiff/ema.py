@@ -1,16 +1,18 @@
-"""Averaged weights, with which a diffusion model draws better samples than with the weights that it is training.
+"""Moving averages (EMA) of the weights, which give better samples than the weights themselves:
 
     average += step_n (weight - average)        in update n = 0, 1, ...
 
-How fast it moves is its profile. Of an exponential average, `Exponential`, which a number `ema=0.999` stands for,
+The step sizes are given by a profile. For the exponential moving average, `Exponential`, or a number such as
+`ema=0.999`,
 
     step_n = 1 - min(decay, (1 + n) / (10 + n)),
 
-small at first, so that the first weights are soon forgotten. Of a power function's, `Power`, which grows with training,
+with a small decay at first, so that the initial weights are quickly forgotten. For the power-function EMA, `Power`,
+whose length grows with training,
 
     step_n = 1 - (1 - 1 / (n + 1))^(gamma + 1).
 
-`kdiff.posthoc` makes power averages of any length after training from a few that were kept.
+`kdiff.posthoc` reconstructs power-function averages of any length after training from a few that were kept.
 """
 
 import math
@@ -29,13 +31,13 @@ LONGEST = 1.0 / math.sqrt(12.0)  # the length of a plain mean, gamma = 0
 
 
 class Profile(Value):
-    """How an average weighs the past. A new one defines `step`."""
+    """The base class of profiles: the weighting of past weights in an average. A new one defines `step`."""
 
     def step(self, updates):
-        """By how much of the difference update number `updates`, 0 for the first, moves an average; a float32 scalar.
+        """The step size of update number `updates`, a float32 scalar in [0, 1].
 
         Args:
-            updates: how many there were before, a float32 scalar tensor.
+            updates: the number of previous updates, a float32 scalar tensor.
         """
         raise NotImplementedError
 
@@ -44,7 +46,7 @@ class Exponential(Profile):
     """step_n = 1 - min(decay, (1 + n) / (10 + n)).
 
     Args:
-        decay: in [0, 1); the average reaches back about 1 / (1 - decay) updates.
+        decay: in [0, 1); the average extends over about 1 / (1 - decay) updates.
     """
 
     formerly = ("kdiff.averages>Exponential",)
@@ -58,17 +60,17 @@ class Exponential(Profile):
 
 
 class Power(Profile):
-    """The power-function average of Karras et al. 2024 (EDM2, arXiv:2312.02696, section 3): after t updates it is
+    """The power-function EMA of Karras et al. 2024 (EDM2, arXiv:2312.02696, section 3): after t updates it is
 
         integral over u from 0 to t of p(u; t) weight(u),    p(u; t) = (gamma + 1) u^gamma / t^(gamma + 1),
 
-    where weight(u) is that after update number ceil(u), so that step_n = 1 - (1 - 1 / t)^(gamma + 1), t = n + 1. It
-    reaches back by the same part of the training at every time, and the weights before the first update do not count.
+    where weight(u) is the weight after update number ceil(u), so that step_n = 1 - (1 - 1 / t)^(gamma + 1), t = n + 1.
+    It extends over the same fraction of the training at any time, and does not include the initial weights.
 
     Args:
-        length: sigma_rel, the standard deviation of p as a part of t, from 0.001 to 1 / sqrt(12). gamma is the largest
-            root of length^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), for instance 16.97 for 0.05 and 6.94 for 0.1.
-            With 1 / sqrt(12) = 0.2887 it is 0 and the average a plain mean.
+        length: sigma_rel, the standard deviation of p relative to t, from 0.001 to 1 / sqrt(12). gamma is the largest
+            root of length^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), for example 16.97 for 0.05 and 6.94 for 0.1.
+            For 1 / sqrt(12) = 0.2887 it is 0, and the average is the arithmetic mean.
 
     Attributes:
         gamma: the exponent.
@@ -83,17 +85,17 @@ class Power(Profile):
         self.gamma = float(np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse]).real.max())
 
     def step(self, updates):
-        # Not 1 minus a decay, which after a million updates would keep two digits. At the first the logarithm is -inf.
+        # 1 minus a decay would keep two digits after a million updates. In the first update the logarithm is -inf.
         return -ops.expm1((self.gamma + 1.0) * ops.log1p(-1.0 / (updates + 1.0)))
 
     def density(self, u, t: float) -> np.ndarray:
-        """p(u; t), float64, of the shape of `u`; 0 outside of [0, t]."""
+        """p(u; t), float64, with the shape of `u`; 0 outside [0, t]."""
         u = np.asarray(u, "float64")
         inside = (u >= 0.0) & (u <= t)
         return np.where(inside, (self.gamma + 1.0) / t * (np.where(inside, u, 0.0) / t) ** self.gamma, 0.0)
 
     def product(self, t: float, other: "Power", other_t: float) -> float:
-        """integral of p(u; t) q(u; other_t) du, q the profile of `other` (EDM2, appendix C):
+        """The integral of p(u; t) q(u; other_t) du, where q is the profile of `other` (EDM2, appendix C):
 
         (a + 1) (b + 1) / (a + b + 1) (s / l)^c / l,    s <= l the two times, a and b the gammas, c that of l.
         """
@@ -103,10 +105,10 @@ class Power(Profile):
 
 
 def profiles_of(ema: Any) -> tuple[Profile, ...]:
-    """The profiles that `DiffusionModel(ema=...)` asks for: a number, a `Profile`, or several of them; of None, none.
+    """The profiles for the argument `ema` of `DiffusionModel`: a number, a `Profile`, or several of them; or None.
 
     Raises:
-        ValueError: for a number out of range, an unknown name, an empty list, or a profile that is there twice.
+        ValueError: for a number out of range, an unknown name, an empty list, or a repeated profile.
         TypeError: for anything else.
     """
     if ema is None:
@@ -126,14 +128,14 @@ def _profile_of(one: Any) -> Profile:
 
 
 class EMA(keras.layers.Layer):
-    """Averages of a network's floating-point weights, in float32.
+    """Averages of the floating-point weights of a network, in float32.
 
     Args:
-        profiles: one for each average that is kept. The first are those that the network computes with in `scope`.
+        profiles: one profile per average of each weight. The network uses those of the first in `scope`.
 
     Attributes:
-        values: the averages with the first profile, one a weight.
-        kept: a list of those with each profile; `values` is its first.
+        values: the averages with the first profile, one per weight.
+        kept: a list with the averages of each profile; `values` is its first entry.
     """
 
     def __init__(self, *profiles: Profile):
@@ -141,7 +143,7 @@ class EMA(keras.layers.Layer):
         self.profiles = profiles
 
     def follow(self, network: keras.layers.Layer) -> None:
-        """Makes the averages of each weight of `network`, which must be built, with the weight's value."""
+        """Creates the averages of the weights of `network`, which must be built, with their current values."""
         self.updates = self._counter("updates")
         self.last_iteration = self._counter("last_iteration")
         weights = self.of(network)
@@ -151,7 +153,7 @@ class EMA(keras.layers.Layer):
         self.built = True
 
     def fits(self, network: keras.layers.Layer) -> bool:
-        """Whether the network has the weights that it had when the averages were made."""
+        """Whether the network has the same weights as when the averages were created."""
         return self._are_followed(self.of(network))
 
     def _are_followed(self, weights: list) -> bool:
@@ -161,7 +163,7 @@ class EMA(keras.layers.Layer):
         return self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False, name=name)
 
     def _average_of(self, weight):
-        # Through NumPy: on JAX the two must not share a buffer, which a training step gives away.
+        # Through NumPy: on JAX the two must not share a buffer, which a training step donates.
         value = ops.convert_to_numpy(weight).astype("float32")
         return self.add_weight(
             shape=value.shape,
@@ -173,33 +175,33 @@ class EMA(keras.layers.Layer):
 
     @staticmethod
     def of(network: keras.layers.Layer) -> list:
-        """The weights that are averaged: not those with `averaged = False`, such as of frozen encoders, which stay."""
+        """The averaged weights: all except those with `averaged = False`, such as those of frozen encoders."""
         return [weight for weight in network.weights if "float" in weight.dtype and getattr(weight, "averaged", True)]
 
     def pairs(self, network: keras.layers.Layer, which: int = 0) -> list[tuple]:
-        """(weight, average) of each weight that is averaged, with the profile of this number.
+        """(weight, average) for each averaged weight, with the profile of this index.
 
         Raises:
-            ValueError: if the network has other weights than when the averages were made.
+            ValueError: if the network has other weights than when the averages were created.
         """
         weights = self.of(network)
         if not self._are_followed(weights):
             raise ValueError(
-                f"the network has changed since its averages were made: it has {len(weights)} weights that are not "
-                f"all those of the {len(self.values)} averages. Call `model.reset_ema()`, which makes averages of "
-                "its weights as they are now; then `model.compile`, if an optimizer knew the others."
+                f"the network has changed since its averages were made: its {len(weights)} weights are not those of "
+                f"the {len(self.values)} averages. Call `model.reset_ema()`, which creates averages of its current "
+                "weights; then `model.compile`, if an optimizer has the old ones."
             )
         return list(zip(weights, self.kept[which], strict=True))
 
     @property
     def moved(self) -> bool:
-        """Whether there was an update; not to be asked in a graph."""
+        """Whether there was an update; not for use in a graph."""
         return int(ops.convert_to_numpy(self.updates)) > 0
 
     def update(self, network: keras.layers.Layer, iteration=None) -> None:
-        """Moves the averages, if the optimizer, which counts to `iteration`, has made an update since the last call.
+        """Updates the averages, if the optimizer, at `iteration`, has made an update since the last call.
 
-        Under gradient accumulation, or when a loss scale overflows, it does not at every step. None moves them anyway.
+        With gradient accumulation or loss scaling it does not make one in every step. None: updates them in any case.
         """
         iteration = self.last_iteration.value + 1 if iteration is None else ops.cast(iteration, "int32")
         updated = ops.cast(iteration != self.last_iteration.value, "int32")
@@ -211,15 +213,15 @@ class EMA(keras.layers.Layer):
         self.updates.assign(self.updates.value + updated)
 
     def reset(self, network: keras.layers.Layer) -> None:
-        """Sets the averages to the weights as they are now, as if they were new: they have not moved."""
+        """Resets the averages to the current weights, as if they were new."""
         for which in range(len(self.profiles)):
             for weight, average in self.pairs(network, which):
                 average.assign(ops.convert_to_numpy(weight).astype("float32"))
         self.updates.assign(0)
 
     def scope(self, network: keras.layers.Layer) -> keras.StatelessScope:
-        """A scope in which `network` computes with the averages."""
+        """A scope in which `network` uses the averages."""
         averaged = {id(w): a.value for w, a in self.pairs(network)}
-        # Every variable must be named, those that are not averaged with their own value.
+        # Every variable must be listed, those that are not averaged with their own value.
         values = [(v, ops.cast(averaged.get(id(v), v.value), v.dtype)) for v in network.variables]
         return keras.StatelessScope(values)

@@ -1,4 +1,4 @@
-"""Losses between what a network answers and its target, beside Keras' own."""
+"""Losses between the output of a network and its target, in addition to those of Keras."""
 
 import keras
 from keras import ops
@@ -10,15 +10,15 @@ __all__ = ["PseudoHuber"]
 
 @keras.saving.register_keras_serializable("kdiff.losses")
 class PseudoHuber(keras.losses.Loss):
-    """sqrt(|output - target|^2 + c^2) - c, of each example as a whole, for `compile(loss=PseudoHuber())`.
+    """The pseudo-Huber loss sqrt(|output - target|^2 + c^2) - c per example, for `compile(loss=PseudoHuber())`.
 
     Song and Dhariwal 2023, arXiv:2310.14189, section 3.3 (consistency training): it weights an example by about
-    1 / |output - target|, so that a few that are far off do not decide.
+    1 / |output - target|, and so is less sensitive to outliers.
 
     Args:
-        c: where it turns from a square to a norm; None for the paper's 0.00054 sqrt(d), d the numbers of an example.
-        whole: whether the norm is of the whole example; else it is of each number, and their mean is taken (latent
-            consistency models, Luo et al. 2023, arXiv:2310.04378).
+        c: the transition from quadratic to linear; None: the paper's 0.00054 sqrt(d), for d elements per example.
+        whole: whether the norm is that of the whole example; otherwise the loss is computed per element and averaged
+            (latent consistency models, Luo et al. 2023, arXiv:2310.04378).
         kwargs: `name`, `reduction` and `dtype`.
     """
 
@@ -29,7 +29,7 @@ class PseudoHuber(keras.losses.Loss):
         self.c, self.whole = c, whole
 
     def call(self, y_true, y_pred):
-        """The losses of a batch, `(batch, 1, ...)`, of one axis less than the outputs, as of Keras' losses."""
+        """The losses of a batch, `(batch, 1, ...)`, with one axis less than the outputs, as for losses of Keras."""
         axes, dimension = tuple(range(1, len(y_pred.shape))), 1
         for size in ops.shape(y_pred)[1:]:
             dimension = dimension * size

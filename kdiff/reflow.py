@@ -1,9 +1,9 @@
-"""Reflow: pairs of noise and of what a model makes of it, from which a straighter flow is learned.
+"""Reflow: pairs of noise and the data that a model generates from it, from which a straighter flow is learned.
 
 Liu et al. 2022, "Flow straight and fast", arXiv:2209.03003, algorithm 1:
 
     made = pairs(teacher, 50_000, steps=64)                    # {"encoded": x, "noise": z, **conditions}
-    model = students.student(teacher, "reflow")                # 2-rectified flow: it goes on from the first
+    model = students.student(teacher, "reflow")                # 2-rectified flow, initialised by the first
     model.compile(keras.optimizers.Adam(1e-4))
     model.fit(made, epochs=20)
     model.sample(16, sampler="euler", steps=1)
@@ -25,27 +25,25 @@ __all__ = ["pairs"]
 
 @deprecated.arguments(averages="ema")
 def pairs(model: DiffusionModel, count: int, *, batch_size: int = 256, **options: Any) -> dict[str, np.ndarray]:
-    """Noise, and the data to which the model's flow leads from it; for `fit` with the objective `Reflow`.
+    """Pairs of noise and the data that the model generates from it, for `fit` with the objective `Reflow`.
 
     Args:
-        model: the model that makes the data, by a deterministic sampler.
-        count: how many.
-        batch_size: how many are made at once.
-        **options: as of `DiffusionModel.sample`: `sampler`, `steps`, `guidance`, `seed`, `ema`, conditions.
+        model: the model that generates the data, by a deterministic sampler.
+        count: the number of pairs.
+        batch_size: the number of pairs per batch.
+        **options: as in `DiffusionModel.sample`: `sampler`, `steps`, `guidance`, `seed`, `ema` and conditions.
 
     Returns:
-        float32 arrays {"encoded": data as the codec encodes it, "noise": noise}, and the conditions, a row each.
+        float32 arrays {"encoded": encoded data, "noise": noise}, and the conditions, with one row per pair.
 
     Raises:
-        ValueError: if the sampler is stochastic, or does not begin with noise; and as of `sample`.
+        ValueError: if the sampler is stochastic, or does not begin with noise; and as in `sample`.
     """
     if given := {"x", "image", "noise", "stop", "known"} & set(options):
         raise ValueError(f"pairs: it begins with noise and ends with data; received: {sorted(given)}")
     run = model._run(count, **options)
     if run.sampler.solver.stochastic:
-        raise ValueError(
-            f"pairs: the sampler must lead from its noise to one place, as DDIM and Heun do; received: {run.sampler!r}"
-        )
+        raise ValueError(f"pairs: the sampler must be deterministic, as DDIM and Heun are; received: {run.sampler!r}")
     noise = ops.convert_to_numpy(initial_noise(run.shape, run.seed))  # which `run` draws too
     conditions = {name: np.array(rows) for name, rows in run.given.conditions.items()}
     return {"encoded": run.ends(ops.convert_to_numpy, batch_size), "noise": noise, **conditions}

@@ -1,14 +1,14 @@
-"""The sampling loop, once for every solver, grid, schedule and network.
+"""The sampling loop, shared by all solvers, grids, schedules and networks.
 
     x = sigma(1) noise
     for now, then in pairs(grid):  x = solver.step(guidance(denoise), schedule, x, now, then, noise)
 
-A `Sampler` is a solver, a grid, a number of steps and any guidance. It samples from anything that can denoise: a
-`DiffusionModel`, which calls it for you, or a plain function `x_hat = denoise(x, marginal)`:
+A `Sampler` consists of a solver, a grid, a number of steps and optional guidance. It samples from any denoiser: a
+`DiffusionModel`, which calls it in `sample`, or a function `x_hat = denoise(x, marginal)`:
 
     sampler = Sampler("ddim", steps=20)
-    x = sampler(denoise, Cosine(), (16, 32, 32, 3), seed=0)          # the result
-    for step in sampler.steps_of(denoise, Cosine(), (16, 32, 32, 3)):    # every step on the way
+    x = sampler(denoise, Cosine(), (16, 32, 32, 3), seed=0)              # the result
+    for step in sampler.steps_of(denoise, Cosine(), (16, 32, 32, 3)):    # every step
         print(step.index, step.total, step.x_hat)
 """
 
@@ -39,9 +39,9 @@ class Step(NamedTuple):
     Attributes:
         index: 1 ... `total`.
         total: the number of steps of the run.
-        t: the time that the step arrived at, a float.
+        t: the time at the end of the step, a float.
         x: the noisy batch at time t.
-        x_hat: the estimate of the data from which the step was made.
+        x_hat: the estimate of the data that was used in the step.
     """
 
     index: int
@@ -52,11 +52,11 @@ class Step(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a run carries from step to step: a nest of tensors.
+    """The state of a run between steps, a nested structure of tensors.
 
     Attributes:
-        solver: the solver's state.
-        given: what is known of the samples of this batch, and what the guidance remembers.
+        solver: the state of the solver.
+        given: the inputs known for the samples of the batch, with the memory of the guidance.
     """
 
     solver: Any
@@ -68,14 +68,14 @@ class Sampler(Value):
 
     Args:
         solver: a `Solver` or its name.
-        grid: a `TimeGrid` or its name; None is the solver's own: "trailing", or what its documentation says.
-        steps: the number of steps. None: 50, or every step that the schedule has where the grid is "all".
-        guidance: a `Guidance` or its name, or several, of which the first is applied first.
-        to_zero: whether the run goes to t = 0. Otherwise its last step is left out, and it ends at the grid's last time
-            above zero.
+        grid: a `TimeGrid` or its name; None: the default of the solver, "trailing" unless it is documented otherwise.
+        steps: the number of steps. None: 50, or every step of the schedule if the grid is "all".
+        guidance: a `Guidance` or its name, or several, the first of which is applied first.
+        to_zero: whether the run goes to t = 0. Otherwise its last step is omitted, and it ends at the last time of the
+            grid above zero.
 
     Raises:
-        ValueError: if `steps` is below 1; and, when it runs, if a discrete schedule has fewer.
+        ValueError: if `steps` is below 1; and, when it runs, if a discrete schedule has fewer steps.
     """
 
     def __init__(
@@ -98,18 +98,18 @@ class Sampler(Value):
     def times(self, schedule: NoiseSchedule, strength: float = 1.0, stop: float = 0.0) -> np.ndarray:
         """The times of a run on this schedule: float64, with shape `(steps + 1,)`.
 
-        They fall; those of a grid with jumps (`times.Jumps`) also rise. With a `strength` below 1 the run begins there,
-        in place of the nearest time of the grid, and leaves out all before. With a `stop` above 0 it ends there, in
-        place of the nearest time below the first. What ends at a time and what begins there are together the whole run.
-        With a strength of 0, or one that is not above the end of a run that does not go to t = 0, there is no step: the
-        times are [0].
+        They decrease; those of a grid with jumps (`times.Jumps`) also increase. With a `strength` below 1 the run
+        begins at that time, which replaces the nearest time of the grid, and omits the preceding ones. With a `stop`
+        above 0 it ends at that time, which replaces the nearest time below the first. A run that ends at a time and one
+        that begins there are together the whole run. With a strength of 0, or one not above the end of a run that does
+        not go to t = 0, there is no step, and the times are [0].
         """
         check_number("Sampler", "strength", strength, 0.0, 1.0)
         check_number("Sampler", "stop", stop, 0.0, 1.0)
         steps = self.steps or self.grid.default_steps(schedule)
         times = self.grid(schedule, steps)[: None if self.to_zero else -1]
         if len(times) < 2:
-            raise ValueError("Sampler: a run of one step that does not go to t = 0 has no step; give more `steps`")
+            raise ValueError("Sampler: a run of one step that does not go to t = 0 has no step; use more `steps`")
         if stop > 0 and stop >= min(strength, times[0]):
             raise ValueError(f"Sampler: `stop` must be below {min(strength, times[0])}, where the run begins: {stop}")
         if stop > times[-1]:
@@ -118,7 +118,7 @@ class Sampler(Value):
 
     @property
     def models(self) -> tuple:
-        """The Keras models that the guidance asks."""
+        """The Keras models that the guidance calls."""
         return tuple(model for one in self.guidance for model in one.models)
 
     def replaced(self, **changes: Any) -> "Sampler":
@@ -127,15 +127,15 @@ class Sampler(Value):
 
     @property
     def active(self) -> tuple[Guidance, ...]:
-        """The guidance that changes anything."""
+        """The guidance that has any effect."""
         return tuple(one for one in self.guidance if one.active)
 
     def key(self) -> tuple:
-        """What a compiled step depends on: all but grid, steps and the arrays of the guidance."""
+        """The cache key of a compiled step: everything except the grid, the steps and the arrays of the guidance."""
         return (self.solver, *(one.key() for one in self.active))
 
     def rows(self, run: Run) -> tuple:
-        """The arrays of each active guidance, with one row a sample, checked."""
+        """The checked arrays of each active guidance, with one row per sample."""
         return tuple(one.rows(run) for one in self.active)
 
     def steps_of(
@@ -150,19 +150,20 @@ class Sampler(Value):
         first: int = 0,
         noise: Callable[[int, tuple[int, ...]], Any] | None = None,
     ) -> Iterator[Step]:
-        """Runs, and yields every step.
+        """Runs the sampler, and yields every step.
 
         Args:
             denoise: x_hat = denoise(x, marginal), or a `Denoiser`; the fields of the marginal have shape `()`.
-            schedule: the schedule to sample under.
+            schedule: the schedule of the run.
             shape: the shape of the batch, `(samples, ...)`.
-            x: the noisy batch to start from, at the first time; None for sigma noise.
-            times: the times, as of `times`; None for all of the grid.
-            seed: names the noise, the same on every backend; or one a sample, of which it is sample `first`.
-            first: the number of the first sample, so that batches of one run continue one another.
-            noise: `noise(step, shape)` gives the noise of a step, 0, 1, ..., in place of that of the seed: standard
-                normal numbers, such as another library drew. It is called once for each draw of a solver; most solvers
-                make one a step, and those without noise none. The noise to begin with is `x`.
+            x: the noisy batch at the first time; None: noise of the initial sigma.
+            times: the times, as returned by `times`; None: all times of the grid.
+            seed: the seed of the noise, which is the same on every backend; or one seed per sample, of which sample
+                `first` is drawn.
+            first: the index of the first sample, so that consecutive batches continue each other.
+            noise: a function `noise(step, shape)` for the noise of step 0, 1, ..., instead of that of the seed:
+                standard normal numbers, such as those of another library. It is called once per draw of the solver,
+                which for most stochastic solvers is once per step. The initial noise is that of `x` or the seed.
         """
         denoise = Denoiser.of(denoise)
         advance = backend.without_gradients(partial(self.advance, denoise.answer, denoise.nulls, schedule, draw=noise))
@@ -187,14 +188,14 @@ class Sampler(Value):
 
         Args:
             x: the noisy batch.
-            times: of the run; where they rise, unless all do, noise is added.
+            times: the times of the run; where they increase, unless all do, noise is added.
             advance: `x, x_hat, state = advance(x, now, then, key, index, first, state)`, as `Sampler.advance`.
-            schedule: the schedule to sample under.
-            given: what is known of the samples.
-            seed: names the noise; or one a sample, of which it is sample `first`.
-            first: the number of the first sample.
-            before: how many steps of the grid were left out: its steps have numbers, and noise, of their own.
-            noise: as of `steps_of`, where a time rises; what `advance` draws it knows itself.
+            schedule: the schedule of the run.
+            given: the inputs known for the samples.
+            seed: the seed of the noise; or one per sample, of which sample `first` is drawn.
+            first: the index of the first sample.
+            before: the number of omitted steps of the grid, so that each step of the grid has its own noise.
+            noise: as in `steps_of`, for the noise added where times increase; `advance` draws its own.
         """
         times, key = times.astype("float32"), random.key_of(seed)
         x = x_hat = ops.convert_to_tensor(x, "float32")
@@ -224,23 +225,23 @@ class Sampler(Value):
         state: State,
         draw: Callable | None = None,
     ):
-        """One step of the loop, noise included: a pure function of its arguments, fit to be compiled.
+        """One step of the loop, including noise: a pure function of its arguments, which can be compiled.
 
         Args:
-            answer: as of a `Denoiser`.
-            nulls: as of a `Denoiser`.
-            schedule: the schedule to sample under.
+            answer: that of a `Denoiser`.
+            nulls: those of a `Denoiser`.
+            schedule: the schedule of the run.
             x: the noisy batch at time `now`.
             now: the time, a scalar.
-            then: the time to go to.
-            key: the run's key.
-            index: the number of the step.
-            first: the number of the first sample.
-            state: what the last step returned.
-            draw: `noise(step, shape)`, as of `steps_of`; where it is given the step cannot be compiled.
+            then: the time to step to.
+            key: the key of the run.
+            index: the index of the step.
+            first: the index of the first sample.
+            state: the state returned by the previous step.
+            draw: `noise(step, shape)`, as in `steps_of`; with it the step cannot be compiled.
 
         Returns:
-            `(x, x_hat, state)`: the batch at `then`, and the estimate of the data that led there.
+            `(x, x_hat, state)`: the batch at `then`, the estimate of the data in this step, and the new state.
         """
         place = Place(index, schedule.sampled_at(now), schedule.sampled_at(then), schedule)
         denoise = Denoiser(answer, state.given, nulls)
@@ -257,7 +258,7 @@ class Sampler(Value):
         return x, estimate.x_hat, State(solver, state.given._replace(memory=estimate.memory))
 
     def inverse(self, iterations: int = 1) -> "Sampler":
-        """The sampler that goes from data to noise, where its `times` are read backwards.
+        """The sampler from data to noise, for reversed `times`.
 
         Raises:
             ValueError: if the solver has no inverse.
@@ -265,17 +266,17 @@ class Sampler(Value):
         return self.replaced(solver=self.solver.inverse(iterations))
 
     def invert(self, denoise: Any, schedule: NoiseSchedule, x, *, iterations: int = 1):
-        """The noise from which a deterministic solver makes `x`: the run backwards, from t = 0.
+        """The noise from which a deterministic solver generates `x`: the reversed run, from t = 0.
 
         Args:
             denoise: x_hat = denoise(x, marginal).
             schedule: the schedule of the run.
             x: data, with shape `(samples, ...)`.
-            iterations: how often the denoiser is asked in a step; each makes the error several times smaller, if the
-                steps are short for how fast x_hat changes; if they are not, take more steps (`DDIMInversion`).
+            iterations: the number of calls of the denoiser per step. Each reduces the error several times, if the steps
+                are short compared to the changes of x_hat; otherwise use more steps (`DDIMInversion`).
 
         Returns:
-            x at the grid's first time.
+            x at the first time of the grid.
 
         Raises:
             ValueError: if the solver has no inverse.
@@ -289,21 +290,21 @@ class Sampler(Value):
     def __call__(
         self, denoise: Any, schedule: NoiseSchedule, shape: tuple[int, ...], *, x=None, seed: int = 0, noise=None
     ):
-        """Runs, and returns the last x. Arguments as of `steps_of`."""
+        """Runs the sampler, and returns the final x. The arguments are those of `steps_of`."""
         for step in self.steps_of(denoise, schedule, shape, x=x, seed=seed, noise=noise):
             x = step.x
         return x
 
 
 def dpm_fast(evaluations: int, sigma_min: float | None = None, sigma_max: float | None = None) -> Sampler:
-    """k-diffusion's `sample_dpm_fast`: `DPMSolverFast` on as many steps as that many calls of the denoiser make.
+    """`sample_dpm_fast` of k-diffusion: `DPMSolverFast` with the number of steps for this number of evaluations.
 
-    The run ends at `sigma_min`, as there, not at t = 0.
+    As in k-diffusion, the run ends at `sigma_min` rather than at t = 0.
 
     Args:
-        evaluations: the number of calls, at least 2.
-        sigma_min: the last sigma / alpha; None is that of the first step of a discrete schedule.
-        sigma_max: the first; None is the schedule's.
+        evaluations: the number of calls of the denoiser, at least 2.
+        sigma_min: the last sigma / alpha; None: that of the first step of a discrete schedule.
+        sigma_max: the first sigma / alpha; None: that of the schedule.
     """
     check_integer("dpm_fast", "evaluations", evaluations, minimum=2)
     grid = Exponential(sigma_min, sigma_max)
@@ -320,14 +321,14 @@ def _drawn(draw: Callable, step: int, shape: tuple[int, ...]):
 
 
 def initial_noise(shape: tuple[int, ...], seed: int | Sequence[int] = 0, first: int = 0):
-    """The noise that a run begins with: standard normal, the same on every backend. `seed` may be one a sample."""
+    """The initial noise of a run: standard normal, the same on every backend. `seed` may be one per sample."""
     return random.normal(random.fold_in(random.key_of(seed), 0, random.INITIAL), shape, first)
 
 
 def _from(start: float, times: np.ndarray) -> np.ndarray:
-    """The times from the one nearest to `start` on, which it takes the place of; the last of them stays.
+    """The times from `start` on, which replaces the nearest one; the last time is kept.
 
-    Where `start` is not above the last there is no step to make, and the time is that of data, 0.
+    If `start` is not above the last there is no step, and the time is that of data, 0.
     """
     if np.float32(start) <= np.float32(times[-1]):
         return np.zeros(1)
@@ -335,7 +336,7 @@ def _from(start: float, times: np.ndarray) -> np.ndarray:
 
 
 def _until(stop: float, times: np.ndarray) -> np.ndarray:
-    """The times before the one nearest to `stop`, which takes its place."""
+    """The times up to `stop`, which replaces the nearest one."""
     return np.append(times[: max(1, np.argmin(np.abs(times[:-1] - stop)))], stop)
 
 

@@ -1,10 +1,10 @@
-"""Students: models that begin as another, and learn to do with fewer steps what it does.
+"""Students: models that are initialised by a teacher, and learn to sample in fewer steps.
 
-teacher = keras.saving.load_model("teacher.keras")
-model = student(teacher, objectives.SCM(teacher))     # of TrigFlow; the same, with weights of its own
+teacher = keras.saving.load_model("teacher.keras")                   # with the prediction TrigFlow
+model = student(teacher, objectives.SCM(teacher))                    # a copy with its own weights
 model.compile(keras.optimizers.Adam(1e-4))
 model.fit(images, epochs=20)
-model.objective = "denoising"                                        # lets the teacher go
+model.objective = "denoising"                                        # releases the teacher
 model.sample(16, steps=2)
 
 model = progressive(teacher, images, steps=(8, 4, 2, 1), epochs=5)   # distilled four times
@@ -27,24 +27,24 @@ __all__ = ["progressive", "student"]
 
 
 def student(model: DiffusionModel, objective: Any, **changes: Any) -> DiffusionModel:
-    """A model that begins with the averaged weights of another, and learns something else.
+    """A model that is initialised by the averaged weights of another, for training with another objective.
 
     Args:
-        model: the model that it begins as, built.
+        model: the model that provides the weights, built.
         objective: an `Objective` or its name.
-        **changes: other arguments of `DiffusionModel` than the model's own, such as `times`, `weighting` or `ema`. A
-            `network` must have all layers of the model's, as one with `blocks.Interval` beside: what it has besides
-            begins as it is. Another `schedule` or `prediction` is learned from the beginning in a sense: the weights
-            are for the model's. The `sampler` is, unless given, that of the objective.
+        **changes: changed arguments of `DiffusionModel`, such as `times`, `weighting` or `ema`. A `network` must have
+            all layers of the model's network; additional ones, such as `blocks.Interval`, keep their initial weights.
+            With another `schedule` or `prediction` the initial weights do not fit at first. The default `sampler` is
+            that of the objective.
 
     Returns:
-        The model, built, not compiled.
+        The model, built but not compiled.
 
     Raises:
         ValueError: if the model has no weights yet, or the network lacks a weight of it.
     """
     if not isinstance(model, DiffusionModel) or not model.built:
-        raise ValueError(f"student: it begins as a DiffusionModel that has weights; received: {model!r}")
+        raise ValueError(f"student: `model` must be a DiffusionModel that has weights; received: {model!r}")
     objective = Objective.get(objective)
     own = {name: getattr(model, name) for name in model._argument_defaults() if name != "name"}
     if "network" not in changes:
@@ -76,26 +76,26 @@ def progressive(
     changes: dict[str, Any] | None = None,
     **fit: Any,
 ) -> DiffusionModel:
-    """Progressive distillation from the first of `steps` to the last: each a student of the one before.
+    """Progressive distillation, in which each model is a student of the previous one.
 
     Salimans and Ho 2022, arXiv:2202.00512, algorithm 2. See `objectives.ProgressiveDistillation`.
 
     Args:
-        teacher: the model to begin with, which need not have been distilled; it is not trainable from now on.
-        x: the data, as of `fit`, but for generators, which are read once.
-        steps: of each student, each half as many as those before.
-        optimizer: as of `compile`; each student has a fresh one.
-        loss: as of `compile`.
-        grid: as of `ProgressiveDistillation`.
-        guidance: the scale of classifier-free guidance that the first student learns with it.
-        changes: other arguments of the students, as of `student`, such as `{"weighting": "truncated_snr"}`.
-        **fit: as of `fit`, such as `epochs`.
+        teacher: the first teacher, which is no longer trainable afterwards.
+        x: the data, as in `fit`, except generators, which can be read only once.
+        steps: the number of steps of each student, each half of the previous one.
+        optimizer: as in `compile`; each student has a new one.
+        loss: as in `compile`.
+        grid: as in `ProgressiveDistillation`.
+        guidance: the classifier-free guidance scale that is distilled into the first student.
+        changes: changed arguments of the students, as in `student`, such as `{"weighting": "truncated_snr"}`.
+        **fit: arguments of `fit`, such as `epochs`.
 
     Returns:
-        The last student, an ordinary `DiffusionModel` whose `sample` takes the last of `steps`.
+        The last student, an ordinary `DiffusionModel` whose default number of steps is the last of `steps`.
 
     Raises:
-        ValueError: if `steps` are not each half of the ones before.
+        ValueError: if each of `steps` is not half of the previous one.
     """
     steps = list(steps)
     for count in steps:
@@ -118,7 +118,7 @@ def _copied(network: keras.layers.Layer) -> keras.layers.Layer:
 
 
 def _values(model: DiffusionModel) -> dict[tuple, Any]:
-    """The value of each variable of the network, averaged if they are, by its place."""
+    """The value of each variable of the network, averaged if available, by its place."""
     averages = {}
     if model.ema_weights and model.ema_weights.moved:
         averages = {id(weight): average for weight, average in model.ema_weights.pairs(model.network)}
@@ -126,7 +126,7 @@ def _values(model: DiffusionModel) -> dict[tuple, Any]:
 
 
 def _places(part: Any, place: tuple, seen: set[int]) -> Iterator[tuple[tuple, keras.Variable]]:
-    """The variables inside, each by the attributes, keys and numbers that lead to it: names differ between copies."""
+    """The variables inside, each by the attributes, keys and indices that lead to it: names differ between copies."""
     if isinstance(part, keras.Variable):
         if id(part) not in seen:
             seen.add(id(part))
@@ -148,12 +148,12 @@ def _places(part: Any, place: tuple, seen: set[int]) -> Iterator[tuple[tuple, ke
 
 
 def _give(network: keras.layers.Layer, values: Mapping[tuple, Any]) -> None:
-    """Gives the variables of these places these values."""
+    """Assigns these values to the variables at these places."""
     places = dict(_places(network, (), set()))
     for place, value in values.items():
         if place not in places or tuple(places[place].shape) != tuple(value.shape):
             raise ValueError(
-                f"student: the network must have all weights of the model that it begins as; it lacks "
+                f"student: the network must have all weights of the model that initialises it; it lacks "
                 f"{'.'.join(map(str, place))}, of the shape {tuple(value.shape)}"
             )
         places[place].assign(ops.convert_to_numpy(value))

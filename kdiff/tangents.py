@@ -1,9 +1,9 @@
-"""How fast the answer of a network changes along a curve, as objectives of continuous time ask.
+"""Derivatives of the network's output along a curve, as needed by continuous-time objectives:
 
     tangent(curve, zero, below, above)  =  d curve(e) / de at e = 0
 
-where `curve` is a function of one number an example, e, `(batch,)`: it moves the noisy example and its noise level
-together, and answers what the network does there. No gradient flows through the result.
+where `curve` is a function of one number per example, e, `(batch,)`, which moves the noisy example and its noise level
+together and returns the output of the network there. No gradient flows through the result.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ __all__ = ["FiniteDifference", "ForwardMode", "Tangent"]
 
 
 class Tangent(Value):
-    """The base of both. A new one defines `__call__`.
+    """The base class. A new one defines `__call__`.
 
     Attributes:
         precise: whether the network must compute in float32.
@@ -27,27 +27,27 @@ class Tangent(Value):
     precise = False
 
     def __call__(self, curve: Callable[[Any], Any], zero, below=None, above=None):
-        """d curve(e) / de at e = 0, with the shape of the curve's values.
+        """d curve(e) / de at e = 0, with the shape of the values of the curve.
 
         Args:
-            curve: of e, float32, `(batch,)`, to float32, `(batch, ...)`.
+            curve: a function from e, float32 `(batch,)`, to float32 `(batch, ...)`.
             zero: zeros, `(batch,)`.
-            below, above: how far e may go down and up, `(batch,)`, not below 0, and not both 0; None for any distance.
+            below, above: the largest |e| in either direction, `(batch,)`, at least 0 and not both 0; None for no limit.
         """
         raise NotImplementedError
 
 
 class FiniteDifference(Tangent):
-    """The central difference (curve(h) - curve(-h)) / 2h, with less of h on a side where `below` or `above` is less.
+    """The central difference (curve(h) - curve(-h)) / 2h, with a smaller step on a side with a smaller limit.
 
-    It asks the network twice, by its fast operations, whatever they are. It is wrong by 1e-7 / h of the size of the
-    answer, float32's rounding, so the network must compute in float32; and by h^2 / 6 of the third derivative, which is
-    large where time is embedded by fast waves. A label of 1000 t, at the frequency 1, turns by 1 in the default h: tell
-    the network less, as by `time_label=Scaled(10.0)`, which its exact derivative needs as well (Lu and Song 2024,
+    It calls the network twice, with any of its operations. Its error is 1e-7 / h relative to the output, from float32
+    rounding, so the network must compute in float32; and h^2 / 6 times the third derivative, which is large if the time
+    embedding has high frequencies. A label of 1000 t, at frequency 1, changes the phase by 1 for the default h: use a
+    smaller scale, such as `time_label=Scaled(10.0)`, which the exact derivative needs as well (Lu and Song 2024,
     arXiv:2410.11081, section 4.1).
 
     Args:
-        h: the distance.
+        h: the step size.
     """
 
     formerly = ("kdiff.tangents>Difference",)
@@ -70,11 +70,11 @@ class FiniteDifference(Tangent):
 
 
 class ForwardMode(Tangent):
-    """The derivative itself, by forward-mode differentiation.
+    """The exact derivative, by forward-mode differentiation (a Jacobian-vector product).
 
-    The operations of kdiff's layers are then computed by plain formulas (`backend.forward_mode`), for their fast forms
-    have no such derivative; neither has flash attention, nor an operation of a layer of one's own with a gradient of
-    its own. It costs what two calls of the network do, or a little more, and goes with any precision.
+    The operations of kdiff's layers are then computed by plain formulas (`backend.forward_mode`), because their fast
+    forms do not support it; neither do flash attention and operations with custom gradients. It costs slightly more
+    than two calls of the network, and works in any precision.
     """
 
     formerly = ("kdiff.tangents>Forward",)

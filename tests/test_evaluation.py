@@ -392,7 +392,7 @@ BAD = [
     (lambda m: evaluation.Reference(), "pass features, or a mean"),
     (lambda m: updated(evaluation.FrechetDistance(None, drawn(1)), drawn(9)).result(), "needs at least 2 examples"),
     (lambda m: evaluation.FrechetDistance(None, {"x": drawn(9)}), r"must have 'image'; received: \['x'\]"),
-    (lambda m: compiled_model(metrics=[m]), "give it to `evaluation.EvaluationCallback`"),
+    (lambda m: compiled_model(metrics=[m]), "pass it to `evaluation.EvaluationCallback`"),
     (lambda m: evaluation.Reference(mean=np.zeros(2), covariance=np.zeros((3, 3))), r"\(2,\) and \(3, 3\)"),
 ]
 

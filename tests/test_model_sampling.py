@@ -92,7 +92,7 @@ def test_noise_of_each_step(model):
     np.testing.assert_allclose(last.x, wanted, atol=1e-3)  # sigma(1) is 1
     assert np.abs(model.sample(2, noise=lambda step, shape: np.zeros(shape), **options) - wanted).max() > 0.01
     np.testing.assert_array_equal(model.sample(2, **options), wanted)  # it is not kept
-    with pytest.raises(ValueError, match="all 2 samples at once: `batch_size` must be as large; received: 1"):
+    with pytest.raises(ValueError, match="all 2 samples at once, so `batch_size` must be at least that; received: 1"):
         model.sample(2, noise=noise, batch_size=1, **options)
 
 

@@ -447,7 +447,7 @@ def test_reflow_pairs_are_where_the_flow_leads(tmp_path):
     z = made["noise"] * s
     np.testing.assert_allclose(made["encoded"], MEAN + (z - MEAN) * C / np.sqrt(C**2 + s**2), atol=5e-3)
     assert made["noise"].std() == pytest.approx(1.0, abs=0.15)
-    with pytest.raises(ValueError, match="pairs: the sampler must lead from its noise to one place"):
+    with pytest.raises(ValueError, match="pairs: the sampler must be deterministic"):
         reflow.pairs(model, 4, sampler="ddpm")
 
 
@@ -507,7 +507,7 @@ def refused(message, schedule, prediction, make, **options):
             "Shortcut: the network must have the input 'interval'", RECTIFIED, "flow", "shortcut", network=MLP(8, 1)
         ),
         refused("MeanFlow: the prediction must be Flow", RECTIFIED, "velocity", "mean_flow"),
-        refused("MeanFlow: the schedule must go straight", COSINE, "flow", "mean_flow"),
+        refused("MeanFlow: the schedule must be linear", COSINE, "flow", "mean_flow"),
         refused("MeanFlow: it has a weight of its own", RECTIFIED, "flow", "mean_flow", weighting="min_snr"),
         refused(
             "SCM: the prediction must be TrigFlow",
@@ -525,7 +525,7 @@ def refused(message, schedule, prediction, make, **options):
         refused("SCM: the schedule must be cont", TABLE, "trig_flow", "scm"),
         refused("Consistency: the schedule must be continuous", TABLE, "velocity", "consistency"),
         refused("Consistency: x_hat must be x itself at the cl", COSINE, "data", "consistency"),
-        refused("Shortcut: it has noise levels of its own", RECTIFIED, "flow", "shortcut", weighting="variational"),
+        refused("Shortcut: it draws its own noise levels", RECTIFIED, "flow", "shortcut", weighting="variational"),
         refused("Shortcut: the prediction must have one output", RECTIFIED, "learned_variance", "shortcut"),
     ],
 )
@@ -544,7 +544,7 @@ def test_wrong_teachers():
     model = diffusion()
     for make, message in (
         (lambda: objectives.ProgressiveDistillation(kdiff.DiffusionModel(MLP(8, 1))), "has no weights yet"),
-        (lambda: objectives.Consistency(guidance=2.0), "is of a teacher"),
+        (lambda: objectives.Consistency(guidance=2.0), "needs a teacher"),
         (lambda: objectives.ProgressiveDistillation(model, guidance=(1.0, 2.0, 3.0)), "a number, or \\(low, high\\)"),
         (lambda: students.student(model, objectives.ProgressiveDistillation(model, guidance=2.0)), "cannot be guided"),
         (lambda: students.student(model, objectives.LCM(model)), "the schedule must be discrete"),

@@ -228,7 +228,7 @@ def test_names():
         (lambda: DPMSolverSinglestep(2, "simpson"), "simpson"),
         (lambda: DPMSolverSinglestep(2, fractions=(1.0,)), "between 0 and 1"),
         (lambda: DPMSolverSinglestep(3, fractions=(0.5,)), "2 increasing numbers"),
-        (lambda: DPMSolverPPSinglestep(3, "heun", (0.6, 0.3)), "rising"),
+        (lambda: DPMSolverPPSinglestep(3, "heun", (0.6, 0.3)), "increasing"),
         (lambda: DPMSolverPPSinglestep(3, "heun", (0.3, 0.6)), "2/3"),
         (lambda: DPMSolverPP().inverse(), "DDIM"),
     ],

@@ -1,4 +1,4 @@
-"""Objectives: what a network learns. Each makes of a clean batch the problem that a training step solves."""
+"""Training objectives: each turns a clean batch into the regression problem of a training step."""
 
 from kdiff import deprecated as _deprecated
 from kdiff.objectives.base import Drawn, Objective, Problem

@@ -1,11 +1,11 @@
-"""What all objectives share: from a clean batch to the problem that a training step solves.
+"""The interface of objectives, which turn a clean batch into the regression problem of a training step.
 
     problem = objective.problem(model, x, conditions, keys, training)
     loss    = mean(weight * loss(target, output)) + mean(extra)
 
-An objective asks the model what it likes: its network (`model.output`), as often as it wants and with the averaged
-weights too, its schedule, its times, its prediction. One of your own, by which the answers at two noise levels of the
-same data come together:
+An objective may use all of the model: its network (`model.output`), any number of times and also with the averaged
+weights, its schedule, its times and its prediction. A custom objective, which makes the estimates at two noise levels
+of the same data agree:
 
     class Agreement(Objective):
         def problem(self, model, x, conditions, keys, training):
@@ -17,8 +17,8 @@ same data come together:
                 return model.prediction.denoise(model.output(x_t, m, conditions, training, ema), x_t, m)
             return Problem(x_hat(here, training, not training), ops.stop_gradient(x_hat(less, False, True)))
 
-It is a Keras layer, so that what it holds, another model or counts of its own, is a part of the model and saved with
-it; the averages are of the network alone.
+An objective is a Keras layer, so another model or variables that it holds are parts of the model and saved with it;
+only the weights of the network are averaged.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,14 +33,14 @@ __all__ = ["Drawn", "Objective", "Problem"]
 
 
 class Drawn(NamedTuple):
-    """What a problem of one noise level an example was made of.
+    """The data and times of a problem with one noise level per example.
 
     Attributes:
         data: x, with shape `(batch, ...)`.
-        t: its times, `(batch,)`.
-        density: p(t), by which they were drawn; None if it is not known.
-        m: the marginals, `schedule.at(t)`, of the schedule as it was then.
-        slope: d log_snr / dt, likewise; None if the density is.
+        t: the times, `(batch,)`.
+        density: the density p(t) from which they were drawn; None if it is not known.
+        m: the marginals `schedule.at(t)`, at that state of the schedule.
+        slope: d log_snr / dt at t; None if the density is None.
     """
 
     data: Any
@@ -51,15 +51,15 @@ class Drawn(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What a training step solves.
+    """The regression problem of a training step.
 
     Attributes:
-        output: what is trained, float32, with shape `(batch, ...)`.
-        target: what it should be, of the same shape.
-        weight: the factor on the loss of each example, `(batch,)`; None is 1.
-        extra: what is added to the loss of each example, `(batch,)`; None is nothing.
-        notes: what `learn` is to be told, a nest of tensors.
-        drawn: the `Drawn` that the problem was made of, for metrics that ask for it, as `likelihood.BitsPerDim` does.
+        output: the output to be trained, float32, with shape `(batch, ...)`.
+        target: its target, with the same shape.
+        weight: the weight of the loss of each example, `(batch,)`; None is 1.
+        extra: a term added to the loss of each example, `(batch,)`; None is 0.
+        notes: values for `learn`, a nested structure of tensors.
+        drawn: the `Drawn` of the problem, for metrics that need it, such as `likelihood.BitsPerDim`.
     """
 
     output: Any
@@ -71,11 +71,11 @@ class Problem(NamedTuple):
 
 
 class Objective(Configurable, keras.layers.Layer):
-    """The base of all objectives. A new one defines `problem`.
+    """The base class of all objectives. A new one defines `problem`.
 
     Attributes:
-        inputs: what data may hold beside what the network takes, by name; `problem` finds it among the conditions.
-        sampled_by: the arguments of the `Sampler` that suits what is learned, which `students.student` takes.
+        inputs: the names of additional entries of the data, which `problem` receives among the conditions.
+        sampled_by: the arguments of the `Sampler` that suits the trained network, used by `students.student`.
     """
 
     inputs: tuple[str, ...] = ()
@@ -87,7 +87,7 @@ class Objective(Configurable, keras.layers.Layer):
 
     @property
     def metrics(self) -> list:
-        """Its own, and not those of another model that it asks."""
+        """Its own metrics, without those of another model that it holds."""
         return list(self._metrics)
 
     def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
@@ -96,14 +96,14 @@ class Objective(Configurable, keras.layers.Layer):
         Args:
             model: the `DiffusionModel`.
             x: data, float32, with shape `(batch, ...)`.
-            conditions: by name, one row an example.
-            keys: keys of random numbers (`kdiff.random`): `next(keys)` is a fresh one, the same on every backend.
-            training: whether the weights are trained, or the averages evaluated.
+            conditions: the conditions by name, with one row per example.
+            keys: keys of random numbers (`kdiff.random`): `next(keys)` is a fresh key, the same on every backend.
+            training: whether the weights are trained, or the averages are evaluated.
         """
         raise NotImplementedError
 
     def learn(self, model: Any, problem: Problem, errors) -> None:
-        """Learns from a training step: `errors`, `(batch,)`, are the mean squared errors; most objectives do not."""
+        """Updates the objective itself by a training step with mean squared errors `errors`, `(batch,)`; optional."""
 
     def check(self, model: Any) -> None:
-        """Raises a ValueError if the objective does not suit the model; called when the model is made."""
+        """Raises a ValueError if the objective does not fit the model; called when the model is created."""

@@ -1,17 +1,17 @@
-"""What a schedule, a prediction, a weighting and the times of training amount to together.
+"""The effective loss weight of a schedule, a prediction, a weighting and the training times.
 
-Whatever a network predicts, and however its noise levels are drawn and weighted, it is trained with
+For any prediction, and any distribution and weighting of noise levels, a network is trained with
 
     L = 1/2 integral of w(l) E|noise_hat - noise|^2 dl,        l = log_snr,
 
-and differs from other networks in the one function w, its effective weight (Kingma and Gao 2023, arXiv:2303.00848,
-eq. 8 and table 1). The variational bound has w = 1. Of the schedule nothing but its ends remains, if the loss is stated
-per unit of l; and if it is not, the schedule and the times are a weight, the density p(l) of the noise levels:
+so the objective is determined by one function w, its effective weight (Kingma and Gao 2023, arXiv:2303.00848, eq. 8 and
+table 1). The variational bound has w = 1. If the loss is defined per unit of l, only the ends of the schedule matter;
+otherwise the schedule and the times determine the density p(l) of the noise levels, which acts as a weight:
 
     w(l) = 2 p(l) weight(l) / SNR,        p(l) = p(t) / |d l / d t|,
 
 where weight is the factor on |x_hat - x|^2, and |noise_hat - noise|^2 = SNR |x_hat - x|^2. Two networks with the same
-w, up to a constant factor, are trained with the same objective (`same_objective`), if with another variance.
+w, up to a constant factor, are trained with the same objective (`same_objective`), though with different variance.
 """
 
 from collections.abc import Callable
@@ -29,11 +29,11 @@ from kdiff.writing import replacing
 
 __all__ = ["POINTS", "Recipe", "effective_weight", "loss_weight", "plot_objective", "same_objective"]
 
-POINTS = 400  # the log-SNRs at which weights are compared, drawn and integrated
+POINTS = 400  # the number of log-SNRs at which weights are compared, plotted and integrated
 
 
 class Recipe(NamedTuple):
-    """What decides on the objective."""
+    """The objects that determine the effective weight."""
 
     schedule: NoiseSchedule
     prediction: Prediction
@@ -42,7 +42,7 @@ class Recipe(NamedTuple):
 
     @classmethod
     def of(cls, source: Any) -> Self:
-        """The recipe of a tuple `(schedule, prediction, weighting, times)`, objects or names, or of a model.
+        """The recipe of a tuple `(schedule, prediction, weighting, times)`, of objects or names, or of a model.
 
         Raises:
             TypeError: if it is neither.
@@ -67,7 +67,7 @@ def loss_weight(
 
     Args:
         schedule: the schedule.
-        prediction: what the network predicts.
+        prediction: the parametrisation of the network.
         weighting: the weighting, or None.
         times: the times of training.
         m: the marginals of the batch, `schedule.at(t)`.
@@ -96,11 +96,11 @@ def effective_weight(
         prediction: a `Prediction` or its name.
         weighting: a `Weighting` or its name; None is the simple loss.
         times: a `TimeSampler` or its name.
-        normalise: divide w by its integral over the schedule's log-SNRs, so that a factor on the loss is not seen.
+        normalise: whether to divide w by its integral over the log-SNRs of the schedule, removing constant factors.
 
     Returns:
-        A function of log-SNRs: NumPy in, float64 out, of the same shape; 0 outside of the schedule's own. Multiplied by
-        SNR / 2 it is the weight of |x_hat - x|^2.
+        A function from a NumPy array of log-SNRs to float64 with the same shape, 0 outside the range of the schedule.
+        Multiplied by SNR / 2 it is the weight of |x_hat - x|^2.
     """
     recipe = Recipe.of((schedule, prediction, weighting, times))
     lowest, highest = _range(recipe.schedule)
@@ -134,18 +134,17 @@ def _range(schedule: NoiseSchedule) -> tuple[float, float]:
 
 
 def same_objective(a, b, tolerance: float = 0.02) -> bool:
-    """Whether two recipes are the same objective up to a constant factor, over the log-SNRs that both have.
+    """Whether two recipes are the same objective up to a constant factor, over their common log-SNRs.
 
-    The effective weights are compared at 400 log-SNRs, in equal spaces between the common ends, of which a hundredth
-    is left out on each side: there float32 knows little of the times. Left out as well is where neither weight counts:
-    below 1e-5 of its largest value as a weight of the noise's error, of the data's, and of one halfway (the flow's).
-    Whether the ends themselves are the same, which is part of the objective, is for the caller to see; so is the
-    variance of the loss.
+    The effective weights are compared at 400 evenly spaced log-SNRs of the common range, without a hundredth of it at
+    each end, where float32 times are inaccurate. Regions where neither weight matters are excluded: those below 1e-5 of
+    its maximum as a weight of the error of the noise, of the data, and of one halfway (the flow). The ends of the range
+    are part of the objective but are not compared, and neither is the variance of the loss.
 
     Args:
         a: a tuple `(schedule, prediction, weighting, times)`, of objects or names, or a model.
         b: the same.
-        tolerance: how far the quotient of the two weights may go from its median, relatively.
+        tolerance: the largest relative deviation of the ratio of the two weights from its median.
 
     Raises:
         ValueError: if the two have no log-SNR in common.
@@ -166,19 +165,19 @@ def same_objective(a, b, tolerance: float = 0.02) -> bool:
 
 
 def _matters(weight: np.ndarray, log_snr: np.ndarray) -> np.ndarray:
-    """Where a weight is above 1e-5 of its largest value, as the noise's, the data's or one halfway."""
+    """Where a weight is above 1e-5 of its maximum, as a weight of the noise, the data or one halfway."""
     weights = [weight * np.exp(power * log_snr) for power in (0.0, 0.5, 1.0)]
     return np.any([one > 1e-5 * one.max() for one in weights], axis=0)
 
 
 def plot_objective(*recipes, labels=None, normalise: bool = True, path: str | None = None):
-    """Draws the effective weights of recipes, on |noise_hat - noise|^2 and on |x_hat - x|^2, against log-SNR.
+    """Plots the effective weights of recipes, on |noise_hat - noise|^2 and on |x_hat - x|^2, against log-SNR.
 
     Args:
         *recipes: tuples `(schedule, prediction, weighting, times)`, of objects or names, or models.
-        labels: one a recipe; None names its objects.
-        normalise: draw each with an integral of 1.
-        path: where to write the figure.
+        labels: one label per recipe; None: the names of its objects.
+        normalise: whether to scale each to an integral of 1.
+        path: the file for the figure.
 
     Returns:
         The matplotlib figure.

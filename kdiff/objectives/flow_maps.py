@@ -1,7 +1,7 @@
-"""Networks that are told where to lead: from any noise level to any lower one, in one step.
+"""Flow maps: networks that step from any noise level to any lower one.
 
-Both need the input "interval", as of `blocks.Interval`, and are sampled by `solvers.FlowMap`; with an interval of 0
-they are a diffusion model, which any other solver samples.
+Both need the input "interval", as in `blocks.Interval`, and are sampled by `solvers.FlowMap`; with an interval of 0
+they are diffusion models, which any other solver can sample.
 """
 
 from collections.abc import Iterator, Mapping
@@ -44,7 +44,7 @@ def _check_interval(owner: str, model: Any) -> None:
 
 
 def _part(share: float, batch):
-    """How many examples of a batch a share is, at least one."""
+    """The number of examples in this fraction of a batch, at least one."""
     return (
         ops.maximum(ops.cast(share * ops.cast(batch, "float32"), "int32"), 1)
         if ops.is_tensor(batch)
@@ -57,19 +57,19 @@ def _joined(*parts):
 
 
 class Shortcut(Objective):
-    """Shortcut models (Frans et al. 2024, arXiv:2410.12557, algorithm 1), on any continuous schedule. Of each batch
+    """Shortcut models (Frans et al. 2024, arXiv:2410.12557, algorithm 1), on any continuous schedule. In each batch
 
-        a share     x_hat(x_now, now, then) = two steps of half the length, by the averaged weights, as one
-        the rest    denoising, with an interval of 0: flow matching
+        a fraction `share`   learns x_hat(x_now, now, then) from two steps of half the length, by the averaged weights
+        the rest             learns denoising, with an interval of 0: flow matching
 
-    where now = (i + 1) / N, then = i / N, i = 0 ... N - 1, with N one of 1, 2, 4 ... `steps` / 2. Steps of 1 / `steps`,
-    the shortest, are asked with an interval of 0. With Flow on Rectified the target of a share is the paper's, the mean
-    (s(x_now, now, d) + s(x_mid, mid, d)) / 2 of two velocities. The model's `times` are of the rest alone.
+    where now = (i + 1) / N, then = i / N, i = 0 ... N - 1, with N one of 1, 2, 4 ... `steps` / 2. The shortest steps,
+    of 1 / `steps`, use an interval of 0. With Flow on Rectified the target of the first part is that of the paper, the
+    mean (s(x_now, now, d) + s(x_mid, mid, d)) / 2 of two velocities. The model's `times` are used for the rest.
 
-    It needs no teacher: one network learns both at once. Sampled by `FlowMap` in 1, 2, 4 ... steps.
+    It needs no teacher: one network learns both at once. It is sampled by `FlowMap` in 1, 2, 4 ... steps.
 
     Args:
-        share: of the batch that learns longer steps; its first examples, one at least.
+        share: the fraction of the batch that learns longer steps: its first examples, at least one.
         steps: the number of the shortest steps, a power of 2.
     """
 
@@ -113,7 +113,7 @@ class Shortcut(Objective):
         return Problem(output, target, loss_weight(schedule, prediction, model.weighting, model.times, m))
 
     def _steps(self, schedule, u):
-        """(now, mid, then, whether the halves are the shortest steps), of two uniform numbers an example."""
+        """(now, mid, then, whether the halves are the shortest steps), from two uniform numbers per example."""
         levels = int(np.log2(self.steps))
         number = ops.cast(2 ** ops.cast(levels * u[:, 0], "int32"), "float32")  # N = 1, 2, 4 ... steps / 2
         i = ops.minimum(ops.floor(number * u[:, 1]), number - 1.0)
@@ -121,32 +121,32 @@ class Shortcut(Objective):
         return now, mid, then, number > 0.75 * self.steps / 2
 
     def check(self, model: Any) -> None:
-        """Raises a ValueError for a network without the interval, a discrete schedule, or what cannot be learned so."""
+        """Raises a ValueError for a network without the interval, a discrete schedule or a learned variance."""
         _check_interval("Shortcut", model)
         check_continuous("Shortcut", model)
         check_simple("Shortcut", model)
 
 
 class MeanFlow(Taught):
-    """MeanFlow (Geng et al. 2025, arXiv:2505.13447, eqs. 6 and 11): u, the mean velocity between two times, is learned,
+    """MeanFlow (Geng et al. 2025, arXiv:2505.13447, eqs. 6 and 11), which learns the average velocity u between times:
 
         u(x_s, s, r) = 1 / (s - r) integral of the velocity v from r to s,
         target       = v - (s - r) du/ds,    du/ds along (dx, ds, dr) = (v, 1, 0),      v = noise - x
         loss         = w |u - target|^2,     w = 1 / (|u - target|^2 + c)^power,        a constant
 
-    with the prediction Flow, on Rectified or another schedule where alpha + sigma = 1; s and r are values of sigma, of
-    two draws of the model's `times`, the larger first, for a share of each batch; for the rest r = s, which is flow
-    matching. The paper's times are LogitNormal(-0.4, 1.0). With a teacher v is its velocity. It needs no other network,
-    and far more training than the others: the share learns from its own derivative. It should see time slowly, as by
-    `time_label=Scaled(10.0)`: see `tangents.FiniteDifference`.
+    with the prediction Flow, on Rectified or another schedule with alpha + sigma = 1. s and r are the values of sigma
+    for two draws from the model's `times`, the larger first, for a fraction `share` of each batch; for the rest r = s,
+    which is flow matching. The paper's times are LogitNormal(-0.4, 1.0). With a teacher v is its velocity. It needs no
+    other network, but far more training than the other objectives, since it learns from its own derivative. The scale
+    of the time input should be small, as in `time_label=Scaled(10.0)`: see `tangents.FiniteDifference`.
 
     Args:
-        teacher: a `DiffusionModel`, whose velocity is followed; None for that of the data and the noise.
-        share: of the batch with r < s; its first examples, one at least.
-        tangent: a `Tangent` or its name: how du/ds is found; `tangents.FiniteDifference` wants a network in float32.
-        power: of the adaptive weight; 0 for none.
-        c: what keeps it finite.
-        guidance, guidance_input: as of `Taught`.
+        teacher: a `DiffusionModel` that provides the velocity; None: that of the data and the noise.
+        share: the fraction of the batch with r < s: its first examples, at least one.
+        tangent: a `Tangent` or its name, for du/ds; `tangents.FiniteDifference` needs a float32 network.
+        power: the exponent of the adaptive weight; 0 for none.
+        c: the constant of the adaptive weight, which keeps it finite.
+        guidance, guidance_input: as in `Taught`.
     """
 
     sampled_by = MappingProxyType({"solver": "flow_map", "steps": 1})
@@ -189,7 +189,7 @@ class MeanFlow(Taught):
         return Problem(u, target, dimension / (size + self.c) ** self.power if self.power else None)
 
     def _slope(self, model, x_t, velocity, m, r, conditions, count, training):
-        """du/ds of the first examples."""
+        """du/ds for the first examples."""
         some = {name: value[:count] for name, value in conditions.items()}
         x_t, velocity, s = x_t[:count], velocity[:count], m.sigma[:count]
         end = type(r)(*(field[:count] for field in r))
@@ -204,7 +204,7 @@ class MeanFlow(Taught):
         return self.tangent(curve, ops.zeros_like(s), s - clean, noisy - s)
 
     def check(self, model: Any) -> None:
-        """Raises a ValueError for another prediction or schedule, a network without the interval or not precise."""
+        """Raises a ValueError for another prediction or schedule, or a network without the interval or float32."""
         super().check(model)
         _check_interval("MeanFlow", model)
         check_continuous("MeanFlow", model)
@@ -213,7 +213,7 @@ class MeanFlow(Taught):
         m = model.schedule.at(np.linspace(0.0, 1.0, 5, dtype="float32"))
         if not np.allclose(ops.convert_to_numpy(m.alpha + m.sigma), 1.0, atol=1e-4):
             raise ValueError(
-                f"MeanFlow: the schedule must go straight, alpha + sigma = 1, as Rectified(); received: "
+                f"MeanFlow: the schedule must be linear, alpha + sigma = 1, as Rectified(); received: "
                 f"{model.schedule!r}"
             )
         if model.weighting is not None:

@@ -1,4 +1,4 @@
-"""Reflow: a flow is straightened by learning anew from where it led."""
+"""Reflow: a flow is straightened by training on pairs of its noise and data."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,13 +9,13 @@ __all__ = ["Reflow"]
 
 
 class Reflow(Denoising):
-    """Denoising where each example has noise of its own (Liu et al. 2022, arXiv:2209.03003, algorithm 1):
+    """Denoising with given noise for each example (Liu et al. 2022, arXiv:2209.03003, algorithm 1):
 
-        x_t = alpha x + sigma noise,    (noise, x) a pair, x where a model led from this noise.
+        x_t = alpha x + sigma noise,    (noise, x) a pair, where a model generated x from this noise.
 
-    The pairs are made by `reflow.pairs`: data with a part "noise", of the shape of encoded data. Between the two of a
-    pair the new flow goes nearly straight, so few steps will do, one even. With data that has no "noise" it is
-    `Denoising`. To learn the one step alone (the paper's distillation), take times near 1, such as `PowerLaw`.
+    The pairs are made by `reflow.pairs`: data with an entry "noise", with the shape of encoded data. The new flow is
+    nearly straight between the two, so few steps suffice, or even one. For data without "noise" it is `Denoising`. To
+    learn only the single step (the paper's distillation), use times near 1, such as `PowerLaw`.
     """
 
     inputs = ("noise",)

@@ -1,4 +1,4 @@
-"""Progressive distillation: a network learns to do in one step what another does in two."""
+"""Progressive distillation: a network learns to match two steps of its teacher by one."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,27 +19,27 @@ __all__ = ["ProgressiveDistillation"]
 
 
 class ProgressiveDistillation(Taught):
-    """Progressive distillation (Salimans and Ho 2022, arXiv:2202.00512, algorithm 2): each of `steps` steps is learned
-    as two of a teacher that takes twice as many,
+    """Progressive distillation (Salimans and Ho 2022, arXiv:2202.00512, algorithm 2): each of `steps` steps matches
+    two steps of a teacher that takes twice as many,
 
         x_mid  = DDIM(x_now, x_hat_1),    x_hat_1 = teacher(x_now, now),      now, then of the grid of `steps` steps
         x_then = DDIM(x_mid, x_hat_2),    x_hat_2 = teacher(x_mid, mid),      mid of that of 2 `steps` between them
         loss   = w(log_snr) |x_hat(x_now, now) - x_target|^2,                  DDIM(x_now, x_target) = x_then.
 
-    The paper's weight, max(SNR, 1), is `weighting="truncated_snr"`; with None the loss is that of the network's output,
-    of Velocity SNR + 1. The model's `times` are not used. `students.progressive` goes from many steps to one; a model
-    of `students.student` samples by `FlowMap`, which is DDIM, on this grid in these steps.
+    The paper's weight, max(SNR, 1), is `weighting="truncated_snr"`; with None the loss is the unweighted error of the
+    output, SNR + 1 for Velocity. The model's `times` are not used. `students.progressive` repeats the distillation from
+    many steps to one; a model from `students.student` samples by `FlowMap`, which is DDIM, with these steps.
 
         model = students.student(teacher, ProgressiveDistillation(teacher, steps=8))
 
     Args:
         teacher: the model that takes twice as many steps.
-        steps: how many the network is to take.
-        grid: a `TimeGrid` or its name: every second of the times of its 2 `steps` steps must be one of its `steps`.
-        guidance, guidance_input: as of `Taught` (Meng et al. 2023, arXiv:2210.03142, section 3).
+        steps: the number of steps of the student.
+        grid: a `TimeGrid` or its name, such that every second time of its 2 `steps` steps is one of its `steps` steps.
+        guidance, guidance_input: as in `Taught` (Meng et al. 2023, arXiv:2210.03142, section 3).
 
     Raises:
-        ValueError: if the grid of twice as many steps is no finer version of the other.
+        ValueError: if the grid with twice as many steps does not refine the other.
     """
 
     formerly = ("kdiff.objectives>Distillation",)
@@ -61,7 +61,7 @@ class ProgressiveDistillation(Taught):
 
     @property
     def sampled_by(self) -> dict[str, Any]:
-        """These steps of this grid."""
+        """The steps on this grid."""
         return {"solver": "flow_map", "grid": self.grid, "steps": self.steps}
 
     def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
@@ -85,7 +85,7 @@ class ProgressiveDistillation(Taught):
         return Problem(output, still(target), weight)
 
     def check(self, model: Any) -> None:
-        """Raises a ValueError as of `Taught`, for a learned variance or a weight per log-SNR, and for the grid."""
+        """Raises a ValueError as in `Taught`, for a learned variance or a weight per log-SNR, or for the grid."""
         super().check(model)
         check_simple("ProgressiveDistillation", model)
         fine, coarse = (self.grid(model.schedule, count) for count in (2 * self.steps, self.steps))

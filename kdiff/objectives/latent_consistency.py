@@ -1,4 +1,4 @@
-"""Latent consistency models: a discrete diffusion model, its guidance distilled in, made a consistency function."""
+"""Latent consistency models: a guided discrete diffusion model, distilled to a consistency model."""
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -16,28 +16,29 @@ __all__ = ["LCM"]
 
 
 class LCM(Taught):
-    """Latent consistency distillation (Luo et al. 2023, arXiv:2310.04378, algorithm 1), of a process of T steps:
+    """Latent consistency distillation (Luo et al. 2023, arXiv:2310.04378, algorithm 1), for a process of T steps:
 
         x_r  = DDIM(x_t, guided x_hat of the teacher),    t = (i + 1) / steps,  r = max(i / steps, 1 / T)
         loss = d(f(x_t, t), f^-(x_r, r)),                 i = 0 ... steps - 1
         f    = c_skip x_t + c_out x_hat,                  of `solvers.LCM`, by which it is sampled
 
-    where f^-, a constant, is of the averaged weights (of the paper's decay, `ema=0.95`) and d the loss, "mse" or
-    `losses.PseudoHuber(0.001, whole=False)`. A scale of guidance that is drawn is told to the network by the input
-    `guidance_input`, as in `blocks.GuidanceEmbedding`, which published latent consistency models have; where 1 is no
-    guidance, the paper draws from 6 to 16:
+    where f^-, a constant, uses the averaged weights (with the paper's decay, `ema=0.95`) and d is the loss, "mse" or
+    `losses.PseudoHuber(0.001, whole=False)`. A randomly drawn guidance scale is passed to the network as the input
+    `guidance_input`, as in `blocks.GuidanceEmbedding`, which published latent consistency models have. If 1 is no
+    guidance, the paper draws it from 6 to 16:
 
         model = students.student(teacher, LCM(teacher, guidance=(6.0, 16.0)), network=..., ema=0.95)
         model.sample(4, text="a red hat", timestep_cond=8.0)
 
-    With `lora.enable(model, rank=64)` before `compile` a LoRA learns it (Luo et al. 2023, arXiv:2311.05556); it has no
-    such input, and `guidance` is then a number. Where r = 1 / T, c_skip is 1, and f^- is x_r itself.
+    With `lora.enable(model, rank=64)` before `compile`, a LoRA is trained (LCM-LoRA, Luo et al. 2023,
+    arXiv:2311.05556), without this input and with a fixed number as `guidance`. For r = 1 / T, c_skip is 1, and f^- is
+    x_r itself.
 
     Args:
         teacher: a `DiffusionModel` on a discrete schedule.
-        steps: how many the teacher's solver takes, 50 of 1000 in the paper; it must divide T.
-        guidance, guidance_input: as of `Taught`.
-        solver: the `solvers.LCM` whose scalings are learned.
+        steps: the number of steps of the teacher's solver, 50 of 1000 in the paper; it must divide T.
+        guidance, guidance_input: as in `Taught`.
+        solver: the `solvers.LCM` whose scalings are used.
     """
 
     sampled_by = MappingProxyType({"solver": "lcm", "steps": 4})
@@ -80,11 +81,11 @@ class LCM(Taught):
         return Problem(f(x_t, now, training, not training), still(target), weight)
 
     def check(self, model: Any) -> None:
-        """Raises a ValueError for a continuous schedule, or one whose number of steps is no multiple of `steps`."""
+        """Raises a ValueError for a continuous schedule, or one whose number of steps is not a multiple of `steps`."""
         super().check(model)
         check_simple("LCM", model)
         if model.schedule.num_steps is None or model.schedule.num_steps % self.steps:
             raise ValueError(
                 f"LCM: the schedule must be discrete, with a multiple of {self.steps} steps, as ScaledLinearBeta(); "
-                f"received: {model.schedule!r}. On a continuous one take Consistency"
+                f"received: {model.schedule!r}. On a continuous schedule use Consistency"
             )

@@ -1,4 +1,4 @@
-"""Denoising at the times whose losses are large."""
+"""Denoising with importance sampling of the times by their losses."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,17 +24,18 @@ class LossAware(Denoising):
     loss that differs much between noise levels, such as the variational bound; the expected loss is that of uniform
     times. The model's own `times` are not used.
 
-    Its weights, `past_losses` and `counts`, are saved with the model. On a continuous schedule i is the part
-    [i / T, (i + 1) / T) of time, and t is uniform in it; on a discrete one it is a step, or as many steps for each i.
+    Its weights, `past_losses` and `counts`, are saved with the model. On a continuous schedule i is the interval
+    [i / T, (i + 1) / T) of time, in which t is uniform; on a discrete schedule it is one step, or a fixed number of
+    steps.
 
-    Two examples of a batch with the same i are two losses of its history, in the order of the batch; of more than
-    `history`, the last are kept. A loss that is not finite is not.
+    Two examples of a batch with the same i give two losses of its history, in the order of the batch; of more than
+    `history`, the last are kept. Losses that are not finite are ignored.
 
     Args:
-        num_steps: T. The number of steps of a discrete schedule must be a multiple of it.
-        history: how many losses of each i are kept.
-        uniform: the share of times that is drawn uniformly all the same, in (0, 1].
-        points: how uniform numbers cover a batch: a `TimeSampler` of uniform times or its name.
+        num_steps: T, which must divide the number of steps of a discrete schedule.
+        history: the number of losses kept for each i.
+        uniform: the fraction of times that is always drawn uniformly, in (0, 1].
+        points: the sampler of the uniform numbers, a `TimeSampler` of uniform times or its name.
     """
 
     def __init__(self, num_steps: int = 1000, history: int = 10, uniform: float = 0.001, points=UNIFORM):

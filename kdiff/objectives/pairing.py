@@ -1,6 +1,6 @@
-"""Consistency models: a network answers alike all along a trajectory of the probability flow.
+"""Consistency models: a network whose estimate is constant along a trajectory of the probability flow.
 
-Their noise levels are ratios, s = sigma / alpha, the sigma of Karras et al. 2022, on any continuous schedule.
+Noise levels are ratios s = sigma / alpha, the sigma of Karras et al. 2022, on any continuous schedule.
 """
 
 import math
@@ -22,32 +22,32 @@ __all__ = ["Consistency", "Discretised", "Easy", "Pairs"]
 
 
 class Pairs(Value):
-    """The base of what says which two noise levels of a trajectory are compared. A new one defines `__call__`."""
+    """The base class of rules for the two noise levels that are compared. A new one defines `__call__`."""
 
     def __call__(self, s, least, most, step):
-        """(s, r), r < s, `(batch,)` both; what is not above `least` stands for data.
+        """(s, r), r < s, both `(batch,)`; values of r up to `least` stand for data.
 
         Args:
-            s: ratios that were drawn by the model's times, `(batch,)`.
+            s: ratios drawn from the model's times, `(batch,)`.
             least, most: the ratios at the ends of the schedule, scalars.
-            step: the number of training steps that were made, a scalar int32.
+            step: the number of training steps made, a scalar int32.
         """
         raise NotImplementedError
 
 
 class Discretised(Pairs):
-    """Neighbours on a grid that becomes finer (Song and Dhariwal 2023, arXiv:2310.14189, sections 3.4 and 3.5):
+    """Neighbours on a grid that is refined in training (Song and Dhariwal 2023, arXiv:2310.14189, sections 3.4, 3.5):
 
         s_i = (least^(1/rho) + i / (N - 1) (most^(1/rho) - least^(1/rho)))^rho,       i = 0 ... N - 1,
         N   = min(first 2^floor(step / K'), last) + 1,     K' = floor(iterations / (log2(last / first) + 1)).
 
-    A ratio that was drawn is moved to the next s_{i+1} above, and compared with s_i below: with the paper's times,
-    LogNormalSigma(-1.1, 2.0), i has the paper's probability, erf - erf.
+    A drawn ratio is rounded up to s_{i+1} and compared with s_i. With the paper's times, LogNormalSigma(-1.1, 2.0), i
+    has the paper's probability, a difference of error functions.
 
     Args:
-        iterations: the steps of the whole training.
+        iterations: the number of steps of the whole training.
         first, last: the numbers of intervals at its beginning and end.
-        rho: of the grid.
+        rho: the exponent of the grid.
     """
 
     def __init__(self, iterations: int, first: int = 10, last: int = 1280, rho: float = 7.0):
@@ -71,15 +71,16 @@ class Discretised(Pairs):
 
 
 class Easy(Pairs):
-    """A share of the way, which shrinks (Geng et al. 2024, easy consistency tuning, arXiv:2406.14548, section 3.2):
+    """Easy consistency tuning, with a decreasing relative distance (Geng et al. 2024, arXiv:2406.14548, section 3.2):
 
         r = s max(0, 1 - q^-(a + 1) (1 + k sigmoid(-b s))),     a = floor(step / doubling).
 
-    At first nearly all r are data, which is denoising: so it goes on from a diffusion model (`students.student`).
+    Initially almost all r are data, which is denoising, so training can start from a diffusion model
+    (`students.student`).
 
     Args:
-        doubling: the steps after which the way becomes q times shorter.
-        q, k, b: as above.
+        doubling: the number of steps after which the distance becomes q times smaller.
+        q, k, b: the constants above.
         most: the largest a.
     """
 
@@ -98,17 +99,17 @@ class Easy(Pairs):
 
 
 class Consistency(Taught):
-    """A consistency function f = x_hat(x_s, s): the same at two noise levels of a trajectory, and x at the clean end.
+    """A consistency model f = x_hat(x_s, s), equal at two noise levels of a trajectory, and x at the clean end:
 
         loss = w d(f(x_s, s), f(x_r, r)),     w = 1 / (s - r),     f(x_r, r) a constant, and x_r if r is the clean end
 
-    Song et al. 2023, arXiv:2303.01469, algorithms 2 and 3. x_r is
+    (Song et al. 2023, arXiv:2303.01469, algorithms 2 and 3), where x_r is
 
-        without a teacher   of the same data and noise: consistency training (eq. 10)
-        with one            a step of Heun's method by the teacher from x_s: consistency distillation (eq. 7)
+        without a teacher   from the same data and noise: consistency training (eq. 10)
+        with a teacher      a step of Heun's method by the teacher from x_s: consistency distillation (eq. 7)
 
-    and d the model's loss, `losses.PseudoHuber()` in the better ones. Three published recipes, on
-    `VarianceExploding()` with the prediction Karras(0.5), and sampled by `solvers.Consistency` in 1, 2, 4 steps:
+    and d is the loss of the model, preferably `losses.PseudoHuber()`. Three published recipes, on `VarianceExploding()`
+    with the prediction Karras(0.5), sampled by `solvers.Consistency` in 1, 2 or 4 steps:
 
         improved (iCT)   Consistency(pairs=Discretised(iterations)), times=LogNormalSigma(-1.1, 2.0), PseudoHuber()
         easy (ECT)       Consistency(pairs=Easy(doubling)), of `students.student(diffusion_model, ...)`
@@ -119,8 +120,8 @@ class Consistency(Taught):
     Args:
         teacher: a `DiffusionModel`, whose trajectories are followed; None for those of data and noise.
         pairs: a `Pairs`: which two noise levels.
-        ema: whether the target is of the averaged weights.
-        guidance, guidance_input: as of `Taught`.
+        ema: whether the target is computed with the averaged (EMA) weights.
+        guidance, guidance_input: as in `Taught`.
     """
 
     sampled_by = MappingProxyType({"solver": "consistency", "steps": 2})
@@ -175,20 +176,20 @@ class Consistency(Taught):
         gain = float(ops.convert_to_numpy(model.prediction.gain(model.schedule.at(np.float32(0.0)))))
         if gain > 0.1:
             raise ValueError(
-                f"Consistency: x_hat must be x itself at the clean end, whatever the network answers, and with "
-                f"{model.prediction!r} on {model.schedule!r} it counts {gain:.2g} there. Take Karras(), TrigFlow(), "
+                f"Consistency: x_hat must be x itself at the clean end, for any output of the network, but with "
+                f"{model.prediction!r} on {model.schedule!r} its gain is {gain:.2g} there. Use Karras(), TrigFlow(), "
                 "Velocity() or Flow()"
             )
 
 
 def _at(schedule: NoiseSchedule, s) -> Marginal:
-    """The marginal where sigma / alpha is s."""
+    """The marginal with sigma / alpha = s."""
     m = schedule.at_log_snr(-2.0 * ops.log(s))
     return m._replace(t=ops.clip(m.t, 0.0, 1.0))
 
 
 def _heun(taught, x_t, now: Marginal, then: Marginal, at_end):
-    """Heun's method from `now` to `then` for dz/ds = (z - x_hat) / s, z = x / alpha; where `at_end`, Euler's."""
+    """Heun's method from `now` to `then` for dz/ds = (z - x_hat) / s, z = x / alpha; Euler's method where `at_end`."""
     wide, after = now.like(x_t), then.like(x_t)
     z, s, r = x_t / wide.alpha, wide.sigma / wide.alpha, after.sigma / after.alpha
     slope = (z - taught(x_t, now)) / s

@@ -1,4 +1,4 @@
-"""Consistency in continuous time: the network's answer does not change along a trajectory, to first order."""
+"""Continuous-time consistency models: the derivative of the estimate along a trajectory vanishes."""
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -18,31 +18,32 @@ __all__ = ["SCM"]
 
 
 class SCM(Taught):
-    """sCM, stable consistency in continuous time (Lu and Song 2024, arXiv:2410.11081, algorithm 1), on any continuous
+    """sCM, the continuous-time consistency model (Lu and Song 2024, arXiv:2410.11081, algorithm 1), on any continuous
     schedule, with the prediction TrigFlow(sd). In its angle, tan(u) = sigma / (alpha sd), and
 
         z = cos(u) x + sin(u) sd noise = x_t cos(u) / alpha,     dz/du = cos(u) sd noise - sin(u) x,
         f = cos(u) z - sin(u) sd F,      F the network's output,
 
-    with F^- the same as F and constant, the output is moved along the tangent of f:
+    with F^- equal to F but constant, the output is moved along the tangent of f:
 
         g    = -cos(u)^2 (sd F^- - dz/du) - r (cos(u) sin(u) z + sd cos(u) sin(u) dF^-/du),    r = min(1, step / warmup)
         g    = g / (|g| + c)
         loss = e^w(u) |F - (F^- + g)|^2 / dimension - w(u),
 
-    where w is learned: a cosine series in 2 u. cos(u) sin(u) d/du is d / d log tan(u), along which the derivative is
-    taken. With a teacher dz/du is its velocity (sCD), without one that of data and noise (sCT). The paper's times are
-    LogNormalSigma(-1.0, 1.4) for sd = 0.5, and it goes on from a diffusion model (`students.student`). The model is
-    sampled by `solvers.Consistency` in 1 or 2 steps. Compile it with the loss "mse". The derivative is asked without
-    dropout. The network should see time slowly, as by `time_label=Scaled(10.0)`: see `tangents.FiniteDifference`.
+    where w is a learned cosine series in 2 u. The derivative is taken with respect to log tan(u), since cos(u) sin(u)
+    d/du = d / d log tan(u). With a teacher dz/du is its velocity (sCD), without one that of data and noise (sCT). The
+    paper's times are LogNormalSigma(-1.0, 1.4) for sd = 0.5, and training starts from a diffusion model
+    (`students.student`). The model is sampled by `solvers.Consistency` in 1 or 2 steps. Compile it with the loss "mse".
+    The derivative is computed without dropout. The scale of the time input should be small, as in
+    `time_label=Scaled(10.0)`: see `tangents.FiniteDifference`.
 
     Args:
-        teacher: a `DiffusionModel`, whose trajectories are followed; None for those of data and noise.
-        tangent: a `Tangent` or its name: how the derivative is computed; `tangents.FiniteDifference` needs float32.
-        warmup: the steps until the tangent counts in full; 0 from the beginning on.
-        c: in the normalisation of g; None leaves g as it is.
-        terms: of the series of w; 0 for w = 0.
-        guidance, guidance_input: as of `Taught`.
+        teacher: a `DiffusionModel` that defines the trajectories; None: those of data and noise.
+        tangent: a `Tangent` or its name, for the derivative; `tangents.FiniteDifference` needs a float32 network.
+        warmup: the number of steps until the tangent has its full weight; 0 for none.
+        c: the constant in the normalisation of g; None: g is not normalised.
+        terms: the number of terms of w; 0 for w = 0.
+        guidance, guidance_input: as in `Taught`.
     """
 
     formerly = ("kdiff.objectives>TangentConsistency",)
@@ -114,7 +115,7 @@ class SCM(Taught):
         return ops.sum(waves * ops.convert_to_tensor(self.series), axis=-1)
 
     def check(self, model: Any) -> None:
-        """Raises a ValueError for another prediction, a discrete schedule, a weighting, or a network not precise."""
+        """Raises a ValueError for another prediction, a discrete schedule, a weighting, or a network not in float32."""
         super().check(model)
         check_continuous("SCM", model)
         if not isinstance(model.prediction, TrigFlow):
@@ -125,7 +126,7 @@ class SCM(Taught):
 
 
 def _angle(x_t, m, sd: float):
-    """(cos(u), sin(u), z), the first two shaped as x_t needs them."""
+    """(cos(u), sin(u), z), the first two shaped to broadcast against x_t."""
     m = m.like(x_t)
     size = ops.sqrt((sd * m.alpha) ** 2 + m.sigma**2)
     return sd * m.alpha / size, m.sigma / size, sd / size * x_t

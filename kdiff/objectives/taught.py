@@ -1,17 +1,17 @@
-"""Objectives that ask a teacher, a model that is trained already, and what they all compute with.
+"""Objectives with an optional teacher, a trained model, and their common functions.
 
-A teacher is a part of the objective: it is frozen, not averaged, and saved once, with the model; a loaded model has it
-again. `model.objective = "denoising"` lets it go, and the model is then saved without it.
+A teacher is a part of the objective: it is frozen, not averaged, and saved once with the model; a loaded model has it
+again. `model.objective = "denoising"` releases it, and the model is then saved without it.
 
-Where a network leads from `now` to `then` is said by an x_hat all the same: the one with which DDIM's step,
+A step of a network from `now` to `then` is also expressed by an x_hat, the one with which the step of DDIM,
 
     x_then = (sigma_then / sigma_now) x_now + alpha_then (1 - e^{-h}) x_hat,     h = l_then - l_now,   l = log_snr / 2,
 
-ends there (`solvers.base.flow_to`). Two such steps, now -> mid -> then, with x_hat_1 and x_hat_2, are one with
+ends there (`solvers.base.flow_to`). Two such steps, now -> mid -> then, with x_hat_1 and x_hat_2, equal one with
 
     x_hat = (e^{-h_2} (1 - e^{-h_1}) x_hat_1 + (1 - e^{-h_2}) x_hat_2) / (1 - e^{-h_1 - h_2}),
 
-a mean whose weights add up to 1: so no step, however short, loses digits.
+a mean whose weights sum to 1, so that even short steps are accurate.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,30 +42,30 @@ __all__ = [
 
 
 def noised(x, noise, m: Marginal):
-    """alpha x + sigma noise; m of fields `(batch,)`."""
+    """alpha x + sigma noise, for m with fields `(batch,)`."""
     m = m.like(x)
     return m.alpha * x + m.sigma * noise
 
 
 def rows(values, x):
-    """One number an example, `(batch,)`, shaped to broadcast against `x`."""
+    """One number per example, `(batch,)`, reshaped to broadcast against `x`."""
     return ops.reshape(values, (-1, *[1] * (len(x.shape) - 1)))
 
 
 def still(function: Callable[[], Any]) -> Any:
-    """What a function gives, as a constant: no gradient flows through it, and PyTorch records none."""
+    """The result of a function as a constant: no gradient flows through it, and PyTorch records none."""
     return keras.tree.map_structure(ops.stop_gradient, backend.without_gradients(function)())
 
 
 def joined_jumps(first, second, now: Marginal, mid: Marginal, then: Marginal):
-    """The x_hat of one step from `now` to `then`, of those of two by way of `mid` (see the module)."""
+    """The x_hat of one step from `now` to `then`, from those of two steps via `mid` (see the module)."""
     h_1, h_2 = (half_step(*pair) for pair in ((now.like(first), mid.like(first)), (mid.like(first), then.like(first))))
     total = ops.expm1(-h_1 - h_2)
     return ops.exp(-h_2) * ops.expm1(-h_1) / total * first + ops.expm1(-h_2) / total * second
 
 
 def implied_output(prediction: Prediction, x_hat, x_t, m: Marginal):
-    """What a network of this prediction answers where its estimate of the data is `x_hat`: the inverse of `denoise`."""
+    """The output of a network with this prediction for the estimate `x_hat`: the inverse of `denoise`."""
     wide = m.like(x_t)
     return prediction.target(x_hat, (x_t - wide.alpha * x_hat) / wide.sigma, m)
 
@@ -74,13 +74,13 @@ def check_simple(owner: str, model: Any) -> None:
     """Raises a ValueError for a learned variance, or a weighting that needs the density of the model's times."""
     if model.prediction.factor != 1:
         raise ValueError(
-            f"{owner}: the prediction must have one output a channel, as Velocity or Flow, for a step of few has no "
+            f"{owner}: the prediction must have one output per channel, as Velocity or Flow do, since there is no "
             f"variance to learn; received: {model.prediction!r}"
         )
     if getattr(model.weighting, "per_log_snr", False):
         raise ValueError(
-            f"{owner}: it has noise levels of its own, so `weighting` must not be one per log-SNR; received: "
-            f"{model.weighting!r}. Take 'truncated_snr', 'min_snr' or None"
+            f"{owner}: it draws its own noise levels, so `weighting` must not be one per log-SNR; received: "
+            f"{model.weighting!r}. Use 'truncated_snr', 'min_snr' or None"
         )
 
 
@@ -88,29 +88,29 @@ def check_continuous(owner: str, model: Any) -> None:
     """Raises a ValueError for a discrete schedule."""
     if model.schedule.num_steps is not None:
         raise ValueError(
-            f"{owner}: the schedule must be continuous, such as Rectified(), Cosine() or VarianceExploding(), for the "
-            f"network is asked between any two times; received: {model.schedule!r}"
+            f"{owner}: the schedule must be continuous, such as Rectified(), Cosine() or VarianceExploding(), since "
+            f"the network is called at arbitrary times; received: {model.schedule!r}"
         )
 
 
 def check_precise(owner: str, tangent: Tangent, model: Any) -> None:
-    """Raises a ValueError if a difference would be taken of answers in less than float32."""
+    """Raises a ValueError for a finite difference with a network that does not compute in float32."""
     if tangent.precise and model.network.compute_dtype != "float32":
         raise ValueError(
-            f"{owner}: {tangent!r} needs a network that computes in float32, not {model.network.compute_dtype}: take "
+            f"{owner}: {tangent!r} needs a network that computes in float32, not {model.network.compute_dtype}: use "
             "tangent='forward_mode'"
         )
 
 
 class Taught(Objective):
-    """The base of objectives that ask, or may ask, a teacher. A new one defines `problem`.
+    """The base class of objectives with an optional or required teacher. A new one defines `problem`.
 
     Args:
-        teacher: a `DiffusionModel`, built, whose averaged weights are asked, on whatever schedule it has. Its
-            weights are constants from now on, until `teacher.trainable = True`. None for none.
-        guidance: the scale of classifier-free guidance that is learned with it: a number, of which 1 or None is none;
-            or a pair `(low, high)`, between which it is drawn for each example, and told to the network that learns.
-        guidance_input: the input by which the network is told it, as of `blocks.GuidanceEmbedding`.
+        teacher: a built `DiffusionModel` on any schedule, whose averaged weights are used. Its weights are frozen from
+            now on, until `teacher.trainable = True`. None for no teacher.
+        guidance: the classifier-free guidance scale that is distilled: a number, where 1 or None is no guidance; or a
+            pair `(low, high)`, in which it is drawn for each example and passed to the student.
+        guidance_input: the input of the student for the scale, as in `blocks.GuidanceEmbedding`.
     """
 
     named = False
@@ -129,14 +129,14 @@ class Taught(Objective):
         for one in guidance if several else () if guidance is None else (guidance,):
             check_number(name, "guidance", one, 0.0)
         if guidance is not None and teacher is None:
-            raise ValueError(f"{name}: `guidance` is of a teacher; received: {guidance!r}, and no teacher")
+            raise ValueError(f"{name}: `guidance` needs a teacher; received: {guidance!r}, and no teacher")
         for variable in () if teacher is None else teacher.variables:
-            variable.trainable = False  # and not its layers, of which a student is a copy
+            variable.trainable = False  # not its layers, which a student copies
         self.teacher, self.guidance_input = teacher, guidance_input
         self.guidance = tuple(guidance) if several else guidance
 
     def check(self, model: Any) -> None:
-        """Raises a ValueError if the teacher is of other data, or cannot be guided, or its scale cannot be told."""
+        """Raises a ValueError if the teacher has another codec or cannot be guided, or the student has no input."""
         name, teacher = type(self).__name__, self.teacher
         if teacher is None:
             return
@@ -144,14 +144,14 @@ class Taught(Objective):
             raise ValueError(f"{name}: the codec must be the teacher's, {teacher.codec!r}; received: {model.codec!r}")
         if self._guided and not teacher.denoiser_in_step().nulls:
             raise ValueError(
-                f"{name}: the teacher cannot be guided, for none of its conditions can be left out; received: "
+                f"{name}: the teacher cannot be guided, since none of its conditions can be left out; received: "
                 f"guidance={self.guidance!r}"
             )
         if isinstance(self.guidance, tuple) and self.guidance_input not in getattr(
             model.network, "condition_inputs", {}
         ):
             raise ValueError(
-                f"{name}: a scale that is drawn must be told to the network, by an input {self.guidance_input!r}, as "
+                f"{name}: a random scale must be passed to the network as an input {self.guidance_input!r}, as "
                 f"in blocks.GuidanceEmbedding; it has: {sorted(getattr(model.network, 'condition_inputs', {}))}"
             )
 
@@ -160,7 +160,7 @@ class Taught(Objective):
         return self.guidance is not None and self.guidance != 1
 
     def scales(self, x, key) -> Any:
-        """The scale of guidance of each example, `(batch,)`; None for none."""
+        """The guidance scale of each example, `(batch,)`; None for no guidance."""
         if not self._guided:
             return None
         batch = ops.shape(x)[0]
@@ -170,11 +170,11 @@ class Taught(Objective):
         return low + (high - low) * random.uniform(key, (batch,))
 
     def told(self, conditions: Mapping[str, Any], scale) -> dict[str, Any]:
-        """What the network that learns is given: the conditions, and the scale if it is drawn."""
+        """The inputs of the student: the conditions, and the scale if it is random."""
         return {**conditions, self.guidance_input: scale} if isinstance(self.guidance, tuple) else dict(conditions)
 
     def taught(self, model: Any, conditions: Mapping[str, Any], scale=None) -> Callable[[Any, Marginal], Any]:
-        """x_hat = taught(x_t, m): what the teacher answers, guided, m of the schedule of `model`."""
+        """x_hat = taught(x_t, m): the guided estimate of the teacher, for m on the schedule of `model`."""
         known = {name: value for name, value in conditions.items() if name in self.teacher.shapes}
         denoise = self.teacher.denoiser_in_step(schedule=model.schedule, **known)
 
@@ -187,8 +187,8 @@ class Taught(Objective):
         return lambda x_t, m: still(lambda: answer(x_t, m))
 
     def ends(self, model: Any, x, noise, x_t, m: Marginal, conditions: Mapping[str, Any], scale=None) -> tuple:
-        """(data, noise) whose line goes through x_t in the direction of the flow: x and the noise, of which the flow's
-        are the mean; or, of a teacher, these means, x_hat and noise_hat = (x_t - alpha x_hat) / sigma.
+        """(data, noise) that define the direction of the flow at x_t: x and the noise, whose posterior means give the
+        flow; or, with a teacher, these means, x_hat and noise_hat = (x_t - alpha x_hat) / sigma.
         """
         if self.teacher is None:
             return x, noise
