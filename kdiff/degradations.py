@@ -1,11 +1,11 @@
-"""How the small image that super-resolution learns from is made of the large one, with random numbers of its own.
+"""Random degradations, which derive the low-resolution images of super-resolution training from the data.
 
-    y = of(x, key)          x (batch, height, width, channels), of one key the same on every backend
+    y = of(x, key)          x (batch, height, width, channels); the same on every backend for a key
 
-An operator alone, `operators.Downsample(4)`, makes the same of an image each time. In use the small image comes from
-another model, whose mistakes the operator does not make, so that training makes some at random (Ho et al., "Cascaded
-Diffusion Models", 2021, section 4: blur and noise; Ramesh et al., "DALL-E 2", 2022, section 2.3). Noise whose level the
-network is told is not one of them: `blocks.Concat(noise=...)`.
+A fixed operator, `operators.Downsample(4)`, gives the same result every time. At inference the low-resolution image
+comes from another model with different errors, so training augments it at random (Ho et al., "Cascaded Diffusion
+Models", 2021, section 4: blur and noise; Ramesh et al., "DALL-E 2", 2022, section 2.3). Noise whose level is passed to
+the network is separate: `blocks.Concat(noise=...)`.
 
     Concat(of=Degradations([RandomBlur(0.4, 0.6), operators.Downsample(4)]))
 """
@@ -23,14 +23,14 @@ __all__ = ["Degradation", "Degradations", "RandomBlur", "RandomNoise"]
 
 
 class Degradation(Value):
-    """The base. A new one defines `degrade`, and `output_shape` if it changes the shape."""
+    """The base class. A new one defines `degrade`, and `output_shape` if it changes the shape."""
 
     def degrade(self, x, key):
-        """(batch, height, width, channels), float32, to the same; `key` is of random numbers, int32, (2,)."""
+        """Degrades images, float32, `(batch, height, width, channels)`; `key` is a random key, int32, `(2,)`."""
         raise NotImplementedError
 
     def __call__(self, x, key):
-        """What is left of `x`, tensors or arrays."""
+        """The degraded images, for tensors or arrays."""
         x = ops.convert_to_tensor(x, "float32")
         if len(x.shape) != 4:
             raise ValueError(
@@ -40,7 +40,7 @@ class Degradation(Value):
         return self.degrade(x, key)
 
     def output_shape(self, shape: Shape) -> Shape:
-        """The shape of what is left of an example of this shape.
+        """The shape of the result for an example of this shape.
 
         Raises:
             ValueError: if it does not fit.
@@ -49,10 +49,10 @@ class Degradation(Value):
 
 
 class Degradations(Degradation):
-    """One after the other, each with random numbers of its own.
+    """A sequence of degradations, each with independent random numbers.
 
     Args:
-        parts: degradations and operators; the first is applied first.
+        parts: degradations and operators, the first of which is applied first.
     """
 
     def __init__(self, parts: Sequence[Degradation | Operator]):
@@ -72,13 +72,12 @@ class Degradations(Degradation):
 
 
 class RandomBlur(Degradation):
-    """A Gaussian blur whose standard deviation is U(low, high) pixels, one an example; beyond its edge the image is
-    mirrored.
+    """A Gaussian blur with a standard deviation of U(low, high) pixels per example, with reflection padding.
 
     Args:
-        low, high: above 0.
-        probability: with which an example is blurred; others are left as they are.
-        radius: the kernel has 2 radius + 1 pixels a side. The defaults are those of Ho et al. (2021), section 4.2.
+        low, high: the range of the standard deviation, above 0.
+        probability: the probability that an example is blurred.
+        radius: the kernel has 2 radius + 1 pixels per side. The defaults are those of Ho et al. (2021), section 4.2.
     """
 
     def __init__(self, low: float = 0.4, high: float = 0.6, probability: float = 0.5, radius: int = 1):
@@ -109,10 +108,10 @@ class RandomBlur(Degradation):
 
 
 class RandomNoise(Degradation):
-    """White noise whose standard deviation is U(0, high), one an example. The network is not told how much.
+    """White noise with a standard deviation of U(0, high) per example, which the network does not receive.
 
     Args:
-        high: at least 0, where black and white are 2 apart.
+        high: the largest standard deviation, at least 0, for images in [-1, 1].
     """
 
     def __init__(self, high: float = 0.1):

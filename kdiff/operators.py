@@ -1,9 +1,9 @@
-"""Linear operators: what is measured of an image where the image itself is sought.
+"""Linear operators of inverse problems, in which an image is reconstructed from a measurement:
 
     y = A x + noise
 
-An operator is `forward`, A x. The rest follows from it: the adjoint A^T is its derivative, and what posterior sampling
-needs, (a A A^T + b I)^-1 v, comes from the method of conjugate gradients.
+An operator defines `forward`, A x. The rest follows: the adjoint A^T is its vector-Jacobian product, and
+(a A A^T + b I)^-1 v, which posterior sampling needs, is computed by conjugate gradients.
 
     operator = operators.Downsample(4)
     model.sample(8, guidance=guidance.PiGDM(operator, small))        # small: (8, height / 4, width / 4, channels)
@@ -24,14 +24,14 @@ Shape = tuple[int, ...]
 
 
 class Operator(Value):
-    """The base of all linear operators. A new one defines `forward`, and `check` if it does not suit every shape."""
+    """The base class of linear operators. A new one defines `forward`, and `check` if it does not fit every shape."""
 
     def forward(self, x):
-        """A x, (batch, ...), of a batch of examples (batch, ...), float32. It must be linear."""
+        """A x, `(batch, ...)`, for a batch of examples `(batch, ...)`, float32. It must be linear."""
         raise NotImplementedError
 
     def __call__(self, x, key=None):
-        """A x, of tensors or arrays. `key`, of random numbers, is for `kdiff.degradations`; here it is not used."""
+        """A x, for tensors or arrays. The random `key` is unused, as `kdiff.degradations` have the same interface."""
         x = ops.convert_to_tensor(x, "float32")
         self.check(tuple(x.shape[1:]))
         return self.forward(x)
@@ -49,13 +49,13 @@ class Operator(Value):
         return tuple(self.forward(ops.zeros((1, *shape))).shape[1:])
 
     def matrix(self, shape: Shape) -> np.ndarray:
-        """A as a matrix, (size of A x, size of x), for examples of this small shape, flat."""
+        """A as a matrix, `(size of A x, size of x)`, for flattened examples of this small shape."""
         size = int(np.prod(shape))
         columns = ops.convert_to_numpy(self(np.eye(size, dtype="float32").reshape(size, *shape)))
         return columns.reshape(size, -1).T
 
     def adjoint(self, y, shape: Shape):
-        """A^T y, for examples of this shape: <A x, y> = <x, A^T y>."""
+        """A^T y, for examples of this shape, where <A x, y> = <x, A^T y>."""
         y = ops.convert_to_tensor(y, "float32")
         zeros = ops.zeros((ops.shape(y)[0], *shape))
         return backend.vjp(lambda x: (self.forward(x), None), zeros)[1](y)
@@ -64,10 +64,11 @@ class Operator(Value):
         """(a A A^T + b I)^-1 v, by `conjugate_gradients`.
 
         Args:
-            v: of the shape of A x.
-            shape: of an example.
+            v: a batch with the shape of A x.
+            shape: the shape of an example.
             a, b: numbers, or tensors that broadcast against `v`.
-            iterations: exact if A A^T has no more different eigenvalues: 1 for `Mask`, `Downsample` and `Grey`.
+            iterations: the number of iterations, exact if A A^T has at most as many distinct eigenvalues: 1 for `Mask`,
+                `Downsample` and `Grey`.
         """
 
         def apply(p):
@@ -77,12 +78,12 @@ class Operator(Value):
 
 
 def conjugate_gradients(apply: Callable, v, iterations: int):
-    """u with apply(u) = v for each example, by the method of Hestenes and Stiefel (1952).
+    """Solves apply(u) = v for each example by conjugate gradients (Hestenes and Stiefel 1952).
 
     Args:
         apply: a linear function of a batch, symmetric and positive definite for each example.
         v: a batch.
-        iterations: exact if `apply` has no more different eigenvalues.
+        iterations: the number of iterations, exact if `apply` has at most as many distinct eigenvalues.
     """
     axes = tuple(range(1, len(v.shape)))
 
@@ -93,7 +94,7 @@ def conjugate_gradients(apply: Callable, v, iterations: int):
     squared = smallest = dot(v, v)
     for _ in range(iterations):
         product = apply(direction)
-        # Once nothing is left the step is 0, not 0 / 0.
+        # Once the residual is zero, the step is 0, not 0 / 0.
         left = squared > 1e-12 * smallest
         step = ops.where(left, squared / ops.where(left, dot(direction, product), 1.0), 0.0)
         solution, rest = solution + step * direction, rest - step * product
@@ -103,11 +104,11 @@ def conjugate_gradients(apply: Callable, v, iterations: int):
 
 
 class Mask(Operator):
-    """What is known of an image of which a part is missing: y = (1 - mask) x.
+    """The known part of an image with missing values: y = (1 - mask) x.
 
     Args:
-        mask: 1 where it is missing, 0 where it is known, as of `guidance.Inpaint`: an example's shape, or, of an image,
-            (height, width).
+        mask: 1 where values are missing and 0 where they are known, as in `guidance.Inpaint`, with the shape of an
+            example, or `(height, width)` for an image.
     """
 
     def __init__(self, mask: Any):
@@ -130,7 +131,7 @@ class Downsample(Operator):
     """The mean of each square of `factor` x `factor` pixels: y, (batch, height / factor, width / factor, channels).
 
     Args:
-        factor: must divide height and width.
+        factor: the factor, which must divide the height and the width.
     """
 
     def __init__(self, factor: int = 2):
@@ -160,10 +161,10 @@ class Grey(Operator):
 
 
 class Blur(Operator):
-    """Convolution of each channel with one kernel; beyond its edge the image is mirrored.
+    """Convolution of each channel with one kernel, with reflection padding.
 
     Args:
-        kernel: numbers of odd height and width, `(height, width)`, smaller than twice the image.
+        kernel: the kernel, `(height, width)`, both odd and smaller than twice the size of the image.
     """
 
     def __init__(self, kernel: Any):
@@ -173,11 +174,11 @@ class Blur(Operator):
 
     @classmethod
     def gaussian(cls, std: float = 1.0, radius: int | None = None) -> "Blur":
-        """A Gaussian kernel of this standard deviation in pixels, whose sum is 1.
+        """A normalised Gaussian kernel.
 
         Args:
-            std: above 0.
-            radius: the kernel has 2 radius + 1 pixels a side; None for three standard deviations.
+            std: the standard deviation in pixels, above 0.
+            radius: the kernel has 2 radius + 1 pixels per side; None: three standard deviations.
         """
         check_number("Blur", "std", std, 1e-3)
         radius = int(np.ceil(3 * std)) if radius is None else radius
@@ -201,17 +202,17 @@ class Blur(Operator):
 
 
 class Composed(Operator):
-    """One operator after the other: y = ... A_2 A_1 x.
+    """The composition of operators: y = ... A_2 A_1 x.
 
     Args:
-        operators: the first is applied first: `Composed([Blur.gaussian(1.0), Downsample(2)])`.
+        operators: the operators, the first of which is applied first: `Composed([Blur.gaussian(1.0), Downsample(2)])`.
     """
 
     def __init__(self, operators: Sequence[Operator]):
         self.operators = [Operator.get(one) for one in operators]
 
     def check(self, shape: Shape) -> None:
-        """Each must fit what the one before it gives."""
+        """Each must fit the output of the preceding one."""
         for one in self.operators:
             shape = one.output_shape(shape)
 

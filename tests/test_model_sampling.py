@@ -239,7 +239,7 @@ def test_seamless():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seed": [1, 2, 3]}, "`seed` must be one number, or 2"),
+        ({"seed": [1, 2, 3]}, "`seed` must be a number, or 2"),
         ({"seed": [1, -2]}, "`seed`"),
         ({"start": 0.5}, "`start` needs"),
         ({"x": images(2, SHAPE), "start": 0.0}, r"`start`.*received: 0.0"),
@@ -247,7 +247,7 @@ def test_seamless():
         ({"image": images(2, SHAPE), "strength": 0.3, "stop": 0.3}, "`stop` must be below 0.3"),
         ({"x": images(2, SHAPE), "noise": images(2, SHAPE)}, "`x`, which is noisy already"),
         ({"noise": images(2, (4, 4, 2))}, r"`noise`.*\(4, 4, 1\)"),
-        ({"mask": np.ones((4, 4))}, "what is `known`"),
+        ({"mask": np.ones((4, 4))}, "needs `known` examples"),
         ({"known": np.full(SHAPE, np.nan), "mask": np.zeros((4, 4))}, "NaN"),
         ({"image": images(2, SHAPE), "strength": np.full((4, 4), 1.5)}, r"in \[0, 1\]"),
         ({"image": images(2, SHAPE), "strength": np.ones((4, 5))}, r"`mask`.*\(4, 5\)"),
