@@ -1,8 +1,8 @@
 """An object is its constructor arguments.
 
 Every schedule, prediction, solver, block and network of kdiff keeps each constructor argument as an attribute of the
-same name. From that one rule follow its configuration, its copy, its printed form and its lookup by name, so a class
-of your own needs no more than `__init__` and its one method of mathematics:
+same name. From that rule follow its configuration, its copy, its printed form and its lookup by name, so a custom class
+needs only `__init__` and its mathematical method:
 
     class Quadratic(NoiseSchedule):
         def __init__(self, power=2.0):

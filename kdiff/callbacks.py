@@ -27,40 +27,40 @@ BACKUP = "backup.weights.h5"  # the file of `BackupCallback`
 
 
 class SampleCallback(Periodic):
-    """Draws samples while a model trains: always the same noise, so that one watches the same images improve.
+    """Draws samples during training, always from the same noise, so that the same images improve.
 
-    It leaves `samples-epoch-0001.png`, ... (or `samples-step-00000100.png`, ...) in `folder`. Training that is resumed
-    goes on with the numbers. A failure while it draws is a warning; it never stops training.
+    It writes `samples-epoch-0001.png`, ... (or `samples-step-00000100.png`, ...) to `folder`. Resumed training
+    continues the numbering. A failure causes a warning, and never stops training.
 
         model.fit(dataset, epochs=50, callbacks=[SampleCallback("runs/digits", every=5)])
 
     Args:
-        folder: where the files go; made if it is not there.
-        every: how many epochs (or steps) lie between two grids.
-        num_samples: images in a grid.
+        folder: the folder for the files, which is created if necessary.
+        every: the number of epochs (or steps) between grids.
+        num_samples: the number of images in a grid.
         unit: "epoch", or "step" for batches.
-        sampler: a `Sampler`, a `Solver` or its name; `None` for the model's own choice.
-        steps: sampling steps; `None` for the sampler's own choice.
-        seed: names the noise.
-        conditions: what the samples are conditioned on: a dict of arrays or strings with `num_samples` rows, or of one
-            value for all of them; `None` is no condition.
-        size: of the samples of a model that is built for any size, as of `sample`.
-        draw: what makes pictures of samples that are none, such as series: a function of the array that `sample`
-            returns to pictures, `(count, height, width, channels)`, uint8 or in [-1, 1], or to one of all of them,
-            `(height, width, channels)`, such as a plot's `np.asarray(figure.canvas.buffer_rgba())`.
-        columns: images in a row; `None` makes the grid about square.
-        captions: the text under each image. `None` shows the conditions that are strings or whole numbers, joined by
-            commas, if there are any, and `True` demands that there are; `False` shows none; or as many strings.
-        class_names: what the captions show in place of the whole numbers 0, 1, ...
+        sampler: a `Sampler`, a `Solver` or its name; `None`: that of the model.
+        steps: the number of sampling steps; `None`: that of the sampler.
+        seed: the seed of the noise.
+        conditions: the conditions of the samples: a dict of arrays or strings with `num_samples` rows, or of one value
+            for all of them; `None` is no condition.
+        size: the size of the samples, for a model that is built for any size, as in `sample`.
+        draw: a function that draws samples that are not images, such as series: from the array that `sample` returns to
+            images, `(count, height, width, channels)`, uint8 or in [-1, 1], or to one image of all of them, `(height,
+            width, channels)`, such as `np.asarray(figure.canvas.buffer_rgba())` for a plot.
+        columns: the number of images per row; `None`: an approximately square grid.
+        captions: the text under each image. `None` shows the conditions that are strings or integers, joined by commas,
+            if there are any, and `True` requires them; `False` shows none; or a list with one string per image.
+        class_names: the names that the captions show instead of the integers 0, 1, ...
         trajectory_gif: whether to write `trajectory.gif`, from noise to images, when training ends.
-        preview: a `Codec` that decodes the steps of `trajectory_gif` in place of the model's own, which may be slow.
+        preview: a `Codec` that decodes the steps of `trajectory_gif` instead of that of the model, which may be slow.
         training_gif: whether to write `training.gif`, from the first grid in `folder` to the last, when training ends.
-        tensorboard: a folder of TensorBoard logs in which the grids appear too (this needs TensorFlow), or `None`.
+        tensorboard: a folder of TensorBoard logs for the grids (this needs TensorFlow), or `None`.
 
     Raises:
-        ValueError: for an argument out of its range, an unknown sampler, or conditions or captions with another number
-            of rows.
-        ImportError: if Pillow is missing, or TensorFlow where `tensorboard` asks for it.
+        ValueError: for an argument out of range, an unknown sampler, or conditions or captions with another number of
+            rows.
+        ImportError: if Pillow is missing, or TensorFlow for `tensorboard`.
     """
 
     def __init__(
@@ -166,29 +166,29 @@ class SampleCallback(Periodic):
 
 
 class BackupCallback(keras.callbacks.BackupAndRestore):
-    """Keras' `BackupAndRestore`, safe at every instant: training that was killed goes on as if it had not been.
+    """Keras' `BackupAndRestore`, safe at every instant: training that was killed resumes as if uninterrupted.
 
         model.fit(dataset, epochs=50, callbacks=[kdiff.SampleCallback("runs/a"), kdiff.BackupCallback("runs/a")])
 
-    The same script, run again, goes on after the last backup. All is in one file, `backup.weights.h5`, which is written
-    beside and moved into place: weights, averages, optimizer, random states, the epoch and the step in it, its metrics
-    so far (on TensorFlow, only the loss), and how many passes over the pipelines of `kdiff.data.images` in `fit` were
-    begun, which says their order. A full disk is a warning: the last backup stays, and training goes on.
+    The same script, run again, continues after the last backup. It is a single file, `backup.weights.h5`, which is
+    written to a temporary name and then moved into place, with the weights, averages, optimizer, random states, the
+    epoch and step, the metrics so far (on TensorFlow, only the loss), and the number of passes over the pipelines of
+    `kdiff.data.images`, which determines their order. A full disk causes a warning: the last backup is kept, and
+    training continues.
 
-    Of an epoch that was broken off, the steps before the backup are counted again, but only their batches are read. So
-    training goes on bit for bit where the backend computes the same twice, dropout has a seed, and each epoch has the
-    same batches in another process: those of `kdiff.data.images` (but with `augment` or `repeat=None`), and whatever is
-    not shuffled. Keras shuffles arrays in `fit` anew: give `kdiff.data.images(array, seed=0)` in their place. Of other
-    callbacks, those that change the model when an epoch ends belong before this one.
+    In an interrupted epoch, the steps before the backup are counted again, but only their batches are read. Training
+    therefore resumes bit for bit if the backend is deterministic, dropout has a seed, and each epoch has the same
+    batches in another process: those of `kdiff.data.images` (without `augment` and `repeat=None`), and data that is not
+    shuffled. Keras shuffles arrays anew in `fit`: use `kdiff.data.images(array, seed=0)` instead. Callbacks that change
+    the model at the end of an epoch must precede this one.
 
     Args:
-        backup_dir: the folder of the file; made if it is not there.
-        save_freq: "epoch", or the number of steps between two backups.
+        backup_dir: the folder of the file, which is created if necessary.
+        save_freq: "epoch", or the number of steps between backups.
         delete_checkpoint: whether to delete the file when training has ended.
 
     Raises:
-        ValueError: for another `save_freq`; when training begins, for a file that is not a whole backup, or of another
-            model.
+        ValueError: for another `save_freq`; when training begins, for a file that is damaged or of another model.
     """
 
     def __init__(self, backup_dir: str | os.PathLike, save_freq: str | int = "epoch", delete_checkpoint: bool = True):
@@ -205,7 +205,7 @@ class BackupCallback(keras.callbacks.BackupAndRestore):
         self._passes: Sequence[int] = ()  # over the pipelines, before this epoch
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """Goes on after the last backup, if there is one."""
+        """Continues after the last backup, if there is one."""
         self._step, self._due, self._metrics = 0, False, []
         self.model._initial_epoch = None  # Keras keeps that of an earlier run
         if self._path.exists():

@@ -1,7 +1,8 @@
-"""Averages of the weights that are chosen after training (Karras et al. 2024, EDM2, arXiv:2312.02696, section 3).
+"""Post-hoc EMA: averages of the weights whose length is chosen after training (Karras et al. 2024, EDM2,
+arXiv:2312.02696, section 3).
 
-How long an average should reach back cannot be known before, and it matters. While a model trains, a few power averages
-are kept and written now and then; that of any other length is a sum of what was written:
+The best EMA length is not known before training, and it matters. During training a few power-function averages are
+saved at intervals; the average of any other length is a linear combination of these snapshots:
 
     model = DiffusionModel(network, ema=[ema.Power(0.05), ema.Power(0.1)])
     model.compile("adam")
@@ -11,15 +12,15 @@ are kept and written now and then; that of any other length is a sum of what was
     curve.plot("runs/a/lengths.png")
     posthoc.reconstruct(model, "runs/a/averages", curve.best)   # what `sample`, `evaluate` and `save` use from now on
 
-A snapshot i was taken after t_i updates of an average whose profile is p_i, `ema.Power.density`. The average with
-profile p that was wanted is sum_i c_i snapshot_i, where c solves
+Snapshot i is taken after t_i updates of an average with profile p_i, `ema.Power.density`. The average with the target
+profile p is sum_i c_i snapshot_i, where c solves
 
     minimise the integral of (p - sum_i c_i p_i)^2,    sum_i c_i = 1,
 
-from inner products that are known in closed form, `ema.Power.product`. The paper leaves out the condition, with
-which weights that training hardly changes stay as they are: on random walks, with 16 snapshots, it makes the error of
-the weights five to thirty times smaller. The error that remains falls fast with the number of snapshots, and most of it
-is where a length is far from those that were kept: 32 snapshots of 0.05 and 0.1 are enough from 0.03 to 0.2.
+using inner products in closed form, `ema.Power.product`. The paper lacks the constraint, which preserves weights that
+hardly change in training: on random walks, with 16 snapshots, it reduces the error of the weights by a factor of
+five to thirty. The remaining error decreases fast with the number of snapshots, and is largest for lengths far from
+those that were saved: 32 snapshots of 0.05 and 0.1 suffice for 0.03 to 0.2.
 """
 
 import contextlib
@@ -48,21 +49,21 @@ _NAME = re.compile(r"snapshot-(\d+)\.h5")
 
 
 class SnapshotCallback(Periodic):
-    """Writes the power averages of a model that trains, of which `reconstruct` and `sweep` make others.
+    """Saves the power-function averages of a model during training, for `reconstruct` and `sweep`.
 
-    It leaves `snapshot-00001000.h5`, ... in `folder`, named by the optimizer's updates; the last is that of the end of
-    training. Each is written beside and moved into place. A snapshot removes those of more updates, which an earlier
-    run has left: so the files of a run that was killed, and goes on by `BackupCallback`, are those of one run. A full
-    disk is a warning, and training goes on.
+    It writes `snapshot-00001000.h5`, ... to `folder`, named by the number of optimizer updates, the last at the end of
+    training. Each file is written to a temporary name and then moved into place. A snapshot removes those with more
+    updates from an earlier run, so a run that was killed and resumed by `BackupCallback` leaves the files of one run. A
+    full disk causes a warning, and training continues.
 
     Args:
-        folder: where the files go, of one run alone; made if it is not there.
-        every: how many epochs (or steps) lie between two snapshots. 16 to 64 snapshots in all are enough.
+        folder: the folder for the files of one run, which is created if necessary.
+        every: the number of epochs (or steps) between snapshots. 16 to 64 snapshots in total suffice.
         unit: "epoch", or "step" for batches.
-        dtype: of the numbers in the files, "float32" or "float16", which are half as large and cost three digits.
+        dtype: the type of the saved numbers, "float32" or "float16", which halves the size and costs three digits.
 
     Raises:
-        ValueError: for an argument out of its range; when training begins, if the model keeps no power average.
+        ValueError: for an argument out of range; when training begins, if the model has no power-function average.
     """
 
     def __init__(self, folder: str | os.PathLike, every: int = 1, *, unit: str = "epoch", dtype: str = "float32"):
@@ -71,7 +72,7 @@ class SnapshotCallback(Periodic):
         self.folder, self.dtype = Path(folder), dtype
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """Looks for the averages."""
+        """Checks that the model has power-function averages."""
         super().on_train_begin(logs)
         self._written = None
         averages = getattr(self.model, "ema_weights", None)
@@ -120,12 +121,12 @@ class SnapshotCallback(Periodic):
 
 
 class Fit(NamedTuple):
-    """How an average is made of snapshots.
+    """The linear combination of snapshots for an average.
 
     Attributes:
-        coefficients: of the averages in the snapshots, in the order of the updates; they sum to 1.
-        error: the distance of the profile that they make from the one that was wanted, as a part of that one's norm.
-            The error of weights is much smaller: it is this times what training has moved them in that time.
+        coefficients: the coefficients of the averages in the snapshots, in the order of the updates; their sum is 1.
+        error: the distance between the resulting and the target profile, relative to the norm of the target. The error
+            of the weights is much smaller: this error times their change in training over that time.
     """
 
     coefficients: np.ndarray
@@ -136,10 +137,10 @@ class Sweep(NamedTuple):
     """A metric against the length of the average.
 
     Attributes:
-        lengths: of the averages.
-        values: the metric of each.
-        errors: `Fit.error` of each.
-        at: after how many updates.
+        lengths: the lengths of the averages.
+        values: the metric for each length.
+        errors: `Fit.error` for each length.
+        at: the number of updates.
     """
 
     lengths: np.ndarray
@@ -149,13 +150,13 @@ class Sweep(NamedTuple):
 
     @property
     def best(self) -> float:
-        """The length with the least value."""
+        """The length with the smallest value."""
         if np.isnan(self.values).all():
             raise ValueError("sweep: the metric was NaN for all lengths")
         return float(self.lengths[np.nanargmin(self.values)])
 
     def plot(self, path: str | None = None, label: str = "metric") -> Any:
-        """Draws the metric against the length, hollow where the profile is more than 5 % off; with `path`, to a file.
+        """Plots the metric against the length, with hollow markers for profile errors above 5 %, optionally to `path`.
 
         Returns:
             The matplotlib figure.
@@ -184,20 +185,20 @@ class Sweep(NamedTuple):
 
 
 def steps(folder: str | os.PathLike) -> list[int]:
-    """After how many updates there are snapshots, in order."""
+    """The numbers of updates for which there are snapshots, in increasing order."""
     return sorted(_files(folder))
 
 
 def fit(kept: Sequence[tuple[float, Power]], at: float, wanted: Power) -> tuple[np.ndarray, float]:
-    """(coefficients, error): how the average `wanted`, after `at` updates, is made of those that were kept.
+    """(coefficients, error) of the linear combination of saved averages for the target profile `wanted`.
 
     Args:
-        kept: (updates, profile) of each.
-        at: of the average that is wanted; more than 0.
-        wanted: its profile.
+        kept: (updates, profile) of each saved average.
+        at: the number of updates of the target average, above 0.
+        wanted: the target profile.
 
     Returns:
-        The coefficients, float64 with the shape `(len(kept),)`, and the error as of `Fit`.
+        The coefficients, float64 with shape `(len(kept),)`, and the error as in `Fit`.
     """
     kept = [(t / at, profile) for t, profile in kept]
     gram = np.array([[p.product(t, q, u) for u, q in kept] for t, p in kept])
@@ -211,15 +212,15 @@ def fit(kept: Sequence[tuple[float, Power]], at: float, wanted: Power) -> tuple[
 
 
 def reconstruct(model: keras.Model, folder: str | os.PathLike, length: float, at: int | None = None) -> Fit:
-    """Gives a model the average of this length, as its weights and as its averages.
+    """Reconstructs the average of this length, and sets both the weights and the averages of the model to it.
 
-    What it has learned since is lost, of its weights: to train on, load what `save` or a backup has kept.
+    The current weights are overwritten: to continue training, load a saved model or a backup.
 
     Args:
-        model: a built `DiffusionModel` with the network that was trained; with any `ema`, or none.
-        folder: of the snapshots.
-        length: sigma_rel, as of `ema.Power`.
-        at: after how many updates, one of `steps(folder)`; None is the last. Only snapshots up to there are used.
+        model: a built `DiffusionModel` with the trained network; with any `ema`, or none.
+        folder: the folder of the snapshots.
+        length: sigma_rel, as in `ema.Power`.
+        at: the number of updates, one of `steps(folder)`; None: the last. Only snapshots up to there are used.
 
     Raises:
         ValueError: if there are no snapshots, or none at `at`, or they are of another network; if a file is damaged.
@@ -235,17 +236,17 @@ def sweep(
     lengths: Sequence[float] = LENGTHS,
     at: int | None = None,
 ) -> Sweep:
-    """A metric of the model with the averages of several lengths. Afterwards the model is as it was.
+    """A metric of the model with the averages of several lengths. Afterwards the model is unchanged.
 
     Args:
-        model: as of `reconstruct`; not while it is being trained.
-        folder: of the snapshots.
-        metric: a function of the model to a number, the less the better.
-        lengths: of the averages.
-        at: as of `reconstruct`.
+        model: as in `reconstruct`; not during training.
+        folder: the folder of the snapshots.
+        metric: a function from the model to a number, where smaller is better.
+        lengths: the lengths of the averages.
+        at: as in `reconstruct`.
 
     Raises:
-        ValueError: as of `reconstruct`.
+        ValueError: as in `reconstruct`.
     """
     weights, found = _checked(model, folder, at)
     powers = [Power(length) for length in lengths]

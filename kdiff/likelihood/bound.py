@@ -6,10 +6,10 @@
     L_then = E KL( q(x_then | x_now, x) || p(x_then | x_now) )                   at each step of the run but the last
     L_0    = E -log p(x | x_then)                                                the last step, to t = 0
 
-p(x_then | x_now) has the mean of q(x_then | x_now, x) with x_hat for x, and the `variances` of the model's choice. The
-expectations, over q(x_now | x), are estimated with one draw of the noise for each example and step.
+p(x_then | x_now) has the mean of q(x_then | x_now, x) with x replaced by x_hat, and one of the `variances`. The
+expectations over q(x_now | x) are estimated with one draw of the noise per example and step.
 
-If the denoiser and the reverse variance are exact the bound is the entropy of the data, whatever T, for Gaussian data.
+For Gaussian data, an exact denoiser and exact reverse variance, the bound equals the entropy of the data for any T.
 """
 
 from collections.abc import Callable
@@ -51,24 +51,24 @@ def bound(
 
     Args:
         model: a `DiffusionModel`, or a denoiser, `x_hat = denoise(x, m)`.
-        data: examples `(n, ...)`; a dictionary of them, "image", and of conditions; a pair of examples and labels; or
-            an iterable of such batches, as a `tf.data.Dataset` is.
-        steps: T, how many, at least 2; each costs a call of the network a batch. None: all that the schedule has, or
-            1000.
-        grid: the `times.TimeGrid` that the run is on, or its name.
-        variance: a `Variance`, its name, or a function as of `Known`. None: `Learned` if the network says it, else
+        data: examples `(n, ...)`; a dictionary of examples, "image", and conditions; a pair of examples and labels; or
+            an iterable of such batches, such as a `tf.data.Dataset`.
+        steps: T, the number of steps, at least 2, with one call of the network per batch and step. None: all steps of
+            the schedule, or 1000.
+        grid: the `times.TimeGrid` of the run, or its name.
+        variance: a `Variance`, its name, or a function as in `Known`. None: `Learned` if the network predicts it, else
             `Small`.
-        decoder: a `Decoder` or its name; None: `Levels` of images, `Density` of any other numbers.
-        clip: keep x_hat in [-1, 1], as improved DDPM's evaluation does. It makes the bound of images better, and means
-            nothing for other data.
-        schedule: of a denoiser; a model has its own.
-        noise: `noise(step, shape)` in place of the noise of the seed; of the steps 0, 1, ... of the run.
-        seed: names the noise, the same on every backend.
-        batch_size: how many examples of an array are measured at once.
-        ema: use the averaged weights.
+        decoder: a `Decoder` or its name; None: `Levels` for images, `Density` for other data.
+        clip: whether to clip x_hat to [-1, 1], as in the evaluation of improved DDPM. It improves the bound for images,
+            and is meaningless for other data.
+        schedule: the schedule of a denoiser; a model has its own.
+        noise: a function `noise(step, shape)` for steps 0, 1, ... of the run, instead of the noise of the seed.
+        seed: the seed of the noise, which is the same on every backend.
+        batch_size: the number of examples per batch, for arrays.
+        ema: whether to use the averaged (EMA) weights.
 
     Returns:
-        A `Report`, with a curve of one number a step.
+        A `Report`, whose curve has one value per step.
 
     Raises:
         ValueError: if there is no data; if it is not of the decoder's levels; if `steps` is below 2, or more than the
