@@ -50,19 +50,19 @@ def continuous_bound(
 
     Args:
         model: a `DiffusionModel`, or a denoiser, `x_hat = denoise(x, m)`.
-        data: as of `bound`.
-        draws: how many times are drawn for each example; each costs a call of the network a batch.
-        times: the `times.TimeSampler` that draws them, or its name; it must know its density. Log-SNRs spread evenly,
-            the default, suit any schedule; times that dwell where the integrand is large have a smaller error.
-        decoder: a `Decoder` or its name; None: `Levels` of images, `Density` of any other numbers.
-        schedule: of a denoiser; a model has its own.
-        noise: `noise(draw, shape)` in place of the noise of the seed; of each draw, and then of the reconstruction.
-        seed: names times and noise, the same on every backend.
-        batch_size: how many examples of an array are measured at once.
-        ema: use the averaged weights.
+        data: as in `bound`.
+        draws: the number of times drawn per example, with one call of the network per batch and draw.
+        times: the `times.TimeSampler`, with a density, or its name. The default, evenly spread log-SNRs, suits any
+            schedule; times concentrated where the integrand is large have a smaller error.
+        decoder: a `Decoder` or its name; None: `Levels` for images, `Density` for other data.
+        schedule: the schedule of a denoiser; a model has its own.
+        noise: a function `noise(draw, shape)` for each draw and then the reconstruction, instead of that of the seed.
+        seed: the seed of the times and the noise, which are the same on every backend.
+        batch_size: the number of examples per batch, for arrays.
+        ema: whether to use the averaged (EMA) weights.
 
     Returns:
-        A `Report`; its curve has 20 bins with as many of the drawn times each.
+        A `Report`, whose curve has 20 bins with equally many of the drawn times.
 
     Raises:
         ValueError: if there is no data; if it is not of the decoder's levels; if `times` have no density.
@@ -113,19 +113,18 @@ def _curve(drawn: np.ndarray) -> Curve:
 
 
 class BitsPerDim(Configurable, keras.metrics.Metric):
-    """The bound in continuous time as a metric, from the times and the noise of the loss: no network is asked for it.
+    """The bound in continuous time as a metric, computed from the loss without further calls of the network.
 
         model.compile("adam", metrics=[likelihood.BitsPerDim()])
         model.fit(images, validation_data=more)["val_bits_per_dim"], model.evaluate(images, return_dict=True)
 
-    It needs the objective `Denoising` and times with a density. In training it is of the weights as they are, with
-    dropout; in validation and `evaluate` of the averages. It is a running mean over the examples, whose standard error
-    is `standard_error()`; `continuous_bound` draws more times for each example.
+    It needs the objective `Denoising` and times with a density. In training it uses the current weights, with dropout;
+    in validation and `evaluate`, the averages. It is a running mean over the examples, with the standard error
+    `standard_error()`; `continuous_bound` draws more times per example.
 
     Args:
-        decoder: a `Decoder` or its name: "levels" of images, "density" of any other numbers; None: by the model's
-            codec.
-        name: the metric's name.
+        decoder: a `Decoder` or its name: "levels" for images, "density" for other data; None: by the codec.
+        name: the name of the metric.
     """
 
     def __init__(self, decoder: Any = None, name: str = "bits_per_dim"):

@@ -1,17 +1,17 @@
 """The likelihood of the probability flow (Song et al. 2021, arXiv:2011.13456, section 4.3 and appendix D.2).
 
 In z = x_t / alpha, s = sigma / alpha and u = log s the flow of any schedule is dz/du = z - x_hat, and the density of z
-along it changes by the divergence of that (Chen et al. 2018, arXiv:1806.07366, theorem 1). With y = z / sqrt(1 + s^2),
-which has about the same size at any noise,
+changes along it by its divergence (Chen et al. 2018, arXiv:1806.07366, theorem 1). With y = z / sqrt(1 + s^2), which
+has about the same scale at any noise level,
 
     log p(y_0) = log p(y_1) + W,     dW/du = g = d / (1 + s^2) - tr(d x_hat / d z),
     log p(z) = log p(y) - d log(1 + s^2) / 2,     z_0 = x,     p(z_1) = N(0, s_1^2 I),
 
-and g falls to 0 at both ends. The trace is a mean over directions v of v^T (d x_hat / d z) v, each one vector-Jacobian
-product: along all axes it is exact, along random ones with E[v v^T] = I unbiased (Hutchinson 1989; Skilling 1989).
+and g vanishes at both ends. The trace is a mean over directions v of v^T (d x_hat / d z) v, with one vector-Jacobian
+product each: along all axes it is exact, along random v with E[v v^T] = I unbiased (Hutchinson 1989; Skilling 1989).
 
-W is one more coordinate of the state for each direction, so that any deterministic solver solves for both at once: as a
-y it has z = sqrt(1 + s^2) W, which moves as the flow does where its estimate is W / sqrt(1 + s^2) - sqrt(1 + s^2) g.
+W is an additional coordinate of the state for each direction, so any deterministic solver integrates both at once: as
+a y it has z = sqrt(1 + s^2) W, which follows the flow with the estimate W / sqrt(1 + s^2) - sqrt(1 + s^2) g.
 """
 
 import math
@@ -94,34 +94,36 @@ def ode(
 ) -> Report:
     """-log p(x) of each example under the probability flow (see the module).
 
-    It is not a bound, but the likelihood of the deterministic model; its errors are those of the solver, of the probes,
-    which the standard error has a part for, and of the start: data is taken to be at that time, not at 0.
+    It is not a bound, but the likelihood of the deterministic model. Its errors are those of the solver, of the probes,
+    which are included in the standard error, and of the start time, which data is assigned instead of 0.
 
     Args:
         model: a `DiffusionModel`, or a denoiser, `x_hat = denoise(x, m)`.
-        data: as of `bound`.
-        solver: a deterministic one-step `solvers.Solver` or its name. It goes from data to noise.
-        steps: of the solver; each of "rk4" costs four calls of the network, and as many vector-Jacobian products.
-        tolerance: of the mean, in nats: with one, the steps are doubled until the mean of a batch changes by less. None
-            takes the `steps` alone.
-        grid: the `times.TimeGrid` whose times are gone through upwards, or its name.
-        probes: `Exact`, `Hutchinson` or the name of one; None: exact for up to 16 numbers an example.
-        start: the time at which data is taken to be. None: the schedule's first step, or t = 0, where its log-SNR is
-            finite: of `Cosine` it is 15 there.
-        dequantise: add uniform noise as wide as a level to images, so that the result bounds the probability of the
-            256 levels, -log P(x) <= -log p(x + u) + d log 127.5 (Theis et al. 2016, arXiv:1511.01844). None: of images.
-        schedule: of a denoiser; a model has its own.
-        seed: names the noise and the probes, the same on every backend.
-        batch_size: how many examples of an array are measured at once.
-        ema: use the averaged weights.
+        data: as in `bound`.
+        solver: a deterministic one-step `solvers.Solver` or its name, which integrates from data to noise.
+        steps: the number of steps; each step of "rk4" needs four calls of the network and as many vector-Jacobian
+            products.
+        tolerance: the tolerance of the mean, in nats: the steps are doubled until the mean of a batch changes by less.
+            None: only `steps` are made.
+        grid: the `times.TimeGrid`, used in increasing order, or its name.
+        probes: `Exact`, `Hutchinson` or the name of one; None: exact for up to 16 elements per example.
+        start: the time assigned to data. None: the first step of the schedule, or t = 0, where its log-SNR is finite,
+            such as 15 for `Cosine`.
+        dequantise: whether to add uniform noise of the width of a level to images, so that the result bounds the
+            probability of the 256 levels, -log P(x) <= -log p(x + u) + d log 127.5 (Theis et al. 2016,
+            arXiv:1511.01844). None: for images.
+        schedule: the schedule of a denoiser; a model has its own.
+        seed: the seed of the noise and the probes, which are the same on every backend.
+        batch_size: the number of examples per batch, for arrays.
+        ema: whether to use the averaged (EMA) weights.
 
     Returns:
-        A `Report` of the terms "noise", the density at the end of the flow, "volume", the integral, and "levels", what
-        dequantisation adds.
+        A `Report` with the terms "noise", the density at the end of the flow, "volume", the integral, and "levels", the
+        contribution of dequantisation.
 
     Raises:
-        ValueError: if the solver is stochastic or remembers earlier steps, or there is no data; if the tolerance is not
-            met with 64 times the steps.
+        ValueError: if the solver is stochastic or multistep, or there is no data; if the tolerance is not met with 64
+            times the steps.
     """
     if tolerance is not None:
         check_number("ode", "tolerance", tolerance, 1e-6)
@@ -154,16 +156,16 @@ def encode(
     batch_size: int = 64,
     ema: bool = True,
 ) -> np.ndarray:
-    """The noise at the end of the flow from each example, x_1: `Sampler(solver, grid, steps)` from there gives it back.
+    """The noise x_1 at the end of the flow from each example, from which `Sampler(solver, grid, steps)` restores it.
 
     Args:
-        model, data, solver, steps, grid, start, schedule, batch_size, ema: as of `ode`.
+        model, data, solver, steps, grid, start, schedule, batch_size, ema: as in `ode`.
 
     Returns:
         float32, with the shape of the encoded data.
 
     Raises:
-        ValueError: as of `ode`.
+        ValueError: as in `ode`.
     """
     flow, ends = _Flow(Subject(model, schedule, ema), solver, steps, grid, None, start), []
     for batch in flow.subject.batches(data, batch_size):

@@ -29,13 +29,13 @@ class Curve(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Negative log-likelihoods, or upper bounds of them, in float64.
+    """Negative log-likelihoods, or upper bounds on them, in float64.
 
     Attributes:
-        terms: what they are made of, in nats, by name: arrays with one number an example.
-        dimensions: how many numbers an example has.
-        curve: the diffusion term by noise level; None where it has none.
-        start: the time at which data is taken to be.
+        terms: their terms by name, in nats: arrays with one value per example.
+        dimensions: the number of elements of an example.
+        curve: the diffusion term by noise level, or None.
+        start: the time assigned to data.
     """
 
     terms: dict[str, np.ndarray]
