@@ -21,7 +21,7 @@ from keras import ops, tree
 from kdiff import backend, deprecated
 from kdiff.schedules import Marginal
 
-__all__ = ["INTERVAL", "Denoise", "Denoiser", "Estimate", "Given", "interval"]
+__all__ = ["INTERVAL", "Denoise", "Denoiser", "Estimate", "Given", "interval", "leading"]
 
 INTERVAL = "interval"  # the network input with the distance to the target noise level; see `Denoiser.jump`
 
@@ -74,6 +74,11 @@ def interval(now: Marginal, then: Marginal | None = None):
     """
     u = ops.arctan2(now.sigma, now.alpha)
     return u if then is None else u - ops.arctan2(then.sigma, then.alpha)
+
+
+def leading(conditions: Mapping[str, Any], now: Marginal, then: Marginal | None = None) -> dict[str, Any]:
+    """The conditions of a network that is asked to lead from `now` to `then`, lower, or to data, in one step."""
+    return {**conditions, INTERVAL: interval(now, then)}
 
 
 class Denoiser(functools.partial):

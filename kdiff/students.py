@@ -72,13 +72,13 @@ def progressive(
     optimizer: Any = "adam",
     loss: Any = "mse",
     grid: Any = "trailing",
-    guidance: float | None = None,
+    guidance: float | tuple[float, float] | None = None,
     changes: dict[str, Any] | None = None,
     **fit: Any,
 ) -> DiffusionModel:
     """Progressive distillation, in which each model is a student of the previous one.
 
-    Salimans and Ho 2022, arXiv:2202.00512, algorithm 2. See `objectives.ProgressiveDistillation`.
+    Salimans and Ho 2022, arXiv:2202.00512, algorithm 2. See `objectives.Distillation`.
 
     Args:
         teacher: the first teacher, which is no longer trainable afterwards.
@@ -87,7 +87,9 @@ def progressive(
         optimizer: as in `compile`; each student has a new one.
         loss: as in `compile`.
         grid: as in `ProgressiveDistillation`.
-        guidance: the classifier-free guidance scale that is distilled into the first student.
+        guidance: the classifier-free guidance scale that is distilled into the first student; or `(low, high)`, in
+            which it is drawn: the students then need a `network` in `changes` with an input for it, as in
+            `blocks.GuidanceEmbedding`, and the last one samples with `timestep_cond=5.0` or any other scale between.
         changes: changed arguments of the students, as in `student`, such as `{"weighting": "truncated_snr"}`.
         **fit: arguments of `fit`, such as `epochs`.
 
@@ -102,10 +104,15 @@ def progressive(
         check_integer("progressive", "steps", count)
     if not steps or any(2 * after != before for before, after in pairwise(steps)):
         raise ValueError(f"progressive: each of `steps` must be half of the one before; received: {steps}")
-    optimizer, model = keras.optimizers.get(optimizer), teacher
+    optimizer, model, changes = keras.optimizers.get(optimizer), teacher, dict(changes or {})
+    several = isinstance(guidance, (list, tuple))
     for count in steps:
-        objective = ProgressiveDistillation(model, count, grid, guidance if model is teacher else None)
-        learner = student(model, objective, **(changes or {}))
+        first = model is teacher
+        objective = ProgressiveDistillation(
+            model, count, grid, guidance if first or several else None, teacher_told=not first and several
+        )
+        learner = student(model, objective, **changes)
+        changes.pop("network", None)  # the next has a copy of it
         learner.compile(type(optimizer).from_config(optimizer.get_config()), loss)
         learner.fit(x, **fit)
         learner.objective = "denoising"

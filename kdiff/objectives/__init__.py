@@ -17,6 +17,7 @@ from kdiff.objectives.halving import ProgressiveDistillation
 from kdiff.objectives.latent_consistency import LCM
 from kdiff.objectives.learned_schedule import LearnedSchedule
 from kdiff.objectives.loss_aware import LossAware
+from kdiff.objectives.matching import DistributionMatching
 from kdiff.objectives.pairing import Consistency, Discretised, Easy, Pairs
 from kdiff.objectives.tangential import SCM
 from kdiff.objectives.taught import Taught
@@ -28,6 +29,7 @@ __all__ = [
     "Consistency",
     "Denoising",
     "Discretised",
+    "DistributionMatching",
     "Drawn",
     "Easy",
     "LearnedSchedule",

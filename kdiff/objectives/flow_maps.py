@@ -13,14 +13,15 @@ from keras import ops
 
 from kdiff import deprecated, random
 from kdiff.base import check_integer, check_number
-from kdiff.denoisers import INTERVAL, interval
+from kdiff.denoisers import INTERVAL, interval, leading
 from kdiff.objectives.base import Objective, Problem
 from kdiff.objectives.effective_weight import loss_weight
 from kdiff.objectives.taught import (
     Taught,
     check_continuous,
-    check_precise,
     check_simple,
+    check_tangent,
+    condition_inputs,
     implied_output,
     joined_jumps,
     noised,
@@ -35,7 +36,7 @@ __all__ = ["MeanFlow", "Shortcut"]
 
 
 def _check_interval(owner: str, model: Any) -> None:
-    taken = getattr(model.network, "condition_inputs", {})
+    taken = condition_inputs(model)
     if INTERVAL not in taken or not taken[INTERVAL].optional:
         raise ValueError(
             f"{owner}: the network must have the input {INTERVAL!r}: give it `conditions={{'interval': "
@@ -138,7 +139,7 @@ class MeanFlow(Taught):
     for two draws from the model's `times`, the larger first, for a fraction `share` of each batch; for the rest r = s,
     which is flow matching. The paper's times are LogitNormal(-0.4, 1.0). With a teacher v is its velocity. It needs no
     other network, but far more training than the other objectives, since it learns from its own derivative. The scale
-    of the time input should be small, as in `time_label=Scaled(10.0)`: see `tangents.FiniteDifference`.
+    of the time input must be small, as in `time_label=Scaled(10.0)`.
 
     Args:
         teacher: a `DiffusionModel` that provides the velocity; None: that of the data and the noise.
@@ -146,10 +147,14 @@ class MeanFlow(Taught):
         tangent: a `Tangent` or its name, for du/ds; `tangents.FiniteDifference` needs a float32 network.
         power: the exponent of the adaptive weight; 0 for none.
         c: the constant of the adaptive weight, which keeps it finite.
-        guidance, guidance_input: as in `Taught`.
+        guidance, guidance_input: as in `Taught`. Without a teacher the network provides the guidance (section 4.2,
+            eqs. 18 to 21): v becomes w v + kappa u(x_s, s, s) + (1 - w - kappa) u(x_s, s, s | no condition), with
+            w = (1 - kappa) guidance, so that one evaluation samples with this scale.
+        kappa: the mixing weight of guidance without a teacher, in [0, 1).
     """
 
     sampled_by = MappingProxyType({"solver": "flow_map", "steps": 1})
+    guides_itself = True
 
     @deprecated.arguments(steering="guidance_input")
     def __init__(
@@ -161,12 +166,14 @@ class MeanFlow(Taught):
         c: float = 1e-3,
         guidance: Any = None,
         guidance_input: str = "timestep_cond",
+        kappa: float = 0.0,
     ):
         super().__init__(teacher, guidance, guidance_input)
         check_number("MeanFlow", "share", share, 0.0, 1.0)
+        check_number("MeanFlow", "kappa", kappa, 0.0, 1.0)
         check_number("MeanFlow", "power", power, 0.0)
         check_number("MeanFlow", "c", c, 1e-12)
-        self.share, self.tangent, self.power, self.c = share, Tangent.get(tangent), power, c
+        self.share, self.tangent, self.power, self.c, self.kappa = share, Tangent.get(tangent), power, c, kappa
 
     def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
         schedule, batch = model.schedule, ops.shape(x)[0]
@@ -179,14 +186,25 @@ class MeanFlow(Taught):
         x_t, scale = noised(x, noise, m), self.scales(x, next(keys))
         data, fresh = self.ends(model, x, noise, x_t, m, conditions, scale)
         conditions, velocity = self.told(conditions, scale), fresh - data
-        told = {**conditions, INTERVAL: interval(m, r)}
-        u = model.output(x_t, m, told, training, ema=not training)
+        if self.teacher is None and scale is not None:
+            velocity = self._guided_velocity(model, velocity, x_t, m, conditions, scale, training)
+        u = model.output(x_t, m, leading(conditions, m, r), training, ema=not training)
         slope = self._slope(model, x_t, velocity, m, r, conditions, count, training)
         change = _joined(rows((m.sigma - r.sigma)[:count], x) * slope, ops.zeros_like(x[count:]))
         target = ops.stop_gradient(velocity - change)
         size = ops.sum(ops.square(ops.stop_gradient(u) - target), axis=tuple(range(1, len(x.shape))))
         dimension = float(np.prod(x.shape[1:]))  # the loss of Keras is a mean over the coordinates
         return Problem(u, target, dimension / (size + self.c) ** self.power if self.power else None)
+
+    def _guided_velocity(self, model, velocity, x_t, m, conditions, scale, training):
+        """w v + kappa u + (1 - w - kappa) u_none, u a constant, without an interval."""
+        denoise = model.denoiser_in_step(ema=not training, **conditions)
+        both = still(
+            lambda: [one.x_hat for one in denoise.batched(x_t, m, denoise.conditions, denoise.unconditional())]
+        )
+        given, none = ((x_t - x_hat) / m.like(x_t).sigma for x_hat in both)  # of Flow, where alpha + sigma = 1
+        w = rows((1.0 - self.kappa) * scale, x_t)
+        return w * velocity + self.kappa * given + (1.0 - w - self.kappa) * none
 
     def _slope(self, model, x_t, velocity, m, r, conditions, count, training):
         """du/ds for the first examples."""
@@ -197,8 +215,8 @@ class MeanFlow(Taught):
         def curve(e):
             moved = s + e
             here = model.schedule.at_log_snr(2.0 * ops.log((1.0 - moved) / moved))
-            told = {**some, INTERVAL: interval(here, end)}
-            return model.output(x_t + rows(e, x_t) * velocity, here, told, training=False, ema=not training)
+            moved_x = x_t + rows(e, x_t) * velocity
+            return model.output(moved_x, here, leading(some, here, end), training=False, ema=not training)
 
         clean, noisy = (model.schedule.scales(end)[1] for end in model.schedule.log_snr_ends())
         return self.tangent(curve, ops.zeros_like(s), s - clean, noisy - s)
@@ -218,4 +236,4 @@ class MeanFlow(Taught):
             )
         if model.weighting is not None:
             raise ValueError(f"MeanFlow: it has a weight of its own; received: weighting={model.weighting!r}")
-        check_precise("MeanFlow", self.tangent, model)
+        check_tangent("MeanFlow", self.tangent, model)

@@ -8,10 +8,18 @@ from keras import ops
 
 from kdiff import deprecated, random
 from kdiff.base import check_integer
-from kdiff.denoisers import INTERVAL, interval
+from kdiff.denoisers import leading
 from kdiff.objectives.base import Problem
 from kdiff.objectives.effective_weight import loss_weight
-from kdiff.objectives.taught import Taught, check_simple, implied_output, joined_jumps, noised, still
+from kdiff.objectives.taught import (
+    Taught,
+    check_simple,
+    condition_inputs,
+    implied_output,
+    joined_jumps,
+    noised,
+    still,
+)
 from kdiff.solvers.base import flow_to
 from kdiff.times import TimeGrid
 
@@ -37,6 +45,8 @@ class ProgressiveDistillation(Taught):
         steps: the number of steps of the student.
         grid: a `TimeGrid` or its name, such that every second time of its 2 `steps` steps is one of its `steps` steps.
         guidance, guidance_input: as in `Taught` (Meng et al. 2023, arXiv:2210.03142, section 3).
+        teacher_told: whether a random scale is passed to the teacher too, which was distilled with it, in place of
+            guiding the teacher (as above, algorithm 2).
 
     Raises:
         ValueError: if the grid with twice as many steps does not refine the other.
@@ -52,12 +62,19 @@ class ProgressiveDistillation(Taught):
         grid="trailing",
         guidance: Any = None,
         guidance_input: str = "timestep_cond",
+        teacher_told: bool = False,
     ):
         if teacher is None:
             raise TypeError("ProgressiveDistillation: `teacher` must be a DiffusionModel; received: None")
         super().__init__(teacher, guidance, guidance_input)
         check_integer("ProgressiveDistillation", "steps", steps)
-        self.steps, self.grid = steps, TimeGrid.get(grid)
+        self.steps, self.grid, self.teacher_told = steps, TimeGrid.get(grid), teacher_told
+        if teacher_told and not (isinstance(self.guidance, tuple) and guidance_input in condition_inputs(teacher)):
+            raise ValueError(
+                f"ProgressiveDistillation: a teacher is told a scale that is drawn, guidance=(low, high), by an input "
+                f"{guidance_input!r}; received: guidance={guidance!r}, and a network with "
+                f"{sorted(condition_inputs(teacher))}"
+            )
 
     @property
     def sampled_by(self) -> dict[str, Any]:
@@ -71,8 +88,9 @@ class ProgressiveDistillation(Taught):
         now, mid, then = (schedule.sampled_at(ops.take(times, i + more)) for more in range(3))
         x_t = noised(x, random.normal(next(keys), ops.shape(x)), now)
         scale = self.scales(x, next(keys))
-        taught = self.taught(model, conditions, scale)
-        conditions = {**self.told(conditions, scale), INTERVAL: interval(now, then)}
+        told = self.told(conditions, scale)
+        taught = self.taught(model, told) if self.teacher_told else self.taught(model, conditions, scale)
+        conditions = leading(told, now, then)
         output = model.output(x_t, now, conditions, training, ema=not training)
 
         def target():

@@ -13,7 +13,7 @@ from keras import ops
 
 from kdiff import deprecated, random
 from kdiff.base import Value, check_integer, check_number
-from kdiff.denoisers import INTERVAL, interval
+from kdiff.denoisers import leading
 from kdiff.objectives.base import Problem
 from kdiff.objectives.taught import Taught, check_continuous, check_simple, noised, rows, still
 from kdiff.schedules import CLEAN_LOG_SNR, Marginal, NoiseSchedule
@@ -73,27 +73,28 @@ class Discretised(Pairs):
 class Easy(Pairs):
     """Easy consistency tuning, with a decreasing relative distance (Geng et al. 2024, arXiv:2406.14548, section 3.2):
 
-        r = s max(0, 1 - q^-(a + 1) (1 + k sigmoid(-b s))),     a = floor(step / doubling).
+        r = s max(0, 1 - q^-(a + 1) (1 + k sigmoid(-b s))),     a = floor(stages step / iterations) < stages.
 
     Initially almost all r are data, which is denoising, so training can start from a diffusion model
-    (`students.student`).
+    (`students.student`); only the later stages make it a consistency function.
 
     Args:
-        doubling: the number of steps after which the distance becomes q times smaller.
+        iterations: the number of steps of the whole training.
         q, k, b: the constants above.
-        most: the largest a.
+        stages: the number of stages; in each the distance is q times smaller than in the one before.
     """
 
-    def __init__(self, doubling: int = 10000, q: float = 2.0, k: float = 8.0, b: float = 1.0, most: int = 10):
-        check_integer("Easy", "doubling", doubling)
+    def __init__(self, iterations: int, q: float = 2.0, k: float = 8.0, b: float = 1.0, stages: int = 8):
+        check_integer("Easy", "iterations", iterations)
         check_number("Easy", "q", q, 1.0 + 1e-6)
         check_number("Easy", "k", k, 0.0)
         check_number("Easy", "b", b, 0.0)
-        check_integer("Easy", "most", most, 0)
-        self.doubling, self.q, self.k, self.b, self.most = doubling, q, k, b, most
+        check_integer("Easy", "stages", stages)
+        self.iterations, self.q, self.k, self.b, self.stages = iterations, q, k, b, stages
 
     def __call__(self, s, least, most, step):
-        a = ops.cast(ops.minimum(ops.cast(step, "int32") // self.doubling, self.most), "float32")
+        stage = max(1, self.iterations // self.stages)
+        a = ops.cast(ops.minimum(ops.cast(step, "int32") // stage, self.stages - 1), "float32")
         way = (1.0 + self.k * ops.sigmoid(-self.b * s)) * self.q ** (-(a + 1.0))
         return s, s * ops.maximum(1.0 - way, 0.0)
 
@@ -101,26 +102,33 @@ class Easy(Pairs):
 class Consistency(Taught):
     """A consistency model f = x_hat(x_s, s), equal at two noise levels of a trajectory, and x at the clean end:
 
-        loss = w d(f(x_s, s), f(x_r, r)),     w = 1 / (s - r),     f(x_r, r) a constant, and x_r if r is the clean end
+        loss = w |f(x_s, s) - f(x_r, r)|^2,   f(x_r, r) a constant, and x_r if r is the clean end
+        w    = 1 / (s - r) / sqrt(|f(x_s, s) - f(x_r, r)|^2 + c^2)
 
     (Song et al. 2023, arXiv:2303.01469, algorithms 2 and 3), where x_r is
 
         without a teacher   from the same data and noise: consistency training (eq. 10)
         with a teacher      a step of Heun's method by the teacher from x_s: consistency distillation (eq. 7)
 
-    and d is the loss of the model, preferably `losses.PseudoHuber()`. Three published recipes, on `VarianceExploding()`
-    with the prediction Karras(0.5), sampled by `solvers.Consistency` in 1, 2 or 4 steps:
+    and the second factor of w makes the gradient that of the pseudo-Huber metric (Song and Dhariwal 2023,
+    arXiv:2310.14189, section 3.3): compile the model with the loss "mse". Three published recipes,
 
-        improved (iCT)   Consistency(pairs=Discretised(iterations)), times=LogNormalSigma(-1.1, 2.0), PseudoHuber()
-        easy (ECT)       Consistency(pairs=Easy(doubling)), of `students.student(diffusion_model, ...)`
-        distilled (CD)   Consistency(teacher, Discretised(iterations, 18, 18), ema=True)
+        distilled (CD)   students.student(teacher, Consistency(teacher))
+        easy (ECT)       students.student(teacher, Consistency(pairs=Easy(iterations)))
+        improved (iCT)   DiffusionModel(..., objective=Consistency(pairs=Discretised(iterations)))
 
-    The target is asked without dropout. A `weighting` of the model takes the place of w.
+    all on `VarianceExploding(0.002, 80.0)` with the prediction `Karras(0.5)`, `times=LogNormalSigma(-1.1, 2.0)` and
+    `time_label=LogSNR(-0.125)` or another that tells noise levels apart all along, and sampled by `solvers.Consistency`
+    in 1, 2 or 4 steps. These numbers are for data of standard deviation 0.5; times that seldom come near the noise at
+    which sampling begins leave one step blurred. The target is asked without dropout. A `weighting` of the model takes
+    the place of 1 / (s - r).
 
     Args:
         teacher: a `DiffusionModel`, whose trajectories are followed; None for those of data and noise.
-        pairs: a `Pairs`: which two noise levels.
+        pairs: a `Pairs`: which two noise levels. None, with a teacher: neighbours on a grid of 18, as in the first
+            paper. Without a teacher it is required, since the two levels approach each other during training.
         ema: whether the target is computed with the averaged (EMA) weights.
+        c: the constant in w; None for 0.00054 sqrt(d), with d the size of an example.
         guidance, guidance_input: as in `Taught`.
     """
 
@@ -130,13 +138,22 @@ class Consistency(Taught):
     def __init__(
         self,
         teacher: Any = None,
-        pairs: Any = "easy",
+        pairs: Any = None,
         ema: bool = False,
+        c: float | None = None,
         guidance: Any = None,
         guidance_input: str = "timestep_cond",
     ):
         super().__init__(teacher, guidance, guidance_input)
-        self.pairs, self.ema = Pairs.get(pairs), ema
+        if pairs is None and teacher is None:
+            raise ValueError(
+                "Consistency: without a teacher say how many steps training has, by which the two noise levels come "
+                "together: `pairs=Easy(iterations)`, going on from a diffusion model, or "
+                "`pairs=Discretised(iterations)`"
+            )
+        if c is not None:
+            check_number("Consistency", "c", c, 1e-12)
+        self.pairs, self.ema, self.c = Pairs.get(Discretised(1, 18, 18) if pairs is None else pairs), ema, c
 
     def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
         schedule, (clean, noisy) = model.schedule, model.schedule.log_snr_ends()
@@ -150,7 +167,7 @@ class Consistency(Taught):
         told = self.told(conditions, scale)
 
         def f(at, m, training, ema):
-            answer = model.output(at, m, {**told, INTERVAL: interval(m)}, training, ema)
+            answer = model.output(at, m, leading(told, m), training, ema)
             return model.prediction.denoise(answer, at, m)
 
         def target():
@@ -162,9 +179,12 @@ class Consistency(Taught):
             answer = f(x_r, inside, False, self.ema or not training)
             return ops.where(rows(at_end, x), x_r / end.like(x).alpha, answer)
 
-        weight = 1.0 / (s - ops.where(at_end, 0.0, r))
-        weight = weight if model.weighting is None else model.weighting(m.log_snr)
-        return Problem(f(x_t, m, training, not training), still(target), weight)
+        answer, held = f(x_t, m, training, not training), still(target)
+        size = ops.sum(ops.square(ops.stop_gradient(answer) - held), axis=tuple(range(1, len(x.shape))))
+        dimension = float(np.prod(x.shape[1:]))  # the loss of Keras is a mean over the coordinates
+        c = 0.00054 * math.sqrt(dimension) if self.c is None else self.c
+        weight = 1.0 / (s - ops.where(at_end, 0.0, r)) if model.weighting is None else model.weighting(m.log_snr)
+        return Problem(answer, held, 0.5 * dimension / ops.sqrt(size + c**2) * weight)
 
     def check(self, model: Any) -> None:
         """Raises a ValueError for a discrete schedule, a weight per log-SNR, a learned variance, and a prediction that

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from kdiff import backend, deprecated, random
@@ -31,8 +32,9 @@ from kdiff.tangents import Tangent
 __all__ = [
     "Taught",
     "check_continuous",
-    "check_precise",
     "check_simple",
+    "check_tangent",
+    "condition_inputs",
     "implied_output",
     "joined_jumps",
     "noised",
@@ -70,6 +72,11 @@ def implied_output(prediction: Prediction, x_hat, x_t, m: Marginal):
     return prediction.target(x_hat, (x_t - wide.alpha * x_hat) / wide.sigma, m)
 
 
+def condition_inputs(model: Any) -> Mapping[str, Any]:
+    """What the network of a model takes beside image and time, by name."""
+    return getattr(model.network, "condition_inputs", {})
+
+
 def check_simple(owner: str, model: Any) -> None:
     """Raises a ValueError for a learned variance, or a weighting that needs the density of the model's times."""
     if model.prediction.factor != 1:
@@ -93,8 +100,23 @@ def check_continuous(owner: str, model: Any) -> None:
         )
 
 
-def check_precise(owner: str, tangent: Tangent, model: Any) -> None:
-    """Raises a ValueError for a finite difference with a network that does not compute in float32."""
+def check_tangent(owner: str, tangent: Tangent, model: Any) -> None:
+    """Raises a ValueError for a finite difference with a network not in float32, or a time input of large scale.
+
+    A network that learns from its own derivative needs a time input of small scale: that of 1000 t, which changes by
+    hundreds when sigma / alpha grows by a factor of e, is dominated by the fast waves of the time embedding.
+    """
+    m = model.schedule.at(np.linspace(0.02, 0.98, 65, dtype="float32"))
+    label, log_snr = (
+        ops.convert_to_numpy(v).astype("float64") for v in (model.time_label(model.schedule, m), m.log_snr)
+    )
+    fastest = np.abs(np.diff(label) / np.diff(0.5 * log_snr)).max()
+    if fastest > 50.0:
+        raise ValueError(
+            f"{owner}: the network learns from its own derivative, so its time input must change slowly; received: "
+            f"{model.time_label!r}, which changes by {fastest:.0f} when sigma / alpha grows by a factor of e. Use "
+            "time_label=Scaled(10.0), also for the model that training starts from"
+        )
     if tangent.precise and model.network.compute_dtype != "float32":
         raise ValueError(
             f"{owner}: {tangent!r} needs a network that computes in float32, not {model.network.compute_dtype}: use "
@@ -111,9 +133,15 @@ class Taught(Objective):
         guidance: the classifier-free guidance scale that is distilled: a number, where 1 or None is no guidance; or a
             pair `(low, high)`, in which it is drawn for each example and passed to the student.
         guidance_input: the input of the student for the scale, as in `blocks.GuidanceEmbedding`.
+
+    Attributes:
+        teacher_told: whether the scale is passed to the teacher too, in place of guiding the teacher.
+        guides_itself: whether, without a teacher, `guidance` is of the network itself.
     """
 
     named = False
+    teacher_told = False
+    guides_itself = False
 
     @deprecated.arguments(steering="guidance_input")
     def __init__(self, teacher: Any = None, guidance: Any = None, guidance_input: str = "timestep_cond"):
@@ -128,7 +156,7 @@ class Taught(Objective):
             raise ValueError(f"{name}: `guidance` must be a number, or (low, high); received: {guidance!r}")
         for one in guidance if several else () if guidance is None else (guidance,):
             check_number(name, "guidance", one, 0.0)
-        if guidance is not None and teacher is None:
+        if guidance is not None and teacher is None and not self.guides_itself:
             raise ValueError(f"{name}: `guidance` needs a teacher; received: {guidance!r}, and no teacher")
         for variable in () if teacher is None else teacher.variables:
             variable.trainable = False  # not its layers, which a student copies
@@ -138,21 +166,18 @@ class Taught(Objective):
     def check(self, model: Any) -> None:
         """Raises a ValueError if the teacher has another codec or cannot be guided, or the student has no input."""
         name, teacher = type(self).__name__, self.teacher
-        if teacher is None:
-            return
-        if type(teacher.codec) is not type(model.codec):
+        if teacher is not None and type(teacher.codec) is not type(model.codec):
             raise ValueError(f"{name}: the codec must be the teacher's, {teacher.codec!r}; received: {model.codec!r}")
-        if self._guided and not teacher.denoiser_in_step().nulls:
+        guided = model if teacher is None else teacher
+        if self._guided and not self.teacher_told and not guided.denoiser_in_step().nulls:
             raise ValueError(
-                f"{name}: the teacher cannot be guided, since none of its conditions can be left out; received: "
-                f"guidance={self.guidance!r}"
+                f"{name}: the {'network' if teacher is None else 'teacher'} cannot be guided, since none of its "
+                f"conditions can be left out; received: guidance={self.guidance!r}"
             )
-        if isinstance(self.guidance, tuple) and self.guidance_input not in getattr(
-            model.network, "condition_inputs", {}
-        ):
+        if isinstance(self.guidance, tuple) and self.guidance_input not in condition_inputs(model):
             raise ValueError(
                 f"{name}: a random scale must be passed to the network as an input {self.guidance_input!r}, as "
-                f"in blocks.GuidanceEmbedding; it has: {sorted(getattr(model.network, 'condition_inputs', {}))}"
+                f"in blocks.GuidanceEmbedding; it has: {sorted(condition_inputs(model))}"
             )
 
     @property
@@ -175,7 +200,8 @@ class Taught(Objective):
 
     def taught(self, model: Any, conditions: Mapping[str, Any], scale=None) -> Callable[[Any, Marginal], Any]:
         """x_hat = taught(x_t, m): the guided estimate of the teacher, for m on the schedule of `model`."""
-        known = {name: value for name, value in conditions.items() if name in self.teacher.shapes}
+        names = {*self.teacher.shapes, *condition_inputs(self.teacher)}
+        known = {name: value for name, value in conditions.items() if name in names}
         denoise = self.teacher.denoiser_in_step(schedule=model.schedule, **known)
 
         def answer(x_t, m):

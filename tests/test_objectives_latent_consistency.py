@@ -1,0 +1,60 @@
+"""Latent consistency models, and guidance that is distilled in."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from kdiff import lora, losses, objectives, random, students
+from tests.helpers_taught import LABELS, TABLE, X, labelled
+from tests.toys import draw_weights, mostly_once, numpy
+
+
+@pytest.mark.parametrize("guidance", mostly_once([3.0, (2.0, 5.0), None]))
+def test_latent_consistency_follows_the_guided_teacher(guidance):
+    """The target, from what the teacher and the network answer, in NumPy; luo et al. 2023, eqs. 9, 13 and 14."""
+    teacher = labelled(True)
+    model = students.student(teacher, objectives.LCM(teacher, 10, guidance))
+    draw_weights(model.network, 3)
+    model.reset_ema()
+    conditions = {"label": ops.convert_to_tensor(LABELS, "int32")}
+    problem = model.objective.problem(model, ops.convert_to_tensor(X), conditions, random.Keys(random.key_of(0)), False)
+    keys = random.Keys(random.key_of(0))
+    i = np.floor(10 * numpy(random.uniform(next(keys), (64,)))).astype("int64")
+    noise, drawn = numpy(random.normal(next(keys), X.shape)), numpy(random.uniform(next(keys), (64,)))
+    now, then = (TABLE.at(np.maximum((i + more) / 10, 0.01).astype("float32")) for more in (1, 0))
+    (_, a, s, _), (_, a_r, s_r, _) = ([numpy(field)[:, None] for field in m] for m in (now, then))
+    x_t = a * X + s * noise
+
+    def answer(one, x, m, told, label):
+        given = {"label": ops.convert_to_tensor(label, "int32"), **told}
+        return numpy(one.denoise(ops.convert_to_tensor(x), m, **given))
+
+    scale = 2.0 + 3.0 * drawn[:, None] if isinstance(guidance, tuple) else guidance or 1.0
+    none = answer(teacher, x_t, now, {}, np.full(64, 2))
+    x_hat = none + scale * (answer(teacher, x_t, now, {}, LABELS) - none)
+    x_r = a_r * x_hat + s_r / s * (x_t - a * x_hat)
+    told = {"timestep_cond": ops.convert_to_tensor(scale[:, 0])} if isinstance(guidance, tuple) else {}
+
+    def f(x, m, index):
+        steps = 10.0 * index[:, None]
+        c_skip, c_out = 0.25 / (steps**2 + 0.25), steps / np.sqrt(steps**2 + 0.25)
+        return c_skip * x + c_out * answer(model, x.astype("float32"), m, told, LABELS)
+
+    np.testing.assert_allclose(numpy(problem.output), f(x_t, now, 10 * i + 9), atol=2e-4)
+    np.testing.assert_allclose(numpy(problem.target), f(x_r, then, np.maximum(10 * i - 1, 0)), atol=2e-4)
+
+
+def test_a_lora_learns_latent_consistency():
+    teacher = labelled()
+    model = students.student(teacher, objectives.LCM(teacher, 10, 4.0))
+    before = [numpy(weight).copy() for weight in model.network.weights]
+    lora.enable(model, 2, "dense")
+    model.compile(keras.optimizers.Adam(1e-2), losses.PseudoHuber(0.001, whole=False))
+    model.fit({"image": X, "label": LABELS}, verbose=0)
+    assert len(model.network.trainable_variables) > 0
+    assert all("lora" in weight.path for weight in model.network.trainable_variables)
+    kept = [numpy(weight) for weight in model.network.weights if "lora" not in weight.path]
+    for value, old in zip(kept, before, strict=True):
+        np.testing.assert_array_equal(value, old)
+    assert model.sample(2, label=1).shape == (2, 2)
