@@ -456,7 +456,8 @@ def test_forward_process_has_its_mean_and_variance(schedule):
     x, noise, t = np.full((3, 2, 2, 1), 0.7), np.random.default_rng(0).standard_normal((3, 2, 2, 1)), [0.1, 0.5, 1.0]
     m = marginal(schedule, t)
     expected = m.alpha[:, None, None, None] * x + m.sigma[:, None, None, None] * noise
-    np.testing.assert_allclose(numpy(schedule(x, noise, np.array(t))), expected, rtol=1e-5)
+    for time in (np.array(t), t):
+        np.testing.assert_allclose(numpy(schedule(x, noise, time)), expected, rtol=1e-5)
 
 
 def test_posterior_is_bayes_rule(schedule):

@@ -180,10 +180,8 @@ class NoiseSchedule(Value, keras.layers.Layer):
             return t
         return max(1, round(t * self.num_steps)) / self.num_steps
 
-    def __call__(self, x, noise, t):
-        if isinstance(t, (int, float)):  # which Keras takes by name only
-            t = np.float32(t)
-        return super().__call__(x, noise, t)
+    def __call__(self, x, noise, t, **options):
+        return super().__call__(x, noise, t=t, **options)  # by name, as Keras requires if it is a plain number
 
     def call(self, x, noise, t):
         """The forward process, x_t = alpha x + sigma noise (DDPM eq. 4).
