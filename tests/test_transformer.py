@@ -172,7 +172,7 @@ def test_sizes_known_only_when_called():
 def test_errors():
     x = np.ones((1, 4, 6, 8), "float32")
     cases = [
-        (lambda: blocks.Patchify(4, 2)(x), r"`size`, 4, must divide \(4, 6\)"),
+        (lambda: blocks.Patchify(4, 2)(x), r"`size`, 4, must divide the size of `x`, \(4, 6\)"),
         (lambda: blocks.Patchify(0, 2), "`size`.*received: 0"),
         (lambda: blocks.Patchify(2, 2)(x[0, 0]), "map.*or tokens"),
         (lambda: blocks.Unpatchify(2, 0), "`channels`.*received: 0"),
