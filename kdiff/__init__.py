@@ -92,7 +92,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    """`kdiff.data`, which imports TensorFlow, is imported where it is first asked for."""
-    if name == "data":
-        return importlib.import_module("kdiff.data")
+    """`kdiff.data`, which imports TensorFlow, and `kdiff.demo` are imported where they are first asked for."""
+    if name in ("data", "demo"):
+        return importlib.import_module(f"kdiff.{name}")
     raise AttributeError(f"module 'kdiff' has no attribute {name!r}")

@@ -94,6 +94,7 @@ PATHS = (
         "unclip",
         "interop",
         *LAST,
+        "demo",
     ),
 )
 BACKENDS = {"tensorflow", "jax", "torch"}
@@ -110,6 +111,7 @@ REQUIREMENTS = {
     "evaluation": {"scipy", "sklearn", "keras_hub"},
     "callbacks": {"h5py"},  # which Keras requires
     "posthoc": {"h5py", "matplotlib"},
+    "demo": {"gradio"},
     "data": {"PIL", "keras_cv", "sklearn", "tensorflow", "tensorflow_datasets"},
 }
 
@@ -157,7 +159,7 @@ def test_everything_can_be_imported():
         importlib.import_module(module.replace("/", "."))
 
 
-LOADED = "print(*sorted(name for name in sys.modules if name.partition('.')[0] == 'tensorflow'))"
+LOADED = "print(*sorted({'tensorflow', 'gradio'} & {name.partition('.')[0] for name in sys.modules}))"
 MAKE = """
 from kdiff import DiffusionModel, Sampler, schedules
 from kdiff.networks import UNet
@@ -170,7 +172,7 @@ model.build((None, 8, 8, 1))
 
 @pytest.mark.data  # where TensorFlow is installed: without it, nothing here would work if it were imported
 @other_backends
-def test_tensorflow_is_left_alone():
+def test_tensorflow_and_gradio_are_left_alone():
     """By what is imported, and by what is made, compared and copied: Keras would import it to serialise any object."""
     result = run("\n".join([IMPORT_ALL, LOADED, MAKE, LOADED]))
     assert result.returncode == 0, result.stderr
@@ -262,7 +264,7 @@ def test_all_names_what_is_public(file):
 
 @pytest.mark.once
 def test_init_only_names_things():
-    """And finds `kdiff.data`, the one part that is imported late."""
+    """And finds `kdiff.data` and `kdiff.demo`, the parts that are imported late."""
     _, *statements, late = parse("__init__.py").body
     assert isinstance(late, ast.FunctionDef)
     assert late.name == "__getattr__"
@@ -281,7 +283,7 @@ def test_version_is_that_of_the_installed_package():
 @pytest.mark.data
 def test_data_is_found_without_its_own_import():
     """In a new process, which has imported kdiff alone; and a name that is not there is an AttributeError."""
-    code = "import kdiff; kdiff.data.images; assert not hasattr(kdiff, 'dat')"
+    code = "import kdiff; kdiff.data.images; kdiff.demo.page; assert not hasattr(kdiff, 'dat')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
