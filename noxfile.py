@@ -1,8 +1,7 @@
 """The test runner: `pip install nox && nox` runs all of the following, with the Python that runs nox.
 
-    lint            ruff's rules and format
-    alone(backend)  a selection of tests with only `kdiff[backend,plot]` installed: the extra is sufficient, and on JAX
-    and
+    lint            ruff's rules and format, and what a type checker says of typical use
+    alone(backend)  a selection of tests with only `kdiff[backend,plot]` installed: the extra is sufficient, and on JAX and
                     PyTorch only kdiff.data needs TensorFlow, which is not installed
     together        one environment with every extra: the backends compared, then the suite on each
     thorough        not by default: everything on each backend, including slow tests, such as all pairs of guidance
@@ -52,10 +51,11 @@ def pytest(session: nox.Session, backend: str, *arguments: str) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check the rules and the format."""
-    install(session, "ruff")
+    """Check the rules, the format and the types."""
+    install(session, "ruff", "mypy", "numpy")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
+    session.run("mypy")
 
 
 @nox.session

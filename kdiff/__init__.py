@@ -1,6 +1,7 @@
 """kdiff: diffusion models in Keras 3, on TensorFlow, JAX and PyTorch."""
 
 import importlib
+import types
 
 from kdiff import (
     analytic,
@@ -88,10 +89,10 @@ __all__ = [
     "weightings",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> types.ModuleType:
     """`kdiff.data`, which imports TensorFlow, and `kdiff.demo` are imported where they are first asked for."""
     if name in ("data", "demo"):
         return importlib.import_module(f"kdiff.{name}")

@@ -13,9 +13,11 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 __all__ = ["PATHS", "arguments", "find_old_paths", "member", "names", "warn"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])  # a type checker sees the function itself
 
 # Keras names a layer in a file by the attribute that holds it, or, in a list or dictionary, by its class.
 PATHS = {
@@ -32,14 +34,14 @@ def warn(old: str, new: str, stacklevel: int = 3) -> None:
     warnings.warn(f"{old} is deprecated; use {new} instead", DeprecationWarning, stacklevel=stacklevel)
 
 
-def arguments(**renamed: str) -> Callable:
+def arguments(**renamed: str) -> Callable[[_Function], _Function]:
     """Decorator: a function that also accepts the old name of an argument, as in `arguments(old="new")`.
 
     Raises:
         TypeError: when it is called, if it receives both names.
     """
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: _Function) -> _Function:
         @functools.wraps(function)
         def call(*args: Any, **options: Any) -> Any:
             for old in renamed.keys() & options.keys():

@@ -80,8 +80,8 @@ class Sampler(Value):
 
     def __init__(
         self,
-        solver="ddim",
-        grid=None,
+        solver: Solver | type[Solver] | str = "ddim",
+        grid: TimeGrid | type[TimeGrid] | str | None = None,
         steps: int | None = None,
         guidance: Guidance | str | Sequence[Guidance | str] = (),
         to_zero: bool = True,
@@ -265,7 +265,7 @@ class Sampler(Value):
         """
         return self.replaced(solver=self.solver.inverse(iterations))
 
-    def invert(self, denoise: Any, schedule: NoiseSchedule, x, *, iterations: int = 1):
+    def invert(self, denoise: Any, schedule: NoiseSchedule, x: Any, *, iterations: int = 1) -> Any:
         """The noise from which a deterministic solver generates `x`: the reversed run, from t = 0.
 
         Args:
@@ -288,8 +288,15 @@ class Sampler(Value):
         return x
 
     def __call__(
-        self, denoise: Any, schedule: NoiseSchedule, shape: tuple[int, ...], *, x=None, seed: int = 0, noise=None
-    ):
+        self,
+        denoise: Any,
+        schedule: NoiseSchedule,
+        shape: tuple[int, ...],
+        *,
+        x: Any = None,
+        seed: int | Sequence[int] = 0,
+        noise: Callable[[int, tuple[int, ...]], Any] | None = None,
+    ) -> Any:
         """Runs the sampler, and returns the final x. The arguments are those of `steps_of`."""
         for step in self.steps_of(denoise, schedule, shape, x=x, seed=seed, noise=noise):
             x = step.x
@@ -320,7 +327,7 @@ def _drawn(draw: Callable, step: int, shape: tuple[int, ...]):
     return noise
 
 
-def initial_noise(shape: tuple[int, ...], seed: int | Sequence[int] = 0, first: int = 0):
+def initial_noise(shape: tuple[int, ...], seed: int | Sequence[int] = 0, first: int = 0) -> Any:
     """The initial noise of a run: standard normal, the same on every backend. `seed` may be one per sample."""
     return random.normal(random.fold_in(random.key_of(seed), 0, random.INITIAL), shape, first)
 

@@ -8,7 +8,7 @@ import pytest
 
 import kdiff
 from kdiff import pictures
-from kdiff.blocks import Beside, LabelEmbedding, MLPEmbedding, OptionalCondition, SinusoidalEmbedding, TextEncoder
+from kdiff.blocks import Concat, LabelEmbedding, MLPEmbedding, OptionalCondition, SinusoidalEmbedding, TextEncoder
 from kdiff.demo import drawing, load, page
 from kdiff.demo.__main__ import main
 from kdiff.demo.drawing import chosen_sampler, equations, frames
@@ -39,7 +39,7 @@ def test_fields_are_made_of_the_conditions():
         "label": LabelEmbedding(3, dropout=0.1),
         "sort": LabelEmbedding(2),
         "text": TextEncoder(kdiff.text.Bytes(12), 8, depth=1),
-        "low": Beside("bicubic"),
+        "low": Concat("bicubic"),
         "age": OptionalCondition(MLPEmbedding(SinusoidalEmbedding(8), width=32)),
         "style": OptionalCondition(keras.layers.Dense(32)),
     }

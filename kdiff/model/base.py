@@ -34,7 +34,9 @@ from kdiff.model.saving import Saving
 from kdiff.model.training import CheckedTraining, scaled
 from kdiff.objectives import Objective, Problem
 from kdiff.predictions import Prediction, check_invertible
+from kdiff.sampling import Sampler
 from kdiff.schedules import Marginal, NoiseSchedule
+from kdiff.solvers import Solver
 from kdiff.times import TimeLabel, TimeSampler
 from kdiff.weightings import Weighting
 
@@ -76,15 +78,15 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
     def __init__(
         self,
         network: keras.layers.Layer,
-        schedule="cosine",
-        prediction="velocity",
+        schedule: NoiseSchedule | type[NoiseSchedule] | str = "cosine",
+        prediction: Prediction | type[Prediction] | str = "velocity",
         *,
-        times="stratified",
-        weighting=None,
-        time_label="scaled",
-        codec="pixels",
-        objective="denoising",
-        sampler="ddim",
+        times: TimeSampler | type[TimeSampler] | str = "stratified",
+        weighting: Weighting | type[Weighting] | str | None = None,
+        time_label: TimeLabel | type[TimeLabel] | str = "scaled",
+        codec: Codec | type[Codec] | str = "pixels",
+        objective: Objective | type[Objective] | str = "denoising",
+        sampler: Sampler | Solver | type[Solver] | str = "ddim",
         ema: float | Profile | Sequence[float | Profile] | None = 0.999,
         seed: int = 0,
         name: str | None = None,
@@ -174,7 +176,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
     # Building
 
     @backend.uninterrupted
-    def build(self, shapes) -> None:
+    def build(self, shapes: Sequence[int | None] | Mapping[str, Sequence[int | None]]) -> None:
         """Creates all weights.
 
         Args:
@@ -231,7 +233,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
 
     # Training
 
-    def compile(self, optimizer="adam", loss="mse", metrics=None, **options) -> None:
+    def compile(self, optimizer: Any = "adam", loss: Any = "mse", metrics: Any = None, **options: Any) -> None:
         """Keras' `compile`; `loss` compares the network's output with its target: "mse", "mae", "huber" or any other.
 
         The same holds for `metrics`, except those that need the whole problem, such as `likelihood.BitsPerDim`.
@@ -411,7 +413,9 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
         return ops.cast(output, "float32")
 
     @deprecated.arguments(averages="ema")
-    def output(self, x_t, m: Marginal, conditions: Mapping[str, Any], training: bool = False, ema: bool = True):
+    def output(
+        self, x_t: Any, m: Marginal, conditions: Mapping[str, Any], training: bool = False, ema: bool = True
+    ) -> Any:
         """The network's output, float32, in the parametrisation `prediction`.
 
         Args:
@@ -433,7 +437,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
         return Estimate(self.prediction.denoise(output, x_t, m), self.prediction.share(output))
 
     @deprecated.arguments(averages="ema")
-    def denoise(self, x_t, m: Marginal, ema: bool = True, **conditions):
+    def denoise(self, x_t: Any, m: Marginal, ema: bool = True, **conditions: Any) -> Any:
         """The network's estimate of the data, x_hat.
 
         Args:

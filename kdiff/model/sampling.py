@@ -21,7 +21,7 @@ from kdiff.base import check_integer, check_number
 from kdiff.checks import check_examples
 from kdiff.codecs import Codec
 from kdiff.denoisers import Denoiser, Given
-from kdiff.guidance import ClassifierFree, Inpaint
+from kdiff.guidance import ClassifierFree, Guidance, Inpaint
 from kdiff.guidance.base import Run
 from kdiff.model.condition_inputs import condition_nulls, condition_rows
 from kdiff.model.requests import Request
@@ -45,10 +45,10 @@ class Sampling(Sizes):
         self,
         num_samples: int,
         *,
-        sampler: Sampler | Solver | str | None = None,
-        guidance: Any = None,
+        sampler: Sampler | Solver | type[Solver] | str | None = None,
+        guidance: Guidance | str | float | Sequence[Guidance | str] | None = None,
         steps: int | None = None,
-        schedule: NoiseSchedule | str | None = None,
+        schedule: NoiseSchedule | type[NoiseSchedule] | str | None = None,
         height: int | None = None,
         width: int | None = None,
         size: Sequence[int] | None = None,
@@ -64,7 +64,7 @@ class Sampling(Sizes):
         batch_size: int = 64,
         ema: bool = True,
         verbose: bool = False,
-        **conditions,
+        **conditions: Any,
     ) -> np.ndarray:
         """Draws samples: new ones, variations of an `image` or a noisy `x`, or completions of what is `known`.
 
@@ -122,7 +122,7 @@ class Sampling(Sizes):
         return run.ends(ops.convert_to_numpy if stop else self.decode, batch_size, verbose)
 
     @deprecated.arguments(averages="ema")
-    def sample_steps(self, num_samples: int, *, preview: Codec | str | None = None, **options) -> Iterator[Step]:
+    def sample_steps(self, num_samples: int, *, preview: Codec | str | None = None, **options: Any) -> Iterator[Step]:
         """The same as `sample`, in one batch, step by step: yields a `Step` whose x and x_hat are decoded arrays.
 
         Args:
@@ -134,7 +134,7 @@ class Sampling(Sizes):
         return self._run(num_samples, **options).decoded(decode)
 
     @deprecated.arguments(averages="ema")
-    def invert(self, image: Any, *, iterations: int = 1, batch_size: int = 64, **options) -> np.ndarray:
+    def invert(self, image: Any, *, iterations: int = 1, batch_size: int = 64, **options: Any) -> np.ndarray:
         """The noise from which a deterministic sampler generates these examples: `sample(n, x=noise)` restores them.
 
         Args:
@@ -154,7 +154,7 @@ class Sampling(Sizes):
         return self._inversion(image, iterations, options).ends(ops.convert_to_numpy, batch_size)
 
     @deprecated.arguments(averages="ema")
-    def invert_steps(self, image: Any, *, iterations: int = 1, **options) -> Iterator[Step]:
+    def invert_steps(self, image: Any, *, iterations: int = 1, **options: Any) -> Iterator[Step]:
         """The same as `invert`, in one batch, step by step: yields a `Step` whose x and x_hat are decoded arrays."""
         return self._inversion(image, iterations, options).decoded(self.decode)
 
@@ -326,12 +326,12 @@ class Sampling(Sizes):
             backend.synchronise(model)
         return tuple(model._follow_ema() for model in models if isinstance(model, Sampling))
 
-    def encode(self, examples):
+    def encode(self, examples: Any) -> Any:
         """Encodes examples, such as images, to data."""
         check_examples(examples, self.codec.limit)
         return self._by_codec(self.codec.encode, examples)
 
-    def decode(self, x):
+    def decode(self, x: Any) -> Any:
         """Decodes data to examples."""
         return self._by_codec(self.codec.decode, x)
 
@@ -392,6 +392,6 @@ def _scaled(guidance: Sequence, scale: float) -> list:
     return [one.clone(scale=scale) if isinstance(one, ClassifierFree) else one for one in guidance]
 
 
-def as_sampler(sampler: Sampler | Solver | str) -> Sampler:
+def as_sampler(sampler: Sampler | Solver | type[Solver] | str) -> Sampler:
     """The sampler itself, or one with this solver."""
     return sampler if isinstance(sampler, Sampler) else Sampler(sampler)
