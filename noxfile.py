@@ -1,12 +1,11 @@
 """The test runner: `pip install nox && nox` runs all of the following, with the Python that runs nox.
 
     lint            ruff's rules and format, and what a type checker says of typical use
-    alone(backend)  a selection of tests with only `kdiff[backend,plot]` installed: the extra is sufficient, and on JAX and
-                    PyTorch only kdiff.data needs TensorFlow, which is not installed
+    alone(backend)  a selection of tests with only `kdiff[backend,plot]` installed: the extra is sufficient, and on JAX
+                    and PyTorch only kdiff.data needs TensorFlow, which is not installed
     together        one environment with every extra: the backends compared, then the suite on each
     thorough        not by default: everything on each backend, including slow tests, such as all pairs of guidance
-    rules
-                    compiled
+                    rules compiled
     mutation        not by default: mutation testing of the mathematics (tests/mutation.py)
 
 Tests marked `once`, whose result does not depend on the backend, run only on PyTorch; likewise all cases of a test with
