@@ -17,7 +17,7 @@ from kdiff.model import DiffusionModel
 from kdiff.sampling import Sampler
 from kdiff.solvers import Solver
 
-__all__ = ["OWN", "RULES", "Frame", "chosen_sampler", "equations", "frames"]
+__all__ = ["FILM", "OWN", "RULES", "SHOWN", "THUMBNAIL", "Frame", "chosen_sampler", "equations", "frames"]
 
 OWN = "own"  # the model's own solver
 RULES = {

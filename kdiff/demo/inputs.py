@@ -12,7 +12,7 @@ from kdiff.model import DiffusionModel
 from kdiff.model.condition_inputs import condition_layers, condition_nulls, optional_names
 from kdiff.text import is_text
 
-__all__ = ["NONE", "Field", "edited", "enlarged", "fields", "resized"]
+__all__ = ["CANVAS", "NONE", "Field", "edited", "enlarged", "fields", "resized"]
 
 NONE = "none"  # of the classes
 CANVAS = 320  # pixels of a picture in the editor, at least

@@ -14,7 +14,7 @@ from kdiff.model import DiffusionModel
 from kdiff.model.condition_inputs import condition_nulls
 from kdiff.solvers import DDIMInversion, Solver
 
-__all__ = ["launch", "page"]
+__all__ = ["CSS", "TITLE", "launch", "page"]
 
 TITLE = "# kdiff\nNoise becomes pictures, step by step: `x_t = alpha x + sigma noise`, from `t = 1` to `t = 0`."
 CSS = """
