@@ -11,6 +11,7 @@ from kdiff import (
     control,
     conversion,
     degradations,
+    distribution,
     ema,
     encoders,
     evaluation,
@@ -41,6 +42,7 @@ from kdiff.base import Configurable
 from kdiff.callbacks import BackupCallback, SampleCallback
 from kdiff.cascade import Cascade
 from kdiff.contrastive import Contrastive
+from kdiff.doctor import doctor
 from kdiff.model import DiffusionModel
 from kdiff.sampling import Sampler, Step
 from kdiff.unclip import UnCLIP
@@ -62,6 +64,8 @@ __all__ = [
     "control",
     "conversion",
     "degradations",
+    "distribution",
+    "doctor",
     "ema",
     "encoders",
     "evaluation",

@@ -150,6 +150,8 @@ class EMA(keras.layers.Layer):
         self.kept = [[self._average_of(weight) for weight in weights] for _ in self.profiles]
         self.values = self.kept[0]
         self.followed = [id(weight) for weight in weights]
+        for averages in self.kept:
+            backend.lie_alike(averages, weights)
         self.built = True
 
     def fits(self, network: keras.layers.Layer) -> bool:
@@ -165,13 +167,15 @@ class EMA(keras.layers.Layer):
     def _average_of(self, weight):
         # Through NumPy: on JAX the two must not share a buffer, which a training step donates.
         value = ops.convert_to_numpy(weight).astype("float32")
-        return self.add_weight(
+        average = self.add_weight(
             shape=value.shape,
             dtype="float32",
             initializer=lambda shape, dtype: ops.convert_to_tensor(value, dtype),
             trainable=False,
             name=f"average_of_{weight.name}",
         )
+        backend.laid_out_as(average, weight)
+        return average
 
     @staticmethod
     def of(network: keras.layers.Layer) -> list:
@@ -218,6 +222,13 @@ class EMA(keras.layers.Layer):
             for weight, average in self.pairs(network, which):
                 average.assign(ops.convert_to_numpy(weight).astype("float32"))
         self.updates.assign(0)
+
+    def exchange(self, network: keras.layers.Layer) -> None:
+        """Swaps each weight with its average."""
+        for weight, average in self.pairs(network):
+            value = ops.convert_to_numpy(weight).astype("float32")
+            weight.assign(ops.convert_to_numpy(average))
+            average.assign(value)
 
     def scope(self, network: keras.layers.Layer) -> keras.StatelessScope:
         """A scope in which `network` uses the averages."""

@@ -10,13 +10,16 @@ carrying a state. All noise in kdiff is drawn in this way:
 Sample n therefore gets the same noise in a batch of 1 and in a batch of 1,000, and a run that is resumed at step k
 continues with the numbers that it would have drawn without the interruption.
 
+Nor does it depend on the device: where several train on parts of one batch, each has the numbers of its rows, for the
+first of which a third word of the key (`on_device`) stands.
+
 The generator is Threefry-2x32 with 20 rounds (Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy
 as 1, 2, 3"): it maps 64 bits to 64 bits by additions, rotations and exclusive ors of 32-bit words. The words are stored
 as int32, whose additions wrap around identically on TensorFlow, JAX and PyTorch.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from keras import ops
@@ -28,7 +31,6 @@ __all__ = [
     "EVALUATION",
     "INITIAL",
     "PARITY",
-    "REPLICAS",
     "ROTATIONS",
     "STEPS",
     "TRAINING",
@@ -36,6 +38,8 @@ __all__ = [
     "fold_in",
     "key_of",
     "normal",
+    "of_whole",
+    "on_device",
     "slerp",
     "threefry",
     "uniform",
@@ -46,7 +50,6 @@ PARITY = 0x1BD11BDA
 
 # The uses of a seed's numbers; no two uses share a stream. A step that draws noise more than once uses STEPS + 1, ...
 TRAINING, EVALUATION, INITIAL, STEPS = range(4)
-REPLICAS = -1  # one stream per device, where several devices train on parts of one batch
 
 
 def threefry(key, counter):
@@ -103,15 +106,50 @@ def fold_in(key, number, stream: int = 0):
     """Derives the keys of substreams from `key`.
 
     Args:
-        key: int32, with shape `(2,)`, or `(keys, 2)` with a scalar `number`.
+        key: int32, with shape `(2,)`, or `(keys, 2)` with a scalar `number`; or `(3,)`, as of `on_device`.
         number: integers of any shape: the indices of the substreams.
         stream: the family of substreams, such as `TRAINING`, or any other integer.
 
     Returns:
-        An int32 tensor of shape `(*number.shape, 2)`, or `(keys, 2)`.
+        An int32 tensor of shape `(*number.shape, 2)`, or `(keys, 2)`; 3 in place of 2 if the key has three words.
     """
     number = ops.cast(number, "int32")
-    return ops.stack(threefry((key[..., 0], key[..., 1]), (number, ops.zeros_like(number) + stream)), axis=-1)
+    words = threefry((key[..., 0], key[..., 1]), (number, ops.zeros_like(number) + stream))
+    if key.shape[-1] == 3:
+        words = (*words, ops.broadcast_to(key[2], ops.shape(words[0])))
+    return ops.stack(words, axis=-1)
+
+
+def on_device(key, batch):
+    """The key for what is drawn of `batch` rows on this device, which may be a part of those of several.
+
+    Args:
+        key: int32, shape `(2,)`.
+        batch: how many rows there are here.
+
+    Returns:
+        The key itself; or, where several devices work on parts of one batch, `(3,)`, with the number of the first row:
+        `uniform` and `normal` draw the numbers that these rows have in the whole batch.
+    """
+    first = backend.first_row(batch)
+    if first is None:
+        return key
+    first = ops.reshape(ops.cast(first, "int32"), (1,))
+    return ops.concatenate([ops.convert_to_tensor(key, "int32"), first])
+
+
+def of_whole(draw: Callable, batch, key):
+    """`draw(batch, key)`, of which a row depends on all others: of the whole batch, this device's rows.
+
+    Args:
+        draw: what gives one row a sample.
+        batch: how many rows there are here.
+        key: as of `on_device`.
+    """
+    if len(key.shape) != 1 or key.shape[0] != 3:
+        return draw(batch, key)
+    whole = draw(backend.whole_batch(batch), key[:2])
+    return ops.take(whole, key[2] + ops.arange(batch, dtype="int32"), axis=0)
 
 
 class Keys:
@@ -139,7 +177,7 @@ def uniform(key, shape, first=0):
 
     Args:
         key: int32, with shape `(2,)`: one stream for all samples; or `(samples, 2)`: one stream per sample, of which
-            sample `first` is drawn.
+            sample `first` is drawn; or `(3,)`, as of `on_device`.
         shape: the shape of the result, `(samples, ...)`. On TensorFlow its entries may be tensors.
         first: the index of the first sample, so that consecutive batches continue each other.
     """
@@ -164,7 +202,9 @@ def _box_muller(u0, u1):
 def _draw(key, shape, first, transform):
     """Two numbers per counter: the first of each pair fill the first half of a sample, the second the other half."""
     samples, size = shape[0], math.prod(shape[1:])
-    numbers = ops.arange(samples, dtype="int32")[:, None] if len(key.shape) == 1 else 0
+    single = len(key.shape) == 1
+    numbers = ops.arange(samples, dtype="int32")[:, None] if single else 0
+    first = first + key[2] if single and key.shape[0] == 3 else first
     places = ops.arange((size + 1) // 2, dtype="int32")[None, :]
     words = threefry((key[..., 0:1], key[..., 1:2]), (numbers + first, places))
     pair = transform(*(ops.cast(_shift_right(word, 8), "float32") * 2.0**-24 for word in words))

@@ -46,4 +46,4 @@ def pairs(model: DiffusionModel, count: int, *, batch_size: int = 256, **options
         raise ValueError(f"pairs: the sampler must be deterministic, as DDIM and Heun are; received: {run.sampler!r}")
     noise = ops.convert_to_numpy(initial_noise(run.shape, run.seed))  # which `run` draws too
     conditions = {name: np.array(rows) for name, rows in run.given.conditions.items()}
-    return {"encoded": run.ends(ops.convert_to_numpy, batch_size), "noise": noise, **conditions}
+    return {"encoded": run.ends(model, ops.convert_to_numpy, batch_size), "noise": noise, **conditions}

@@ -7,6 +7,7 @@ from keras import ops
 
 from kdiff import DiffusionModel, guidance
 from kdiff.blocks import LabelEmbedding
+from kdiff.model import feeding
 from kdiff.networks import UNet
 from tests.toys import compiled_model, numpy
 
@@ -238,3 +239,25 @@ def test_grey_images_whose_count_leaves_a_batch_of_one(dtype):
     history = one.fit(PIXELS[:5], batch_size=4, shuffle=False, verbose=0).history
     assert np.isfinite(history["loss"]).all()
     assert np.abs(numpy(one.network.last.kernel) - before).max() > 1e-3
+
+
+def test_of_batches_on_an_accelerator_the_numbers_of_the_first_are_looked_at(monkeypatch):
+    """Later ones are not waited for; names and shapes are looked at always, and all of those on the host."""
+    bad = np.full_like(UNIT, np.nan)
+    one = model(labelled=True)
+    for away in (True, False):
+        monkeypatch.setattr(feeding.backend, "is_away", lambda x, away=away: away)
+        check = one._new_check(one.shapes)
+        with pytest.raises(ValueError, match="finite"):
+            check({"image": bad, "label": LABELS})
+        for _ in range(feeding.LOOKED_AT):
+            check({"image": UNIT, "label": LABELS})
+        if away:
+            check({"image": bad, "label": LABELS})
+        else:
+            with pytest.raises(ValueError, match="finite"):
+                check({"image": bad, "label": LABELS})
+        with pytest.raises(ValueError, match="shape"):
+            check({"image": UNIT[:, :4], "label": LABELS})
+        with pytest.raises(ValueError, match="missing"):
+            check({"image": UNIT})

@@ -107,7 +107,10 @@ def test_convolution_by_hand():
     assert_close_in_bfloat16(function, x, kernel)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 5, 12), (2, 7, 12), (3, 12)])
+LARGE = (2, 96, 64, 12)  # of maps of more than 2^16 numbers PyTorch finds the variances in another way
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 12), (2, 7, 12), (3, 12), LARGE])
 def test_the_gradient_of_group_norm(shape):
     def reference(x, gamma, beta):
         groups = ops.reshape(x, (shape[0], -1, 4, 3))
@@ -117,6 +120,17 @@ def test_the_gradient_of_group_norm(shape):
     x, gamma, beta = 3 * drawn(*shape) + 5, drawn(12), drawn(12) + 1
     assert_same(lambda *arrays: backend.group_norm(arrays[0], 4, *arrays[1:], 1e-3), reference, x, gamma, beta)
     assert_close_in_bfloat16(lambda x: backend.group_norm(x, 4, None, None, 1e-3), drawn(*shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 12), LARGE])
+def test_group_norm_keeps_its_digits(shape):
+    """Where the mean is 100 standard deviations from 0: in float32 the numbers themselves are known to 4e-6 there."""
+    x = (100.0 + drawn(*shape)).astype("float32")
+    parts = x.astype("float64").reshape(shape[0], -1, 4, 3)
+    mean, variance = parts.mean((1, 3), keepdims=True), parts.var((1, 3), keepdims=True)
+    expected = ((parts - mean) / np.sqrt(variance + 1e-5)).reshape(shape)
+    y = ops.convert_to_numpy(backend.group_norm(ops.convert_to_tensor(x), 4, None, None, 1e-5))
+    np.testing.assert_allclose(y, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 12), (2, 3, 2, 12)])

@@ -32,6 +32,7 @@ FOUNDATIONS = (
     "writing",
     "text",
     "checks",
+    "distribution",
 )
 MATHEMATICS = (
     "schedules",
@@ -61,6 +62,7 @@ PATHS = (
         "lora",
         "inversion",
         "model",
+        "doctor",
         "students",
         "reflow",
         "likelihood",

@@ -28,6 +28,28 @@ U_NET = {
     "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     "num_class_embeds": CLASSES + 1,
 }
+CIFAR = {  # DDPM's for CIFAR-10, with a class
+    **U_NET,
+    "block_out_channels": (128, 256, 256, 256),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "norm_eps": 1e-6,
+    "attention_head_dim": None,
+}
+ADM = {  # for ImageNet at 64 x 64, with fewer classes
+    **U_NET,
+    "sample_size": 64,
+    "block_out_channels": (192, 384, 576, 768),
+    "layers_per_block": 3,
+    "down_block_types": ("ResnetDownsampleBlock2D", *["AttnDownBlock2D"] * 3),
+    "up_block_types": (*["AttnUpBlock2D"] * 3, "ResnetUpsampleBlock2D"),
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+    "resnet_time_scale_shift": "scale_shift",
+    "attention_head_dim": 64,
+}
+STABLE_DIFFUSION = {"sample_size": 64, "cross_attention_dim": 768}  # 1.5: diffusers' own defaults
+TOKENS = 77
 TINY_U_NET = {**U_NET, "sample_size": 8, "block_out_channels": (32, 32, 32), "layers_per_block": 1}
 
 
@@ -41,6 +63,10 @@ NETWORKS = {
     "unet": ("UNet2DModel", U_NET, 3),
     "dit": ("DiTTransformer2DModel", dit(384, 6, 6), 4),
     "dit-b": ("DiTTransformer2DModel", dit(768, 12, 12), 4),
+    "cifar10": ("UNet2DModel", CIFAR, 3),
+    "adm64": ("UNet2DModel", ADM, 3),
+    "sd15": ("UNet2DConditionModel", STABLE_DIFFUSION, 4),
+    "tiny-sd": ("UNet2DConditionModel", {**STABLE_DIFFUSION, "sample_size": 8, "block_out_channels": (32,) * 4}, 4),
     "dit-xl": ("DiTTransformer2DModel", dit(1152, 28, 16), 4),
     "tiny-unet": ("UNet2DModel", TINY_U_NET, 3),
     "tiny-dit": ("DiTTransformer2DModel", dit(32, 2, 2, 8), 4),
@@ -48,13 +74,17 @@ NETWORKS = {
 
 
 def examples(network: str):
-    """Images (or latents) in [-1, 1], channels last, and labels."""
+    """Images (or latents) in [-1, 1], channels last, and labels, or the tokens of a text in their place."""
     import numpy as np
 
     _, options, channels = NETWORKS[network]
     generator = np.random.default_rng(0)
-    images = generator.uniform(-1, 1, (PICTURES, options["sample_size"], options["sample_size"], channels))
-    return images.astype("float32"), generator.integers(0, CLASSES, PICTURES).astype("int32")
+    width = options.get("cross_attention_dim")
+    count = PICTURES if width is None else PICTURES // 8
+    images = generator.uniform(-1, 1, (count, options["sample_size"], options["sample_size"], channels))
+    if width is None:
+        return images.astype("float32"), generator.integers(0, CLASSES, count).astype("int32")
+    return images.astype("float32"), generator.standard_normal((count, TOKENS, width), "float32")
 
 
 class Diffusers:
@@ -71,10 +101,13 @@ class Diffusers:
         kind, arguments, channels = NETWORKS[options.network]
         self.network = getattr(diffusers, kind).from_pretrained(options.folder).to(self.device)
         self.shape = (channels, arguments["sample_size"], arguments["sample_size"])
-        self.layout = torch.channels_last if kind == "UNet2DModel" else torch.contiguous_format
+        self.layout = torch.channels_last if kind.startswith("UNet") else torch.contiguous_format
+        self.condition = "encoder_hidden_states" if "cross_attention_dim" in arguments else "class_labels"
         self.network.to(memory_format=self.layout)
-        self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), 1e-4, fused=True)
+        average = self.network if options.trained else copy.deepcopy(self.network)
+        self.average = average.eval().requires_grad_(False)
+        if not options.trained:
+            self.optimizer = torch.optim.AdamW(self.network.parameters(), 1e-4, fused=True)
         self.images, self.labels = (torch.from_numpy(array) for array in examples(options.network))
         self.images = self.images.permute(0, 3, 1, 2).contiguous(memory_format=self.layout)
         self.alphas = diffusers.DDPMScheduler(1000).alphas_cumprod.to(self.device)
@@ -94,13 +127,14 @@ class Diffusers:
         torch = self.torch
         self.network.train()
         for _ in range(count):
-            rows = torch.randint(PICTURES, (self.batch,))
+            rows = torch.randint(len(self.images), (self.batch,))
             x, label = self.images[rows].to(self.device), self.labels[rows].to(self.device)
             t = torch.randint(1000, (self.batch,), device=self.device)
             noise = torch.randn_like(x)
             alpha = self.alphas[t].view(-1, 1, 1, 1)
+            x_t = alpha.sqrt() * x + (1 - alpha).sqrt() * noise
             with self.precision:
-                output = self.forward(alpha.sqrt() * x + (1 - alpha).sqrt() * noise, t, class_labels=label).sample
+                output = self.forward(x_t, t, **{self.condition: label}).sample
             loss = torch.nn.functional.mse_loss(output.float(), noise)
             loss.backward()
             self.optimizer.step()
@@ -127,10 +161,10 @@ class Diffusers:
 
     def evaluate(self, count: int) -> None:
         x = self.torch.randn(self.batch, *self.shape, device=self.device).contiguous(memory_format=self.layout)
-        t, label = (self.torch.full((self.batch,), value, device=self.device) for value in (500, 1))
+        t, label = self.torch.full((self.batch,), 500, device=self.device), self.labels[: self.batch].to(self.device)
         with self.torch.inference_mode(), self.precision:
             for _ in range(count):
-                self.averaged(x, t, class_labels=label)
+                self.averaged(x, t, **{self.condition: label})
                 self.wait()  # as a sampler does, whose next evaluation is of what came out of this one
 
     def sample(self, solver: str, guided: bool) -> None:
@@ -139,12 +173,14 @@ class Diffusers:
         scheduler = kinds[solver](1000)
         scheduler.set_timesteps(STEPS)
         x = torch.randn(self.batch, *self.shape, device=self.device).contiguous(memory_format=self.layout)
-        label = torch.arange(self.batch, device=self.device) % CLASSES
-        label = torch.cat([label, torch.full_like(label, NO_CLASS)]) if guided else label
+        label = self.labels[: self.batch].to(self.device)
+        none = torch.full_like(label, NO_CLASS if self.condition == "class_labels" else 0)
+        label = torch.cat([label, none]) if guided else label
         with torch.inference_mode(), self.precision:
             for t in scheduler.timesteps:
                 given = torch.cat([x, x]) if guided else x
-                output = self.averaged(given, t.to(self.device).expand(len(given)), class_labels=label).sample.float()
+                times = t.to(self.device).expand(len(given))
+                output = self.averaged(given, times, **{self.condition: label}).sample.float()
                 if guided:
                     with_label, without = output.chunk(2)
                     output = without + SCALE * (with_label - without)
@@ -161,14 +197,16 @@ class Kdiff:
         from kdiff import data
         from kdiff.interop import diffusers
 
-        self.batch = options.batch
+        self.batch, self.trained = options.batch, options.trained
         keras.config.set_dtype_policy({"float32": "float32", "bfloat16": "mixed_bfloat16"}[options.precision])
         images, labels = examples(options.network)
-        self.dataset = data.images(images, batch_size=self.batch, labels=labels, repeat=None)
+        self.condition = "label" if labels.ndim == 1 else "context"
+        dataset = data.images(images, batch_size=self.batch, labels=labels, repeat=None)
+        self.dataset = dataset.map(lambda batch: {"image": batch["image"], self.condition: batch["label"]})
         self.folder, self.images, self.labels = options.folder, images, labels
         self.network = diffusers.load(options.folder)
         self.model = self.make(self.network)
-        self.model.build({"image": images.shape, "label": labels.shape})
+        self.model.build({"image": images.shape, self.condition: labels.shape})
         self.denoise = None
 
     def make(self, network):
@@ -177,7 +215,7 @@ class Kdiff:
         import kdiff
 
         process = {"schedule": "linear_beta", "prediction": "noise", "times": "discrete", "time_label": "index"}
-        model = kdiff.DiffusionModel(network, **process, codec="identity", ema=0.999)
+        model = kdiff.DiffusionModel(network, **process, codec="identity", ema=None if self.trained else 0.999)
         model.compile(keras.optimizers.AdamW(1e-4, weight_decay=0.01))
         return model
 
@@ -191,7 +229,7 @@ class Kdiff:
 
     def train_on_arrays(self, count: int) -> dict:
         """The same on batches that lie ready as NumPy arrays: what feeding from tf.data costs."""
-        batch = {"image": self.images[: self.batch], "label": self.labels[: self.batch]}
+        batch = {"image": self.images[: self.batch], self.condition: self.labels[: self.batch]}
         return self.fitted((batch for _ in range(count + 1)), count)
 
     def read(self, count: int) -> None:
@@ -221,27 +259,29 @@ class Kdiff:
 
         shape = (self.batch, *self.images.shape[1:])
         x = ops.convert_to_tensor(np.random.default_rng(0).normal(size=shape).astype("float32"))
-        label = ops.ones((self.batch,), "int32")
+        given = {self.condition: ops.convert_to_tensor(self.labels[: self.batch])}
         if self.denoise is None:
             m = self.model.schedule.at(0.5)
-            self.denoise = backend.compiled(lambda x, label: self.model.denoise(x, m, label=label), self.model)
+            self.denoise = backend.compiled(lambda x, given: self.model.denoise(x, m, **given), self.model)
         for _ in range(count):
-            ops.convert_to_numpy(self.denoise(x, label))  # waits; JAX would begin the next before this one ends
+            ops.convert_to_numpy(self.denoise(x, given))  # waits; JAX would begin the next before this one ends
 
     def sample(self, solver: str, guided: bool) -> None:
         import numpy as np
 
         import kdiff
 
-        guidance = kdiff.guidance.ClassifierFree(SCALE, negative={"label": NO_CLASS}) if guided else ()
+        none = NO_CLASS if self.condition == "label" else np.zeros_like(self.labels[0])
+        guidance = kdiff.guidance.ClassifierFree(SCALE, negative={self.condition: none}) if guided else ()
         sampler = kdiff.Sampler(solver, "leading", STEPS, guidance=guidance)
-        self.model.sample(self.batch, sampler=sampler, batch_size=self.batch, label=np.arange(self.batch) % CLASSES)
+        given = {self.condition: self.labels[: self.batch]}
+        self.model.sample(self.batch, sampler=sampler, batch_size=self.batch, **given)
 
     def flops(self, count: int) -> dict:
         """Multiply-additions of the network on one image."""
         from kdiff.networks import flops
 
-        return {"flops": flops(self.network, self.images.shape[1:])}
+        return {"flops": flops(self.network, self.images.shape[1:], **{self.condition: self.labels.shape[1:]})}
 
     def by_hand(self, count: int) -> None:
         """The same steps without `fit`: what its convenience costs."""
@@ -389,6 +429,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--trained", action="store_true", help="no training: without averages and optimizer")
     parser.add_argument("--compiled", action="store_true", help="diffusers with torch.compile")
     parser.add_argument("--cold", action="store_true", help="measure one start, and end")
     return parser.parse_args()

@@ -4,6 +4,10 @@
     python examples/benchmarks/speed.py --networks unet --cores 2 --jobs "training step" network   # a few minutes
     python examples/benchmarks/speed.py --toy                 # does it run? no figures to believe
     python examples/benchmarks/speed.py --networks dit-xl --precision bfloat16 --batch 64      # where there is a GPU
+    python examples/benchmarks/speed.py --networks sd15 adm64 cifar10 dit-xl --batch 2 --jobs network --one --plain
+
+The last line is of the U-Nets of Stable Diffusion 1.5, ADM and DDPM and of DiT-XL/2 as published: 2 to 4 GB of weights
+each, so one process at a time (`--one`); and with what `pip install` alone gives (`--plain`).
 
 It needs `kdiff[all]`. Every contestant is a process: diffusers on PyTorch, as it stands and with `torch.compile`, and
 kdiff on each backend. They take turns, round after round, and a figure is the median of the rounds; so whatever else
@@ -59,6 +63,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", nargs="+", default=[*JOBS, START], choices=[*JOBS, START])
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--allocator", help="a library that all load first, such as libtcmalloc_minimal.so.4")
+    parser.add_argument("--plain", action="store_true", help="no allocator, and no variable for anyone")
+    parser.add_argument("--one", action="store_true", help="start anew for each turn, so that one is in memory alone")
     parser.add_argument("--toy", action="store_true", help="tiny networks, one round")
     parser.add_argument("--out", type=Path, default=Path("runs") / "speed")
     options = parser.parse_args()
@@ -73,8 +79,10 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def memory(allocator: str | None) -> dict[str, str]:
-    """The environment in which a process allocates with that library, or with glibc as TUNABLES says."""
+def memory(allocator: str | None, plain: bool = False) -> dict[str, str]:
+    """The environment in which a process allocates with that library, or with glibc as TUNABLES says, or as it is."""
+    if plain:
+        return {}
     if allocator:
         return {"LD_PRELOAD": allocator}
     return {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items())}
@@ -87,13 +95,14 @@ class Contestant:
         kind, *rest = name.split()
         self.name = name
         backend = {"KERAS_BACKEND": rest[0]} if kind == "kdiff" else {}
-        if name in SEVERAL_CORES and cores > 1:
+        if name in SEVERAL_CORES and cores > 1 and not options.plain:  # kdiff sets it then
             backend |= SEVERAL_CORES[name]
-        environment = {**os.environ, **memory(options.allocator), **backend}
-        environment |= {"OMP_NUM_THREADS": str(cores), "TF_CPP_MIN_LOG_LEVEL": "3"}
+        environment = {**os.environ, **memory(options.allocator, options.plain), **backend}
+        environment |= {"TF_CPP_MIN_LOG_LEVEL": "3", **({} if options.plain else {"OMP_NUM_THREADS": str(cores)})}
         command = [sys.executable, str(HERE / "contestants.py"), kind, "--network", network, "--folder", str(folder)]
         command += ["--batch", str(options.batch), "--precision", options.precision, *flags]
         command += ["--compiled"] if "compiled" in rest else []
+        command += [] if START in options.jobs or any("train" in label for label in options.jobs) else ["--trained"]
         self.process = subprocess.Popen(
             command,
             env=environment,
@@ -131,6 +140,20 @@ def race(contestants: list[Contestant], job: dict, options: argparse.Namespace) 
     for turn in range(options.rounds - min(map(len, found.values()))):
         for contestant in contestants[turn % len(contestants) :] + contestants[: turn % len(contestants)]:
             found[contestant.name].append(contestant.ask(**job, count=counts[contestant.name])["seconds"])
+    return found
+
+
+def race_alone(names: list[str], rest: tuple, job: dict, options: argparse.Namespace) -> dict[str, list[float]]:
+    """As `race`, each turn in a process of its own: what it takes when nothing else is in memory."""
+    found = {name: [] for name in names}
+    for turn in range(options.rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            contestant = Contestant(name, *rest)
+            contestant.reply()
+            contestant.ask(**job)
+            seconds = contestant.ask(**job)["seconds"]
+            found[name].append(contestant.ask(**job, count=max(1, round(options.seconds / seconds)))["seconds"])
+            contestant.end()
     return found
 
 
@@ -181,6 +204,8 @@ def measure(network: str, cores: int, options: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         rest = (cores, network, Path(folder), options)
         Contestant("write", *rest).process.wait()
+        if options.one:
+            return measure_alone(names, rest, options)
         contestants = [Contestant(name, *rest) for name in names]
         for contestant in contestants:
             contestant.reply()
@@ -196,6 +221,21 @@ def measure(network: str, cores: int, options: argparse.Namespace) -> dict:
         for contestant in contestants:
             contestant.end()
         found["starts"] = starts(names, *rest) if START in options.jobs else dict.fromkeys(names)
+    return found
+
+
+def measure_alone(names: list[str], rest: tuple, options: argparse.Namespace) -> dict:
+    """The races of `measure` among processes that come one after the other."""
+    first = {"diffusers": {"job": "multiply", "count": 20}, f"kdiff {options.backends[0]}": {"job": "flops"}}
+    found = {"seconds": {}, "ratios": {}, "starts": dict.fromkeys(names)}
+    for name, job in first.items():
+        contestant = Contestant(name, *rest)
+        contestant.reply()
+        found |= contestant.ask(**job)
+        contestant.end()
+    for label in [label for label in JOBS if label in options.jobs and JOBS[label]["job"] not in OWN]:
+        print(f"{rest[1]}, {rest[0]} cores: {label} ...", flush=True)
+        found["seconds"][label] = race_alone(names, rest, JOBS[label], options)
     return found
 
 
@@ -262,7 +302,8 @@ def main() -> None:
     page = [table(found, title, options.batch) for title, found in results.items()]
     added = imports(1 if options.toy else 5)
     page += [f"`import kdiff` adds to `import keras`: {json.dumps(added)} seconds"]
-    page += [f"Memory is allocated by {options.allocator or 'glibc, as TUNABLES in speed.py says'}."]
+    how = "glibc as it stands" if options.plain else options.allocator or "glibc, as TUNABLES in speed.py says"
+    page += [f"Memory is allocated by {how}."]
     (options.out / "table.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
     (options.out / "results.json").write_text(json.dumps({"races": results, "imports": added}, indent=1))
     plot(results, options.out / "speed.png")

@@ -163,6 +163,7 @@ class AutoencoderTrainer(OwnLoss, Configurable, keras.Model):
         latents = mean
         if training:
             key = random.fold_in(random.key_of(self.seed), self.step.value, random.TRAINING)
+            key = random.on_device(key, ops.shape(mean)[0])
             latents = mean + ops.exp(0.5 * log_variance) * random.normal(key, ops.shape(mean))
         return self.autoencoder.decode(latents, training=training), ops.mean(divergence) / numbers, self.kl
 

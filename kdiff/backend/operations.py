@@ -204,8 +204,13 @@ def _group_norm_function():
         @staticmethod
         def forward(context, x, gamma, beta, groups, epsilon):
             shape = (len(x), groups, -1)
-            mean = x.mean(1).view(shape).mean(2, keepdim=True)
-            variance = (x - _spread(mean, x)).square_().mean(1).view(shape).mean(2, keepdim=True)
+            of_channels = x.mean(1).view(shape)
+            mean = of_channels.mean(2, keepdim=True)
+            if x[0].numel() < 2**16:
+                variance = (x - _spread(mean, x)).square_().mean(1).view(shape).mean(2, keepdim=True)
+            else:
+                variance = _variances(x).view(shape) + (of_channels - mean).square()
+                variance = variance.mean(2, keepdim=True)
             inverse = torch.rsqrt(variance + epsilon)
             context.save_for_backward(x, gamma, mean, inverse)
             scale = gamma * _spread(inverse, x)
@@ -224,6 +229,14 @@ def _group_norm_function():
             return dx.addcmul_(dy, gamma * _spread(inverse, x)), of_gamma.sum(0), of_beta.sum(0), None, None
 
     return GroupNorm
+
+
+def _variances(x):
+    """Those of the channels of each example, (batch, channels): PyTorch's batch norm makes no array of differences."""
+    import torch
+
+    maps = [one.T[None, :, :, None] for one in x]  # as it lies: channels last
+    return torch.stack([torch.batch_norm_update_stats(one, None, None, 0.0)[1] for one in maps])
 
 
 def _spread(of_groups, x):

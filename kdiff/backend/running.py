@@ -21,6 +21,7 @@ __all__ = [
     "concrete",
     "fused",
     "has_numbers",
+    "is_away",
     "needs_no_preparation",
     "on_cpu",
     "portable_optimizer",
@@ -325,6 +326,15 @@ def concrete(x: Any) -> np.ndarray | None:
     if isinstance(x, keras.KerasTensor) or (ops.is_tensor(x) and _out_of_reach(x)):
         return None
     return ops.convert_to_numpy(x)
+
+
+def is_away(x: Any) -> bool:
+    """Whether a tensor lies on an accelerator, so that to look at its numbers it would be waited for."""
+    if BACKEND == "tensorflow":
+        return ops.is_tensor(x) and "GPU" in getattr(x, "device", "")
+    if BACKEND == "torch":
+        return ops.is_tensor(x) and x.device.type != "cpu"
+    return ops.is_tensor(x) and any(device.platform != "cpu" for device in x.devices())
 
 
 def _out_of_reach(x: Any) -> bool:

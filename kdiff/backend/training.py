@@ -3,13 +3,12 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import keras
 
 from kdiff.backend.running import BACKEND, uninterrupted
 
-__all__ = ["SafeTraining", "replica", "strategy_of"]
+__all__ = ["SafeTraining"]
 
 
 # The parts of the state of the JAX trainer, in order. Evaluation has no optimizer, prediction also no metrics.
@@ -87,19 +86,3 @@ class _NothingToKeep:
 
 
 SafeTraining = _SafeJAXTraining if BACKEND == "jax" else _NothingToKeep
-
-
-def strategy_of(model: keras.Model) -> contextlib.AbstractContextManager:
-    """The scope in which the variables of `model` are to be made: that of its `tf.distribute` strategy, if any."""
-    return model.distribute_strategy.scope() if BACKEND == "tensorflow" else contextlib.nullcontext()
-
-
-def replica() -> Any:
-    """The number of this replica under a `tf.distribute` strategy of several; None elsewhere."""
-    if BACKEND != "tensorflow":
-        return None
-    import tensorflow as tf
-
-    context = tf.distribute.get_replica_context()
-    several = context is not None and context.num_replicas_in_sync > 1
-    return context.replica_id_in_sync_group if several else None

@@ -1,8 +1,15 @@
-"""Variables: creation without memory, allocation, and assignment."""
+"""Variables: creation without memory, allocation, assignment, and the order of their numbers in memory.
+
+A kernel of a convolution is (*sizes, channels, width). PyTorch's convolutions of maps with channels last need (width,
+*sizes, channels) in memory, and copy any other kernel at every call: at 1,280 channels and 8 x 8 positions the copy
+takes longer than the convolution. So on PyTorch the numbers are stored in that order and viewed in the other; so are
+averages and optimizer variables, which PyTorch updates in one call only if their strides agree.
+"""
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -10,7 +17,7 @@ from keras import ops
 
 from kdiff.backend.running import BACKEND
 
-__all__ = ["allocate", "give", "move_towards", "replaced", "unallocated"]
+__all__ = ["allocate", "as_kernel", "give", "lie_alike", "move_towards", "replaced", "unallocated"]
 
 
 @contextlib.contextmanager
@@ -35,14 +42,15 @@ def give(variable: keras.Variable, array: np.ndarray) -> None:
 
     For a variable created in `unallocated` it becomes the first value, and its initializer is never run.
     """
-    value = _packed(array)  # JAX, and PyTorch below, keep the memory of the array
     if variable._value is not None:
-        variable.assign(value)
+        variable.assign(_packed(array))  # JAX, and PyTorch below, keep the memory of the array
         return
     if BACKEND == "torch":  # Keras would copy it again
         import torch
 
-        value = torch.from_numpy(value)
+        value = _of_kernel(array) if hasattr(variable, "is_kernel") else torch.from_numpy(_packed(array))
+    else:
+        value = _packed(array)
     variable._initialize(ops.convert_to_tensor(value, variable.dtype))
     variable._initializer = None
 
@@ -64,6 +72,8 @@ def allocate(layer: keras.layers.Layer) -> None:
     for variable in layer.variables:
         if variable._value is None:
             variable._deferred_initialize()
+            if hasattr(variable, "is_kernel"):
+                as_kernel(variable)
     for one in layer._flatten_layers():
         one._post_build()  # registers parameters with PyTorch's modules
 
@@ -81,6 +91,41 @@ def replaced(layer: keras.layers.Layer, part: keras.layers.Layer) -> Iterator[No
         yield
     finally:
         tracker.locked = locked
+
+
+def as_kernel(variable: keras.Variable) -> None:
+    """Marks a variable as the kernel of a convolution, and stores its numbers, if it has any yet, in that order."""
+    if BACKEND != "torch":
+        return
+    variable.is_kernel = True
+    if variable._value is not None:
+        axes = range(variable._value.ndim)
+        _store(variable, variable._value.data.permute(axes[-1], *axes[:-1]).contiguous().permute(*axes[1:], 0))
+
+
+def _of_kernel(array: np.ndarray) -> Any:
+    """A copy of an array as a tensor that is stored as a kernel."""
+    import torch
+
+    axes = range(array.ndim)
+    return torch.from_numpy(_packed(np.moveaxis(array, -1, 0))).permute(*axes[1:], 0)
+
+
+def lie_alike(variables: Iterable[keras.Variable], weights: Iterable[keras.Variable]) -> None:
+    """Stores the variables that have the shape of a kernel among the weights as that is stored."""
+    if BACKEND != "torch":
+        return
+    kernels = {tuple(one.shape): one for one in weights if getattr(one, "is_kernel", False)}
+    for variable in variables:
+        kernel = kernels.get(tuple(variable.shape))
+        if kernel is not None and variable.value.stride() != kernel.value.stride():
+            import torch
+
+            _store(variable, torch.empty_like(kernel.value, dtype=variable.value.dtype).copy_(variable.value))
+
+
+def _store(variable: keras.Variable, value: Any) -> None:
+    variable._value.data = value.detach()
 
 
 def move_towards(variables: Sequence, targets: Sequence, fraction) -> None:

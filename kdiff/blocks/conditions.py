@@ -231,7 +231,8 @@ class Condition(Block):
         null = self.null
         if null is None:
             raise ValueError(f"{type(self).__name__}: `dropout` needs a `null`, which replaces dropped conditions")
-        dropped = random.uniform(random.fold_in(key, 0, DROPPING), (ops.shape(x)[0],)) < self.dropout
+        batch = ops.shape(x)[0]
+        dropped = random.uniform(random.fold_in(random.on_device(key, batch), 0, DROPPING), (batch,)) < self.dropout
         x = ops.cast(x, null.dtype)
         return ops.where(ops.reshape(dropped, (-1, *[1] * (len(x.shape) - 1))), ops.convert_to_tensor(null), x)
 

@@ -48,7 +48,7 @@ class LowRank:
 
     def save_own_variables(self, store):
         """Saves kernel and bias as Keras does, and also A, B and the scale."""
-        if not self.lora_enabled or self._is_quantized():
+        if not self.lora_enabled or self._quantized_kernel():
             super().save_own_variables(store)
             return
         kept = [self._kernel] if self.bias is None else [self._kernel, self.bias]
@@ -59,7 +59,7 @@ class LowRank:
 
     def load_own_variables(self, store):
         """Loads the weights: a layer without LoRA merges A and B into its kernel; one with LoRA resets absent ones."""
-        if self._is_quantized() or not self.built or not (self.lora_enabled or "lora_scale" in set(store.keys())):
+        if self._quantized_kernel() or not self.built or not (self.lora_enabled or "lora_scale" in set(store.keys())):
             super().load_own_variables(store)
             return
         values = {name: np.asarray(store[name]) for name in set(store.keys())}
@@ -77,13 +77,25 @@ class LowRank:
         if self.bias is not None:
             self.bias.assign(values["1"])
 
-    def _is_quantized(self) -> bool:
+    def _quantized_kernel(self) -> bool:
         return getattr(self, "quantization_mode", None) is not None
 
 
 @keras.saving.register_keras_serializable("kdiff.blocks")
 class Dense(LowRank, Direct, keras.layers.Dense):
     """`activation(x kernel + bias)`: `keras.layers.Dense`, with its arguments."""
+
+    def quantize(self, mode=None, type_check=True, config=None):
+        """Keras' own, which refuses the classes that derive from its layer."""
+        super().quantize(mode, type_check=False, config=config)
+
+    def __delattr__(self, name: str) -> None:
+        """As Keras, but without collecting garbage after a variable is deleted, a second per layer in `quantize`."""
+        if isinstance(variable := getattr(self, name), keras.Variable):
+            self._untrack_variable(variable)
+            super(keras.layers.Layer, self).__delattr__(name)
+        else:
+            super().__delattr__(name)
 
     def call(self, inputs):
         """Maps (..., channels) to (..., units)."""
@@ -112,6 +124,7 @@ class Conv2D(LowRank, Direct, keras.layers.Conv2D):
         """Creates kernel and bias for this rank."""
         self._take_rank(input_shape)
         super().build(input_shape)
+        backend.as_kernel(self._kernel)
 
     def compute_output_shape(self, input_shape):
         """(batch, *sizes, filters)."""

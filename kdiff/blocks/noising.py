@@ -66,12 +66,14 @@ class Noising(Condition):
         if given.get("level") is not None:
             return ops.cast(given["level"], "float32")
         if training:
-            return self.highest * random.uniform(random.fold_in(key, 0, LEVELS), (batch,))
+            return self.highest * random.uniform(random.fold_in(random.on_device(key, batch), 0, LEVELS), (batch,))
         return ops.full((batch,), self.level, "float32")
 
     def _noised(self, given, x, level, key):
         noise = given.get("noise")
-        noise = random.normal(random.fold_in(key, 0, AUGMENTING), ops.shape(x)) if noise is None else noise
+        if noise is None:
+            key = random.on_device(key, ops.shape(x)[0])
+            noise = random.normal(random.fold_in(key, 0, AUGMENTING), ops.shape(x))
         return self.noise(x, ops.cast(noise, "float32"), level)
 
 

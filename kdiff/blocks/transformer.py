@@ -76,8 +76,8 @@ class FeedForward(_Branch):
         width, hidden = x_shape[-1], max(1, int(self.ratio * x_shape[-1]))
         first, last = kernel_initializer(), kernel_initializer(self.starts_at_zero)
         options = {"use_bias": self.bias, "dtype": self.dtype_policy}
-        self.hidden = Dense((1 + self.glu) * hidden, kernel_initializer=first, **options)
-        self.output_layer = Dense(width, kernel_initializer=last, **options)
+        self.hidden = Dense((1 + self.glu) * hidden, kernel_initializer=first, name="hidden", **options)
+        self.output_layer = Dense(width, kernel_initializer=last, name="output", **options)
         self.hidden.build(x_shape)
         self.output_layer.build((*x_shape[:-1], hidden))
 

@@ -11,6 +11,7 @@ and so does not need TensorFlow; this package needs the extra `data`.
 
 from kdiff.data.pairs import load_pairs, save_pairs
 from kdiff.data.pipeline import images
+from kdiff.data.shards import write_shards
 from kdiff.data.sources import EMBEDDED
 
-__all__ = ["EMBEDDED", "images", "load_pairs", "save_pairs"]
+__all__ = ["EMBEDDED", "images", "load_pairs", "save_pairs", "write_shards"]

@@ -1,8 +1,8 @@
 """What all sources of images share: the dataset before resizing, and the parts of a split."""
 
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,12 +20,14 @@ class Source(NamedTuple):
         class_names: the names of integer labels, if known.
         channels: the default number of channels of the images; `None` for their own.
         in_memory: whether the images are in memory, so that caching them would gain nothing.
+        mixed: a function of a seed to the dataset in an order of that seed; `None` if reading has only one order.
     """
 
     dataset: tf.data.Dataset
     class_names: list[str] | None = None
     channels: int | None = None
     in_memory: bool = False
+    mixed: Callable[[Any], tf.data.Dataset] | None = None
 
     @property
     def shape(self) -> tuple[int | None, ...]:

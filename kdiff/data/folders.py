@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from kdiff.data._tensorflow import tf
 from kdiff.data.base import Source, split_rows, utf8
 from kdiff.pictures import FORMATS, opened, pillow
 
-__all__ = ["decode", "from_folder"]
+__all__ = ["decode", "from_folder", "read_caption"]
 
 
 def from_folder(folder: Path, labels: bool, text: bool, split: str) -> Source:
@@ -93,10 +94,11 @@ def _captions(folder: Path, paths: list[Path]) -> np.ndarray:
             f"images: `text=True` reads the caption of photo.jpg from photo.txt; of {len(files)} such files in "
             f"{folder}, {len(missing)} are missing: {', '.join(missing[:5])}{more}"
         )
-    return utf8(_read_caption(file) for file in files)
+    return utf8(read_caption(file) for file in files)
 
 
-def _read_caption(file: Path) -> str:
+def read_caption(file: Path) -> str:
+    """The text of a file."""
     try:
         return file.read_text("utf-8-sig").strip()
     except UnicodeDecodeError as error:
@@ -125,7 +127,7 @@ def _size_or_error(path: Path) -> tuple[int, int] | Exception:
         return error
 
 
-def decode(path: str | os.PathLike) -> np.ndarray:
+def decode(path: Any) -> np.ndarray:
     """The image in a file, rotated by its EXIF orientation, uint8 with shape `(height, width, 4)`."""
     from PIL import ImageOps
 

@@ -3,6 +3,8 @@
 So training that is resumed in another process continues with the next order.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from kdiff.data._tensorflow import tf
@@ -27,13 +29,13 @@ class Order:
         self.seed = np.random.SeedSequence().entropy if seed is None else seed
         self.passes = 0
 
-    def shuffled(self, dataset: tf.data.Dataset, repeat: int | None) -> tf.data.Dataset:
-        """`repeat` passes over the dataset; `None` is endless."""
+    def shuffled(self, dataset: Callable[[tf.Tensor], tf.data.Dataset], repeat: int | None) -> tf.data.Dataset:
+        """`repeat` passes over the dataset, a function of the seed of each pass; `None` is endless."""
 
         def one_pass(_):
             tf.compat.v1.get_default_graph().seed = None  # ignores TensorFlow's global seed; 0 would be an error
             seed = tf.ensure_shape(tf.numpy_function(self._next, [], tf.int64), ())
-            return dataset.shuffle(self.buffer, seed, reshuffle_each_iteration=False)
+            return dataset(seed).shuffle(self.buffer, seed, reshuffle_each_iteration=False)
 
         passes = tf.data.Dataset.range(2**62 if repeat is None else repeat).flat_map(one_pass)
         count = (

@@ -52,6 +52,7 @@ def images(
             - the name of an embedded set, which needs no download: "digits", 1,797 handwritten digits of 8x8 pixels, or
               "shapes", 22,000 captioned pictures of coloured shapes, drawn at `image_size` (32);
             - a folder of images, as a path; files that cannot be read are named in a warning and skipped;
+            - a folder of `write_shards`, for sets that are too large to list or to cache: with `cache=False`;
             - the name of a TensorFlow Dataset such as "cifar10";
             - an array `(count, height, width, channels)`, uint8 in 0..255 or floats in [-1, 1].
         image_size: the side, or `(height, width)`, of the images: center-cropped to that shape, then
@@ -109,16 +110,22 @@ def images(
     count = int(found.dataset.cardinality())
     _check_count(count, batch_size if drop_remainder else 1)
 
-    dataset = found.dataset.map(_conform(size, channels), tf.data.AUTOTUNE)
-    if text_encoder is not None:
-        dataset = encoding.encoded(dataset, text_encoder)
-    if codec is not None:
-        dataset = latents.encoded(dataset, codec, flips)
+    def prepared(dataset):
+        dataset = dataset.map(_conform(size, channels), tf.data.AUTOTUNE)
+        if text_encoder is not None:
+            dataset = encoding.encoded(dataset, text_encoder)
+        return dataset if codec is None else latents.encoded(dataset, codec, flips)
+
+    dataset = prepared(found.dataset)
     ready = found.in_memory and size in (None, found.shape[:2]) and text_encoder is None and codec is None
     if cache and not (cache is True and ready):
         dataset = dataset.cache() if cache is True else _cached(dataset, Path(cache))
     order = Order(count, count if cache is True else min(count, UNCACHED_SHUFFLE), seed)
-    dataset = order.shuffled(dataset, repeat) if shuffle else dataset.repeat(repeat)
+    if shuffle:
+        mixed = found.mixed is not None and not cache
+        dataset = order.shuffled(lambda seed: prepared(found.mixed(seed)) if mixed else dataset, repeat)
+    else:
+        dataset = dataset.repeat(repeat)
     if augment:
         dataset = dataset.map(_augment(augment), tf.data.AUTOTUNE if seed is None else None)
     finish = _scale if codec is None else latents.drawn(seed)

@@ -13,6 +13,7 @@ from kdiff.base import needs
 from kdiff.data._tensorflow import tf
 from kdiff.data.base import Source, split_rows, utf8
 from kdiff.data.folders import from_folder
+from kdiff.data.shards import from_shards, is_sharded
 from kdiff.text import strings
 
 __all__ = [
@@ -49,6 +50,8 @@ def find(
             )
     if source in EMBEDDED:
         return EMBEDDED[source](size, labels, text, split)
+    if is_sharded(source):
+        return from_shards(source, labels, text, split)
     if isinstance(source, os.PathLike) or Path(source).expanduser().is_dir():
         return from_folder(Path(source).expanduser(), labels, text, split)
     return from_tfds(source, labels, text, split, data_dir, download)

@@ -354,6 +354,8 @@ def _exported(slot: Slot, values: Mapping[int, Any]) -> np.ndarray:
         return np.asarray(keras.ops.convert_to_numpy(values.get(id(variable), variable)), "float32")
 
     layer = slot.layer
+    if getattr(layer, "quantization_mode", None) is not None:
+        raise ValueError(f"{slot.name}: the network is quantized, to {layer.quantization_mode}; save it as `.keras`")
     if not getattr(layer, "lora_enabled", False) or slot.variable is not layer._kernel:
         return numbers(slot.variable)
     change = numbers(layer.lora_kernel_a) @ numbers(layer.lora_kernel_b)

@@ -1,6 +1,7 @@
 """The averaged (EMA) weights of a model: when they are used and when they are updated."""
 
 from contextlib import nullcontext
+from typing import Any
 
 from kdiff import backend, deprecated
 from kdiff.ema import EMA, profiles_of
@@ -43,6 +44,28 @@ class Averaging:
             return
         with backend.strategy_of(self), backend.replaced(self, self.ema_weights):
             self.ema_weights = self._new_ema()
+        self._forget_graphs()
+
+    def quantize(self, mode: str | None = None, config: Any = None, filters: Any = None, **options: Any) -> None:
+        """Quantizes the network, by its averaged weights if there are: less memory, for `sample`; see `Network`.
+
+        The model then has no averages, and no optimizer: what has trained it, save before. Arguments, and errors, as of
+        `networks.Network.quantize`.
+        """
+        averaged = self._follow_ema()
+        try:
+            if averaged:
+                self.ema_weights.exchange(self.network)
+            self.network.quantize(mode, config=config, filters=filters, **options)
+        except Exception:
+            if averaged:
+                self.ema_weights.exchange(self.network)
+            raise
+        if self.ema_weights:
+            with backend.replaced(self, self.ema_weights):
+                self.ema_weights = None
+        self.ema, self.optimizer, self.compiled = None, None, False
+        self._use_ema(False)
         self._forget_graphs()
 
     @backend.uninterrupted

@@ -272,7 +272,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
 
     def _problem(self, data, training) -> Problem:
         batch, _ = feeding.unpack((data,))
-        keys = self._keys(training)
+        keys = self._keys(training, ops.shape(batch["encoded" if "encoded" in batch else "image"])[0])
         key = next(keys)  # unused for encoded data, which so gets the same noise as its images
         if "encoded" in batch:
             x = ops.cast(batch.pop("encoded"), "float32")
@@ -282,12 +282,14 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
         batch |= {name: of(x, random.fold_in(key, i, DERIVING)) for i, (name, of) in enumerate(made.items())}
         return self.objective.problem(self, x, batch, keys, bool(training))
 
-    def _keys(self, training) -> Iterator:
-        """The keys of this step: those of training differ in each step, those of each evaluation are the same."""
+    def _keys(self, training, rows) -> Iterator:
+        """The keys of this step: those of training differ in each step, those of each evaluation are the same.
+
+        If several devices compute parts of a batch, each uses the numbers of its `rows` in the whole batch.
+        """
         stream, counter = (random.TRAINING, self.step) if training else (random.EVALUATION, self.evaluation_step)
         key = random.fold_in(random.key_of(self.seed), counter.value, stream)
-        if (replica := backend.replica()) is not None:
-            key = random.fold_in(key, replica, random.REPLICAS)
+        key = random.on_device(key, rows)
         if backend.has_numbers(counter.value):  # otherwise Keras calls again with numbers, in the same scope
             counter.assign_add(1)  # after its last use: on TensorFlow `value` is not a copy
         return random.Keys(key)
@@ -296,7 +298,8 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
         """The compiled loss of the network's output, weighted by the objective and by example, and its `extra`."""
         loss = super().compute_loss(x, *_compared(y_pred, sample_weight), training=training)
         if y_pred.extra is not None:
-            loss = loss + ops.mean(_product(y_pred.extra, _of_examples(sample_weight)))
+            extra = ops.mean(_product(y_pred.extra, _of_examples(sample_weight)))
+            loss = loss + backend.share_of_loss(extra)
         if training:
             self.objective.learn(self, y_pred, _errors(y_pred, sample_weight))
         return loss
@@ -311,7 +314,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
     def train_step(self, *args):
         """The step of Keras, then the update of the averages. `args` are `(data,)`, or `(state, data)` on JAX."""
         *state, data = args
-        x, sample_weight = feeding.unpack(data)
+        x, sample_weight = feeding.unpack(self._rows_here(data, "training"))
         self._use_ema(True)  # from the first step, so that an objective that uses them is traced once
         result = super().train_step(*state, (x, None, sample_weight))
         if self.ema_weights is None:
@@ -342,7 +345,7 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
     def test_step(self, *args):
         """The step of Keras."""
         *state, data = args
-        x, sample_weight = feeding.unpack(data)
+        x, sample_weight = feeding.unpack(self._rows_here(data, "evaluation"))
         return super().test_step(*state, (x, None, sample_weight))
 
     def _take_rows_anew(self) -> None:

@@ -1,12 +1,14 @@
 """A request of `sample`, checked, and the generator of its steps."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import keras
 import numpy as np
 from keras import ops, tree
 
+from kdiff import backend
 from kdiff.base import check_integer
 from kdiff.denoisers import Given
 from kdiff.sampling import Sampler, Step, initial_noise
@@ -57,30 +59,34 @@ class Request(NamedTuple):
         else:
             x = begin.sigma * initial_noise((len(rows), *self.shape[1:]), seed, first)
             x = x if self.data is None else x + begin.alpha * ops.convert_to_tensor(self.data[rows])
-        given = tree.map_structure(lambda value: ops.convert_to_tensor(value[rows]), self.given)
+        x = backend.on_devices(ops.convert_to_tensor(x, "float32"))
+        given = tree.map_structure(lambda value: backend.on_devices(ops.convert_to_tensor(value[rows])), self.given)
         yield Step(0, len(self.times) - 1, float(self.times[0]), x, x)
         following = (self.times, self.advance, self.schedule, given, seed, first, self.before)
         yield from self.sampler.steps_from(x, *following, noise=self.draw)
 
-    def ends(self, decode: Callable, batch_size: int, verbose: bool = False) -> np.ndarray:
-        """The final x of each sample, decoded, computed in batches."""
+    def ends(self, model: keras.Model, decode: Callable, batch_size: int, verbose: bool = False) -> np.ndarray:
+        """The final x of each sample, decoded, computed in batches, each of them on all devices of the model."""
         check_integer("sample", "batch_size", batch_size)
-        count = self.shape[0]
-        size = min(batch_size, count)
+        count, devices = self.shape[0], 1 if self.draw else backend.device_count(model)
+        size = -(-min(batch_size, count) // devices) * devices
         if self.draw is not None and size < count:
             raise ValueError(
                 f"sample: a function for `noise` is called for all {count} samples at once, so `batch_size` must be at "
                 f"least that; received: {batch_size}"
             )
         progress = keras.utils.Progbar((len(self.times) - 1) * -(-count // size)) if verbose else None
-        ends = []
-        for first in range(0, count, size):
-            # The last batch is padded and cut: a batch of another size would be compiled again.
-            for step in self.steps(np.minimum(np.arange(first, first + size), count - 1)):
-                if progress and step.index:
+
+        def end(rows):
+            for step in self.steps(rows):
+                if progress and step.index and rows[0] % size == 0:  # on the first device only
                     progress.add(1)
-            ends.append(ops.convert_to_numpy(decode(step.x)))
-        return np.concatenate(ends)[:count]
+            return ops.convert_to_numpy(decode(step.x))
+
+        # The last batch is padded and cut: a batch of another size would be compiled again.
+        batches = [np.minimum(np.arange(first, first + size), count - 1) for first in range(0, count, size)]
+        made = partial(backend.over_devices, model, end) if devices > 1 else end
+        return np.concatenate([made(rows) for rows in batches])[:count]
 
     def decoded(self, decode: Callable) -> Iterator[Step]:
         """The steps of all samples in one batch, with x and x_hat as decoded arrays."""

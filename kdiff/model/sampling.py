@@ -119,7 +119,7 @@ class Sampling(Sizes):
         begin = {"image": image, "strength": strength, "x": x, "noise": noise, "start": start, "stop": stop}
         options |= {**begin, "known": known, "mask": mask, "seed": seed, "ema": ema}
         run = self._run(num_samples, **options, **conditions)
-        return run.ends(ops.convert_to_numpy if stop else self.decode, batch_size, verbose)
+        return run.ends(self, ops.convert_to_numpy if stop else self.decode, batch_size, verbose)
 
     @deprecated.arguments(averages="ema")
     def sample_steps(self, num_samples: int, *, preview: Codec | str | None = None, **options: Any) -> Iterator[Step]:
@@ -151,7 +151,7 @@ class Sampling(Sizes):
         Raises:
             ValueError: if the solver has no inverse; and as in `sample`.
         """
-        return self._inversion(image, iterations, options).ends(ops.convert_to_numpy, batch_size)
+        return self._inversion(image, iterations, options).ends(self, ops.convert_to_numpy, batch_size)
 
     @deprecated.arguments(averages="ema")
     def invert_steps(self, image: Any, *, iterations: int = 1, **options: Any) -> Iterator[Step]:

@@ -20,6 +20,7 @@ class CheckedTraining:
     instead: ClassVar[str]  # of `predict` and `export`, for their errors
 
     _on_trial = False  # whether the shapes are those of data that the model has not computed yet
+    _parted: ClassVar[dict[str, bool]] = {}  # whether data for "training" or "evaluation" is a part for each process
 
     def _new_check(self, shapes: dict[str, tuple]) -> feeding.BatchCheck:
         """The check of data of these shapes, for which the model may not be built yet."""
@@ -66,9 +67,12 @@ class CheckedTraining:
         self.orders = feeding.Orders(x, validation_data)
         if options.pop("class_weight", None) is not None:
             raise ValueError("fit: there are no classes to weight; give `sample_weight`, one number an example")
+        self._parted = {"training": backend.is_parted(x), "evaluation": backend.is_parted(validation_data)}
         x, check = self._checked(x, y, options.pop("sample_weight", None))
         if validation_data is not None:
             validation_data, _ = self._checked(*keras.utils.unpack_x_y_sample_weight(validation_data), check)
+        if not backend.is_first_process():
+            options["verbose"] = 0
         if not isinstance(x, (dict, keras.utils.PyDataset)):
             options.setdefault("shuffle", False)  # Keras cannot shuffle the others, and would warn
         self._prepare_training()
@@ -83,7 +87,10 @@ class CheckedTraining:
         if len(args) < 4:
             feeding.check_end(x, "steps", options)
         self._check_compiled("evaluate")
+        self._parted = {**self._parted, "evaluation": backend.is_parted(x)}
         x, check = self._checked(x, y, options.pop("sample_weight", None))
+        if not backend.is_first_process():
+            options["verbose"] = 0
         self._before_evaluating(True)  # only now is the model built for certain
         with self._tried(check):
             return super().evaluate(x, None, *args, **options)
@@ -119,6 +126,14 @@ class CheckedTraining:
         with self._tried(check):
             return super().test_on_batch(x, **options)
 
+    def _rows_here(self, data, use: str):
+        """Of a batch for "training" or "evaluation", the rows that this process computes."""
+        return data if self._parted.get(use) else backend.rows_of_process(data)
+
+    def get_metrics_result(self):
+        """Keras' own, of the whole batches."""
+        return backend.mean_of_processes(super().get_metrics_result())
+
     def _check_compiled(self, method: str) -> None:
         if not self.compiled:
             raise ValueError(f"{method}: no optimizer and no loss yet; call `compile()`, `model.compile('adam')`")
@@ -137,6 +152,8 @@ class CheckedTraining:
         if not self.optimizer.built:
             with backend.strategy_of(self):
                 self.optimizer.build(self.trainable_variables)
+        backend.lie_alike(self.optimizer.variables, self.trainable_variables)
+        backend.share_training(self)
 
     def _checked(self, x, y=None, sample_weight=None, check: feeding.BatchCheck | None = None):
         """(x, check): the data, prepared and checked on its way; the model is built for it if it was not."""
@@ -196,12 +213,12 @@ class OwnLoss(SafeFiles, CheckedTraining, backend.SafeTraining):
     def train_step(self, *args):
         """Keras' own step. `args` are `(data,)`, on JAX `(state, data)`."""
         *state, data = args
-        return super().train_step(*state, (self._batch(feeding.unpack(data)[0]),))
+        return super().train_step(*state, (self._batch(feeding.unpack(self._rows_here(data, "training"))[0]),))
 
     def test_step(self, *args):
         """Keras' own step."""
         *state, data = args
-        return super().test_step(*state, (self._batch(feeding.unpack(data)[0]),))
+        return super().test_step(*state, (self._batch(feeding.unpack(self._rows_here(data, "evaluation"))[0]),))
 
     def get_compile_config(self) -> dict[str, Any] | None:
         """The optimizers, without what belongs to a backend; None before `compile`."""

@@ -9,6 +9,7 @@ from kdiff.networks.control import Controlled, ControlNet, Hint
 from kdiff.networks.counting import flops, parameters, summary
 from kdiff.networks.dit import DiT
 from kdiff.networks.hybrid import Hybrid
+from kdiff.networks.layouts import layout_map
 from kdiff.networks.levels import Level
 from kdiff.networks.mlp import MLP
 from kdiff.networks.mmdit import MMDiT
@@ -42,6 +43,7 @@ __all__ = [
     "UViT",
     "adaptive_block",
     "flops",
+    "layout_map",
     "parameters",
     "published",
     "summary",

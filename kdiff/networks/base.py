@@ -21,6 +21,7 @@ from kdiff.blocks.base import Chain, ConfigurableLayer, Tokens, apply_layer, bui
 from kdiff.blocks.conditions import Encoded, Input, given_to, inputs_of
 from kdiff.blocks.context_attention import ContextAttention
 from kdiff.blocks.joint import JointBlock
+from kdiff.networks.quantization import Quantizable
 
 __all__ = ["AXES", "Network", "check_size", "joined"]
 
@@ -28,7 +29,7 @@ __all__ = ["AXES", "Network", "check_size", "joined"]
 AXES = {2: (), 3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}
 
 
-class Network(ConfigurableLayer, keras.Model):
+class Network(Quantizable, ConfigurableLayer, keras.Model):
     """Encodes time and conditions as `embed`, `context` and maps; a subclass defines the body.
 
     Args:

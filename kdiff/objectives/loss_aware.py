@@ -5,6 +5,7 @@ from typing import Any
 
 from keras import ops
 
+from kdiff import backend
 from kdiff.base import check_integer, check_number
 from kdiff.objectives.base import Problem
 from kdiff.objectives.denoising import Denoising
@@ -106,7 +107,8 @@ class LossAware(Denoising):
 
     def update(self, schedule: NoiseSchedule, t, losses) -> None:
         """Writes the losses, shape `(batch,)`, before any `importance`, over the oldest of their times."""
-        losses = ops.stop_gradient(ops.convert_to_tensor(losses, "float32"))
+        losses = backend.gathered(ops.stop_gradient(ops.convert_to_tensor(losses, "float32")))
+        t = backend.gathered(t)
         finite = ops.isfinite(losses)
         index = ops.where(finite, self._index(schedule, t), self.num_steps)  # an i of their own, cut off below
         order = ops.argsort(index)

@@ -86,13 +86,17 @@ def _between_ends(schedule: NoiseSchedule, t):
 
 
 class _Even(_OverTime):
-    """Times that are uniform individually. A new one defines `cover`, which spreads them over a batch."""
+    """Times that are uniform individually. A new one defines `spread`, which spreads them over a batch."""
 
     def __call__(self, schedule: NoiseSchedule, batch, key):
         return _between_ends(schedule, self.cover(batch, key))
 
     def cover(self, batch, key):
-        """Uniform numbers in [0, 1], float32, with shape `(batch,)`."""
+        """Uniform numbers in [0, 1], float32, with shape `(batch,)`; on several devices, those of this one."""
+        return random.of_whole(self.spread, batch, key)
+
+    def spread(self, batch, key):
+        """The numbers of a whole batch."""
         raise NotImplementedError
 
     def law(self, t):
@@ -102,7 +106,7 @@ class _Even(_OverTime):
 class Uniform(_Even):
     """Independent t, uniform in [0, 1)."""
 
-    def cover(self, batch, key):
+    def spread(self, batch, key):
         return random.uniform(key, (batch,))
 
 
@@ -147,7 +151,7 @@ class Stratified(_Even):
     independent of the position in the batch. `Systematic` uses one u for all parts.
     """
 
-    def cover(self, batch, key):
+    def spread(self, batch, key):
         u = random.uniform(key, (batch + 1,))
         size = ops.cast(batch, "float32")
         part = (_count(batch) + ops.floor(u[0] * size)) % size
@@ -161,7 +165,7 @@ class Systematic(_Even):
     batch covers [0, 1) with even spacing; a part of it, such as that of one device, covers only a part of [0, 1).
     """
 
-    def cover(self, batch, key):
+    def spread(self, batch, key):
         return (random.uniform(key, (1,)) + _count(batch) / ops.cast(batch, "float32")) % 1.0
 
 
@@ -174,7 +178,7 @@ class LowDiscrepancy(_Even):
 
     RATIO = np.array(round((math.sqrt(5) - 1) / 2 * 2**32), "uint32").astype("int32")  # 2^32 / phi, with wrap-around
 
-    def cover(self, batch, key):
+    def spread(self, batch, key):
         """(u + n / phi) mod 1; n / phi mod 1 is computed in units of 2^-32, and so is exact for any n."""
         turns = ops.arange(batch, dtype="int32") * ops.convert_to_tensor(self.RATIO)
         turns = ops.cast(ops.bitwise_and(ops.right_shift(turns, 8), 2**24 - 1), "float32") * 2.0**-24
@@ -188,7 +192,7 @@ class Antithetic(_Even):
     2021, arXiv:2010.02502). In a batch of odd size one t has no partner.
     """
 
-    def cover(self, batch, key):
+    def spread(self, batch, key):
         u = random.uniform(key, ((batch + 1) // 2,))
         return ops.concatenate([u, 1.0 - u])[:batch]
 

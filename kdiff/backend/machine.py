@@ -1,0 +1,213 @@
+"""What this machine has, and how each backend is set up on it: what costs time unseen."""
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from kdiff.backend.running import BACKEND
+
+__all__ = ["cores", "installed", "noticed", "wait_for"]
+
+_PACKAGES = {"tensorflow": "tensorflow", "jax": "jaxlib", "torch": "torch"}
+# Without it XLA computes convolutions to 64 channels and fewer on one core.
+_SMALL_CONVOLUTIONS = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
+_TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=4000000000:glibc.malloc.mmap_threshold=4000000000"
+_ALLOCATORS = ("tcmalloc", "jemalloc", "mimalloc")
+
+
+def installed() -> dict[str, str]:
+    """The backends that are installed, and their versions."""
+    return {name: metadata.version(package) for name, package in _PACKAGES.items() if find_spec(name) is not None}
+
+
+def cores() -> float:
+    """How many cores this process may use: a container may have a share of one."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _read("/sys/fs/cgroup/cpu.max").split()
+    limit = int(quota[0]) / int(quota[1]) if len(quota) == 2 and quota[0].isdigit() else count
+    return min(count, limit)
+
+
+def _has_accelerator() -> bool:
+    """Whether the backend has a GPU or a TPU. It starts the backend."""
+    if BACKEND == "torch":
+        import torch
+
+        return torch.cuda.is_available() or torch.backends.mps.is_available()
+    if BACKEND == "jax":
+        import jax
+
+        return jax.default_backend() != "cpu"
+    import tensorflow as tf
+
+    return bool(tf.config.list_physical_devices("GPU") or tf.config.list_physical_devices("TPU"))
+
+
+def wait_for(x: Any) -> None:
+    """Returns when the tensor is computed."""
+    if BACKEND == "jax":
+        x.block_until_ready()
+    elif BACKEND == "torch" and x.is_cuda:
+        import torch
+
+        torch.cuda.synchronize()
+    else:
+        x.numpy() if BACKEND == "tensorflow" else None
+
+
+def noticed() -> Iterator[str]:
+    """What would make training and sampling faster here, a sentence or two each."""
+    if _has_accelerator():
+        yield from _on_accelerator()
+        return
+    yield from (found for check in _CHECKS if (found := check()) is not None)
+
+
+def _on_accelerator() -> Iterator[str]:
+    import keras
+
+    if keras.config.dtype_policy().compute_dtype == "float32":
+        yield (
+            "Accelerators multiply 16-bit numbers several times as fast: "
+            "`keras.config.set_dtype_policy('mixed_bfloat16')` before the model is made."
+        )
+    if (cache := _compilation_cache()) is not None:
+        yield cache
+    if BACKEND == "torch":
+        yield "PyTorch runs layer by layer; `compile(..., jit_compile=True)` fuses them, after minutes of compiling."
+
+
+def _allocator() -> str | None:
+    if sys.platform != "linux" or any(name in _read("/proc/self/maps") for name in _ALLOCATORS):
+        return None
+    if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return None
+    kept = "takes up to a fifth off a training step, most of it on JAX"
+    return (
+        "Memory that a step frees is given back to Linux, and asked for again by the next. Another allocator "
+        f"{kept}: `apt install libtcmalloc-minimal4`, then LD_PRELOAD=libtcmalloc_minimal.so.4 before `python`; or, "
+        f"with nothing to install, GLIBC_TUNABLES={_TUNABLES}."
+    )
+
+
+def _huge_pages() -> str | None:
+    if "[never]" not in _read("/sys/kernel/mm/transparent_hugepage/enabled"):
+        return None
+    return (
+        "Huge pages are off, and large arrays take many small ones: "
+        "`echo madvise > /sys/kernel/mm/transparent_hugepage/enabled`, as root."
+    )
+
+
+def _threads() -> str | None:
+    given = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS") if name in os.environ}
+    few = {name: value for name, value in given.items() if value.isdigit() and int(value) < int(cores())}
+    if few:
+        return f"This process may use {cores():g} cores, and is told to use fewer: {few}. Unset what is not meant."
+    if BACKEND == "torch":
+        import torch
+
+        if torch.get_num_threads() > max(1, round(cores())):
+            return (
+                f"PyTorch has started {torch.get_num_threads()} threads for {cores():g} cores, and they wait for one "
+                f"another: OMP_NUM_THREADS={max(1, round(cores()))}."
+            )
+    return None
+
+
+def _bfloat16() -> str | None:
+    import keras
+
+    low = keras.config.dtype_policy().compute_dtype
+    if low == "float32" or not (flags := _cpu_flags()):
+        return None
+    if low == "bfloat16" and flags & {"avx512_bf16", "amx_bf16", "bf16"}:
+        return None
+    return (
+        f"This CPU computes in {low} by way of float32, which is slower than float32: "
+        "`keras.config.set_dtype_policy('float32')`."
+    )
+
+
+def _sixteen_bits() -> str | None:
+    import keras
+
+    if keras.config.dtype_policy().compute_dtype != "float32" or not _cpu_flags() & {"amx_bf16", "avx512_bf16"}:
+        return None
+    return (
+        "This CPU multiplies bfloat16 numbers faster than float32: "
+        "`keras.config.set_dtype_policy('mixed_bfloat16')` before the model is made."
+    )
+
+
+def _compilation_cache() -> str | None:
+    if BACKEND != "jax":
+        return None
+    import jax
+
+    if jax.config.jax_compilation_cache_dir:
+        return None
+    return (
+        "JAX compiles every program anew in each process: with JAX_COMPILATION_CACHE_DIR=~/.cache/jax it finds those "
+        "of the last one on the disk."
+    )
+
+
+def _convolutions() -> str | None:
+    if not _has_slow_convolutions() or "ynn_fusion_type" in os.environ.get("XLA_FLAGS", ""):
+        return None
+    return (
+        "XLA computes convolutions to 64 channels and fewer on a single core; this takes a fifth off a small U-Net's "
+        f"step: XLA_FLAGS='{os.environ.get('XLA_FLAGS', '')} {_SMALL_CONVOLUTIONS}'. (kdiff sets it where XLA_FLAGS is "
+        "empty, and JAX has not started.)"
+    )
+
+
+_CHECKS: tuple[Callable[[], str | None], ...] = (
+    _allocator,
+    _huge_pages,
+    _threads,
+    _bfloat16,
+    _sixteen_bits,
+    _convolutions,
+    _compilation_cache,
+)
+
+
+def _has_slow_convolutions() -> bool:
+    """XLA of jaxlib 0.10 on several cores of a CPU. Of an option that it does not know, XLA ends the process."""
+    return BACKEND == "jax" and metadata.version("jaxlib").startswith("0.10.") and cores() > 1
+
+
+def _mend_small_convolutions() -> None:
+    """Sets XLA's option for small convolutions, which it reads when JAX starts, unless the user has set any."""
+    from jax._src import xla_bridge
+
+    platform = os.environ.get("JAX_PLATFORMS", "cpu")
+    if os.environ.get("XLA_FLAGS") or xla_bridge._backends or "cpu" not in platform or not _has_slow_convolutions():
+        return
+    os.environ["XLA_FLAGS"] = _SMALL_CONVOLUTIONS
+    logging.getLogger("kdiff").info("XLA_FLAGS=%s: small convolutions on all cores", _SMALL_CONVOLUTIONS)
+
+
+def _cpu_flags() -> set[str]:
+    """Of Linux; empty elsewhere."""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    return set(found.group(1).split()) if found else set()
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+if BACKEND == "jax":
+    _mend_small_convolutions()

@@ -1,0 +1,209 @@
+"""Several devices: virtual ones of a CPU on JAX and TensorFlow, two processes on PyTorch. They do what one does.
+
+Devices must be set before a backend starts: this file's `main` runs in processes of its own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from kdiff import backend, blocks, networks
+
+BACKEND = keras.backend.backend()
+DEVICES = 2  # that share a batch
+
+
+def one_model(network, **options):
+    import kdiff
+
+    model = kdiff.DiffusionModel(network, ema=0.9, seed=11, **options)
+    model.compile(keras.optimizers.Adam(1e-2), metrics=["mae"])
+    return model
+
+
+def transformer():
+    import kdiff
+
+    conditions = {"label": kdiff.blocks.LabelEmbedding(3, dropout=0.3)}
+    network = kdiff.networks.DiT(16, 1, 2, kdiff.networks.adaptive_block(2), conditions=conditions)
+    return one_model(network, schedule="linear_beta")
+
+
+def trained(model, x, labels=None):
+    """By the weights and the losses that two epochs give, the samples, and the losses of validation."""
+    shapes = {"image": x.shape} if labels is None else {"image": x.shape, "label": labels.shape}
+    model.build(shapes)
+    generator = np.random.default_rng(0)
+    for weight in model.network.weights:
+        weight.assign(0.2 * generator.standard_normal(weight.shape))
+    model.reset_ema()
+    conditions = {} if labels is None else {"label": labels[:5]}
+    data = {"image": x} if labels is None else {"image": x, "label": labels}
+    history = model.fit(data, epochs=2, batch_size=8, shuffle=False, validation_data=data, verbose=0).history
+    return {
+        **{name: np.array(values) for name, values in history.items()},
+        "samples": model.sample(5, sampler="ddpm", steps=3, batch_size=3, **conditions),
+        "weights": np.concatenate([keras.ops.convert_to_numpy(weight).ravel() for weight in model.network.weights]),
+        "averages": np.concatenate([keras.ops.convert_to_numpy(value).ravel() for value in model.ema_weights.values]),
+    }
+
+
+def main(devices: str, folder: Path) -> None:
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    keras.utils.set_random_seed(3)
+    if BACKEND == "tensorflow" and devices == "many":
+        import tensorflow as tf
+
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * DEVICES)
+    import kdiff
+
+    if devices in ("many", "8"):
+        kdiff.distribution.data_parallel()
+    if devices == "8":
+        return backed_up(folder)
+    if devices == "mesh":
+        mesh = keras.distribution.DeviceMesh((2, 2), ["batch", "model"], keras.distribution.list_devices())
+        layout = kdiff.networks.layout_map(mesh)
+        keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layout))
+    x = np.random.default_rng(0).uniform(-1, 1, (16, 4, 4, 2)).astype("float32")
+    labels = np.arange(16, dtype="int32") % 3
+    options = {"schedule": kdiff.schedules.LinearBeta(4), "codec": "identity", "weighting": "min_snr"}
+    options |= {"prediction": kdiff.predictions.LearnedVariance("noise")}
+    options |= {"objective": kdiff.objectives.LossAware(4, history=2, points="stratified")}
+    network = kdiff.networks.MLP(8, 1, out_channels=4)
+    both = transformer(), one_model(network, **options)
+    results = {"transformer": trained(both[0], x, labels), "aware": trained(both[1], x[:, 0, 0])}
+    if devices == "mesh":
+        results["layout"] = divided(both[0])
+    for name, values in results.items():
+        np.savez(folder / f"{name}-{devices}-{os.environ.get('RANK', 0)}.npz", **values)
+
+
+def divided(model):
+    """The shares of the numbers in weights, averages and optimizer that a device of the mesh has."""
+    momenta = [one for one in model.optimizer.variables if one.name.endswith("momentum")]
+    groups = {"weights": model.trainable_variables, "averages": model.ema_weights.values, "momenta": momenta}
+    sizes = {
+        name: [(np.prod(one.value.sharding.shard_shape(one.shape)), np.prod(one.shape)) for one in group]
+        for name, group in groups.items()
+    }
+    return {name: np.array(size) for name, size in sizes.items()}
+
+
+def backed_up(folder: Path) -> None:
+    """Trains for six steps, or, where `killed` is to be, until the process is killed after four."""
+    import kdiff
+
+    x = np.random.default_rng(0).uniform(-1, 1, (48, 3)).astype("float32")
+    keras.utils.set_random_seed(3)  # which the network's weights follow
+    model = one_model(kdiff.networks.MLP(8, 1), codec="identity")
+    losses = []
+    note = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: losses.append(float(logs["loss"])))
+    callbacks = [kdiff.BackupCallback(folder / "backup", save_freq=2, delete_checkpoint=False), note]
+    if os.environ.get("KILLED"):
+        callbacks.append(keras.callbacks.LambdaCallback(on_train_batch_end=lambda b, logs: b == 4 and os._exit(9)))
+    model.fit(x, batch_size=8, shuffle=False, verbose=0, callbacks=callbacks)
+    values = [keras.ops.convert_to_numpy(one).ravel() for one in (*model.network.weights, *model.ema_weights.values)]
+    np.savez(folder / "end.npz", weights=np.concatenate(values), loss=losses[-1])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
+
+
+def run(devices: str, folder: Path, *start: str, ends: int = 0, **environment: str) -> None:
+    import kdiff
+
+    environment |= {**os.environ, "PYTHONPATH": str(Path(kdiff.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    count = {"1": 1, "8": 8}.get(devices, 4)
+    environment["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={count}"
+    command = [sys.executable, *start, __file__, devices, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == ends, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("devices")
+    run("1", folder)
+    start = ("-m", "torch.distributed.run", "--nproc-per-node", str(DEVICES)) if BACKEND == "torch" else ()
+    run("many", folder, *start)
+    if BACKEND == "jax":
+        run("mesh", folder)
+    return {file.stem: dict(np.load(file)) for file in folder.glob("*.npz")}
+
+
+MANY = ["many", "mesh"] if BACKEND == "jax" else ["many"]
+
+
+@pytest.mark.parametrize("model", ["transformer", "aware"])
+@pytest.mark.parametrize("devices", MANY)
+def test_several_devices_do_what_one_does(results, model, devices):
+    """The same times, noise, dropped labels and weights in the loss: one seed, one result."""
+    one, many = results[f"{model}-1-0"], results[f"{model}-{devices}-0"]
+    assert one.keys() == many.keys()
+    for name in ("loss", "mae", "val_loss", "val_mae"):
+        np.testing.assert_allclose(many[name], one[name], rtol=1e-6, err_msg=name)
+    for name in ("weights", "averages", "samples"):
+        # Adam divides rounding errors by small gradients.
+        np.testing.assert_allclose(many[name], one[name], atol=2e-4, err_msg=name)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="models are divided on JAX")
+def test_averages_and_optimizer_lie_as_the_weights_do(results):
+    layout = results["layout-mesh-0"]
+    here, whole = layout["weights"].T
+    assert here.sum() < 0.8 * whole.sum(), "of this small transformer, half of the numbers in two"
+    np.testing.assert_array_equal(layout["momenta"], layout["weights"])
+    np.testing.assert_array_equal(layout["averages"], layout["weights"])
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="eight devices of one process are JAX's")
+def test_a_run_of_eight_devices_that_is_killed_goes_on(tmp_path):
+    """The backup is of step 4, the kill in step 5."""
+    run("8", tmp_path / "whole")
+    run("8", tmp_path / "broken", ends=9, KILLED="yes")
+    run("8", tmp_path / "broken")
+    whole, broken = (dict(np.load(tmp_path / name / "end.npz")) for name in ("whole", "broken"))
+    np.testing.assert_array_equal(broken["weights"], whole["weights"])
+    assert broken["loss"] == whole["loss"]
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the processes are PyTorch's")
+@pytest.mark.parametrize("model", ["transformer", "aware"])
+def test_processes_have_the_same_weights_to_the_last_bit(results, model):
+    for name, values in results[f"{model}-many-0"].items():
+        np.testing.assert_array_equal(results[f"{model}-many-1"][name], values, err_msg=name)
+
+
+NETWORKS = {
+    "dit": lambda: networks.DiT(128, 2, 2, networks.adaptive_block(2)),
+    "mmdit": lambda: networks.MMDiT(32, 2, conditions={"text": blocks.OptionalCondition()}),
+    "uvit": lambda: networks.UViT(64, 3, 2),
+    "unet": lambda: networks.UNet.transformer(32, levels=2, depth=1),
+    "hybrid": lambda: networks.Hybrid.composed((64, 128), (1, 1)),
+}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", NETWORKS)
+def test_layouts_divide_most_of_each_network(name):
+    """Each kernel by one of its own axes, at most once."""
+    network = NETWORKS[name]()
+    shapes = {"image": (None, 8, 8, 4), "time": (None,), **({"text": (None, 4, 8)} if name == "mmdit" else {})}
+    with backend.unallocated():
+        network.build(shapes)
+    mesh = keras.distribution.DeviceMesh((1, 1), ["batch", "model"], ["cpu:0"])
+    layout = networks.layout_map(mesh)
+    sizes = {True: 0, False: 0}
+    for variable in network.variables:
+        found = layout[variable.path]
+        assert found is None or len(found.axes) == len(variable.shape), variable.path
+        sizes[found is not None] += int(np.prod(variable.shape))
+    assert sizes[True] > 0.75 * (sizes[True] + sizes[False])

@@ -1,0 +1,88 @@
+"""What `doctor` says of a machine, and the timings that it takes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+import kdiff
+from kdiff.backend import BACKEND, machine
+
+
+def run(code: str, **environment: str | None) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(Path(kdiff.__file__).parents[1]), **environment}
+    environment = {name: value for name, value in environment.items() if value is not None}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_the_machine_and_a_network_on_each_backend(monkeypatch):
+    """The timings are those of the network: one that is four times as deep takes longer."""
+    lines, kinds = [], {}
+    monkeypatch.setattr(machine, "_PACKAGES", {BACKEND: machine._PACKAGES[BACKEND]})
+    for depth in (1, 8):
+        network = kdiff.networks.DiT(64, depth, 2, kdiff.networks.adaptive_block(2))
+        kinds[depth] = kdiff.doctor(network, np.zeros((8, 16, 16, 3), "float32"), print_fn=lines.append)
+    for report in kinds.values():
+        assert report.failures == {}
+        assert list(report.timings) == [BACKEND]
+        timing = report.timings[BACKEND]
+        assert 0 < timing.evaluate < timing.train < timing.start
+    assert kinds[8].timings[BACKEND].train > kinds[1].timings[BACKEND].train
+    assert BACKEND in lines[0]
+    assert sum(line.startswith(f"{BACKEND} ") and "training step" in line for line in lines) == 2
+
+
+def test_a_network_without_data_and_one_that_no_other_process_knows():
+    with pytest.raises(ValueError, match="batch"):
+        kdiff.doctor(kdiff.networks.MLP(8, 1), print_fn=lambda line: None)
+
+    class Unknown(kdiff.networks.MLP):
+        pass
+
+    report = kdiff.doctor(Unknown(8, 1), np.zeros((4, 3), "float32"), print_fn=lambda line: None)
+    assert report.timings == {}
+    assert all("Unknown" in why for why in report.failures.values())
+
+
+@pytest.mark.parametrize("low", ["mixed_bfloat16", "float32"])
+def test_advice_is_of_this_machine(monkeypatch, low):
+    """Each finding where it holds, and not where it does not."""
+    files = {"/proc/self/maps": "libc.so.6", "/sys/kernel/mm/transparent_hugepage/enabled": "always [never]"}
+    files |= {"/proc/cpuinfo": "flags : fpu avx2\n", "/sys/fs/cgroup/cpu.max": "150000 100000"}
+    monkeypatch.setattr(machine, "_read", lambda path: files.get(path, ""))
+    monkeypatch.setattr(machine, "_has_accelerator", lambda: False)
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    for name in ("GLIBC_TUNABLES", "OMP_NUM_THREADS", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(keras.config, "dtype_policy", lambda: keras.DTypePolicy(low))
+    assert machine.cores() <= 1.5
+    said = " ".join(machine.noticed())
+    assert "tcmalloc" in said
+    assert "Huge pages are off" in said
+    assert ("by way of float32" in said) == (low != "float32")
+    files |= {"/proc/self/maps": "libtcmalloc_minimal.so.4", "/proc/cpuinfo": "flags : avx512_bf16\n"}
+    files["/sys/kernel/mm/transparent_hugepage/enabled"] = "always [madvise] never"
+    said = " ".join(machine.noticed())
+    assert "tcmalloc" not in said
+    assert "Huge pages" not in said
+    assert ("mixed_bfloat16" in said) == (low == "float32")
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="the option is of JAX's compiler")
+@pytest.mark.parametrize(("given", "cores"), [(None, 2), ("--xla_backend_optimization_level=0", 2), (None, 1)])
+def test_small_convolutions_use_all_cores_unless_the_user_has_set_options(given, cores):
+    """And XLA knows the option: it would end the process otherwise."""
+    code = "import logging, os; logging.basicConfig(level=logging.INFO, format='%(message)s', stream=os.sys.stdout);"
+    code += f"os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{cores}]);"
+    code += "import kdiff, jax; jax.numpy.zeros(3).block_until_ready(); print(os.environ.get('XLA_FLAGS'))"
+    told = run(code, XLA_FLAGS=given)
+    pays = machine.metadata.version("jaxlib").startswith("0.10.") and cores > 1 and given is None
+    pays = pays and len(os.sched_getaffinity(0)) > 1
+    assert told.split()[-1] == (machine._SMALL_CONVOLUTIONS if pays else str(given))
+    assert ("small convolutions on all cores" in told) == pays
