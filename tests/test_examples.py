@@ -162,7 +162,7 @@ def test_dalle2(run, tmp_path):
     pytest.importorskip("PIL")
     small = ("--minutes", "0.001", "--pictures", "32", "--batch-size", "16", "--width", "16", "--steps", "2")
     output = run("dalle2.py", *small, "--test", "8", "--out", str(tmp_path))
-    for said in ("text to image", "of the prior's", "in pictures of text, by the prior", "in variations of pictures"):
+    for said in ("Cosine similarity", "in pictures of true embeddings", "by the prior", "in variations of pictures"):
         assert said in output
     for name in ("decoded", "variations", "between", "edited"):
         assert (tmp_path / f"{name}.png").stat().st_size > 300
