@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Self
 from keras import ops, tree
 
 from kdiff import backend, deprecated
+from kdiff.reuse import kept_in
 from kdiff.schedules import Marginal
 
 __all__ = ["INTERVAL", "Denoise", "Denoiser", "Estimate", "Given", "interval", "leading"]
@@ -165,7 +166,8 @@ class Denoiser(functools.partial):
         """
 
         def parts(x):
-            x_hat, *rest = self(x, m)
+            with kept_in(None):  # what is made inside a derivative cannot be kept for later
+                x_hat, *rest = self(x, m)
             return x_hat, rest
 
         x_hat, pull, rest = backend.vjp(parts, x, often)

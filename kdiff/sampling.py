@@ -26,8 +26,9 @@ from kdiff.base import Value, check_integer, check_number
 from kdiff.denoisers import Denoiser, Given
 from kdiff.guidance import Guidance
 from kdiff.guidance.base import Place, Run, tensors
+from kdiff.reuse import Reuse, Store, kept_in, nothing_kept
 from kdiff.schedules import NoiseSchedule
-from kdiff.solvers import DPMSolverFast, Solver
+from kdiff.solvers import Adaptive, DPMSolverFast, Solver
 from kdiff.times import Exponential, TimeGrid
 
 __all__ = ["Sampler", "State", "Step", "dpm_fast", "initial_noise"]
@@ -57,10 +58,12 @@ class State(NamedTuple):
     Attributes:
         solver: the state of the solver.
         given: the inputs known for the samples of the batch, with the memory of the guidance.
+        kept: features that networks may reuse, as in `Reuse`.
     """
 
     solver: Any
     given: Given
+    kept: Any = ()
 
 
 class Sampler(Value):
@@ -73,6 +76,7 @@ class Sampler(Value):
         guidance: a `Guidance` or its name, or several, the first of which is applied first.
         to_zero: whether the run goes to t = 0. Otherwise its last step is omitted, and it ends at the last time of the
             grid above zero.
+        reuse: a `Reuse`, by which networks compute less in most steps; None for none.
 
     Raises:
         ValueError: if `steps` is below 1; and, when it runs, if a discrete schedule has fewer steps.
@@ -85,6 +89,7 @@ class Sampler(Value):
         steps: int | None = None,
         guidance: Guidance | str | Sequence[Guidance | str] = (),
         to_zero: bool = True,
+        reuse: Reuse | None = None,
     ):
         if steps is not None:
             check_integer("Sampler", "steps", steps)
@@ -94,6 +99,9 @@ class Sampler(Value):
         guidance = guidance if isinstance(guidance, (list, tuple)) else (guidance,)
         self.guidance = tuple(Guidance.get(one) for one in guidance)
         self.to_zero = to_zero
+        self.reuse = None if reuse is None else Reuse.get(reuse)
+        if reuse is not None and isinstance(self.solver, Adaptive):
+            raise ValueError(f"Sampler: {self.solver!r} takes no fixed steps, in which something could be reused")
 
     def times(self, schedule: NoiseSchedule, strength: float = 1.0, stop: float = 0.0) -> np.ndarray:
         """The times of a run on this schedule: float64, with shape `(steps + 1,)`.
@@ -132,7 +140,7 @@ class Sampler(Value):
 
     def key(self) -> tuple:
         """The cache key of a compiled step: everything except the grid, the steps and the arrays of the guidance."""
-        return (self.solver, *(one.key() for one in self.active))
+        return (self.solver, self.reuse and self.reuse.shallow, *(one.key() for one in self.active))
 
     def rows(self, run: Run) -> tuple:
         """The checked arrays of each active guidance, with one row per sample."""
@@ -200,7 +208,8 @@ class Sampler(Value):
         times, key = times.astype("float32"), random.key_of(seed)
         x = x_hat = ops.convert_to_tensor(x, "float32")
         memory = tuple(one.start(x) for one in self.active)
-        state = State(self.solver.init(x, _steps_from(times, 0)), given._replace(memory=memory))
+        kept = nothing_kept() if self.reuse else ()
+        state = State(self.solver.init(x, _steps_from(times, 0)), given._replace(memory=memory), kept)
         backwards = times[-1] > times[0]
         for index, (now, then) in enumerate(pairwise(times)):
             number = before + index
@@ -208,7 +217,11 @@ class Sampler(Value):
                 x = _noisier(schedule, x, now, then, key, number, first, noise)
                 state = state._replace(solver=self.solver.init(x, _steps_from(times, index + 1)))
             else:
+                if self.reuse:
+                    state = state._replace(kept=self.reuse.at(index, state.kept))
                 x, x_hat, state = advance(x, now, then, key, np.int32(number), np.int32(first), state)
+                if self.reuse and not state.kept["deep"]:
+                    raise ValueError(f"Sampler: {self.reuse!r} needs a UNet or a DiT: nothing here can be reused")
             yield Step(index + 1, len(times) - 1, float(then), x, x_hat)
 
     def advance(
@@ -254,8 +267,10 @@ class Sampler(Value):
                 return _drawn(draw, int(index), tuple(x.shape))
             return random.normal(random.fold_in(key, index, next(streams)), ops.shape(x), first)
 
-        x, estimate, solver = self.solver.step(denoise, schedule, x, place.now, place.then, noise, state.solver)
-        return x, estimate.x_hat, State(solver, state.given._replace(memory=estimate.memory))
+        with kept_in(Store(state.kept, self.reuse.shallow) if self.reuse else None) as store:
+            x, estimate, solver = self.solver.step(denoise, schedule, x, place.now, place.then, noise, state.solver)
+        kept = store.kept if store else ()
+        return x, estimate.x_hat, State(solver, state.given._replace(memory=estimate.memory), kept)
 
     def inverse(self, iterations: int = 1) -> "Sampler":
         """The sampler from data to noise, for reversed `times`.

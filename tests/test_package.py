@@ -29,6 +29,7 @@ FOUNDATIONS = (
     "random",
     "gaussian",
     "identity_attention",
+    "reuse",
     "writing",
     "text",
     "checks",

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from kdiff import identity_attention
+from kdiff import identity_attention, reuse
 from kdiff.base import check_integer
 from kdiff.blocks.base import (
     Block,
@@ -159,8 +159,13 @@ class MultiHeadAttention(Block):
     def projected(self, x, source):
         """(queries of `x`, keys of `source`, values of `source`) in heads, (..., heads, head_width), normalised."""
         q = self._in_heads(self.query(x), self.query_norm)
-        k = self._in_heads(self.key(source), self.key_norm)
-        return q, k, self._in_heads(self.value(source))
+
+        def keys_and_values():
+            return self._in_heads(self.key(source), self.key_norm), self._in_heads(self.value(source))
+
+        if source is x:
+            return q, *keys_and_values()
+        return q, *reuse.once("context", self, source, keys_and_values)
 
     def merged(self, y, x):
         """The output layer, applied to the outputs of the heads at each position of `x`."""

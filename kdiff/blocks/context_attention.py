@@ -5,6 +5,7 @@ from typing import Any
 
 from keras import ops
 
+from kdiff import reuse
 from kdiff.blocks.attention import check_heads, check_positions, opened, split_heads
 from kdiff.blocks.base import Block, apply_layer, build_layer, check_given, copy_layer, kernel_initializer
 from kdiff.blocks.layers import Dense
@@ -82,15 +83,19 @@ class ContextAttention(_Branch):
     def _branch(self, x, context):
         context, mask = opened(context)
         check_given(self, "context", context, "tokens of the shape (batch, tokens, dim)")
-        if self.context_normalization is not None:
-            context = apply_layer(self.context_normalization, context)
-        k, v = self._in_heads(self.context_key(context)), self._in_heads(self.context_value(context))
+        k, v = reuse.once("context", self, context, lambda: self._of_context(context))
         if not self.only_context:
             k = ops.concatenate([k, self._in_heads(self.key(x))], axis=1)
             v = ops.concatenate([v, self._in_heads(self.value(x))], axis=1)
         q = ops.reshape(self.query(x), (*ops.shape(x)[:-1], *self._split))
         y = Global()(q, k, v, self._mask(mask, k))
         return self.output_layer(ops.reshape(y, (*ops.shape(x)[:-1], math.prod(self._split))))
+
+    def _of_context(self, context):
+        """Keys and values."""
+        if self.context_normalization is not None:
+            context = apply_layer(self.context_normalization, context)
+        return self._in_heads(self.context_key(context)), self._in_heads(self.context_value(context))
 
     def _in_heads(self, x):
         """Reshapes a map or tokens to (batch, tokens, heads, head_width)."""

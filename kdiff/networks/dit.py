@@ -6,6 +6,7 @@ from typing import Any, Self
 import keras
 from keras import ops
 
+from kdiff import reuse
 from kdiff.base import check_integer
 from kdiff.blocks.attention import usual_heads
 from kdiff.blocks.base import ConfigurableLayer, apply_layer, build_layer, copy_layer, get_layer
@@ -126,9 +127,17 @@ class DiT(Network):
 
     def _through(self, x, vectors, context, training):
         """The output of the blocks on a map, each conditioned on one of the vectors."""
-        for block, embed in zip(self.blocks, vectors, strict=True):
-            x = self._run(block, x, embed, context, training)
-        return x
+        pairs = list(zip(self.blocks, vectors, strict=True))
+        count = min(reuse.shallow_blocks(), len(pairs) // 2)
+
+        def through(x, pairs):
+            for block, embed in pairs:
+                x = self._run(block, x, embed, context, training)
+            return x
+
+        x = through(x, pairs[:count])
+        x = reuse.residual(self, x, lambda: through(x, pairs[count : len(pairs) - count]))
+        return through(x, pairs[len(pairs) - count :])
 
     def _check_image(self, shape):
         super()._check_image(shape)

@@ -18,7 +18,7 @@ from kdiff.blocks.embeddings import FourierEmbedding, MLPEmbedding
 from kdiff.blocks.layers import Conv2D
 from kdiff.blocks.resampling import FIRDownsample
 from kdiff.networks.levels import Level
-from kdiff.networks.unet import UNet
+from kdiff.networks.unet import UNet, plus
 
 __all__ = ["InputResidual", "InputSkip", "NCSNpp", "OutputSkip"]
 
@@ -219,7 +219,8 @@ class NCSNpp(UNet):
                 x, image = self.inputs_down[i](x, image)
             kept.append(x)
         x, image = self._run(self.bridge, kept[-1], embed, context, training), None
-        x, kept = self._with_additions(x, kept, skips, middle)
+        self._check_skips(skips)
+        x, kept = plus(x, middle), [plus(*pair) for pair in zip(kept, skips or [None] * len(kept), strict=True)]
         for i, unit in self._numbered_up():
             x = self._run(unit, ops.concatenate([x, kept.pop()], axis=-1), embed, context, training)
             if i is not None:

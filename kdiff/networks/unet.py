@@ -6,6 +6,7 @@ from typing import Any, Self
 import keras
 from keras import ops
 
+from kdiff import reuse
 from kdiff.base import check_integer
 from kdiff.blocks.attention import SelfAttention
 from kdiff.blocks.base import apply_layer, build_layer, copy_layer, kernel_initializer
@@ -16,7 +17,7 @@ from kdiff.blocks.transformer import TransformerBlock
 from kdiff.networks.base import Network, check_size
 from kdiff.networks.levels import Level, check_levels
 
-__all__ = ["UNet", "WayDown"]
+__all__ = ["UNet", "WayDown", "plus"]
 
 
 class WayDown(Network):
@@ -64,10 +65,15 @@ class WayDown(Network):
 
     def _run_down(self, x, embed, context, training):
         """(x, kept): the output of the middle and the skip connections."""
-        kept = [x]
-        for unit in self.down:
-            kept.append(self._run(unit, kept[-1], embed, context, training))
+        kept = self._through(self.down, [x], embed, context, training)
         return self._run(self.bridge, kept[-1], embed, context, training), kept
+
+    def _through(self, units, kept, embed, context, training):
+        """The skip connections `kept`, and the outputs of the units that follow the last of them."""
+        kept = list(kept)
+        for unit in units:
+            kept.append(self._run(unit, kept[-1], embed, context, training))
+        return kept
 
     def _check_image(self, shape):
         super()._check_image(shape)
@@ -186,19 +192,32 @@ class UNet(WayDown):
     def _body(self, x, embed, context, training, skips=None, middle=None):
         x = self.stem(x)
         x = x if self.shrink is None else apply_layer(self.shrink, x, embed, training=training)
-        x, kept = self._run_down(x, embed, context, training)
-        x, kept = self._with_additions(x, kept, skips, middle)
-        for unit in self.up:
-            x = self._run(unit, ops.concatenate([x, kept.pop()], axis=-1), embed, context, training)
+        self._check_skips(skips)
+        count = min(reuse.shallow_blocks(), len(self.down))
+        first = self._through(self.down[:count], [x], embed, context, training)
+
+        def deep():
+            kept = self._through(self.down[count:], first[-1:], embed, context, training)
+            y = plus(self._run(self.bridge, kept[-1], embed, context, training), middle)
+            more = skips if skips is None else skips[count:]
+            return (self._back(self.up[: -count - 1], y, kept, more, embed, context, training),)
+
+        (x,) = reuse.once("deep", self, x, deep)
+        x = self._back(self.up[-count - 1 :], x, first, skips, embed, context, training)
         x = x if self.grow is None else apply_layer(self.grow, x, embed, training=training)
         return self.head(self._activate(apply_layer(self.normalization, x, training=training)))
 
-    def _with_additions(self, x, kept, skips, middle):
-        """The output of the middle and the skip connections, with the additions."""
-        if skips is not None and len(skips) != len(kept):
-            raise ValueError(f"{self.name}: `skips` must be {len(kept)} maps; received: {len(skips)}")
-        kept = kept if skips is None else [y + ops.cast(more, y.dtype) for y, more in zip(kept, skips, strict=True)]
-        return x if middle is None else x + ops.cast(middle, x.dtype), kept
+    def _back(self, units, x, kept, more, embed, context, training):
+        """The output of these units of the way up, each given one of the last skip connections, with the additions."""
+        for i, unit in enumerate(units):
+            j = len(kept) - 1 - i
+            joined = ops.concatenate([x, plus(kept[j], None if more is None else more[j])], axis=-1)
+            x = self._run(unit, joined, embed, context, training)
+        return x
+
+    def _check_skips(self, skips):
+        if skips is not None and len(skips) != len(self.up):
+            raise ValueError(f"{self.name}: `skips` must be {len(self.up)} maps; received: {len(skips)}")
 
     @classmethod
     def basic(cls, width: int = 64, levels: int = 3, depth: int = 2, **options) -> Self:
@@ -305,6 +324,11 @@ class UNet(WayDown):
         ]
         kwargs = {"middle": Level(made[-1].width, 2, block, mixer), **kwargs}
         return cls(made, **kwargs)
+
+
+def plus(x, more):
+    """x plus an addition, if there is one."""
+    return x if more is None else x + ops.cast(more, x.dtype)
 
 
 def _given(**options):

@@ -1,0 +1,86 @@
+"""Deep features, and keys and values of a context, used again in later steps of a run."""
+
+import numpy as np
+import pytest
+from keras import ops
+
+import kdiff
+from kdiff import Sampler, networks, solvers
+from kdiff.blocks import OptionalCondition
+from kdiff.denoisers import Denoiser, Estimate
+from kdiff.reuse import Reuse, Store, kept_in, nothing_kept
+from tests.toys import draw_weights, mostly_once, numpy
+
+TOKENS = np.random.default_rng(0).normal(size=(2, 3, 8)).astype("float32")
+NETWORKS = {
+    "unet": lambda: networks.UNet.transformer(8, levels=2, depth=1, heads=2, conditions={"text": OptionalCondition()}),
+    "dit": lambda: networks.DiT(16, 4, 2, networks.adaptive_block(2)),
+}
+
+
+def made(name):
+    model = kdiff.DiffusionModel(NETWORKS[name](), ema=None)
+    model.build({"image": (None, 8, 8, 1), **({"text": (None, 3, 8)} if name == "unet" else {})})
+    draw_weights(model.network)
+    return model, {"text": TOKENS} if name == "unet" else {}
+
+
+@pytest.mark.parametrize("name", mostly_once(["unet", "dit"]))
+def test_samples_are_the_same_if_all_is_computed_in_every_step(name):
+    """And with every second step they are near, guided or not; a run does not depend on the one before."""
+    model, text = made(name)
+    options = {"guidance": 3.0} if text else {}
+    plain = model.sample(2, steps=4, **options, **text)
+    for every, tolerance in ((1, 1e-5), (2, None), (1, 1e-5)):
+        again = model.sample(2, sampler=Sampler("ddim", steps=4, reuse=Reuse(every)), **options, **text)
+        if tolerance:
+            np.testing.assert_allclose(again, plain, atol=tolerance)
+        else:
+            assert np.abs(again - plain).max() > 1e-4
+
+
+def test_what_is_computed_in_each_step():
+    """The U-Net of 2 levels: in the steps between, the first block down and the last two up, and no key or value."""
+    model, _ = made("unet")
+    network, ran = model.network, []
+    run = network._run
+    network._run = lambda layer, *rest: (ran.append(layer.name), run(layer, *rest))[1]
+    denoise = model.denoiser(text=ops.convert_to_tensor(TOKENS))
+    kept = []
+    for step in Sampler("ddim", steps=3, reuse=Reuse(2)).steps_of(denoise, model.schedule, (2, 8, 8, 1)):
+        kept.append(list(ran))
+        ran.clear()
+        assert step.x.shape == (2, 8, 8, 1)
+    everything = ["down_0", "down_1", "down_2", "bridge", "up_0", "up_1", "up_2", "up_3"]
+    assert kept == [everything, ["down_0", "up_2", "up_3"], everything]
+
+
+@pytest.mark.parametrize("name", mostly_once(["dit", "unet"]))
+def test_a_step_that_reuses_is_as_one_that_was_given_the_same(name):
+    """At the point where it was kept, what is kept gives the same answer; elsewhere another one."""
+    model, text = made(name)
+    inputs = {"time": np.float32([3.0, 400.0]), **text}
+    x, y = np.random.default_rng(1).normal(size=(2, 2, 8, 8, 1)).astype("float32")
+    plain = [numpy(model.network({"image": one, **inputs})) for one in (x, y)]
+    with kept_in(Store(nothing_kept(), 1)) as store:
+        fresh = numpy(model.network({"image": x, **inputs}))
+    np.testing.assert_allclose(fresh, plain[0], atol=1e-6)
+    assert bool(store.kept["context"]) == (name == "unet")
+    for one, expected, same in ((x, plain[0], True), (y, plain[1], False)):
+        with kept_in(Store(store.kept, 1)) as again:
+            answer = numpy(model.network({"image": one, **inputs}))
+        assert (np.abs(answer - expected).max() < 1e-4) == same
+        assert all(value is store.kept["deep"][key] for key, value in again.kept["deep"].items())
+    with kept_in(Store({"context": store.kept["context"], "deep": {}}, 1)):
+        np.testing.assert_allclose(numpy(model.network({"image": y, **inputs})), plain[1], atol=1e-5)
+
+
+@pytest.mark.once
+def test_where_nothing_can_be_reused():
+    sampler = Sampler("ddim", steps=2, reuse=Reuse(2))
+    schedule = kdiff.schedules.Cosine()
+    with pytest.raises(ValueError, match="needs a UNet or a DiT"):
+        sampler(Denoiser(lambda given, x, m: Estimate(0.5 * x)), schedule, (2, 3))
+    with pytest.raises(ValueError, match="takes no fixed steps"):
+        Sampler(solvers.Adaptive(), reuse=Reuse(2))
+    assert repr(Sampler.from_config(sampler.get_config())) == repr(sampler)
