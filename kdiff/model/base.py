@@ -10,7 +10,6 @@ accumulation and clipping work as in Keras.
 """
 
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -20,22 +19,23 @@ from typing import Any
 import keras
 from keras import ops
 
-from kdiff import backend, deprecated, random
+from kdiff import backend, random
 from kdiff.base import Configurable
 from kdiff.codecs import Codec
-from kdiff.conversion import moved
-from kdiff.denoisers import INTERVAL, Estimate, Given
+from kdiff.denoisers import INTERVAL
 from kdiff.ema import Profile, profiles_of
 from kdiff.model import feeding
 from kdiff.model.averaging import Averaging
-from kdiff.model.condition_inputs import condition_layers, condition_names, derivations, optional_names
+from kdiff.model.condition_inputs import condition_layers, condition_names, derivations
+from kdiff.model.denoising import Denoising
 from kdiff.model.sampling import Sampling, as_sampler
 from kdiff.model.saving import Saving
 from kdiff.model.training import CheckedTraining, scaled
+from kdiff.model.weights import compared, example_weights, product, squared_errors
 from kdiff.objectives import Objective, Problem
 from kdiff.predictions import Prediction, check_invertible
 from kdiff.sampling import Sampler
-from kdiff.schedules import Marginal, NoiseSchedule
+from kdiff.schedules import NoiseSchedule
 from kdiff.solvers import Solver
 from kdiff.times import TimeLabel, TimeSampler
 from kdiff.weightings import Weighting
@@ -45,7 +45,9 @@ __all__ = ["DERIVING", "RESERVED", "DiffusionModel"]
 DERIVING = 7  # the random stream of conditions that are derived from the clean batch
 
 
-class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining, backend.SafeTraining, keras.Model):
+class DiffusionModel(
+    Saving, Configurable, Sampling, Denoising, Averaging, CheckedTraining, backend.SafeTraining, keras.Model
+):
     """A diffusion model.
 
     Args:
@@ -196,23 +198,6 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
         self.shapes, self.example = shapes, example  # last, so that a failure leaves no shapes behind
         self.built = True
 
-    def _known_shapes(self, shapes) -> tuple[dict[str, tuple], tuple | None]:
-        """The shapes of encoded data, as "image", and of the conditions; and that of an example, if it is known."""
-        shapes = dict(shapes) if isinstance(shapes, dict) else {"image": shapes}
-        shapes = {n: (None, *tuple(shape)[1:]) for n, shape in shapes.items() if n not in self.objective.inputs}
-        self._check_names(set(shapes) - {"image", "encoded"})
-        data = (None, *feeding.data_shape(shapes, self.codec))
-        made = {name: of for name, of in derivations(self.network).items() if name not in shapes}
-        if made and None in data[1:]:
-            raise ValueError(
-                f"DiffusionModel: {sorted(made)} are derived from the data, whose shape must be known; received: "
-                f"{data}. Give them in the data, or build the model for one size"
-            )
-        conditions = {n: shape for n, shape in shapes.items() if n not in ("image", "encoded")}
-        conditions |= {name: (None, *of.output_shape(data[1:])) for name, of in made.items()}
-        plain = data[1:] if type(self.codec).data_shape is Codec.data_shape else None
-        return {"image": data, **conditions}, shapes["image"][1:] if "image" in shapes else plain
-
     def _build_network(self, shapes: dict[str, tuple]) -> None:
         """By its own `build`, or by a symbolic call if it has none, so that every weight exists for the averages."""
         shapes = {**shapes, "time": (None,)}
@@ -296,19 +281,19 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The compiled loss of the network's output, weighted by the objective and by example, and its `extra`."""
-        loss = super().compute_loss(x, *_compared(y_pred, sample_weight), training=training)
+        loss = super().compute_loss(x, *compared(y_pred, sample_weight), training=training)
         if y_pred.extra is not None:
-            extra = ops.mean(_product(y_pred.extra, _of_examples(sample_weight)))
+            extra = ops.mean(product(y_pred.extra, example_weights(sample_weight)))
             loss = loss + backend.share_of_loss(extra)
         if training:
-            self.objective.learn(self, y_pred, _errors(y_pred, sample_weight))
+            self.objective.learn(self, y_pred, squared_errors(y_pred, sample_weight))
         return loss
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None) -> dict[str, Any]:
         """The compiled metrics of the network's output against its target."""
         for measure in self._measures.metrics:
-            measure.update_problem(self, y_pred, _of_examples(sample_weight))
-        return super().compute_metrics(x, *_compared(y_pred, sample_weight))
+            measure.update_problem(self, y_pred, example_weights(sample_weight))
+        return super().compute_metrics(x, *compared(y_pred, sample_weight))
 
     @backend.uninterrupted
     def train_step(self, *args):
@@ -396,71 +381,6 @@ class DiffusionModel(Saving, Configurable, Sampling, Averaging, CheckedTraining,
             self.evaluation_step.assign(0)
         self._follow_ema()
 
-    # Denoising
-
-    def _inputs(self, x_t, m: Marginal, conditions: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs of the network."""
-        label = ops.broadcast_to(self.time_label(self.schedule, m), ops.shape(x_t)[:1])
-        if INTERVAL in conditions and INTERVAL not in optional_names(self.network):
-            conditions = {name: value for name, value in conditions.items() if name != INTERVAL}
-        return {"image": self.prediction.input_scale(m.like(x_t)) * x_t, "time": label, **conditions}
-
-    def _checked_output(self, output, x_t):
-        """The network's output, float32, after a check of its channels."""
-        wanted = self.prediction.factor * x_t.shape[-1]
-        if output.shape[-1] != wanted:
-            raise ValueError(
-                f"{self.prediction!r}: the network must return {wanted} channels (`out_channels={wanted}`), "
-                f"{self.prediction.factor} per channel of the data; received: {output.shape[-1]}"
-            )
-        return ops.cast(output, "float32")
-
-    @deprecated.arguments(averages="ema")
-    def output(
-        self, x_t: Any, m: Marginal, conditions: Mapping[str, Any], training: bool = False, ema: bool = True
-    ) -> Any:
-        """The network's output, float32, in the parametrisation `prediction`.
-
-        Args:
-            x_t: a noisy batch, with shape `(batch, ...)`.
-            m: the marginal of `x_t`, with fields of shape `()` or `(batch,)`.
-            conditions: the conditions by name, with one row per example.
-            training: whether the network is called in training mode, for example with dropout.
-            ema: whether to use the averaged (EMA) weights.
-        """
-        with self._weights(ema):
-            return self._checked_output(self.network(self._inputs(x_t, m, conditions), training=training), x_t)
-
-    def _answer(self, ema: bool, schedule: NoiseSchedule, given: Given, x_t, m: Marginal) -> Estimate:
-        """The estimate of a `Denoiser` on `schedule`. It does not call `output`, to save a stack frame per call."""
-        x_t, m = moved(x_t, m, schedule, self.schedule)
-        with self._weights(ema):
-            output = self.network(self._inputs(x_t, m, given.conditions), training=False)
-        output = self._checked_output(output, x_t)
-        return Estimate(self.prediction.denoise(output, x_t, m), self.prediction.share(output))
-
-    @deprecated.arguments(averages="ema")
-    def denoise(self, x_t: Any, m: Marginal, ema: bool = True, **conditions: Any) -> Any:
-        """The network's estimate of the data, x_hat.
-
-        Args:
-            x_t: a noisy batch, with shape `(batch, ...)`.
-            m: the marginal of `x_t`, `schedule.at(t)`, with fields of shape `()` or `(batch,)`.
-            ema: whether to use the averaged (EMA) weights.
-            **conditions: the conditions, with one row per example.
-
-        Returns:
-            x_hat, with the shape of `x_t`.
-
-        Raises:
-            TypeError: if `m` is not a marginal, for example a time.
-        """
-        if not isinstance(m, Marginal):
-            raise TypeError(f"denoise: `m` must be a marginal, such as `model.schedule.at(t)`; received: {m!r}")
-        if ema and self.ema_weights and backend.concrete(self.ema_weights.updates.value) is not None:
-            self._follow_ema()  # inside a graph, the caller has already done so
-        return self._answer(ema, self.schedule, Given(conditions), x_t, m).x_hat
-
 
 _REPLACEABLE = {"codec": Codec, "schedule": NoiseSchedule, "prediction": Prediction, "objective": Objective}
 
@@ -472,40 +392,3 @@ RESERVED = frozenset(
     for name, parameter in inspect.signature(method).parameters.items()
     if parameter.kind is not parameter.VAR_KEYWORD and name != "self"
 ) | {"time", "encoded", "sample_weight", "averages", INTERVAL}
-
-
-def _compared(problem: Problem, sample_weight):
-    """(target, output, weight), where the weight has the rank of a loss that is averaged over the last axis."""
-    positions = len(problem.target.shape) - 1
-    factors = [_with_rank(factor, positions) for factor in (problem.weight, sample_weight)]
-    return problem.target, problem.output, _product(*factors)
-
-
-def _with_rank(weight, rank: int):
-    """A weight per example, reshaped to this rank; a weight per position is unchanged."""
-    if weight is None or len(weight.shape) == rank:
-        return weight
-    return ops.reshape(weight, (-1, *[1] * (rank - 1)))
-
-
-def _of_examples(weight):
-    """The weight of each example, `(batch,)`, its mean over the positions."""
-    if weight is None or len(weight.shape) == 1:
-        return weight
-    return ops.mean(ops.cast(weight, "float32"), axis=tuple(range(1, len(weight.shape))))
-
-
-def _errors(problem: Problem, sample_weight):
-    """The mean squared errors, `(batch,)`, over the positions with weight."""
-    errors = ops.mean(ops.square(problem.target - problem.output), axis=-1)
-    axes = tuple(range(1, len(errors.shape)))
-    if sample_weight is None or len(sample_weight.shape) == 1:
-        return ops.mean(errors, axis=axes)
-    weight = ops.cast(sample_weight, "float32")
-    return ops.sum(weight * errors, axis=axes) / ops.maximum(ops.sum(weight, axis=axes), 1e-12)
-
-
-def _product(*factors):
-    """The product, in float32, of the factors that are not None; None if there are none."""
-    factors = [ops.cast(factor, "float32") for factor in factors if factor is not None]
-    return math.prod(factors[1:], start=factors[0]) if factors else None

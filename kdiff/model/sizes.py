@@ -1,4 +1,4 @@
-"""The shape of a sample: that of the model, with free axes determined by the arguments of `sample`."""
+"""Shapes: those of the network's inputs, from the data, and that of a sample, from the arguments of `sample`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,13 +6,32 @@ from typing import Any
 import numpy as np
 
 from kdiff.base import check_integer
-from kdiff.model.condition_inputs import fits, words
+from kdiff.codecs import Codec
+from kdiff.model import feeding
+from kdiff.model.condition_inputs import derivations, fits, words
 
 __all__ = ["Sizes"]
 
 
 class Sizes:
-    """The part of `DiffusionModel` that determines the shape of samples; it needs `shapes`, `codec` and `network`."""
+    """The part of `DiffusionModel` that determines shapes; it needs `shapes`, `codec`, `network` and `objective`."""
+
+    def _known_shapes(self, shapes) -> tuple[dict[str, tuple], tuple | None]:
+        """The shapes of encoded data, as "image", and of the conditions; and that of an example, if it is known."""
+        shapes = dict(shapes) if isinstance(shapes, dict) else {"image": shapes}
+        shapes = {n: (None, *tuple(shape)[1:]) for n, shape in shapes.items() if n not in self.objective.inputs}
+        self._check_names(set(shapes) - {"image", "encoded"})
+        data = (None, *feeding.data_shape(shapes, self.codec))
+        made = {name: of for name, of in derivations(self.network).items() if name not in shapes}
+        if made and None in data[1:]:
+            raise ValueError(
+                f"DiffusionModel: {sorted(made)} are derived from the data, whose shape must be known; received: "
+                f"{data}. Give them in the data, or build the model for one size"
+            )
+        conditions = {n: shape for n, shape in shapes.items() if n not in ("image", "encoded")}
+        conditions |= {name: (None, *of.output_shape(data[1:])) for name, of in made.items()}
+        plain = data[1:] if type(self.codec).data_shape is Codec.data_shape else None
+        return {"image": data, **conditions}, shapes["image"][1:] if "image" in shapes else plain
 
     def _sample_shape(self, given: dict[str, Any]) -> tuple[int, ...]:
         """The shape of one encoded sample; free axes are determined by the given arguments."""

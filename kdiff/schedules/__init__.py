@@ -1,13 +1,12 @@
 """Noise schedules: the amounts of signal and noise at each time. The theory is in `schedules.base`."""
 
+from kdiff.schedules.alpha_bar import CosineAlphaBar, SigmoidAlphaBar
 from kdiff.schedules.base import CLEAN_LOG_SNR, Marginal, NoiseSchedule, bridge
 from kdiff.schedules.continuous import (
     Cosine,
-    CosineAlphaBar,
     Laplace,
     LinearVP,
     Rectified,
-    SigmoidAlphaBar,
     SubVP,
     Trigonometric,
     VarianceExploding,
