@@ -97,7 +97,7 @@ __version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> types.ModuleType:
-    """`kdiff.data`, which imports TensorFlow, and `kdiff.demo` are imported where they are first asked for."""
+    """Imports `kdiff.data`, which imports TensorFlow, and `kdiff.demo` when they are first accessed."""
     if name in ("data", "demo"):
         return importlib.import_module(f"kdiff.{name}")
     raise AttributeError(f"module 'kdiff' has no attribute {name!r}")

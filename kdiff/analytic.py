@@ -7,8 +7,8 @@ from the mixture of N(alpha mean_k, C_k), C_k = alpha^2 cov_k + sigma^2 I, and e
     E[x | x_t] =  sum_k r_k (mean_k + alpha cov_k C_k^-1 (x_t - alpha mean_k))
     score      = -sum_k r_k C_k^-1 (x_t - alpha mean_k)  =  (alpha E[x | x_t] - x_t) / sigma^2
 
-(Karras et al. 2022, arXiv:2206.00364, appendix B.3, has the case of points.) Each class here is a denoiser,
-`x_hat = data(x_t, m)`, and takes the place of a network in every solver:
+(Karras et al. 2022, arXiv:2206.00364, appendix B.3, gives the case of points.) Each class is a denoiser, `x_hat =
+data(x_t, m)`, and can replace a network in every solver:
 
     data = analytic.GaussianMixture([[-1.0, 0.0], [1.0, 0.0]], 0.01)
     x = Sampler("heun", steps=20)(data, Cosine(), (500, 2))
@@ -26,13 +26,14 @@ __all__ = ["Gaussian", "GaussianMixture", "Points"]
 
 
 class GaussianMixture(Value):
-    """sum_k w_k N(mean_k, cov_k).
+    """The mixture of Gaussians sum_k w_k N(mean_k, cov_k).
 
     Args:
-        means: shape `(components, ...)`, an example's shape after the first axis.
-        covariances: one variance for all, or `(components,)`; one a coordinate, `(components, size)`; or full matrices,
-            `(components, size, size)`, where size is the number of coordinates of an example. Zero is a point.
-        weights: shape `(components,)`, above zero; they are normalised. None for equal ones.
+        means: an array with shape `(components, ...)`; the shape of an example follows the first axis.
+        covariances: one variance for all, or one per component, `(components,)`; one per coordinate, `(components,
+            size)`; or full matrices, `(components, size, size)`, where size is the number of coordinates of an example.
+            Zero is a point.
+        weights: an array with shape `(components,)`, above zero; it is normalised. None: equal weights.
 
     Raises:
         ValueError: if the shapes do not fit, a weight is not above zero, or a covariance has a negative eigenvalue.
@@ -52,7 +53,7 @@ class GaussianMixture(Value):
         self._flat = self.means.reshape(count, size)
         self._log_weights = np.log(self.weights / self.weights.sum())
 
-    # The formulas of the module's first lines, in `ops` (float32) or NumPy (float64).
+    # The formulas of the module's docstring, in `ops` (float32) or NumPy (float64).
 
     def _parts(self, xp, x_t, alpha, sigma):
         """(log of w_k N(x_t), y, C): shapes (batch, k), and (batch, k, size) twice, in the axes of each covariance.
@@ -80,7 +81,7 @@ class GaussianMixture(Value):
         return xp.sum(_softmax(xp, logs)[..., None] * self._posterior_means(xp, y, c, alpha), axis=1)
 
     def __call__(self, x_t, m: Marginal):
-        """E[x | x_t], the best denoiser there is.
+        """E[x | x_t], the optimal denoiser.
 
         Args:
             x_t: noisy data, with shape `(batch, ...)`.
@@ -90,10 +91,10 @@ class GaussianMixture(Value):
         return ops.reshape(self._denoise(ops, flat, alpha, sigma), ops.shape(x_t))
 
     def conditional(self, label) -> Denoiser:
-        """The denoiser under the condition "label": the number of the component that data comes from; -1 for any.
+        """The denoiser given the condition "label", the index of the component that the data is drawn from; -1: any.
 
         Args:
-            label: whole numbers, `(batch,)`.
+            label: integers, with shape `(batch,)`.
         """
 
         def answer(given, x_t, m):
@@ -115,7 +116,7 @@ class GaussianMixture(Value):
         return ops.reshape(ops.sum(_softmax(ops, logs)[..., None] * scores, axis=1), ops.shape(x_t))
 
     def log_prob(self, x_t, m: Marginal):
-        """log p(x_t), in nats, with shape `(batch,)`. At m.t = 0 it is the likelihood of data."""
+        """log p(x_t), in nats, with shape `(batch,)`. At m.t = 0 it is the log-likelihood of the data."""
         logs, _, _ = self._parts(ops, *_flat(x_t, m))
         return ops.logsumexp(logs, axis=-1)
 
@@ -129,7 +130,7 @@ class GaussianMixture(Value):
         return (self._flat[k] + y).reshape(num_samples, *self.means.shape[1:]).astype("float32")
 
     def posterior_sample(self, x_t, m: Marginal, seed: int = 0):
-        """x drawn from p(x | x_t), one for each x_t; the same on every backend."""
+        """Draws x from p(x | x_t), one per x_t; the same on every backend."""
         flat, alpha, sigma = _flat(x_t, m)
         logs, y, c = self._parts(ops, flat, alpha, sigma)
         keys = random.fold_in(random.key_of(seed), np.arange(2))
@@ -143,10 +144,10 @@ class GaussianMixture(Value):
         return ops.reshape(ops.sum(chosen * x, axis=1), ops.shape(x_t))
 
     def flow(self, x, schedule: NoiseSchedule, now: float, then: float, steps: int = 500) -> np.ndarray:
-        """The probability flow from x at time `now` to time `then`, up or down, float64.
+        """The result of the probability flow from x at time `now` to time `then`, in either direction, float64.
 
-        In z = x / alpha and s = sigma / alpha it is dz / d log s = z - E[x | z, s], whatever the schedule. It is solved
-        by the classical Runge-Kutta method in float64, in `steps` steps: of a Gaussian, in closed form.
+        With z = x / alpha and s = sigma / alpha it is dz / d log s = z - E[x | z, s] for any schedule. It is solved by
+        the classical Runge-Kutta method with `steps` steps; for a `Gaussian`, in closed form.
         """
         start, end = (Marginal(*(np.float64(ops.convert_to_numpy(v)) for v in schedule.at(t))) for t in (now, then))
         x = np.asarray(x, "float64")
@@ -170,11 +171,11 @@ class GaussianMixture(Value):
 
 
 class Gaussian(GaussianMixture):
-    """N(mean, covariance).
+    """The Gaussian N(mean, covariance).
 
     Args:
-        mean: of any shape, an example's.
-        covariance: a variance, one a coordinate, `(size,)`, or a matrix, `(size, size)`.
+        mean: an array with the shape of an example.
+        covariance: one variance, one per coordinate, `(size,)`, or a matrix, `(size, size)`.
     """
 
     def __init__(self, mean, covariance=1.0):
@@ -185,7 +186,7 @@ class Gaussian(GaussianMixture):
         self.mean, self.covariance = mean, covariance
 
     def restored(self, x_t, m: Marginal, y, level: Marginal, matrix):
-        """E[x | x_t, y], y = alpha_y A x + sigma_y noise: the best denoiser of super-resolution, whose y is noised.
+        """E[x | x_t, y], y = alpha_y A x + sigma_y noise: the optimal denoiser for super-resolution from a noised y.
 
             H = [alpha I; alpha_y A],  S = H cov H^T + diag(sigma^2 I, sigma_y^2 I)
             E[x | x_t, y] = mean + cov H^T S^-1 ([x_t; y] - H mean)
@@ -193,9 +194,10 @@ class Gaussian(GaussianMixture):
         Args:
             x_t: noisy data, with shape `(batch, ...)`.
             m: its marginal; the fields have shape `()` or `(batch,)`.
-            y: what is measured, with the shape of A x.
-            level: the marginal of `y`, as `m`.
-            matrix: A, an array with shape `(size of y, size of x)`, as `operators.Downsample(2).matrix((8, 8, 1))`.
+            y: the measurement, with the shape of A x.
+            level: the marginal of `y`, with fields as in `m`.
+            matrix: A, an array with shape `(size of y, size of x)`, such as `operators.Downsample(2).matrix((8, 8,
+                1))`.
         """
         size, a = self.mean.size, np.asarray(matrix, "float64")
         cov = self.covariance if self.covariance.ndim == 2 else np.eye(size) * self.covariance
@@ -205,7 +207,7 @@ class Gaussian(GaussianMixture):
             parts = (ops.broadcast_to(ops.reshape(v, (-1, 1)), (batch, n)) for v, n in ((of_x, size), (of_y, len(a))))
             return ops.concatenate(list(parts), axis=1)
 
-        stacked = np.concatenate([np.eye(size), a])  # H without its scales, which are of rows
+        stacked = np.concatenate([np.eye(size), a])  # H without the scales of its rows
         scales = spread(m.alpha, level.alpha)
         noise = spread(m.sigma, level.sigma)
         both, mean, gain = (
@@ -227,10 +229,10 @@ class Gaussian(GaussianMixture):
 
 
 class Points(GaussianMixture):
-    """A finite data set: the ideal denoiser of the training set, which draws nothing but its points.
+    """A finite data set: the ideal denoiser for a training set, which generates only its points.
 
     Args:
-        points: shape `(count, ...)`.
+        points: an array with shape `(count, ...)`.
     """
 
     def __init__(self, points):
@@ -239,7 +241,7 @@ class Points(GaussianMixture):
 
 
 def _eigen(name, covariances, count, size):
-    """(variances, axes): (count, size), and (count, size, size), or (count,) where the axes are the coordinates."""
+    """(variances, axes): (count, size), and (count, size, size), or (count,) if the axes are the coordinates."""
     if covariances.ndim < 3:
         column = covariances[:, None] if covariances.ndim == 1 else covariances
         if column.shape not in ((), (count, 1), (count, size)):

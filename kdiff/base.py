@@ -1,8 +1,8 @@
-"""An object is its constructor arguments.
+"""An object is determined by its constructor arguments.
 
-Every schedule, prediction, solver, block and network of kdiff keeps each constructor argument as an attribute of the
-same name. From that rule follow its configuration, its copy, its printed form and its lookup by name, so a custom class
-needs only `__init__` and its mathematical method:
+Every schedule, prediction, solver, block and network of kdiff stores each constructor argument as an attribute of the
+same name. Its configuration, copy, printed form and lookup by name follow from this rule, so a custom class needs only
+`__init__` and its mathematical method:
 
     class Quadratic(NoiseSchedule):
         def __init__(self, power=2.0):
@@ -33,13 +33,13 @@ __all__ = ["Configurable", "Value", "check_choice", "check_integer", "check_numb
 class Configurable:
     """Mixin that derives `get_config`, `from_config`, `get`, `clone` and `repr` from the constructor's signature.
 
-    Subclasses are registered with Keras' serialisation when they are defined: a saved model that uses one loads
-    wherever the defining module was imported.
+    Subclasses are registered with Keras' serialisation when they are defined: a saved model that uses one can be loaded
+    after the defining module is imported.
     """
 
-    aliases: ClassVar[dict[str, str]] = {}  # of a family: names of elsewhere, in lower case letters, to ours
-    formerly: ClassVar[tuple[str, ...]] = ()  # of a class: the names under which old files have it, "kdiff.part>Name"
-    named = True  # whether `get` finds the class by its name; subclasses are found unless they say otherwise too
+    aliases: ClassVar[dict[str, str]] = {}  # of a family: names in other libraries, in lower case letters, to ours
+    formerly: ClassVar[tuple[str, ...]] = ()  # of a class: its names in old files, "kdiff.part>Name"
+    named = True  # whether `get` finds the class by its name; not inherited by subclasses
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -72,7 +72,7 @@ class Configurable:
 
     @classmethod
     def _by_name(cls) -> Self:
-        """With its defaults."""
+        """An object with the default arguments."""
         needed = [name for name, default in cls._argument_defaults().items() if default is inspect.Parameter.empty]
         if needed:
             arguments = ", ".join(f"{name}=..." for name in needed)
@@ -85,11 +85,12 @@ class Configurable:
 
         Args:
             identifier: an object of this family (returned as it is), a subclass (called without arguments), the
-                name of a subclass in any case ("cosine_beta", "CosineBeta"), a name that other libraries have for it
+                name of a subclass in any case ("cosine_beta", "CosineBeta"), its name in another library
                 ("squaredcos_cap_v2"; see `aliases`) or a serialised configuration.
 
         Raises:
-            ValueError: if no subclass has that name; the message lists those that exist. If a configuration is damaged.
+            ValueError: if no subclass has that name, in which case the message lists the known ones; if a configuration
+                is damaged.
             TypeError: if `identifier` is of another type, or a dictionary that describes no object.
         """
         if isinstance(identifier, cls):
@@ -121,7 +122,7 @@ class Configurable:
 
     @classmethod
     def names(cls) -> dict[str, type[Self]]:
-        """The public subclasses, by the name that `get` knows them by."""
+        """The public subclasses, by the names that `get` accepts."""
         return {
             _snake_case(c.__name__): c
             for c in _subclasses(cls)
@@ -129,7 +130,7 @@ class Configurable:
         }
 
     def explain(self) -> None:
-        """Prints what this object is: its constructor call, its equation, source, arguments and their limits."""
+        """Prints a description of this object: its constructor call, equation, source, arguments and their limits."""
         print(f"{self!r}\n\n{inspect.getdoc(type(self))}")
 
     def __repr__(self) -> str:
@@ -142,7 +143,7 @@ class Configurable:
 
 
 class Value(Configurable):
-    """A `Configurable` without weights: equal to any other with the same arguments, and pickled as them."""
+    """A `Configurable` without weights, which is compared and pickled by its arguments."""
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and _same(self.get_config(), other.get_config())
@@ -158,7 +159,7 @@ def _subclasses(cls: type) -> list[type]:
     return [c for child in cls.__subclasses__() for c in (child, *_subclasses(child))]
 
 
-# Words that no rule of capitals finds.
+# Words that the rules for capitals do not split correctly.
 _WORDS = {
     "DiT": "Dit",
     "UViT": "Uvit",
@@ -209,7 +210,7 @@ def check_choice(owner: str, argument: str, value: Any, choices: tuple) -> None:
 
 
 def check_integer(owner: str, argument: str, value: Any, minimum: int = 1) -> None:
-    """Raises a ValueError unless `value` is a whole number of at least `minimum`."""
+    """Raises a ValueError unless `value` is an integer of at least `minimum`."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or value < minimum:
         raise ValueError(f"{owner}: `{argument}` must be a whole number of at least {minimum}; received: {value!r}")
@@ -224,7 +225,7 @@ def check_number(owner: str, argument: str, value: Any, low: float, high: float 
 
 @contextlib.contextmanager
 def needs(extra: str, what: str) -> Iterator[None]:
-    """Has an import that fails in the block name the extra that installs the package; `what` is said before it."""
+    """If an import in the block fails, the error names the extra that installs the package, after the text `what`."""
     try:
         yield
     except ImportError as error:

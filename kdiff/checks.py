@@ -1,4 +1,4 @@
-"""Examples on their way in, whatever the way: one check, of arrays of any backend, before they are computed with."""
+"""The check of input examples, which are arrays of any backend, before anything is computed from them."""
 
 from typing import Any
 
@@ -15,22 +15,22 @@ __all__ = [
     "value_range",
 ]
 
-# Images that went through floating-point resizing may pass 1 by a rounding error.
+# Images that went through floating-point resizing may exceed 1 by a rounding error.
 TOLERANCE = 1e-3
 
 
 def as_numpy(array: Any) -> np.ndarray:
-    """An array of any backend as NumPy's."""
+    """An array of any backend as a NumPy array."""
     return array if isinstance(array, np.ndarray) else ops.convert_to_numpy(array)
 
 
 def is_integer(array: Any) -> bool:
-    """Whether an array holds whole numbers or truth values."""
+    """Whether an array holds integers or booleans."""
     return any(kind in str(array.dtype) for kind in ("int", "bool"))
 
 
 def value_range(array: Any) -> tuple[float, float]:
-    """The smallest and the largest number; 0 and 0 of text, and of nothing."""
+    """The smallest and the largest number; (0, 0) for text and for empty arrays."""
     if str(array.dtype) in ("object", "string") or str(array.dtype).startswith(("<U", ">U", "|S")):
         return 0.0, 0.0
     array = as_numpy(array)
@@ -38,13 +38,13 @@ def value_range(array: Any) -> tuple[float, float]:
 
 
 def like_bytes(array: Any) -> bool:
-    """Whether numbers look like pictures in 0 ... 255: none is below 0, and some are well above 1."""
+    """Whether numbers look like images in 0 ... 255: none is below 0, and some are well above 1."""
     low, high = value_range(array)
     return low >= 0.0 and high > 1.5
 
 
 def check_byte_order(name: str, value: Any) -> None:
-    """Raises a ValueError for numbers that the backends would read backwards."""
+    """Raises a ValueError for numbers whose bytes the backends would read in the wrong order."""
     if isinstance(value, np.ndarray) and not value.dtype.isnative:
         raise ValueError(
             f"`{name}` has the type {value.dtype}, in the byte order of another machine: "
@@ -53,15 +53,15 @@ def check_byte_order(name: str, value: Any) -> None:
 
 
 def check_examples(examples: Any, limit: float | None, name: str = "image") -> None:
-    """The check of all examples that a codec is to encode.
+    """Checks examples that a codec will encode.
 
     Args:
         examples: an array, with shape `(batch, ...)`.
-        limit: the largest magnitude that floating-point examples may have; None if any will do.
-        name: of the examples in messages.
+        limit: the largest magnitude that floating-point examples may have; None: any.
+        name: the name of the examples in messages.
 
     Raises:
-        ValueError: if they are truth values, of another byte order, not finite, or out of range.
+        ValueError: if they are booleans, of another byte order, not finite, or out of range.
     """
     check_byte_order(name, examples)
     if "bool" in str(examples.dtype):

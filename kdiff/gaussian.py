@@ -1,4 +1,4 @@
-"""Gaussians: how far one is from another, and how much of one lies where."""
+"""Gaussian distributions: the divergence between two of them, and the probabilities of intervals."""
 
 import numpy as np
 from keras import ops
@@ -13,8 +13,10 @@ def kl_divergence(error, log_true, log_model):
 
 
 def log_bin(x, mean, std):
-    """log of what N(mean, std^2) has within 1/255 of x, the first and last of 256 bins being open (Ho et al. 2020,
-    eq. 13). The mass of a bin is taken on the lower side of the mean, where it is a difference of small numbers.
+    """The log of the probability, under N(mean, std^2), of the bin within 1/255 of x.
+
+    The first and last of the 256 bins are open (Ho et al. 2020, eq. 13). The probability is computed below the mean,
+    where it is a difference of small numbers.
     """
     half, distance = 1.0 / 255.0, ops.abs(x - mean)
     high, low = log_cdf((half - distance) / std), log_cdf(-(half + distance) / std)
@@ -24,14 +26,14 @@ def log_bin(x, mean, std):
 
 
 def log_cdf(z):
-    """log of the standard normal distribution function, exact in both tails."""
+    """The log of the standard normal distribution function, accurate in both tails."""
     below = log_erfc(ops.maximum(-z, 0.0) / np.sqrt(2.0)) - np.log(2.0)
     above = ops.log1p(-0.5 * ops.erfc(ops.maximum(z, 0.0) / np.sqrt(2.0)))
     return ops.where(z < 0, below, above)
 
 
 def log_erfc(z):
-    """log(erfc(z)) for z >= 0; above 5 by the asymptotic series, for erfc underflows at 9."""
+    """log(erfc(z)) for z >= 0; above 5 by the asymptotic series, because erfc underflows at 9."""
     near = ops.log(ops.erfc(ops.minimum(z, 5.0)))
     z = ops.maximum(z, 5.0)
     u = 0.5 / z**2

@@ -1,4 +1,4 @@
-"""Captioned pictures without a download: coloured shapes, drawn from a sentence and read back from the picture.
+"""Captioned images without a download: coloured shapes, drawn from a caption and recognised in the image.
 
     scene = Scene.parse("a small red circle above a large blue square on a white background")
     scene.draw(32)                     # uint8, (32, 32, 3)
@@ -7,8 +7,8 @@
     images, captions = dataset(10000, 32)                     # for training
     images, captions = dataset(500, 32, held_out=True)        # pairs of things never seen together in training
 
-A scene has one thing, or two in a relation. Each colour, shape and size occurs in training in every place; one in eight
-of the pairs of (colour, shape) and (colour, shape) does not.
+A scene has one thing, or two in a relation. In training, each colour, shape and size occurs in every position; one in
+eight of the pairs of (colour, shape) and (colour, shape) does not occur.
 """
 
 import collections
@@ -50,9 +50,9 @@ COLOURS = {
     "orange": (245, 140, 30),
 }
 BACKGROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255), "gray": (128, 128, 128)}
-SIZES = {"small": 0.13, "large": 0.21}  # half the side, as a part of the picture's
-RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}  # x, y of the first
-EDGE = 4  # samples a pixel, each way
+SIZES = {"small": 0.13, "large": 0.21}  # half the side, as a fraction of that of the image
+RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}  # (x, y), from second to first
+EDGE = 4  # samples per pixel along each axis
 
 
 def _circle(x, y):
@@ -82,7 +82,7 @@ class Scene(NamedTuple):
     """One thing, or two in a relation, on a background.
 
     Attributes:
-        first: the thing of which the relation tells.
+        first: the thing that the relation describes.
         relation: "above", "below", "left of" or "right of"; None for one thing.
         second: the other thing, or None.
         background: "black", "white" or "gray".
@@ -95,16 +95,16 @@ class Scene(NamedTuple):
 
     @property
     def caption(self) -> str:
-        """The scene in words; `parse` reads them."""
+        """The scene as a sentence, which `parse` reads."""
         things = [f"a {' '.join(thing)}" for thing in (self.first, self.second) if thing]
         return f" {self.relation} ".join(things) + f" on a {self.background} background"
 
     @classmethod
     def parse(cls, caption: str) -> "Scene":
-        """The scene that a caption describes. Without a background it is black.
+        """The scene that a caption describes. The default background is black.
 
         Raises:
-            ValueError: if the caption has other words, or another order.
+            ValueError: if the caption has other words or another word order.
         """
         match = re.fullmatch(_GRAMMAR, caption.strip().lower())
         if not match:
@@ -119,17 +119,17 @@ class Scene(NamedTuple):
 
     @property
     def held_out(self) -> bool:
-        """Whether training never shows these two together, in any order, size, relation or background."""
+        """Whether its two things never occur together in training, in any order, size, relation or background."""
         if self.second is None:
             return False
         return _never_together(self.first[1:], self.second[1:])
 
     def draw(self, size: int, generator: np.random.Generator | None = None) -> np.ndarray:
-        """The picture, uint8 with shape `(size, size, 3)`; its things moved a little if there is a generator."""
+        """The image, uint8 with shape `(size, size, 3)`; with a generator, its things are moved slightly."""
         return _draw([self], np.zeros((1, 2, 2)) if generator is None else _moves(generator, 1), size)[0]
 
     def _placed(self, moves):
-        """The things and their centres, which keep clear of the edge and of each other."""
+        """The things and their centres, so that they touch neither the edge nor each other."""
         if self.second is None:
             return [(self.first, 0.5 + 3 * moves[0])]
         step = 0.25 * np.array(RELATIONS[self.relation])
@@ -152,20 +152,20 @@ _GRAMMAR = f"{_THING}(?: {_words(RELATIONS)} {_THING})?(?: on a {_words(BACKGROU
 def dataset(
     count: int, image_size: int = 32, held_out: bool = False, seed: int = 0, rows: Any = None
 ) -> tuple[np.ndarray, list[str]]:
-    """Pictures and their captions, the same for the same arguments.
+    """Images and their captions, which are the same for the same arguments.
 
     Args:
-        count: the number of pictures.
-        image_size: their side.
-        held_out: whether all of them show a pair of things that training never does; otherwise none does.
-        seed: of the choice.
-        rows: which of the `count` are drawn and returned; `None` for all.
+        count: the number of images.
+        image_size: their side, in pixels.
+        held_out: whether all of them show a pair of things that never occurs in training; otherwise none does.
+        seed: the seed of the scenes.
+        rows: the indices of the images that are drawn and returned; None: all.
 
     Returns:
         uint8 images `(count, image_size, image_size, 3)`, and the captions.
 
     Raises:
-        ValueError: if `count` or `image_size` is no whole number above 0.
+        ValueError: if `count` or `image_size` is not an integer above 0.
     """
     check_integer("dataset", "count", count)
     check_integer("dataset", "image_size", image_size)
@@ -178,15 +178,15 @@ def dataset(
 
 
 def _moves(generator, count):
-    """By how much things are moved: x and y of each of two things in `count` scenes."""
+    """The shifts, in x and y, of the two things in each of `count` scenes."""
     return generator.uniform(-0.04, 0.04, (count, 2, 2))
 
 
 def _draw(scenes, moves, size):
-    """The pictures of scenes. A pixel is the mean of its samples; some are a thing's, and the others the background's.
+    """The images of scenes. A pixel is the mean of its samples, each of which shows a thing or the background.
 
-    Things do not overlap, so each adds its own to the sums, which are whole numbers, in a box around it; all of one
-    kind and one place in the sentence at once.
+    Things do not overlap, so each is added to the sums, which are integers, in a box around it; those of one kind and
+    one position in the caption are drawn together.
     """
     chunk = max(1, SAMPLES // (size * EDGE) ** 2)
     if len(scenes) > chunk:
@@ -207,11 +207,11 @@ def _draw(scenes, moves, size):
     return np.round(sums / EDGE**2).astype("uint8")
 
 
-SAMPLES = 2**19  # that are drawn at once
+SAMPLES = 2**19  # the number that are drawn together
 
 
 def _covered(shape, half, centres, size):
-    """Where shapes are: rows and columns of a box around each, `(count, side)`, and its samples in each pixel."""
+    """The rows and columns of a box around each shape, `(count, side)`, and the number of its samples in each pixel."""
     side = min(size, math.ceil(2 * half * size) + 1)
     corner = np.clip(np.floor((centres - half) * size).astype(int), 0, size - side)
     samples = EDGE * corner[..., None] + np.arange(EDGE * side)
@@ -237,14 +237,14 @@ def _random_scenes(generator):
 
 
 def read(image: np.ndarray) -> Scene | None:
-    """The scene that a picture shows, or None where it shows none: for measuring how well captions are followed.
+    """The scene that an image shows, or None if it shows none; it measures how well samples follow their captions.
 
-    The background is the colour of most of the border. A thing is where there are enough pixels near one of the
-    colours, and has the shape and size whose drawing is most like it. A pixel on an edge, between colour and
-    background, counts as the part of it that is colour.
+    The background is the colour of most of the border. A thing is found where enough pixels are near one of the
+    colours; its shape and size are those whose drawing is most similar. A pixel on an edge counts by the fraction of it
+    that has the colour.
 
     Args:
-        image: `(size, size, 3)`, uint8, or floats in [-1, 1].
+        image: an array with shape `(size, size, 3)`, uint8, or floating-point in [-1, 1].
     """
     image = np.asarray(image)
     image = image.astype("float64") if image.dtype == np.uint8 else (image.astype("float64") + 1) * 127.5
@@ -264,8 +264,8 @@ def read(image: np.ndarray) -> Scene | None:
     return _related(things, centres, background)
 
 
-NEAR = 45.0  # the distance in RGB within which a pixel has a colour: half that of the two most alike
-ENOUGH = 0.008  # of the picture: a quarter of the smallest thing
+NEAR = 45.0  # the distance in RGB within which a pixel has a colour: half that of the two most similar
+ENOUGH = 0.008  # a fraction of the image: a quarter of the smallest thing
 
 
 def _distance(image, colour):
@@ -273,14 +273,14 @@ def _distance(image, colour):
 
 
 def _coverage(image, colour, background):
-    """How much of each pixel is colour, if the rest is background; nothing where it is neither nor a mixture."""
+    """The fraction of each pixel that has the colour, if the rest is background; 0 if it is not such a mixture."""
     line = np.array(colour, "float64") - background
     part = np.clip((image - background) @ line / (line @ line), 0, 1)
     return np.where((_distance(image, background + part[..., None] * line) < NEAR) & (part > 0.1), part, 0)
 
 
 def _thing(coverage, colour):
-    """The thing whose drawing, with the same centre of mass, is most like these pixels."""
+    """The thing whose drawing, with the same centre of mass, is most similar to these pixels."""
     size = len(coverage)
     x, y = _grid(size)
     mass = coverage / coverage.sum()
@@ -296,7 +296,7 @@ def _thing(coverage, colour):
     return Thing(size, colour, shape)
 
 
-CENTRES = {"circle": 0.0, "square": 0.0, "triangle": 1 / 3}  # how far below its middle the centre of mass is
+CENTRES = {"circle": 0.0, "square": 0.0, "triangle": 1 / 3}  # the centre of mass, relative to the middle
 
 
 def _grid(size):
@@ -320,7 +320,7 @@ def _related(things, centres, background):
 
 
 def same(scene: Scene | None, wanted: Scene) -> bool:
-    """Whether two scenes are the same, whichever of their things is named first."""
+    """Whether two scenes are the same, regardless of which thing is named first."""
     return scene is not None and _canonical(scene) == _canonical(wanted)
 
 

@@ -1,4 +1,4 @@
-"""The last step of a bound: from x with a little noise, N(mean, variance), to data."""
+"""Decoders: the last step of the bound, from slightly noisy data, with N(mean, variance), to the data."""
 
 import math
 from typing import Any
@@ -13,22 +13,22 @@ __all__ = ["Decoder", "Density", "Levels", "decoder_of", "sum_of_rows"]
 
 
 def sum_of_rows(x):
-    """The sum over all axes but the first."""
+    """The sum over all axes except the first."""
     return ops.sum(x, axis=tuple(range(1, len(x.shape))))
 
 
 class Decoder(Value):
-    """The base of the decoders. A new one defines `nats` and `nats_of_signal`."""
+    """The base class of decoders. A subclass defines `nats` and `nats_of_signal`."""
 
     def check(self, x: np.ndarray) -> None:
-        """Raises a ValueError if this is not the decoder of such data."""
+        """Raises a ValueError if the decoder is not for such data."""
 
     def nats(self, x, mean, log_variance):
-        """-log p(x), in nats, where the last step has this mean and log-variance; with shape `(batch,)`."""
+        """-log p(x), in nats, if the last step has this mean and log-variance; with shape `(batch,)`."""
         raise NotImplementedError
 
     def nats_of_signal(self, x, noise, log_snr: float):
-        """-log p(x | x_t), in nats, of the decoder that knows x_t = alpha x + sigma noise alone; `(batch,)`.
+        """-log p(x | x_t), in nats, of the decoder that sees only x_t = alpha x + sigma noise; with shape `(batch,)`.
 
         It is proportional to q(x_t | x) (Kingma et al. 2021, arXiv:2107.00630, eq. 15 and appendix E).
         """
@@ -36,21 +36,22 @@ class Decoder(Value):
 
 
 class Density(Decoder):
-    """Data on a continuum: the density of N(mean, variance)."""
+    """Continuous data: the density of N(mean, variance)."""
 
     def nats(self, x, mean, log_variance):
         rest = (x - mean) ** 2 * ops.exp(-log_variance) + log_variance
         return 0.5 * sum_of_rows(rest + math.log(2.0 * math.pi))
 
     def nats_of_signal(self, x, noise, log_snr: float):
-        """That of N(x_t / alpha, (sigma / alpha)^2), of which the mean is taken: no noise is drawn for it."""
+        """The mean over the noise, in closed form, for the density N(x_t / alpha, (sigma / alpha)^2)."""
         each = 0.5 * (1.0 + math.log(2.0 * math.pi) - log_snr)
         return sum_of_rows(ops.zeros_like(x) + each)
 
 
 class Levels(Decoder):
-    """Images of 256 levels on [-1, 1]: what N(mean, variance) has between the neighbours of a level, the first and
-    last of which are open (Ho et al. 2020, arXiv:2006.11239, eq. 13). The likelihood is then a probability.
+    """Images with 256 levels in [-1, 1]: the probability, under N(mean, variance), of the bin of each level.
+
+    The first and last bins are open (Ho et al. 2020, arXiv:2006.11239, eq. 13). The likelihood is then a probability.
     """
 
     def check(self, x: np.ndarray) -> None:
@@ -69,10 +70,9 @@ class Levels(Decoder):
         return -sum_of_rows(log_bin(x, mean, ops.exp(0.5 * log_variance)))
 
     def nats_of_signal(self, x, noise, log_snr: float):
-        """-log-softmax over the levels of -(x_t - alpha level)^2 / (2 sigma^2), at that of x.
+        """-log-softmax over the levels of -(x_t - alpha level)^2 / (2 sigma^2), at the level of x.
 
-        Only levels j steps from x are looked at, up to 8 sigma beyond where the noise may lead: the rest is below
-        1e-13 of the sum.
+        Only levels near x are summed, up to 8 sigma beyond the reach of the noise: the rest is below 1e-13 of the sum.
         """
         spread = 127.5 * math.exp(-0.5 * log_snr)  # sigma / alpha, in steps
         reach = min(255, math.ceil(14.0 * spread))
@@ -86,7 +86,7 @@ class Levels(Decoder):
 
 
 def decoder_of(decoder: Any, limit: float | None) -> Decoder:
-    """The decoder that is named; None is `Levels` where examples are images, `Density` where they are any numbers."""
+    """The decoder that is given; None is `Levels` for images and `Density` for other data."""
     if decoder is not None:
         return Decoder.get(decoder)
     return Density() if limit is None else Levels()

@@ -1,4 +1,4 @@
-"""What a likelihood is reported as: a number of nats for each example, their mean and how sure it is."""
+"""The report of a likelihood: nats per example, their mean and its standard error."""
 
 import math
 from statistics import NormalDist
@@ -13,12 +13,12 @@ __all__ = ["Curve", "Report"]
 
 
 class Curve(NamedTuple):
-    """The diffusion term by noise level: arrays of one length. Of `bound` the last step is the reconstruction.
+    """The diffusion term by noise level, as arrays of equal length. For `bound`, the last step is the reconstruction.
 
     Attributes:
         t: the times, decreasing.
         log_snr: the log-SNR there.
-        nats: the mean over the examples of the term at this time, in nats; of continuous time, per unit of log-SNR.
+        nats: the mean over the examples of the term at this time, in nats; for continuous time, per unit of log-SNR.
         error: its standard error.
     """
 
@@ -45,7 +45,7 @@ class Report(NamedTuple):
 
     @property
     def nats(self) -> np.ndarray:
-        """-log p(x), or its bound, of each example, in nats."""
+        """-log p(x), or its bound, per example, in nats."""
         return sum(self.terms.values())
 
     @property
@@ -55,19 +55,19 @@ class Report(NamedTuple):
 
     @property
     def standard_error(self) -> float:
-        """That of `mean`: std / sqrt(n), of which both the choice of the examples and the noise drawn are a part."""
+        """The standard error of `mean`, std / sqrt(n), due to both the choice of the examples and the noise."""
         nats = self.nats
         return float(np.std(nats, ddof=1) / math.sqrt(len(nats))) if len(nats) > 1 else math.nan
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """The mean's confidence interval at this level, in nats, by the normal distribution."""
+        """The confidence interval of the mean at this level, in nats, by the normal approximation."""
         check_number("interval", "level", level, 0.0, 1.0 - 1e-9)
         half = NormalDist().inv_cdf(0.5 + level / 2.0) * self.standard_error
         return self.mean - half, self.mean + half
 
     @property
     def bits_per_dim(self) -> float:
-        """mean / (d ln 2), d the number of dimensions."""
+        """mean / (d ln 2), where d is the number of dimensions."""
         return self.mean / (self.dimensions * math.log(2.0))
 
     @property
@@ -76,20 +76,20 @@ class Report(NamedTuple):
         return self.standard_error / (self.dimensions * math.log(2.0))
 
     def __str__(self) -> str:
-        """The bits per dimension, their standard error, and the terms'."""
+        """The bits per dimension with their standard error, and those of each term."""
         scale = self.dimensions * math.log(2.0)
         terms = ", ".join(f"{name} {np.mean(term) / scale:.4g}" for name, term in self.terms.items())
         error = f"{self.bits_per_dim_error:.2g}"
         return f"{self.bits_per_dim:.4f} +- {error} bits per dimension (n = {len(self.nats)}): {terms}"
 
     def plot(self, path: str | None = None) -> Any:
-        """Draws the curve against log-SNR, and the terms; with `path`, writes the figure there.
+        """Plots the curve against log-SNR, and the terms; with `path`, saves the figure there.
 
         Returns:
             The matplotlib figure.
 
         Raises:
-            ImportError: if matplotlib is missing (the extra `plot`).
+            ImportError: if matplotlib is not installed (the extra `plot`).
             ValueError: if there is no curve.
         """
         if self.curve is None:

@@ -1,4 +1,4 @@
-"""What is measured: a `DiffusionModel`, or a denoiser with its schedule, and the data, batch by batch."""
+"""The model whose likelihood is measured, a `DiffusionModel` or a denoiser with its schedule, and batches of data."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -17,13 +17,13 @@ __all__ = ["Batch", "Subject"]
 
 
 class Batch(NamedTuple):
-    """A batch, all of which have one size: the last is filled up with copies.
+    """A batch. All batches have the same size: the last is padded with copies.
 
     Attributes:
-        x: data, float32, with shape `(batch, ...)`, an array.
-        given: the conditions, tensors.
-        first: the number of its first example.
-        count: how many of its rows count.
+        x: the data, a float32 array with shape `(batch, ...)`.
+        given: the conditions, as tensors.
+        first: the index of its first example.
+        count: the number of its rows without padding.
     """
 
     x: np.ndarray
@@ -33,16 +33,17 @@ class Batch(NamedTuple):
 
 
 class Subject:
-    """A model or a denoiser, of which likelihoods are asked.
+    """A model or a denoiser whose likelihood is measured.
 
     Args:
-        model: a `DiffusionModel`, or `x_hat = denoise(x, m)`, or a `Denoiser`; of `keras.ops`, for it is compiled.
-        schedule: of a denoiser; a model has its own.
-        ema: use the averaged weights of a model.
+        model: a `DiffusionModel`, a `Denoiser`, or a function `x_hat = denoise(x, m)`; it is compiled, so it uses
+            `keras.ops`.
+        schedule: the schedule of a denoiser; a model has its own.
+        ema: whether to use the averaged (EMA) weights of a model.
 
     Raises:
-        TypeError: if it is neither.
-        ValueError: if a denoiser comes without a schedule, or a model with one.
+        TypeError: if `model` is none of these.
+        ValueError: if a denoiser is given without a schedule, or a model with one.
     """
 
     def __init__(self, model: Any, schedule: Any, ema: bool):
@@ -66,22 +67,22 @@ class Subject:
         self.answer, self.ema = denoiser.answer, ema
 
     def compiled(self, key: Any, function: Callable) -> Callable:
-        """`function(answer, *arguments)` of nests of tensors, without `answer`, compiled; of a model once for a key."""
+        """`function(answer, *arguments)`, on nests of tensors, compiled with this `answer`; once per key of a model."""
         function = partial(function, self.answer)
         if self.model is None:
             return backend.compiled(function)
         return self.model.compiled_function((key, self.ema), function)
 
     def batches(self, data: Any, size: int) -> Iterator[Batch]:
-        """The batches of data, encoded.
+        """Yields the data in batches, encoded.
 
         Args:
-            data: examples `(n, ...)`; a dictionary of them, "image", and of conditions; a pair of examples and labels;
-                or an iterable of such batches, as a `tf.data.Dataset` is.
-            size: the batch size of arrays.
+            data: examples with shape `(n, ...)`; a dictionary of these, as "image", and conditions; a pair of examples
+                and labels; or an iterable of such batches, such as a `tf.data.Dataset`.
+            size: the batch size for arrays.
 
         Raises:
-            ValueError: if there are none, or they are not what the model takes.
+            ValueError: if there are no examples, or the model does not take them.
         """
         check_integer("likelihood", "batch_size", size)
         first = 0
@@ -113,7 +114,7 @@ class Subject:
 
 
 def _cut(data: Any, size: int) -> Iterator[tuple[np.ndarray, Mapping[str, Any]]]:
-    """(examples, conditions) of each batch."""
+    """Yields (examples, conditions) per batch."""
     if isinstance(data, (dict, tuple)) or hasattr(data, "shape"):
         examples, conditions = _parts(data)
         for i in range(0, len(examples), size):

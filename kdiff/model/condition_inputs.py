@@ -1,7 +1,7 @@
-"""The conditions of a network, as `fit` and `sample` are given them: which there are, and their rows of numbers.
+"""The conditions of a network, as passed to `fit` and `sample`: their names, and their conversion to numbers.
 
-A network says which conditions it takes by an attribute `conditions`, names or, as kdiff's own, layers by name. A layer
-makes numbers of text (`prepare`), says what stands for no condition (`null`), and refuses what it does not take
+The attribute `conditions` of a network lists the conditions that it takes: names or, as in kdiff's networks, layers by
+name. A layer converts text to numbers (`prepare`), defines the null condition (`null`), and rejects invalid values
 (`check`).
 """
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def condition_names(network: keras.layers.Layer) -> tuple[str, ...] | None:
-    """The conditions that the network takes; None if it does not say."""
+    """The conditions that the network takes; None if it does not list them."""
     if isinstance(network, keras.Model) and isinstance(getattr(network, "input", None), dict):
         return tuple(name for name in network.input if name not in ("image", "time"))
     inputs = getattr(network, "condition_inputs", None)
@@ -41,20 +41,20 @@ def condition_names(network: keras.layers.Layer) -> tuple[str, ...] | None:
 
 
 def optional_names(network: keras.layers.Layer) -> tuple[str, ...]:
-    """The inputs that the network takes and can do without, such as the level of an image that is noised."""
+    """The optional inputs of the network, such as the noise level of a noised image."""
     return tuple(name for name, one in getattr(network, "condition_inputs", {}).items() if one.optional)
 
 
 def derivations(network: keras.layers.Layer) -> dict[str, Any]:
-    """What makes an input of the clean batch, where training is not given it, by its name: `of(x, key)`."""
+    """The functions `of(x, key)`, by name, that derive inputs from the clean batch if training is not given them."""
     inputs = getattr(network, "condition_inputs", {})
     return {name: one.of for name, one in inputs.items() if one.of is not None}
 
 
 def condition_layers(network: keras.layers.Layer) -> dict[str, Any]:
-    """What knows the null of each condition, and how to prepare and check it, by the condition's name in the input.
+    """The objects that prepare and check each condition and define its null, by the condition's name in the input.
 
-    It is the layer in the network's dictionary `conditions`, unless the network says more by `condition_inputs`.
+    These are the layers in the network's dictionary `conditions`, unless the network defines `condition_inputs`.
     """
     inputs = getattr(network, "condition_inputs", None)
     if inputs is not None:
@@ -64,7 +64,7 @@ def condition_layers(network: keras.layers.Layer) -> dict[str, Any]:
 
 
 def condition_nulls(network: keras.layers.Layer) -> dict[str, np.ndarray]:
-    """The row that stands for no condition, by the name of each condition whose layer has one."""
+    """The row of the null condition, by the name of each condition whose layer defines one."""
     nulls = {name: getattr(layer, "null", None) for name, layer in condition_layers(network).items()}
     return {name: null for name, null in nulls.items() if null is not None}
 
@@ -78,20 +78,20 @@ def condition_rows(
     arguments: Sequence[str] = (),
     sizes: tuple[int, ...] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Each condition as numbers, one row a sample; one value for all is repeated, and None is no condition.
+    """Each condition as numbers, one row per sample; one value for all is repeated, and None is the null condition.
 
     Args:
         conditions: the values by name.
-        shapes: the shape of one row of each condition that there must be.
-        network: what the conditions are for.
+        shapes: the shape of one row of each required condition.
+        network: the network that takes the conditions.
         num_samples: the number of rows.
-        partial: whether some may be missing.
-        arguments: what else the caller takes by name, of which an unknown condition may be a misspelling.
-        sizes: of a sample, from which layers with a method `default` make a condition that is missing.
+        partial: whether conditions may be missing.
+        arguments: the names of the caller's other arguments, of which an unknown condition may be a misspelling.
+        sizes: the size of a sample, from which layers with a method `default` derive a missing condition.
 
     Raises:
-        ValueError: if a condition is missing, unknown, of another shape, or holds what its layer does not take; if it
-            is None, and nothing stands for no condition.
+        ValueError: if a condition is missing, unknown, of another shape, or invalid for its layer; if it is None and
+            its layer defines no null.
     """
     optional, layers = optional_names(network), condition_layers(network)
     for name in set(shapes) - set(conditions) if sizes is not None else ():
@@ -112,7 +112,7 @@ def condition_rows(
         if name not in conditions:
             continue
         value = _known(name, conditions[name], nulls, preparation)
-        if shape is None:  # of an optional input: one number, or a row a sample
+        if shape is None:  # an optional input: one number, or one row per sample
             shape = value.shape[1:]
         if getattr(layers.get(name), "any_size", False):
             shape = (*[None] * (len(shape) - 1), *shape[-1:])
@@ -126,7 +126,7 @@ def condition_rows(
     return rows
 
 
-# What other libraries call the arguments of `sample`.
+# The names in other libraries of the arguments of `sample`.
 _ELSEWHERE = {
     "num_inference_steps": "steps",
     "guidance_scale": "guidance",
@@ -155,9 +155,9 @@ def _known(name: str, value: Any, nulls: dict[str, np.ndarray], preparation: "Pr
 
 
 def check_values(name: str, values: Any, layer: Any) -> None:
-    """Raises a ValueError for rows of a condition that are not finite, or that its layer does not take.
+    """Raises a ValueError for rows of a condition that are not finite, or that its layer rejects.
 
-    Rows of NaN are absent where the layer's null is NaN.
+    A row of NaN is the null condition if the layer's null is NaN.
     """
     if not is_integer(values) and not np.all(np.isfinite(value_range(values))):
         null = getattr(layer, "null", None)
@@ -170,10 +170,10 @@ def check_values(name: str, values: Any, layer: Any) -> None:
 
 
 class Preparation:
-    """Makes numbers of the text in data, by the method `prepare` of the layer that is to take it.
+    """Converts the text in data to numbers, by the method `prepare` of the layer that takes it.
 
     Args:
-        network: whose layers these are. What it has no such layer for is left as it is.
+        network: the network with these layers. Data without such a layer is left unchanged.
 
     Attributes:
         layers: the layers of the conditions by name.
@@ -183,11 +183,11 @@ class Preparation:
         self.layers = condition_layers(network)
 
     def __call__(self, data: Any) -> Any:
-        """A batch without text."""
+        """The batch, with its text converted to numbers."""
         return self.mapped(data, self.value)
 
     def value(self, name: str, value: Any) -> Any:
-        """The values of one condition as an array, if they are text.
+        """The values of one condition; text is converted to an array of numbers.
 
         Raises:
             ValueError: if its layer takes no text.
@@ -209,7 +209,7 @@ class Preparation:
 
     @staticmethod
     def mapped(data: Any, function: Callable[[str, Any], Any]) -> Any:
-        """`function(name, value)` of each part of a batch, and of labels in second place, by the name "label"."""
+        """Applies `function(name, value)` to each part of a batch; labels, in second place, have the name "label"."""
         if isinstance(data, dict):
             return {name: function(name, value) for name, value in data.items()}
         if not isinstance(data, (tuple, list)) or not data:
@@ -220,12 +220,12 @@ class Preparation:
 
 
 def fits(shape: tuple, wanted: tuple) -> bool:
-    """Whether the shapes agree; None is any length."""
+    """Whether the shapes agree, where None is any length."""
     return len(shape) == len(wanted) and all(
         None in pair or pair[0] == pair[1] for pair in zip(shape, wanted, strict=True)
     )
 
 
 def words(shape: tuple) -> str:
-    """A shape for a message."""
+    """A shape, formatted for a message."""
     return ", ".join("any" if size is None else str(size) for size in shape)

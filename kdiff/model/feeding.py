@@ -1,9 +1,9 @@
-"""Data on its way into `fit` and `evaluate`: text made numbers, every batch checked, all in one dictionary.
+"""The input data of `fit` and `evaluate`: every batch is checked, and becomes one dictionary.
 
 Examples come alone, as a pair with labels, or in a dictionary with named conditions; as arrays, `tf.data.Dataset`,
 `keras.utils.PyDataset`, PyTorch `DataLoader` or generator. All become one dictionary, {"image": ..., "label": ...}, or
-{"encoded": ..., ...} of examples that the codec has encoded already. Every batch is looked at before the model sees it,
-so that one bad batch is an error and not a ruined network.
+{"encoded": ..., ...} for examples that the codec has already encoded. Every batch is checked before the model sees it,
+so that a bad batch raises an error instead of ruining the network.
 """
 
 import contextlib
@@ -40,17 +40,17 @@ __all__ = [
     "unpack",
 ]
 
-ENDLESS = -1  # the cardinality that tf.data gives
+ENDLESS = -1  # the cardinality of an endless `tf.data.Dataset`
 LOOKED_AT = 8  # batches on an accelerator whose numbers are looked at, the first
 
 
 def unpack(data: Any) -> tuple[dict[str, Any], Any]:
     """(inputs, sample_weight) from x, (x,), (x, y) or (x, y, sample_weight), where x is an image or a dictionary.
 
-    Labels in second place become the condition "label". "sample_weight" may also stand in the dictionary.
+    Labels in second place become the condition "label". "sample_weight" may also be in the dictionary.
 
     Raises:
-        ValueError: if there is no "image" and no "encoded", or both, or if labels are given twice.
+        ValueError: if there is neither "image" nor "encoded", or both, or if labels are given twice.
     """
     x, label, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     inputs = dict(x) if isinstance(x, dict) else {"image": x}
@@ -68,7 +68,7 @@ def unpack(data: Any) -> tuple[dict[str, Any], Any]:
 
 
 def packed(data: Any) -> dict[str, Any]:
-    """The batch in one dictionary, sample weights included: Keras drops those where there is no `y`."""
+    """The batch in one dictionary, including sample weights, which Keras drops if there is no `y`."""
     inputs, sample_weight = unpack(data)
     return inputs if sample_weight is None else {**inputs, "sample_weight": sample_weight}
 
@@ -83,7 +83,7 @@ def data_shape(shapes: dict[str, tuple], codec: Codec) -> tuple:
 
 
 def check_end(data: Any, argument: str, options: Mapping[str, Any]) -> None:
-    """Raises a ValueError for an endless `tf.data.Dataset`, unless the options have so many steps."""
+    """Raises a ValueError for an endless `tf.data.Dataset`, unless the options set this number of steps."""
     if backend.is_tf_dataset(data) and int(data.cardinality()) == ENDLESS and options.get(argument) is None:
         raise ValueError(
             f"data: the tf.data.Dataset is endless, as after `repeat()`; say when to stop: `{argument}=...`"
@@ -91,9 +91,9 @@ def check_end(data: Any, argument: str, options: Mapping[str, Any]) -> None:
 
 
 def check_axes(image: Any, codec: Codec) -> None:
-    """Raises a ValueError for what looks like pictures with channels first, or like one picture and not a batch.
+    """Raises a ValueError for what looks like images with channels first, or like one image instead of a batch.
 
-    A model that is built already, for such shapes, takes them.
+    A model that is already built for such shapes accepts them.
     """
     shape = tuple(image.shape)
     if not isinstance(codec, Pixels) or None in shape[1:]:
@@ -117,7 +117,7 @@ def check_axes(image: Any, codec: Codec) -> None:
 
 
 class Orders:
-    """The orders of those pipelines of `kdiff.data` that some data are, or are made of."""
+    """The orders of the `kdiff.data` pipelines of which the data consists."""
 
     def __init__(self, *data: Any):
         parts = [part for one in data if backend.is_tf_dataset(one) for part in backend.dataset_parts(one)]
@@ -125,7 +125,7 @@ class Orders:
 
     @property
     def passes(self) -> list[int]:
-        """How many passes over each were begun. Those of another process may be set, to go on where it was."""
+        """The number of passes begun over each. Set it to that of another process to continue where it stopped."""
         return [order.passes for order in self.orders]
 
     @passes.setter
@@ -135,20 +135,20 @@ class Orders:
 
 
 class BatchCheck:
-    """Looks at a batch and raises a ValueError that names what is wrong with it.
+    """Checks a batch, and raises a ValueError that says what is wrong with it.
 
     Of batches that lie on an accelerator, the numbers of the first `LOOKED_AT` alone are looked at, and then names and
     sizes.
 
     Args:
-        codec: what encodes the images.
+        codec: the codec of the images.
         shape: the shape of one encoded example, with None for an axis of any length.
-        network: whose conditions the batch must hold.
+        network: the network whose conditions the batch must hold.
         weighted: whether examples may have weights.
-        others: the names of what else it may hold.
+        others: the names of other inputs that it may hold.
 
     Attributes:
-        error: what was raised last: tf.data hides it in an error of its own.
+        error: the last error that was raised; tf.data hides it in an error of its own.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class BatchCheck:
 
     @contextlib.contextmanager
     def reported(self) -> Iterator[None]:
-        """Raises what the check had to say, where tf.data has hidden it in an error of its own."""
+        """Raises the error of the check if tf.data has hidden it in an error of its own."""
         try:
             yield
         except Exception as error:
@@ -245,7 +245,7 @@ class BatchCheck:
                 self.warned = True
 
     def weight(self, weight: Any, batch: int, positions: tuple[int, ...]) -> None:
-        """The sample weights must be one number an example, or a position of it, finite and not negative."""
+        """The sample weights must be one number per example, or per position of it, finite and not negative."""
         if not self.weighted:
             raise ValueError(
                 "`sample_weight`: the loss of this model is of a batch as a whole; examples have no weights"
@@ -261,7 +261,7 @@ class BatchCheck:
             raise ValueError("`sample_weight` must be finite numbers that are not negative")
 
     def condition(self, name: str, condition: Any, batch: int) -> None:
-        """A condition must belong to the same examples, be finite, and not be the class that stands for none."""
+        """A condition must belong to the same examples, be finite, and not hold the class of the null condition."""
         if not len(condition.shape) or len(condition) != batch:
             raise ValueError(f"`{name}` must have {batch} rows, as `image` has; received the shape {condition.shape}")
         layer = self.layers.get(name)

@@ -1,4 +1,4 @@
-"""How a model is saved: to files that are moved into place, with the states of random layers."""
+"""Saving of models: to files that are moved into place, with the states of random layers."""
 
 import os
 from collections.abc import Mapping
@@ -22,10 +22,10 @@ class SafeFiles:
     def save(self, filepath, overwrite=True, zipped=None, **options) -> None:
         """Keras' `save`, to a file that is written beside `filepath` and then moved there.
 
-        A kill or a full disk leaves the file that stood there. Folders are made as needed.
+        A kill or a full disk leaves the old file intact. Folders are created as needed.
 
         Raises:
-            ValueError: if the file is to be HDF5: it cannot hold schedules, codecs and the like.
+            ValueError: for an HDF5 file, which cannot hold schedules, codecs and the like.
         """
         if str(filepath).endswith((".h5", ".hdf5")):
             raise ValueError(
@@ -36,7 +36,7 @@ class SafeFiles:
             super().save(new, overwrite, zipped, **options)
 
     def save_weights(self, filepath, overwrite=True, max_shard_size=None) -> None:
-        """Keras' `save_weights`, to a file that is moved into place as that of `save` is; several files are not."""
+        """Keras' `save_weights`, to a file that is moved into place as in `save`; several files are not."""
         several = max_shard_size is not None
         with nullcontext(filepath) if several else _new_file(filepath, overwrite) as new:
             super().save_weights(new, overwrite, max_shard_size)
@@ -46,14 +46,14 @@ class Saving(SafeFiles):
     """The part of `DiffusionModel` that saves and loads it."""
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, serialised; of a codec that is not saved, what it was."""
+        """The constructor's arguments, serialised; a codec that is not saved is replaced by its description."""
         config = super().get_config()
         if not self.codec.saved:
             config["codec"] = keras.saving.serialize_keras_object(Absent(repr(self.codec)))
         return config
 
     def get_build_config(self) -> dict[str, Any] | None:
-        """What `build` was given, and what `lora.enable` has done since; no layers if a token alone learns."""
+        """The shapes given to `build`, and the layers that `lora.enable` changed; none if only a token is trained."""
         if self.shapes is None:
             return None
         shapes = dict(self.shapes)
@@ -75,7 +75,7 @@ class Saving(SafeFiles):
                 _freeze(self.network, config["frozen"])
 
     def get_compile_config(self) -> dict[str, Any]:
-        """The compilation, without what belongs to a machine: jit, steps per execution, PyTorch's optimizer class."""
+        """The compilation, without what depends on the machine: jit, steps per execution, PyTorch's optimizer class."""
         config = super().get_compile_config()
         config = {key: value for key, value in config.items() if key not in ("jit_compile", "steps_per_execution")}
         if measures := self._measures.metrics:
@@ -85,19 +85,19 @@ class Saving(SafeFiles):
         return config
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compiles a loaded model, and makes the optimizer's variables, which are loaded next."""
+        """Compiles a loaded model, and creates the optimizer's variables, which are loaded next."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.built:
             self.optimizer.build(self.trainable_variables)
 
     def save_own_variables(self, store) -> None:
-        """Keras' own, and the states of random layers, which Keras leaves out."""
+        """As in Keras, with the states of random layers, which Keras leaves out."""
         super().save_own_variables(store)
         for index, state in enumerate(self._random_states()):
             store[f"random_state_{index}"] = ops.convert_to_numpy(state)
 
     def load_own_variables(self, store) -> None:
-        """Keras' own, and the states of random layers."""
+        """As in Keras, with the states of random layers."""
         deprecated.find_old_paths(store)
         names = list(store.keys())
         super().load_own_variables({name: store[name] for name in names if not name.startswith("random_state_")})
@@ -110,10 +110,11 @@ class Saving(SafeFiles):
 
 
 def _parts(network: keras.layers.Layer) -> dict[str, keras.layers.Layer]:
-    """Its layers by the attributes that lead to them, the outer first; a shared one by the first. Not those of
-    constants, as text encoders are, which know by themselves what of them is trained.
+    """The network's layers by the path of attributes to them, outer layers first; a shared layer by its first path.
 
-    Numbers would not do: a layer that took the place of another is the last in its owner's list.
+    Layers in constants, such as text encoders, are left out: these determine themselves which parts are trained.
+
+    Indices would not identify a layer: one that replaced another is the last in its owner's list.
     """
     found: dict[str, keras.layers.Layer] = {}
     known = set()
@@ -137,7 +138,7 @@ def _parts(network: keras.layers.Layer) -> dict[str, keras.layers.Layer]:
 
 
 def _frozen(network: keras.layers.Layer) -> dict[str, list]:
-    """The layers that are not trained, and the weights that are not, of a layer that is."""
+    """The layers that are not trained, and those weights of the other layers that are not trained."""
     parts = _parts(network)
     weights = [
         [path, i]
@@ -150,17 +151,17 @@ def _frozen(network: keras.layers.Layer) -> dict[str, list]:
 
 
 def _freeze(network: keras.layers.Layer, frozen: dict[str, list]) -> None:
-    """Of a network that was built as the other was."""
+    """Freezes the same layers and weights in a network of the same structure."""
     parts = _parts(network)
-    for path, layer in parts.items():  # the outer first, which sets those inside
+    for path, layer in parts.items():  # outer layers first, because they set those inside
         trainable = path not in frozen["layers"]
-        if not trainable or not layer.trainable:  # an outer layer may have been frozen before those inside were made
+        if not trainable or not layer.trainable:  # an outer layer may have been frozen before those inside existed
             layer.trainable = trainable
     for path, i in frozen["weights"]:
         parts[path]._trainable_variables[i].trainable = False
 
 
 def _new_file(path: Any, overwrite: bool) -> AbstractContextManager:
-    """The file to write in place of `path`: beside it; `path` itself where Keras is to ask, or it is no local file."""
+    """The file to write: a new one beside `path`; `path` itself if Keras must ask first, or if it is not local."""
     local = isinstance(path, (str, os.PathLike)) and "://" not in str(path)
     return replacing(path) if local and (overwrite or not os.path.exists(path)) else nullcontext(path)

@@ -1,8 +1,8 @@
-"""The kinds of data that `fit` takes, each mapped, looked at and checked in its own way.
+"""The kinds of data that `fit` takes, each of which is mapped and checked in its own way.
 
 source = source_of(x, y).prepared(network)      one class for each kind of data
-source.shapes()                                 of the inputs, by name
-source.checked(check)                           what Keras is given
+source.shapes()                                 the shapes of the inputs, by name
+source.checked(check)                           the data for Keras
 """
 
 import copy
@@ -29,11 +29,11 @@ _UNEVEN = (
 
 
 def source_of(x: Any, y: Any = None, sample_weight: Any = None) -> "Source":
-    """The source of the batches in `x`; `y` and `sample_weight` go with arrays alone.
+    """The source of the batches in `x`; `y` and `sample_weight` may be given only with arrays.
 
     Raises:
-        TypeError: if `x` is of no type that Keras trains on.
-        ValueError: if `y` or `sample_weight` is given beside anything but arrays.
+        TypeError: if `x` has a type on which Keras does not train.
+        ValueError: if `y` or `sample_weight` is given with anything but arrays.
     """
     y = np.asarray(y) if isinstance(y, (list, tuple)) else y
     sample_weight = np.asarray(sample_weight) if isinstance(sample_weight, (list, tuple)) else sample_weight
@@ -67,32 +67,32 @@ def source_of(x: Any, y: Any = None, sample_weight: Any = None) -> "Source":
 
 
 class Source:
-    """Batches of one kind. A subclass defines `mapped` and `first`."""
+    """The base class of sources of batches. A subclass defines `mapped` and `first`."""
 
     def __init__(self, data: Any):
         self.data = data
 
     def mapped(self, function: Callable[[Any], Any]) -> Self:
-        """The same batches after `function`, of arrays on the host."""
+        """The same batches after `function`, which maps arrays on the host."""
         raise NotImplementedError
 
     def first(self) -> Any:
-        """One batch, of which none is lost; None if there is none."""
+        """The first batch, which is not consumed; None if there is none."""
         raise NotImplementedError
 
     def prepared(self, network: keras.layers.Layer) -> Self:
-        """The same with numbers in place of text."""
+        """The same source, with text converted to numbers."""
         return self.mapped(Preparation(network))
 
     def shapes(self, codec: Codec | None = None) -> dict[str, tuple]:
         """The shapes of the inputs, {"image": (None, 32, 32, 3), ...}.
 
         Args:
-            codec: that of a model that is to be built for these shapes.
+            codec: the codec of a model that will be built for these shapes.
 
         Raises:
-            ValueError: if there is nothing in it, or something has no rank; if the images for a codec of pictures look
-                like others.
+            ValueError: if there are no examples, or the rank of an input is not known; if `check_axes` rejects the
+                images.
         """
         batch = self.first()
         if batch is None:
@@ -110,12 +110,12 @@ class Source:
         return {name: (None, *tuple(array.shape)[1:]) for name, array in inputs.items()}
 
     def checked(self, check: BatchCheck) -> Any:
-        """The data for Keras, with `check` called on every batch; labels and weights are put beside the images."""
+        """The data for Keras, with `check` called on every batch; labels and weights join the dictionary of inputs."""
         return self.mapped(_Packed(check)).data
 
 
 class _Packed:
-    """A check whose batches have the form that Keras asks of generators; a class, so that worker processes get it."""
+    """A check whose batches have the form that Keras requires of generators; a class, so that it can be pickled."""
 
     def __init__(self, check: BatchCheck):
         self.check = check
@@ -158,7 +158,7 @@ class _Generator(Source):
 
 
 def _chained(first: Any, rest: Iterator) -> Iterator:
-    """A generator again, as Keras tells generators by their type."""
+    """A generator, because Keras recognises generators by their type."""
     yield from itertools.chain([first], rest)
 
 
@@ -222,13 +222,13 @@ class _Dataset(Source):
     _empty = "the tf.data.Dataset has no batch"
 
     def first(self):
-        count = int(self.data.cardinality())  # below 0 if it is endless (-1) or not known (-2)
+        count = int(self.data.cardinality())  # below 0 if it is endless (-1) or unknown (-2)
         if count == 0 or (count == -2 and next(iter(self.data.take(1)), None) is None):
             return None
         return self.data.element_spec
 
     def prepared(self, network):
-        """Static shapes and types of what was text are those of a null, or of the first batch."""
+        """The static shapes and types of converted text are those of the null condition, or of the first batch."""
         prepare, texts = Preparation(network), []
         columns = set()
 
@@ -252,7 +252,7 @@ class _Dataset(Source):
         def value(name, tensor):
             if name in columns:
                 return tensor[:, 0]
-            if name not in rows or not is_text(tensor) or tensor.shape.rank == 0:  # the last is no batch, see `shapes`
+            if name not in rows or not is_text(tensor) or tensor.shape.rank == 0:  # a scalar is no batch, see `shapes`
                 return tensor
             shape = (tensor.shape[0], *rows[name].shape)
             return backend.on_host(lambda array: prepare.value(name, array), tensor, shape, rows[name].dtype)

@@ -1,4 +1,4 @@
-"""Keras' `fit`, `evaluate` and their like, on data that is checked on its way, batch by batch."""
+"""Keras' `fit`, `evaluate` and similar methods, on data that is checked batch by batch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +15,11 @@ __all__ = ["CheckedTraining", "OwnLoss", "scaled"]
 
 
 class CheckedTraining:
-    """The part of a Keras model that takes data. A subclass writes `_new_check`, and what else it does on the way."""
+    """The part of a Keras model that takes data. A subclass defines `_new_check`, and may override the other hooks."""
 
-    instead: ClassVar[str]  # of `predict` and `export`, for their errors
+    instead: ClassVar[str]  # what replaces `predict` and `export`, for their errors
 
-    _on_trial = False  # whether the shapes are those of data that the model has not computed yet
+    _on_trial = False  # whether the model has not yet computed on data of its shapes
     _parted: ClassVar[dict[str, bool]] = {}  # whether data for "training" or "evaluation" is a part for each process
 
     def _new_check(self, shapes: dict[str, tuple]) -> feeding.BatchCheck:
@@ -27,21 +27,21 @@ class CheckedTraining:
         raise NotImplementedError
 
     def _taking(self) -> Any:
-        """What has the conditions of the data, and makes numbers of text."""
+        """The object that has the conditions of the data and converts text to numbers."""
         return self
 
     def _codec_of_data(self) -> Any:
-        """The codec of a model that is to be built; None if all shapes will do."""
+        """The codec of a model that will be built; None if any shape is possible."""
         return None
 
     def _take_shapes_anew(self, shapes: dict[str, tuple]) -> None:
-        """Of a model that is built, but has not computed yet: the data that it was built for may have been wrong."""
+        """For a model that is built but has not computed yet: the data for which it was built may have been wrong."""
 
     def _before_training(self) -> None:
-        """Before Keras' own."""
+        """Called before training in Keras."""
 
     def _before_evaluating(self, anew: bool) -> None:
-        """Before Keras' own; `anew` where an evaluation begins, not one batch of it."""
+        """Called before evaluation in Keras; `anew` if a whole evaluation begins, not a single batch."""
 
     def fit(self, x=None, y=None, *args, validation_data=None, **options):
         """Keras' `fit`, on data that is checked batch by batch.
@@ -50,16 +50,16 @@ class CheckedTraining:
             x: images, uint8 or float32 in [-1, 1], with shape `(batch, height, width, channels)`, alone or in a
                 dictionary with conditions: arrays, a `tf.data.Dataset`, a `PyDataset`, a `DataLoader`, a generator.
             y: labels, the condition "label", if `x` is an array.
-            *args: as of `keras.Model.fit`.
-            validation_data: of the same kinds, or a tuple `(x, y)`.
-            **options: as of `keras.Model.fit`. A `sample_weight` is one number an example, or one a position of the
-                encoded data, `(batch, height, width)` or `(batch, length)`: where it is 0, as where a series is padded,
-                the loss does not look.
+            *args: as in `keras.Model.fit`.
+            validation_data: data of the same kinds, or a tuple `(x, y)`.
+            **options: as in `keras.Model.fit`. A `sample_weight` is one number per example, or one per position of the
+                encoded data, `(batch, height, width)` or `(batch, length)`: positions with weight 0, such as the
+                padding of a series, do not contribute to the loss.
 
         Raises:
-            ValueError: if the data is empty, or a dataset endless and `steps_per_epoch` None; if an image has the wrong
-                shape, is not finite or out of range; if a condition is missing, unknown or of another batch size; if
-                the model is not compiled.
+            ValueError: if the data is empty, or a dataset is endless and `steps_per_epoch` is None; if an image has the
+                wrong shape, is not finite or is out of range; if a condition is missing, unknown or of another batch
+                size; if the model is not compiled.
         """
         self._check_compiled("fit")
         feeding.check_end(x, "steps_per_epoch", options)
@@ -80,8 +80,8 @@ class CheckedTraining:
             return super().fit(x, None, *args, validation_data=validation_data, **options)
 
     def evaluate(self, x=None, y=None, *args, **options):
-        """Keras' `evaluate`, on data as of `fit`."""
-        if options.get("_use_cached_eval_dataset"):  # inside `fit`, whose validation data is checked already
+        """Keras' `evaluate`, on data as in `fit`."""
+        if options.get("_use_cached_eval_dataset"):  # inside `fit`, whose validation data is already checked
             self._before_evaluating(True)
             return super().evaluate(x, y, *args, **options)
         if len(args) < 4:
@@ -91,12 +91,12 @@ class CheckedTraining:
         x, check = self._checked(x, y, options.pop("sample_weight", None))
         if not backend.is_first_process():
             options["verbose"] = 0
-        self._before_evaluating(True)  # only now is the model built for certain
+        self._before_evaluating(True)  # only now is the model certain to be built
         with self._tried(check):
             return super().evaluate(x, None, *args, **options)
 
     def predict(self, *args, **options):
-        """Raises a NotImplementedError: the model has no one output for an input."""
+        """Raises a NotImplementedError: the model has no single output for an input."""
         raise NotImplementedError(f"predict: {type(self).__name__} has no one output for an input: {self.instead}")
 
     def predict_on_batch(self, *args, **options):
@@ -104,14 +104,14 @@ class CheckedTraining:
         self.predict()
 
     def export(self, *args, **options):
-        """Raises a NotImplementedError: what is served is a part of the model."""
+        """Raises a NotImplementedError: only parts of the model can be exported."""
         raise NotImplementedError(
             f"export: {type(self).__name__} is no one graph: save it, `model.save('model.keras')`, or export a network "
             f"of it; {self.instead}"
         )
 
     def train_on_batch(self, x, y=None, sample_weight=None, **options):
-        """Keras' `train_on_batch`; the batch as of `fit`."""
+        """Keras' `train_on_batch`, with a batch as in `fit`."""
         self._check_compiled("train_on_batch")
         x, check = self._checked(x, y, sample_weight)
         self._prepare_training()
@@ -119,7 +119,7 @@ class CheckedTraining:
             return super().train_on_batch(x, **options)
 
     def test_on_batch(self, x, y=None, sample_weight=None, **options):
-        """Keras' `test_on_batch`; the batch as of `fit`."""
+        """Keras' `test_on_batch`, with a batch as in `fit`."""
         self._check_compiled("test_on_batch")
         x, check = self._checked(x, y, sample_weight)
         self._before_evaluating(False)
@@ -140,14 +140,14 @@ class CheckedTraining:
 
     @contextmanager
     def _tried(self, check: feeding.BatchCheck) -> Iterator[None]:
-        """Around a call of Keras': the shapes of data are known for certain once the model has computed with it."""
+        """The scope of a call of Keras, after which the shapes are certain: the model has computed with the data."""
         with check.reported():
             yield
         self._on_trial = False
 
     @backend.uninterrupted
     def _prepare_training(self) -> None:
-        """Makes the optimizer's variables before the first step, which TensorFlow would trace twice if it made them."""
+        """Creates the optimizer's variables before the first step, which TensorFlow would otherwise trace twice."""
         self._before_training()
         if not self.optimizer.built:
             with backend.strategy_of(self):
@@ -156,7 +156,7 @@ class CheckedTraining:
         backend.share_training(self)
 
     def _checked(self, x, y=None, sample_weight=None, check: feeding.BatchCheck | None = None):
-        """(x, check): the data, prepared and checked on its way; the model is built for it if it was not."""
+        """(x, check): the data, prepared and with the check applied; the model is built for it if it was not."""
         source = source_of(x, y, sample_weight).prepared(self._taking())
         shapes = source.shapes(None if self.built else self._codec_of_data())
         check = self._new_check(shapes) if check is None else check
@@ -172,7 +172,7 @@ class CheckedTraining:
 
 
 def scaled(optimizer: Any, low: bool, options: dict[str, Any]) -> keras.optimizers.Optimizer:
-    """The optimizer, with a loss scale if something is `low`, computed in float16, unless `compile` is told not to."""
+    """The optimizer, with loss scaling if `low`, that is in float16, unless the options of `compile` disable it."""
     optimizer = keras.optimizers.get(optimizer)
     if not low or not options.get("auto_scale_loss", True):
         return optimizer
@@ -182,17 +182,17 @@ def scaled(optimizer: Any, low: bool, options: dict[str, Any]) -> keras.optimize
 
 
 class OwnLoss(SafeFiles, CheckedTraining, backend.SafeTraining):
-    """The part of a Keras model whose `call` gives its loss and the parts of it that are reported, by name.
+    """The part of a Keras model whose `call` returns its loss and the reported parts of it, by name.
 
-    A subclass keeps means of the parts in `_means`, `keras.metrics.Mean`s of the parts' names.
+    A subclass keeps their means in `_means`, `keras.metrics.Mean` objects with the names of the parts.
     """
 
     def _batch(self, inputs: dict[str, Any]) -> Any:
-        """What `call` takes of a batch."""
+        """The inputs of `call` from a batch."""
         return inputs
 
     def compile(self, optimizer="adam", **options) -> None:
-        """Keras' `compile`, without losses and metrics, which are the model's own."""
+        """Keras' `compile`, without losses and metrics, which the model defines itself."""
         if given := sorted(name for name in ("loss", "metrics", "weighted_metrics") if options.get(name) is not None):
             raise ValueError(
                 f"compile: {type(self).__name__} has a loss of its own, and reports its parts; it takes no {given}"
@@ -201,27 +201,27 @@ class OwnLoss(SafeFiles, CheckedTraining, backend.SafeTraining):
         super().compile(scaled(optimizer, low, options), **options)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """That of `call`."""
+        """The loss that `call` returns."""
         return y_pred["loss"]
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None) -> dict[str, Any]:
-        """The means of loss and parts over the epoch."""
+        """The means of the loss and its parts over the epoch."""
         for mean in self._means:
             mean.update_state(y_pred[mean.name])
         return self.get_metrics_result()
 
     def train_step(self, *args):
-        """Keras' own step. `args` are `(data,)`, on JAX `(state, data)`."""
+        """The step of Keras. `args` are `(data,)`, or `(state, data)` on JAX."""
         *state, data = args
         return super().train_step(*state, (self._batch(feeding.unpack(self._rows_here(data, "training"))[0]),))
 
     def test_step(self, *args):
-        """Keras' own step."""
+        """The step of Keras."""
         *state, data = args
         return super().test_step(*state, (self._batch(feeding.unpack(self._rows_here(data, "evaluation"))[0]),))
 
     def get_compile_config(self) -> dict[str, Any] | None:
-        """The optimizers, without what belongs to a backend; None before `compile`."""
+        """The optimizers, without what is specific to a backend; None before `compile`."""
         if not self.compiled:
             return None
         used = getattr(self, "_optimizers", {"optimizer": self.optimizer})  # the arguments of `compile`, by name
@@ -229,7 +229,7 @@ class OwnLoss(SafeFiles, CheckedTraining, backend.SafeTraining):
         return {name: one and backend.portable_optimizer(one) for name, one in config.items()}
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compiles a loaded model, and makes the optimizer's variables, which are loaded next."""
+        """Compiles a loaded model, and creates the optimizer's variables, which are loaded next."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.built:
             self.optimizer.build(self.trainable_variables)
