@@ -566,7 +566,7 @@ def test_missing_captions_are_named(captioned):
         unshuffled(captioned, text=True)
     (captioned / "cat" / "1.txt").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"1\.txt is not UTF-8"):
-        folders._read_caption(captioned / "cat" / "1.txt")
+        folders.read_caption(captioned / "cat" / "1.txt")
     with pytest.raises(ValueError, match="text"):
         unshuffled(captioned, text=["a"] * 6)
 
