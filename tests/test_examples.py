@@ -118,6 +118,15 @@ def test_recipes(run, tmp_path):
     assert (tmp_path / "recipes.png").stat().st_size > 10_000
 
 
+@pytest.mark.once  # test_objectives_*.py train them on every backend
+def test_few_steps(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    small = ("--steps", "20", "--out", str(tmp_path / "few.png"))
+    output = run("few_steps.py", "--method", "consistency", "scm", *small, shorter=(("256, 5000", "16, 100"),))
+    assert [line.split()[0] for line in output.splitlines()[:4]] == ["data", "teacher", "consistency", "scm"]
+    assert (tmp_path / "few.png").stat().st_size > 10_000
+
+
 @pytest.mark.data
 @pytest.mark.once
 def test_the_architectures():
