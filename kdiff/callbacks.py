@@ -329,7 +329,7 @@ def _check_captions(
 
 
 def _words(value: np.ndarray | None, class_names: list[str] | None, num_samples: int) -> list[str] | None:
-    """A condition in words, one a sample; `None` if there are none for it."""
+    """A condition in words, one per sample; `None` if there are none for it."""
     if value is None or value.ndim > 1:
         return None
     if is_text(value):

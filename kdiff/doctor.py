@@ -65,9 +65,9 @@ def doctor(
     environment of this one: from what a script says, start it as the script is started.
 
     Args:
-        network: a Keras model or layer as of `DiffusionModel`, which must be one that loads: of kdiff's classes, or of
+        network: a Keras model or layer as for `DiffusionModel`, which must be one that loads: of kdiff's classes, or of
             others that are registered with Keras where `import kdiff` finds them.
-        batch: a batch of data as of `fit`: an array, or a dictionary with conditions.
+        batch: a batch of data as for `fit`: an array, or a dictionary with conditions.
         timeout: the seconds that a backend may take.
         print_fn: called with each line.
 

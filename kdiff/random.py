@@ -106,7 +106,7 @@ def fold_in(key, number, stream: int = 0):
     """Derives the keys of substreams from `key`.
 
     Args:
-        key: int32, with shape `(2,)`, or `(keys, 2)` with a scalar `number`; or `(3,)`, as of `on_device`.
+        key: int32, with shape `(2,)`, or `(keys, 2)` with a scalar `number`; or `(3,)`, as in `on_device`.
         number: integers of any shape: the indices of the substreams.
         stream: the family of substreams, such as `TRAINING`, or any other integer.
 
@@ -144,7 +144,7 @@ def of_whole(draw: Callable, batch, key):
     Args:
         draw: what gives one row a sample.
         batch: how many rows there are here.
-        key: as of `on_device`.
+        key: as in `on_device`.
     """
     if len(key.shape) != 1 or key.shape[0] != 3:
         return draw(batch, key)
@@ -177,7 +177,7 @@ def uniform(key, shape, first=0):
 
     Args:
         key: int32, with shape `(2,)`: one stream for all samples; or `(samples, 2)`: one stream per sample, of which
-            sample `first` is drawn; or `(3,)`, as of `on_device`.
+            sample `first` is drawn; or `(3,)`, as in `on_device`.
         shape: the shape of the result, `(samples, ...)`. On TensorFlow its entries may be tensors.
         first: the index of the first sample, so that consecutive batches continue each other.
     """

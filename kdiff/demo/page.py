@@ -44,7 +44,7 @@ def launch(
 
     Raises:
         ImportError: if gradio is not installed.
-        ValueError: as of `page`.
+        ValueError: as in `page`.
     """
     blocks = page(models, classes)
     theme = _gradio().themes.Default(primary_hue="indigo", neutral_hue="slate")

@@ -49,7 +49,7 @@ class Averaging:
     def quantize(self, mode: str | None = None, config: Any = None, filters: Any = None, **options: Any) -> None:
         """Quantizes the network, by its averaged weights if there are: less memory, for `sample`; see `Network`.
 
-        The model then has no averages, and no optimizer: what has trained it, save before. Arguments, and errors, as of
+        The model then has no averages, and no optimizer: what has trained it, save before. Arguments and errors as in
         `networks.Network.quantize`.
         """
         averaged = self._follow_ema()

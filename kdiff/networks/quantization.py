@@ -28,10 +28,10 @@ class Quantizable:
         Args:
             mode: "int8" or "int4", which has a scale for each 128 rows; None for that of the `config`.
             config: a `keras.quantizers.Int8QuantizationConfig` or `Int4QuantizationConfig`; None for Keras' default.
-            filters: which layers, as of `keras.Model.quantize`; None for all dense layers.
+            filters: which layers, as in `keras.Model.quantize`; None for all dense layers.
             activations: whether what the kernels are multiplied with is quantized too, as the `config` says, a scale a
                 row: less precise, and faster only where the backend has products of whole numbers.
-            options: as of `keras.Model.quantize`.
+            options: as in `keras.Model.quantize`.
 
         Raises:
             ValueError: for another mode; if the network is not built or is quantized already; if it has no dense layer,

@@ -45,7 +45,7 @@ class DistributionMatching(Taught):
         discriminator: D, a built Keras model of noisy data, `(batch, ...)`, to numbers of any shape, high where it
             looks real, such as `autoencoding.PatchDiscriminator()`; None for none. Real and made data have the same t.
         adversarial: the weight of both losses of D, which are softplus(-D) and softplus(D).
-        guidance, guidance_input: as of `Taught`: of the teacher, not of `fake`.
+        guidance, guidance_input: as in `Taught`; they apply to the teacher, not to `fake`.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class DistributionMatching(Taught):
         return ops.mean(turn * judgement + own, axis=-1)
 
     def check(self, model: Any) -> None:
-        """Raises a ValueError as of `Taught`, and for a learned variance, or a weighting."""
+        """Raises a ValueError as in `Taught`, and for a learned variance or a weighting."""
         super().check(model)
         check_simple("DistributionMatching", model)
         if model.weighting is not None:
