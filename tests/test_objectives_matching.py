@@ -97,6 +97,24 @@ def test_each_player_has_its_own_loss_and_turn():
     assert model.sample(3).shape == (3, 2)
 
 
+def test_the_generator_is_led_to_what_looks_real():
+    """softplus(-D(y_t)) in its turn, and softplus(-D(x_t)) + softplus(D(y_t)) for D, here linear."""
+    teacher = diffusion()
+    judge = keras.Sequential([keras.layers.Dense(1)])
+    judge.build((None, 2))
+    judge.set_weights([np.float32([[0.7], [-1.2]]), np.float32([0.3])])
+    fake = students.student(teacher, "denoising", ema=None)
+    objective = objectives.DistributionMatching(teacher, fake, discriminator=judge)
+    x, y, noise = (np.random.default_rng(i).standard_normal((5, 2)).astype("float32") for i in range(3))
+    m = COSINE.at(np.full(5, 0.3, "float32"))
+    alpha, sigma = float(m.alpha[0]), float(m.sigma[0])
+    real, made = ((alpha * one + sigma * noise) @ [0.7, -1.2] + 0.3 for one in (x, y))
+    for turn in (0.0, 1.0):
+        received = objective._judged(*map(ops.convert_to_tensor, (x, y, noise)), m, turn, False)
+        expected = turn * np.logaddexp(0, -made) + np.logaddexp(0, -real) + np.logaddexp(0, made)
+        np.testing.assert_allclose(numpy(received), expected, rtol=1e-4)
+
+
 @pytest.mark.once
 def test_players_that_make_no_sense_are_refused():
     teacher = diffusion()
