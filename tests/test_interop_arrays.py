@@ -73,7 +73,8 @@ def test_a_loaded_network_has_all_that_a_built_one_has(tmp_path):
     assert all(variable._value is not None for variable in network.variables)
     if keras.backend.backend() == "torch":
         assert len(list(network.parameters())) == len(list(wanted.parameters()))
-        assert all(parameter.is_contiguous() for parameter in network.parameters())
+        for given, built in zip(network.parameters(), wanted.parameters(), strict=True):
+            assert given.stride() == built.stride()  # kernels lie in memory as PyTorch's convolutions want them
     inputs = {"image": np.ones((2, 8, 8, 3), "float32"), "time": np.ones(2, "float32"), "label": np.zeros(2)}
     before = ops.convert_to_numpy(network.stem.kernel)
     network.compile("sgd", "mse")
