@@ -13,6 +13,7 @@ from kdiff.demo import drawing, load, page
 from kdiff.demo.__main__ import main
 from kdiff.demo.drawing import chosen_sampler, equations, frames
 from kdiff.demo.inputs import edited, enlarged, fields, resized
+from kdiff.demo.page import _options
 from kdiff.guidance import AdaptiveProjected, ClassifierFree, Clip
 from tests.toys import draw_weights, images, tiny_network
 
@@ -50,6 +51,7 @@ def test_fields_are_made_of_the_conditions():
     with pytest.raises(ValueError, match="`label` has 3 labels, and these are 2 names"):
         fields(model, {"label": ["cat", "dog"]})
     found = {field.name: field for field in fields(model)}
+    assert [name for name, field in found.items() if field.negative] == ["text"]
     assert {name: field.kind for name, field in found.items()} == {**kinds, "style": "Textbox"}
     assert found["label"].options["choices"] == [("none", "none"), ("0", 0), ("1", 1), ("2", 2)]
     assert found["sort"].options["choices"] == [("0", 0), ("1", 1)]
@@ -115,6 +117,21 @@ def test_a_chosen_solver_and_rule_take_the_place_of_the_models_own(model):
     assert chosen_sampler(other, "own", "classifier_free", 5.0).guidance == (ClassifierFree(5.0, rescale=0.7), Clip())
     wanted = own.replaced(solver="euler", guidance=[AdaptiveProjected(4.0), Clip()])
     assert chosen_sampler(other, "euler", "adaptive_projected", 4.0) == wanted
+
+
+@pytest.mark.once
+def test_a_negative_text_is_that_of_guidance():
+    conditions = {"text": TextEncoder(kdiff.text.Bytes(12), 8, depth=1, pooled=True, dropout=0.1)}
+    model = kdiff.DiffusionModel(kdiff.networks.UNet.basic(8, levels=2, conditions=conditions), ema=None)
+    model.build({"image": (None, 8, 8, 3), "text": (None, 12)})
+    draw_weights(model.network, scale=0.05)
+    given = {"text": "cat", "sampler": "euler", "steps": 2, "rule": "classifier_free", "guidance": 3.0}
+    given |= {"num_samples": 2, "seed": 4, "image": None, "strength": 0.5}
+    without, negative = (_options(model, fields(model), {**given, "negative_text": text}) for text in ("", "dog"))
+    assert without["sampler"].guidance == (ClassifierFree(3.0),)
+    assert negative["sampler"].guidance == (ClassifierFree(3.0, negative={"text": "dog"}),)
+    ends = [list(frames(model, **options))[-1].estimate for options in (without, negative)]
+    assert (ends[0] != ends[1]).any()
 
 
 @pytest.mark.once

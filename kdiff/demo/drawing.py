@@ -5,7 +5,7 @@ import inspect
 import math
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,10 +49,17 @@ class Frame(NamedTuple):
     first: np.ndarray
 
 
-def chosen_sampler(model: DiffusionModel, solver: str = OWN, rule: str | None = None, scale: float = 1.0) -> Sampler:
+def chosen_sampler(
+    model: DiffusionModel,
+    solver: str = OWN,
+    rule: str | None = None,
+    scale: float = 1.0,
+    negative: Mapping[str, Any] | None = None,
+) -> Sampler:
     """The model's sampler with another solver, and with this rule of guidance in place of its own of that kind.
 
-    The grid is that of the model, or, if that is the default of its solver, the default of the new one.
+    Negative conditions, by name, replace those of the model's own rule, if there are any. The grid is that of the
+    model, or, if that is the default of its solver, the default of the new one.
     """
     own = model.sampler
     if solver != OWN:
@@ -61,7 +68,8 @@ def chosen_sampler(model: DiffusionModel, solver: str = OWN, rule: str | None = 
         return own
     kept = [one for one in own.guidance if type(one) is RULES[rule]] or [RULES[rule]()]
     others = [one for one in own.guidance if type(one) not in RULES.values()]
-    return own.replaced(guidance=[kept[0].clone(scale=scale), *others])
+    changes = {"scale": scale, "negative": negative} if negative else {"scale": scale}
+    return own.replaced(guidance=[kept[0].clone(**changes), *others])
 
 
 def frames(model: DiffusionModel, count: int, **options: Any) -> Iterator[Frame]:

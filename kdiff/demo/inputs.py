@@ -27,6 +27,7 @@ class Field(NamedTuple):
         options: of the component, the label included.
         value: makes the condition of what the component holds; None is no condition.
         optional: whether the condition is left out where it is None.
+        negative: whether it is a text that guidance may also lead away from.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Field(NamedTuple):
     options: Mapping[str, Any]
     value: Callable[[Any], Any]
     optional: bool
+    negative: bool = False
 
 
 def fields(model: DiffusionModel, classes: Mapping[str, Sequence[str]] | None = None) -> list[Field]:
@@ -56,7 +58,7 @@ def fields(model: DiffusionModel, classes: Mapping[str, Sequence[str]] | None = 
             continue
         described = _described(name, layer, tuple(shape), name in nulls, (classes or {}).get(name))
         if described is not None:
-            found.append(Field(name, *described, name in optional))
+            found.append(Field(name, *described, name in optional, name in nulls and _takes_text(layer)))
         elif name not in nulls and name not in optional:
             raise ValueError(f"the page has no input for the condition {name!r}, of the shape {tuple(shape)}")
     return found

@@ -18,7 +18,9 @@ __all__ = ["CSS", "TITLE", "launch", "page"]
 
 TITLE = "# kdiff\nNoise becomes pictures, step by step: `x_t = alpha x + sigma noise`, from `t = 1` to `t = 0`."
 CSS = """
-.kdiff-pixels img { image-rendering: pixelated; width: 100%; object-fit: contain; }
+.kdiff-pixels .image-container { padding-top: 2rem; }  /* below the label */
+.kdiff-pixels .image-frame { width: 100%; }
+.kdiff-pixels .image-frame img { width: 100%; max-height: 75vh; object-fit: contain; image-rendering: pixelated; }
 .kdiff-cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: 1rem; }
 .kdiff-cards section { border: 1px solid var(--border-color-primary); border-radius: 0.5rem; padding: 0.75rem 1rem; }
 .kdiff-cards h4 { margin: 0; color: var(--color-accent); }
@@ -100,6 +102,11 @@ def _panel(gradio: Any, model: DiffusionModel, found: Sequence[Field], api_name:
         with gradio.Column(scale=2, min_width=320):
             gradio.Markdown(_summary(model))
             inputs = {field.name: getattr(gradio, field.kind)(**field.options) for field in found}
+            for field in found:
+                if field.negative:
+                    inputs[_negative(field)] = gradio.Textbox(
+                        label=f"negative {field.name}: what guidance leads away from (may be empty)"
+                    )
             texts = [one for one in inputs.values() if isinstance(one, gradio.Textbox)]
             inputs |= _run_inputs(gradio, model)
             with gradio.Row():
@@ -148,6 +155,11 @@ def _panel(gradio: Any, model: DiffusionModel, found: Sequence[Field], api_name:
     gradio.on([one.change for one in choices], inputs=choices, outputs=cards, show_progress="hidden", **described)
 
 
+def _negative(field: Field) -> str:
+    """The name of the input for the negative of a text."""
+    return f"negative_{field.name}"
+
+
 def _summary(model: DiffusionModel) -> str:
     """What this model is, in a line."""
     network, size = type(model.network).__name__, " x ".join("any" if n is None else str(n) for n in model.example)
@@ -191,7 +203,9 @@ def _options(model: DiffusionModel, found: Sequence[Field], given: dict[str, Any
     conditions = {field.name: field.value(given[field.name]) for field in found}
     absent = {field.name for field in found if field.optional and conditions[field.name] is None}
     conditions = {name: value for name, value in conditions.items() if name not in absent}
-    sampler = chosen_sampler(model, *(given[name] for name in ("sampler", "rule", "guidance") if name in given))
+    negative = {field.name: given[_negative(field)] for field in found if field.negative and given[_negative(field)]}
+    chosen = (given[name] for name in ("sampler", "rule", "guidance") if name in given)
+    sampler = chosen_sampler(model, *chosen, negative=negative)
     size = {name: given[name] for name in ("height", "width") if name in given}
     picture, mask = edited(given["image"], (*(size.values() or model.example[:2]), model.example[-1]))
     options = {"count": given["num_samples"], "sampler": sampler, "steps": given["steps"], "seed": given["seed"]}
