@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import keras
+from keras import ops
+
 from kdiff.base import Value, check_integer
 
 __all__ = ["Reuse", "Store", "kept_in", "nothing_kept", "once", "residual", "shallow_blocks"]
@@ -21,8 +24,11 @@ class Reuse(Value):
     """Deep features are computed in every `every`-th step of a run and reused in the steps between.
 
     In a `UNet` they are the input of its last `shallow` + 1 blocks; in a step that reuses them only these and the first
-    `shallow` blocks run (DeepCache, Ma et al. 2023, arXiv:2312.00858, section 3.2). In a `DiT` they are the sum of the
-    residuals of all blocks except the first and last `shallow` (as in Delta-DiT, Chen et al. 2024, arXiv:2406.01125).
+    `shallow` blocks run (DeepCache, Ma et al. 2023, arXiv:2312.00858, section 3.2); in a `UViT`, of the last `shallow`,
+    which its long skip connections join with the first. In a `DiT` or an `MMDiT` they are the sum of the residuals of
+    all blocks except the first and last `shallow` (as in Delta-DiT, Chen et al. 2024, arXiv:2406.01125), in an `MMDiT`
+    those of the text too. Other networks are refused.
+
     Keys and values of the tokens of conditions, such as a text, are computed once per run, so the tokens must not
     depend on the time. With `every` = 1 the samples are unchanged.
 
@@ -93,14 +99,23 @@ def once(part: str, owner: Any, x: Any, make: Callable[[], tuple]) -> tuple:
 
 
 def residual(owner: Any, x: Any, make: Callable[[], Any]) -> Any:
-    """The result of `make`, a function of x; in a step that reuses, x plus the difference in an earlier step."""
+    """The result of `make`, a function of x; in a step that reuses, x plus the difference in an earlier step.
+
+    Args:
+        owner: the layer.
+        x: a tensor, or several, a tuple; the result has as many.
+        make: a function without arguments.
+    """
     store, made = _store.get(), []
     if store is None:
         return make()
 
     def added():
         made.append(make())
-        return (made[0] - x,)
+        return tuple(keras.tree.flatten(keras.tree.map_structure(ops.subtract, made[0], x)))
 
-    (more,) = store.once("deep", owner, x, added)
-    return made[0] if made else x + more
+    given = keras.tree.flatten(x)
+    more = store.once("deep", owner, given[0], added)
+    if made:
+        return made[0]
+    return keras.tree.pack_sequence_as(x, [one + change for one, change in zip(given, more, strict=True)])

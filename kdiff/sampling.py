@@ -221,7 +221,10 @@ class Sampler(Value):
                     state = state._replace(kept=self.reuse.at(index, state.kept))
                 x, x_hat, state = advance(x, now, then, key, np.int32(number), np.int32(first), state)
                 if self.reuse and not state.kept["deep"]:
-                    raise ValueError(f"Sampler: {self.reuse!r} needs a UNet or a DiT: nothing here can be reused")
+                    raise ValueError(
+                        f"Sampler: {self.reuse!r} needs a UNet, UViT, DiT or MMDiT of 2 blocks or more: nothing here "
+                        "can be reused"
+                    )
             yield Step(index + 1, len(times) - 1, float(then), x, x_hat)
 
     def advance(

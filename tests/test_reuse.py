@@ -15,17 +15,20 @@ TOKENS = np.random.default_rng(0).normal(size=(2, 3, 8)).astype("float32")
 NETWORKS = {
     "unet": lambda: networks.UNet.transformer(8, levels=2, depth=1, heads=2, conditions={"text": OptionalCondition()}),
     "dit": lambda: networks.DiT(16, 4, 2, networks.adaptive_block(2)),
+    "mmdit": lambda: networks.MMDiT(16, 4, 2, networks.adaptive_block(2), conditions={"text": OptionalCondition()}),
+    "uvit": lambda: networks.UViT(16, 5, 2),
 }
+TOLD = {"unet", "mmdit"}
 
 
 def made(name):
     model = kdiff.DiffusionModel(NETWORKS[name](), ema=None)
-    model.build({"image": (None, 8, 8, 1), **({"text": (None, 3, 8)} if name == "unet" else {})})
+    model.build({"image": (None, 8, 8, 1), **({"text": (None, 3, 8)} if name in TOLD else {})})
     draw_weights(model.network)
-    return model, {"text": TOKENS} if name == "unet" else {}
+    return model, {"text": TOKENS} if name in TOLD else {}
 
 
-@pytest.mark.parametrize("name", mostly_once(["unet", "dit"]))
+@pytest.mark.parametrize("name", mostly_once(list(NETWORKS)))
 def test_samples_are_the_same_if_all_is_computed_in_every_step(name):
     """And with every second step they are near, guided or not; a run does not depend on the one before."""
     model, text = made(name)
@@ -55,7 +58,7 @@ def test_what_is_computed_in_each_step():
     assert kept == [everything, ["down_0", "up_2", "up_3"], everything]
 
 
-@pytest.mark.parametrize("name", mostly_once(["dit", "unet"]))
+@pytest.mark.parametrize("name", mostly_once(["dit", "mmdit", "uvit", "unet"]))
 def test_a_step_that_reuses_is_as_one_that_was_given_the_same(name):
     """At the point where it was kept, what is kept gives the same answer; elsewhere another one."""
     model, text = made(name)
@@ -79,7 +82,7 @@ def test_a_step_that_reuses_is_as_one_that_was_given_the_same(name):
 def test_where_nothing_can_be_reused():
     sampler = Sampler("ddim", steps=2, reuse=Reuse(2))
     schedule = kdiff.schedules.Cosine()
-    with pytest.raises(ValueError, match="needs a UNet or a DiT"):
+    with pytest.raises(ValueError, match="needs a UNet, UViT, DiT or MMDiT"):
         sampler(Denoiser(lambda given, x, m: Estimate(0.5 * x)), schedule, (2, 3))
     with pytest.raises(ValueError, match="takes no fixed steps"):
         Sampler(solvers.Adaptive(), reuse=Reuse(2))

@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from kdiff import reuse
 from kdiff.blocks.attention import opened, usual_heads
 from kdiff.blocks.base import Tokens, build_layer
 from kdiff.blocks.joint import JointBlock
@@ -87,8 +88,19 @@ class MMDiT(DiT):
 
     def _through(self, x, vectors, context, training):
         tokens, mask = opened(context)
-        tokens = self.projection(tokens)
-        context = tokens if mask is None else Tokens(tokens, mask)
-        for block, embed in zip(self.blocks, vectors, strict=True):
-            x, context = self._run(block, x, embed, context, training)
-        return x
+        pairs = list(zip(self.blocks, vectors, strict=True))
+        count = min(reuse.shallow_blocks(), len(pairs) // 2)
+
+        def through(both, pairs):
+            x, tokens = both
+            for block, embed in pairs:
+                context = tokens if mask is None else Tokens(tokens, mask)
+                x, context = self._run(block, x, embed, context, training)
+                tokens = opened(context)[0]
+            return x, tokens
+
+        both = through((x, self.projection(tokens)), pairs[:count])
+        if count:  # else the one block returns no text
+            middle = pairs[count : len(pairs) - count]
+            both = reuse.residual(self, both, lambda: through(both, middle))
+        return through(both, pairs[len(pairs) - count :] if count else pairs)[0]

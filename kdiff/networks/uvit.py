@@ -7,6 +7,7 @@ from typing import Any, Self
 import keras
 from keras import ops
 
+from kdiff import reuse
 from kdiff.base import check_integer
 from kdiff.blocks.attention import opened, usual_heads
 from kdiff.blocks.base import Tokens, apply_layer, build_layer, copy_layer, get_layer, kernel_initializer
@@ -131,13 +132,20 @@ class UViT(Network):
         if mask is not None:
             own = Tokens(None, ops.pad(mask, [[0, 0], [0, x.shape[1] - mask.shape[1]]], constant_values=True))
         x = apply_layer(self.positions, x, training=training)
-        skips = []
-        for i, block in enumerate(self.blocks):
-            if i > self.depth // 2:
-                x = ops.concatenate([x, skips.pop()], axis=-1)
-            x = self._run(block, x, None, own, training)
-            if i < self.depth // 2:
-                skips.append(x)
+        half, count = self.depth // 2, min(reuse.shallow_blocks(), self.depth // 2)
+
+        def through(x, numbers, skips):
+            for i in numbers:
+                x = ops.concatenate([x, skips.pop()], axis=-1) if i > half else x
+                x = self._run(self.blocks[i], x, None, own, training)
+                if i < half:
+                    skips.append(x)
+            return x
+
+        outer = []
+        x = through(x, range(count), outer)
+        (x,) = reuse.once("deep", self, x, lambda: (through(x, range(count, self.depth - count), []),))
+        x = through(x, range(self.depth - count, self.depth), outer)
         x = apply_layer(self.normalization, x, training=training)[:, context.shape[1] :]
         return self.head(self.unpatchify(ops.reshape(x, ops.shape(patches))))
 
