@@ -24,6 +24,7 @@ PATHS = {
     "ema_weights": "averages",
     "concat": "beside",
     "guidance_embedding": "steered_embedding",
+    "perceiver_resampler": "resampler",
     "progressive_distillation": "distillation",
     "scm": "tangent_consistency",
 }

@@ -6,7 +6,7 @@ Gal et al., "An Image is Worth One Word: Personalizing Text-to-Image Generation 
 equation 2, where v is one or several rows of the token table of the encoder.
 
     model = interop.diffusers.load("stable-diffusion-v1-5")
-    inversion.add(model, "<cat-toy>", like="toy")        # a token that is initialised with "toy"
+    inversion.add(model, "<cat-toy>", initializer_token="toy")        # a token that is initialised with "toy"
     inversion.enable(model, "<cat-toy>")                 # only its vector is trained
     model.compile(keras.optimizers.Adam(5e-3))
     model.fit({"image": images, "text": ["a photo of <cat-toy>"] * len(images)})
@@ -26,7 +26,8 @@ from kdiff.base import check_integer
 __all__ = ["add", "enable", "extend", "finish", "prompt_of", "vectors_of"]
 
 
-def add(model: keras.layers.Layer, token: str, like: str, vectors: int = 1) -> None:
+@deprecated.arguments(like="initializer_token")
+def add(model: keras.layers.Layer, token: str, initializer_token: str, vectors: int = 1) -> None:
     """Adds a token to all text encoders of a model, initialised with the vectors of a word.
 
     In a text the token expands to all of its vectors, each of which takes the place of one token of the encoder.
@@ -35,7 +36,7 @@ def add(model: keras.layers.Layer, token: str, like: str, vectors: int = 1) -> N
         model: a `DiffusionModel` or its network, built, whose text condition is a `Prompt` of `CLIPText` with
             `JSONTokenizer`s.
         token: such as "<cat-toy>", which must not be in the vocabulary.
-        like: a word from whose tokens the vectors are initialised: one each, or all from a single one.
+        initializer_token: a word from whose tokens the vectors are initialised: one each, or all from a single one.
         vectors: the number of vectors.
 
     Raises:
@@ -45,9 +46,12 @@ def add(model: keras.layers.Layer, token: str, like: str, vectors: int = 1) -> N
     check_integer("inversion.add", "vectors", vectors)
     prompt, rows = prompt_of(model, "inversion.add"), []
     for encoder, tokenizer in zip(prompt.encoders, prompt.tokenizers, strict=True):
-        numbers = tokenizer.tokens(like)
+        numbers = tokenizer.tokens(initializer_token)
         if len(numbers) not in (1, vectors):
-            raise ValueError(f"inversion.add: `like` must have one token, or {vectors}; {like!r} has {len(numbers)}")
+            raise ValueError(
+                f"inversion.add: `initializer_token` must have one token, or {vectors}; {initializer_token!r} has "
+                f"{len(numbers)}"
+            )
         rows.append(np.broadcast_to(_table(encoder)[numbers], (vectors, encoder.width)))
     extend(model, token, rows)
 

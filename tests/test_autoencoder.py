@@ -8,7 +8,7 @@ from keras import ops
 import kdiff
 from kdiff import networks, random
 from kdiff.codecs import Latent
-from kdiff.networks import VQ, AutoencoderKL, Tiny
+from kdiff.networks import VQ, AutoencoderKL, AutoencoderTiny
 from tests.helpers_gradients import perturb, value_and_gradients
 from tests.toys import draw_weights, images, numpy
 
@@ -20,7 +20,7 @@ SMALL = {
         (8, 8, 8), 2, 1, attention=False, attention_at=[1], quant=False, post_quant=False, **options
     ),
     "vq": lambda **options: VQ((8, 16), 3, 1, codes=16, code_width=5, **options),
-    "tiny": lambda **options: Tiny(8, 4, (1, 1), (1, 1), **options),
+    "tiny": lambda **options: AutoencoderTiny(8, 4, (1, 1), (1, 1), **options),
 }
 LATENTS = {"kl": (8, 8, 4), "kl_bare": (4, 4, 2), "vq": (8, 8, 5), "tiny": (8, 8, 4)}
 X = images(2, (16, 16, 3))
@@ -38,7 +38,7 @@ def made(name, **options):
     [
         (AutoencoderKL.sd, 83_653_863),  # of diffusers' models of these configurations
         (AutoencoderKL.sd3, 83_819_683),
-        (Tiny, 2_445_063),
+        (AutoencoderTiny, 2_445_063),
     ],
 )
 def test_published_sizes(network, count):
@@ -50,7 +50,7 @@ def test_published_sizes(network, count):
 
 @pytest.mark.once
 def test_flops():
-    """Of each half; Tiny's by hand: 8 channels, 3x3 kernels, no attention."""
+    """Of each half; AutoencoderTiny's by hand: 8 channels, 3x3 kernels, no attention."""
     conv = 9 * 8 * 8
     encoder = 256 * 9 * 3 * 8 + 3 * 256 * conv + 64 * (conv + 3 * conv + 9 * 8 * 4)
     decoder = 64 * (9 * 4 * 8 + 3 * conv) + 256 * (conv + 3 * conv + 9 * 8 * 3)
@@ -121,7 +121,7 @@ WRONG = [
     (lambda: AutoencoderKL(()), "`widths` must be the channels"),
     (lambda: AutoencoderKL((8, 0)), "a width"),
     (lambda: AutoencoderKL((8,), attention_at=[1]), r"`attention_at` must be levels in 0\.\.0; received: \[1\]"),
-    (lambda: Tiny(8, depths=(1,)), "the same number of levels"),
+    (lambda: AutoencoderTiny(8, depths=(1,)), "the same number of levels"),
     (lambda: VQ(codes=0), "`codes`"),
     (lambda: made("kl").encode(images(1, (16, 15, 3))), "a width divisible by 2; received: 15"),
     (lambda: made("kl").encode(images(1, (16, 16, 1))), r"images must have the shape .*received: \(16, 16, 1\)"),

@@ -93,7 +93,7 @@ def noised(**options):
 
 def test_a_noised_embedding_is_a_formula():
     """In training of a level an example, by the counters alone; otherwise of the level and the noise that are given."""
-    layer = noised(layer=keras.layers.Identity(), highest=0.5, dropout=0.4)
+    layer = noised(layer=keras.layers.Identity(), max_level=0.5, dropout=0.4)
     x = np.random.default_rng(0).standard_normal((40, 5)).astype("float32")
     layer.build({"embedding": (None, 5)}, (None, 9))
 

@@ -304,7 +304,7 @@ def test_the_channels_are_those_of_image_then_maps():
 @pytest.mark.parametrize("highest", [1.0, 0.5])
 def test_the_noise_beside_is_a_formula(highest):
     """In training a level an example, by the counters alone, and so the same on every backend; else the level given."""
-    layer = low(highest=highest, dropout=0.4, embedding=SinusoidalEmbedding(6, scale=1000.0))
+    layer = low(max_level=highest, dropout=0.4, embedding=SinusoidalEmbedding(6, scale=1000.0))
     rng = np.random.default_rng(1)
     x, image = (rng.standard_normal(shape).astype("float32") for shape in ((40, 2, 2, 1), (40, 4, 4, 3)))
     blocks.base.build_layer(layer, x.shape, (None, 6), image=image.shape)
@@ -501,9 +501,9 @@ class Added(keras.Model):
 def test_errors():
     shapes = {"image": (1, 4, 4, 2), "time": (1,)}
     cases = [
-        (lambda: Concat("cubic"), r"Concat: `form` must be one of \['nearest', .*received: 'cubic'"),
+        (lambda: Concat("cubic"), r"Concat: `interpolation` must be one of \['nearest', .*received: 'cubic'"),
         (lambda: Concat(level=2), "Concat: `level`.*received: 2"),
-        (lambda: Concat(highest=2), "Concat: `highest`.*received: 2"),
+        (lambda: Concat(max_level=2), "Concat: `max_level`.*received: 2"),
         (lambda: Joint({}, keras.layers.Identity()), "`parts` must be a non-empty mapping"),
         (
             lambda: SimpleUNet((8,), 8, 8, {"text": keras.layers.Dense(5)}).build({**shapes, "text": (1, 3, 2)}),

@@ -11,8 +11,22 @@ import numpy as np
 import pytest
 
 import kdiff
-from kdiff import blocks, deprecated, ema, inversion, likelihood, lora, objectives, reflow, schedules, tangents
+from kdiff import (
+    blocks,
+    deprecated,
+    ema,
+    evaluation,
+    inversion,
+    likelihood,
+    lora,
+    networks,
+    objectives,
+    reflow,
+    schedules,
+    tangents,
+)
 from kdiff.denoisers import Denoiser
+from kdiff.encoders import t5
 from kdiff.interop import diffusers, inversions, single_files
 from kdiff.networks import MLP, UNet
 from kdiff.students import student
@@ -23,7 +37,13 @@ MOVED = [
     ("averages", "Power", ema.Power),
     ("blocks", "Beside", blocks.Concat),
     ("blocks", "SteeredEmbedding", blocks.GuidanceEmbedding),
+    ("blocks", "Resampler", blocks.PerceiverResampler),
+    ("blocks", "SizeWaves", blocks.SizeEmbedding),
+    ("encoders.t5", "RelativeBias", t5.RelativePositionBias),
     ("lora", "averages_of", lora.ema_of),
+    ("networks", "Tiny", networks.AutoencoderTiny),
+    ("networks.experts", "Experts", networks.experts.ExpertDenoisers),
+    ("networks.unet", "WayDown", networks.unet.UNetEncoder),
     ("objectives", "Distillation", objectives.ProgressiveDistillation),
     ("objectives", "TangentConsistency", objectives.SCM),
     ("posthoc", "give", kdiff.posthoc.reconstruct),
@@ -38,7 +58,7 @@ MOVED = [
 def test_a_module_finds_old_names(module, old, new):
     module = importlib.import_module(f"kdiff.{module}")
     with pytest.warns(
-        DeprecationWarning, match=rf"kdiff\.\w+\.{old} is deprecated; use kdiff\.\w+\.{new.__name__} instead"
+        DeprecationWarning, match=rf"kdiff\.[\w.]+\.{old} is deprecated; use kdiff\.[\w.]+\.{new.__name__} instead"
     ):
         assert getattr(module, old) is new
     assert old not in module.__all__
@@ -82,6 +102,11 @@ ARGUMENTS = [
     (kdiff.interop.lora.save, "averages"),
     (single_files.load, "averages"),
     (objectives.Consistency.__init__, "averaged"),
+    (blocks.Concat.__init__, "form"),
+    (blocks.Concat.__init__, "highest"),
+    (blocks.NoisedEmbedding.__init__, "highest"),
+    (evaluation.Images.__init__, "form"),
+    (inversion.add, "like"),
     *((kind.__init__, "steering") for kind in objectives.Taught.__subclasses__() if hasattr(kind.__init__, "renamed")),
 ]
 
@@ -150,6 +175,10 @@ def test_a_model_and_a_denoiser_have_old_members():
 CLASSES = {
     "kdiff.ema>": "kdiff.averages>",
     "kdiff.blocks>Concat": "kdiff.blocks>Beside",
+    "PerceiverResampler": "Resampler",
+    "SizeEmbedding": "SizeWaves",
+    '"interpolation"': '"form"',
+    '"max_level"': '"highest"',
     "GuidanceEmbedding": "SteeredEmbedding",
     "kdiff.objectives>SCM": "kdiff.objectives>TangentConsistency",
     "ProgressiveDistillation": "Distillation",
@@ -160,7 +189,7 @@ CLASSES = {
 
 
 def with_old_paths(weights):
-    """A file of weights whose layers have the names of before."""
+    """A file of weights whose layers have the names of before, which are returned."""
     with h5py.File(weights, "a") as file:
         found = []
         file.visit(lambda path: found.append(path))
@@ -170,11 +199,11 @@ def with_old_paths(weights):
             parent, _, name = path.rpartition("/")
             stem = name.rstrip("_0123456789")
             file.move(path, f"{parent}/{parts[stem]}{name[len(stem) :]}")
-    return len(hits)
+    return {parts[path.rpartition("/")[2].rstrip("_0123456789")] for path in hits}
 
 
 def with_old_names(path, **others):
-    """A saved model as an older kdiff had written it."""
+    """A saved model as an older kdiff had written it; returns the old names of its layers."""
     with zipfile.ZipFile(path) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
     config = files["config.json"].decode()
@@ -183,11 +212,12 @@ def with_old_names(path, **others):
     assert config != files["config.json"].decode()
     config = json.loads(config)
     weights = io.BytesIO(files["model.weights.h5"])
-    assert with_old_paths(weights)
+    layers = with_old_paths(weights)
     with zipfile.ZipFile(path, "w") as archive:
         for name, value in files.items():
             new = {"config.json": json.dumps(config).encode(), "model.weights.h5": weights.getvalue()}
             archive.writestr(name, new.get(name, value))
+    return layers
 
 
 def conditioned():
@@ -200,9 +230,19 @@ def conditioned():
     return moved(model)
 
 
+def resampled():
+    sizes = blocks.Joint({"sizes": blocks.SizeEmbedding(4)}, blocks.MLPEmbedding(keras.layers.Identity(), 8))
+    conditions = {"tokens": blocks.PerceiverResampler(2, 8, 8, 1, 2, 4), "added": sizes}
+    block = blocks.TransformerBlock(2, adaptive=True)
+    model = kdiff.DiffusionModel(networks.DiT(8, 1, 2, block, conditions=conditions), ema=0.9)
+    model.build({"image": (None, 4, 4, 1), "tokens": (None, 3, 8), "sizes": (None, 6)})
+    return moved(model)
+
+
 SLOW = kdiff.times.Scaled(10.0)
 MODELS = {
     "conditions": conditioned,
+    "resampled": resampled,
     "SCM": lambda: student(
         vector_model(time_label=SLOW),
         objectives.SCM(vector_model(), tangents.FiniteDifference(0.002)),
@@ -227,7 +267,8 @@ def test_an_old_model_loads(name, tmp_path):
     model = MODELS[name]()
     model.save(tmp_path / "model.keras")
     others = {'"ema": true': '"averaged": true'} if name == "Consistency" else {}
-    with_old_names(tmp_path / "model.keras", **others)
+    layers = with_old_names(tmp_path / "model.keras", **others)
+    assert {"conditions": "beside", "resampled": "resampler"}.get(name, "averages") in layers
     again = keras.saving.load_model(tmp_path / "model.keras")
     assert repr(again) == repr(model)
     for a, b in zip(model.variables, again.variables, strict=True):

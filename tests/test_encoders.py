@@ -8,7 +8,7 @@ from keras import ops
 from kdiff import backend
 from kdiff.encoders import CLIPText, CLIPVision, T5Text
 from kdiff.encoders.base import ratio_of
-from kdiff.encoders.t5 import RelativeBias, buckets_of
+from kdiff.encoders.t5 import RelativePositionBias, buckets_of
 from tests.toys import draw_weights, mostly_once, numpy
 
 SMALL = {"width": 12, "depth": 2, "heads": 3, "hidden": 20}
@@ -100,7 +100,7 @@ def test_the_vector_is_of_the_end():
 
 
 def test_t5_hears_distance_by_the_table():
-    layer = RelativeBias(2, buckets=4, furthest=2)
+    layer = RelativePositionBias(2, buckets=4, furthest=2)
     layer.build((None, 3, 8))
     layer.table.table.assign(np.arange(8.0).reshape(4, 2))
     y = numpy(ops.stop_gradient(layer(np.zeros((1, 3, 8), "float32"))))
@@ -159,7 +159,7 @@ def test_hidden_widths_are_exact():
         (lambda: T5Text(10, **SMALL)(IDS[0]), r"tokens must have the shape \(batch, length\); received"),
         (lambda: CLIPVision(6, 4), "`patch` must divide the size of the image, 6; received: 4"),
         (lambda: CLIPVision(6, 3, **SMALL)(PIXELS[:, :3]), r"must have the shape \(batch, 6, 6, 3\); received"),
-        (lambda: RelativeBias(2, 32, 8), "`furthest` must be a whole number of at least 9; received: 8"),
+        (lambda: RelativePositionBias(2, 32, 8), "`furthest` must be a whole number of at least 9; received: 8"),
     ],
 )
 def test_errors(make, message):

@@ -90,7 +90,7 @@ def test_samples_are_read_as_their_files_would_be():
     np.testing.assert_allclose(kept, [0, 0, 0.55, 0.9995, 1], atol=1e-6)
     normalised = Images(None, (0.1, 0.2, 0.3), (1.0, 2.0, 4.0))(np.full((1, 1, 1, 3), 255, "uint8"))
     np.testing.assert_allclose(normalised[0, 0, 0], [0.9, 0.4, 0.175], atol=1e-6)
-    assert Images(7, form="area").clone(mean=0.0) == Images(7, 0.0, form="area")
+    assert Images(7, interpolation="area").clone(mean=0.0) == Images(7, 0.0, interpolation="area")
 
 
 def test_a_bare_model_is_made_an_extractor_that_wants_one_range():
@@ -153,7 +153,7 @@ BAD = [
     (lambda: Extractor(abs, batch_size=0), ValueError, "`batch_size`"),
     (lambda: Extractor(abs, layer="x"), ValueError, "`layer` needs a functional"),
     (lambda: Extractor(abs)(np.zeros((0, 3))), ValueError, "at least one example"),
-    (lambda: Images(form="lanczos"), ValueError, "`form` must be one of"),
+    (lambda: Images(interpolation="lanczos"), ValueError, "`interpolation` must be one of"),
     (lambda: Images(channels=2), ValueError, "`channels` must be one of"),
     (lambda: Images((3, 0)), ValueError, "`size`"),
     (lambda: Images()(np.zeros((3, 3, 3))), ValueError, r"received: \(3, 3, 3\)"),

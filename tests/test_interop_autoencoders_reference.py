@@ -316,8 +316,8 @@ def test_wrong_weights_and_networks(tmp_path):
     with pytest.raises(ValueError, match="one `groups` for all norms"):
         autoencoders.save(network, tmp_path / "again")
     with pytest.raises(ValueError, match="only a built AutoencoderKL"):
-        autoencoders.save(networks.Tiny(), tmp_path / "again")
-    tiny = networks.Tiny(8, depths=(1, 1), up_depths=(1, 1))
+        autoencoders.save(networks.AutoencoderTiny(), tmp_path / "again")
+    tiny = networks.AutoencoderTiny(8, depths=(1, 1), up_depths=(1, 1))
     tiny.build()
     with pytest.raises(ValueError, match=r"diffusers does not support \['latents_mean', 'latents_std'\]"):
         autoencoders.save(codecs.Latent(tiny, [1.0, 2.0, 3.0, 4.0]), tmp_path / "again")

@@ -157,7 +157,7 @@ def test_what_is_read(stages):
         prompt = prompts.prompt_of(model.network)
         assert (prompt.length, prompt.masked, prompt.padded, prompt.lower) == (77, True, True, True)
     low = stages[2][2].network.conditions["low"]
-    assert (low.form, low.level, low.noise) == ("aligned", 0.251, schedules.CosineBeta(1000))
+    assert (low.interpolation, low.level, low.noise) == ("aligned", 0.251, schedules.CosineBeta(1000))
     assert "label" not in stages[2][2].network.conditions
 
 

@@ -332,7 +332,7 @@ def varied(pipeline, pictures, monkeypatch):
 def test_what_it_does_not_save(pair, variations, monkeypatch, tmp_path):
     _, _, unclip = pair
     refused = {
-        "one upsampler, `Experts`": UnCLIP(unclip.prior, unclip.decoder),
+        "one upsampler, `ExpertDenoisers`": UnCLIP(unclip.prior, unclip.decoder),
         "a prior, or a `clip`": UnCLIP(None, unclip.decoder, *unclip.upsamplers),
         "one text encoder in diffusers; these have two": UnCLIP(
             unclip.prior, variations[2].decoder, *unclip.upsamplers

@@ -77,14 +77,14 @@ def sampled(model, text, **options):
 def test_a_new_token_is_the_word_that_it_is_like_and_all_other_text_stays():
     model, prompt = model_of()
     before, plain = prompt.prepare(["a b", "c"]), sampled(model, "a b")
-    inversion.add(model, "<toy>", like="c")
+    inversion.add(model, "<toy>", initializer_token="c")
     np.testing.assert_allclose(prompt.prepare(["a b", "c"]), before, atol=1e-6)
     np.testing.assert_allclose(sampled(model, "a b"), plain, atol=1e-5)
     np.testing.assert_allclose(prompt.prepare("b <toy> a"), prompt.prepare("b c a"), atol=1e-6)
     number = len(WORDS)
     assert prompt.tokenizers[0].tokens("a<toy>") == [WORDS["a</w>"], number]
     assert [encoder.vocabulary_size for encoder in prompt.encoders] == [number + 1] * 2
-    inversion.add(model, "<two>", like="c", vectors=3)
+    inversion.add(model, "<two>", initializer_token="c", vectors=3)
     assert prompt.tokenizers[1].tokens("<two> a") == [number + 1, number + 2, number + 3, WORDS["a</w>"]]
     np.testing.assert_allclose(prompt.prepare("<two>"), prompt.prepare("c c c"), atol=1e-6)
 
@@ -93,7 +93,7 @@ def test_a_new_token_is_the_word_that_it_is_like_and_all_other_text_stays():
 def test_only_the_vectors_of_the_token_move(vectors, tmp_path):
     """By an optimizer with moments and decay; and what is saved, loaded, kept and written to a file is the same."""
     model, prompt = model_of()
-    inversion.add(model, "<toy>", like="b", vectors=vectors)
+    inversion.add(model, "<toy>", initializer_token="b", vectors=vectors)
     before = weights_of(model.network)
     inversion.enable(model, "<toy>")
     rows = [encoder.table.rows for encoder in prompt.encoders]
@@ -192,7 +192,7 @@ def test_in_mixed_precision():
     """Network and encoders compute in bfloat16; what learns is float32, and moves."""
     encoder = clip(dtype="mixed_bfloat16")
     model, prompt = model_of(Prompt(encoder, words()), dtype="mixed_bfloat16")
-    inversion.add(model, "<toy>", like="b")
+    inversion.add(model, "<toy>", initializer_token="b")
     inversion.enable(model, "<toy>")
     lora.enable(model, 2, text=True)
     assert len(model.trainable_variables) == 1 + 2 * len(lora.enabled(model))

@@ -163,7 +163,7 @@ def test_upsamplers(unclip):
     large = whole.sample(2, text=WORDS, prior=FEW, decoder=FEW, upsampling=FEW)
     wanted = twice.sample(2, low=small, seed=stage_seed(stage_seed(0, 1), 1), **FEW)
     np.testing.assert_allclose(large, wanted, atol=1e-5)
-    assert whole.clone(embedding="embedding").upsamplers[0].network.conditions["low"].form == "bicubic"
+    assert whole.clone(embedding="embedding").upsamplers[0].network.conditions["low"].interpolation == "bicubic"
 
 
 @pytest.mark.once

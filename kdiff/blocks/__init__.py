@@ -3,13 +3,19 @@
 from kdiff import deprecated as _deprecated
 from kdiff.blocks.attention import CrossAttention, MultiHeadAttention, SelfAttention
 from kdiff.blocks.base import Block, Chain, Tokens
-from kdiff.blocks.beside_context import DecoupledAttention, Resampler
+from kdiff.blocks.beside_context import DecoupledAttention, PerceiverResampler
 from kdiff.blocks.concat import Concat
 from kdiff.blocks.conditions import Condition, Encoded, Input, Joint, OptionalCondition, VectorAndTokens
 from kdiff.blocks.context_attention import AttentionPool, ContextAttention
 from kdiff.blocks.convolution import ConvBlock, ConvNeXtBlock, ResidualBlock, SimpleBlock
 from kdiff.blocks.embedded import ImageEmbedding, MaskedTokens, NoisedEmbedding
-from kdiff.blocks.embeddings import FourierEmbedding, GuidanceEmbedding, MLPEmbedding, SinusoidalEmbedding, SizeWaves
+from kdiff.blocks.embeddings import (
+    FourierEmbedding,
+    GuidanceEmbedding,
+    MLPEmbedding,
+    SinusoidalEmbedding,
+    SizeEmbedding,
+)
 from kdiff.blocks.interval import Interval
 from kdiff.blocks.joint import JointBlock
 from kdiff.blocks.layers import Conv2D, Dense
@@ -78,17 +84,17 @@ __all__ = [
     "OptionalCondition",
     "Patchify",
     "Pattern",
+    "PerceiverResampler",
     "PositionTable",
     "RMSNorm",
     "RelativePositions",
-    "Resampler",
     "ResidualBlock",
     "Rotary",
     "SelfAttention",
     "SimpleBlock",
     "SinCos2D",
     "SinusoidalEmbedding",
-    "SizeWaves",
+    "SizeEmbedding",
     "SpatialNorm",
     "SpatialTransformer",
     "TextEncoder",
@@ -105,4 +111,10 @@ __all__ = [
     "mp_sum",
 ]
 
-__getattr__ = _deprecated.names(__name__, Beside="Concat", SteeredEmbedding="GuidanceEmbedding")
+__getattr__ = _deprecated.names(
+    __name__,
+    Beside="Concat",
+    Resampler="PerceiverResampler",
+    SizeWaves="SizeEmbedding",
+    SteeredEmbedding="GuidanceEmbedding",
+)

@@ -12,7 +12,7 @@ from kdiff.blocks.normalization import LayerNorm
 from kdiff.blocks.patterns import Global
 from kdiff.blocks.transformer import FeedForward
 
-__all__ = ["DecoupledAttention", "Resampler"]
+__all__ = ["DecoupledAttention", "PerceiverResampler"]
 
 
 class DecoupledAttention(keras.layers.Layer):
@@ -51,7 +51,7 @@ class DecoupledAttention(keras.layers.Layer):
         return ops.cast(self.scale, q.dtype) * Global()(q, k, v)
 
 
-class Resampler(Block):
+class PerceiverResampler(Block):
     """The perceiver resampler: any number of tokens to `count` tokens, by `depth` rounds of
 
         y <- y + attention(norm(y), [norm'(W_in x); norm(y)]),  y <- y + W2 gelu(W1 norm(y)),  finally norm(W_out y)
@@ -69,6 +69,8 @@ class Resampler(Block):
         ratio: the hidden width of the feed-forward layers as a multiple of `width`.
     """
 
+    formerly = ("kdiff.blocks>Resampler",)
+
     def __init__(
         self,
         count: int = 16,
@@ -83,7 +85,7 @@ class Resampler(Block):
         super().__init__(**kwargs)
         sizes = {"count": count, "width": width, "out_width": out_width, "depth": depth}
         for name, value in sizes.items():
-            check_integer("Resampler", name, value)
+            check_integer("PerceiverResampler", name, value)
         self.count = count
         self.width = width
         self.out_width = out_width

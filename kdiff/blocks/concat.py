@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from kdiff import deprecated
 from kdiff.base import check_choice
 from kdiff.blocks.base import build_layer, copy_layer
 from kdiff.blocks.conditions import Encoded, Input
@@ -27,7 +28,7 @@ class Concat(Noising):
     et al., "Photorealistic Text-to-Image Diffusion Models", 2022, section 2.4). The resized image is noised, as in
     DeepFloyd IF, and the level is embedded in the same way as time and added to `embed`:
 
-        training    level ~ U(0, highest), one per example, a function of `seed` and the number of the call
+        training    level ~ U(0, max_level), one per example, a function of `seed` and the number of the call
         otherwise   `level`, or, for a condition "low", the inputs "low_level", (batch,), and "low_noise", of the size
                     of the noised image: normal noise that replaces the layer's own, which is fixed
 
@@ -37,12 +38,12 @@ class Concat(Noising):
         Concat("bicubic", noise=Cosine(), of=operators.Downsample(4))       # the super-resolution model of a cascade
 
     Args:
-        form: the resizing: "nearest", "bilinear", "bicubic", "area", or "aligned" for bilinear resizing in which the
-            corner pixels keep their values.
+        interpolation: of the resizing: "nearest", "bilinear", "bicubic", "area", or "aligned" for bilinear resizing in
+            which the corner pixels keep their values.
         antialias: whether an image that is made smaller is low-pass filtered.
         noise: the forward process, a layer called as `noise(image, noise, level)`, such as
             `kdiff.schedules.Cosine()`; None for no noise.
-        highest: the highest level in training, at most 1.
+        max_level: the highest level in training, at most 1.
         level: the level where none is given.
         embedding: the layer from the level, a number in [0, 1], to a vector as wide as `embed`; None for an
             MLPEmbedding of a SinusoidalEmbedding.
@@ -56,12 +57,13 @@ class Concat(Noising):
 
     formerly = ("kdiff.blocks>Beside",)
 
+    @deprecated.arguments(form="interpolation", highest="max_level")
     def __init__(
         self,
-        form: str = "bilinear",
+        interpolation: str = "bilinear",
         antialias: bool = True,
         noise: keras.layers.Layer | None = None,
-        highest: float = 1.0,
+        max_level: float = 1.0,
         level: float = 0.1,
         embedding: Any = None,
         noise_first: bool = False,
@@ -70,14 +72,14 @@ class Concat(Noising):
         seed: int = 0,
         **kwargs,
     ):
-        super().__init__(noise, highest, level, dropout, seed, **kwargs)
-        check_choice("Concat", "form", form, tuple(FORMS))
+        super().__init__(noise, max_level, level, dropout, seed, **kwargs)
+        check_choice("Concat", "interpolation", interpolation, tuple(FORMS))
         if of is not None and not (callable(of) and hasattr(of, "output_shape")):
             raise TypeError(
                 "Concat: `of` must be None, or compute the image, of(x, key), and have an `output_shape`, such as "
                 f"kdiff.operators.Downsample(4); received: {of!r}"
             )
-        self.form = form
+        self.interpolation = interpolation
         self.antialias = antialias
         self.noise_first = noise_first
         self.of = of
@@ -141,10 +143,10 @@ class Concat(Noising):
         if training and self.dropout > 0:
             x = self._dropped(x, key)
         if self.noise is None:
-            return Encoded(map=ops.cast(resized(x, sizes, self.form, self.antialias), self.compute_dtype))
+            return Encoded(map=ops.cast(resized(x, sizes, self.interpolation, self.antialias), self.compute_dtype))
         level = self._level_of(given, ops.shape(x)[0], key, training)
-        y = x if self.noise_first else resized(x, sizes, self.form, self.antialias)
-        y = resized(self._noised(given, y, level, key), sizes, self.form, self.antialias)
+        y = x if self.noise_first else resized(x, sizes, self.interpolation, self.antialias)
+        y = resized(self._noised(given, y, level, key), sizes, self.interpolation, self.antialias)
         return Encoded(vector=self.level_embedding(level), map=ops.cast(y, self.compute_dtype))
 
     def compute_output_spec(self, x, embed=None, context=None, image=None, training=None):

@@ -104,7 +104,7 @@ class Joint(ConfigurableLayer, keras.layers.Layer):
     Stable Diffusion XL's (Podell et al., 2023, section 2.2) combines a vector of the text and sinusoidal features of
     six numbers:
 
-        Joint({"text_embeds": Identity(), "time_ids": SizeWaves(256)}, MLPEmbedding(Identity(), 1280))
+        Joint({"text_embeds": Identity(), "time_ids": SizeEmbedding(256)}, MLPEmbedding(Identity(), 1280))
 
     Args:
         parts: one layer per input, by the name of the input of the network, in order. Dropout is set in these.

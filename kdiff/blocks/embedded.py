@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from kdiff import deprecated
 from kdiff.base import check_integer
 from kdiff.blocks.base import ConfigurableLayer, build_layer, copy_layer, kernel_initializer
 from kdiff.blocks.conditions import Encoded, Input, OptionalCondition
@@ -81,7 +82,7 @@ class NoisedEmbedding(Noising):
     The condition of Stable unCLIP, by the noise conditioning augmentation of `Noising`: the higher the level, the less
     the images are tied to the embedding. For a condition "embedding" the inputs "embedding_level", (batch,), and
     "embedding_noise", of the shape of the embedding, may be given; otherwise the level is `level`, with fixed noise,
-    and in training both are random, up to `highest`. A zero embedding means no condition; for it the layer receives
+    and in training both are random, up to `max_level`. A zero embedding means no condition; for it the layer receives
     zeros.
 
         conditions={"embedding": NoisedEmbedding(schedules.CosineBeta(1000), dropout=0.1)}
@@ -91,11 +92,12 @@ class NoisedEmbedding(Noising):
         mean, std: of the embeddings, numbers or arrays (dim,).
         waves: the layer from the level, a number in [0, 1], to a vector; None for a SinusoidalEmbedding of width 64.
         layer: applied to the concatenation of both vectors; None for two dense layers as wide as `embed`.
-        highest, level, dropout, seed: as in `Noising`.
+        max_level, level, dropout, seed: as in `Noising`.
     """
 
     main = "embedding"
 
+    @deprecated.arguments(highest="max_level")
     def __init__(
         self,
         noise: keras.layers.Layer,
@@ -103,13 +105,13 @@ class NoisedEmbedding(Noising):
         std: Any = 1.0,
         waves: Any = None,
         layer: Any = None,
-        highest: float = 1.0,
+        max_level: float = 1.0,
         level: float = 0.001,
         dropout: float = 0.0,
         seed: int = 0,
         **kwargs,
     ):
-        super().__init__(noise, highest, level, dropout, seed, **kwargs)
+        super().__init__(noise, max_level, level, dropout, seed, **kwargs)
         self.mean, self.std = (np.asarray(ops.convert_to_numpy(value), "float32") for value in (mean, std))
         if noise is None or not (np.isfinite(self.mean).all() and np.all(self.std > 0)):
             raise ValueError(

@@ -20,7 +20,7 @@ __all__ = [
     "GuidanceEmbedding",
     "MLPEmbedding",
     "SinusoidalEmbedding",
-    "SizeWaves",
+    "SizeEmbedding",
 ]
 
 
@@ -82,7 +82,7 @@ class SinusoidalEmbedding(Block):
         return (*x_shape, self.width)
 
 
-class SizeWaves(SinusoidalEmbedding):
+class SizeEmbedding(SinusoidalEmbedding):
     """Sinusoidal features of the size conditions of Stable Diffusion XL (Podell et al., "SDXL", 2023, section 2.2):
 
         6 numbers    height and width of the original, top and left of the crop, height and width of the target
@@ -96,6 +96,8 @@ class SizeWaves(SinusoidalEmbedding):
         max_period, scale, sine_first, shift: as in `SinusoidalEmbedding`.
     """
 
+    formerly = ("kdiff.blocks>SizeWaves",)
+
     def __init__(
         self,
         width: int,
@@ -107,7 +109,7 @@ class SizeWaves(SinusoidalEmbedding):
         **kwargs,
     ):
         super().__init__(width, max_period, scale, sine_first, shift, **kwargs)
-        check_choice("SizeWaves", "numbers", numbers, (5, 6))
+        check_choice("SizeEmbedding", "numbers", numbers, (5, 6))
         self.numbers = numbers
 
     def default(self, sizes: tuple[int, ...]) -> np.ndarray:

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kdiff import random
+from kdiff import deprecated, random
 from kdiff.base import check_number
 from kdiff.blocks.conditions import Condition, Input
 
@@ -20,18 +20,19 @@ class Noising(Condition):
     Args:
         noise: the forward process, a layer called as `noise(x, noise, level)`, such as `kdiff.schedules.Cosine()`; None
             for no noise.
-        highest: the highest level in training, at most 1: levels are drawn from U(0, highest), one per example, as a
-            function of `seed` and the number of the call.
+        max_level: the highest level in training, at most 1: levels are drawn from U(0, max_level), one per example, as
+            a function of `seed` and the number of the call.
         level: the level where none is given.
         dropout, seed: as in `Condition`.
     """
 
     main = ""  # the key of the noised input, in the dictionary with which the layer is called
 
+    @deprecated.arguments(highest="max_level")
     def __init__(
         self,
         noise: keras.layers.Layer | None = None,
-        highest: float = 1.0,
+        max_level: float = 1.0,
         level: float = 0.1,
         dropout: float = 0.0,
         seed: int = 0,
@@ -39,14 +40,14 @@ class Noising(Condition):
     ):
         super().__init__(dropout, seed, **kwargs)
         owner = type(self).__name__
-        check_number(owner, "highest", highest, 0, 1)
+        check_number(owner, "max_level", max_level, 0, 1)
         check_number(owner, "level", level, 0, 1)
         if not (noise is None or isinstance(noise, keras.layers.Layer)):
             raise TypeError(
                 f"{owner}: `noise` must be None or a layer, noise({self.main}, noise, level); received: {noise!r}"
             )
         self.noise = noise
-        self.highest = highest
+        self.max_level = max_level
         self.level = level
 
     def inputs_of(self, name: str) -> dict[str, Input]:
@@ -66,7 +67,7 @@ class Noising(Condition):
         if given.get("level") is not None:
             return ops.cast(given["level"], "float32")
         if training:
-            return self.highest * random.uniform(random.fold_in(random.on_device(key, batch), 0, LEVELS), (batch,))
+            return self.max_level * random.uniform(random.fold_in(random.on_device(key, batch), 0, LEVELS), (batch,))
         return ops.full((batch,), self.level, "float32")
 
     def _noised(self, given, x, level, key):

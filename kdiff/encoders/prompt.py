@@ -321,7 +321,7 @@ class Prompt(Condition):
 class PromptVector(Block):
     """The vector in the rows of a `Prompt`: the first entries of the last row. Stable Diffusion XL uses it:
 
-        Joint({"text": PromptVector(1280), "time_ids": SizeWaves(256)}, MLPEmbedding(Identity(), 1280))
+        Joint({"text": PromptVector(1280), "time_ids": SizeEmbedding(256)}, MLPEmbedding(Identity(), 1280))
 
     Args:
         width: the size of the vector, `Prompt.vector`.

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from kdiff import deprecated
 from kdiff.base import check_integer
 from kdiff.blocks.base import Block, build_layer
 from kdiff.blocks.conditions import Encoded
@@ -20,11 +21,11 @@ from kdiff.blocks.normalization import RMSNorm
 from kdiff.blocks.transformer import TransformerBlock
 from kdiff.encoders.base import Encoder, ratio_of
 
-__all__ = ["RelativeBias", "T5Text", "buckets_of"]
+__all__ = ["RelativePositionBias", "T5Text", "buckets_of"]
 
 
 class T5Text(Encoder):
-    """The text encoder of T5: `norm(blocks(table[token]))`, with bidirectional attention and `RelativeBias`.
+    """The text encoder of T5: `norm(blocks(table[token]))`, with bidirectional attention and `RelativePositionBias`.
 
     Section 2.1 of the paper; version 1.1 has GEGLU ("gelu_tanh", `glu`) where the paper has ReLU. No layer has a bias.
     The logits of T5 are `q k^T + bias`, not divided by sqrt(head_width): here that factor is part of the kernel of the
@@ -40,7 +41,7 @@ class T5Text(Encoder):
         hidden: the hidden width of the feed-forward layers.
         activation: "relu", or "gelu_tanh" in version 1.1.
         glu: whether the feed-forward layers are gated, as in version 1.1.
-        buckets: the number of buckets of distances, as in `RelativeBias`.
+        buckets: the number of buckets of distances, as in `RelativePositionBias`.
         furthest: the distance from which on all share one bucket.
         epsilon: of the normalisations.
         kwargs: `name` and `dtype`.
@@ -76,7 +77,7 @@ class T5Text(Encoder):
         self.furthest = furthest
         self.epsilon = epsilon
         self.table = self._part(LearnedEmbedding(vocabulary_size, width), "table")
-        self.bias = self._part(RelativeBias(heads, buckets, furthest), "bias")
+        self.bias = self._part(RelativePositionBias(heads, buckets, furthest), "bias")
         self.norm = self._part(norm, "norm")
 
     def build(self, input_shape):
@@ -105,7 +106,7 @@ class T5Text(Encoder):
         return self._spec(self._shape(tokens.shape), vector=False, mask=padding_mask)
 
 
-class RelativeBias(Block):
+class RelativePositionBias(Block):
     """A relative bias of attention logits, by head and by the distance of two tokens: `table[bucket(key - query)]`.
 
     Raffel et al. (2020), section 2.1. Half of the buckets are for keys before the query, half for those after it. In
@@ -117,11 +118,13 @@ class RelativeBias(Block):
         furthest: the distance from which on all share the last bucket.
     """
 
+    formerly = ("kdiff.encoders>RelativeBias",)
+
     def __init__(self, heads: int, buckets: int = 32, furthest: int = 128, **kwargs):
         super().__init__(**kwargs)
-        check_integer("RelativeBias", "heads", heads)
-        check_integer("RelativeBias", "buckets", buckets, 4)
-        check_integer("RelativeBias", "furthest", furthest, buckets // 4 + 1)
+        check_integer("RelativePositionBias", "heads", heads)
+        check_integer("RelativePositionBias", "buckets", buckets, 4)
+        check_integer("RelativePositionBias", "furthest", furthest, buckets // 4 + 1)
         self.heads = heads
         self.buckets = buckets
         self.furthest = furthest
@@ -159,3 +162,6 @@ def buckets_of(distances: np.ndarray, buckets: int, furthest: int) -> np.ndarray
     grown = logarithm / np.float32(math.log(furthest / exact)) * np.float32(half - exact)
     large = np.minimum(exact + grown.astype("int64"), half - 1)
     return np.where(size < exact, size, large) + half * (distances > 0)
+
+
+__getattr__ = deprecated.names(__name__, RelativeBias="RelativePositionBias")

@@ -19,7 +19,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kdiff import backend
+from kdiff import backend, deprecated
 from kdiff.base import Value, check_choice, check_integer, needs
 from kdiff.blocks.resizing import FORMS, resized
 from kdiff.checks import check_examples, like_bytes
@@ -40,26 +40,27 @@ class Images(Value):
     Args:
         size: (height, width) of the input of the network, or one integer for both; None keeps the size.
         mean, std: per channel, or one number for all.
-        form: of the resizing, one of "bicubic", "bilinear", "area", "nearest".
+        interpolation: of the resizing, one of "bicubic", "bilinear", "area", "nearest".
         rounded: whether images in [-1, 1] are first rounded to 256 levels, as in an image file.
         channels: 3, or 1 for a network of grey images, or None for those of the images.
     """
 
+    @deprecated.arguments(form="interpolation")
     def __init__(
         self,
         size: int | Sequence[int] | None = None,
         mean: float | Sequence[float] = 0.5,
         std: float | Sequence[float] = 0.5,
-        form: str = "bicubic",
+        interpolation: str = "bicubic",
         rounded: bool = True,
         channels: int | None = 3,
     ):
-        check_choice("Images", "form", form, tuple(FORMS))
+        check_choice("Images", "interpolation", interpolation, tuple(FORMS))
         check_choice("Images", "channels", channels, (1, 3, None))
         for value in () if size is None else (size,) if isinstance(size, int) else tuple(size):
             check_integer("Images", "size", value)
         self.size, self.mean, self.std = size, mean, std
-        self.form, self.rounded, self.channels = form, rounded, channels
+        self.interpolation, self.rounded, self.channels = interpolation, rounded, channels
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Maps (batch, height, width, channels), integers in 0 ... 255 or floats in [-1, 1], to float32."""
@@ -80,7 +81,7 @@ class Images(Value):
         if self.size is not None:
             sizes = (self.size,) * 2 if isinstance(self.size, int) else tuple(self.size)
             if sizes != x.shape[1:3]:
-                x = np.clip(ops.convert_to_numpy(resized(x, sizes, self.form)), 0.0, 255.0)
+                x = np.clip(ops.convert_to_numpy(resized(x, sizes, self.interpolation)), 0.0, 255.0)
         if self.channels not in (None, x.shape[-1]):
             if x.shape[-1] != 1:
                 raise ValueError(f"Images: images must have {self.channels} channels; received: {x.shape[-1]}")

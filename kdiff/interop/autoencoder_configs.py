@@ -12,7 +12,7 @@ from kdiff.interop.configs import FLAG, Key, Keys, kind, listed, one_of, only, o
 from kdiff.interop.unet_keys import COUNT, DEPTH, MAYBE, NAMED, SIZE
 from kdiff.interop.weights import Slot
 from kdiff.networks.autoencoder import VQ, Autoencoder, AutoencoderKL, Convolutional
-from kdiff.networks.autoencoder_tiny import Tiny
+from kdiff.networks.autoencoder_tiny import AutoencoderTiny
 
 __all__ = [
     "CLASSES",
@@ -143,13 +143,13 @@ def _convolutional(config, source) -> dict[str, Any]:
     }
 
 
-def _tiny(config, source) -> Tiny:
+def _tiny(config, source) -> AutoencoderTiny:
     widths = {*config["encoder_block_out_channels"], *config["decoder_block_out_channels"]}
     if len(widths) > 1:
         raise ValueError(f"{source}: all blocks must have one width to be loaded; received: {sorted(widths)}")
     depths = config["num_encoder_blocks"], config["num_decoder_blocks"]
     ends = config["in_channels"], config["out_channels"]
-    return Tiny(widths.pop(), config["latent_channels"], *depths, *ends)
+    return AutoencoderTiny(widths.pop(), config["latent_channels"], *depths, *ends)
 
 
 def _config_of_convolutional(network: Convolutional) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def _config_of_vq(network: VQ) -> dict[str, Any]:
     return {**_config_of_convolutional(network), **codes, "norm_type": "spatial" if network.spatial else "group"}
 
 
-def _config_of_tiny(network: Tiny) -> dict[str, Any]:
+def _config_of_tiny(network: AutoencoderTiny) -> dict[str, Any]:
     widths = [network.width] * len(network.depths)
     return {
         "in_channels": network.channels,
@@ -230,4 +230,4 @@ KINDS = {
     "VQModel": Kind(VECTORS, _vq, _config_of_vq, diffusers_slots),
     "AutoencoderTiny": Kind(TINY, _tiny, _config_of_tiny, tiny_slots),
 }
-CLASSES = {AutoencoderKL: "AutoencoderKL", VQ: "VQModel", Tiny: "AutoencoderTiny"}
+CLASSES = {AutoencoderKL: "AutoencoderKL", VQ: "VQModel", AutoencoderTiny: "AutoencoderTiny"}

@@ -15,7 +15,7 @@ from kdiff.blocks.resampling import Downsample, Upsample
 from kdiff.interop.unet_names import NAMES
 from kdiff.interop.weights import Part, Slot, slots
 from kdiff.networks.autoencoder import VQ, Convolutional
-from kdiff.networks.autoencoder_tiny import Tiny, TinyBlock
+from kdiff.networks.autoencoder_tiny import AutoencoderTiny, TinyBlock
 
 __all__ = [
     "DIFFUSERS_NAMES",
@@ -114,7 +114,7 @@ def diffusers_slots(network: Convolutional) -> Iterator[Slot]:
     return _slots(network, DIFFUSERS_NAMES, {**NAMES, SpatialNorm: SPATIAL})
 
 
-def tiny_slots(network: Tiny) -> Iterator[Slot]:
+def tiny_slots(network: AutoencoderTiny) -> Iterator[Slot]:
     """The names of the weights of an `AutoencoderTiny` of diffusers."""
     for half in ("encoder", "decoder"):
         layers = getattr(network, half).layers

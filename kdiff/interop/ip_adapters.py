@@ -8,7 +8,7 @@
 | file | the image is given as | its tokens |
 |---|---|---|
 | `ip-adapter_sd15`, `_sd15_light`, `_sdxl`, `_sdxl_vit-h` | the vector of CLIP's encoder | 4, from a dense layer |
-| `ip-adapter-plus_...`, `ip-adapter-plus-face_...` | its tokens before the last block | 16, from a `blocks.Resampler` |
+| `ip-adapter-plus_...`, `ip-adapter-plus-face_...` | its tokens before the last block | 16, `PerceiverResampler` |
 
     image_proj.{proj, norm} or .{latents, proj_in, layers, proj_out, norm_out}
     ip_adapter.{1, 3, 5 ...}.{to_k_ip, to_v_ip}.weight    for attention layers 1, 3, ...: first the encoder,
@@ -26,7 +26,7 @@ import numpy as np
 
 from kdiff.blocks.attention import MultiHeadAttention
 from kdiff.blocks.base import Chain
-from kdiff.blocks.beside_context import DecoupledAttention, Resampler
+from kdiff.blocks.beside_context import DecoupledAttention, PerceiverResampler
 from kdiff.blocks.context_attention import ContextAttention
 from kdiff.blocks.layers import Dense
 from kdiff.blocks.normalization import LayerNorm
@@ -52,7 +52,7 @@ UNKNOWN = {
     "time_embedding.linear_1.weight": "time-dependent tokens",
 }
 RESAMPLER = {
-    Resampler: {
+    PerceiverResampler: {
         "proj_in": "projection_in",
         "layers.*.0": "attention",
         "layers.*.1": "feed_forward",
@@ -107,7 +107,7 @@ def load(
     layer, row = _projection(projection, where)
     _check_width(state, layers, where)
     if isinstance(encoder, (str, Path)):
-        encoder = encoders.load(encoder, **({"skip": 1} if isinstance(layer, Resampler) else {}))
+        encoder = encoders.load(encoder, **({"skip": 1} if isinstance(layer, PerceiverResampler) else {}))
     condition = _condition(layer, row, encoder, where)
     shapes = {**network.get_build_config()["input_shape"], CONDITION: (None, *condition.row)}
     condition.build((None, *condition.row))
@@ -206,12 +206,12 @@ def _projection(state: State, where: str) -> tuple[Any, tuple[int, ...]]:
         depth = len({found[1] for found in (re.match(r"layers\.(\d+)\.", name) for name in state) if found})
         heads = state["layers.0.0.to_q.weight"].shape[0] // HEAD_WIDTH
         ratio = state["layers.0.1.1.weight"].shape[0] / width
-        layer = Resampler(count, width, state["proj_out.weight"].shape[0], depth, heads, HEAD_WIDTH, ratio)
+        layer = PerceiverResampler(count, width, state["proj_out.weight"].shape[0], depth, heads, HEAD_WIDTH, ratio)
         return layer, (-1, state["proj_in.weight"].shape[1])
 
 
 def _condition(layer, row, encoder, where) -> ImagePrompt:
-    of_tokens = isinstance(layer, Resampler)
+    of_tokens = isinstance(layer, PerceiverResampler)
     if encoder is None and of_tokens:
         raise ValueError(f"{where}: needs an `encoder`, since the tokens of a black image represent no image")
     if encoder is None:
@@ -235,7 +235,7 @@ def _check_width(state, layers, where) -> None:
 
 
 def _projection_slots(layer: Any) -> Iterator[Slot]:
-    if isinstance(layer, Resampler):
+    if isinstance(layer, PerceiverResampler):
         yield Slot("image_proj.latents", layer.learned.table)
         yield from slots(layer, "image_proj", RESAMPLER)
     else:
@@ -252,7 +252,7 @@ def _attention_slots(made: list[DecoupledAttention]) -> Iterator[Slot]:
 def _complete(state: State, layer: Any) -> State:
     """The arrays without the batch axis, and with zero biases, which the attention of the resampler lacks."""
     state = dict(state)
-    if isinstance(layer, Resampler):
+    if isinstance(layer, PerceiverResampler):
         state["image_proj.latents"] = np.asarray(state["image_proj.latents"])[0]
         zeros = np.zeros(layer.width, "float32")
         state |= {f"image_proj.layers.{i}.0.to_out.bias": zeros for i in range(layer.depth)}

@@ -135,7 +135,7 @@ def noised(label: Any, noise: Any, like: Concat | None = None) -> Concat:
     embedding = label.clone(embedding=label.embedding.clone(scale=float(noise.num_steps), offset=-1.0))
     options = {"noise": noise, "embedding": embedding}
     if like is not None and like.noise is not None:
-        return like.clone(form="aligned", noise_first=False, **options)
+        return like.clone(interpolation="aligned", noise_first=False, **options)
     return Concat("aligned", level=(LEVEL + 1) / noise.num_steps, **options)
 
 

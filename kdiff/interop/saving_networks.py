@@ -14,7 +14,7 @@ from kdiff.interop.saving_unets import Config, name_of, ncsnpp_config, size_of, 
 from kdiff.networks.dit import DiT
 from kdiff.networks.mmdit import MMDiT
 from kdiff.networks.ncsnpp import NCSNpp
-from kdiff.networks.unet import UNet, WayDown
+from kdiff.networks.unet import UNet, UNetEncoder
 
 __all__ = ["FREE", "FREE_OF", "check_same", "network_config"]
 
@@ -93,7 +93,7 @@ def check_same(network: keras.Model, again: keras.Model) -> None:
 
 def _differences(network, again):
     yield from _compare("", _plain(network), _plain(again))
-    if isinstance(network, WayDown):
+    if isinstance(network, UNetEncoder):
         pairs = list(zip(network.levels, again.levels, strict=True))
         both = isinstance(network, UNet)
         for i, (a, b) in enumerate(pairs):

@@ -25,7 +25,7 @@ from kdiff.interop.scheduler_saving import unclip_config
 from kdiff.interop.weights import export
 from kdiff.lora import ema_of
 from kdiff.model import DiffusionModel
-from kdiff.networks.experts import Experts
+from kdiff.networks.experts import ExpertDenoisers
 from kdiff.networks.prior_transformer import PriorTransformer
 from kdiff.networks.unet import UNet
 from kdiff.unclip import UnCLIP
@@ -50,10 +50,10 @@ def save(model: UnCLIP, folder: str | Path, ema: bool = True) -> None:
     folder, upsamplers = Path(folder), model.upsamplers
     experts = upsamplers[0].network if len(upsamplers) == 1 else None
     vision = model.clip.picture if model.prior is None and isinstance(model.clip, Pair) else None
-    if not isinstance(experts, Experts) or experts.bound != 0 or (model.prior is None and vision is None):
+    if not isinstance(experts, ExpertDenoisers) or experts.bound != 0 or (model.prior is None and vision is None):
         raise ValueError(
             f"{model.name}: the pipeline needs a prior, or a `clip` of an `encoders.Pair` with a picture, and one "
-            f"upsampler, `Experts` with `bound` 0; received: {model.prior!r}, {model.clip!r} and {upsamplers}"
+            f"upsampler, `ExpertDenoisers` with `bound` 0; received: {model.prior!r}, {model.clip!r} and {upsamplers}"
         )
     values = [ema_of(one) if ema else {} for one in (model.decoder, upsamplers[0])]
     text = _text_of(model.decoder, "text")

@@ -6,7 +6,7 @@
 | `prior`, `prior_scheduler` | a `PriorTransformer`; `clip_mean` and `clip_std` give the codec of its model |
 | `text_proj` | conditions of the decoder: "embedding", "text", "vector" |
 | `decoder`, `decoder_scheduler` | a `UNet` |
-| `super_res_first`, `super_res_last`, `super_res_scheduler` | `Experts`, one for the last step; "low" |
+| `super_res_first`, `super_res_last`, `super_res_scheduler` | `ExpertDenoisers`, one for the last step; "low" |
 
     unclip = load("karlo-v1-alpha")
     unclip.sample(1, text="a red circle", prior={"guidance": 4.0, "steps": 25}, decoder={"guidance": 8.0, "steps": 25})
@@ -32,7 +32,7 @@ from kdiff.interop.files import State, read_json
 from kdiff.interop.unet_keys import COUNT
 from kdiff.interop.weights import Layout, Slot, fill, slots
 from kdiff.model import DiffusionModel
-from kdiff.networks.experts import Experts
+from kdiff.networks.experts import ExpertDenoisers
 from kdiff.networks.unet import UNet
 from kdiff.unclip import UnCLIP
 
@@ -232,4 +232,4 @@ def _upsampler(folder, strict, variant) -> Described:
         shapes = {**described.shapes, "low": (None, None, None, beside)}
         fill(described.network, {"time": (None,), **shapes}, unet_names.unet_slots, state, source.parent, strict)
         networks.append(described.network)
-    return Described(Experts(*networks), shapes)
+    return Described(ExpertDenoisers(*networks), shapes)

@@ -19,7 +19,7 @@ import keras
 from kdiff.blocks.base import Chain
 from kdiff.blocks.conditions import VectorAndTokens
 from kdiff.blocks.context_attention import AttentionPool
-from kdiff.blocks.embeddings import GuidanceEmbedding, MLPEmbedding, SinusoidalEmbedding, SizeWaves
+from kdiff.blocks.embeddings import GuidanceEmbedding, MLPEmbedding, SinusoidalEmbedding, SizeEmbedding
 from kdiff.blocks.layers import Dense
 from kdiff.blocks.lookup import LabelEmbedding
 from kdiff.blocks.normalization import LayerNorm
@@ -62,9 +62,9 @@ def _waves(config, width) -> SinusoidalEmbedding:
     return SinusoidalEmbedding(width, sine_first=not config["flip_sin_to_cos"], shift=config["freq_shift"])
 
 
-def _sizes(config) -> SizeWaves:
+def _sizes(config) -> SizeEmbedding:
     first, shift = not config["flip_sin_to_cos"], config["freq_shift"]
-    return SizeWaves(config["addition_time_embed_dim"], config["numbers"], sine_first=first, shift=shift)
+    return SizeEmbedding(config["addition_time_embed_dim"], config["numbers"], sine_first=first, shift=shift)
 
 
 def time_width(config: dict[str, Any]) -> int:

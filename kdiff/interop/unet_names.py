@@ -20,7 +20,7 @@ from kdiff.encoders.picture_prompt import PicturePrompt
 from kdiff.encoders.prompt import Prompt
 from kdiff.interop.weights import Slot, slots
 from kdiff.networks.ncsnpp import NCSNpp
-from kdiff.networks.unet import UNet, WayDown
+from kdiff.networks.unet import UNet, UNetEncoder
 
 __all__ = ["MIXERS", "NAMES", "OLD_NAMES", "named_slots", "renamed", "unet_slots", "way_down_slots"]
 
@@ -77,7 +77,7 @@ def unet_slots(network: UNet) -> Iterator[Slot]:
     yield from named_slots(_named_layers(network))
 
 
-def way_down_slots(network: WayDown) -> Iterator[Slot]:
+def way_down_slots(network: UNetEncoder) -> Iterator[Slot]:
     """The names of the weights that it shares with a U-Net."""
     yield from named_slots(_named_way_down(network))
 
@@ -90,7 +90,7 @@ def named_slots(layers: Iterable[tuple[str, keras.layers.Layer]]) -> Iterator[Sl
             yield Slot(f"{name}.positional_embedding", layer.position.table)
 
 
-def _named_way_down(network: WayDown) -> Iterator[tuple[str, keras.layers.Layer]]:
+def _named_way_down(network: UNetEncoder) -> Iterator[tuple[str, keras.layers.Layer]]:
     yield from {"conv_in": network.stem, "time_embedding": network.embedding}.items()
     for name, layer in network.conditions.items():
         yield from _condition(network, name, layer)
@@ -117,7 +117,7 @@ def _named_layers(network: UNet) -> Iterator[tuple[str, keras.layers.Layer]]:
     yield from {"conv_norm_out": network.normalization, "conv_out": network.head}.items()
 
 
-def _condition(network: WayDown, name: str, layer: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Layer]]:
+def _condition(network: UNetEncoder, name: str, layer: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Layer]]:
     """The layers of a condition: see `kdiff.interop.unet_conditions`."""
     while isinstance(layer, (Prompt, PicturePrompt, OptionalCondition)) and layer.layer is not None:
         layer = layer.layer

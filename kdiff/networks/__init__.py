@@ -1,9 +1,10 @@
 """Keras models composed of blocks: `network({"image": ..., "time": ..., **conditions})` returns an image."""
 
+from kdiff import deprecated as _deprecated
 from kdiff.blocks.transformer import adaptive_block
 from kdiff.networks import published
 from kdiff.networks.autoencoder import VQ, Autoencoder, AutoencoderKL
-from kdiff.networks.autoencoder_tiny import Tiny
+from kdiff.networks.autoencoder_tiny import AutoencoderTiny
 from kdiff.networks.base import Network
 from kdiff.networks.control import Controlled, ControlNet, Hint
 from kdiff.networks.counting import flops, parameters, summary
@@ -24,6 +25,7 @@ __all__ = [
     "VQ",
     "Autoencoder",
     "AutoencoderKL",
+    "AutoencoderTiny",
     "ControlNet",
     "Controlled",
     "DiT",
@@ -38,7 +40,6 @@ __all__ = [
     "OutputSkip",
     "PriorTransformer",
     "SimpleUNet",
-    "Tiny",
     "UNet",
     "UViT",
     "adaptive_block",
@@ -48,3 +49,6 @@ __all__ = [
     "published",
     "summary",
 ]
+
+
+__getattr__ = _deprecated.names(__name__, Tiny="AutoencoderTiny")

@@ -10,7 +10,7 @@ accepts any Keras model or layer with `encode`, `decode` and `latent_shape`.
 | `AutoencoderKL.sd()`, `AutoencoderKL.sdxl()` | Rombach et al. (2022), Podell et al. (2023) | f = 8, 4 channels | 83.7 |
 | `AutoencoderKL.sd3()` | Esser et al., "Scaling Rectified Flow Transformers" (2024), section 5.2.1 | f = 8, 16 channels | 83.8 |
 | `AutoencoderKL.f4()`, `VQ.f4()` | Rombach et al. (2022), appendix E | f = 4, 3 channels | 55.3 |
-| `Tiny()` | TAESD (Bohan 2023) | f = 8, 4 channels | 2.4 |
+| `AutoencoderTiny()` | TAESD (Bohan 2023) | f = 8, 4 channels | 2.4 |
 """  # noqa: E501
 
 from collections.abc import Sequence

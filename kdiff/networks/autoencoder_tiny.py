@@ -11,7 +11,7 @@ from kdiff.blocks.layers import Conv2D
 from kdiff.blocks.resampling import Upsample
 from kdiff.networks.autoencoder import Autoencoder
 
-__all__ = ["Tiny", "TinyBlock"]
+__all__ = ["AutoencoderTiny", "TinyBlock"]
 
 
 class TinyBlock(ConfigurableLayer, keras.layers.Layer):
@@ -29,13 +29,13 @@ class TinyBlock(ConfigurableLayer, keras.layers.Layer):
         return ops.relu(third(ops.relu(second(ops.relu(first(x))))) + x)
 
 
-class Tiny(Autoencoder):
+class AutoencoderTiny(Autoencoder):
     """TAESD (Bohan 2023, "Tiny AutoEncoder for Stable Diffusion"): distilled from the autoencoder of a larger model.
 
         encode(images) = (encoder((images + 1) / 2), None),    decode(latents) = 2 decoder(3 tanh(latents / 3)) - 1
 
-    Its latents are already scaled and shifted as the diffusion model needs them: use `codecs.Latent(Tiny())` as a
-    codec, or as the `preview` of another codec.
+    Its latents are already scaled and shifted as the diffusion model needs them: use `codecs.Latent(AutoencoderTiny())`
+    as a codec, or as the `preview` of another codec.
 
     Args:
         width: the channels of all layers.
@@ -47,6 +47,8 @@ class Tiny(Autoencoder):
         out_channels: of the decoded images; None for `channels`.
         kwargs: `name` and `dtype`.
     """
+
+    formerly = ("kdiff.networks>Tiny",)
 
     ranks = (4,)
 
@@ -60,12 +62,13 @@ class Tiny(Autoencoder):
         out_channels: int | None = None,
         **kwargs,
     ):
-        check_integer("Tiny", "width", width)
+        check_integer("AutoencoderTiny", "width", width)
         for depth in (*depths, *up_depths):
-            check_integer("Tiny", "a depth", depth, 0)
+            check_integer("AutoencoderTiny", "a depth", depth, 0)
         if len(depths) != len(up_depths) or not depths:
             raise ValueError(
-                f"Tiny: encoder and decoder must have the same number of levels; received: {depths!r} and {up_depths!r}"
+                f"AutoencoderTiny: encoder and decoder must have the same number of levels; received: {depths!r} and "
+                f"{up_depths!r}"
             )
         super().__init__(channels, latent_channels, 2 ** (len(depths) - 1), out_channels, **kwargs)
         self.width = width

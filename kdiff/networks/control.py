@@ -37,7 +37,7 @@ from kdiff.blocks.layers import Conv2D
 from kdiff.blocks.resampling import Downsample
 from kdiff.networks.base import joined
 from kdiff.networks.levels import Level
-from kdiff.networks.unet import UNet, WayDown
+from kdiff.networks.unet import UNet, UNetEncoder
 
 __all__ = ["GIVEN", "ControlNet", "Controlled", "Hint"]
 
@@ -106,7 +106,7 @@ class Hint(Block):
             )
 
 
-class ControlNet(WayDown):
+class ControlNet(UNetEncoder):
     """The encoder and middle of a U-Net, with a picture as additional input; its outputs are added to those of a U-Net.
 
         control({"image": x_t, "time": ..., "hint": picture, "tokens": context, ...}) -> [map, ..., map]
@@ -353,7 +353,7 @@ class Controlled(ConfigurableLayer, keras.Model):
 GIVEN = ("tokens", "mask", "vector")
 
 
-def _plan(network: WayDown) -> list:
+def _plan(network: UNetEncoder) -> list:
     return [network.stem.filters, *((level.width, level.depth) for level in network.levels)]
 
 

@@ -5,13 +5,14 @@ from typing import Any
 import keras
 from keras import ops
 
+from kdiff import deprecated
 from kdiff.base import check_number
 from kdiff.blocks.base import ConfigurableLayer
 
-__all__ = ["Experts"]
+__all__ = ["ExpertDenoisers"]
 
 
-class Experts(ConfigurableLayer, keras.Model):
+class ExpertDenoisers(ConfigurableLayer, keras.Model):
     """Expert denoisers: one network above a time, another below, used as one network:
 
         output = clean(inputs) if time <= bound else noisy(inputs)
@@ -29,16 +30,18 @@ class Experts(ConfigurableLayer, keras.Model):
         ValueError: if their inputs differ.
     """
 
+    formerly = ("kdiff.networks>Experts",)
+
     def __init__(self, noisy: keras.layers.Layer, clean: keras.layers.Layer, bound: float = 0.0, **kwargs):
         super().__init__(autocast=False, **kwargs)
-        check_number("Experts", "bound", bound, -1e9)
+        check_number("ExpertDenoisers", "bound", bound, -1e9)
         self.noisy, self.clean, self.bound = noisy, clean, bound
         inputs = [sorted(getattr(network, "condition_inputs", {})) for network in (noisy, clean)]
         if inputs[0] != inputs[1]:
-            raise ValueError(f"Experts: both networks must take the same conditions; received: {inputs}")
+            raise ValueError(f"ExpertDenoisers: both networks must take the same conditions; received: {inputs}")
         if noisy.out_channels != clean.out_channels:
             raise ValueError(
-                "Experts: both networks must have the same `out_channels`; received: "
+                "ExpertDenoisers: both networks must have the same `out_channels`; received: "
                 f"{[noisy.out_channels, clean.out_channels]}"
             )
 
@@ -84,3 +87,6 @@ class Experts(ConfigurableLayer, keras.Model):
     def compute_output_spec(self, inputs, training=None):
         """The output specification of the networks."""
         return self.noisy.compute_output_spec(inputs, training)
+
+
+__getattr__ = deprecated.names(__name__, Experts="ExpertDenoisers")

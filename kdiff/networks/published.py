@@ -32,7 +32,7 @@ from kdiff.blocks.attention import SelfAttention
 from kdiff.blocks.conditions import Joint
 from kdiff.blocks.context_attention import ContextAttention
 from kdiff.blocks.convolution import ResidualBlock
-from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding, SizeWaves
+from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding, SizeEmbedding
 from kdiff.blocks.lookup import LabelEmbedding
 from kdiff.blocks.normalization import GroupNorm, RMSNorm
 from kdiff.blocks.positions import PositionTable
@@ -214,7 +214,7 @@ def stable_diffusion_xl(width: int = 320, levels: int = 3, **options: Any) -> UN
 
     These are `text_embeds`, (batch, 1280), the pooled text, and `time_ids`, (batch, 6), the sizes and the crop.
     """
-    conditions = {"context": keras.layers.Identity(), "added": text_and_numbers(SizeWaves(256), 4 * width)}
+    conditions = {"context": keras.layers.Identity(), "added": text_and_numbers(SizeEmbedding(256), 4 * width)}
     options = {"conditions": conditions, **options}
     return _stable_diffusion(width, levels, (1, 2, 4), (0, 2, 10), 10, {"head_width": 64}, **options)
 
@@ -293,7 +293,7 @@ def text_vector(width: int) -> Joint:
     return Joint({"text_embeds": keras.layers.Identity()}, MLPEmbedding(keras.layers.Identity(), width))
 
 
-def text_and_numbers(waves: SizeWaves, width: int) -> Joint:
+def text_and_numbers(waves: SizeEmbedding, width: int) -> Joint:
     """The condition of Stable Diffusion XL: one vector from "text_embeds" and sinusoidal features of "time_ids"."""
     parts = {"text_embeds": keras.layers.Identity(), "time_ids": waves}
     return Joint(parts, MLPEmbedding(keras.layers.Identity(), width))

@@ -6,7 +6,7 @@ from typing import Any, Self
 import keras
 from keras import ops
 
-from kdiff import reuse
+from kdiff import deprecated, reuse
 from kdiff.base import check_integer
 from kdiff.blocks.attention import SelfAttention
 from kdiff.blocks.base import apply_layer, build_layer, copy_layer, kernel_initializer
@@ -17,16 +17,18 @@ from kdiff.blocks.transformer import TransformerBlock
 from kdiff.networks.base import Network, check_size
 from kdiff.networks.levels import Level, check_levels
 
-__all__ = ["UNet", "WayDown", "plus"]
+__all__ = ["UNet", "UNetEncoder", "plus"]
 
 
-class WayDown(Network):
+class UNetEncoder(Network):
     """The encoder and the middle of a U-Net, to which `UNet` adds a decoder, and `ControlNet` the output convolutions.
 
     Args:
         levels, middle, embedding, conditions, stem_width: as in `UNet`.
         options: as in `Network`.
     """
+
+    formerly = ("kdiff.networks>WayDown",)
 
     def __init__(self, levels, middle, embedding, conditions, stem_width, **options):
         name = type(self).__name__
@@ -80,7 +82,7 @@ class WayDown(Network):
         check_size(self, shape, 2 ** (len(self.levels) - 1), f"{len(self.levels)} levels need")
 
 
-class UNet(WayDown):
+class UNet(UNetEncoder):
     """A U-Net composed of levels of template layers, conditioned on time and conditions.
 
         network({"image": (batch, height, width, channels), "time": (batch,), **conditions})
@@ -355,3 +357,6 @@ def _index(argument, index, length):
     if not -length <= index < length:
         raise ValueError(f"UNet: `{argument}` must be within -{length} ... {length - 1}; received: {index}")
     return index % length
+
+
+__getattr__ = deprecated.names(__name__, WayDown="UNetEncoder")
