@@ -6,9 +6,10 @@ import pytest
 from keras import ops
 
 from kdiff import objectives, random, students
+from kdiff.objectives.taught import noised
 from kdiff.predictions import Karras, Prediction
 from tests.helpers_taught import COSINE, LABELS, MEAN, RECTIFIED, C, X, diffusion, exact_model, labelled
-from tests.toys import mostly_once, numpy
+from tests.toys import draw_weights, mostly_once, numpy
 
 
 @pytest.mark.parametrize("case", mostly_once([("velocity", COSINE, 4), ("flow", RECTIFIED, 2), (Karras(), COSINE, 1)]))
@@ -47,6 +48,24 @@ def test_progressive_distillation_is_two_steps_of_ddim(case):
     made = numpy(prediction.denoise(problem.target, x_now.astype("float32"), m))
     np.testing.assert_allclose(made, x_target, atol=2e-4)
     assert set(np.unique(i)) == set(range(steps))
+
+
+def test_a_step_is_two_of_the_teacher_as_it_is_sampled():
+    """Of a teacher that was distilled itself too, and whose network has the input "interval"."""
+    teacher = diffusion()
+    first = students.student(teacher, objectives.ProgressiveDistillation(teacher, 2))
+    draw_weights(first.network, 2)
+    first.reset_ema()
+    second = students.student(first, objectives.ProgressiveDistillation(first, 1))
+    problem = second.objective.problem(second, ops.convert_to_tensor(X), {}, random.Keys(random.key_of(0)), True)
+    keys = random.Keys(random.key_of(0))
+    next(keys)
+    noise = numpy(random.normal(next(keys), X.shape))
+    now = COSINE.sampled_at(np.ones(len(X), "float32"))
+    x_t = noised(ops.convert_to_tensor(X), ops.convert_to_tensor(noise), now)
+    x_hat = second.prediction.denoise(problem.target, x_t, now)
+    sampled = first.sample(len(X), x=numpy(x_t), batch_size=len(X))
+    np.testing.assert_allclose(numpy(x_hat), sampled, atol=2e-3 * np.abs(sampled).max())
 
 
 def test_progressive_halves(tmp_path):

@@ -8,7 +8,6 @@ from keras import ops
 
 from kdiff import deprecated, random
 from kdiff.base import check_integer
-from kdiff.denoisers import leading
 from kdiff.objectives.base import Problem
 from kdiff.objectives.effective_weight import loss_weight
 from kdiff.objectives.taught import (
@@ -36,7 +35,8 @@ class ProgressiveDistillation(Taught):
 
     The paper's weight, max(SNR, 1), is `weighting="truncated_snr"`; with None the loss is the unweighted error of the
     output, SNR + 1 for Velocity. The model's `times` are not used. `students.progressive` repeats the distillation from
-    many steps to one; a model from `students.student` samples by `FlowMap`, which is DDIM, with these steps.
+    many steps to one; a model from `students.student` samples by DDIM with these steps. An input "interval" of the
+    network is left out, of the student and the teacher, since the length of a step follows from its time.
 
         model = students.student(teacher, ProgressiveDistillation(teacher, steps=8))
 
@@ -79,7 +79,7 @@ class ProgressiveDistillation(Taught):
     @property
     def sampled_by(self) -> dict[str, Any]:
         """The steps on this grid."""
-        return {"solver": "flow_map", "grid": self.grid, "steps": self.steps}
+        return {"solver": "ddim", "grid": self.grid, "steps": self.steps}
 
     def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
         schedule, batch = model.schedule, ops.shape(x)[0]
@@ -90,8 +90,7 @@ class ProgressiveDistillation(Taught):
         scale = self.scales(x, next(keys))
         told = self.told(conditions, scale)
         taught = self.taught(model, told) if self.teacher_told else self.taught(model, conditions, scale)
-        conditions = leading(told, now, then)
-        output = model.output(x_t, now, conditions, training, ema=not training)
+        output = model.output(x_t, now, told, training, ema=not training)
 
         def target():
             first = taught(x_t, now)
