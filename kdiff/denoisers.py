@@ -18,11 +18,11 @@ from typing import Any, NamedTuple, Self
 
 from keras import ops, tree
 
-from kdiff import backend, deprecated
+from kdiff import backend, deprecated, encodings
 from kdiff.reuse import kept_in
 from kdiff.schedules import Marginal
 
-__all__ = ["INTERVAL", "Denoise", "Denoiser", "Estimate", "Given", "interval", "leading"]
+__all__ = ["INTERVAL", "Denoise", "Denoiser", "Estimate", "Given", "interval", "leading", "rows_like"]
 
 INTERVAL = "interval"  # the network input with the distance to the target noise level; see `Denoiser.jump`
 
@@ -58,11 +58,18 @@ class Given(NamedTuple):
         conditions: the conditions of the network, by name.
         rows: the arrays of each guidance, by name, the innermost guidance first.
         memory: the memory of each guidance, in the same order.
+        encoded: what layers return for the conditions, at the start of a step; see `kdiff.encodings`.
     """
 
     conditions: Mapping[str, Any] = {}
     rows: tuple = ()
     memory: tuple = ()
+    encoded: Any = ()
+
+    def sets(self) -> list[Mapping[str, Any]]:
+        """The conditions, and those that each guidance with "negative" conditions evaluates instead."""
+        negative = [rows["negative"] for rows in self.rows if isinstance(rows, Mapping) and "negative" in rows]
+        return [self.conditions, *({**self.conditions, **one} for one in negative)]
 
 
 Denoise = Callable[[Any, Marginal], Estimate]
@@ -129,6 +136,8 @@ class Denoiser(functools.partial):
             return ops.concatenate([rows] * count)
 
         joined = {name: ops.concatenate([some[name] for some in conditions]) for name in conditions[0]}
+        if (kept := encodings.current()) is not None:
+            kept.join(conditions, joined)
         rows, memory = tree.map_structure(repeated, (self.given.rows, self.given.memory))
         m = Marginal(*(repeated(field) if len(field.shape) else field for field in m))
         estimate = self.answer(Given(joined, rows, memory), repeated(x), m)
@@ -193,13 +202,17 @@ class Denoiser(functools.partial):
                 f"null row: give their layers a `dropout` above 0, such as LabelEmbedding(10, dropout=0.1). "
                 f"Conditions that can be left out: {sorted(self.nulls)}"
             )
-        nulls = {name: _rows_like(self.nulls[name], self.conditions[name]) for name in names if name not in instead}
-        return {**self.conditions, **nulls, **instead}
+        nulls = {name: rows_like(self.nulls[name], self.conditions[name]) for name in names if name not in instead}
+        conditions = {**self.conditions, **nulls, **instead}
+        if (kept := encodings.current()) is not None:
+            kept.drop(list(nulls), conditions)
+        return conditions
 
     each = deprecated.member("each", "batched")
     linearised = deprecated.member("linearised", "vjp")
     without = deprecated.member("without", "unconditional")
 
 
-def _rows_like(row, rows):
+def rows_like(row: Any, rows: Any) -> Any:
+    """One row, repeated to the shape and with the type of `rows`."""
     return ops.broadcast_to(ops.cast(ops.convert_to_tensor(row), rows.dtype), ops.shape(rows))

@@ -8,7 +8,7 @@ from scipy.integrate import quad
 
 import kdiff
 from kdiff.ema import EMA, Exponential, Power
-from kdiff.model.sampling import COMPILED_STEPS
+from kdiff.model.steps import COMPILED_STEPS
 from tests.toys import compiled_model, images, numpy, tiny_network
 
 FIRST, SECOND = np.float32([[1.0, -2.0]]), np.float32([[3.0, 4.0]])

@@ -174,6 +174,21 @@ def test_called_inside_the_encoders_give_what_they_give_before(masked):
 
 
 @pytest.mark.once
+def test_called_inside_the_encoders_run_once_in_a_sampling_run(monkeypatch):
+    """For the texts and for no text; the vector of the same texts is taken from what they gave."""
+    model, prompt = model_of(ema=None)
+    given = {"text": TEXTS[:2], "numbers": np.ones((2, 1), "float32"), "guidance": 2.0, "steps": 3}
+    before = model.sample(2, **given)
+    prompt.inside, prompt._empty = True, None
+    model._take_rows_anew()
+    runs, rows_of = [], prompt._rows_of
+    monkeypatch.setattr(prompt, "_rows_of", lambda *rest: (runs.append(len(rest[0][0])), rows_of(*rest))[1])
+    samples = model.sample(2, **given)
+    assert runs == [2, 2]  # where they are compiled, these are the traces
+    np.testing.assert_allclose(samples, before, atol=1e-5)
+
+
+@pytest.mark.once
 def test_lost_in_training_texts_are_the_empty_one():
     """The encoders see its tokens, so that it is of their weights as they are."""
     prompt = prompt_of(dropout=0.5, seed=3)

@@ -30,6 +30,7 @@ FOUNDATIONS = (
     "gaussian",
     "identity_attention",
     "reuse",
+    "encodings",
     "writing",
     "text",
     "checks",

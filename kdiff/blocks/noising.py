@@ -50,6 +50,11 @@ class Noising(Condition):
         self.max_level = max_level
         self.level = level
 
+    @property
+    def by_row(self) -> bool:
+        """Whether a row of the output depends on the same row of the inputs alone, and not on its number."""
+        return self.noise is None
+
     def inputs_of(self, name: str) -> dict[str, Input]:
         """The noised input and, with `noise`, the optional level and noise."""
         if self.noise is None:

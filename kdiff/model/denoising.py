@@ -5,7 +5,7 @@ from typing import Any
 
 from keras import ops
 
-from kdiff import backend, deprecated
+from kdiff import backend, deprecated, encodings
 from kdiff.conversion import moved
 from kdiff.denoisers import INTERVAL, Estimate, Given
 from kdiff.model.condition_inputs import optional_names
@@ -53,7 +53,7 @@ class Denoising:
     def _answer(self, ema: bool, schedule: NoiseSchedule, given: Given, x_t, m: Marginal) -> Estimate:
         """The estimate of a `Denoiser` on `schedule`. It does not call `output`, to save a stack frame per call."""
         x_t, m = moved(x_t, m, schedule, self.schedule)
-        with self._weights(ema):
+        with self._weights(ema), encodings.used_by((self, ema)):
             output = self.network(self._inputs(x_t, m, given.conditions), training=False)
         output = self._checked_output(output, x_t)
         return Estimate(self.prediction.denoise(output, x_t, m), self.prediction.share(output))

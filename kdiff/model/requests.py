@@ -32,6 +32,7 @@ class Request(NamedTuple):
         advance: a compiled step.
         seed: the seed of the noise, or one per sample.
         draw: a function for the noise of each step, as in `Sampler.steps_of`; None: the noise of the seed.
+        encode: a function that adds to `given` what conditions are encoded to; None for none.
     """
 
     sampler: Sampler
@@ -45,6 +46,7 @@ class Request(NamedTuple):
     advance: Callable
     seed: int | np.ndarray
     draw: Callable | None = None
+    encode: Callable[[Given], Given] | None = None
 
     def steps(self, rows: np.ndarray | None = None) -> Iterator[Step]:
         """The steps for some of the samples, which must be consecutive; None for all."""
@@ -61,6 +63,7 @@ class Request(NamedTuple):
             x = x if self.data is None else x + begin.alpha * ops.convert_to_tensor(self.data[rows])
         x = backend.on_devices(ops.convert_to_tensor(x, "float32"))
         given = tree.map_structure(lambda value: backend.on_devices(ops.convert_to_tensor(value[rows])), self.given)
+        given = given if self.encode is None else self.encode(given)
         yield Step(0, len(self.times) - 1, float(self.times[0]), x, x)
         following = (self.times, self.advance, self.schedule, given, seed, first, self.before)
         yield from self.sampler.steps_from(x, *following, noise=self.draw)

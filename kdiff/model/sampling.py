@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -26,18 +25,16 @@ from kdiff.guidance.base import Run
 from kdiff.model.condition_inputs import condition_nulls, condition_rows
 from kdiff.model.requests import Request
 from kdiff.model.sizes import Sizes
+from kdiff.model.steps import Steps
 from kdiff.predictions import check_beginning
 from kdiff.sampling import Sampler, Step
 from kdiff.schedules import NoiseSchedule
 from kdiff.solvers import Solver
 
-__all__ = ["COMPILED_STEPS", "Sampling", "as_sampler"]
-
-# The number of compiled steps that a model caches: each takes 10 to 20 MB, and keeps the models that it calls alive.
-COMPILED_STEPS = 8
+__all__ = ["Sampling", "as_sampler"]
 
 
-class Sampling(Sizes):
+class Sampling(Sizes, Steps):
     """The part of `DiffusionModel` that samples; it needs `denoise`, `schedule`, `codec` and `sampler`."""
 
     @deprecated.arguments(averages="ema")
@@ -239,8 +236,9 @@ class Sampling(Sizes):
             x = x if data is None else x + float(begin.alpha) * data
         sampler = sampler if iterations is None else sampler.inverse(iterations)
         self._check_beginning(schedule, times)
+        encode = self._encoding(ema, shape[1:], bool(sampler.active)) if len(times) > 1 else None
         step = self._step(sampler, schedule, ema, draw)
-        return Request(sampler, schedule, times, shape, data, x, before, given, step, seed, draw)
+        return Request(sampler, schedule, times, shape, data, x, before, given, step, seed, draw, encode)
 
     @staticmethod
     def _seeds(seed, num_samples: int):
@@ -267,20 +265,6 @@ class Sampling(Sizes):
             raise ValueError(f"{sampler.solver!r} needs the prediction LearnedVariance; this is {self.prediction!r}")
         return sampler
 
-    def _step(self, sampler: Sampler, schedule: NoiseSchedule, ema: bool, draw: Callable | None) -> Callable:
-        """A compiled `Sampler.advance`, made once: the seed, times, conditions and arrays are its arguments.
-
-        With a function for the noise it is not compiled.
-        """
-        answer, nulls = partial(self._answer, ema, schedule), condition_nulls(self.network)
-        if draw is not None:
-            self._ready(sampler.models)
-            return backend.without_gradients(partial(sampler.advance, answer, nulls, schedule, draw=draw))
-        rows = tuple((name, np.asarray(null).tobytes()) for name, null in nulls.items())  # constants of the step
-        key = (sampler.key(), schedule, ema, rows)
-        others = (*sampler.models, schedule)  # which may have weights
-        return self.compiled_function(key, partial(sampler.advance, answer, nulls, schedule), others)
-
     @deprecated.arguments(averages="ema")
     def denoiser(self, ema: bool = True, schedule: NoiseSchedule | None = None, **conditions) -> Denoiser:
         """The model as a `Denoiser`: `estimate = model.denoiser()(x_t, m)`.
@@ -301,30 +285,6 @@ class Sampling(Sizes):
         """
         answer = partial(self._answer, ema, self.schedule if schedule is None else schedule)
         return Denoiser(answer, Given(conditions), condition_nulls(self.network))
-
-    def compiled_function(self, key: Any, function: Callable, others: Sequence[keras.layers.Layer] = ()) -> Callable:
-        """The compiled form of a function of nested tensors that calls this model and `others`.
-
-        It is compiled once per key, and again when the weights, the schedule or the prediction of the model change.
-        """
-        averaging = self._ready(others)
-        models = (self, *others)
-        weights = tuple(id(variable) for model in models for variable in model.variables)
-        key = (key, averaging, weights, self.schedule, self.prediction, self.time_label)
-        made = self._compiled_steps.pop(key, None)
-        if made is None:
-            made = backend.compiled(function, *models)
-        self._compiled_steps[key] = made  # the most recently used
-        while len(self._compiled_steps) > COMPILED_STEPS:
-            del self._compiled_steps[next(iter(self._compiled_steps))]
-        return made
-
-    def _ready(self, others: Sequence[keras.layers.Layer] = ()) -> tuple:
-        """Synchronises all weights; returns whether each of the models uses its averages."""
-        models = [model for model in (self, *others) if isinstance(model, keras.Model)]
-        for model in models:
-            backend.synchronise(model)
-        return tuple(model._follow_ema() for model in models if isinstance(model, Sampling))
 
     def encode(self, examples: Any) -> Any:
         """Encodes examples, such as images, to data."""

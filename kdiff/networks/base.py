@@ -8,16 +8,26 @@ of the layers is inferred in `build`. A new network defines `_build_body` and `_
 `Network`, as any Keras model that satisfies this contract can be used.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
 from keras import ops
 
-from kdiff import backend, deprecated
+from kdiff import backend, deprecated, encodings
 from kdiff.base import check_integer
 from kdiff.blocks.attention import CrossAttention
-from kdiff.blocks.base import Chain, ConfigurableLayer, Tokens, apply_layer, build_layer, copy_layer, derive_seed
+from kdiff.blocks.base import (
+    Chain,
+    ConfigurableLayer,
+    Tokens,
+    apply_layer,
+    build_layer,
+    copy_layer,
+    derive_seed,
+    output_shape,
+)
 from kdiff.blocks.conditions import Encoded, Input, given_to, inputs_of
 from kdiff.blocks.context_attention import ContextAttention
 from kdiff.blocks.joint import JointBlock
@@ -244,17 +254,63 @@ class Network(Quantizable, ConfigurableLayer, keras.Model):
     def encoded(self, inputs, training=None) -> tuple[Any, dict[str, Encoded]]:
         """The output of the embedding of time and, by name, of the layer of each condition."""
         self._checked({name: tuple(value.shape) for name, value in inputs.items()})
-        for layer in self.conditions.values():
-            if hasattr(layer, "unfolded"):  # a trainable encoder runs once for all conditions that share it
-                inputs = layer.unfolded(inputs, training)
-        image = inputs["image"]
         time = apply_layer(self.embedding, given_to(self.embedding, "time", inputs), training=training)
+        kept = None if training else encodings.current(self)
+        found = {name: kept and kept.find(name, inputs) for name in self.conditions}
+        if None in found.values():
+            inputs = self._unfolded(inputs, training)
         encoded = {
-            name: Encoded.of(apply_layer(layer, given_to(layer, name, inputs), time, training=training, image=image))
-            for name, layer in self.conditions.items()
+            name: self._encoded(name, inputs, time, inputs["image"], training) if known is None else Encoded(**known)
+            for name, known in found.items()
         }
-        self._check_maps(encoded, tuple(image.shape))
+        self._check_maps(encoded, tuple(inputs["image"].shape))
         return time, encoded
+
+    def _unfolded(self, inputs, training):
+        """The inputs after trainable encoders, each of which runs once for all conditions that share it."""
+        for layer in self.conditions.values():
+            if hasattr(layer, "unfolded"):
+                inputs = layer.unfolded(inputs, training)
+        return inputs
+
+    def _encoded(self, name, inputs, time, image, training) -> Encoded:
+        layer = self.conditions[name]
+        return Encoded.of(apply_layer(layer, given_to(layer, name, inputs), time, training=training, image=image))
+
+    @property
+    def inputs_by_condition(self) -> dict[str, tuple[str, ...]]:
+        """The names of the inputs of each condition."""
+        return {name: tuple(inputs_of(layer, name)) for name, layer in self.conditions.items()}
+
+    def encoder(self) -> "Network":
+        """The network whose `constant_encodings` hold for a run of this one."""
+        return self
+
+    def constant_encodings(self, conditions: Mapping[str, Any], size: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+        """What the layers of conditions return that depend neither on the time nor on x_t, outside training.
+
+        Args:
+            conditions: the inputs of these layers, with one row per example.
+            size: the shape of one example of x_t.
+
+        Returns:
+            The fields of `Encoded` that are not None, by the name of the condition.
+        """
+        if not conditions:
+            return {}
+        rows = next(iter(conditions.values())).shape[0]
+        image = encodings.Changing((rows, *size))
+        shapes = {"image": image.shape, "time": (rows,), **{name: tuple(one.shape) for name, one in conditions.items()}}
+        time = output_shape(self.embedding, given_to(self.embedding, "time", shapes))
+        time = encodings.Changing(time, self.embedding.compute_dtype)
+        inputs, made = self._unfolded(conditions, False), {}
+        for name, layer in self.conditions.items():
+            by_row = all(getattr(one, "by_row", True) for one in layer._flatten_layers())
+            if by_row and any(one in inputs for one in inputs_of(layer, name)):
+                # A layer that needs time or image raises; one that raises for another reason does so again in the step.
+                with contextlib.suppress(Exception):
+                    made[name] = self._encoded(name, inputs, time, image, False)
+        return {name: {k: v for k, v in one._asdict().items() if v is not None} for name, one in made.items()}
 
     def _steering(self, time, encoded: list[Encoded]):
         """The sum of the vectors of time and conditions, and the concatenated tokens of conditions, or None."""

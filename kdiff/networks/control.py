@@ -276,6 +276,10 @@ class Controlled(ConfigurableLayer, keras.Model):
         """The conditions of the U-Net."""
         return self.network.conditions
 
+    def encoder(self) -> UNet:
+        """As in `Network`: the U-Net."""
+        return self.network
+
     @property
     def condition_inputs(self) -> dict[str, Input]:
         """The inputs of the U-Net, the pictures and their scales."""
