@@ -10,7 +10,7 @@ from kdiff import Sampler, analytic, blocks, circular_padding, codecs, random, s
 from kdiff.guidance import DPS, Clip, Inpaint, MomentMatching, PiGDM, Seamless
 from kdiff.networks import UNet
 from kdiff.sampling import initial_noise
-from tests.toys import compiled_model, draw_weights, exact_denoiser, images, numpy, tiny_network
+from tests.toys import compiled_model, draw_weights, exact_denoiser, images, mostly_once, numpy, tiny_network
 
 pytestmark = pytest.mark.eager
 
@@ -303,3 +303,33 @@ def test_no_seed_is_one_that_keras_seeds():
     np.testing.assert_array_equal(drawn[0], drawn[2])
     np.testing.assert_array_equal(drawn[1], drawn[3])
     assert len({one.tobytes() for one in drawn}) == 4
+
+
+@pytest.mark.parametrize("change", mostly_once(["lora", "values", "averages", "int8"], ["lora", "values"]))
+def test_a_compiled_step_sees_what_has_changed(change):
+    """Other values, also within a run, averages, weights that were added, and those of another precision."""
+    network = kdiff.networks.DiT(16, 1, 2)
+    model = kdiff.DiffusionModel(network, ema=0.5 if change == "averages" else None)
+    model.build({"image": (None, 4, 4, 1)})
+    draw_weights(network)
+    options = {"steps": 2, "ema": change == "averages"}
+    before, run = model.sample(2, **options), model.sample_steps(2, **options)
+    first = next(run).x
+    if change == "lora":
+        kdiff.lora.enable(model, 2)
+        for weight in model.trainable_variables:
+            weight.assign(np.full(weight.shape, 0.1, "float32"))
+    elif change == "int8":
+        model.quantize("int8")
+    else:
+        draw_weights(network, seed=1)
+    if change == "averages":
+        model.update_ema()
+    after, (last,) = model.sample(2, **options), [step.x for step in run]
+    model._compiled_steps.clear()
+    np.testing.assert_allclose(model.sample(2, **options), after, atol=1e-6)
+    assert np.abs(after - before).max() > 1e-4
+    if change == "values":  # the second step is of the new ones, after a first of the old
+        assert np.abs(last - before).max() > 1e-4
+        assert np.abs(last - after).max() > 1e-4
+        assert np.isfinite(first).all()

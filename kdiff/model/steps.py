@@ -90,11 +90,11 @@ class Steps:
         """
         averaging = self._ready(others)
         models = (self, *others)
-        weights = tuple(id(variable) for model in models for variable in model.variables)
-        key = (key, averaging, weights, self.schedule, self.prediction, self.time_label)
+        variables = backend.unique_variables(*models)
+        key = (key, averaging, tuple(map(id, variables)), self.schedule, self.prediction, self.time_label)
         made = self._compiled_steps.pop(key, None)
         if made is None:
-            made = backend.compiled(function, *models)
+            made = backend.compiled(function, *models, variables=variables)
         self._compiled_steps[key] = made  # the most recently used
         while len(self._compiled_steps) > COMPILED_STEPS:
             del self._compiled_steps[next(iter(self._compiled_steps))]
