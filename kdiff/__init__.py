@@ -41,6 +41,7 @@ from kdiff import (
 from kdiff.base import Configurable
 from kdiff.callbacks import BackupCallback, SampleCallback
 from kdiff.cascade import Cascade
+from kdiff.compiling import compilation_cache
 from kdiff.contrastive import Contrastive
 from kdiff.doctor import doctor
 from kdiff.model import DiffusionModel
@@ -61,6 +62,7 @@ __all__ = [
     "autoencoding",
     "blocks",
     "codecs",
+    "compilation_cache",
     "control",
     "conversion",
     "degradations",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import kdiff
+from kdiff import backend
 from kdiff.backend import BACKEND, machine
 
 
@@ -87,3 +88,47 @@ def test_small_convolutions_use_all_cores_unless_the_user_has_set_options(given,
     pays = pays and len(os.sched_getaffinity(0)) > 1
     assert told.split()[-1] == (machine._SMALL_CONVOLUTIONS if pays else str(given))
     assert ("small convolutions on all cores" in told) == pays
+
+
+def test_compiled_programs_are_kept(tmp_path, monkeypatch):
+    """On JAX they are found again, once those in memory are forgotten, in the folder of the last call alone."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    if BACKEND == "tensorflow":
+        with pytest.warns(UserWarning, match="keeps no compiled programs"):
+            kdiff.compilation_cache(tmp_path)
+        return
+    if BACKEND == "torch":
+        kdiff.compilation_cache(tmp_path / "new" / "folder")
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "new" / "folder")
+        assert (tmp_path / "new" / "folder").is_dir()
+        return
+    import jax
+
+    hits = []
+
+    def note(event, **about):
+        hits.append(event)
+
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    asked = backend.compiled(lambda x: 3 * keras.ops.sin(x))
+    try:
+        asked(np.zeros(7, "float32"))
+        kdiff.compilation_cache(tmp_path / "programs")
+        programs = [asked(np.full(count, 0.5, "float32")) for count in (8, 9)]
+        kept = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "programs").glob("*-cache")}
+        assert len(kept) >= 2
+        jax.clear_caches()
+        jax.monitoring.register_event_listener(note)
+        again = [asked(np.full(count, 0.5, "float32")) for count in (8, 9)]
+        assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "programs").glob("*-cache")} == kept
+        np.testing.assert_array_equal(np.concatenate(again), np.concatenate(programs))
+        assert hits.count("/jax/compilation_cache/cache_hits") >= 2
+        kdiff.compilation_cache(tmp_path / "others")
+        jax.clear_caches()
+        asked(np.full(8, 0.5, "float32"))
+        assert list((tmp_path / "others").glob("*-cache"))
+    finally:
+        jax.monitoring.unregister_event_listener(note)
+        jax.config.update("jax_compilation_cache_dir", before[0])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+        jax.experimental.compilation_cache.compilation_cache.reset_cache()

@@ -35,6 +35,7 @@ FOUNDATIONS = (
     "text",
     "checks",
     "distribution",
+    "compiling",
 )
 MATHEMATICS = (
     "schedules",

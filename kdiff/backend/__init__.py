@@ -27,7 +27,7 @@ from kdiff.backend.distribution import (
     strategy_of,
     whole_batch,
 )
-from kdiff.backend.machine import cores, installed, noticed, wait_for
+from kdiff.backend.machine import cores, installed, keep_programs, noticed, wait_for
 from kdiff.backend.one_channel import mend_convolutions
 from kdiff.backend.operations import (
     average_pool,
@@ -110,6 +110,7 @@ __all__ = [
     "is_parted",
     "is_tf_dataset",
     "jvp",
+    "keep_programs",
     "laid_out_as",
     "layer_norm",
     "leave_accelerator",

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ from typing import Any
 
 from kdiff.backend.running import BACKEND
 
-__all__ = ["cores", "installed", "noticed", "wait_for"]
+__all__ = ["cores", "installed", "keep_programs", "noticed", "wait_for"]
 
 _PACKAGES = {"tensorflow": "tensorflow", "jax": "jaxlib", "torch": "torch"}
 # Without it XLA computes convolutions to 64 channels and fewer on one core.
@@ -47,6 +48,21 @@ def _has_accelerator() -> bool:
     import tensorflow as tf
 
     return bool(tf.config.list_physical_devices("GPU") or tf.config.list_physical_devices("TPU"))
+
+
+def keep_programs(folder: str) -> None:
+    """As of `kdiff.compilation_cache`."""
+    if BACKEND == "jax":
+        import jax
+        from jax.experimental.compilation_cache import compilation_cache
+
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        compilation_cache.reset_cache()  # which has looked for its folder when the first program was compiled
+    elif BACKEND == "torch":
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    else:
+        warnings.warn("compilation_cache: TensorFlow keeps no compiled programs on the disk", stacklevel=3)
 
 
 def wait_for(x: Any) -> None:
@@ -154,8 +170,8 @@ def _compilation_cache() -> str | None:
     if jax.config.jax_compilation_cache_dir:
         return None
     return (
-        "JAX compiles every program anew in each process: with JAX_COMPILATION_CACHE_DIR=~/.cache/jax it finds those "
-        "of the last one on the disk."
+        "JAX compiles every program anew in each process: with `kdiff.compilation_cache('~/.cache/kdiff')`, or "
+        "JAX_COMPILATION_CACHE_DIR, it finds those of the last one on the disk."
     )
 
 
