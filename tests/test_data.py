@@ -584,6 +584,57 @@ def test_broken_files_are_named_and_skipped(folder):
         assert len(values(dataset)) == 6
 
 
+@pytest.mark.once
+def test_of_a_large_folder_only_a_sample_is_read_beforehand(captioned, colours, monkeypatch):
+    """A file that turns out broken later is replaced by the next one, with its label and caption; none is lost."""
+    read, decode = [], folders.decode
+    monkeypatch.setattr(folders, "CHECKED", 4)
+    monkeypatch.setattr(folders, "SAMPLED", 2)
+    monkeypatch.setattr(folders, "decode", lambda path: (read.append(path.name), decode(path))[1])
+    dataset = unshuffled(captioned, (6, 8), labels=True, text=True, cache=False)
+    assert len(read) == 2
+    assert "3.png" not in read
+    (captioned / "cat" / "3.png").write_text("no picture")
+    with pytest.warns(UserWarning, match=r"3.png cannot be read, and is replaced by the next: cannot identify"):
+        (batch,) = dataset.as_numpy_iterator()
+    assert batch["label"].tolist() == [0, 0, 0, 1, 1, 1]
+    order = [1, 5, 5, 0, 2, 4]
+    np.testing.assert_allclose(batch["image"], colours[order] / 127.5 - 1, atol=1e-6)
+    kinds = ["cat"] * 3 + ["dog"] * 3
+    files = [captioned / kind / f"{i}.txt" for kind, i in zip(kinds, order, strict=True)]
+    assert [text.decode() for text in batch["text"]] == [folders.read_caption(file) for file in files]
+
+
+@pytest.mark.once
+def test_of_a_large_folder_whose_images_differ_in_size(folder, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.setattr(folders, "CHECKED", 4)
+    monkeypatch.setattr(folders, "SAMPLED", 2)
+    dataset = unshuffled(folder, cache=False)
+    Image.new("RGB", (5, 5)).save(folder / "cat" / "1.png")
+    with pytest.raises(Exception, match=r"most have \(6, 8\), .*1\.png has \(5, 5\); pass an `image_size`"):
+        values(dataset)
+    assert values(unshuffled(folder, 4, cache=False)).shape == (6, 4, 4, 3)
+
+
+@pytest.mark.once
+def test_every_pass_over_a_folder_that_is_not_cached_has_another_order(folder, colours):
+    """Of all images, and of the seed; nothing else is held in memory for it."""
+
+    def orders(seed, passes=3):
+        dataset = data.images(folder, batch_size=6, cache=False, seed=seed)
+        batches = [batch for _ in range(passes) for batch in dataset.as_numpy_iterator()]
+        places = {image.tobytes(): i for i, image in enumerate(values(unshuffled(folder)))}
+        return [[places[image.tobytes()] for image in batch] for batch in batches]
+
+    first = orders(0)
+    assert all(sorted(order) == list(range(6)) for order in first)
+    assert len({tuple(order) for order in first}) == 3
+    assert orders(0) == first
+    assert orders(1) != first
+
+
 def test_more_than_8_bits_are_reported(folder):
     from PIL import Image
 
@@ -658,14 +709,14 @@ def test_links_are_followed(folder, tmp_path):
 
 
 def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
-    iterdir = folders.Path.iterdir  # root may read all
+    scandir = os.scandir  # root may read all
 
     def denied(path):
-        if path.name == "dog":
+        if os.path.basename(path) == "dog":
             raise PermissionError(13, "Permission denied", str(path))
-        return iterdir(path)
+        return scandir(path)
 
-    monkeypatch.setattr(folders.Path, "iterdir", denied)
+    monkeypatch.setattr(folders.os, "scandir", denied)
     with pytest.raises(ValueError, match=r"the folder .*dog cannot be read: .*Permission denied"):
         unshuffled(folder, labels=True)
 

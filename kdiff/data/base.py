@@ -21,6 +21,7 @@ class Source(NamedTuple):
         channels: the default number of channels of the images; `None` for their own.
         in_memory: whether the images are in memory, so that caching them would gain nothing.
         mixed: a function of a seed to the dataset in an order of that seed; `None` if reading has only one order.
+        mixed_well: whether each order of `mixed` is as likely as any other, so that it needs no shuffling further on.
     """
 
     dataset: tf.data.Dataset
@@ -28,6 +29,7 @@ class Source(NamedTuple):
     channels: int | None = None
     in_memory: bool = False
     mixed: Callable[[Any], tf.data.Dataset] | None = None
+    mixed_well: bool = False
 
     @property
     def shape(self) -> tuple[int | None, ...]:

@@ -51,7 +51,8 @@ def images(
         source: one of
             - the name of an embedded set, which needs no download: "digits", 1,797 handwritten digits of 8x8 pixels, or
               "shapes", 22,000 captioned pictures of coloured shapes, drawn at `image_size` (32);
-            - a folder of images, as a path; files that cannot be read are named in a warning and skipped;
+            - a folder of images, as a path; files that cannot be read are named in a warning and skipped. Of more than
+              10,000 images a sample is read beforehand; others that cannot be read are replaced, with a warning;
             - a folder of `write_shards`, for sets that are too large to list or to cache: with `cache=False`;
             - the name of a TensorFlow Dataset such as "cifar10";
             - an array `(count, height, width, channels)`, uint8 in 0..255 or floats in [-1, 1].
@@ -120,9 +121,10 @@ def images(
     ready = found.in_memory and size in (None, found.shape[:2]) and text_encoder is None and codec is None
     if cache and not (cache is True and ready):
         dataset = dataset.cache() if cache is True else _cached(dataset, Path(cache))
-    order = Order(count, count if cache is True else min(count, UNCACHED_SHUFFLE), seed)
+    mixed = found.mixed is not None and not cache
+    buffer = 1 if mixed and found.mixed_well else min(count, UNCACHED_SHUFFLE)
+    order = Order(count, count if cache is True else buffer, seed)
     if shuffle:
-        mixed = found.mixed is not None and not cache
         dataset = order.shuffled(lambda seed: prepared(found.mixed(seed)) if mixed else dataset, repeat)
     else:
         dataset = dataset.repeat(repeat)

@@ -53,7 +53,7 @@ def find(
     if is_sharded(source):
         return from_shards(source, labels, text, split)
     if isinstance(source, os.PathLike) or Path(source).expanduser().is_dir():
-        return from_folder(Path(source).expanduser(), labels, text, split)
+        return from_folder(Path(source).expanduser(), labels, text, split, size)
     return from_tfds(source, labels, text, split, data_dir, download)
 
 
