@@ -6,6 +6,7 @@
     model.fit({"image": images, "text": captions, "edges": edges})         # only the control is trained and averaged
     model.sample(4, text="a red hat", edges=drawing, guidance=7.5)
     interop.diffusers.save(model.network.controls["edges"], "edges")       # a ControlNetModel of diffusers
+    control.remove(model)                                                  # the U-Net alone again, and trainable
 
 Zhang et al., "Adding Conditional Control to Text-to-Image Diffusion Models" (2023). See `kdiff.networks.control`.
 """
@@ -16,7 +17,7 @@ from keras import ops
 from kdiff import backend
 from kdiff.networks.control import Controlled, ControlNet
 
-__all__ = ["add"]
+__all__ = ["add", "remove"]
 
 
 def add(model: keras.Model, channels: int = 3, **controls: ControlNet) -> None:
@@ -42,13 +43,49 @@ def add(model: keras.Model, channels: int = 3, **controls: ControlNet) -> None:
         raise ValueError(f"control.add: the model already has controls of these names: {taken}")
     pictures = {name: (None, None, None, channels) for name in controls}
     model._check_names([*controls, *(f"{name}_scale" for name in controls)])
+    _follow_averages(model)
+    network = Controlled(old.network if before else old, {**before, **controls})
+    network.build({"time": (None,), **model.shapes, **pictures})
+    _replace(model, network, {**model.shapes, **pictures})
+
+
+def remove(model: keras.Model, *names: str) -> None:
+    """Removes the controls of these names from a model, or without names all: then the U-Net is trainable again.
+
+    Call it before `compile`. If the remaining controls have averages that have been updated, they become their weights.
+
+    Raises:
+        ValueError: if the model has no control of a name.
+    """
+    old = model.network
+    before = old.controls if isinstance(old, Controlled) else {}
+    if missing := [name for name in names if name not in before]:
+        raise ValueError(f"control.remove: the model has no controls of the names {missing}, only {sorted(before)}")
+    kept = {name: one for name, one in before.items() if names and name not in names}
+    if kept == before:
+        return
+    _follow_averages(model)
+    if kept:
+        network = Controlled(old.network, kept)
+        network.build({"time": (None,), **model.shapes})
+    else:
+        network = old.network
+        old.release()
+    removed = before.keys() - kept.keys()
+    _replace(model, network, {name: shape for name, shape in model.shapes.items() if name not in removed})
+
+
+def _follow_averages(model: keras.Model) -> None:
+    """Averages that have been updated become the weights, before the network is replaced."""
     if model.ema_weights and model.ema_weights.moved:
-        for weight, average in model.ema_weights.pairs(old):
+        for weight, average in model.ema_weights.pairs(model.network):
             weight.assign(ops.convert_to_numpy(average))
-    new = Controlled(old.network if before else old, {**before, **controls})
-    new.build({"time": (None,), **model.shapes, **pictures})
-    with backend.replaced(model, old):
-        model.network = new
-    model.shapes = {**model.shapes, **pictures}
+
+
+def _replace(model: keras.Model, network: keras.layers.Layer, shapes: dict) -> None:
+    """Gives a model another network that has the weights of the present one."""
+    with backend.replaced(model, model.network):
+        model.network = network
+    model.shapes = shapes
     model.reset_ema()
     model._forget_graphs()

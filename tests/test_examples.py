@@ -275,8 +275,9 @@ def test_latent_diffusion(run, tmp_path):
 def test_finetune(run, tmp_path):
     pytest.importorskip("PIL")
     small = ("--base-minutes", "0.001", "--width", "8", "--steps", "2", "--out", str(tmp_path))
-    assert "The loss on the pictures was" in run("finetune.py", *small)
+    shorter = (("20_000", "640"), ("2000 + 16", "32 + 16"), ("steps=20", "steps=2"))
+    assert "The loss on the pictures was" in run("finetune.py", *small, shorter=shorter)
     tuned = ("--model", str(tmp_path / "base.keras"), "--control", "edges", *small)
-    assert "with them have" in run("finetune.py", *tuned)
+    assert "with them have" in run("finetune.py", *tuned, shorter=shorter)
     for name in ("lora.png", "edges.png", "pictures.png"):
         assert (tmp_path / name).stat().st_size > 1_000

@@ -141,6 +141,32 @@ def test_several_controls():
     np.testing.assert_allclose(sample(model, edges=EDGES[0], lines=EDGES[2]), alone, atol=1e-6)
 
 
+def test_removed_controls_leave_the_model_as_it_was(tmp_path):
+    """Also after save and load: the U-Net is trained and averaged again; other controls stay."""
+    model = model_of()
+    free = [weight.path for weight in model.trainable_variables]
+    before, averages = sample(model), len(model.ema_weights.values)
+    with_control(model, edges={}, depth={})
+    steered = sample(model, edges=EDGES[0])
+    model.save(tmp_path / "model.keras")
+    model = keras.saving.load_model(tmp_path / "model.keras")
+    control.remove(model, "depth")
+    assert list(model.network.controls) == ["edges"]
+    assert "depth" not in model.shapes
+    np.testing.assert_allclose(sample(model, edges=EDGES[0]), steered, atol=1e-6)
+    with pytest.raises(ValueError, match=r"no controls of the names \['depth'\], only \['edges'\]"):
+        control.remove(model, "edges", "depth")
+    control.remove(model)
+    assert isinstance(model.network, UNet)
+    np.testing.assert_allclose(sample(model), before, atol=1e-6)
+    assert [weight.path.split("/")[-1] for weight in model.trainable_variables] == [p.split("/")[-1] for p in free]
+    assert len(model.ema_weights.values) == averages
+    old = numpy(model.network.stem.kernel).copy()
+    model.compile(keras.optimizers.Adam(1e-2))
+    model.fit(data(), batch_size=4, verbose=0)
+    assert not np.array_equal(numpy(model.network.stem.kernel), old)
+
+
 @pytest.mark.once
 def test_the_averages_that_there_were_are_the_frozen_weights():
     model = model_of()

@@ -301,10 +301,14 @@ class Controlled(ConfigurableLayer, keras.Model):
 
     def _freeze(self) -> None:
         """Freezes each weight, not the layers, since a non-trainable layer could not have LoRA."""
-        for weight in self.network.trainable_variables:
-            weight.trainable = False
         for weight in self.network.weights:
-            weight.averaged = False
+            weight.free = getattr(weight, "free", (weight.trainable, getattr(weight, "averaged", True)))
+            weight.trainable = weight.averaged = False
+
+    def release(self) -> None:
+        """Makes the weights of the U-Net trainable and averaged again, as far as they were."""
+        for weight in self.network.weights:
+            weight.trainable, weight.averaged = vars(weight).pop("free")
 
     def _plain(self, values: Mapping[str, Any]) -> dict[str, Any]:
         own = {*self.controls, *(f"{name}_scale" for name in self.controls)}
