@@ -55,7 +55,7 @@ def remove(model: keras.Model, *names: str) -> None:
     Call it before `compile`. If the remaining controls have averages that have been updated, they become their weights.
 
     Raises:
-        ValueError: if the model has no control of a name.
+        ValueError: if the model has no control of a name, or the U-Net LoRA, without which all of it would be trained.
     """
     old = model.network
     before = old.controls if isinstance(old, Controlled) else {}
@@ -64,6 +64,8 @@ def remove(model: keras.Model, *names: str) -> None:
     kept = {name: one for name, one in before.items() if names and name not in names}
     if kept == before:
         return
+    if not kept and any(getattr(weight, "adapts", False) for weight in old.network.weights):
+        raise ValueError("control.remove: the U-Net has LoRA or trained tokens; end them first, as by `lora.merge`")
     _follow_averages(model)
     if kept:
         network = Controlled(old.network, kept)

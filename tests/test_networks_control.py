@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 import kdiff
-from kdiff import blocks, control
+from kdiff import blocks, control, lora
 from kdiff.guidance import ClassifierFree, Control
 from kdiff.networks import Controlled, ControlNet, Hint, UNet
 from tests.toys import draw_weights, mostly_once, numpy
@@ -156,6 +156,10 @@ def test_removed_controls_leave_the_model_as_it_was(tmp_path):
     np.testing.assert_allclose(sample(model, edges=EDGES[0]), steered, atol=1e-6)
     with pytest.raises(ValueError, match=r"no controls of the names \['depth'\], only \['edges'\]"):
         control.remove(model, "edges", "depth")
+    lora.enable(model, 2)
+    with pytest.raises(ValueError, match="the U-Net has LoRA"):
+        control.remove(model)
+    lora.remove(model)
     control.remove(model)
     assert isinstance(model.network, UNet)
     np.testing.assert_allclose(sample(model), before, atol=1e-6)

@@ -39,7 +39,7 @@ _BUCKET = 2**23  # numbers that PyTorch's processes add up at once
 
 
 def data_parallel(devices: Sequence[str] | None = None) -> None:
-    """As of `kdiff.distribution.data_parallel`."""
+    """As in `kdiff.distribution.data_parallel`."""
     if BACKEND == "jax":
         keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices))
     elif BACKEND == "tensorflow":
@@ -91,7 +91,7 @@ def _process() -> int:
 
 
 def is_first_process() -> bool:
-    """As of `kdiff.distribution.is_first`."""
+    """As in `kdiff.distribution.is_first`."""
     if BACKEND == "jax":
         import jax
 

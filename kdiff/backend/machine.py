@@ -51,7 +51,7 @@ def _has_accelerator() -> bool:
 
 
 def keep_programs(folder: str) -> None:
-    """As of `kdiff.compilation_cache`."""
+    """As in `kdiff.compilation_cache`."""
     if BACKEND == "jax":
         import jax
         from jax.experimental.compilation_cache import compilation_cache
