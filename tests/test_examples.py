@@ -121,10 +121,26 @@ def test_recipes(run, tmp_path):
 @pytest.mark.once  # test_objectives_*.py train them on every backend
 def test_few_steps(run, tmp_path):
     pytest.importorskip("matplotlib")
-    small = ("--steps", "20", "--out", str(tmp_path / "few.png"))
-    output = run("few_steps.py", "--method", "consistency", "scm", *small, shorter=(("256, 5000", "16, 100"),))
-    assert [line.split()[0] for line in output.splitlines()[:4]] == ["data", "teacher", "consistency", "scm"]
-    assert (tmp_path / "few.png").stat().st_size > 10_000
+    small = ("--steps", "20", "--out", str(tmp_path))
+    output = run("few_steps.py", "--method", "consistency", "scm", *small, shorter=(("256, 4, 5000", "16, 2, 100"),))
+    names = ["teacher of noise levels", "consistency", "teacher of angles", "scm"]
+    assert [line[:24].strip() for line in output.splitlines()[:4]] == names
+    assert "| scm | " in output
+    for name in ("samples", "distance"):
+        assert (tmp_path / f"plane-{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.data
+@pytest.mark.once
+def test_few_steps_of_digits(run, tmp_path):
+    """A guided method; the second run takes the teacher of the first from its file."""
+    pytest.importorskip("matplotlib")
+    shorter = (('"digits", 8, 40', '"digits", 8, 1'), ("64, 2000", "16, 100"))
+    options = ("--data", "digits", "--method", "lcm", "--steps", "8", "--out", str(tmp_path))
+    output = run("few_steps.py", *options, shorter=shorter)
+    kept = [line for line in output.splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1].strip() for line in kept[1:]] == ["data", "discrete teacher", "lcm", "lcm, guided"]
+    assert "teacher" not in run("few_steps.py", *options, shorter=shorter).split("\n| ")[0]
 
 
 @pytest.mark.data
