@@ -37,6 +37,17 @@ def test_links():
             assert "://" in link or (page.parent / link).exists(), (page.name, link)
 
 
+@pytest.mark.once
+def test_few_steps(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher = kdiff.DiffusionModel(kdiff.networks.UNet.residual(8, levels=1, depth=1), "cosine", "velocity")
+    teacher.build((None, 16, 16, 3))
+    teacher.save("teacher.keras")
+    names = drawn_data()
+    exec(shortened(blocks("examples/few_steps.md")[0], **{"epochs=20": "epochs=1"}), names)
+    assert names["pictures"].shape == (16, 16, 16, 3)
+
+
 @pytest.mark.data
 @pytest.mark.once  # the quickstart, which is made of them, is run on each backend by .ci/run
 def test_twenty_lines(tmp_path, monkeypatch):

@@ -46,7 +46,8 @@ class SCM(Taught):
         tangent: a `Tangent` or its name, for the derivative; `tangents.FiniteDifference` needs a float32 network.
         warmup: the number of steps until the tangent has its full weight, 10,000 of 400,000 in the paper; 0 for
             none. Until then the network learns little that it does not know as a diffusion model.
-        c: the constant in the normalisation of g; None: g is not normalised.
+        c: the constant in the normalisation of g; None: g is not normalised. In a few dimensions use 1: |g| varies with
+            the noise there, so that the mean of g / (|g| + c) is not 0 where that of g is.
         terms: the number of terms of w; 0 for w = 0.
         guidance, guidance_input: as in `Taught`.
     """
