@@ -287,6 +287,30 @@ def test_latent_diffusion(run, tmp_path):
         assert (tmp_path / name).stat().st_size > 5_000
 
 
+@pytest.mark.data
+@pytest.mark.once
+def test_emoji_and_their_captions(run, tmp_path):
+    """Emoji on eight colours, one in eight kept for the test; a DiT on their pixels that draws those."""
+    pytest.importorskip("tokenizers")
+    from PIL import Image
+
+    (tmp_path / "emoji").mkdir()
+    for code, colour in ((0x1F431, "red"), (0x1F436, "green"), (0x1F41F, "blue"), (0x1F6AB, "black")):
+        picture = Image.new("RGBA", (32, 32))
+        picture.paste(colour, (4, 4, 28, 28))
+        picture.save(tmp_path / f"emoji/emoji_u{code:x}.png")  # the last is no animal
+    size = ("--image-size", "16")
+    output = run("emoji.py", str(tmp_path / "emoji"), str(tmp_path / "set"), *size)
+    assert "21 pictures in train, 3 in test" in output
+    cat = np.asarray(Image.open(tmp_path / "set/train/cat face on white.png"))
+    assert (cat[0, 0].tolist(), cat[8, 8].tolist()) == ([255, 255, 255], [255, 0, 0])
+    small = (*size, "--width", "32", "--depth", "1", "--patch", "8", "--batch-size", "4", "--minutes", "0.001")
+    output = run("latent_diffusion.py", str(tmp_path / "set"), "--captions", "--pixels", *small, "--out", str(tmp_path))
+    assert "Of 3 samples for captions of test" in output
+    for name in ("samples.png", "samples.gif", "nearest.png", "model.keras"):
+        assert (tmp_path / name).exists()
+
+
 @pytest.mark.once  # minutes of compilation elsewhere; what it uses is tested on each backend
 def test_finetune(run, tmp_path):
     pytest.importorskip("PIL")
