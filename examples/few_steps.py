@@ -50,7 +50,7 @@ class Plane:
     shape: tuple = (2,)
     codec, batch, parts, samples = "identity", 256, 4, 5000
     title, panel, columns = "energy distance, times 1000", (1.7, 1.7), 7
-    c_scm, c_huber, power = 1.0, 1.0, 0.0  # the mean over the noise is to count: in few dimensions a norm distorts it
+    c_scm, c_huber = 1.0, 1.0  # large, so that the mean over the noise counts, which in few dimensions a norm distorts
 
     def __init__(self, steps: int, seed: int):
         self.x, self.seed = self.points(self.batch * max(1, steps // 10), seed), seed
@@ -105,7 +105,7 @@ class Pictures:
     source, size, epochs = "", 0, 0
     codec, batch, samples = "pixels", 64, 2000
     title, panel, columns = "Frechet distance", (3.4, 1.1), 4
-    c_scm, c_huber, power = 0.1, None, 1.0
+    c_scm, c_huber = 0.1, None
 
     def __init__(self, steps: int, seed: int, data_dir: Path | None = None):
         self.seed, self.shape = seed, (self.size, self.size, 1)
@@ -331,7 +331,7 @@ METHODS: dict[str, tuple[str, Callable[[Study], Any]]] = {  # with the kind of i
     "shortcut": ("straight", lambda study: study.student("straight", lambda *_: objectives.Shortcut(), 3.5)),
     "meanflow": (
         "straight",
-        lambda study: study.student("straight", lambda *_: objectives.MeanFlow(power=study.data.power), 3.5),
+        lambda study: study.student("straight", lambda *_: objectives.MeanFlow(), 3.5),
     ),
     "lcm": ("discrete", latent),
     "dmd2": ("exploding", matched),
