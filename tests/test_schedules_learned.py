@@ -85,6 +85,7 @@ def test_slope_by_differentiation():
 def test_what_is_learned_are_the_moments_of_the_losses():
     """Against running means in NumPy; a part without losses has the mean of the others; what is not finite is not."""
     schedule = Learned(-2.0, 2.0, parts=4, floor=0.1, rate=0.5)
+    np.testing.assert_allclose(numpy(schedule.best()), 0.25, atol=1e-6)  # without losses all parts are alike
     schedule.learn(np.float32([0.1, 0.2, 0.6, 0.3]), np.float32([4.0, 8.0, 12.0, np.inf]))
     first, third = 0.75 * (1.0**2 + 2.0**2) / 2, 0.5 * 3.0**2  # of p_k losses, p_k = 1 / 4
     np.testing.assert_allclose(numpy(schedule.moments), [first, 0, third, 0], rtol=1e-6)
