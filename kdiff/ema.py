@@ -147,7 +147,7 @@ class EMA(keras.layers.Layer):
         self.updates = self._counter("updates")
         self.last_iteration = self._counter("last_iteration")
         weights = self.of(network)
-        self.kept = [[self._average_of(weight) for weight in weights] for _ in self.profiles]
+        self.kept = [[self._average_of(weight, i) for weight in weights] for i in range(len(self.profiles))]
         self.values = self.kept[0]
         self.followed = [id(weight) for weight in weights]
         for averages in self.kept:
@@ -164,15 +164,16 @@ class EMA(keras.layers.Layer):
     def _counter(self, name: str):
         return self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False, name=name)
 
-    def _average_of(self, weight):
+    def _average_of(self, weight, profile: int):
         # Through NumPy: on JAX the two must not share a buffer, which a training step donates.
         value = ops.convert_to_numpy(weight).astype("float32")
+        path = weight.path.replace("/", "_")  # names are unique, as Keras' `get_state_tree` needs them
         average = self.add_weight(
             shape=value.shape,
             dtype="float32",
             initializer=lambda shape, dtype: ops.convert_to_tensor(value, dtype),
             trainable=False,
-            name=f"average_of_{weight.name}",
+            name=f"average_{profile}_of_{path}",
         )
         backend.laid_out_as(average, weight)
         return average

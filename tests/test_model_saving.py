@@ -40,3 +40,21 @@ def test_a_frozen_layer_is_frozen_in_the_loaded_model(part, tmp_path):
             one.train_on_batch(images(4, SHAPE))
         for one, other in zip(model.get_weights(), loaded.get_weights(), strict=True):
             np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.once
+def test_state_by_names(tmp_path):
+    """As checkpoints of Orbax hold it: weights, averages of two profiles, counters and optimizer; no others' names."""
+    model = compiled_model(UNet.residual(8, 1, 1), keras.optimizers.Adam(1e-2), ema=[0.9, 0.5])
+    model.fit(images(4, SHAPE), verbose=0)
+    state = model.get_state_tree(value_format="numpy_array")
+    variables = [*model.variables, *model.optimizer.variables]
+    before = [numpy(one).copy() for one in variables]
+    model.fit(images(4, SHAPE, seed=1), epochs=2, verbose=0)
+    model.set_state_tree(state)
+    for one, wanted in zip(variables, before, strict=True):
+        np.testing.assert_array_equal(numpy(one), wanted)
+    other = compiled_model(UNet.residual(8, 1, 1), keras.optimizers.Adam(1e-2), ema=[0.9, 0.5])
+    other.build((None, *SHAPE))
+    with pytest.raises(ValueError, match="trainable_variables are found by their names, which are not those of this"):
+        other.set_state_tree(state)

@@ -1,7 +1,7 @@
 """Saving of models: to files that are moved into place, with the states of random layers."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -40,6 +40,41 @@ class SafeFiles:
         several = max_shard_size is not None
         with nullcontext(filepath) if several else _new_file(filepath, overwrite) as new:
             super().save_weights(new, overwrite, max_shard_size)
+
+    def set_state_tree(self, state_tree: Mapping[str, Any]) -> None:
+        """Keras' `set_state_tree`, which assigns values to variables by their names, as checkpoints of Orbax need.
+
+        The optimizer's variables are created first. The names are those of this model if the same script has made it.
+
+        Raises:
+            ValueError: if the names are not those of this model; Keras would leave its variables as they are.
+        """
+        optimizer = getattr(self, "optimizer", None)
+        if optimizer is not None and not optimizer.built and state_tree.get("optimizer_variables"):
+            optimizer.build(self.trainable_variables)
+        groups = {"trainable_variables": self.trainable_variables}
+        groups |= {"non_trainable_variables": self.non_trainable_variables}
+        groups |= {} if optimizer is None else {"optimizer_variables": optimizer.variables}
+        for kind, variables in groups.items():
+            given, own = {*_paths(state_tree.get(kind, {}))}, {variable.path for variable in variables}
+            if kind in state_tree and given != own:
+                raise ValueError(
+                    f"set_state_tree: {kind} are found by their names, which are not those of this model; of "
+                    f"{len(own)}, {len(own - given)} are missing: {sorted(own - given)[:3]}, and there are others: "
+                    f"{sorted(given - own)[:3]}. Names are the same if the same script makes the model in a new "
+                    "process; load there with `load_weights`, not `load_model`"
+                )
+        super().set_state_tree(state_tree)
+
+
+def _paths(nested: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """The paths of the leaves."""
+    for name, value in nested.items():
+        path = f"{above}/{name}" if above else name
+        if isinstance(value, Mapping):
+            yield from _paths(value, path)
+        else:
+            yield path
 
 
 class Saving(SafeFiles):
