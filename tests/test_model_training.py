@@ -10,7 +10,7 @@ from kdiff import networks
 from kdiff.autoencoding import AutoencoderTrainer
 from kdiff.likelihood import BitsPerDim
 from tests.test_contrastive import clip, pictures
-from tests.toys import draw_weights, mostly_once, numpy
+from tests.toys import draw_weights, images, mostly_once, numpy
 
 pytestmark = pytest.mark.eager
 
@@ -186,3 +186,29 @@ def test_weights_of_other_positions_are_refused():
     with pytest.raises(ValueError, match=r"or \(8, 4, 4\), a number a position"):
         haar.fit(PIXELS, sample_weight=np.ones((8, 8, 8)), verbose=0)
     haar.fit(PIXELS, sample_weight=np.ones((8, 4, 4)), verbose=0)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="elsewhere Adam is Keras' own")
+@pytest.mark.parametrize("options", [{"weight_decay": 0.1, "clipnorm": 1.0}, {"gradient_accumulation_steps": 2}])
+def test_adam_is_that_of_keras(options, monkeypatch):
+    """In one operation a weight: after some steps the weights, averages and moments are the same, compiled and not."""
+    kind = keras.optimizers.AdamW if "weight_decay" in options else keras.optimizers.Adam
+    found = {}
+    for fused, eager in ((False, False), (True, False), (True, True)):
+        if not fused:
+            monkeypatch.setattr(kdiff.backend, "fuse_updates", lambda optimizer: None)
+        rate = keras.optimizers.schedules.CosineDecay(1e-2, 10)
+        network = kdiff.networks.MLP(8, 1, conditions={"label": kdiff.blocks.LabelEmbedding(3)})
+        model = kdiff.DiffusionModel(network, codec="identity", ema=0.9)
+        model.compile(kind(rate, epsilon=1e-4, **options), run_eagerly=eager)
+        data = {"image": images(12, (3,)), "label": np.arange(12) % 3}
+        model.build({"image": (None, 3), "label": (None,)})
+        draw_weights(network)
+        model.reset_ema()
+        model.fit(data, batch_size=4, shuffle=False, verbose=0, epochs=2)
+        assert ("update_step" in vars(model.optimizer)) == fused
+        found[fused, eager] = [numpy(one) for one in (*model.variables, *model.optimizer.variables)]
+        monkeypatch.undo()
+    for way in ((True, False), (True, True)):
+        for one, wanted in zip(found[way], found[False, False], strict=True):
+            np.testing.assert_allclose(one, wanted, rtol=1e-4, atol=1e-6)

@@ -65,6 +65,7 @@ from kdiff.backend.running import (
 from kdiff.backend.saving import serialized, without_tensorflow
 from kdiff.backend.tangents import forward_mode, forward_mode_is_on, jvp
 from kdiff.backend.training import SafeTraining
+from kdiff.backend.updates import fuse_updates
 from kdiff.backend.variables import (
     allocate,
     as_kernel,
@@ -97,6 +98,7 @@ __all__ = [
     "first_row",
     "forward_mode",
     "forward_mode_is_on",
+    "fuse_updates",
     "fused",
     "gathered",
     "gelu_tanh",

@@ -142,5 +142,13 @@ def move_towards(variables: Sequence, targets: Sequence, fraction) -> None:
         torch._foreach_mul_(steps, fraction)
         torch._foreach_add_(values, steps)
         return
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        if not tf.distribute.has_strategy():  # Keras' `assign_add` reads the sum once more
+            for variable, target in zip(variables, targets, strict=True):
+                old = variable.value
+                old.assign_add(fraction * (tf.cast(target.value, old.dtype) - old), read_value=False)
+            return
     for variable, target in zip(variables, targets, strict=True):
         variable.assign_add(fraction * (ops.cast(target.value, variable.dtype) - variable.value))

@@ -152,6 +152,7 @@ class CheckedTraining:
         if not self.optimizer.built:
             with backend.strategy_of(self):
                 self.optimizer.build(self.trainable_variables)
+        backend.fuse_updates(self.optimizer)
         backend.lie_alike(self.optimizer.variables, self.trainable_variables)
         backend.share_training(self)
 
