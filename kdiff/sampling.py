@@ -12,6 +12,7 @@ A `Sampler` consists of a solver, a grid, a number of steps and optional guidanc
         print(step.index, step.total, step.x_hat)
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -240,6 +241,7 @@ class Sampler(Value):
         first,
         state: State,
         draw: Callable | None = None,
+        within: Callable[[Given], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
         """One step of the loop, including noise: a pure function of its arguments, which can be compiled.
 
@@ -255,6 +257,7 @@ class Sampler(Value):
             first: the index of the first sample.
             state: the state returned by the previous step.
             draw: `noise(step, shape)`, as in `steps_of`; with it the step cannot be compiled.
+            within: the context in which the denoiser is called, such as that of encoded conditions.
 
         Returns:
             `(x, x_hat, state)`: the batch at `then`, the estimate of the data in this step, and the new state.
@@ -270,7 +273,8 @@ class Sampler(Value):
                 return _drawn(draw, int(index), tuple(x.shape))
             return random.normal(random.fold_in(key, index, next(streams)), ops.shape(x), first)
 
-        with kept_in(Store(state.kept, self.reuse.shallow) if self.reuse else None) as store:
+        store = Store(state.kept, self.reuse.shallow) if self.reuse else None
+        with within(state.given), kept_in(store):
             x, estimate, solver = self.solver.step(denoise, schedule, x, place.now, place.then, noise, state.solver)
         kept = store.kept if store else ()
         return x, estimate.x_hat, State(solver, state.given._replace(memory=estimate.memory), kept)

@@ -12,7 +12,7 @@ import numpy as np
 from kdiff import backend, encodings
 from kdiff.denoisers import Given, rows_like
 from kdiff.model.condition_inputs import condition_nulls
-from kdiff.sampling import Sampler, State
+from kdiff.sampling import Sampler
 from kdiff.schedules import NoiseSchedule
 
 __all__ = ["COMPILED_STEPS", "Steps"]
@@ -30,16 +30,14 @@ class Steps:
         With a function for the noise it is not compiled.
         """
         answer, nulls = partial(self._answer, ema, schedule), condition_nulls(self.network)
-        advance = partial(sampler.advance, answer, nulls, schedule)
 
-        def step(x, now, then, key, index, first, state: State):
-            with encodings.kept_in(self._encodings(ema, state.given, nulls)):
-                return advance(x, now, then, key, index, first, state)
+        def within(given: Given):
+            return encodings.kept_in(self._encodings(ema, given, nulls))
 
+        step = partial(sampler.advance, answer, nulls, schedule, within=within)
         if draw is not None:
             self._ready(sampler.models)
-            advance = partial(advance, draw=draw)
-            return backend.without_gradients(step)
+            return backend.without_gradients(partial(step, draw=draw))
         key = (sampler.key(), schedule, ema, _constants(nulls))
         return self.compiled_function(key, step, (*sampler.models, schedule))  # which may have weights
 
