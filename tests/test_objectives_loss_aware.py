@@ -101,6 +101,7 @@ def test_loss_aware_times_begin_uniform_and_bear_zeros():
     assert numpy(sampler.counts).min() == 1
     np.testing.assert_allclose(numpy(sampler.probabilities()), 0.125)
     assert set(np.round(draw(sampler, schedule, batch=16) * 8, 4)) == set(range(1, 9))
+    assert LossAware().history == 10  # Nichol and Dhariwal 2021, section 3.3
     with pytest.raises(ValueError, match="must divide 1000"):
         draw(LossAware(3))
 

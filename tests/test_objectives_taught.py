@@ -236,6 +236,14 @@ def test_what_makes_no_sense_is_refused(schedule, prediction, make, options, mes
 
 
 @pytest.mark.once
+def test_a_scale_of_1_is_no_guidance():
+    """It asks for no null row, and the teacher is called once."""
+    model = diffusion()
+    made = students.student(model, objectives.ProgressiveDistillation(model, guidance=1.0))
+    assert made.objective.scales(X, random.key_of(0)) is None
+
+
+@pytest.mark.once
 def test_wrong_teachers():
     model = diffusion()
     for make, message in (

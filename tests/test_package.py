@@ -286,6 +286,7 @@ def test_version_is_that_of_the_installed_package():
 
 
 @pytest.mark.data
+@pytest.mark.once
 def test_data_is_found_without_its_own_import():
     """In a new process, which has imported kdiff alone; and a name that is not there is an AttributeError."""
     code = "import kdiff; kdiff.data.images; kdiff.demo.page; assert not hasattr(kdiff, 'dat')"

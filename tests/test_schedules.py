@@ -258,6 +258,16 @@ def test_slope_to_the_ends(schedule):
     assert np.all(slope < 0)
 
 
+@pytest.mark.once
+def test_slope_of_the_cosine_near_its_ends():
+    """In float32 too, where sin(2 u) near pi / 2 would lose its digits."""
+    t = np.float32([0.0, 1e-5, 1.0 - 2.0**-17, 1.0])
+    first, rest = np.arctan(np.exp(-10.0)), np.arctan(np.exp(-10.0))
+    span = np.pi / 2 - first - rest
+    wanted = -4.0 * span / np.sin(2.0 * (first + span * np.minimum(t, 1.0 - t.astype("float64"))))
+    np.testing.assert_allclose(numpy(schedules.Cosine(-20.0, 20.0).slope(t)), wanted, rtol=1e-5)
+
+
 def some(num_steps):
     """15 of the steps 1 ... T, both ends among them: the shape of CLOSE, so that JAX compiles nothing new."""
     return np.linspace(1, num_steps, 15).astype(int)
