@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from kdiff import lora, losses, objectives, random, students
-from tests.helpers_taught import LABELS, TABLE, X, labelled
+from kdiff import lora, losses, objectives, random, solvers, students
+from tests.helpers_taught import LABELS, TABLE, X, diffusion, labelled
 from tests.toys import draw_weights, mostly_once, numpy
 
 
@@ -43,6 +43,22 @@ def test_latent_consistency_follows_the_guided_teacher(guidance):
 
     np.testing.assert_allclose(numpy(problem.output), f(x_t, now, 10 * i + 9), atol=2e-4)
     np.testing.assert_allclose(numpy(problem.target), f(x_r, then, np.maximum(10 * i - 1, 0)), atol=2e-4)
+
+
+@pytest.mark.once
+def test_a_network_with_an_interval_is_sampled_as_it_was_trained():
+    """It is told the way to the data in both: x_hat of the solver's first step is the output at t = 1."""
+    teacher = diffusion(TABLE, time_label="index")
+    model = students.student(teacher, objectives.LCM(teacher, 1))
+    draw_weights(model.network, 3)
+    problem = model.objective.problem(model, ops.convert_to_tensor(X), {}, random.Keys(random.key_of(0)), False)
+    keys = random.Keys(random.key_of(0))
+    next(keys)  # of the times
+    now, then = TABLE.at(np.float32(1.0)), TABLE.sampled_at(0.0)
+    x_t = now.alpha * X + now.sigma * random.normal(next(keys), X.shape)
+    denoise = model.denoiser_in_step(ema=True)
+    _, estimate, _ = solvers.LCM().step(denoise, TABLE, x_t, now, then, lambda: 0.0, ())
+    np.testing.assert_allclose(numpy(problem.output), numpy(estimate.x_hat), atol=1e-5)
 
 
 def test_a_lora_learns_latent_consistency():

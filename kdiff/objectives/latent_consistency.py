@@ -8,6 +8,7 @@ from keras import ops
 
 from kdiff import deprecated, random, solvers
 from kdiff.base import check_integer
+from kdiff.denoisers import leading
 from kdiff.objectives.base import Problem
 from kdiff.objectives.taught import Taught, check_simple, noised, rows, still
 from kdiff.solvers.base import flow_to
@@ -69,7 +70,7 @@ class LCM(Taught):
         told = self.told(conditions, scale)
 
         def f(at, m, training, ema):
-            x_hat = model.prediction.denoise(model.output(at, m, told, training, ema), at, m)
+            x_hat = model.prediction.denoise(model.output(at, m, leading(told, m), training, ema), at, m)
             c_skip, c_out = (rows(value, at) for value in self.solver.scalings(schedule, m))
             return c_skip * at + c_out * x_hat
 
