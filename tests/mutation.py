@@ -1,4 +1,4 @@
-"""Mutation testing: if one sign, number or comparison of the mathematics is changed, does a test of its module fail?
+"""Mutation testing: if one sign, number or comparison of the mathematics is changed, does a test of its room fail?
 
     nox -s mutation                                          # 200 of all mutants, drawn with seed 0
     nox -s mutation -- --count 50 --seed 1 times/grids.py    # of one module, or of a room: times
@@ -6,7 +6,8 @@
 The mutants are cosmic-ray's, less those that are not mathematics: annotations, argument checks and their messages,
 pictures. Its own runner would start Python and import Keras for each; here one process imports what is not under test,
 and each mutant is a fork of it, which imports kdiff with the mutated source and runs the tests of the module alone, the
-quickest first: most mutants fall within seconds.
+quickest first: most mutants fall within seconds. Those that survive meet all tests of the room, where laws over a
+family of classes stand.
 """
 
 import argparse
@@ -76,6 +77,11 @@ def tests_of(module: str) -> list[str]:
     own = {file for pattern in patterns for file in TESTS.glob(pattern)} or set(TESTS.glob(f"test_{room}_*.py"))
     files = own | {*TESTS.glob(f"test_{room}.py"), *TESTS.glob(f"test_{room}_reference.py")}
     return [str(file) for file in sorted(files, key=lambda file: ("reference" in file.name, file not in own, file))]
+
+
+def tests_of_room(module: str) -> list[str]:
+    """Those of all modules of the room."""
+    return sorted({file for name in modules([module.split("/")[0]]) for file in tests_of(name)})
 
 
 def excluded(source: str) -> list[tuple]:
@@ -185,6 +191,14 @@ def run(tasks: list, notes: Path, jobs: int, limit: float) -> Iterator[tuple]:
                 yield index, os.waitstatus_to_exitcode(status) if ended else None, seconds
 
 
+def unmutated(files: list[str], notes: Path, jobs: int, limit: float) -> None:
+    """Notes how long each test of these files takes. All must pass."""
+    for index, status, seconds in run([([file], None) for file in files], notes, jobs, limit):
+        print(f"  {Path(files[index]).name} takes {seconds:.0f} s", flush=True)
+        if status not in (0, 5):  # 5: none of its tests runs here
+            sys.exit(f"{files[index]} fails without a mutation (status {status})")
+
+
 def shown(mutant: Mutant) -> str:
     """The place, and the line before and after."""
     before = (PACKAGE / mutant.module).read_text(encoding="utf-8").splitlines()
@@ -218,19 +232,18 @@ def main() -> None:
     if untested := [module for module in touched if not tests_of(module)]:
         sys.exit(f"No file of tests/ is named after {untested}")
     notes = Path(tempfile.mkdtemp(prefix="kdiff-mutation-"))
-    files = sorted({file for module in touched for file in tests_of(module)})
-    for index, status, seconds in run([([file], None) for file in files], notes, options.jobs, options.limit):
-        print(f"  {Path(files[index]).name} takes {seconds:.0f} s", flush=True)
-        if status not in (0, 5):  # 5: none of its tests runs here
-            sys.exit(f"{files[index]} fails without a mutation (status {status})")
-
-    killed, survivors = 0, []
-    tasks = [(tests_of(mutant.module), (mutant.module, mutated(mutant))) for mutant in drawn]
-    for index, status, seconds in run(tasks, notes, options.jobs, options.limit):
-        killed += status != 0
-        if status == 0:
-            survivors.append(drawn[index])
-            print(f"survived, {seconds:.0f} s, {killed} are killed: {shown(drawn[index])}", flush=True)
+    survivors, how = drawn, (options.jobs, options.limit)
+    for tests, whose in ((tests_of, "its module"), (tests_of_room, "its room")):
+        files = {file for mutant in survivors for file in tests(mutant.module)}
+        unmutated(sorted(file for file in files if not (notes / Path(file).name).exists()), notes, *how)
+        left, tasks = [], [(tests(one.module), (one.module, mutated(one))) for one in survivors]
+        for done, (index, status, seconds) in enumerate(run(tasks, notes, *how), 1):
+            if status == 0:
+                left.append(survivors[index])
+                shares = f"{done - len(left)} of {done} are killed"
+                print(f"survived the tests of {whose}, {seconds:.0f} s, {shares}: {shown(left[-1])}", flush=True)
+        survivors = left
+    killed = len(drawn) - len(survivors)
     print("\nSurvivors:\n" + "\n".join(map(shown, sorted(survivors))) if survivors else "")
     print(f"\n{killed} of {len(drawn)} killed: {killed / len(drawn):.1%}")
     sys.exit(killed < options.least * len(drawn))

@@ -15,6 +15,7 @@ def test_improved_pairs():
     pairs = objectives.Discretised(1000, 10, 80)
     counts = [float(numpy(pairs.intervals(np.int32(step)))) for step in (0, 249, 250, 499, 500, 749, 750, 5000)]
     assert counts == [10, 10, 20, 20, 40, 40, 80, 80]
+    assert [float(numpy(objectives.Discretised(800).intervals(np.int32(step)))) for step in (0, 799)] == [10, 1280]
     s = np.exp(np.random.default_rng(0).normal(-1.1, 2.0, 4000)).astype("float32")
     s = s[(s > 0.002) & (s < 80.0)]
     above, below = (numpy(value) for value in pairs(ops.convert_to_tensor(s), 0.002, 80.0, np.int32(0)))

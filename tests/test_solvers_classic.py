@@ -237,6 +237,25 @@ def test_churn_is_edm():
         np.testing.assert_allclose(numpy(x) / float(marginals[i + 1].alpha), z, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.once
+def test_after_churn_the_time_is_that_of_the_noise():
+    """Networks are told the time: where noise is added that of the new level, and elsewhere exactly the grid's."""
+    schedule, solver, asked = schedules.Cosine(), Euler(s_churn=2.0, s_min=0.5), []
+
+    def denoise(x, m):
+        asked.append(m)
+        return x
+
+    now = [schedule.at(np.float32(t)) for t in (0.6, 0.1)]
+    for m in now:
+        solver.step(
+            Denoiser.of(denoise), schedule, ops.ones((1, 2)), m, schedule.at(np.float32(0.05)), lambda: 0.0, 0.4
+        )
+    assert float(asked[0].t) > 0.61
+    np.testing.assert_allclose(float(asked[0].t), float(schedule.time(asked[0].log_snr)), rtol=1e-6)
+    assert float(asked[1].t) == float(now[1].t)
+
+
 # Limits, and whole runs
 
 
