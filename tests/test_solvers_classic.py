@@ -256,6 +256,26 @@ def test_after_churn_the_time_is_that_of_the_noise():
     assert float(asked[1].t) == float(now[1].t)
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("order", [2, 3])
+def test_both_methods_of_the_adaptive_solver_have_their_order(order):
+    """DPM-Solver-12 and -23: halving h divides the local errors by 2^order and 2^(order + 1)."""
+    schedule, start = COSINE, np.array([[0.7, -0.4]])
+    z, m = ops.convert_to_tensor(start.astype("float32")), schedule.at_log_snr(np.float32(0.0))
+    errors = []
+    for h in (0.4, 0.2):
+        low, high, _ = Adaptive(order=order)._pair(Denoiser.of(exact_denoiser()), schedule, z, m, np.float32(h))
+        # For N(mean, std^2) the exact z - mean is proportional to sqrt(std^2 + (sigma / alpha)^2).
+        wide = [np.sqrt(0.25 + s**2) for s in (1.0, np.exp(-h))]
+        exact = 0.3 + (start - 0.3) * wide[1] / wide[0]
+        errors.append([np.abs(numpy(one) - exact).max() for one in (low, high)])
+    low, high = np.log2(np.divide(*errors))
+    np.testing.assert_allclose(low, order, atol=0.35)
+    if order == 2:  # of order 3, the error is that of float32
+        np.testing.assert_allclose(high, 3, atol=0.35)
+    assert errors[1][1] < 0.2 * errors[1][0]
+
+
 # Limits, and whole runs
 
 
