@@ -1,4 +1,4 @@
-"""MeanFlow that guides itself."""
+"""MeanFlow that guides itself, and the steps of shortcuts."""
 
 import numpy as np
 import pytest
@@ -51,3 +51,16 @@ def test_mean_flow_guides_itself(case):
 def test_a_network_without_conditions_cannot_guide_itself():
     with pytest.raises(ValueError, match="the network cannot be guided"):
         exact_model(RECTIFIED, "flow", objectives.MeanFlow(guidance=2.0))
+
+
+@pytest.mark.once
+def test_the_halves_of_the_shortest_shortcuts_are_posterior_means():
+    """Frans et al. 2024, section 3.3: N = 1, 2, 4 ... steps / 2 equal steps; of the last alone halves have d = 0."""
+    objective, schedule = objectives.Shortcut(steps=16), kdiff.schedules.Rectified(1e-6)
+    u = np.float32([[0.0, 0.3], [0.3, 0.3], [0.6, 0.3], [0.8, 0.3], [0.99, 0.99]])
+    now, mid, then, shortest = objective._steps(schedule, ops.convert_to_tensor(u))
+    np.testing.assert_array_equal(numpy(shortest), [False, False, False, True, True])
+    wanted = [1, 1 / 2, 1 / 4, 1 / 8, 1 / 8]
+    np.testing.assert_allclose(numpy(now.t) - numpy(then.t), wanted, atol=1e-5)
+    np.testing.assert_allclose(numpy(now.t) - numpy(mid.t), np.divide(wanted, 2), atol=1e-5)
+    np.testing.assert_allclose(numpy(then.t), [0, 0, 1 / 4, 2 / 8, 7 / 8], atol=1e-5)
