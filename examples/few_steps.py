@@ -1,6 +1,6 @@
 """Samples in one to four steps: each method of distillation, and each that needs no teacher, on the same data.
 
-    KERAS_BACKEND=jax python examples/few_steps.py --seeds 3                           # eight Gaussians in the plane
+    KERAS_BACKEND=jax python examples/few_steps.py --seeds 0 1 2                       # eight Gaussians in the plane
     KERAS_BACKEND=jax python examples/few_steps.py --method progressive scm
     KERAS_BACKEND=jax python examples/few_steps.py --data digits --steps 1500
     KERAS_BACKEND=jax python examples/few_steps.py --data fashion_mnist --steps 1500 --method reflow consistency

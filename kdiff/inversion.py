@@ -6,12 +6,12 @@ Gal et al., "An Image is Worth One Word: Personalizing Text-to-Image Generation 
 equation 2, where v is one or several rows of the token table of the encoder.
 
     model = interop.diffusers.load("stable-diffusion-v1-5")
-    inversion.add(model, "<cat-toy>", initializer_token="toy")        # a token that is initialised with "toy"
-    inversion.enable(model, "<cat-toy>")                 # only its vector is trained
+    inversion.add(model, "<cat-toy>", initializer_token="toy")    # a token that is initialised with "toy"
+    inversion.enable(model, "<cat-toy>")                          # only its vector is trained
     model.compile(keras.optimizers.Adam(5e-3))
     model.fit({"image": images, "text": ["a photo of <cat-toy>"] * len(images)})
     interop.inversions.save(model, "<cat-toy>", "learned_embeds.safetensors")
-    inversion.finish(model)                              # the encoders are frozen again
+    inversion.finish(model)                                       # the encoders are frozen again
 """
 
 from typing import Any
