@@ -226,7 +226,14 @@ class Sampler(Value):
                         f"Sampler: {self.reuse!r} needs a UNet, UViT, DiT or MMDiT of 2 blocks or more: nothing here "
                         "can be reused"
                     )
+            if index + 2 == len(times) and not (self.to_zero or backwards) and then == self._last_time(schedule):
+                for one, rows in zip(self.active, given.rows, strict=True):
+                    x = one.end(x, rows)
             yield Step(index + 1, len(times) - 1, float(then), x, x_hat)
+
+    def _last_time(self, schedule: NoiseSchedule) -> np.float32:
+        """The last time of the grid above zero."""
+        return np.float32(self.grid(schedule, self.steps or self.grid.default_steps(schedule))[-2])
 
     def advance(
         self,

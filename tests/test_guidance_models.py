@@ -107,6 +107,21 @@ def test_samples_do_not_depend_on_the_batch(model):
     np.testing.assert_allclose(whole[kept], image[kept], atol=3e-3)  # t = 0 of the cosine schedule has sigma = 6e-4
 
 
+@pytest.mark.parametrize(
+    ("solver", "least", "most"), [("ddpm", 1e-3, 2.0), pytest.param("ddim", 0.0, 1e-4, marks=pytest.mark.once)]
+)
+def test_known_pixels_of_one_noise(model, solver, least, most):
+    """With a deterministic solver that begins from the image they had it anyway; DDPM draws other noise."""
+    image, mask, noise = images(2, SHAPE), np.eye(8), np.random.default_rng(2).normal(size=(2, *SHAPE))
+    begin = {"image": image, "noise": noise, "strength": 0.6, "label": [0, 1]}
+    plain, one = (
+        model.sample(2, sampler=Sampler(solver, steps=4, guidance=Inpaint(image, mask, *more)), **begin)
+        for more in ((), (noise,))
+    )
+    assert least <= np.abs(one - plain).max() <= most
+    np.testing.assert_allclose(one[:, mask == 0], image[:, mask == 0], atol=3e-3)
+
+
 def test_other_arrays_compile_nothing_again(model):
     count = [0]
 

@@ -80,7 +80,7 @@ def rules(classifier):
         guidance.Clip(0.9),
         guidance.Control("picture", [0.0, 0.5, 1.0], begin=0.9),
         guidance.DynamicThreshold(0.8),
-        guidance.Inpaint(image, mask),
+        guidance.Inpaint(image, mask, image + 1.0),
         guidance.DPS(operators.Mask(mask), image, [0.1, 0.2, 0.3]),
         guidance.PiGDM(operators.Mask(mask), image, scale=[0.1, 0.2, 0.3], iterations=2),
         guidance.MomentMatching(operators.Mask(mask), image, 0.1, scale=[0.1, 0.2, 0.3], iterations=1),

@@ -232,6 +232,51 @@ def test_masks_of_all_shapes(shape):
     assert numpy(x).shape == (2, *SHAPE)
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("solver", mostly_once(["heun", "ddpm"]))
+def test_known_pixels_of_one_noise(solver):
+    """The denoiser sees the image with the noise that is given, whatever the solver draws, but for the first call."""
+    image, (begin, noise), seen = DATA.sample(2, seed=3), np.random.default_rng(7).normal(size=(2, 2, *SHAPE)), []
+
+    def denoise(x, m):
+        seen.append((numpy(x), numpy(m.alpha), numpy(m.sigma)))
+        return DATA(x, m)
+
+    sampler = Sampler(solver, steps=3, guidance=Inpaint(image, LEFT, noise))
+    x = numpy(sampler(denoise, COSINE, (2, *SHAPE), x=begin))
+    np.testing.assert_allclose(seen[0][0], begin, atol=1e-6)
+    for x_t, alpha, sigma in seen[1:]:
+        known = alpha * image + sigma * noise
+        np.testing.assert_allclose(x_t[:, :, :2], known[:, :, :2], atol=1e-5)
+        assert np.abs(x_t - known)[:, :, 2:].max() > 0.1
+    assert len(seen) == 3 if solver == "ddpm" else 5
+    np.testing.assert_allclose(x[:, :, :2], image[:, :, :2], atol=5e-3)
+
+
+@pytest.mark.once
+def test_the_noise_follows_the_mask_of_strengths():
+    """A pixel has it until its time, and none of the image afterwards; outside a run there is no first call."""
+    seen, noise = [], np.ones(SHAPE)
+    guided = Inpaint(MEAN, np.full((4, 4), 0.5), noise)(lambda x, m: seen.append(numpy(x)) or x)
+    for t in (1.0, 0.51, 0.5, 0.1):
+        m = COSINE.at(np.float32(t))
+        guided(np.full((1, *SHAPE), 3.0, "float32"), m)
+        known = numpy(m.alpha) * MEAN + numpy(m.sigma) * noise
+        np.testing.assert_allclose(seen[-1][0], known if t > 0.5 else 3.0, atol=1e-6)
+
+
+@pytest.mark.once
+def test_what_is_known_has_no_noise_where_a_grid_ends_above_zero():
+    """As Stable Diffusion's do; a run that is stopped has that of its time."""
+    image, schedule = DATA.sample(2, seed=3), schedules.LinearBeta()
+    sampler = Sampler("ddim", steps=5, to_zero=False, guidance=Inpaint(image, LEFT))
+    for times_of_run, exact in ((sampler.times(schedule), True), (sampler.times(schedule, stop=0.3), False)):
+        *_, step = sampler.steps_of(DATA, schedule, (2, *SHAPE), times=times_of_run)
+        error = np.abs(numpy(step.x) - image)
+        assert (error[:, :, :2].max() == 0.0) == exact
+        assert error[:, :, 2:].max() > 0.1
+
+
 # Image to image, and grids with jumps
 
 
@@ -326,6 +371,8 @@ def test_noise_between_noises():
         (lambda: Inpaint(MEAN, np.ones((5, 4))), r"mask.*\(4, 4\).*\(5, 4\)"),
         (lambda: Inpaint(np.zeros((8, 8, 1)), LEFT), r"image.*\(4, 4, 1\)"),
         (lambda: Inpaint(np.full(SHAPE, np.nan), LEFT), "NaN"),
+        (lambda: Inpaint(MEAN, LEFT, np.zeros((5, 4, 1))), r"noise.*\(4, 4, 1\).*\(5, 4, 1\)"),
+        (lambda: Inpaint(MEAN, LEFT, np.full(SHAPE, np.inf)), "`noise` must be finite"),
         (lambda: PiGDM(operators.Downsample(3), np.zeros((1, 1, 1))), "3 must divide"),
         (lambda: PiGDM("downsample", np.zeros((4, 4, 1))), r"measurement.*\(2, 2, 1\)"),
         (lambda: DPS("downsample", np.zeros((2, 2, 1)), scale=None), "scale"),
@@ -342,6 +389,7 @@ def test_what_does_not_fit_is_an_error_before_the_run(one, message):
 
 @pytest.mark.once
 def test_configurations():
-    for one in (Inpaint(MEAN, LEFT), PiGDM("downsample", np.zeros((2, 2, 1))), DPS(OPERATORS[2], np.zeros(SHAPE), 0.5)):
+    paints = (Inpaint(MEAN, LEFT), Inpaint(MEAN, LEFT, MEAN))
+    for one in (*paints, PiGDM("downsample", np.zeros((2, 2, 1))), DPS(OPERATORS[2], np.zeros(SHAPE), 0.5)):
         again = type(one).from_config(one.get_config())
         assert again == one

@@ -179,6 +179,10 @@ class Guidance(Value):
         """Its memory before the first step, a nested structure with one row per sample; `x` is the noisy batch."""
         return ()
 
+    def end(self, x, rows: Mapping[str, Any]) -> Any:
+        """The result of a run that ends above t = 0, as the grid does, for its last `x`; `rows` as in `Here`."""
+        return x
+
     def key(self) -> tuple:
         """The cache key of a compiled step: all arguments except the arrays."""
         return (type(self), *(_hashable(getattr(self, n)) for n in self._argument_defaults() if n not in self.arrays))

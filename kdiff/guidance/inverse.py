@@ -37,21 +37,36 @@ class Inpaint(Guidance):
 
         Sampler("ddpm", times.Jumps("trailing", length=10, repeats=10), steps=250, guidance=Inpaint(image, mask))
 
+    With `noise`, the network sees the known pixels with the same noise at all noise levels, whatever the solver draws:
+
+        x <- x where t <= mask, else alpha image + sigma noise,     then x_hat as above.
+
+    Only the first call of a whole run sees the x from which it begins. So does `StableDiffusionInpaintPipeline` of
+    diffusers with a network that takes no mask; Avrahami et al. 2022, "Blended Latent Diffusion" (arXiv:2206.02779,
+    algorithm 1), draw new noise in every step. The mask has the size of the data, that of the latents if there are any:
+
+        rules = [ClassifierFree(7.5), Inpaint(photo, mask[::8, ::8], noise)]
+        model.sample(4, text="a hat", x=noise, guidance=rules)
+
     Args:
         image: one image for all samples, or one per sample, as the model takes it: uint8, or in [-1, 1]. Other data
             works in the same way.
         mask: values in [0, 1] with shape `(height, width)`, optionally with a last axis of 1 or of the channels; one
             for all samples, or one per sample. None: 1 where `image` is NaN, 0 elsewhere.
+        noise: standard normal noise with the shape of the data, one for all samples or one per sample. None: that of
+            the solver, which is the same throughout a run only if the solver is deterministic and the run begins from
+            `image` with noise.
 
     Raises:
-        ValueError: if the mask is not in [0, 1], or the image is NaN where the mask is below 1; in a run, if the image
-            or the mask has another size.
+        ValueError: if the mask is not in [0, 1], or the image is NaN where the mask is below 1; in a run, if the image,
+            the mask or the noise has another size, or the noise is not finite.
     """
 
-    arrays = ("image", "mask")
+    arrays = ("image", "mask", "noise")
 
-    def __init__(self, image: Any, mask: Any = None):
+    def __init__(self, image: Any, mask: Any = None, noise: Any = None):
         self.image = np.asarray(image)
+        self.noise = None if noise is None else np.asarray(noise)
         missing = np.isnan(self.image) if self.image.dtype.kind == "f" else np.zeros(self.image.shape, bool)
         self.mask = missing if mask is None else np.asarray(mask)
         if not ((self.mask >= 0) & (self.mask <= 1)).all():
@@ -62,12 +77,12 @@ class Inpaint(Guidance):
         self._missing = missing
 
     def rows(self, run: Run):
-        """The image and the mask of each sample."""
+        """The image, the mask and the noise, if any, of each sample."""
         image = np.where(self._missing, 0, self.image).astype(self.image.dtype)
         rows = {"image": run.examples(self, "image", image), "mask": self._mask_rows(run)}
         if self._missing.any() and (run.rows(self, "image", self._missing, run.shape[1:]) > rows["mask"]).any():
             raise ValueError("Inpaint: `image` must not be NaN where `mask` is below 1")
-        return rows
+        return rows if self.noise is None else {**rows, "noise": run.rows(self, "noise", self.noise, run.shape[1:])}
 
     def _mask_rows(self, run: Run):
         count, *size, channels = run.shape
@@ -81,9 +96,23 @@ class Inpaint(Guidance):
         )
 
     def guide(self, denoise: Denoiser, x, m: Marginal, here: Here) -> Estimate:
-        estimate, mask = denoise(x, m), here.rows["mask"]
-        painted = (mask >= 1.0) | ((mask > 0.0) & (m.like(x).t <= mask))
-        return estimate.guided(ops.where(painted, estimate.x_hat, here.rows["image"]))
+        image, mask, at = here.rows["image"], here.rows["mask"], m.like(x)
+        painted = (mask >= 1.0) | ((mask > 0.0) & (at.t <= mask))
+        if "noise" in here.rows:
+            known = at.alpha * image + at.sigma * here.rows["noise"]
+            x = ops.where(ops.logical_or(painted, self._is_first(at, here)), x, known)
+        estimate = denoise(x, m)
+        return estimate.guided(ops.where(painted, estimate.x_hat, image))
+
+    def end(self, x, rows):
+        """The image without noise where it is known."""
+        return ops.where(rows["mask"] > 0.0, x, rows["image"])
+
+    @staticmethod
+    def _is_first(at: Marginal, here: Here):
+        """Whether this is the first call of a whole run."""
+        place = here.place
+        return False if place is None else ops.logical_and(place.index == 0, at.t >= place.now.t)
 
 
 class _Measured(Guidance):

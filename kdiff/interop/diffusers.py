@@ -20,6 +20,7 @@ folder of an autoencoder alone gives a `codecs.Latent`.
 | SD-turbo, SDXL-turbo | no guidance; `steps=1` |
 | StableDiffusionXL | `time_ids`, six numbers, by default the size of the samples without a crop; five for the refiner |
 | ...Inpaint, of 9 channels | `mask_image`, 1 where it is repainted; `masked_image`, latents: `model.codec.encode` |
+| ...Inpaint, of 4 channels | `x=noise, guidance=[ClassifierFree(7.5), Inpaint(picture, mask[::8, ::8], noise)]` |
 | ...InstructPix2Pix | `source`, unscaled latents, with `guidance=Successive({"text": 7.5, "source": 1.5})` |
 | ...Upscale | `low`, the low-resolution picture, noised at level `label` |
 | ...Depth2Img | `depth`, from -1 to 1; and `image`, `strength` |
