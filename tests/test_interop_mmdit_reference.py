@@ -1,9 +1,11 @@
 """Stable Diffusion 3 against diffusers: its transformer, and whole pipelines with and without T5, in and out."""
 
+import importlib
 import io
 import json
 import os
 
+import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -196,6 +198,28 @@ def test_images(pair, negative):
     found = model.sample(2, text=TEXTS, guidance=guidance, steps=4, x=X)
     assert wanted.std() > 0.05
     assert np.abs((found + 1.0) / 2.0 - wanted).max() < 1e-4
+
+
+def test_mixed_precision(tmp_path):
+    """A folder read under a policy samples near what it samples in full precision: bfloat16 has 8 bits of mantissa."""
+    pipeline(tmp_path, True, **KINDS["3.5-medium"]).save_pretrained(tmp_path / "saved")
+    if keras.backend.backend() == "tensorflow":
+        importlib.import_module("tensorflow").config.run_functions_eagerly(False)  # unlike the other tests here
+    full, lower = (sampled_under(policy, tmp_path / "saved") for policy in ("float32", "mixed_bfloat16"))
+    assert full.std() > 0.5
+    assert 1e-4 < np.abs(lower - full).max() / np.abs(full).max() < 0.015
+
+
+def sampled_under(policy, folder):
+    """Latents, of a model that is read under this policy."""
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = interop.load(folder)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert {layer.compute_dtype for layer in model.network.blocks} == {policy.removeprefix("mixed_")}
+    *_, end = model.sample_steps(2, text=TEXTS, guidance=2.0, steps=2, x=X, preview="identity")
+    return end.x
 
 
 @pytest.mark.once
