@@ -18,11 +18,11 @@ from typing import Any, NamedTuple, Self
 
 from keras import ops, tree
 
-from kdiff import backend, deprecated, encodings
+from kdiff import backend, deprecated, encodings, reuse
 from kdiff.reuse import kept_in
 from kdiff.schedules import Marginal
 
-__all__ = ["INTERVAL", "Denoise", "Denoiser", "Estimate", "Given", "interval", "leading", "rows_like"]
+__all__ = ["INTERVAL", "Denoise", "Denoiser", "Estimate", "Given", "interval", "leading", "only_if", "rows_like"]
 
 INTERVAL = "interval"  # the network input with the distance to the target noise level; see `Denoiser.jump`
 
@@ -87,6 +87,25 @@ def interval(now: Marginal, then: Marginal | None = None):
 def leading(conditions: Mapping[str, Any], now: Marginal, then: Marginal | None = None) -> dict[str, Any]:
     """The conditions of a network that is asked to lead from `now` to `then`, lower, or to data, in one step."""
     return {**conditions, INTERVAL: interval(now, then)}
+
+
+def only_if(needed: Any, full: Callable[[], Any], less: Callable[[], Any]) -> Any:
+    """`full()` in the steps that need it, else `less()`, which calls the network less; only one of them is computed.
+
+    With `Reuse` it is always `full()`, because what layers keep for later steps cannot leave a branch of a compiled
+    step.
+
+    Args:
+        needed: a scalar tensor, bool.
+        full: a function without arguments, which returns nested tensors; its result is right in every step.
+        less: the same for steps that do not need it.
+    """
+    if reuse.is_on():
+        return full()
+    known = backend.concrete(needed)
+    if known is None:  # in a compiled step
+        return ops.cond(needed, full, less)
+    return full() if known else less()
 
 
 class Denoiser(functools.partial):

@@ -15,7 +15,7 @@ from keras import ops
 
 from kdiff.base import Value, check_integer
 
-__all__ = ["Reuse", "Store", "kept_in", "nothing_kept", "once", "residual", "shallow_blocks"]
+__all__ = ["Reuse", "Store", "is_on", "kept_in", "nothing_kept", "once", "residual", "shallow_blocks"]
 
 _store: ContextVar = ContextVar("reuse", default=None)
 
@@ -77,6 +77,11 @@ def kept_in(store: Store | None) -> Iterator[Store | None]:
         yield store
     finally:
         _store.reset(token)
+
+
+def is_on() -> bool:
+    """Whether layers keep features, or reuse them."""
+    return _store.get() is not None
 
 
 def shallow_blocks() -> int:

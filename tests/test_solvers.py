@@ -182,6 +182,43 @@ def test_a_step_asks_as_it_says(solver):
         assert all(-1.0001 < float(m.log_snr) < 0.5001 for m in asked)
 
 
+# A step to t = 0 takes as many calls of the denoiser as any other, except for these.
+TO_ZERO = {
+    solvers.RK4(): 3,
+    solvers.Heun("ratio"): 1,
+    solvers.DPM2("ratio"): 1,
+    solvers.DPM2Ancestral(): 1,
+    solvers.DPMSolverPP2SAncestral(): 1,
+    solvers.DPMSolverPPSinglestepSDE(): 1,
+    solvers.DPMSolverFast(): 1,
+}
+# The three steps before it, if not `evaluations` each: of solvers whose conditions JAX and TensorFlow trace.
+BEFORE = {solvers.PNDM(): [4, 4, 4], solvers.DPMSolverFast(): [3, 3, 2]}
+# `Adaptive` finds itself how many calls it needs, and those of a rejected substep tell it only to take a shorter one.
+COUNTED = [s for s in FORWARD if not isinstance(s, solvers.Adaptive)] + [solvers.Heun("ratio"), solvers.DPM2("ratio")]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("solver", [s for s in COUNTED if EAGER or s not in BEFORE], ids=repr)
+def test_a_run_takes_as_many_calls_as_it_says_and_each_of_them_matters(solver):
+    """On the default grid. Call k is wrong for example k alone: if it is of use, that example ends elsewhere than the
+    last one, for which no call is wrong."""
+    calls, made, x = [], [], numpy(initial_noise((1, 2))) * np.ones((20, 1), "float32")
+
+    def denoise(x, m):
+        wrong = np.float32(np.arange(20) == len(calls))[:, None]
+        calls.append(m)
+        return exact_denoiser()(x, m) + ops.convert_to_tensor(wrong)
+
+    steps = Sampler(solver, steps=4).steps_of(denoise, COSINE, x.shape, x=x, noise=lambda step, shape: 0.1 * x)
+    for step in steps:
+        made.append(len(calls))
+        changes = np.abs(numpy(step.x) - numpy(step.x)[-1]).max(axis=1)
+    assert changes[: len(calls)].min() > 0
+    before, last = BEFORE.get(solver, [solver.evaluations] * 3), TO_ZERO.get(solver, solver.evaluations)
+    np.testing.assert_array_equal(np.diff(made, prepend=0), [*before, last])
+
+
 class _Difference(Solver):
     """The difference of two draws of one step."""
 

@@ -23,11 +23,11 @@ import numpy as np
 from keras import ops
 
 from kdiff.base import Value, check_integer
-from kdiff.denoisers import Denoise
+from kdiff.denoisers import Denoise, only_if
 from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.times import TimeGrid, Trailing
 
-__all__ = ["Draw", "History", "Solver", "between", "check_order", "flow_to", "half_step", "noise_of"]
+__all__ = ["Draw", "History", "Solver", "above_zero", "between", "check_order", "flow_to", "half_step", "noise_of"]
 
 Draw = Callable[[], Any]
 
@@ -38,7 +38,8 @@ class Solver(Value):
     Attributes:
         order: the error of a run decreases as steps^-order; for a stochastic solver, that of the mean and covariance.
         stochastic: whether `step` draws noise.
-        evaluations: the number of calls of the denoiser per step.
+        evaluations: the number of calls of the denoiser per step; a solver's documentation says if the step to t = 0
+            has fewer.
         grid: the default grid of a run.
         learned: whether the estimates must have a `share`, as with `predictions.LearnedVariance`.
     """
@@ -111,6 +112,12 @@ def flow_to(x, x_hat, now: Marginal, then: Marginal):
 def half_step(now: Marginal, then: Marginal):
     """h = l_then - l_now > 0, l = log(alpha / sigma) = log_snr / 2."""
     return 0.5 * (then.log_snr - now.log_snr)
+
+
+def above_zero(then: Marginal, value: Callable[[], Any], otherwise):
+    """`value()`, which calls the denoiser, in a step that ends above t = 0; in the step to t = 0 `otherwise`."""
+    above = then.t > 0
+    return only_if(above, lambda: ops.where(above, value(), otherwise), lambda: otherwise)
 
 
 def between(schedule: NoiseSchedule, now: Marginal, then: Marginal, fraction: float) -> Marginal:

@@ -22,7 +22,7 @@ from keras import ops
 
 from kdiff.base import check_number
 from kdiff.schedules import Marginal, NoiseSchedule
-from kdiff.solvers.base import Denoise, Draw, History, Solver, between, flow_to, half_step
+from kdiff.solvers.base import Denoise, Draw, History, Solver, above_zero, between, flow_to, half_step
 from kdiff.solvers.dpm import OfData, OfNoise, _Multistep
 from kdiff.times import Trailing
 
@@ -145,7 +145,9 @@ class Down(NamedTuple):
 
 
 class _Ancestral(Solver):
-    """A second-order singlestep solver with data prediction and ancestral noise. Its step to t = 0 is DDIM(eta)."""
+    """A second-order singlestep solver with data prediction and ancestral noise. Its step to t = 0 is DDIM(eta), with
+    one call of the denoiser.
+    """
 
     order = 2
     evaluations = 2
@@ -163,7 +165,7 @@ class DPMSolverPP2SAncestral(_Ancestral):
         z_then = (s_down / s_now) z + (1 - s_down / s_now) x_hat(z_mid, s_mid) + s_up noise,
         z_mid  = (s_mid / s_now) z + (1 - s_mid / s_now) x_hat(z, s_now).
 
-    The step to t = 0 is that of DDIM(eta).
+    The step to t = 0 is that of DDIM(eta), with one call of the denoiser.
 
     Args:
         eta: the amount of noise, in [0, 1]; 0 gives `DPMSolverPPSinglestep(2)`, and 1 the noise of DDPM.
@@ -180,7 +182,7 @@ class DPMSolverPP2SAncestral(_Ancestral):
         # The midpoint of the step to sigma_down in log-SNR, which for eta = 1 is `then` itself.
         mid = schedule.at_log_snr(now.log_snr + down.h)
         x_mid = flow_to(x, x_hat, now, mid)
-        x_hat = ops.where(then.t > 0, denoise(x_mid, mid).x_hat, x_hat)
+        x_hat = above_zero(then, lambda: denoise(x_mid, mid).x_hat, x_hat)
         x = down(x, x_hat)
         if self.stochastic:
             x = x + down.spread * noise()
@@ -193,7 +195,8 @@ class DPMSolverPPSinglestepSDE(_Ancestral):
         z_mid  = (s_down / s_now) z + (1 - s_down / s_now) x_hat(z, s_now) + s_up noise_1,            `then` = mid
         z_then = (s_down / s_now) z + (1 - s_down / s_now) x_hat(z_mid, s_mid) + s_up noise_2,
 
-    with z = x / alpha, s = sigma / alpha, s_mid = sqrt(s_now s_then). The step to t = 0 is that of DDIM(eta).
+    with z = x / alpha, s = sigma / alpha, s_mid = sqrt(s_now s_then). The step to t = 0 is that of DDIM(eta), with one
+    call of the denoiser.
 
     noise_2 is not independent: it is noise_1, as propagated by the second half of the step, plus fresh noise up to
     variance 1. k-diffusion samples both from one Brownian path, which in the limit of small steps gives the same
@@ -214,7 +217,7 @@ class DPMSolverPPSinglestepSDE(_Ancestral):
         half, whole = Down.of(now, mid, self.eta), Down.of(now, then, self.eta)
         x_mid = half(x, x_hat)
         first = half.spread * noise() if self.stochastic else 0.0
-        x_hat = ops.where(then.t > 0, denoise(x_mid + first, mid).x_hat, x_hat)
+        x_hat = above_zero(then, lambda: denoise(x_mid + first, mid).x_hat, x_hat)
         x = whole(x, x_hat)
         if self.stochastic:
             carried = whole.kept / half.kept

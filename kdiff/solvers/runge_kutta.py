@@ -19,9 +19,11 @@ so that data at a single point is found exactly by any step. phi is between 0 an
 decreases from 10^3 or more, and if it decreases by a large factor in one step, a stage at s_then multiplies the change
 of x_hat by s / s_then - 1: `Ratio` requires EDM's grid, or steps as short as on that grid.
 
-In a step to t = 0, where noise_hat is undefined at the end, `Angle` uses a method with the same number of stages, all
-inside the step; `Ratio` uses Euler's method, as in EDM.
+In a step to t = 0, where noise_hat is undefined at the end, `Angle` uses a method with the same number of stages, or
+three of four, all inside the step; `Ratio` uses Euler's method, as in EDM, with one call of the denoiser.
 """
+
+from functools import partial
 
 import numpy as np
 from keras import ops
@@ -29,7 +31,7 @@ from keras import ops
 from kdiff.base import check_number
 from kdiff.schedules import Marginal, NoiseSchedule, bridge
 from kdiff.solvers.ancestral import DDIM, DDIMInversion
-from kdiff.solvers.base import Denoise, Draw, Solver
+from kdiff.solvers.base import Denoise, Draw, Solver, above_zero
 from kdiff.solvers.stages import MIDPOINT, Angle, Line, Ratio, Tableau, Variable, ratio, stages
 from kdiff.times import Trailing
 
@@ -78,9 +80,14 @@ class RungeKutta(Solver):
 
     def go(self, denoise: Denoise, schedule: NoiseSchedule, line: Line, then: Marginal):
         """x at `then`, starting from the beginning of this line."""
-        pairs = zip(self.method, self.variable.closing(self.method), strict=True)
-        method = Tableau(*([ops.where(then.t > 0, *one) for one in zip(*pair, strict=True)] for pair in pairs))
-        return stages(denoise, schedule, line, then, self.variable, method)
+        closing, run = self.variable.closing(self.method), partial(stages, denoise, schedule, line, then, self.variable)
+        count, pairs = len(closing.places), zip(self.method, closing, strict=True)
+        both = Tableau(*([ops.where(then.t > 0, *one) for one in zip(*pair, strict=False)] for pair in pairs))
+        rest = Tableau(*(numbers[count:] for numbers in self.method))
+        bend, total = run(both)
+        if rest.places:
+            total = above_zero(then, lambda: run(rest, bend, total)[1], total + ops.zeros_like(line.noise_hat))
+        return line.reach(then, self.variable.length(line.now, then) * total)
 
     def _churn(self, schedule, x, now, noise, gamma):
         s = ratio(now)
@@ -138,9 +145,9 @@ class Heun(_TwoStages):
 
         y_2 = y + (u_then - u) f,    y_then = y + (u_then - u) (f + f_2) / 2.
 
-    The step to t = 0 is the midpoint rule, or Euler's method for "ratio". `Heun("ratio")` is the solver of EDM (Karras
-    et al. 2022, algorithm 2) and `sample_heun` of k-diffusion, for the grid of EDM, `times.Karras`; even there, "angle"
-    has the smaller error for data of unit scale.
+    The step to t = 0 is the midpoint rule, or for "ratio" Euler's method, with one call of the denoiser.
+    `Heun("ratio")` is the solver of EDM (Karras et al. 2022, algorithm 2) and `sample_heun` of k-diffusion, for the
+    grid of EDM, `times.Karras`; even there, "angle" has the smaller error for data of unit scale.
 
     Args:
         variable: a `Variable`: "angle", for any grid, or "ratio".
@@ -159,9 +166,9 @@ class DPM2(_TwoStages):
 
         y_2 = y + (u_2 - u) f,    y_then = y + (u_then - u) f_2,
 
-    with u_2 at the midpoint of the angle, or of log s for "ratio". The step to t = 0 is the same, or Euler's method for
-    "ratio". `DPM2("ratio")` is `sample_dpm_2` of k-diffusion, which differs from DPM-Solver-2 (Lu et al. 2022,
-    arXiv:2206.00927, algorithm 1) by a term of order 3.
+    with u_2 at the midpoint of the angle, or of log s for "ratio". The step to t = 0 is the same, or for "ratio"
+    Euler's method, with one call of the denoiser. `DPM2("ratio")` is `sample_dpm_2` of k-diffusion, which differs from
+    DPM-Solver-2 (Lu et al. 2022, arXiv:2206.00927, algorithm 1) by a term of order 3.
 
     Args:
         variable: a `Variable`: "angle", for any grid, or "ratio", for grids on which s decreases by at most a small
@@ -180,8 +187,7 @@ class RK4(RungeKutta):
 
         w_then = w + (phi_then - phi) (v + 2 v_2 + 2 v_3 + v_4) / 6,    phi_2 = phi_3 = (phi + phi_then) / 2.
 
-    The step to t = 0 is Heun's third-order method, with stages at 1/3 and 2/3, where the fourth call of the denoiser is
-    unused.
+    The step to t = 0 is Heun's third-order method, with stages at 1/3 and 2/3 and three calls of the denoiser.
 
     Args:
         s_churn, s_min, s_max, s_noise: as in `Euler`.
@@ -213,7 +219,8 @@ class EulerAncestral(DDIM):
 class DPM2Ancestral(Solver):
     """`DPM2("ratio")` to s_down, followed by noise up to s_then, with s_down and s_up as in `EulerAncestral`;
     `sample_dpm_2_ancestral` of k-diffusion. The mean and covariance have order 2. A step to t = 0 is that of
-    `EulerAncestral`. The default grid begins at a log-SNR of -6, since the first step in s is too long from more noise.
+    `EulerAncestral`, with one call of the denoiser. The default grid begins at a log-SNR of -6, since the first step in
+    s is too long from more noise.
 
     Args:
         eta: the amount of noise, in [0, 1]; 0 is `DPM2("ratio")`, and 1 adds the noise of the posterior.
@@ -236,7 +243,8 @@ class DPM2Ancestral(Solver):
         down = then._replace(sigma=then.sigma * ops.sqrt(kept))
         middle = schedule.at_log_snr(0.5 * (now.log_snr + then.log_snr - ops.log(kept)))
         line = Line.at(denoise, x, now)
-        bend = ops.where(then.t > 0, variable.bend(middle, 0.0, line.change(denoise, middle)), 0.0)
+        none = ops.zeros_like(line.noise_hat)
+        bend = above_zero(then, lambda: variable.bend(middle, 0.0, line.change(denoise, middle)), none)
         x = line.reach(down, variable.length(now, down) * bend)
         if self.stochastic:
             x = x + self.eta * then.sigma * ops.sqrt(bridge(now, then)[1]) * noise()

@@ -32,8 +32,8 @@ class Tableau(NamedTuple):
 MIDPOINT = Tableau((1 / 2,), (1.0,))
 THIRD = Tableau((1 / 3, 2 / 3), (0.0, 3 / 4))
 # Methods with all stages inside the step, by the number of stages: Euler, the midpoint rule, Heun's third-order method.
-# (There is none of order 4 with four stages; the fourth entry repeats the third.)
-CLOSING = (Tableau(), MIDPOINT, THIRD, Tableau((*THIRD.places, 2 / 3), (*THIRD.weights, 0.0)))
+# (There is none of order 4 with four stages; the fourth entry is the third.)
+CLOSING = (Tableau(), MIDPOINT, THIRD, THIRD)
 
 
 def chosen(condition, one: Marginal, other: Marginal) -> Marginal:
@@ -57,7 +57,7 @@ class Variable(Value):
         raise NotImplementedError
 
     def closing(self, method: Tableau) -> Tableau:
-        """The method for a step to t = 0, with the same number of stages."""
+        """The method for a step to t = 0, with at most as many stages."""
         raise NotImplementedError
 
 
@@ -111,8 +111,8 @@ class Ratio(Variable):
         return (off - m.alpha * change) / m.sigma
 
     def closing(self, method: Tableau) -> Tableau:
-        """Euler's method; the other calls of the denoiser are unused."""
-        return Tableau(MIDPOINT.places * len(method.places), (0.0,) * len(method.places))
+        """Euler's method."""
+        return Tableau()
 
 
 class Line(NamedTuple):
@@ -137,9 +137,28 @@ class Line(NamedTuple):
         return denoise(self.reach(m, off), m).x_hat - self.estimate.x_hat
 
 
-def stages(denoise: Denoise, schedule: NoiseSchedule, line: Line, then: Marginal, variable: Variable, method: Tableau):
-    """x at `then` by this method, with one call of the denoiser for each of its places, tensors or numbers."""
-    bend = total = 0.0
+def stages(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    line: Line,
+    then: Marginal,
+    variable: Variable,
+    method: Tableau,
+    bend=0.0,
+    total=0.0,
+) -> tuple:
+    """(e_i, sum_i b_i e_i) after these stages of a method, with one call of the denoiser for each.
+
+    Args:
+        denoise: a `Denoiser`.
+        schedule: the schedule.
+        line: the beginning of the step.
+        then: the marginal at its end.
+        variable: the variable of integration.
+        method: places and weights of the stages, tensors or numbers.
+        bend: e_i of the stage before.
+        total: the sum over the stages before.
+    """
     for place, weight in zip(*method, strict=True):
         m = variable.at(schedule, line.now, then, place)
         # A stage at the end uses exactly the time of the grid.
@@ -147,4 +166,4 @@ def stages(denoise: Denoise, schedule: NoiseSchedule, line: Line, then: Marginal
         off = variable.length(line.now, m) * bend
         bend = variable.bend(m, off, line.change(denoise, m, off))
         total = total + weight * bend
-    return line.reach(then, variable.length(line.now, then) * total)
+    return bend, total
