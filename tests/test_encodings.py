@@ -66,10 +66,11 @@ def text():
     ("options", "runs"),
     [
         ({"guidance": 2.0}, [1, 3]),
+        ({"guidance": guidance.ClassifierFree(2.0, lowest=0.5, highest=2.0)}, [1, 3]),
         pytest.param({}, [3], marks=pytest.mark.once),
         pytest.param({"guidance": guidance.ClassifierFree(2.0, {"text": -ROWS[0]})}, [1, 3, 3], marks=pytest.mark.once),
     ],
-    ids=["guided", "plain", "negative"],
+    ids=["guided", "interval", "plain", "negative"],
 )
 def test_a_condition_is_encoded_once(options, runs, monkeypatch):
     """By rows: those given, the null condition as one row, and negative ones."""

@@ -1,15 +1,17 @@
 """Guidance: denoisers made from denoisers, against the exact scores of a mixture of Gaussians."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
 from keras import ops
 
-from kdiff import Sampler, analytic, guidance, schedules
+from kdiff import Sampler, analytic, backend, guidance, operators, schedules
 from kdiff.denoisers import Denoiser, Estimate, Given
 from kdiff.guidance import AdaptiveProjected, CFGPlusPlus, CFGZeroStar, ClassifierFree
 from kdiff.guidance.base import Place, Run, tensors
+from kdiff.sampling import initial_noise
 from kdiff.schedules import Marginal
 from kdiff.solvers.base import half_step
 from tests.toys import SCHEDULES, numpy
@@ -193,6 +195,72 @@ def test_outside_of_its_interval_it_is_off():
     for lowest, highest in ((1.0, 2.0), (0.5, 1.0)):
         received, _ = ask(ClassifierFree(4.0, lowest=lowest, highest=highest), m)
         np.testing.assert_allclose(received, none + 4 * (given - none), atol=2e-6)
+
+
+class Throughout(ClassifierFree):
+    """Evaluates both estimates in every step, whatever the interval."""
+
+    named = False
+    remembers = True
+
+
+def guided_run(sampler, compiled=True):
+    """x at the end of a run of 4 samples of the mixture, and the rows of each evaluation, counted when it is made."""
+    denoise, shape, rows = MIXTURE.conditional(LABELS), (4, 2), []
+
+    def count(x):
+        rows.append(len(x))
+        return np.zeros((len(x), 1), "float32")
+
+    def answer(given, x, m):
+        estimate = denoise.answer(given, x, m)
+        return estimate._replace(x_hat=estimate.x_hat + backend.by_numpy(count, ops.stop_gradient(x), (1,)))
+
+    advance = partial(sampler.advance, answer, denoise.nulls, COSINE)
+    advance = backend.compiled(advance) if compiled else backend.without_gradients(advance)
+    given = denoise.given._replace(rows=tensors(sampler.rows(Run(shape))))
+    *_, step = sampler.steps_from(initial_noise(shape), sampler.times(COSINE), advance, COSINE, given)
+    return numpy(step.x), rows
+
+
+@pytest.mark.parametrize("solver", ["ddim", pytest.param("heun", marks=pytest.mark.once)])
+def test_outside_of_its_interval_it_asks_for_one_estimate(solver):
+    """sigma / alpha = tan(pi t / 2), from 5 at the second of 8 steps to 0.2 at the last; Heun's second call is at the
+    end of the step, or in the middle of the last one. Compiled too, and with the same samples."""
+    inside = [False, False, False, True, True, True, False, False]
+    if solver == "heun":
+        inside = [one for pair in zip(inside, [*inside[1:], False], strict=True) for one in pair]
+    options = {"lowest": 0.5, "highest": 2.0}
+    x, rows = guided_run(Sampler(solver, steps=8, guidance=ClassifierFree(4.0, **options)))
+    assert rows == [8 if one else 4 for one in inside]
+    wanted, rows = guided_run(Sampler(solver, steps=8, guidance=Throughout(4.0, **options)))
+    assert rows == [8] * len(inside)
+    np.testing.assert_allclose(x, wanted, atol=1e-6)
+    plain, _ = guided_run(Sampler(solver, steps=8))
+    assert np.abs(x - plain).max() > 1e-2
+
+
+@pytest.mark.once
+def test_the_other_rules_with_an_interval():
+    """All but one with momentum, which remembers the difference of the two estimates from before the interval."""
+    for kind, some in (
+        (CFGPlusPlus, 4),
+        (CFGZeroStar, 4),
+        (AdaptiveProjected, 8),
+        (partial(AdaptiveProjected, momentum=0.0), 4),
+    ):
+        _, rows = guided_run(Sampler(steps=4, guidance=kind(2.0, lowest=0.5, highest=2.0)), compiled=False)
+        assert rows == [some, some, 8, some]
+
+
+def test_a_gradient_through_a_rule_with_an_interval():
+    """That of DPS, whose network is the guided one; the last of 3 steps is inside."""
+    measured = guidance.DPS(operators.Mask(np.float32([1.0, 0.0])), np.zeros(2), 0.3)
+    x, wanted = (
+        guided_run(Sampler(steps=3, guidance=[kind(4.0, highest=1.0), measured]), compiled)[0]
+        for kind, compiled in ((ClassifierFree, True), (Throughout, False))
+    )
+    np.testing.assert_allclose(x, wanted, atol=2e-6)
 
 
 @pytest.mark.reference

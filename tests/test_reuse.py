@@ -6,8 +6,9 @@ from keras import ops
 
 import kdiff
 from kdiff import Sampler, networks, solvers
-from kdiff.blocks import OptionalCondition
+from kdiff.blocks import LabelEmbedding, OptionalCondition
 from kdiff.denoisers import Denoiser, Estimate
+from kdiff.guidance import ClassifierFree
 from kdiff.reuse import Reuse, Store, kept_in, nothing_kept
 from tests.toys import draw_weights, mostly_once, numpy
 
@@ -40,6 +41,17 @@ def test_samples_are_the_same_if_all_is_computed_in_every_step(name):
             np.testing.assert_allclose(again, plain, atol=tolerance)
         else:
             assert np.abs(again - plain).max() > 1e-4
+
+
+def test_where_other_runs_leave_calls_out():
+    """Outside of the interval of guidance and in the last step: what layers keep there can leave a compiled step."""
+    network = networks.DiT(16, 2, 2, networks.adaptive_block(2), conditions={"label": LabelEmbedding(3, dropout=0.1)})
+    model = kdiff.DiffusionModel(network, ema=None)
+    model.build({"image": (None, 4, 4, 1), "label": (None,)})
+    draw_weights(network)
+    options = {"solver": "dpm_solver_pp_2s_ancestral", "steps": 2, "guidance": ClassifierFree(3.0, highest=1.2)}
+    plain, same = (model.sample(2, sampler=Sampler(**options, reuse=reuse), label=1) for reuse in (None, Reuse(1)))
+    np.testing.assert_allclose(same, plain, atol=3e-5)
 
 
 def test_what_is_computed_in_each_step():

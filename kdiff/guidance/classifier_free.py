@@ -19,7 +19,7 @@ import numpy as np
 from keras import ops
 
 from kdiff.base import check_integer, check_number
-from kdiff.denoisers import Denoiser, Estimate
+from kdiff.denoisers import Denoiser, Estimate, only_if
 from kdiff.guidance.base import Guidance, Here, Run, check_scale, over
 from kdiff.predictions import Prediction
 from kdiff.schedules import Marginal
@@ -32,10 +32,11 @@ class _TwoAnswers(Guidance):
     """Their common base class. A subclass defines `combine`.
 
     Guidance can be limited to an interval of noise levels (Kynkäänniemi et al. 2024, "Applying guidance in a limited
-    interval", arXiv:2404.07724, eq. 4).
+    interval", arXiv:2404.07724, eq. 4). Outside of it only x_c is computed.
     """
 
     arrays = ("scale", "negative")
+    remembers = False  # whether x_u matters outside of the interval too
 
     def __init__(
         self,
@@ -71,13 +72,26 @@ class _TwoAnswers(Guidance):
         return {**rows, "negative": run.conditions(self.negative)}
 
     def guide(self, denoise: Denoiser, x, m: Marginal, here: Here) -> Estimate:
-        given, none = denoise.batched(
-            x, m, denoise.conditions, denoise.unconditional(self.drop, here.rows.get("negative"))
-        )
+        if self.lowest == 0 and self.highest == float("inf"):
+            return self._both(denoise, x, m, here)[1]
         place = over(m.sigma / m.alpha, x)
         inside = ops.logical_and(place >= self.lowest, place <= self.highest)
-        guided = self.combine(given, none, over(here.rows["scale"], x), x, m.like(x), here)
-        return guided._replace(x_hat=ops.where(inside, guided.x_hat, given.x_hat))
+
+        def both():
+            given, guided = self._both(denoise, x, m, here)
+            return guided._replace(x_hat=ops.where(inside, guided.x_hat, given.x_hat))
+
+        def one():
+            estimate = denoise(x, m)
+            return estimate.guided(estimate.x_hat, here.memory)
+
+        return both() if self.remembers else only_if(ops.any(inside), both, one)
+
+    def _both(self, denoise: Denoiser, x, m: Marginal, here: Here) -> tuple[Estimate, Estimate]:
+        """The estimate under the conditions, and the guided one."""
+        without = denoise.unconditional(self.drop, here.rows.get("negative"))
+        given, none = denoise.batched(x, m, denoise.conditions, without)
+        return given, self.combine(given, none, over(here.rows["scale"], x), x, m.like(x), here)
 
     def combine(self, given: Estimate, none: Estimate, scale, x, m: Marginal, here: Here) -> Estimate:
         """The guided estimate, derived from `given`; `scale` and the fields of `m` broadcast against `x`."""
@@ -162,6 +176,11 @@ class AdaptiveProjected(_TwoAnswers):
         check_number("AdaptiveProjected", "radius", radius, 0.0)
         check_number("AdaptiveProjected", "momentum", momentum, -1.0, 1.0)
         self.parallel, self.radius, self.momentum = parallel, radius, momentum
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there is momentum."""
+        return self.momentum != 0
 
     def start(self, x):
         """d = 0."""
