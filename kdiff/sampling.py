@@ -28,7 +28,7 @@ from kdiff.denoisers import Denoiser, Given
 from kdiff.guidance import Guidance
 from kdiff.guidance.base import Place, Run, tensors
 from kdiff.reuse import Reuse, Store, kept_in, nothing_kept
-from kdiff.schedules import NoiseSchedule
+from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.solvers import Adaptive, DPMSolverFast, Solver
 from kdiff.times import Exponential, TimeGrid
 
@@ -206,7 +206,8 @@ class Sampler(Value):
             before: the number of omitted steps of the grid, so that each step of the grid has its own noise.
             noise: as in `steps_of`, for the noise added where times increase; `advance` draws its own.
         """
-        times, key = times.astype("float32"), random.key_of(seed)
+        times = times.astype("float32")
+        key, first = ops.convert_to_tensor(random.key_of(seed)), ops.convert_to_tensor(np.int32(first))
         x = x_hat = ops.convert_to_tensor(x, "float32")
         memory = tuple(one.start(x) for one in self.active)
         kept = nothing_kept() if self.reuse else ()
@@ -220,7 +221,7 @@ class Sampler(Value):
             else:
                 if self.reuse:
                     state = state._replace(kept=self.reuse.at(index, state.kept))
-                x, x_hat, state = advance(x, now, then, key, np.int32(number), np.int32(first), state)
+                x, x_hat, state = advance(x, now, then, key, np.int32(number), first, state)
                 if self.reuse and not state.kept["deep"]:
                     raise ValueError(
                         f"Sampler: {self.reuse!r} needs a UNet, UViT, DiT or MMDiT of 2 blocks or more: nothing here "
@@ -269,7 +270,8 @@ class Sampler(Value):
         Returns:
             `(x, x_hat, state)`: the batch at `then`, the estimate of the data in this step, and the new state.
         """
-        place = Place(index, schedule.sampled_at(now), schedule.sampled_at(then), schedule)
+        both = schedule.sampled_at(ops.stack([now, then]))
+        place = Place(index, *(Marginal(*(field[i] for field in both)) for i in (0, 1)), schedule)
         denoise = Denoiser(answer, state.given, nulls)
         for one in self.active:
             denoise = one.over(denoise, place)
@@ -382,12 +384,12 @@ def _steps_from(times: np.ndarray, index: int) -> int:
     return int(np.argmax(signs != signs[0]))
 
 
-def _noisier(schedule: NoiseSchedule, x, now, then, key, index: int, first: int, draw: Callable | None = None):
+def _noisier(schedule: NoiseSchedule, x, now, then, key, index: int, first, draw: Callable | None = None):
     """A draw from q(x_then | x_now) = N(r x_now, sigma_then^2 - r^2 sigma_now^2), r = alpha_then / alpha_now."""
     now, then = schedule.sampled_at(now), schedule.sampled_at(then)
     ratio = then.alpha / now.alpha
     if draw is None:
-        noise = random.normal(random.fold_in(key, np.int32(index), random.STEPS), ops.shape(x), np.int32(first))
+        noise = random.normal(random.fold_in(key, np.int32(index), random.STEPS), ops.shape(x), first)
     else:
         noise = _drawn(draw, index, tuple(x.shape))
     # sigma_then^2 - r^2 sigma_now^2, without cancellation.

@@ -10,7 +10,7 @@ from kdiff.guidance import Inpaint
 from kdiff.sampling import dpm_fast
 from kdiff.solvers import DDPM, DPMSolverPP, DPMSolverPPSinglestepSDE, Solver
 from kdiff.times import Linspace, Times
-from tests.toys import GAUSSIAN, exact_denoiser, numpy
+from tests.toys import EAGER, GAUSSIAN, exact_denoiser, numpy
 
 SCHEDULE = schedules.CosineBeta()
 
@@ -116,6 +116,27 @@ def test_all_noise_of_a_run_is_fresh(solver, monkeypatch):
     twice = isinstance(solver, DPMSolverPPSinglestepSDE)
     assert len(drawn) == 1 + 4 * (2 if twice else 1)
     assert len(np.unique([numpy(noise) for noise in drawn])) == sum(numpy(noise).size for noise in drawn)
+
+
+@pytest.mark.skipif(not EAGER, reason="operations that are executed one by one")
+@pytest.mark.parametrize(("solver", "most"), [("ddim", 45), ("dpm_solver_pp", 75)])
+def test_a_step_has_few_operations_beside_the_network(solver, most):
+    """Each takes some microseconds, and on a GPU an eager network waits for as many launches."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counting(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += 1
+            return function(*args, **(kwargs or {}))
+
+    counts = []
+    for steps in (10, 20):
+        with Counting() as counting:
+            Sampler(solver, steps=steps)(lambda x, m: x, schedules.Cosine(), (4, 3))
+        counts.append(counting.count)
+    assert (counts[1] - counts[0]) / 10 <= most
 
 
 def test_batches_continue_one_another():

@@ -154,9 +154,11 @@ class NoiseSchedule(Value, keras.layers.Layer):
 
         So a run ends at the data even if the schedule itself is truncated, or ends at EDM's sigma of 0.002.
         """
-        m = self.at(t)
-        log_snr = ops.where(m.t > 0, m.log_snr, ops.maximum(m.log_snr, CLEAN_LOG_SNR))
-        return Marginal(m.t, *self.scales(log_snr), log_snr)
+        self._check_times(t)
+        t = ops.convert_to_tensor(t, "float32")
+        log_snr = self.log_snr(t)
+        log_snr = ops.where(t > 0, log_snr, ops.maximum(log_snr, CLEAN_LOG_SNR))
+        return Marginal(t, *self.scales(log_snr), log_snr)
 
     def _check_times(self, t) -> None:
         numbers = backend.concrete(t) if ops.is_tensor(t) else np.asarray(t, "float64")

@@ -71,12 +71,12 @@ class DDIM(Solver):
         """One implicit step; arguments and results as in `Solver.step`."""
         estimate = denoise(x, now)
         x_hat = estimate.x_hat
+        noise_hat = noise_of(x, x_hat, now)
+        if not self.stochastic:
+            return then.alpha * x_hat + then.sigma * noise_hat, estimate, state
         _, fresh = bridge(now, then)
-        kept = then.sigma * ops.sqrt(1.0 - self.eta**2 * fresh)
-        x = then.alpha * x_hat + kept * noise_of(x, x_hat, now)
-        if self.stochastic:
-            x = x + self.eta * then.sigma * ops.sqrt(fresh) * noise()
-        return x, estimate, state
+        kept, s = then.sigma * ops.sqrt(1.0 - self.eta**2 * fresh), self.eta * then.sigma * ops.sqrt(fresh)
+        return then.alpha * x_hat + kept * noise_hat + s * noise(), estimate, state
 
     def inverse(self, iterations: int = 1) -> Solver:
         """`DDIMInversion(iterations)`, if eta is 0."""

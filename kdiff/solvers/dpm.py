@@ -79,9 +79,10 @@ class OfData:
     def frozen(self, x, x_hat, value, now: Marginal, then: Marginal) -> Frozen:
         """The step with x_hat frozen; `value` is x_hat."""
         h = half_step(now, then)
-        longer = (1.0 + self.eta) * h
-        kept = then.sigma / now.sigma * ops.exp(-self.eta * h)
-        spread = then.sigma * ops.sqrt(-ops.expm1(-2.0 * self.eta * h))
+        kept, longer, spread = then.sigma / now.sigma, h, 0.0
+        if self.eta:
+            kept, longer = kept * ops.exp(-self.eta * h), (1.0 + self.eta) * h
+            spread = then.sigma * ops.sqrt(-ops.expm1(-2.0 * self.eta * h))
         return Frozen(kept * x - then.alpha * ops.expm1(-longer) * x_hat, then.alpha, longer, spread)
 
 

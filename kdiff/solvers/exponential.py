@@ -79,6 +79,8 @@ def weights(z, places: list, count=None, single=None, curvature: float = 1.0) ->
         curvature: a factor on the coefficient of u^2.
     """
     count = len(places) if count is None else count
+    if len(places) == 1 and single is not None:
+        return integrals(places, [0.0, single], count)  # which does not use M_0
     found = moments(z, len(places))
     if places and single is not None:
         found[1] = ops.where(ops.equal(count, 1), single, found[1])
