@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from kdiff import Sampler, analytic, random, schedules, solvers
+from kdiff import Sampler, analytic, backend, random, schedules, solvers
 from kdiff.denoisers import Denoiser
 from kdiff.sampling import initial_noise
 from kdiff.solvers import DDIM, DDPM, Solver
@@ -217,6 +217,23 @@ def test_a_run_takes_as_many_calls_as_it_says_and_each_of_them_matters(solver):
     assert changes[: len(calls)].min() > 0
     before, last = BEFORE.get(solver, [solver.evaluations] * 3), TO_ZERO.get(solver, solver.evaluations)
     np.testing.assert_array_equal(np.diff(made, prepend=0), [*before, last])
+
+
+@pytest.mark.parametrize(
+    "solver", [solvers.RK4(), pytest.param(solvers.DPM2Ancestral(), marks=pytest.mark.once)], ids=repr
+)
+def test_a_compiled_step_to_zero_makes_no_other_calls(solver):
+    """Counted as they are computed, not as they are traced."""
+    calls = []
+
+    def count(x):
+        calls.append(x)
+        return np.zeros((len(x), 1), "float32")
+
+    compiled_run(
+        Sampler(solver, steps=2), COSINE, (2, 2), lambda x, m: MIXTURE(x, m) + backend.by_numpy(count, x, (1,))
+    )
+    assert len(calls) == solver.evaluations + TO_ZERO[solver]
 
 
 class _Difference(Solver):
