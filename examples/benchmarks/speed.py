@@ -2,6 +2,7 @@
 
     python examples/benchmarks/speed.py                       # both networks, both cores and one: some hours
     python examples/benchmarks/speed.py --networks unet --cores 2 --jobs "training step" network   # a few minutes
+    python examples/benchmarks/speed.py --networks unet --jobs "DDIM / 20 networks"   # what sampling adds to it
     python examples/benchmarks/speed.py --toy                 # does it run? no figures to believe
     python examples/benchmarks/speed.py --networks dit-xl --precision bfloat16 --batch 64      # where there is a GPU
     python examples/benchmarks/speed.py --networks sd15 adm64 cifar10 dit-xl --batch 2 --jobs network --one --plain
@@ -45,10 +46,13 @@ JOBS = {
     "DDIM, guided": {"job": "sample", "solver": "ddim", "guided": True},
     "DPM-Solver++, 20 steps": {"job": "sample", "solver": "dpm_solver_pp", "guided": False},
     "DPM-Solver++, guided": {"job": "sample", "solver": "dpm_solver_pp", "guided": True},
+    "DDIM / 20 networks": {"job": "sample", "solver": "ddim", "guided": False},
+    "DPM-Solver++ / 20 networks": {"job": "sample", "solver": "dpm_solver_pp", "guided": False},
 }
-TRAIN = JOBS["training step"]
+STEPS = 20
 START = "start and memory"
 OWN = ("by_hand", "train_on_arrays", "read")  # what is compared with kdiff's own training step
+OF_NETWORKS = ("DDIM / 20 networks", "DPM-Solver++ / 20 networks")  # and with its own evaluations of the network
 
 
 def arguments() -> argparse.Namespace:
@@ -74,7 +78,7 @@ def arguments() -> argparse.Namespace:
             parser.error(f"--allocator: {run.stderr.strip()}")
     if options.toy:
         options.networks, options.cores, options.peers = ["tiny-unet"], [1], PEERS[:1]
-        options.jobs = ["training step", "training step by hand", "network", "DDIM, guided", START]
+        options.jobs = ["training step", "training step by hand", "network", "DDIM, guided", OF_NETWORKS[0], START]
         options.rounds, options.seconds, options.batch = 1, 0.1, 2
     return options
 
@@ -157,19 +161,32 @@ def race_alone(names: list[str], rest: tuple, job: dict, options: argparse.Names
     return found
 
 
-def beside_training(contestants: list[Contestant], job: dict, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of a training step as parts of those of `job`, by name; the two take turns."""
+def in_turns(contestants: list[Contestant], job: dict, other: dict, options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of `job` as parts of those of `other`, by name; the two take turns in one process."""
     found = {}
     for contestant in contestants:
-        seconds = [contestant.ask(**one)["seconds"] for one in (TRAIN, job, TRAIN, job)][2:]
+        seconds = [contestant.ask(**one)["seconds"] for one in (job, other, job, other)][2:]
         counts = [max(1, round(options.seconds / one)) for one in seconds]
         turns = [
-            [contestant.ask(**one, count=count)["seconds"] for one, count in zip((TRAIN, job), counts, strict=True)]
+            [contestant.ask(**one, count=count)["seconds"] for one, count in zip((job, other), counts, strict=True)]
             for _ in range(options.rounds)
         ]
-        steps, others = (statistics.median(times) for times in zip(*turns, strict=True))
-        found[contestant.name] = [steps / others]
+        own, others = (statistics.median(times) for times in zip(*turns, strict=True))
+        found[contestant.name] = own / others
     return found
+
+
+def ratios(contestants: list[Contestant], label: str, options: argparse.Namespace) -> dict[str, list[float]]:
+    """A training step as parts of this job; or this sampling as parts of as many evaluations of the network."""
+    if label in OF_NETWORKS:
+        found = in_turns(contestants, JOBS[label], JOBS["network"], options)
+        return {name: [ratio / STEPS] for name, ratio in found.items()}
+    found = in_turns(contestants, JOBS["training step"], JOBS[label], options)
+    return {name: [ratio] for name, ratio in found.items()}
+
+
+def is_ratio(label: str) -> bool:
+    return JOBS[label]["job"] in OWN or label in OF_NETWORKS
 
 
 def starts(names: list[str], *rest) -> dict[str, dict]:
@@ -214,8 +231,8 @@ def measure(network: str, cores: int, options: argparse.Namespace) -> dict:
         found |= {"seconds": {}, "ratios": {}}
         for label in [label for label in JOBS if label in options.jobs]:
             print(f"{network}, {cores} cores: {label} ...", flush=True)
-            if JOBS[label]["job"] in OWN:
-                found["ratios"][label] = beside_training(own, JOBS[label], options)
+            if is_ratio(label):
+                found["ratios"][label] = ratios(own, label, options)
             else:
                 found["seconds"][label] = race(contestants, JOBS[label], options)
         for contestant in contestants:
@@ -233,7 +250,7 @@ def measure_alone(names: list[str], rest: tuple, options: argparse.Namespace) ->
         contestant.reply()
         found |= contestant.ask(**job)
         contestant.end()
-    for label in [label for label in JOBS if label in options.jobs and JOBS[label]["job"] not in OWN]:
+    for label in [label for label in JOBS if label in options.jobs and not is_ratio(label)]:
         print(f"{rest[1]}, {rest[0]} cores: {label} ...", flush=True)
         found["seconds"][label] = race_alone(names, rest, JOBS[label], options)
     return found
@@ -250,7 +267,7 @@ def best_peer(found: dict, label: str) -> float:
 def table(found: dict, title: str, batch: int) -> str:
     """Seconds, and in brackets how many times as fast as the faster of the peers; then what the figures amount to."""
     labels = list(found["seconds"])
-    columns = [*labels, "of the peak", "fit / by hand", "fit / on arrays", "step / batch", "20 steps / 20 networks"]
+    columns = [*labels, "of the peak", "fit / by hand", "fit / on arrays", "step / batch", *OF_NETWORKS]
     columns += ["first step", "memory", "of training"]
     lines = [f"### {title}", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name in found["starts"]:
@@ -264,7 +281,7 @@ def table(found: dict, title: str, batch: int) -> str:
             "fit / by hand": median(found, "training step by hand", name, "ratios"),
             "fit / on arrays": median(found, "training step on arrays", name, "ratios"),
             "step / batch": 100 * median(found, "100 batches of the pipeline", name, "ratios"),
-            "20 steps": median(found, "DDIM, 20 steps", name) / (20 * median(found, "network", name)),
+            **{label: median(found, label, name, "ratios") for label in OF_NETWORKS},
         }
         cells += ["" if math.isnan(ratio) else f"{ratio:.3g}" for ratio in ratios.values()]
         start = found["starts"][name]
