@@ -32,7 +32,7 @@ class _TwoAnswers(Guidance):
     """Their common base class. A subclass defines `combine`.
 
     Guidance can be limited to an interval of noise levels (Kynkäänniemi et al. 2024, "Applying guidance in a limited
-    interval", arXiv:2404.07724, eq. 4). Outside of it only x_c is computed.
+    interval", arXiv:2404.07724, eq. 4). Outside of it only x_c is computed, except with `Reuse`.
     """
 
     arrays = ("scale", "negative")
