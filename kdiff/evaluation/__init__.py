@@ -15,6 +15,7 @@ It needs the extra `evaluation`: SciPy for linear algebra, scikit-learn for kern
 from kdiff.evaluation.base import FeatureMetric, Report, SampleMetric
 from kdiff.evaluation.caching import cached_reference
 from kdiff.evaluation.callback import EvaluationCallback
+from kdiff.evaluation.efficientnet import EfficientNetLite0
 from kdiff.evaluation.extractors import Extractor, Images, clip_vision, dinov2
 from kdiff.evaluation.feature_likelihood import FeatureLikelihoodDivergence
 from kdiff.evaluation.frechet import FrechetDistance, frechet_distance
@@ -30,6 +31,7 @@ __all__ = [
     "CLIPScore",
     "Coverage",
     "Density",
+    "EfficientNetLite0",
     "EvaluationCallback",
     "Extractor",
     "FeatureLikelihoodDivergence",

@@ -17,7 +17,7 @@ from kdiff.evaluation.extractors import Extractor, Images
 from kdiff.interop.files import read_state
 from kdiff.interop.weights import Slot, assign
 
-__all__ = ["BLOCKS", "InceptionFID", "inception"]
+__all__ = ["BLOCKS", "InceptionFID", "inception", "norm_slots"]
 
 
 def _a(pool):
@@ -88,6 +88,13 @@ _POOLS = {
 }
 
 
+def norm_slots(name: str, norm: layers.BatchNormalization) -> list[Slot]:
+    """The weights of PyTorch's BatchNorm2d."""
+    weights = (norm.gamma, norm.beta, norm.moving_mean, norm.moving_variance)
+    names = ("weight", "bias", "running_mean", "running_var")
+    return [Slot(f"{name}.{end}", weight) for end, weight in zip(names, weights, strict=True)]
+
+
 class _Builder:
     """Applies convolutions with normalisation and ReLU, and records the names of their weights in the file."""
 
@@ -102,10 +109,7 @@ class _Builder:
         x = layers.ReLU(dtype="float32")(norm(convolution(x)))
         self.slots += [
             Slot(f"{name}.conv.weight", convolution.kernel, "convolution"),
-            Slot(f"{name}.bn.weight", norm.gamma),
-            Slot(f"{name}.bn.bias", norm.beta),
-            Slot(f"{name}.bn.running_mean", norm.moving_mean),
-            Slot(f"{name}.bn.running_var", norm.moving_variance),
+            *norm_slots(f"{name}.bn", norm),
         ]
         return x
 
