@@ -103,6 +103,11 @@ class Sampler(Value):
         self.reuse = None if reuse is None else Reuse.get(reuse)
         if reuse is not None and isinstance(self.solver, Adaptive):
             raise ValueError(f"Sampler: {self.solver!r} takes no fixed steps, in which something could be reused")
+        if reuse is not None and self.solver.branches:
+            raise ValueError(
+                f"Sampler: {self.solver!r} calls the network a different number of times in different steps, so "
+                "nothing can be reused; 'ipndm', 'dpm_solver_pp' and others call it once in each"
+            )
 
     def times(self, schedule: NoiseSchedule, strength: float = 1.0, stop: float = 0.0) -> np.ndarray:
         """The times of a run on this schedule: float64, with shape `(steps + 1,)`.

@@ -9,6 +9,7 @@ from kdiff import Sampler, networks, solvers
 from kdiff.blocks import LabelEmbedding, OptionalCondition
 from kdiff.denoisers import Denoiser, Estimate
 from kdiff.guidance import ClassifierFree
+from kdiff.interop.solvers import DiffusersPNDM, EvenSteps
 from kdiff.reuse import Reuse, Store, kept_in, nothing_kept
 from tests.toys import draw_weights, mostly_once, numpy
 
@@ -98,4 +99,7 @@ def test_where_nothing_can_be_reused():
         sampler(Denoiser(lambda given, x, m: Estimate(0.5 * x)), schedule, (2, 3))
     with pytest.raises(ValueError, match="takes no fixed steps"):
         Sampler(solvers.Adaptive(), reuse=Reuse(2))
+    for solver in (solvers.PNDM(), solvers.DPMSolverFast(), EvenSteps(DiffusersPNDM())):
+        with pytest.raises(ValueError, match="a different number of times in different steps"):
+            Sampler(solver, reuse=Reuse(2))
     assert repr(Sampler.from_config(sampler.get_config())) == repr(sampler)

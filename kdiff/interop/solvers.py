@@ -104,6 +104,7 @@ class EvenSteps(Solver):
         self.solver = Solver.get(solver)
         self.order, self.evaluations = self.solver.order, self.solver.evaluations
         self.stochastic, self.learned = self.solver.stochastic, self.solver.learned
+        self.branches = self.solver.branches
 
     def init(self, x, steps: int):
         """The state of the solver, and the number of steps."""
@@ -160,6 +161,7 @@ class DiffusersPNDM(Solver):
     """
 
     named = False
+    branches = True
     order = 2
 
     def __init__(self, prediction="noise", warm: int = 3):

@@ -42,6 +42,8 @@ class Solver(Value):
             has fewer.
         grid: the default grid of a run.
         learned: whether the estimates must have a `share`, as with `predictions.LearnedVariance`.
+        branches: whether the number of calls differs between steps, by `ops.cond`: what a network keeps in one of
+            several branches cannot leave a compiled step, so there is no `Reuse`.
     """
 
     aliases: ClassVar = {
@@ -66,6 +68,7 @@ class Solver(Value):
     evaluations: int = 1
     grid: TimeGrid = Trailing()
     learned: bool = False
+    branches: bool = False
 
     def init(self, x, steps: int) -> Any:
         """The state before the first of `steps` steps, a nested structure of tensors."""

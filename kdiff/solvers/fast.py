@@ -37,6 +37,7 @@ class DPMSolverFast(Solver):
     """
 
     evaluations = 3
+    branches = True
 
     def __init__(self, rest: int = 0):
         check_choice("DPMSolverFast", "rest", rest, (0, 1, 2))

@@ -153,6 +153,8 @@ class PNDM(IPNDM):
         ValueError: if `warmup` is not such a method, or `warm` is not one of 1, 2, 3.
     """
 
+    branches = True
+
     def __init__(self, warmup="rk4", warm: int = 3):
         check_choice("PNDM", "warm", warm, (1, 2, 3))
         super().__init__()
