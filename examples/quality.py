@@ -190,7 +190,7 @@ def of_keras(data: np.ndarray, evaluations: int) -> Recipe:
         schedules.Cosine(*np.log(rates**2 / (1 - rates**2)).tolist()),
         "noise",
         time_label=NoiseVariance(),
-        codec=codecs.Standard.fitted(data[:5000] / 127.5 - 1, per_channel=True),
+        codec=codecs.Standard.fitted(data[:5000] / 127.5 - 1),
         ema=0.999,
         sampler=kdiff.Sampler("ddim", "trailing", evaluations),
     )

@@ -8,8 +8,8 @@ from kdiff import Sampler, random, schedules
 from kdiff.denoisers import Given
 from kdiff.guidance import Inpaint
 from kdiff.sampling import dpm_fast
-from kdiff.solvers import DDPM, DPMSolverPP, DPMSolverPPSinglestepSDE, Solver
-from kdiff.times import Linspace, Times
+from kdiff.solvers import DDIM, DDPM, DPMSolverPP, DPMSolverPPSinglestepSDE, Solver
+from kdiff.times import Jumps, Linspace, Times
 from tests.toys import EAGER, GAUSSIAN, exact_denoiser, numpy
 
 SCHEDULE = schedules.CosineBeta()
@@ -233,3 +233,24 @@ def test_dpm_fast(evaluations):
     np.testing.assert_allclose(given, fast(plain, x, evaluations, 0.02, 20.0), rtol=1e-4, atol=2e-4)
     if keras.backend.backend() != "jax":  # there a condition that is not compiled traces both sides
         assert len(calls) == evaluations
+
+
+@pytest.mark.once
+def test_a_solver_is_told_how_many_steps_each_descent_has():
+    """It begins anew after each jump to more noise; all but the last descent end at the next jump."""
+
+    class Recording(DDIM):
+        named = False
+
+        def init(self, x, steps):
+            descents.append([steps, 0])
+            return ()
+
+        def step(self, *arguments):
+            descents[-1][1] += 1
+            return super().step(*arguments)
+
+    descents = []
+    grid = Jumps("trailing", length=3, repeats=3)
+    Sampler(Recording(), grid, steps=7)(exact_denoiser(0.0, 0.5), schedules.Cosine(), (2, 1))
+    assert descents == [[4, 4], [3, 3], [6, 6], [3, 3], [3, 3]]
