@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kdiff import scenes
+from tests.test_evaluation_efficientnet import drawn_state
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -248,6 +249,29 @@ def test_imagen(run, tmp_path, words):
     for name in ("prompts-2", "levels-1", "levels-2", "augmentation"):
         assert (tmp_path / f"{name}.png").stat().st_size > 300
     assert (tmp_path / "imagen.keras").exists()
+
+
+@pytest.mark.data
+@pytest.mark.once
+@pytest.mark.parametrize("ablate", [False, pytest.param(True, marks=pytest.mark.thorough)])
+def test_quality(run, tmp_path, ablate):
+    """Two recipes, or one and its changes, with features of random weights."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("safetensors")
+    from safetensors.numpy import save_file
+
+    save_file(drawn_state(), tmp_path / "features.safetensors")
+    small = ("--minutes", "0.0001", "--evaluations", "2", "--samples", "8", "--reference", "16")
+    small = (*small, "--features", str(tmp_path / "features.safetensors"), "--out", str(tmp_path))
+    chosen = ("--ablate", "weighting") if ablate else ("--recipes", "kdiff", "keras")
+    shorter = (("SIZE = 32", "SIZE = 16"), ("BITS = 128", "BITS = 2"), ("size=128", "size=32"), ("1000, sh", "100, sh"))
+    shorter = (*shorter, ("residual(32", "residual(8"), ("sample(100", "sample(4"), ("// 100", "// 4"))
+    run("quality.py", "digits", *chosen, *small, shorter=shorter)
+    table = (tmp_path / "table.md").read_text().splitlines()
+    names = ["kdiff", "weighting min_snr", "weighting sigmoid"] if ablate else ["kdiff", "keras"]
+    assert [row.split("|")[1].strip() for row in table[2:]] == [*names, "real pictures"]
+    assert all("nan" not in row for row in table)
+    assert (tmp_path / "samples.png").stat().st_size > 1000
 
 
 @pytest.mark.data
