@@ -7,7 +7,8 @@ the prior, which samples the embedding of a matching image; the decoder samples 
 sees no text: its information about the caption comes from the prior. Each part is evaluated on its own: CLIP by
 retrieval among 64 captions, the prior by the similarity of its embeddings to those of the true pictures, the decoder by
 a program that reads its pictures. Then follow variations of a picture, interpolations of two, and a picture edited by
-words. --minutes are minutes of one core; the rest takes two or three more.
+words. --minutes are minutes of processor time, so that 40 are less than half an hour on two cores; the rest takes two or
+three more.
 """
 
 import argparse
@@ -31,7 +32,7 @@ SHARES = {"clip": 0.11, "prior": 0.11, "decoder": 0.78}  # of the time
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=20, help="minutes of training, on one core")
+    parser.add_argument("--minutes", type=float, default=40, help="CPU minutes of training")
     parser.add_argument("--pictures", type=int, default=12000, help="the number of training pictures")
     parser.add_argument(
         "--things", type=int, default=1, choices=(1, 2), help="the maximum number of objects in a picture"
@@ -187,10 +188,8 @@ def main() -> None:
     apart = np.abs(others.reshape(some, 4, -1) - true[:some].reshape(some, 1, -1)).mean()
     print(f"  in variations of pictures         {read_right(others, again):.1%}", end="")
     print(f", which differ from them by {apart:.3f} per pixel")
-    grid = np.concatenate(
-        [np.concatenate([test[i : i + 1] / 127.5 - 1, others[4 * i : 4 * i + 4]]) for i in range(some)]
-    )
-    pictures.save_png(options.out / "variations.png", grid, 5)
+    grid = np.concatenate([true[:some], *(others[i::4] for i in range(4))])  # the pictures above their variations
+    pictures.save_png(options.out / "variations.png", grid, some)
     kept = unclip.variations(test[:some], 1, eta=0.0)
     print(f"From their own noise the pictures are reproduced, to {np.abs(kept - (test[:some] / 127.5 - 1)).mean():.3f}")
     between = unclip.interpolate(test[0], test[1], 8)

