@@ -7,8 +7,8 @@ the prior, which samples the embedding of a matching image; the decoder samples 
 sees no text: its information about the caption comes from the prior. Each part is evaluated on its own: CLIP by
 retrieval among 64 captions, the prior by the similarity of its embeddings to those of the true pictures, the decoder by
 a program that reads its pictures. Then follow variations of a picture, interpolations of two, and a picture edited by
-words. --minutes are minutes of processor time, so that 40 are less than half an hour on two cores; the rest takes two or
-three more.
+words. --minutes are minutes of processor time, 40 of them about half an hour on two cores; the rest takes two or three
+more.
 """
 
 import argparse
@@ -156,7 +156,7 @@ def main() -> None:
     found = retrieval(clip, test, words)
     text_z, true_z = clip.embed_text(words), clip.embed_image(test)
     print(
-        f"CLIP, among {found['count']} held-out captions: image to text "
+        f"CLIP, test pictures of {found['count']} captions: image to text "
         f"{found['image_to_text']:.1%}, text to image {found['text_to_image']:.1%}"
     )
 
