@@ -75,7 +75,7 @@ OURS = {
     "batch_size": 64,
 }
 CHANGES: dict[str, tuple] = {
-    "network": ("attention", "dit"),
+    "network": ("wide", "attention", "dit"),
     "schedule": ("rectified", "sigmoid"),
     "prediction": ("noise", "data"),
     "weighting": ("min_snr", "sigmoid"),
@@ -86,8 +86,9 @@ CHANGES: dict[str, tuple] = {
     "batch_size": (32, 128),
 }
 NETWORKS = {
-    "unet": lambda: networks.UNet.residual(32, levels=3, depth=2, multipliers=(1, 2, 4)),
-    "attention": lambda: networks.UNet.attention(32, levels=3, depth=2, multipliers=(1, 2, 4), at=(2,)),
+    "unet": lambda: networks.UNet.residual(16, levels=3, depth=1, multipliers=(1, 2, 4)),
+    "wide": lambda: networks.UNet.residual(32, levels=3, depth=1, multipliers=(1, 2, 4)),
+    "attention": lambda: networks.UNet.attention(16, levels=3, depth=1, multipliers=(1, 2, 4), at=(2,)),
     "dit": lambda: networks.DiT(192, depth=6, patch=4, block=networks.adaptive_block(4)),
 }
 OPTIMIZERS = {

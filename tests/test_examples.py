@@ -265,7 +265,7 @@ def test_quality(run, tmp_path, ablate):
     small = (*small, "--features", str(tmp_path / "features.safetensors"), "--out", str(tmp_path))
     chosen = ("--ablate", "weighting") if ablate else ("--recipes", "kdiff", "keras")
     shorter = (("SIZE = 32", "SIZE = 16"), ("BITS = 128", "BITS = 2"), ("size=128", "size=32"), ("1000, sh", "100, sh"))
-    shorter = (*shorter, ("residual(32", "residual(8"), ("sample(100", "sample(4"), ("// 100", "// 4"))
+    shorter = (*shorter, ("residual(16", "residual(8"), ("sample(100", "sample(4"), ("// 100", "// 4"))
     run("quality.py", "digits", *chosen, *small, shorter=shorter)
     table = (tmp_path / "table.md").read_text().splitlines()
     names = ["kdiff", "weighting min_snr", "weighting sigmoid"] if ablate else ["kdiff", "keras"]
