@@ -34,7 +34,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PEERS = ("diffusers", "diffusers compiled")
 BACKENDS = ("tensorflow", "jax", "torch")
-TUNABLES = {"hugetlb": 1, "trim_threshold": 4 * 10**9, "mmap_threshold": 4 * 10**9}
+TUNABLES = {"hugetlb": 1, "arena_max": 1, "trim_threshold": 4 * 10**9, "mmap_threshold": 4 * 10**9}
 SEVERAL_CORES = {"kdiff jax": {"XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"}}
 JOBS = {
     "training step": {"job": "train"},

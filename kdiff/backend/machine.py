@@ -18,7 +18,11 @@ __all__ = ["cores", "installed", "keep_programs", "noticed", "wait_for"]
 _PACKAGES = {"tensorflow": "tensorflow", "jax": "jaxlib", "torch": "torch"}
 # Without it XLA computes convolutions to 64 channels and fewer on one core.
 _SMALL_CONVOLUTIONS = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
-_TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=4000000000:glibc.malloc.mmap_threshold=4000000000"
+# One arena: those of threads cannot hold large arrays, which TensorFlow's threads would get from the system every time.
+_TUNABLES = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in {"hugetlb": 1, "arena_max": 1, "trim_threshold": 4 * 10**9, "mmap_threshold": 4 * 10**9}.items()
+)
 _ALLOCATORS = ("tcmalloc", "jemalloc", "mimalloc")
 
 
@@ -104,7 +108,7 @@ def _allocator() -> str | None:
         return None
     if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return None
-    kept = "takes up to a fifth off a training step, most of it on JAX"
+    kept = "takes up to a fifth off a step on JAX and TensorFlow, and less on PyTorch"
     return (
         "Memory that a step frees is given back to Linux, and asked for again by the next. Another allocator "
         f"{kept}: `apt install libtcmalloc-minimal4`, then LD_PRELOAD=libtcmalloc_minimal.so.4 before `python`; or, "
