@@ -72,13 +72,15 @@ class _TwoAnswers(Guidance):
         return {**rows, "negative": run.conditions(self.negative)}
 
     def guide(self, denoise: Denoiser, x, m: Marginal, here: Here) -> Estimate:
+        sets = denoise.conditions, denoise.unconditional(self.drop, here.rows.get("negative"))
         if self.lowest == 0 and self.highest == float("inf"):
-            return self._both(denoise, x, m, here)[1]
+            return self._guided(*denoise.batched(x, m, *sets), x, m, here)
         place = over(m.sigma / m.alpha, x)
         inside = ops.logical_and(place >= self.lowest, place <= self.highest)
 
         def both():
-            given, guided = self._both(denoise, x, m, here)
+            given, none = denoise.batched(x, m, *sets)
+            guided = self._guided(given, none, x, m, here)
             return guided._replace(x_hat=ops.where(inside, guided.x_hat, given.x_hat))
 
         def one():
@@ -87,11 +89,9 @@ class _TwoAnswers(Guidance):
 
         return both() if self.remembers else only_if(ops.any(inside), both, one)
 
-    def _both(self, denoise: Denoiser, x, m: Marginal, here: Here) -> tuple[Estimate, Estimate]:
-        """The estimate under the conditions, and the guided one."""
-        without = denoise.unconditional(self.drop, here.rows.get("negative"))
-        given, none = denoise.batched(x, m, denoise.conditions, without)
-        return given, self.combine(given, none, over(here.rows["scale"], x), x, m.like(x), here)
+    def _guided(self, given: Estimate, none: Estimate, x, m: Marginal, here: Here) -> Estimate:
+        """The guided estimate, from the one under the conditions and the other."""
+        return self.combine(given, none, over(here.rows["scale"], x), x, m.like(x), here)
 
     def combine(self, given: Estimate, none: Estimate, scale, x, m: Marginal, here: Here) -> Estimate:
         """The guided estimate, derived from `given`; `scale` and the fields of `m` broadcast against `x`."""
