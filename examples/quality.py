@@ -3,7 +3,7 @@
     KERAS_BACKEND=jax python examples/quality.py fashion_mnist --data-dir ~/tensorflow_datasets --minutes 60
     KERAS_BACKEND=jax python examples/quality.py fashion_mnist --ablate --minutes 5        # one change at a time
 
-    kdiff       what --ablate found best
+    kdiff       OURS, below; not yet settled by --ablate, which changes one thing at a time
     diffusers   that of diffusers' script for unconditional images: its U-Net of 114 million weights, DDPM with 1000
                 steps, AdamW at 1e-4 with warm-up and cosine decay, batches of 16, an average with decay 1 - n^-0.75
     small       the same on kdiff's network, for that U-Net sees few pictures on a CPU

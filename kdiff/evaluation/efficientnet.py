@@ -102,8 +102,8 @@ class EfficientNetLite0(Extractor):
     Args:
         source: the file of weights, or its state dict, as in `efficientnet_lite0`.
         output: "pool", the features; or "logits", for `InceptionScore(..., from_logits=True)`.
-        size: the size to which images are resized; it was trained at 224. Small images lose little at 128, which takes
-            a third of the time.
+        size: the size to which images are resized; it was trained at 224. 128 takes a third of the time, and gives
+            other scores.
         batch_size: the number of images per call of the network.
 
     Raises:
