@@ -43,6 +43,9 @@ class Configurable:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        for name in inspect.signature(cls.__init__).parameters:
+            if inspect.isfunction(getattr(cls, name, None)):
+                raise TypeError(f"{cls.__name__}: the argument `{name}` hides a method of that name")
         module = cls.__module__.split(".")
         package = ".".join(module[:2]) if module[0] == "kdiff" else "Custom"
         keras.saving.register_keras_serializable(package)(cls)

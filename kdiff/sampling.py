@@ -234,7 +234,7 @@ class Sampler(Value):
                     )
             if index + 2 == len(times) and not (self.to_zero or backwards) and then == self._last_time(schedule):
                 for one, rows in zip(self.active, given.rows, strict=True):
-                    x = one.end(x, rows)
+                    x = one.finish(x, rows)
             yield Step(index + 1, len(times) - 1, float(then), x, x_hat)
 
     def _last_time(self, schedule: NoiseSchedule) -> np.float32:

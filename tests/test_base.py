@@ -8,6 +8,7 @@ import pytest
 import kdiff
 from kdiff import codecs, predictions, schedules, solvers, times, weightings
 from kdiff.base import Configurable, Value
+from kdiff.guidance import Guidance
 from kdiff.schedules import NoiseSchedule
 from kdiff.times import TimeGrid
 from tests.toys import SCHEDULES, numpy
@@ -117,6 +118,15 @@ def test_configurable_needs_no_more_than_a_constructor():
 
 
 @pytest.mark.once
+def test_an_argument_must_not_hide_a_method():
+    """Its value would be called in place of the method, long after the class was written."""
+    with pytest.raises(TypeError, match="`start` hides a method of that name"):
+
+        class Late(Guidance):
+            def __init__(self, start=0.5):
+                self.start = start
+
+
 def test_names_of_other_libraries():
     """Each alias is one of a class that is there, in the letters that `get` compares, and no name of ours."""
     from kdiff import predictions, schedules, solvers

@@ -107,6 +107,7 @@ ARGUMENTS = [
     (blocks.NoisedEmbedding.__init__, "highest"),
     (evaluation.Images.__init__, "form"),
     (inversion.add, "like"),
+    (networks.VQ.__init__, "quantize"),
     *((kind.__init__, "steering") for kind in objectives.Taught.__subclasses__() if hasattr(kind.__init__, "renamed")),
 ]
 

@@ -179,7 +179,7 @@ class Guidance(Value):
         """Its memory before the first step, a nested structure with one row per sample; `x` is the noisy batch."""
         return ()
 
-    def end(self, x, rows: Mapping[str, Any]) -> Any:
+    def finish(self, x, rows: Mapping[str, Any]) -> Any:
         """The result of a run that ends above t = 0, as the grid does, for its last `x`; `rows` as in `Here`."""
         return x
 

@@ -104,7 +104,7 @@ class Inpaint(Guidance):
         estimate = denoise(x, m)
         return estimate.guided(ops.where(painted, estimate.x_hat, image))
 
-    def end(self, x, rows):
+    def finish(self, x, rows):
         """The image without noise where it is known."""
         return ops.where(rows["mask"] > 0.0, x, rows["image"])
 

@@ -282,7 +282,7 @@ def _codec(folder: Path, index: Mapping[str, Any], strict: bool, variant: str | 
     raw = part.name == MOVQ  # pipelines of Kandinsky neither scale nor quantise its latents
     codec = autoencoders.load(part, strict, folders.variant_of(part, variant), **({"scale": 1.0} if raw else {}))
     if raw:
-        codec.autoencoder.quantize = False
+        codec.autoencoder.quantize_latents = False
     return codec
 
 

@@ -19,6 +19,7 @@ from typing import Any, Self
 import keras
 from keras import ops
 
+from kdiff import deprecated
 from kdiff.base import check_integer
 from kdiff.blocks.attention import SelfAttention
 from kdiff.blocks.base import Chain, ConfigurableLayer, Shape, build_layer, kernel_initializer
@@ -332,10 +333,11 @@ class VQ(Convolutional):
         codes: the number of codes.
         code_width: the channels of a code and of the output of `encode`; None for `latent_channels`.
         spatial: whether the decoder's norms are `SpatialNorm`s conditioned on the latents (Zheng et al., "MoVQ", 2022).
-        quantize: whether `decode` quantises by default; Kandinsky's does not.
+        quantize_latents: whether `decode` quantises by default; Kandinsky's does not.
         kwargs: `name` and `dtype`.
     """
 
+    @deprecated.arguments(quantize="quantize_latents")
     def __init__(
         self,
         widths: Sequence[int] = (128, 256, 512),
@@ -349,7 +351,7 @@ class VQ(Convolutional):
         codes: int = 8192,
         code_width: int | None = None,
         spatial: bool = False,
-        quantize: bool = True,
+        quantize_latents: bool = True,
         **kwargs,
     ):
         shared = (widths, latent_channels, depth, channels, out_channels, attention, attention_at, groups)
@@ -360,7 +362,7 @@ class VQ(Convolutional):
         self.codes = codes
         self.code_width = code_width
         self.spatial = spatial
-        self.quantize = quantize
+        self.quantize_latents = quantize_latents
         self.codebook = Codebook(codes, name="codebook", dtype=self.dtype_policy)
         self.encoder = self._encoder(latent_channels)
         self.decoder = self._decoder(spatial)
@@ -386,7 +388,7 @@ class VQ(Convolutional):
 
     def decode(self, latents, training=None, quantize: bool | None = None):
         """Decodes latents to images, quantised if `quantize`; None for the constructor's value."""
-        quantize = self.quantize if quantize is None else quantize
+        quantize = self.quantize_latents if quantize is None else quantize
         return super().decode(self.nearest(latents)[0] if quantize else latents, training)
 
     def _decode(self, latents, training):
