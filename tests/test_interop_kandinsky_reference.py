@@ -19,6 +19,7 @@ from kdiff.interop.configs import complete
 from kdiff.interop.files import read_json, write_json
 from kdiff.random import slerp
 from tests.test_interop_prompts_reference import LENGTH, TEXTS, perturbed, text_encoder, words
+from tests.test_interop_stable_unclip_reference import check_parts
 from tests.test_interop_unclip_reference import PICTURES, PRIOR, draws, first, options_of, scheduler, vision
 from tests.test_interop_unclip_reference import STEPS as STEPS_OF
 from tests.test_interop_unclip_reference import perturbed as perturbed_prior
@@ -162,6 +163,24 @@ def test_one_folder_and_each_alone(folders, unclip, tmp_path):
     np.testing.assert_allclose(again.sample(2, text=TEXTS, **options), wanted, atol=1e-6)
     np.testing.assert_allclose(again.clip.embed_image(PICTURES), unclip.clip.embed_image(PICTURES), atol=1e-6)
     assert again.clip.text.encoders[0] is again.prior.network.conditions["text"].encoders[0]
+
+
+@pytest.mark.once
+def test_saved_again(folders, unclip, tmp_path):
+    """diffusers loads what kdiff writes, both in one folder, and the decoder alone, and so does kdiff."""
+    _, decoder, folder = folders
+    options = {"prior": {"steps": 2, "guidance": 4.0}, "decoder": {"steps": 2, "guidance": 4.0}}
+    interop.save(unclip, tmp_path / "both")
+    again = diffusers.KandinskyV22CombinedPipeline.from_pretrained(tmp_path / "both")
+    check_parts(diffusers.KandinskyV22CombinedPipeline.from_pretrained(folder / "both"), again)
+    found = interop.load(tmp_path / "both").sample(2, text=TEXTS, **options)
+    np.testing.assert_allclose(found, unclip.sample(2, text=TEXTS, **options), atol=2e-5)
+    interop.save(interop.load(folder / "decoder"), tmp_path / "decoder")
+    check_parts(decoder, diffusers.DiffusionPipeline.from_pretrained(tmp_path / "decoder"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unclip.decoder.network.conditions["image_embeds"], "absent", np.ones(WIDTH))
+        with pytest.raises(ValueError, match="the embedding of zero pixels represents no image"):
+            interop.save(unclip, tmp_path / "other")
 
 
 @pytest.mark.once

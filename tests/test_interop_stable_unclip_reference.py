@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors import numpy as safetensors
 
 from kdiff import UnCLIP
+from kdiff.encoders import Pair
 from kdiff.guidance import ClassifierFree
 from kdiff.interop import diffusers as interop
 from kdiff.interop.files import read_json, write_json
@@ -123,6 +124,55 @@ def test_without_text(pair):
     """The network takes what there is in diffusers."""
     _, folder, _ = pair
     assert set(interop.load(folder, text=False).network.condition_inputs) == {"context", "label"}
+
+
+@pytest.mark.once
+def test_saved_again(pair, tmp_path):
+    """diffusers loads what kdiff writes as the same pipeline, with the same weights, and so does kdiff."""
+    theirs, _, ours = pair
+    interop.save(ours, tmp_path / "again")
+    again = type(theirs).from_pretrained(tmp_path / "again")
+    check_parts(theirs, again)
+    both = [ours, interop.load(tmp_path / "again")]
+    if isinstance(ours, UnCLIP):
+        options = {"text": TEXTS, "prior": {"steps": 2, "guidance": 4.0}, "decoder": {"steps": 2}}
+    else:
+        options = {"text": TEXTS, "picture": PICTURES, "picture_level": 0.3, "steps": 2, "guidance": 4.0}
+    np.testing.assert_allclose(both[1].sample(2, **options), both[0].sample(2, **options), atol=1e-5)
+
+
+def check_parts(theirs, again):
+    """Two pipelines have the same weights, and schedulers with the same tables and kinds."""
+    assert again.components.keys() == theirs.components.keys()
+    for name, part in theirs.components.items():
+        other = again.components[name]
+        if isinstance(part, torch.nn.Module):
+            wanted, found = part.state_dict(), other.state_dict()
+            assert found.keys() == wanted.keys(), name
+            for key, value in wanted.items():
+                dense = value.flatten(2)[..., 0] if value.ndim == 4 and found[key].ndim == 2 else value  # 1 x 1 kernels
+                np.testing.assert_allclose(found[key], dense, atol=1e-6, err_msg=f"{name}.{key}")
+        elif hasattr(part, "betas"):
+            assert type(other) is type(part)
+            np.testing.assert_allclose(other.alphas_cumprod, part.alphas_cumprod, rtol=1e-5)
+            of_steps = ("prediction_type", "variance_type", "clip_sample", "clip_sample_range", "set_alpha_to_one")
+            for key in of_steps if name != "image_noising_scheduler" else ():
+                values = [str(one.config.get(key)).removesuffix("_log") for one in (other, part)]  # one variance
+                assert values[0] == values[1], (name, key)
+        elif name.endswith("tokenizer"):
+            assert other(TEXTS).input_ids == part(TEXTS).input_ids
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("pair", ["texts"], indirect=True)
+def test_what_it_does_not_save(pair, tmp_path):
+    _, _, ours = pair
+    text = ours.prior.network.conditions["text"].through(None)
+    with pytest.raises(ValueError, match="for latents diffusers has a prior, no upsampler"):
+        interop.save(UnCLIP(None, ours.decoder), tmp_path)
+    with pytest.raises(ValueError, match="for latents diffusers has a prior, no upsampler"):
+        interop.save(UnCLIP(ours.prior, ours.decoder, clip=Pair(None, text)), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def with_weights(folder, change):

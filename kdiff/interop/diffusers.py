@@ -52,6 +52,7 @@ from kdiff.interop import (
     mmdit,
     priors,
     prompts,
+    saving_embeddings,
     saving_networks,
     saving_unclip,
     schedulers,
@@ -295,7 +296,7 @@ def save(model: keras.Model, folder: str | Path, ema: bool = True) -> None:
             `transformer`, `scheduler`, the autoencoder, ControlNets and the encoders with their tokenizers. The index
             of the pipeline is written if diffusers has one, by the table of `interop.pipelines`; without it `load`
             cannot recover the names of images concatenated to x_t. A `codecs.Latent` alone is written as its
-            autoencoder, and an `UnCLIP` as the pipeline of Karlo.
+            autoencoder, and an `UnCLIP` as the pipeline of Karlo, of Stable unCLIP or of Kandinsky 2.2.
         folder: to write to; files of the same names are replaced.
         ema: whether to write averaged weights, if the model has averages that have been updated. In either case a
             kernel with LoRA is written with its change, as after `lora.merge`, and the model is not modified.
@@ -310,8 +311,13 @@ def save(model: keras.Model, folder: str | Path, ema: bool = True) -> None:
     if isinstance(model, ControlNet):
         control.save(model, folder)
         return
-    if isinstance(model, UnCLIP):
+    if isinstance(model, UnCLIP) and not isinstance(model.decoder.codec, Latent):
         saving_unclip.save(model, folder, ema)
+        return
+    if isinstance(model, UnCLIP):
+        saving_embeddings.check(model)
+        save(model.decoder, folder, ema)
+        saving_embeddings.save_before(model, folder, ema)
         return
     if not isinstance(model, DiffusionModel):
         _save_network(model, folder, {})
@@ -331,11 +337,12 @@ def save(model: keras.Model, folder: str | Path, ema: bool = True) -> None:
     if isinstance(model.codec, Latent):
         autoencoders.save(model.codec, folder / autoencoder)
         parts[autoencoder] = ["diffusers", CLASSES[type(model.codec.autoencoder)]]
-    for one in maps.map_conditions(network).values():
-        if one.noise is not None:
-            added = schedulers.Process(one.noise, Noise(), Index(), Sampler("ddpm", "leading", one.noise.num_steps))
+    for noise in (*(one.noise for one in maps.map_conditions(network).values()), saving_embeddings.noise_of(network)):
+        if noise is not None:
+            added = schedulers.Process(noise, Noise(), Index(), Sampler("ddpm", "leading", noise.num_steps))
             save_scheduler(added, folder / maps.NOISING)
             parts[maps.NOISING] = ["diffusers", read_json(folder / maps.NOISING / SCHEDULER)["_class_name"]]
+    parts |= saving_embeddings.save_normalizer(network, folder)
     prompt = prompts.prompt_of(network)
     parts |= {} if prompt is None else prompts.save(prompt, folder)
     if "_class_name" in index:
@@ -349,6 +356,7 @@ def _save_network(network: keras.Model, folder: Path, values: dict[int, Any]) ->
     again = maps.with_maps(model.network(config, folder, **model.told(state, {})), beside, maps.map_conditions(network))
     prompt = prompts.prompt_of(network)
     again = again if prompt is None else prompts.conditioned(again, prompt)
+    again = saving_embeddings.conditioned_as(again, network)
     saving_networks.check_same(network, again.network)
     write_json(folder / "config.json", config)
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", state)

@@ -30,7 +30,7 @@ from kdiff.interop.configs import Described
 from kdiff.interop.files import read_json
 from kdiff.model import DiffusionModel
 
-__all__ = ["COMBINED", "CONDITION", "DECODERS", "PRIORS", "before", "conditioned", "prior_of"]
+__all__ = ["COMBINED", "CONDITION", "DECODERS", "PRIORS", "absent_of", "before", "conditioned", "prior_of"]
 
 PRIORS = ("KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline")
 COMBINED = tuple(f"KandinskyV22{task}CombinedPipeline" for task in ("", "Img2Img", "Inpaint"))
@@ -88,10 +88,14 @@ def before(
     text = unclip.prompt(parts.text_encoder, parts.tokenizer, variant)
     model = unclip.prior_model(parts.prior, parts.scheduler, text, strict, variant)
     clip = Pair(prompts.picture(parts.image_encoder, parts.image_processor, variant), text.through(None))
+    return unclip.Before(partial(conditioned, absent=absent_of(clip)), model, clip, CONDITION)
+
+
+def absent_of(clip: Pair) -> np.ndarray:
+    """The embedding that represents no image: of zero pixels after CLIP's normalisation."""
     encoder = clip.picture.encoder
     pixels = np.zeros((1, encoder.size, encoder.size, encoder.channels), "float32")
-    absent = ops.convert_to_numpy(encoder(pixels, training=False).vector)[0]
-    return unclip.Before(partial(conditioned, absent=absent), model, clip, CONDITION)
+    return ops.convert_to_numpy(encoder(pixels, training=False).vector)[0]
 
 
 def conditioned(described: Described, absent: np.ndarray) -> Described:

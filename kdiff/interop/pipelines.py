@@ -9,6 +9,8 @@
 | one encoder; two | "mask_image", "masked_image" | StableDiffusionInpaint; StableDiffusionXLInpaint |
 | one encoder; two | "source" | StableDiffusionInstructPix2Pix; StableDiffusionXLInstructPix2Pix |
 | one encoder | "depth"; "low" | StableDiffusionDepth2Img; StableDiffusionUpscale |
+| one encoder, and a noised embedding of a picture; of a prior | nothing | StableUnCLIPImg2Img; StableUnCLIP |
+| an image embedding, as "image_embeds" | nothing | KandinskyV22 |
 | `LDMText` | nothing | LDMTextToImage |
 | a picture | nothing | StableDiffusionImageVariation |
 | none: latents | nothing | LDM; DiT with a class |
@@ -27,7 +29,8 @@ from kdiff.blocks.embeddings import GuidanceEmbedding
 from kdiff.codecs import Codec, Latent
 from kdiff.encoders.joint_prompt import JointPrompt
 from kdiff.encoders.ldm import LDMText
-from kdiff.encoders.picture_prompt import PicturePrompt
+from kdiff.encoders.picture_prompt import PICTURE, PicturePrompt
+from kdiff.encoders.prompt import Prompt
 from kdiff.encoders.t5 import T5Text
 from kdiff.interop import maps, prompts
 
@@ -102,7 +105,13 @@ def pipeline_of(network: keras.Model, kind: str, scheduler: str, codec: Codec, c
 
 def _without_controls(network: keras.Model, kind: str, scheduler: str, codec: Codec) -> Pipeline:
     prompt, beside = prompts.prompt_of(network), tuple(sorted(maps.map_conditions(network)))
-    latent = isinstance(codec, Latent)
+    latent, others = isinstance(codec, Latent), set(network.conditions) - {prompts.CONTEXT}
+    if others & {PICTURE, "embedding"}:
+        name = "StableUnCLIPImg2Img" if PICTURE in others else "StableUnCLIP"
+        plain = latent and len(others) == 1 and isinstance(prompt, Prompt)
+        return _named(name, {}) if plain else Pipeline({})
+    if others == {"image_embeds"} and prompt is None:
+        return _named("KandinskyV22", {}, "movq") if latent else Pipeline({})
     if isinstance(prompt, JointPrompt):
         return _of_sd3(prompt) if latent and not beside else Pipeline({})
     if isinstance(prompt, PicturePrompt):

@@ -35,6 +35,7 @@ __all__ = [
     "IF",
     "IF_LENGTH",
     "PARTS",
+    "PICTURE",
     "PIPELINES",
     "SD3",
     "SD3_LENGTH",
@@ -73,6 +74,7 @@ PIPELINES = (
 )
 PARTS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"), ("text_encoder_3", "tokenizer_3"))
 BERT = (("bert", "tokenizer"),)
+PICTURE = ("image_encoder", "feature_extractor")
 CONTEXT = "context"  # the condition for the tokens of the text
 
 
@@ -197,7 +199,10 @@ def _parts(prompt: Prompt) -> tuple[tuple[str, str], ...]:
 
 
 def save(
-    prompt: Prompt | PicturePrompt, folder: str | Path, parts: Sequence[tuple[str, str]] | None = None
+    prompt: Prompt | PicturePrompt,
+    folder: str | Path,
+    parts: Sequence[tuple[str, str]] | None = None,
+    picture: tuple[str, str] = PICTURE,
 ) -> dict[str, list[str]]:
     """Writes the folders of encoders and tokenizers; returns their entries of `model_index.json`.
 
@@ -205,13 +210,14 @@ def save(
         prompt: the text, or the picture.
         folder: of the pipeline.
         parts: the folder names of each text encoder and its tokenizer; None for those of Stable Diffusion.
+        picture: those of the image encoder and its processor.
 
     Raises:
         ValueError: if transformers does not support the encoder or tokenizer.
     """
     folder = Path(folder)
     if isinstance(prompt, PicturePrompt):
-        return _save_picture(prompt, folder)
+        return _save_picture(prompt, folder, *picture)
     index = {}
     for (name, words), encoder, tokenizer in zip(
         parts or _parts(prompt), prompt.encoders, prompt.tokenizers, strict=False
@@ -226,8 +232,8 @@ def save(
     return index
 
 
-def _save_picture(prompt: PicturePrompt, folder: Path) -> dict[str, list[str]]:
-    encoders.save(prompt.encoder, folder / "image_encoder")
+def _save_picture(prompt: PicturePrompt, folder: Path, name: str, processor: str) -> dict[str, list[str]]:
+    encoders.save(prompt.encoder, folder / name)
     size = prompt.encoder.size
     config = {
         "image_processor_type": "CLIPImageProcessor",
@@ -236,8 +242,8 @@ def _save_picture(prompt: PicturePrompt, folder: Path) -> dict[str, list[str]]:
         "image_mean": list(prompt.mean),
         "image_std": list(prompt.std),
     }
-    write_json(folder / "feature_extractor" / "preprocessor_config.json", config)
+    write_json(folder / processor / "preprocessor_config.json", config)
     return {
-        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
-        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        name: ["transformers", "CLIPVisionModelWithProjection"],
+        processor: ["transformers", "CLIPImageProcessor"],
     }

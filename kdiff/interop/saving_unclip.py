@@ -5,7 +5,7 @@ The index names the module of one class, `LIBRARY`, as diffusers 0.42 needs it: 
 "unclip", and in those that it writes, "diffusers", it finds no class.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from kdiff.networks.prior_transformer import PriorTransformer
 from kdiff.networks.unet import UNet
 from kdiff.unclip import UnCLIP
 
-__all__ = ["LIBRARY", "save"]
+__all__ = ["LIBRARY", "save", "save_prior", "text_of"]
 
 LIBRARY = "diffusers.pipelines.deprecated.unclip.text_proj"
 
@@ -56,12 +56,12 @@ def save(model: UnCLIP, folder: str | Path, ema: bool = True) -> None:
             f"upsampler, `ExpertDenoisers` with `bound` 0; received: {model.prior!r}, {model.clip!r} and {upsamplers}"
         )
     values = [ema_of(one) if ema else {} for one in (model.decoder, upsamplers[0])]
-    text = _text_of(model.decoder, "text")
+    text = text_of(model.decoder, "text")
     index = prompts.save(text, folder, prompts.PARTS[:1])
     if model.prior is not None:
-        if _text_of(model.prior, "text").encoders[0] is not text.encoders[0]:
+        if text_of(model.prior, "text").encoders[0] is not text.encoders[0]:
             raise ValueError(f"{model.name}: prior and decoder share one text encoder in diffusers; these have two")
-        index |= _save_prior(model.prior, folder, ema_of(model.prior) if ema else {})
+        index |= save_prior(model.prior, folder, ema_of(model.prior) if ema else {})
     else:
         index |= prompts.save(vision, folder)
     index |= _save_decoder(model.decoder, folder, values[0])
@@ -71,7 +71,8 @@ def save(model: UnCLIP, folder: str | Path, ema: bool = True) -> None:
     write_json(folder / "model_index.json", {"_class_name": unclip.PIPELINES[model.prior is None], **index})
 
 
-def _text_of(model: DiffusionModel, name: str) -> Prompt:
+def text_of(model: DiffusionModel, name: str) -> Prompt:
+    """Its text condition, or a ValueError if the pipelines with a prior have no such one."""
     found = model.network.conditions.get(name)
     if not isinstance(found, Prompt) or not found.masked:
         raise ValueError(
@@ -87,27 +88,42 @@ def _write(folder: Path, config: Mapping[str, Any], state: State) -> dict[str, l
     return {folder.name: ["diffusers", config["_class_name"]]}
 
 
-def _save_scheduler(model: DiffusionModel, folder: Path) -> dict[str, list[str]]:
-    process = schedulers.Process(model.schedule, model.prediction, model.time_label, model.sampler)
-    write_json(folder / "scheduler_config.json", unclip_config(process))
-    return {folder.name: ["diffusers", "UnCLIPScheduler"]}
+def _save_scheduler(model: DiffusionModel, folder: Path, config: Callable = unclip_config) -> dict[str, list[str]]:
+    found = config(schedulers.Process(model.schedule, model.prediction, model.time_label, model.sampler))
+    write_json(folder / "scheduler_config.json", found)
+    return {folder.name: ["diffusers", found["_class_name"]]}
 
 
-def _save_prior(model: DiffusionModel, folder: Path, values) -> dict[str, list[str]]:
+def save_prior(
+    model: DiffusionModel,
+    folder: Path,
+    values: Mapping[int, Any],
+    names: tuple[str, str] = ("prior", "prior_scheduler"),
+    scheduler: Callable = unclip_config,
+) -> dict[str, list[str]]:
+    """Writes a prior and its scheduler; returns their entries of `model_index.json`.
+
+    Args:
+        model: the model of embeddings.
+        folder: of the pipeline.
+        values: averaged weights, as from `ema_of`.
+        names: of the folders of the prior and of its scheduler.
+        scheduler: the configuration from a `Process`: `unclip_config` or `scheduler_config`.
+    """
     network, codec = model.network, model.codec
     if not isinstance(network, PriorTransformer) or not isinstance(codec, Standard):
         raise ValueError(
             f"{model.name}: the prior must be a PriorTransformer on `Standard`; received: {network!r} on {codec!r}"
         )
     config = priors.prior_config(network)
-    again = unclip.prior_of_text(priors.prior(config, folder), _text_of(model, "text"))
+    again = unclip.prior_of_text(priors.prior(config, folder), text_of(model, "text"))
     check_same(network, again.network)
     state = {**export(priors.prior_slots(network), values), **priors.state_of_codec(codec, config["embedding_dim"])}
-    return {**_write(folder / "prior", config, state), **_save_scheduler(model, folder / "prior_scheduler")}
+    return {**_write(folder / names[0], config, state), **_save_scheduler(model, folder / names[1], scheduler)}
 
 
 def _save_decoder(model: DiffusionModel, folder: Path, values) -> dict[str, list[str]]:
-    network, text = model.network, _text_of(model, "text")
+    network, text = model.network, text_of(model, "text")
     embedding = network.conditions.get("embedding")
     if not isinstance(network, UNet) or not isinstance(embedding, ImageEmbedding):
         raise ValueError(

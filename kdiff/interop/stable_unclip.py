@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
 from kdiff.blocks.embedded import NoisedEmbedding
 from kdiff.blocks.embeddings import MLPEmbedding, SinusoidalEmbedding
@@ -29,9 +30,11 @@ from kdiff.interop import folders, maps, priors, prompts, schedulers, unclip
 from kdiff.interop.configs import Described, Key, complete
 from kdiff.interop.files import read_json
 from kdiff.interop.unet_keys import COUNT
+from kdiff.schedules import NoiseSchedule
 
-__all__ = ["NORMALIZER", "before", "conditioned", "noised"]
+__all__ = ["CLASS", "NORMALIZER", "before", "conditioned", "noised", "noised_by"]
 
+CLASS = ("stable_diffusion", "StableUnCLIPImageNormalizer")  # of `image_normalizer`, in `model_index.json`
 NORMALIZER = {"embedding_dim": Key(768, COUNT)}
 
 
@@ -71,8 +74,13 @@ def noised(folder: Path, variant: str | None = None) -> NoisedEmbedding:
         raise ValueError(
             f"{source}: the scheduler must have a table, whose steps are the levels that the network receives"
         )
-    waves = SinusoidalEmbedding(width, scale=float(schedule.num_steps), offset=-1.0)
-    return NoisedEmbedding(schedule, codec.mean, codec.std, waves, level=1.0 / schedule.num_steps)
+    return noised_by(schedule, codec.mean, codec.std)
+
+
+def noised_by(schedule: NoiseSchedule, mean: np.ndarray, std: np.ndarray) -> NoisedEmbedding:
+    """The condition with the levels of a schedule of T steps, without its dense layers."""
+    waves = SinusoidalEmbedding(len(mean), scale=float(schedule.num_steps), offset=-1.0)
+    return NoisedEmbedding(schedule, mean, std, waves, level=1.0 / schedule.num_steps)
 
 
 def conditioned(
