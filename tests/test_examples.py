@@ -339,7 +339,8 @@ def test_emoji_and_their_captions(run, tmp_path):
 def test_finetune(run, tmp_path):
     pytest.importorskip("PIL")
     small = ("--base-minutes", "0.001", "--width", "8", "--steps", "2", "--out", str(tmp_path))
-    shorter = (("20_000", "640"), ("2000 + 16", "32 + 16"), ("steps=20", "steps=2"))
+    shorter = (("on_black(18000", "on_black(200"), ("on_black(300", "on_black(20"))
+    shorter = (*shorter, ("2000 + 16", "32 + 16"), ("steps=20", "steps=2"))
     assert "The loss on the pictures was" in run("finetune.py", *small, shorter=shorter)
     tuned = ("--model", str(tmp_path / "base.keras"), "--control", "edges", *small)
     assert "with them have" in run("finetune.py", *tuned, shorter=shorter)
