@@ -13,7 +13,7 @@ batch, and sees it noised at a level that is a further input. It measures:
     trained for the same time without that noise, and of bicubic interpolation
 
 The distance is between Gaussians of all squares of 8 x 8 pixels: it measures edges, corners and colours, not content;
-it needs the extra `evaluation`. --minutes are minutes of one core. The saved cascade can draw other prompts: --model
+it needs the extra `evaluation`. --minutes are CPU minutes. The saved cascade can draw other prompts: --model
 FOLDER/imagen.keras.
 
 Other pictures, such as emoji, can be read from a folder, with captions in files of the same name, cat.png and cat.txt:
@@ -43,7 +43,8 @@ PROMPTS = (
 )
 SHARES = (0.46, 0.17, 0.2, 0.17)  # of the time, by stage; the last is the stage without noise
 RATES = (2e-3, 1e-3, 1e-3, 1e-3)
-LEVELS = (0.05, 0.2, 0.5, 0.8)
+LEVELS = (0.05, 0.1, 0.2, 0.3)
+MAX_LEVEL = 0.3  # in training; of levels up to 1 the highest take most of the loss, and pictures stay blurred
 LEVEL = 0.1  # the noise level in sampling
 PATCH = 8  # the side of the squares of the Frechet distance, in pixels
 
@@ -105,7 +106,7 @@ def base_of(options: argparse.Namespace, words) -> kdiff.DiffusionModel:
 def larger_of(options: argparse.Namespace, words, factor: int, noise, name: str) -> kdiff.DiffusionModel:
     """A super-resolution model; `noise` is the schedule of its noised input, None for no noise."""
     small = operators.Downsample(factor)
-    low = Concat("bicubic", noise=noise, noise_first=noise is not None, level=LEVEL, of=small)
+    low = Concat("bicubic", noise=noise, noise_first=noise is not None, max_level=MAX_LEVEL, level=LEVEL, of=small)
     network = published.efficient(options.width // 4, levels=2, conditions={"low": low, "text": words()})
     sampler = kdiff.Sampler("dpm_solver_pp", "trailing", options.steps)
     return kdiff.DiffusionModel(network, "cosine", "data", sampler=sampler, ema=0.99, name=name)
