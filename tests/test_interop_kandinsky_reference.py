@@ -181,6 +181,10 @@ def test_saved_again(folders, unclip, tmp_path):
         patch.setattr(unclip.decoder.network.conditions["image_embeds"], "absent", np.ones(WIDTH))
         with pytest.raises(ValueError, match="the embedding of zero pixels represents no image"):
             interop.save(unclip, tmp_path / "other")
+        patch.setattr(unclip.decoder.network.conditions["image_embeds"], "absent", None)  # a learned one
+        with pytest.raises(ValueError, match="an `OptionalCondition` with `absent`"):
+            interop.save(unclip, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.once

@@ -34,8 +34,8 @@ __all__ = [
     "CONTEXT",
     "IF",
     "IF_LENGTH",
+    "IMAGE_ENCODER",
     "PARTS",
-    "PICTURE",
     "PIPELINES",
     "SD3",
     "SD3_LENGTH",
@@ -74,7 +74,7 @@ PIPELINES = (
 )
 PARTS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"), ("text_encoder_3", "tokenizer_3"))
 BERT = (("bert", "tokenizer"),)
-PICTURE = ("image_encoder", "feature_extractor")
+IMAGE_ENCODER = ("image_encoder", "feature_extractor")
 CONTEXT = "context"  # the condition for the tokens of the text
 
 
@@ -202,7 +202,7 @@ def save(
     prompt: Prompt | PicturePrompt,
     folder: str | Path,
     parts: Sequence[tuple[str, str]] | None = None,
-    picture: tuple[str, str] = PICTURE,
+    picture: tuple[str, str] = IMAGE_ENCODER,
 ) -> dict[str, list[str]]:
     """Writes the folders of encoders and tokenizers; returns their entries of `model_index.json`.
 

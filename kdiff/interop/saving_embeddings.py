@@ -85,15 +85,18 @@ def check(model: UnCLIP) -> None:
     """Raises a ValueError unless one of the pipelines has these parts."""
     name, found = model.embedding, model.decoder.network.conditions.get(model.embedding)
     pair = isinstance(model.clip, Pair) and None not in (model.clip.picture, model.clip.text)
-    kinds = {kandinsky.CONDITION: isinstance(found, OptionalCondition) and pair}
-    kinds["embedding"] = isinstance(found, NoisedEmbedding) and model.clip is None
-    if model.prior is None or model.upsamplers or not kinds.get(name):
+    optional = isinstance(found, OptionalCondition) and found.absent is not None
+    allowed = {"embedding": isinstance(found, NoisedEmbedding) and model.clip is None}
+    allowed[kandinsky.CONDITION] = optional and pair
+    if model.prior is None or model.upsamplers or not allowed.get(name):
         raise ValueError(
             f"{model.name}: for latents diffusers has a prior, no upsampler, and either a `NoisedEmbedding` as "
-            f"'embedding' without `clip`, or an `OptionalCondition` as {kandinsky.CONDITION!r} and a `Pair` of both "
-            f"encoders; received: {model.prior!r}, {model.upsamplers}, {found!r} as {name!r} and {model.clip!r}"
+            f"'embedding' without `clip`, or an `OptionalCondition` with `absent` as {kandinsky.CONDITION!r} and a "
+            f"`Pair` of both encoders; received: {model.prior!r}, {model.upsamplers}, {found!r} as {name!r} and "
+            f"{model.clip!r}"
         )
-    if kinds.get(kandinsky.CONDITION) and not np.allclose(kandinsky.absent_of(model.clip), found.absent, atol=1e-4):
+    saving_unclip.text_of(model.prior, "text")
+    if optional and not np.allclose(kandinsky.absent_of(model.clip), found.absent, atol=1e-4):
         raise ValueError(
             f"{model.name}: in diffusers the embedding of zero pixels represents no image; `absent` is another"
         )
@@ -101,12 +104,13 @@ def check(model: UnCLIP) -> None:
 
 def save_before(model: UnCLIP, folder: Path, ema: bool) -> None:
     """Adds the prior, and for Kandinsky its image encoder, to the folder of the decoder."""
-    kind, path = model.embedding == kandinsky.CONDITION, folder / "model_index.json"
-    names, scheduler = ("prior_prior", unclip_config) if kind else ("prior", scheduler_config)
     values, text = ema_of(model.prior) if ema else {}, saving_unclip.text_of(model.prior, "text")
-    parts = saving_unclip.save_prior(model.prior, folder, values, (names, "prior_scheduler"), scheduler)
-    parts |= prompts.save(text, folder, [("prior_text_encoder", "prior_tokenizer")])
-    if kind:
+    parts = prompts.save(text, folder, [("prior_text_encoder", "prior_tokenizer")])
+    if model.embedding == kandinsky.CONDITION:
+        pipeline, names, scheduler = kandinsky.COMBINED[0], ("prior_prior", "prior_scheduler"), unclip_config
         parts |= prompts.save(model.clip.picture, folder, picture=("prior_image_encoder", "prior_image_processor"))
-    name = kandinsky.COMBINED[0] if kind else prompts.UNCLIP[0]
-    write_json(path, {**read_json(path), **parts, "_class_name": name})
+    else:
+        pipeline, names, scheduler = prompts.UNCLIP[0], ("prior", "prior_scheduler"), scheduler_config
+    parts |= saving_unclip.save_prior(model.prior, folder, values, names, scheduler)
+    path = folder / "model_index.json"
+    write_json(path, {**read_json(path), **parts, "_class_name": pipeline})

@@ -7,18 +7,17 @@ import keras
 
 from kdiff.blocks.attention import SelfAttention
 from kdiff.blocks.base import Chain
-from kdiff.blocks.conditions import OptionalCondition, VectorAndTokens
+from kdiff.blocks.conditions import VectorAndTokens
 from kdiff.blocks.context_attention import ContextAttention
 from kdiff.blocks.convolution import ResidualBlock
-from kdiff.blocks.embedded import NoisedEmbedding
 from kdiff.blocks.embeddings import GuidanceEmbedding, MLPEmbedding
 from kdiff.blocks.layers import Dense
 from kdiff.blocks.lookup import LabelEmbedding
 from kdiff.blocks.normalization import GroupNorm, LayerNorm
 from kdiff.blocks.transformer import SpatialTransformer
-from kdiff.encoders.picture_prompt import PicturePrompt
 from kdiff.encoders.prompt import Prompt
 from kdiff.interop.maps import input_shapes, map_conditions
+from kdiff.interop.unet_conditions import as_in_diffusers
 from kdiff.interop.unet_keys import ACTIVATIONS
 from kdiff.interop.unets import PADDINGS
 from kdiff.networks.ncsnpp import NCSNpp
@@ -53,7 +52,7 @@ def unet_config(network: UNet, conditions: Mapping[str, keras.layers.Layer] | No
         network: a built one.
         conditions: by their names in `unet_conditions`; None for those of the network.
     """
-    conditions = _conditions_of(network) if conditions is None else conditions
+    conditions = as_in_diffusers(network.conditions) if conditions is None else conditions
     conditioned = bool({"context", "image_embeds"} & set(conditions))
     waves = attribute(network, network.embedding, "embedding")
     depths = [level.depth for level in network.levels]
@@ -294,19 +293,6 @@ def _groups(network: UNet) -> int:
 
 
 # --- conditions
-
-
-def _conditions_of(network: UNet) -> dict[str, keras.layers.Layer]:
-    """The conditions as in diffusers: a noised embedding is a label, and an embedding that may be absent is given."""
-    found = {}
-    for name, layer in network.conditions.items():
-        inner = layer.layer if isinstance(layer, PicturePrompt) else layer
-        if isinstance(inner, NoisedEmbedding):
-            found["label"] = inner.projection
-        else:
-            found[name] = layer.layer if isinstance(layer, OptionalCondition) else layer
-    return found
-
 
 KNOWN = {"context", "label", "added", "image_embeds", "text_embeds"}
 

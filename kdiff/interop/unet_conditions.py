@@ -12,17 +12,20 @@
 | `time_cond_proj_dim` (LCM) | the optional input "timestep_cond" |
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 
 from kdiff.blocks.base import Chain
-from kdiff.blocks.conditions import VectorAndTokens
+from kdiff.blocks.conditions import OptionalCondition, VectorAndTokens
 from kdiff.blocks.context_attention import AttentionPool
+from kdiff.blocks.embedded import NoisedEmbedding
 from kdiff.blocks.embeddings import GuidanceEmbedding, MLPEmbedding, SinusoidalEmbedding, SizeEmbedding
 from kdiff.blocks.layers import Dense
 from kdiff.blocks.lookup import LabelEmbedding
 from kdiff.blocks.normalization import LayerNorm
+from kdiff.encoders.picture_prompt import PicturePrompt
 from kdiff.interop.configs import each
 from kdiff.interop.unet_keys import ACTIVATIONS, image_shape
 from kdiff.networks.published import text_and_numbers
@@ -31,6 +34,7 @@ __all__ = [
     "IMAGE_TOKENS",
     "NUMBERS",
     "STEERING",
+    "as_in_diffusers",
     "check_added",
     "classes",
     "conditions",
@@ -111,6 +115,18 @@ def conditions(config: dict[str, Any]) -> dict[str, keras.layers.Layer]:
     if added == "text_time":
         made["added"] = text_and_numbers(_sizes(config), width)
     return {**made, **classes(config)}
+
+
+def as_in_diffusers(conditions: Mapping[str, keras.layers.Layer]) -> dict[str, keras.layers.Layer]:
+    """Conditions of kdiff by the names above: a noised embedding is the label, and what may be absent is its layer."""
+    found = {}
+    for name, layer in conditions.items():
+        inner = layer.layer if isinstance(layer, PicturePrompt) else layer
+        if isinstance(inner, NoisedEmbedding):
+            found["label"] = inner.projection
+        else:
+            found[name] = layer.layer if isinstance(layer, OptionalCondition) else layer
+    return found
 
 
 def _joined(vector, tokens):

@@ -359,10 +359,8 @@ class VQ(Convolutional):
         check_integer("VQ", "codes", codes)
         if code_width is not None:
             check_integer("VQ", "code_width", code_width)
-        self.codes = codes
-        self.code_width = code_width
-        self.spatial = spatial
-        self.quantize_latents = quantize_latents
+        self.codes, self.code_width = codes, code_width
+        self.spatial, self.quantize_latents = spatial, quantize_latents
         self.codebook = Codebook(codes, name="codebook", dtype=self.dtype_policy)
         self.encoder = self._encoder(latent_channels)
         self.decoder = self._decoder(spatial)
