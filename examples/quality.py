@@ -65,6 +65,7 @@ class Recipe(NamedTuple):
 
 OURS = {
     "network": "unet",
+    "codec": "haar",
     "schedule": "cosine",
     "prediction": "velocity",
     "weighting": "uniform",
@@ -75,7 +76,8 @@ OURS = {
     "batch_size": 64,
 }
 CHANGES: dict[str, tuple] = {
-    "network": ("wide", "attention", "dit"),
+    "network": ("narrow", "attention", "dit"),
+    "codec": (None,),
     "schedule": ("rectified", "sigmoid"),
     "prediction": ("noise", "data"),
     "weighting": ("min_snr", "sigmoid"),
@@ -86,10 +88,10 @@ CHANGES: dict[str, tuple] = {
     "batch_size": (32, 128),
 }
 NETWORKS = {
-    "unet": lambda: networks.UNet.residual(16, levels=3, depth=1, multipliers=(1, 2, 4)),
-    "wide": lambda: networks.UNet.residual(32, levels=3, depth=1, multipliers=(1, 2, 4)),
-    "attention": lambda: networks.UNet.attention(16, levels=3, depth=1, multipliers=(1, 2, 4), at=(2,)),
-    "dit": lambda: networks.DiT(192, depth=6, patch=4, block=networks.adaptive_block(4)),
+    "unet": lambda: networks.UNet.residual(32, levels=3, depth=1, multipliers=(1, 2, 4)),
+    "narrow": lambda: networks.UNet.residual(16, levels=3, depth=1, multipliers=(1, 2, 4)),
+    "attention": lambda: networks.UNet.attention(32, levels=3, depth=1, multipliers=(1, 2, 4), at=(2,)),
+    "dit": lambda: networks.DiT(128, depth=6, patch=2, block=networks.adaptive_block(4)),
 }
 OPTIMIZERS = {
     "adam": lambda rate: keras.optimizers.Adam(rate, clipnorm=1.0),
@@ -107,6 +109,7 @@ def ours(data: np.ndarray, evaluations: int, **changes: Any) -> Recipe:
         chosen["prediction"],
         weighting=chosen["weighting"],
         times=chosen["times"],
+        codec=chosen["codec"],
         ema=chosen["ema"],
         sampler=kdiff.Sampler("dpm_solver_pp", "uniform_log_snr", evaluations),
     )

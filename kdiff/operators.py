@@ -198,7 +198,7 @@ class Blur(Operator):
             mirrored = np.pad(np.arange(x.shape[axis]), size // 2, mode="reflect").astype("int32")
             x = ops.take(x, mirrored, axis=axis)
         kernel = np.tile(self.kernel[::-1, ::-1, None, None], (1, 1, x.shape[-1], 1))
-        return ops.depthwise_conv(x, ops.convert_to_tensor(kernel), padding="valid", data_format="channels_last")
+        return backend.depthwise_convolution(x, ops.convert_to_tensor(kernel), None, (1, 1), "valid", (1, 1))
 
 
 class Composed(Operator):

@@ -277,8 +277,15 @@ def test_a_convolution_takes_the_rank_of_what_it_is_given():
     assert layer.kernel.shape == (3, 2, 3)
     again = blocks.Conv2D.from_config(layer.get_config())
     assert again(np.ones((1, 4, 4, 4, 2), "float32")).shape == (1, 2, 2, 2, 3)
-    with pytest.raises(ValueError, match=r"fix another number of axes; received the shape: \(1, 8, 2\)"):
-        blocks.Conv2D(3, (3, 5))(np.ones((1, 8, 2), "float32"))
+    depthwise = blocks.DepthwiseConv2D(3, strides=2, padding="same", depth_multiplier=2)
+    for shape, half in (((1, 8, 2), (1, 4, 4)), ((1, 4, 4, 4, 2), (1, 2, 2, 2, 4))):
+        again = blocks.DepthwiseConv2D.from_config(depthwise.get_config())
+        assert again(np.ones(shape, "float32")).shape == half == tuple(again.compute_output_shape(shape))
+    for kind, *arguments in ((blocks.Conv2D, 3), (blocks.DepthwiseConv2D,)):
+        with pytest.raises(ValueError, match=rf"{kind.__name__}: .* another number of axes; .* shape: \(1, 8, 2\)"):
+            kind(*arguments, (3, 5))(np.ones((1, 8, 2), "float32"))
+        with pytest.raises(ValueError, match=f"{kind.__name__}: `data_format` must be"):
+            kind(*arguments, 3, data_format="channels_first")
 
 
 # --- diffusers

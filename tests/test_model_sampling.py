@@ -197,6 +197,7 @@ def test_the_size_of_examples_is_known_after_loading():
         blocks.Conv2D(3, 3, 2, padding="same"),
         blocks.Conv2D(3, 4, padding="same"),
         blocks.MPConv(3),
+        blocks.DepthwiseConv2D(4, padding="same"),
         blocks.ConvNeXtBlock(normalization="group_norm"),
         blocks.FIRDownsample(convolution=True),
         blocks.Upsample("transposed"),

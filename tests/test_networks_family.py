@@ -203,6 +203,7 @@ def test_any_width_has_heads(width, heads):
 RANKS = {
     "unet": lambda: UNet.attention(8, 2, 1),
     "simple": lambda: networks.SimpleUNet((8,), 8, 8),
+    "convnext": lambda: UNet.composed(blocks.ConvNeXtBlock(kernel_size=3, ratio=2), None, 8, 2, 1),
     "dit": lambda: DiT(12, 1, 2, blocks.TransformerBlock(pattern=blocks.Window(2, 1), adaptive=True)),
     "uvit": lambda: UViT(12, 1, 2),
     "hybrid": lambda: Hybrid.composed((12, 12), (1, 1), 0, blocks.Neighborhood(3), head_width=6),
@@ -344,6 +345,7 @@ def test_flops_by_hand():
         (keras.layers.Conv2D(5, 3, padding="same"), 6 * 4 * 9 * 3 * 5),
         (keras.layers.Conv2D(6, 3, strides=2, padding="same", groups=3), 3 * 2 * 9 * 1 * 6),
         (keras.layers.DepthwiseConv2D(3, padding="same"), 6 * 4 * 9 * 3),
+        (blocks.DepthwiseConv2D(3, depth_multiplier=2, padding="same"), 6 * 4 * 9 * 3 * 2),
         (keras.layers.Conv2DTranspose(5, 4, 2, padding="same"), 6 * 4 * 16 * 3 * 5),
         (keras.layers.EinsumDense("bhwc,cnd->bhwnd", (6, 4, 2, 5)), 6 * 4 * 3 * 2 * 5),
         (keras.layers.Activation("silu"), 0),

@@ -85,6 +85,59 @@ def test_convolution(size, kernel, strides, dilation, padding):
     )
 
 
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("kernel", [(3, 3), (2, 4), (1, 1)])
+def test_convolution_by_a_large_kernel(kernel, padding):
+    """On JAX and PyTorch it is a product of patches: 16,384 numbers for each position, and more."""
+    x, weights = drawn(1, 3, 4, 256), drawn(*kernel, 256, 1024)
+    before = [(size - 1) // 2 * (padding == "same") for size in kernel]
+    after = [size // 2 * (padding == "same") for size in kernel]
+    padded = np.pad(x, [(0, 0), *zip(before, after, strict=True), (0, 0)])
+    windows = np.lib.stride_tricks.sliding_window_view(
+        padded, kernel, (1, 2)
+    )  # (batch, height, width, channels, *kernel)
+    expected = np.einsum("bhwcij,ijcd->bhwd", windows.astype("float64"), weights.astype("float64"))
+    function = lambda x, kernel: backend.convolution(x, kernel, None, (1, 1), padding, (1, 1))  # noqa: E731
+    y, (_, slope) = value_and_gradients(function, (x, weights))
+    np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
+    dy = drawn(*expected.shape, seed=9).astype("float64")
+    wanted = np.einsum("bhwcij,bhwd->ijcd", windows, dy)
+    np.testing.assert_allclose(slope, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "dilation"),
+    [
+        ((6, 5), (3, 3), 1, 1),
+        ((7, 6), (4, 2), 2, 1),
+        ((9, 8), (3, 3), 1, 2),
+        ((9,), (4,), 2, 1),
+        ((4, 5, 6), (3, 2, 3), 1, 1),
+        ((16, 15), (12, 12), 1, 1),  # too large for shifted maps
+    ],
+)
+@pytest.mark.parametrize("multiplier", [1, 2])
+def test_depthwise_convolution(size, kernel, stride, dilation, padding, multiplier):
+    """Each channel's is a convolution of one channel."""
+    strides, rates = (stride,) * len(size), (dilation,) * len(size)
+
+    def by_channel(x, kernel, bias):
+        maps = [
+            backend.convolution(x[..., i : i + 1], kernel[..., i : i + 1, :], None, strides, padding, rates)
+            for i in range(3)
+        ]
+        return ops.concatenate(maps, axis=-1) + bias
+
+    def function(x, kernel, bias):
+        return backend.depthwise_convolution(x, kernel, bias, strides, padding, rates)
+
+    arrays = drawn(2, *size, 3), drawn(*kernel, 3, multiplier), drawn(3 * multiplier)
+    assert_same(function, by_channel, *arrays)
+    if (kernel, dilation) == ((3, 3), 1):
+        assert_close_in_bfloat16(function, *arrays)
+
+
 @pytest.mark.parametrize("size", [(8,), (8, 8), (4, 4, 4)])
 def test_the_gradient_of_a_kernel_to_one_channel(size):
     """In a batch of one: PyTorch has none on a CPU, of the kernel as it lies."""

@@ -31,6 +31,7 @@ def operations(toy: bool) -> dict[str, tuple[Callable, list]]:
         title, images = f"{size}x{size}x{width}", (batch, size, size, width)
         found[f"group norm {title}"] = group_norms, [images, (width,), (width,)]
         found[f"3x3 convolution {title}"] = convolutions, [images, (3, 3, width, width), (width,)]
+        found[f"7x7 depthwise convolution {title}"] = depthwise_convolutions, [images, (7, 7, width, 1), (width,)]
         found[f"SiLU {title}"] = silus, [images]
         found[f"upsample {title}"] = upsamplings, [images]
         found[f"average pool {title}"] = poolings, [images]
@@ -40,6 +41,9 @@ def operations(toy: bool) -> dict[str, tuple[Callable, list]]:
     found[f"GELU {tokens}x{4 * width}"] = gelus, [(batch, tokens, 4 * width)]
     for heads, width in [(2, 8)] if toy else [(16, 8), (6, 64)]:
         found[f"attention {tokens}, {heads} heads of {width}"] = attentions, [(batch, tokens, heads, width)] * 3
+    size, width = (2, 64) if toy else (8, 1280)  # few positions and a large kernel, as at the bottom of a large U-Net
+    title, images = f"{size}x{size}x{width}, two", (2, size, size, width)
+    found[f"3x3 convolution {title}"] = convolutions, [images, (3, 3, width, width), (width,)]
     found["sinusoidal embedding to 256"] = embeddings, [(batch,)]
     return found
 
@@ -108,6 +112,15 @@ def convolutions(backend: str, shape: tuple) -> dict[str, Callable]:
 
         forms["TensorFlow, bias_add"] = lambda x, k, b: tf.nn.bias_add(tf.nn.conv2d(x, k, 1, "SAME"), b)
     return forms
+
+
+def depthwise_convolutions(backend: str, shape: tuple) -> dict[str, Callable]:
+    import keras
+
+    import kdiff.blocks
+
+    layers = {"Keras": keras.layers.DepthwiseConv2D, "kdiff": kdiff.blocks.DepthwiseConv2D}
+    return {name: of_layer(layer(7, padding="same"), shape) for name, layer in layers.items()}
 
 
 def upsamplings(backend: str, shape: tuple) -> dict[str, Callable]:
@@ -246,7 +259,11 @@ def runner(backend: str, form: Callable, arrays: list, gradient: bool) -> Callab
     if backend == "torch":
         import torch
 
-        tensors = [torch.from_numpy(array).requires_grad_(gradient) for array in arrays]
+        tensors = [torch.from_numpy(array) for array in arrays]
+        for i, kernel in enumerate(tensors[1:], start=1):
+            if kernel.ndim == 4:  # stored as kdiff does, width first, which suits all forms
+                tensors[i] = kernel.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+        tensors = [tensor.requires_grad_(gradient) for tensor in tensors]
         with torch.no_grad():
             ones = torch.ones_like(form(*tensors))
 
@@ -284,13 +301,15 @@ def runner(backend: str, form: Callable, arrays: list, gradient: bool) -> Callab
     return lambda: graph(*tensors)
 
 
-def measure(backend: str, toy: bool) -> list[dict]:
+def measure(backend: str, toy: bool, chosen: str) -> list[dict]:
     """A row for each operation and form: the medians of the forms' turns, in milliseconds."""
     import numpy as np
 
     turns, seconds = (1, 0.0) if toy else (9, 0.05)
     generator, rows = np.random.default_rng(0), []
     for operation, (forms_of, shapes) in operations(toy).items():
+        if chosen not in operation:
+            continue
         forms = forms_of(backend, shapes[0])
         arrays = [generator.normal(size=shape).astype("float32") for shape in shapes]
         runs = {
@@ -339,18 +358,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS)
     parser.add_argument("--cores", type=int, default=1)
+    parser.add_argument("--only", default="", help="only operations with this in their name, such as convolution")
     parser.add_argument("--toy", action="store_true", help="tiny arrays, one turn")
     parser.add_argument("--out", type=Path, default=Path("runs") / "speed")
     parser.add_argument("--rows", type=Path, help="measure on the backend of this process, and write the rows there")
     options = parser.parse_args()
     if options.rows:
-        options.rows.write_text(json.dumps(measure(os.environ["KERAS_BACKEND"], options.toy)))
+        options.rows.write_text(json.dumps(measure(os.environ["KERAS_BACKEND"], options.toy, options.only)))
         return
     options.out.mkdir(parents=True, exist_ok=True)
     path, rows = options.out / "kernels.json", []
     for backend in options.backends:
         environment = {**os.environ, "KERAS_BACKEND": backend, "OMP_NUM_THREADS": str(options.cores)}
-        command = [sys.executable, __file__, "--rows", str(path), *(["--toy"] if options.toy else [])]
+        command = [sys.executable, __file__, "--rows", str(path), "--only", options.only]
+        command += ["--toy"] if options.toy else []
         cores = sorted(os.sched_getaffinity(0))[: options.cores]
         subprocess.run(
             command,

@@ -18,7 +18,7 @@ from kdiff.blocks.embeddings import (
 )
 from kdiff.blocks.interval import Interval
 from kdiff.blocks.joint import JointBlock
-from kdiff.blocks.layers import Conv2D, Dense
+from kdiff.blocks.layers import Conv2D, Dense, DepthwiseConv2D
 from kdiff.blocks.lookup import LabelEmbedding, LearnedEmbedding
 from kdiff.blocks.magnitude import (
     MagnitudePreservingBlock,
@@ -53,6 +53,7 @@ __all__ = [
     "CrossAttention",
     "DecoupledAttention",
     "Dense",
+    "DepthwiseConv2D",
     "Downsample",
     "Encoded",
     "EncodedText",

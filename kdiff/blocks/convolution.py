@@ -5,7 +5,6 @@ from typing import Any
 import keras
 from keras import ops
 
-from kdiff import circular_padding
 from kdiff.base import check_integer, check_number
 from kdiff.blocks.base import (
     Block,
@@ -23,7 +22,7 @@ from kdiff.blocks.base import (
     projection_of,
 )
 from kdiff.blocks.initializers import Normal
-from kdiff.blocks.layers import Conv2D, Dense
+from kdiff.blocks.layers import Conv2D, Dense, DepthwiseConv2D
 from kdiff.blocks.normalization import AdaptiveNorm, GroupNorm
 
 __all__ = ["ConvBlock", "ConvNeXtBlock", "ResidualBlock", "SimpleBlock", "normalization_of"]
@@ -267,9 +266,7 @@ class ConvNeXtBlock(Block):
         self.embedded = embed_shape is not None
         width = self.width or x_shape[-1]
         options = {"depthwise_initializer": Normal(1 / self.kernel_size), "dtype": self.dtype_policy}
-        if len(x_shape) not in _DEPTHWISE:
-            raise ValueError(f"ConvNeXtBlock: Keras has no depthwise convolution of volumes: {tuple(x_shape)}")
-        self.depthwise = _DEPTHWISE[len(x_shape)](self.kernel_size, padding="same", **options)
+        self.depthwise = DepthwiseConv2D(self.kernel_size, padding="same", **options)
         self.projection = None if self.scale_shift else projection_of(self, embed_shape, x_shape[-1])
         self.inner_normalization = normalization_of(self, x_shape, embed_shape)
         self.hidden = self._dense(x_shape, self.ratio * width)
@@ -288,17 +285,13 @@ class ConvNeXtBlock(Block):
     def call(self, x, embed=None, context=None, training=None):
         """Maps (batch, height, width, channels) to `self.width` channels; `embed` is (batch, dim) or None."""
         check_embed(self, embed)
-        y = circular_padding.around(self.depthwise, x, self.kernel_size // 2)
+        y = self.depthwise(x)
         if self.projection is not None:
             y = y + over_positions(self.projection(ops.silu(embed)), y)
         y = self.hidden(apply_layer(self.inner_normalization, y, embed, training=training))
         y = self.output_layer(self._activate(y))
         y = y if self.layer_scale is None else y * ops.cast(self.scale, y.dtype)
         return (x if self.shortcut is None else self.shortcut(x)) + y
-
-
-# By the rank of their input.
-_DEPTHWISE = {3: keras.layers.DepthwiseConv1D, 4: keras.layers.DepthwiseConv2D}
 
 
 class SimpleBlock(Block):

@@ -1,4 +1,4 @@
-"""Keras' dense layer and convolution, in the fastest form on each backend."""
+"""Keras' dense layer and convolutions, in the fastest form on each backend."""
 
 import keras
 import numpy as np
@@ -6,7 +6,7 @@ import numpy as np
 from kdiff import backend
 from kdiff.blocks.initializers import Normal
 
-__all__ = ["Conv2D", "Dense", "Direct", "LowRank"]
+__all__ = ["Conv2D", "Dense", "DepthwiseConv2D", "Direct", "LowRank"]
 
 
 class Direct:
@@ -15,6 +15,8 @@ class Direct:
     def __call__(self, *args, **kwargs):
         """Calls the layer, as for any Keras layer."""
         if backend.needs_no_preparation(self, args, kwargs):
+            if not self._call_has_training_arg:
+                kwargs.pop("training", None)
             return self.call(*args, **kwargs)
         return super().__call__(*args, **kwargs)
 
@@ -106,28 +108,28 @@ class Dense(LowRank, Direct, keras.layers.Dense):
         return backend.dense(inputs, kernel, bias)
 
 
-@keras.saving.register_keras_serializable("kdiff.blocks")
-class Conv2D(LowRank, Direct, keras.layers.Conv2D):
-    """`activation(kernel * x + bias)` on maps: `keras.layers.Conv2D`, with its arguments, channels last.
+class _AnyRank(Direct):
+    """A mixin for Keras' 2-D convolutions, channels last, whose rank is that of the shape for which they are built.
 
-    The rank is that of the shape for which it is built: with arguments that are single numbers it is also a convolution
-    of series (batch, length, channels) and of volumes (batch, depth, height, width, channels).
+    With arguments that are single numbers they are also convolutions of series (batch, length, channels) and of volumes
+    (batch, depth, height, width, channels).
     """
 
-    def __init__(self, filters: int, kernel_size, *args, **kwargs):
-        super().__init__(filters, kernel_size, *args, **{"data_format": "channels_last", **kwargs})
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"data_format": "channels_last", **kwargs})
         if self.data_format != "channels_last":
-            raise ValueError(f"Conv2D: `data_format` must be 'channels_last'; received: {self.data_format!r}")
+            raise ValueError(
+                f"{type(self).__name__}: `data_format` must be 'channels_last'; received: {self.data_format!r}"
+            )
         self.input_spec = None
 
     def build(self, input_shape):
         """Creates kernel and bias for this rank."""
         self._take_rank(input_shape)
         super().build(input_shape)
-        backend.as_kernel(self._kernel)
 
     def compute_output_shape(self, input_shape):
-        """(batch, *sizes, filters)."""
+        """(batch, *sizes, channels)."""
         self._take_rank(input_shape)
         return super().compute_output_shape(input_shape)
 
@@ -141,8 +143,35 @@ class Conv2D(LowRank, Direct, keras.layers.Conv2D):
         if rank == self.rank:
             return
         sizes = (_shared(value) for value in (self.kernel_size, self.strides, self.dilation_rate))
-        self.kernel_size, self.strides, self.dilation_rate = (_for_each_axis(value, rank, shape) for value in sizes)
+        self.kernel_size, self.strides, self.dilation_rate = (self._for_each_axis(one, rank, shape) for one in sizes)
         self.rank = rank
+
+    def _for_each_axis(self, value, rank, shape):
+        if not isinstance(value, int) or rank not in (1, 2, 3):
+            raise ValueError(
+                f"{type(self).__name__}: the arguments {value} fix another number of axes; received the shape: "
+                f"{tuple(shape)}"
+            )
+        return (value,) * rank
+
+
+def _shared(values):
+    """One number if the values of all axes are equal; otherwise the values."""
+    return values[0] if len(set(values)) == 1 else values
+
+
+@keras.saving.register_keras_serializable("kdiff.blocks")
+class Conv2D(LowRank, _AnyRank, keras.layers.Conv2D):
+    """`activation(kernel * x + bias)` on maps: `keras.layers.Conv2D`, with its arguments, channels last.
+
+    The rank is that of the shape for which it is built: with arguments that are single numbers it is also a convolution
+    of series (batch, length, channels) and of volumes (batch, depth, height, width, channels).
+    """
+
+    def build(self, input_shape):
+        """Creates kernel and bias for this rank."""
+        super().build(input_shape)
+        backend.as_kernel(self._kernel)
 
     def call(self, inputs):
         """Maps (batch, height, width, channels) to (batch, height', width', filters)."""
@@ -153,14 +182,16 @@ class Conv2D(LowRank, Direct, keras.layers.Conv2D):
         return backend.convolution(inputs, kernel, bias, self.strides, self.padding, self.dilation_rate)
 
 
-def _shared(values):
-    """One number if the values of all axes are equal; otherwise the values."""
-    return values[0] if len(set(values)) == 1 else values
+@keras.saving.register_keras_serializable("kdiff.blocks")
+class DepthwiseConv2D(_AnyRank, keras.layers.DepthwiseConv2D):
+    """A convolution of each channel with its own kernels: `keras.layers.DepthwiseConv2D`, with its arguments.
 
+    Channels last; of any rank, as `Conv2D`. Keras' own takes 7 to 26 times as long on JAX on a CPU, and 2 to 8 times as
+    long on PyTorch.
+    """
 
-def _for_each_axis(value, rank, shape):
-    if not isinstance(value, int) or rank not in (1, 2, 3):
-        raise ValueError(
-            f"Conv2D: the arguments {value} fix another number of axes; received the shape: {tuple(shape)}"
-        )
-    return (value,) * rank
+    def call(self, inputs):
+        """Maps (batch, height, width, channels) to (batch, height', width', channels * depth_multiplier)."""
+        options = (self.strides, self.padding, self.dilation_rate)
+        y = backend.depthwise_convolution(inputs, self.kernel, self.bias, *options)
+        return y if self.activation is None else self.activation(y)

@@ -13,6 +13,7 @@ import keras
 from keras import layers
 
 from kdiff.base import check_choice
+from kdiff.blocks.layers import DepthwiseConv2D
 from kdiff.evaluation.extractors import Extractor, Images
 from kdiff.evaluation.inception import norm_slots
 from kdiff.interop.files import read_state
@@ -59,7 +60,7 @@ class _Builder:
         if expansion > 1:
             wide = layers.Conv2D(expansion * width, 1, **_OPTIONS)
             x = self.unit(x, f"{name}._expand_conv", f"{name}._bn0", wide)
-        each = layers.DepthwiseConv2D(kernel, stride, **_OPTIONS)
+        each = DepthwiseConv2D(kernel, stride, **_OPTIONS)
         x = self.unit(x, f"{name}._depthwise_conv", f"{name}._bn1", each, _DEPTHWISE)
         narrow = layers.Conv2D(channels, 1, **_OPTIONS)
         x = self.unit(x, f"{name}._project_conv", f"{name}._bn2", narrow, active=False)

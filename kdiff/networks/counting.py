@@ -19,7 +19,7 @@ from keras import ops
 
 from kdiff import backend
 from kdiff.blocks.base import Block
-from kdiff.blocks.layers import Conv2D, Dense
+from kdiff.blocks.layers import Conv2D, Dense, DepthwiseConv2D
 from kdiff.networks.autoencoder import Autoencoder
 from kdiff.networks.base import Network
 
@@ -212,6 +212,6 @@ COUNTS = {
     **dict.fromkeys([keras.layers.Dense, Dense, Conv2D], _by_output),
     keras.layers.EinsumDense: _einsum,
     **dict.fromkeys([keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D], _by_output),
-    **dict.fromkeys([keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D], _by_output),
+    **dict.fromkeys([keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D, DepthwiseConv2D], _by_output),
     **dict.fromkeys([keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose], _by_input),
 }
