@@ -9,7 +9,7 @@ from keras import ops
 from scipy import stats
 
 import kdiff
-from kdiff import analytic, likelihood, predictions, schedules, times
+from kdiff import analytic, codecs, likelihood, predictions, schedules, times
 from kdiff.objectives import LossAware, VariationalBound
 from kdiff.schedules import Marginal
 from tests.toys import compiled_model, draw_weights, images, mostly_once, numpy, tiny_network
@@ -31,8 +31,8 @@ def posterior_variance(m):
     return STD**2 * m.sigma**2 / (m.alpha**2 * STD**2 + m.sigma**2)
 
 
-def expected_bound(schedule, steps, variance):
-    options = {"decoder": "density", "noise": lambda step, shape: NOISE, "batch_size": len(DATA)}
+def expected_bound(schedule, steps, variance, grid="trailing"):
+    options = {"decoder": "density", "noise": lambda step, shape: NOISE, "batch_size": len(DATA), "grid": grid}
     report = likelihood.bound(GAUSSIAN, DATA, schedule=schedule, steps=steps, variance=variance, **options)
     return float(SHARES @ report.nats)
 
@@ -50,6 +50,15 @@ class TestBound:
         ratio = float(numpy(end.alpha)) ** 2 * STD**2 / float(numpy(end.sigma)) ** 2
         missing = 0.5 * (ratio - math.log1p(ratio))  # KL of the true q(x_1) to it
         assert expected_bound(schedule, steps, posterior_variance) == pytest.approx(ENTROPY + missing, abs=1e-4)
+
+    @pytest.mark.once
+    def test_a_run_that_begins_before_the_end_has_its_own_prior(self):
+        """N(0, sigma^2 I) at its first time, t = 1/2 of two steps: with the KL to it, the bound is exact again."""
+        start = schedules.Cosine().at(np.float32(times.Leading()(schedules.Cosine(), 2)[0]))
+        ratio = float(numpy(start.alpha)) ** 2 * STD**2 / float(numpy(start.sigma)) ** 2
+        found = expected_bound(schedules.Cosine(), 2, posterior_variance, "leading")
+        assert found == pytest.approx(ENTROPY + 0.5 * (ratio - math.log1p(ratio)), abs=1e-4)
+        assert ratio > 0.1
 
     @pytest.mark.once
     @pytest.mark.parametrize(
@@ -232,8 +241,19 @@ class TestFlow:
         options = {"schedule": "cosine", "solver": "heun", "steps": 5}
         assert abs(likelihood.ode(MIXTURE, x, **options).mean - exact) > 0.01
         assert abs(likelihood.ode(MIXTURE, x, tolerance=0.01, **options).mean - exact) < 0.01
-        with pytest.raises(ValueError, match="more `steps`"):
-            likelihood.ode(MIXTURE, x, tolerance=1e-6, schedule="cosine", solver="ddim", steps=1)
+        options = {"schedule": "cosine", "grid": "leading"}  # whose beginning moves with the number of steps
+        found = likelihood.ode(MIXTURE, x, tolerance=0.01, steps=5, **options).mean
+        assert found == pytest.approx(likelihood.ode(MIXTURE, x, steps=100, **options).mean, abs=0.01)
+        for schedule, steps in (("cosine", 1), (schedules.CosineBeta(100), 30)):
+            with pytest.raises(ValueError, match="more `steps`"):
+                likelihood.ode(MIXTURE, x, tolerance=1e-6, schedule=schedule, solver="ddim", steps=steps)
+
+    @pytest.mark.once
+    def test_dequantised_images_are_on_the_levels(self):
+        model = compiled_model()
+        model.build((None, 8, 8, 1))
+        with pytest.raises(ValueError, match="256 levels"):
+            likelihood.ode(model, np.full((2, 8, 8, 1), 0.1234, "float32"), steps=2)
 
     @pytest.mark.once
     @pytest.mark.parametrize("solver", ["ddpm", "uni_pc", "adaptive", "dpm_solver_pp"])
@@ -265,6 +285,70 @@ class TestFlow:
         report = likelihood.ode(data, images / 127.5 - 1.0, **options)
         expected = 8.0 + math.log2(std / (256 / 127.5)) + 0.5 * math.log2(2.0 * math.pi * math.e)
         assert report.bits_per_dim == pytest.approx(expected, abs=4.0 * report.bits_per_dim_error)
+
+
+class TestWavelets:
+    """A transform with W W^T = I changes no likelihood: that of a network that gives 0 is the same in both spaces."""
+
+    codecs = (codecs.Pixels(), codecs.Haar(1))
+    images = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 1)).astype("uint8")
+
+    def model(self, codec):
+        """Its head is zero."""
+        network = kdiff.networks.UNet.residual(8, 1, 1)
+        return kdiff.DiffusionModel(network, schedules.Cosine(-8.0, 8.0), codec=codec, ema=None)
+
+    def reports(self, measure, **options):
+        drawn = np.random.default_rng(1).standard_normal((17, 6, 4, 4, 1)).astype("float32")
+        for codec in self.codecs:
+            model = self.model(codec)
+            model.build((None, 4, 4, 1))
+
+            def noise(step, shape, codec=codec):
+                return numpy(codec.encode(ops.convert_to_tensor(drawn[step])))
+
+            yield measure(model, self.images, **options, **({"noise": noise} if measure is not likelihood.ode else {}))
+
+    @pytest.mark.parametrize("measure", [likelihood.bound, likelihood.continuous_bound, likelihood.ode])
+    def test_the_likelihood_is_that_of_the_pixels(self, measure):
+        options = {} if measure is likelihood.continuous_bound else {"steps": 10}
+        pixels, wavelets = self.reports(measure, **options)
+        assert pixels.terms.keys() == wavelets.terms.keys()
+        for name, nats in pixels.terms.items():
+            np.testing.assert_allclose(wavelets.terms[name], nats, rtol=1e-4, atol=1e-3)
+
+    def test_as_a_metric(self):
+        found = []
+        for codec in self.codecs:
+            model = self.model(codec)
+            model.compile(metrics=[likelihood.BitsPerDim()])
+            found.append(
+                model.evaluate(np.tile(self.images, (20, 1, 1, 1)), verbose=0, return_dict=True)["bits_per_dim"]
+            )
+        assert found[1] == pytest.approx(found[0], abs=4.0 * model.metrics[-1].standard_error())
+
+    @pytest.mark.once
+    def test_variances_that_differ_do_not_rotate(self):
+        model = self.model(codecs.Haar(1))
+        model.build((None, 4, 4, 1))
+        with pytest.raises(ValueError, match=r"levels of images that Haar\(\) transforms need a variance"):
+            likelihood.bound(model, self.images, steps=2, variance=lambda m: 0.1 * ops.ones((1, 2, 2, 4)))
+
+    @pytest.mark.once
+    def test_a_codec_of_ones_own_makes_no_images(self):
+        """Latents and other data have a density, whatever the range of the examples."""
+
+        class Thrice(codecs.Pixels):
+            images = None
+
+            def encode(self, examples, key=None):
+                return 3.0 * super().encode(examples)
+
+        model = compiled_model(codec=Thrice())
+        model.build((None, 8, 8, 1))
+        assert likelihood.ode(model, images(2), steps=2).terms.keys() == {"noise", "volume"}
+        assert np.isfinite(likelihood.bound(model, images(2), steps=2).mean)
+        assert np.isfinite(likelihood.continuous_bound(model, images(2)).mean)
 
 
 class TestBitsPerDim:
@@ -310,6 +394,11 @@ class TestBitsPerDim:
             metric.add(ops.convert_to_tensor(part))
         assert float(numpy(metric.result())) == pytest.approx(values.mean(), rel=1e-6)
         assert metric.standard_error() == pytest.approx(values.std(ddof=1) / math.sqrt(15), rel=1e-4)
+        for scale in (0.005, 100.0):
+            again = likelihood.BitsPerDim()
+            for part in values:
+                again.add(ops.convert_to_tensor(part), np.full(5, scale))
+            assert again.standard_error() == pytest.approx(metric.standard_error(), rel=1e-3)
         weighted = likelihood.BitsPerDim()
         weighted.add(ops.convert_to_tensor(values[0]), np.array([1.0, 0.0, 0.0, 0.0, 3.0]))
         assert float(numpy(weighted.result())) == pytest.approx((values[0, 0] + 3 * values[0, 4]) / 4, rel=1e-6)
@@ -350,15 +439,19 @@ class TestObjective:
         """Its loss is T times a term, and its gradient reaches the mean, which the hybrid's bound does not."""
         network = kdiff.networks.MLP(8, 1, out_channels=4)
         options = {"prediction": predictions.LearnedVariance("noise"), "codec": "identity", "ema": None}
-        model = kdiff.DiffusionModel(network, schedules.CosineBeta(10), objective=VariationalBound(), **options)
-        model.compile(keras.optimizers.SGD(1e-3))
-        x = MIXTURE.sample(64)
-        before = model.evaluate(x, verbose=0)
+        options |= {"objective": VariationalBound(), "times": "discrete"}
+        model = kdiff.DiffusionModel(network, schedules.CosineBeta(10), **options)
+        model.compile(keras.optimizers.SGD(1e-6))
+        x = (np.random.default_rng(0).integers(0, 256, (256, 2)) / 127.5 - 1.0).astype("float32")
+        model.build((None, 2))
         draw_weights(model.network)
-        full = likelihood.bound(model, x, decoder="density").mean
-        model.fit(x, epochs=3, verbose=0)
-        assert model.evaluate(x, verbose=0) != before
-        assert likelihood.bound(model, x, decoder="density").mean < full
+        terms = likelihood.bound(model, x, decoder="levels").terms
+        expected = np.mean(terms["diffusion"] + terms["reconstruction"]) / 2.0
+        # Of 10,240 draws, which vary by four times their mean.
+        assert model.evaluate(np.tile(x, (40, 1)), batch_size=10240, verbose=0) == pytest.approx(expected, rel=0.15)
+        before = numpy(network.head.kernel)
+        model.fit(x, batch_size=256, verbose=0)
+        assert np.abs(numpy(network.head.kernel) - before)[:, :2].min() > 0  # the columns of the mean
 
     @pytest.mark.once
     def test_it_needs_a_learned_variance(self):

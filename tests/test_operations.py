@@ -275,6 +275,9 @@ def test_direct_calls_are_those_of_keras():
     assert blocks.Dense(3)(inputs=drawn(2, 8)).shape == (2, 3)  # an array, of a layer that is not built
     output = blocks.Dense(3)(keras.Input((8,)))
     assert isinstance(output, keras.KerasTensor)
+    layer = blocks.Dense(3)
+    layer.build(x.shape)
+    np.testing.assert_array_equal(numpy(layer(x, training=False)), numpy(layer(x)))  # which its `call` does not take
 
 
 @pytest.mark.parametrize("masked", [None, "keys", "pairs"])

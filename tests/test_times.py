@@ -153,6 +153,23 @@ def clipped(sampler, schedule):
     return normal.cdf(clean), normal.sf(noisy)
 
 
+def test_discrete_times_share_the_log_snrs():
+    """The mean over the steps of -slope / density is the whole range: each has the part that is nearest to it."""
+    cases = [(schedules.CosineBeta(10), None), (schedules.CosineBeta(12), 4), (CONTINUOUS, 10), (DISCRETE, None)]
+    for schedule, count in cases:
+        sampler = times.Discrete(count)
+        count = count or schedule.num_steps
+        t = (np.arange(count) + 1).astype("float32") / count
+        shares = -numpy(schedule.slope(t)) / numpy(sampler.density(schedule, t))
+        high, low = (float(numpy(end)) for end in schedule.log_snr_ends())
+        assert shares.mean() == pytest.approx(high - low, rel=1e-5)
+        values = numpy(schedule.log_snr(t))
+        middle = values[:2].mean()
+        assert shares[0] / count == pytest.approx(high - middle, rel=1e-4)
+    one = schedules.CosineBeta(1)
+    assert numpy(times.Discrete().density(one, np.float32([1.0]))) == 1.0
+
+
 @pytest.mark.once
 @pytest.mark.parametrize("schedule", ON, ids=repr)
 @pytest.mark.parametrize("sampler", BENT, ids=repr)

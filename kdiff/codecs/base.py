@@ -26,6 +26,7 @@ encoder:
             return (*size, channels // 2)
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -48,11 +49,14 @@ class Codec(Value, keras.layers.Layer):
         batch_size: the number of examples decoded at once; None for the number sampled at once.
         saved: whether its weights are saved with the model. A model that was saved without them has no codec when
             loaded, and raises an error where it needs one: set `model.codec = codec`.
+        images: a method that maps data to the images in [-1, 1] of which it is an orthonormal transform, without
+            clipping; None if it is not one. The likelihood of 8-bit images then counts their 256 levels.
     """
 
     limit: float | None = None
     batch_size: int | None = None
     saved: bool = True
+    images: Callable[[Any], Any] | None = None
 
     def __init__(self, dtype: Any = "float32"):
         super().__init__(dtype=dtype, autocast=False)
@@ -158,6 +162,9 @@ class Pixels(Codec):
 
     def decode(self, x):
         return ops.clip(x, -1.0, 1.0)
+
+    def images(self, x):
+        return x
 
 
 class Identity(Codec):

@@ -46,12 +46,16 @@ class Haar(Codec):
         return ops.reshape(x, (batch, height // side, width // side, -1))
 
     def decode(self, x):
+        return ops.clip(self.images(x), -1.0, 1.0)
+
+    def images(self, x):
+        """The inverse transform."""
         side = 2**self.depth
         batch, height, width, channels = ops.shape(x)
         x = ops.reshape(x, (batch, height, width, channels // side**2, side**2))
         x = ops.einsum("bhwcq,qp->bhwcp", x, backend.tensor(self._matrix, "float32"))
         x = ops.transpose(ops.reshape(x, (batch, height, width, -1, side, side)), (0, 1, 4, 2, 5, 3))
-        return ops.clip(ops.reshape(x, (batch, height * side, width * side, -1)), -1.0, 1.0)
+        return ops.reshape(x, (batch, height * side, width * side, -1))
 
     def data_shape(self, shape: Shape) -> Shape:
         side = 2**self.depth

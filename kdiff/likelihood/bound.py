@@ -2,7 +2,7 @@
 
     -log p(x)  <=  L_T + sum of L_(then) + L_0            ("prior", "diffusion", "reconstruction")
 
-    L_T    = KL( q(x_1 | x) || N(0, sigma_1^2 I) )  =  alpha_1^2 |x|^2 / (2 sigma_1^2)
+    L_T    = KL( q(x_1 | x) || N(0, sigma_1^2 I) )  =  alpha_1^2 |x|^2 / (2 sigma_1^2),  t = 1, or where the grid begins
     L_then = E KL( q(x_then | x_now, x) || p(x_then | x_now) )                   at each step of the run but the last
     L_0    = E -log p(x | x_then)                                                the last step, to t = 0
 
@@ -12,6 +12,7 @@ expectations over q(x_now | x) are estimated with one draw of the noise per exam
 For Gaussian data, an exact denoiser and exact reverse variance, the bound equals the entropy of the data for any T.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from keras import ops
 
 from kdiff import deprecated, random
 from kdiff.base import check_integer
+from kdiff.codecs import Pixels
 from kdiff.gaussian import kl_divergence
 from kdiff.likelihood.decoders import decoder_of, sum_of_rows
 from kdiff.likelihood.report import Curve, Report
@@ -58,7 +60,8 @@ def bound(
         grid: the `times.TimeGrid` of the run, or its name.
         variance: a `Variance`, its name, or a function as in `Known`. None: `Learned` if the network predicts it, else
             `Small`.
-        decoder: a `Decoder` or its name; None: `Levels` for images, `Density` for other data.
+        decoder: a `Decoder` or its name; None: `Levels` for images (the codecs `Pixels` and `Haar`), `Density` for
+            other data.
         clip: whether to clip x_hat to [-1, 1], as in the evaluation of improved DDPM. It improves the bound for images,
             and is meaningless for other data.
         schedule: the schedule of a denoiser; a model has its own.
@@ -75,10 +78,12 @@ def bound(
             schedule has; if `variance` is to be learned and the denoiser says none.
     """
     subject = Subject(model, schedule, ema)
-    schedule, variance, decoder = subject.schedule, _variance(variance, subject), decoder_of(decoder, subject.limit)
+    schedule, variance = subject.schedule, _variance(variance, subject)
+    decoder, seen = decoder_of(decoder, subject.images)
     steps = (schedule.num_steps or 1000) if steps is None else steps
     check_integer("bound", "steps", steps, minimum=2)  # the last step reads its variance at the one before
     times = TimeGrid.get(grid)(schedule, steps)
+    transformed = decoder.of_images and subject.images is not None and not isinstance(subject.codec, Pixels)
     key = ("likelihood.bound", schedule, variance, decoder, clip)
 
     def diffusion(answer, x, noise, given, places):
@@ -93,15 +98,21 @@ def bound(
         now, then, *read = (schedule.sampled_at(t) for t in places)
         place = Place(now, then, *read, True)
         estimate, x_t, fresh, log_variance = _step(answer, variance, clip, x, noise, given, place)
-        kept = bridge(now, then)[0]
-        return decoder.nats(x, kept * x_t + then.alpha * fresh * estimate.x_hat, log_variance + ops.zeros_like(x))
+        mean = bridge(now, then)[0] * x_t + then.alpha * fresh * estimate.x_hat
+        if transformed and math.prod(ops.shape(log_variance)[1:]) > 1:
+            raise ValueError(
+                f"bound: the levels of images that {subject.codec!r} transforms need a variance that is the same for "
+                f"all numbers of an example, such as 'small'; received: {variance!r}. Or give `decoder='density'`"
+            )
+        x, mean = seen(x), seen(mean)
+        return decoder.nats(x, mean, log_variance + ops.zeros_like(x))
 
     functions = (subject.compiled((key, "diffusion"), diffusion), subject.compiled((key, "last"), reconstruction))
     terms: dict[str, list] = {"prior": [], "diffusion": [], "reconstruction": []}
     moments = np.zeros((2, steps))
     for batch in subject.batches(data, batch_size):
-        decoder.check(batch.x)
-        terms["prior"].append(prior(schedule, batch.x)[: batch.count])
+        decoder.check(ops.convert_to_numpy(seen(batch.x)))
+        terms["prior"].append(prior(schedule, batch.x, float(times[0]))[: batch.count])
         nats = np.stack(list(_by_step(functions, times, batch, seed, noise)))[:, : batch.count]
         terms["diffusion"].append(nats[:-1].sum(axis=0))
         terms["reconstruction"].append(nats[-1])
@@ -147,8 +158,8 @@ def _step(answer, variance: Variance, clip: bool, x, noise, given, place: Place)
     return estimate, x_t, bridge(now, then)[1], variance.log(place, estimate)
 
 
-def prior(schedule: NoiseSchedule, x: np.ndarray) -> np.ndarray:
-    """KL( q(x_1 | x) || N(0, sigma_1^2 I) ) of each row, in nats, float64."""
-    end = Marginal(*(float(ops.convert_to_numpy(field)) for field in schedule.at(1.0)))
+def prior(schedule: NoiseSchedule, x: np.ndarray, t: float = 1.0) -> np.ndarray:
+    """KL( q(x_t | x) || N(0, sigma_t^2 I) ) of each row, in nats, float64; `t` is where the run begins."""
+    end = Marginal(*(float(ops.convert_to_numpy(field)) for field in schedule.at(np.float32(t))))
     x = np.asarray(x, "float64").reshape(len(x), -1)
     return 0.5 * np.exp(end.log_snr) * np.sum(x**2, axis=1)

@@ -54,7 +54,8 @@ def continuous_bound(
         draws: the number of times drawn per example, with one call of the network per batch and draw.
         times: the `times.TimeSampler`, with a density, or its name. The default, evenly spread log-SNRs, suits any
             schedule; times concentrated where the integrand is large have a smaller error.
-        decoder: a `Decoder` or its name; None: `Levels` for images, `Density` for other data.
+        decoder: a `Decoder` or its name; None: `Levels` for images (the codecs `Pixels` and `Haar`), `Density` for
+            other data.
         schedule: the schedule of a denoiser; a model has its own.
         noise: a function `noise(draw, shape)` for each draw and then the reconstruction, instead of that of the seed.
         seed: the seed of the times and the noise, which are the same on every backend.
@@ -69,7 +70,7 @@ def continuous_bound(
     """
     check_integer("continuous_bound", "draws", draws)
     subject, times = Subject(model, schedule, ema), TimeSampler.get(times)
-    schedule, decoder = subject.schedule, decoder_of(decoder, subject.limit)
+    schedule, (decoder, seen) = subject.schedule, decoder_of(decoder, subject.images)
     if not times.has_density:
         raise ValueError(f"continuous_bound: {times!r} does not say its density, which the integrand is divided by")
 
@@ -84,7 +85,7 @@ def continuous_bound(
     terms: dict[str, list] = {"prior": [], "diffusion": [], "reconstruction": []}
     drawn = []  # (t, log_snr, nats per unit of log-SNR) of all examples
     for number, batch in enumerate(subject.batches(data, batch_size)):
-        decoder.check(batch.x)
+        decoder.check(ops.convert_to_numpy(seen(batch.x)))
         total, shape, x = np.zeros(len(batch.x)), batch.x.shape, ops.convert_to_tensor(batch.x)
         keys = random.Keys(random.fold_in(key, number, random.EVALUATION))
         for draw in range(draws):
@@ -96,7 +97,7 @@ def continuous_bound(
             total += nats * share / draws
             drawn.append(np.stack([t, log_snr, nats])[:, : batch.count])
         drawn_noise = random.normal(next(keys), shape) if noise is None else noise(draws, shape)
-        last = decoder.nats_of_signal(x, ops.convert_to_tensor(drawn_noise), start)
+        last = decoder.nats_of_signal(seen(x), seen(ops.convert_to_tensor(drawn_noise)), start)
         terms["prior"].append(prior(schedule, batch.x)[: batch.count])
         terms["diffusion"].append(total[: batch.count])
         terms["reconstruction"].append(ops.convert_to_numpy(last).astype("float64")[: batch.count])
@@ -123,7 +124,8 @@ class BitsPerDim(Configurable, keras.metrics.Metric):
     `standard_error()`; `continuous_bound` draws more times per example.
 
     Args:
-        decoder: a `Decoder` or its name: "levels" for images, "density" for other data; None: by the codec.
+        decoder: a `Decoder` or its name: "levels" for images, "density" for other data; None: by the codec. That images
+            are on the levels is not checked, as `bound` does.
         name: the name of the metric.
     """
 
@@ -133,6 +135,7 @@ class BitsPerDim(Configurable, keras.metrics.Metric):
         self.count = self.add_variable((), "zeros", name="count")
         self.mean = self.add_variable((), "zeros", name="mean")
         self.spread = self.add_variable((), "zeros", name="spread")  # the sum of squared distances to the mean
+        self.squares = self.add_variable((), "zeros", name="squares")  # the sum of squared weights
 
     def prepare(self, model: Any) -> None:
         """Called by the model's `compile`: takes the numbers that a compiled step cannot read.
@@ -147,7 +150,7 @@ class BitsPerDim(Configurable, keras.metrics.Metric):
                 f"{model.objective!r}, {model.times!r}"
             )
         self._start, self._end = (float(ops.convert_to_numpy(end)) for end in model.schedule.log_snr_ends())
-        self._decoder = decoder_of(self.decoder, model.codec.limit)
+        self._decoder, self._seen = decoder_of(self.decoder, model.codec.images)
 
     def update_problem(self, model: Any, problem: Any, sample_weight: Any = None) -> None:
         """Adds a batch.
@@ -163,7 +166,7 @@ class BitsPerDim(Configurable, keras.metrics.Metric):
         end = 0.5 * math.exp(self._end) * sum_of_rows(x**2)
         key = random.fold_in(random.key_of(model.seed), ops.cast(self.count, "int32"), random.EVALUATION)
         noise = random.normal(random.fold_in(key, 0, random.EVALUATION), ops.shape(x))
-        nats = end + diffusion + self._decoder.nats_of_signal(x, noise, self._start)
+        nats = end + diffusion + self._decoder.nats_of_signal(self._seen(x), self._seen(noise), self._start)
         self.add(nats / (math.prod(x.shape[1:]) * math.log(2.0)), sample_weight)
 
     def add(self, values, sample_weight: Any = None) -> None:
@@ -179,6 +182,7 @@ class BitsPerDim(Configurable, keras.metrics.Metric):
         self.spread.assign(self.spread + spread)
         self.mean.assign(self.mean + distance * share)
         self.count.assign(count)
+        self.squares.assign(self.squares + ops.sum(weight**2))
 
     def update_state(self, y_true, y_pred, sample_weight=None):
         """Not called: the model gives `update_problem` all that it needs."""
@@ -189,6 +193,7 @@ class BitsPerDim(Configurable, keras.metrics.Metric):
         return self.mean + 0.0  # a copy: on PyTorch a variable would go on changing
 
     def standard_error(self) -> float:
-        """That of the mean."""
-        count, spread = (float(ops.convert_to_numpy(v.value)) for v in (self.count, self.spread))
-        return math.sqrt(spread / (count - 1) / count) if count > 1 else math.nan
+        """That of the mean, with n = (sum of w)^2 / sum of w^2 as the number of examples, whatever the scale of w."""
+        count, spread, squares = (float(ops.convert_to_numpy(v.value)) for v in (self.count, self.spread, self.squares))
+        n = count**2 / squares if squares > 0 else 0.0
+        return math.sqrt(spread / count / (n - 1)) if n > 1 else math.nan

@@ -25,6 +25,7 @@ from keras import ops, tree
 from kdiff import deprecated, random
 from kdiff.base import Value, check_integer, check_number
 from kdiff.denoisers import Denoiser
+from kdiff.likelihood.decoders import Levels
 from kdiff.likelihood.report import Report
 from kdiff.likelihood.subject import Batch, Subject
 from kdiff.schedules import Marginal
@@ -111,7 +112,7 @@ def ode(
             such as 15 for `Cosine`.
         dequantise: whether to add uniform noise of the width of a level to images, so that the result bounds the
             probability of the 256 levels, -log P(x) <= -log p(x + u) + d log 127.5 (Theis et al. 2016,
-            arXiv:1511.01844). None: for images.
+            arXiv:1511.01844). None: for images (the codecs `Pixels` and `Haar`).
         schedule: the schedule of a denoiser; a model has its own.
         seed: the seed of the noise and the probes, which are the same on every backend.
         batch_size: the number of examples per batch, for arrays.
@@ -122,19 +123,24 @@ def ode(
         contribution of dequantisation.
 
     Raises:
-        ValueError: if the solver is stochastic or multistep, or there is no data; if the tolerance is not met with 64
-            times the steps.
+        ValueError: if the solver is stochastic or multistep, or there is no data; if images to be dequantised are not
+            on the levels; if the tolerance is not met with 128 times the steps, or all that the schedule has.
     """
     if tolerance is not None:
         check_number("ode", "tolerance", tolerance, 1e-6)
     flow = _Flow(Subject(model, schedule, ema), solver, steps, grid, probes, start)
-    images = flow.subject.limit is not None if dequantise is None else dequantise
-    terms: dict[str, list] = {"noise": [], "volume": []} | ({"levels": []} if images else {})
-    for batch in flow.subject.batches(data, batch_size):
+    subject = flow.subject
+    levels = subject.images is not None if dequantise is None else dequantise
+    terms: dict[str, list] = {"noise": [], "volume": []} | ({"levels": []} if levels else {})
+    for batch in subject.batches(data, batch_size):
         size = math.prod(batch.x.shape[1:])
-        if images:
-            noise = random.uniform(random.fold_in(random.key_of(seed), 0, random.INITIAL), batch.x.shape, batch.first)
-            batch = batch._replace(x=batch.x + (ops.convert_to_numpy(noise) - 0.5) / 127.5)
+        if levels:
+            images = batch.x if subject.images is None else ops.convert_to_numpy(subject.images(batch.x))
+            Levels().check(images)
+            noise = random.uniform(random.fold_in(random.key_of(seed), 0, random.INITIAL), images.shape, batch.first)
+            noise = (noise - 0.5) / 127.5
+            noise = noise if subject.images is None else subject.codec.encode(noise)
+            batch = batch._replace(x=batch.x + ops.convert_to_numpy(noise))
             terms["levels"].append(np.full(batch.count, size * math.log(127.5)))
         noise, volume = flow.likelihood(batch, seed, tolerance)
         terms["noise"].append(noise)
@@ -170,7 +176,7 @@ def encode(
     flow, ends = _Flow(Subject(model, schedule, ema), solver, steps, grid, None, start), []
     for batch in flow.subject.batches(data, batch_size):
         noise, _ = flow.encode(batch, 0, steps, volume=False)
-        ends.append((flow.end.sigma * noise).reshape(batch.x.shape)[: batch.count].astype("float32"))
+        ends.append((flow.end(steps).sigma * noise).reshape(batch.x.shape)[: batch.count].astype("float32"))
     return np.concatenate(ends)
 
 
@@ -188,15 +194,21 @@ class _Flow:
         self.grid, self.steps = TimeGrid.get(grid), steps
         self.start = self.schedule.first_time if start is None else start
         check_number("likelihood", "start", self.start, 0.0, 0.999)
-        self.begin, self.end = self._at(self.start), self._at(self.grid(self.schedule, steps)[0])
+        self.begin = self._at(self.start)
 
     def _at(self, t) -> Marginal:
         return Marginal(*(float(ops.convert_to_numpy(field)) for field in self.schedule.at(np.float32(t))))
 
+    def end(self, steps: int) -> Marginal:
+        """Where a run of so many steps ends."""
+        return self._at(self.grid(self.schedule, steps)[0])
+
     def likelihood(self, batch: Batch, seed: int, tolerance: float | None) -> tuple[np.ndarray, np.ndarray]:
         """The terms "noise" and "volume" of the rows that count, float64."""
-        last, steps = None, self.steps
+        last, steps, most = None, self.steps, self.schedule.num_steps or math.inf
         for _ in range(1 if tolerance is None else 8):
+            if last is not None and steps > most:
+                break
             noise, volume = self._likelihood(batch, seed, steps)
             mean = np.mean(noise + volume)
             if tolerance is None or (last is not None and abs(mean - last) < tolerance):
@@ -212,7 +224,7 @@ class _Flow:
         size = noise.shape[1]
         nats = 0.5 * np.sum(noise**2, axis=1) + 0.5 * size * math.log(2.0 * math.pi)
         # From N(0, s_1^2 I) to the density of y_1, and from that of y_0 to that of x.
-        wider = 0.5 * size * (np.log1p(np.exp(-self.begin.log_snr)) - np.log1p(np.exp(self.end.log_snr)))
+        wider = 0.5 * size * (np.log1p(np.exp(-self.begin.log_snr)) - np.log1p(np.exp(self.end(steps).log_snr)))
         return nats[: batch.count], (wider - volume)[: batch.count]
 
     def encode(self, batch: Batch, seed: int, steps: int, volume: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -238,7 +250,8 @@ class _Flow:
             state = step(state, now, then, directions, batch.given)
         state = ops.convert_to_numpy(state).astype("float64")
         volume = state[:, size:].mean(axis=1) if volume else np.zeros(len(state))
-        return state[:, :size] / self.end.sigma, volume / math.hypot(self.end.alpha, self.end.sigma)
+        end = self.end(steps)
+        return state[:, :size] / end.sigma, volume / math.hypot(end.alpha, end.sigma)
 
     def _stepping(self, shape: tuple[int, ...], exact: bool) -> Callable:
         """`state = step(answer, state, now, then, directions, given)`."""

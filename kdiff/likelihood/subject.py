@@ -56,15 +56,20 @@ class Subject:
                     "likelihood: a denoiser needs the `schedule` that its noise is of, as schedule='cosine'"
                 )
             denoiser = Denoiser.of(model)
-            self.schedule, self.limit, self.given = NoiseSchedule.get(schedule), None, denoiser.given
+            self.schedule, self.codec, self.given = NoiseSchedule.get(schedule), None, denoiser.given
         else:
             if schedule is not None:
                 raise ValueError("likelihood: a model is measured on its own schedule; leave out `schedule`")
             if not model.built:
                 raise ValueError("likelihood: the model has no weights yet; train it, load it, or call `build`")
             denoiser = model.denoiser(ema)
-            self.schedule, self.limit, self.given = model.schedule, model.codec.limit, Given()
+            self.schedule, self.codec, self.given = model.schedule, model.codec, Given()
         self.answer, self.ema = denoiser.answer, ema
+
+    @property
+    def images(self) -> Callable | None:
+        """The method of the codec that maps data to images, if it has one."""
+        return None if self.codec is None else self.codec.images
 
     def compiled(self, key: Any, function: Callable) -> Callable:
         """`function(answer, *arguments)`, on nests of tensors, compiled with this `answer`; once per key of a model."""

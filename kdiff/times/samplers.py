@@ -116,7 +116,9 @@ UNIFORM = Uniform()
 class Discrete(_Even):
     """Independent t, uniform over the steps of a discrete process: t = (i + 1) / T, i = 0 ... T - 1 (DDPM, alg. 1).
 
-    `density` is that of the continuous times of which these are roundings: 1.
+    `density` makes -slope / density the part of the log-SNRs that is nearer to this step than to another, times T: so
+    the mean over the steps of values, each divided by it, is their integral by the trapezoidal rule. It is about 1
+    between the ends.
 
     Args:
         num_steps: T, at most that of the schedule. None: that of the schedule, which must be discrete.
@@ -139,7 +141,16 @@ class Discrete(_Even):
         return (ops.floor(random.uniform(key, (batch,)) * num_steps) + 1.0) / num_steps
 
     def density(self, schedule: NoiseSchedule, t):
-        return ops.ones_like(ops.convert_to_tensor(t, "float32"))
+        num_steps = self.num_steps or schedule.num_steps
+        t = ops.convert_to_tensor(t, "float32")
+        if num_steps is None or num_steps == 1:
+            return ops.ones_like(t)
+        step = 1.0 / num_steps
+        first, own = t < 1.5 * step, schedule.log_snr(t)
+        # Twice the ends of the part: the sums of neighbours, or the ends of the schedule.
+        before = schedule.log_snr(ops.where(first, schedule.first_time, t - step))
+        high, low = before + ops.where(first, before, own), own + schedule.log_snr(ops.minimum(t + step, 1.0))
+        return -2.0 * step * schedule.slope(t) / (high - low)
 
 
 class Stratified(_Even):
