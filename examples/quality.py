@@ -77,7 +77,7 @@ OURS = {
 }
 CHANGES: dict[str, tuple] = {
     "network": ("narrow", "attention", "dit"),
-    "codec": (None,),
+    "codec": ("pixels",),
     "schedule": ("rectified", "sigmoid"),
     "prediction": ("noise", "data"),
     "weighting": ("min_snr", "sigmoid"),
@@ -160,6 +160,35 @@ class Waves(layers.Layer):
         return ops.broadcast_to(waves, (*ops.shape(image)[:3], 32))
 
 
+class StandardPictures(codecs.Standard):
+    """Pictures in [-1, 1] or uint8, less their mean, over their standard deviation."""
+
+    limit = 1.0
+
+    def encode(self, examples, key=None):
+        return super().encode(codecs.Pixels().encode(examples))
+
+    def decode(self, x):
+        return ops.clip(super().decode(x), -1.0, 1.0)
+
+
+class StandardLevels(likelihood.Levels):
+    """The 256 levels of such pictures."""
+
+    def __init__(self, codec: StandardPictures):
+        self.codec = codec
+
+    def pictures(self, x):
+        return self.codec.mean + self.codec.std * x
+
+    def check(self, x):
+        super().check(self.pictures(x))
+
+    def nats_of_signal(self, x, noise, log_snr):
+        """Of pictures, which have the noise of x times `std`."""
+        return super().nats_of_signal(self.pictures(x), noise, log_snr - 2 * np.log(self.codec.std))
+
+
 def network_of_keras(channels: int, widths=(32, 64, 96, 128), depth: int = 2) -> keras.Model:
     """The U-Net of the example: residual blocks of two convolutions after a batch normalisation without weights."""
 
@@ -194,7 +223,7 @@ def of_keras(data: np.ndarray, evaluations: int) -> Recipe:
         schedules.Cosine(*np.log(rates**2 / (1 - rates**2)).tolist()),
         "noise",
         time_label=NoiseVariance(),
-        codec=codecs.Standard.fitted(data[:5000] / 127.5 - 1),
+        codec=StandardPictures.fitted(data[:5000] / 127.5 - 1),
         ema=0.999,
         sampler=kdiff.Sampler("ddim", "trailing", evaluations),
     )
@@ -278,7 +307,9 @@ class Measure:
             metric.reset_state()
             metric.update_state(features)
             cells.append(between(metric.report()))
-        bound = likelihood.continuous_bound(recipe.model, self.test[:BITS], draws=8)
+        codec = recipe.model.codec
+        decoder = StandardLevels(codec) if isinstance(codec, StandardPictures) else None
+        bound = likelihood.continuous_bound(recipe.model, self.test[:BITS], draws=8, decoder=decoder)
         cells.append(f"{bound.bits_per_dim:.3f} +- {bound.bits_per_dim_error:.3f}")
         row = f"| {' | '.join(cells)} |"
         print(row, flush=True)

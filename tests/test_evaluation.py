@@ -185,6 +185,15 @@ def test_intervals_of_the_frechet_distance_cover_the_truth():
     assert abs(np.mean(extrapolated) - truth) < 3 * error < np.mean(values) - truth
 
 
+@pytest.mark.once
+def test_intervals_of_the_frechet_distance_with_a_small_reference():
+    """Of fewer examples than twice the number of groups: nearly all of the variance is theirs."""
+    made = reports(lambda y: evaluation.FrechetDistance(None, y[:39]), 400, repetitions=100)
+    values = [report.value for report in made]
+    assert 0.88 <= covered([report.interval for report in made], np.mean(values)) <= 1.0
+    assert np.mean([report.standard_error for report in made]) == pytest.approx(np.std(values), rel=0.3)
+
+
 def frechet_of(a, b):
     """Of which one covariance is the identity."""
     return np.sum((a[0] - b[0]) ** 2) + np.sum((np.sqrt(np.linalg.eigvalsh(a[1])) - 1) ** 2)
@@ -292,6 +301,19 @@ def test_feature_likelihood_divergence_is_a_difference_of_mixtures():
 
 
 @pytest.mark.once
+def test_feature_likelihood_does_not_share_what_is_of_one_metric():
+    """The training set may, the held-out set not, though its memory may be used again."""
+    reference, samples = evaluation.Reference(drawn(40)), drawn(20, A)
+    for seed in range(6):
+        test = drawn(30, seed=seed) * (1 + seed)
+        found, alone = (
+            updated(evaluation.FeatureLikelihoodDivergence(None, of, test), samples).result()
+            for of in (reference, evaluation.Reference(drawn(40)))
+        )
+        assert found == alone
+
+
+@pytest.mark.once
 def test_feature_likelihood_sees_copies_that_no_distance_sees():
     train, test, fresh = (drawn(300, seed=seed) for seed in range(3))
     copies = train[:150] + 1e-3 * drawn(150, seed=9)
@@ -325,6 +347,10 @@ def test_clip_score_and_retrieval_are_their_equations():
     ]
     assert pool.result() == pytest.approx(np.mean(won), rel=1e-9)
     assert updated(evaluation.Retrieval(pool=10), images, images).result() == 1.0
+    same = np.ones_like(texts)  # all are equally near: chance
+    for k, of in ((1, None), (2, 4)):
+        found = updated(evaluation.Retrieval(k=k, pool=of), images, same).result()
+        assert found == pytest.approx(k / (of or 12), rel=1e-9)
 
 
 @pytest.mark.once
@@ -351,8 +377,9 @@ def test_report_says_what_the_score_is_worth(metric):
         assert made.baseline is None
         return
     assert made.baseline_n == 210
-    real = metric(None, train, groups=4)
-    assert min(abs(updated(real, test[rows]).result() - made.baseline) for rows in [slice(0, 70)]) < 0.5
+    chosen = np.sort(np.random.default_rng(0).permutation(300)[:210])
+    assert made.baseline == pytest.approx(updated(metric(None, train, groups=4), test[chosen]).result(), rel=1e-6)
+    assert abs(made.baseline - made.value) > 1e-3 * abs(made.value)
     assert "real examples" in text
     assert ("infinitely many" in text) == (metric is evaluation.FrechetDistance)
 
@@ -361,7 +388,9 @@ def test_report_says_what_the_score_is_worth(metric):
 def test_report_needs_enough_for_each_part_of_it():
     few = updated(evaluation.FrechetDistance(None, drawn(50)), drawn(11, A)).report()
     assert few.extrapolated is None  # a half has fewer than twice as many rows as features
-    assert few.baseline is None
+    two = updated(evaluation.FrechetDistance(None, drawn(50)), drawn(2, A)).report()
+    assert np.isfinite(two.value)
+    assert np.isnan(two.standard_error)
     wide = evaluation.FrechetDistance(None, drawn(50))
     narrow = updated(wide, drawn(40, A)).report(0.5)
     assert narrow.interval[0] > wide.report(0.95).interval[0]
@@ -384,6 +413,7 @@ BAD = [
     (lambda m: evaluation.KernelDistance(gamma=-1.0), "`gamma`"),
     (lambda m: updated(evaluation.CMMD(None, drawn(3)), drawn(9)).result(), "4 real examples are needed"),
     (lambda m: evaluation.CMMD(sigma=0.0), "`sigma`"),
+    (lambda m: updated(evaluation.CMMD(None, drawn(9)), np.zeros((9, 3))).result(), "zero and has no direction"),
     (lambda m: evaluation.FeatureLikelihoodDivergence(None, np.zeros((5, 2))), "`held_out`"),
     (lambda m: updated(evaluation.FrechetDistance(), np.zeros((5, 2))).result(), "a `reference` is required"),
     (lambda m: evaluation.CLIPScore().update_state(np.ones((3, 2)), np.ones((3, 4))), r"\(3, 2\) and \(3, 4\)"),

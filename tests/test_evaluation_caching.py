@@ -64,8 +64,25 @@ def test_what_changes_is_another_file(change, tmp_path, counted):
     assert counted == [12, 12]
 
 
+def columns(first):
+    return lambda y: y[:, first:]
+
+
+@pytest.mark.once
+def test_another_output_is_another_file(tmp_path, counted):
+    """By what the function computes, wherever it is defined, and by what it holds."""
+    outputs = [lambda y: y[:, :2], lambda y: y[:, 1:], columns(1), columns(2), lambda y, first=1: y[:, first:]]
+    for output in outputs:
+        cached_reference(Extractor(network(), Images(4), output=output), pictures(), tmp_path)
+    assert counted == [12] * 5
+    cached_reference(Extractor(network(), Images(4), output=columns(2)), pictures(), tmp_path)
+    assert counted == [12] * 5
+
+
 @pytest.mark.once
 def test_what_cannot_be_told_apart_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`output` must be a function that holds nothing but numbers"):
+        cached_reference(Extractor(network(), output=np.tanh), pictures(), tmp_path)
     with pytest.raises(ValueError, match="only a Keras model has a hash"):
         cached_reference(Extractor(np.asarray), pictures(), tmp_path)
     with pytest.raises(ValueError, match="`prepare` has no configuration"):

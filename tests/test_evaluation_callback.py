@@ -122,6 +122,13 @@ def test_metrics_with_the_same_features_share_them():
 
 
 @pytest.mark.once
+def test_shared_features_are_checked_by_each_metric():
+    callback = evaluating([FrechetDistance(flat, images(40)), evaluation.InceptionScore(flat, splits=2)])
+    with pytest.warns(UserWarning, match="probabilities must sum to 1"):
+        fitted([callback], epochs=1)
+
+
+@pytest.mark.once
 def test_conditions_are_those_of_the_samples():
     class Text(FakeModel):
         def sample(self, num_samples, **options):

@@ -220,9 +220,17 @@ class FeatureMetric(SampleMetric):
 
     def extract(self, examples: Any) -> np.ndarray:
         """The features (count, features) of an array of examples, or of an iterable of batches of them."""
-        return check_features(self.name, features_of(self._of_batch, examples))
+        return self._checked(features_of(self._of_batch, examples))
+
+    def _checked(self, features: np.ndarray) -> np.ndarray:
+        """Features that this metric takes."""
+        return check_features(self.name, features)
 
     def _of_batch(self, batch):
+        self._check_range(batch)
+        return batch if self.features is None else self.features(batch)
+
+    def _check_range(self, batch):
         whole = keras.backend.standardize_dtype(batch.dtype) == "uint8"
         if self._whole not in (None, whole) and getattr(self.features, "prepare", None) is None:
             raise ValueError(
@@ -230,7 +238,6 @@ class FeatureMetric(SampleMetric):
                 "`Extractor(network, Images())` does"
             )
         self._whole = whole
-        return batch if self.features is None else self.features(batch)
 
     def update_state(self, samples: Any) -> None:
         """Adds a batch of samples."""
@@ -241,11 +248,13 @@ class FeatureMetric(SampleMetric):
     def update_from(self, samples, conditions, shared):
         if self._shared not in shared:
             shared[self._shared] = self.extract(samples)
+        for batch in batches_of(samples):
+            self._check_range(batch)
         self.add(shared[self._shared])
 
     def add(self, features: np.ndarray) -> None:
         """Adds samples by their features, (count, features)."""
-        features = check_features(self.name, features)
+        features = self._checked(features)
         if self.reference is not None:
             self._check_widths([features.shape[1], self.reference.width])
         self._append(features)

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import keras
@@ -170,8 +171,8 @@ class Extractor:
         """A hash of the network, its weights, its preprocessing and its output function.
 
         Raises:
-            ValueError: if the network is not a Keras layer, or a function has no configuration, as a change of it could
-                not be detected.
+            ValueError: if the network is not a Keras layer, or a function has no configuration or code, as a change of
+                it could not be detected.
         """
         if not isinstance(self.network, keras.layers.Layer):
             raise ValueError(
@@ -180,7 +181,7 @@ class Extractor:
         if not isinstance(self.prepare, Value | None):
             raise ValueError(f"{self.name}: `prepare` has no configuration, so features cannot be cached")
         made = hashlib.sha256()
-        parts = [type(self.network).__name__, getattr(self.output, "__qualname__", None), repr(self.prepare)]
+        parts = [type(self.network).__name__, self._output_code(), repr(self.prepare)]
         with backend.without_tensorflow():
             parts.append(_without_names(self.network))
         made.update(json.dumps(parts, sort_keys=True, default=repr).encode())
@@ -189,6 +190,26 @@ class Extractor:
             made.update(f"{array.dtype}{array.shape}".encode())
             made.update(array.view("uint8").reshape(-1).data if array.ndim else array.tobytes())
         return made.hexdigest()
+
+    def _output_code(self) -> list | None:
+        """The code of the output function, with the values that it holds."""
+        if self.output is None:
+            return None
+        code, cells = getattr(self.output, "__code__", None), getattr(self.output, "__closure__", None) or ()
+        held = [getattr(self.output, "__defaults__", None) or (), *(cell.cell_contents for cell in cells)]
+        plain = (int, float, str, bool, type(None), slice, type(...))
+        if code is None or not all(isinstance(part, plain) for part in keras.tree.flatten(held)):
+            raise ValueError(
+                f"{self.name}: `output` must be a function that holds nothing but numbers and strings, so that its "
+                f"hash shows what it computes; received: {self.output!r}"
+            )
+        return [self.output.__qualname__, _described(code), repr(held)]
+
+
+def _described(code: CodeType) -> list:
+    """What a function computes, the same in every process; not where it was defined."""
+    constants = [_described(part) if isinstance(part, CodeType) else repr(part) for part in code.co_consts]
+    return [code.co_code.hex(), constants, list(code.co_names)]
 
 
 def _without_names(network: keras.layers.Layer) -> Any:

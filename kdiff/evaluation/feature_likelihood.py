@@ -112,11 +112,12 @@ class FeatureLikelihoodDivergence(FeatureMetric):
         super().__init__(features, reference, held_out, groups=groups, name=name)
         if self.held_out is None:
             raise ValueError(f"{self.name}: `held_out` is required, real examples outside the training set")
+        self._best: dict[int, float] = {}  # the nll of the training set, by the number of its examples
 
     def _distance(self, samples, reference):
-        return self._difference(samples, reference.features, self.held_out, reference.cached)
+        return self._difference(samples, reference.features, self.held_out, self._best)
 
-    def _difference(self, samples, train, test, remember):
+    def _difference(self, samples, train, test, best):
         test = test.astype("float64")
         mean, std = test.mean(0), test.std(0, ddof=1)
         std = np.where(std > 0, std, 1.0)
@@ -126,10 +127,10 @@ class FeatureLikelihoodDivergence(FeatureMetric):
             return -mixture_log_likelihood(test, centers, fitted_variances(rows, centers)).mean()
 
         size = min(len(samples), len(train) // 2)
-        order = np.concatenate(groups_of(len(train), 1))
-        key = (type(self), size, id(self))
-        best = remember(key, lambda: nll(train[order[:size]], train[order[size:]]))
-        return 100.0 / test.shape[1] * (nll(samples, train) - best)
+        if size not in best:
+            order = np.concatenate(groups_of(len(train), 1))
+            best[size] = nll(train[order[:size]], train[order[size:]])
+        return 100.0 / test.shape[1] * (nll(samples, train) - best[size])
 
     def _variance(self, samples):
         """The variance by disjoint parts of samples, training set and held-out set."""
@@ -140,7 +141,7 @@ class FeatureLikelihoodDivergence(FeatureMetric):
             return float("nan")
         parts = zip(*(groups_of(len(rows), groups, seed) for seed, rows in enumerate(sides)), strict=True)
         chosen = ([rows[part] for rows, part in zip(sides, row, strict=True)] for row in parts)
-        return parts_variance([self._difference(*rows, lambda _, compute: compute()) for rows in chosen])
+        return parts_variance([self._difference(*rows, {}) for rows in chosen])
 
     def _baseline(self, n):
         """None, since the score of real examples is 0 by definition."""

@@ -107,8 +107,10 @@ class FrechetDistance(FeatureMetric):
 
     def _variance(self, samples):
         reference, moments = self._needed_reference(), _Moments(samples, self.groups)
+        if len(samples) < 3 or (reference.has_features and reference.n < 3):
+            return float("nan")  # without one there is no covariance
         variance = jackknife_variance([self._from(left, reference) for left in moments.without()])
-        if reference.has_features and reference.n >= 2 * self.groups:
+        if reference.has_features:
             mean, covariance = moments.all()
             root = _rooted(covariance)
             left = reference.cached(

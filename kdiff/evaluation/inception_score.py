@@ -44,8 +44,8 @@ class InceptionScore(FeatureMetric):
         self.splits, self.from_logits, self.fewest = splits, from_logits, 2 * splits
         super().__init__(features, None, held_out, groups=groups, name=name)
 
-    def extract(self, examples):
-        features = super().extract(examples)
+    def _checked(self, features):
+        features = super()._checked(features)
         if not self.from_logits and (features.min() < 0 or np.abs(features.sum(1) - 1).max() > 1e-3):
             raise ValueError(f"{self.name}: probabilities must sum to 1; use `from_logits=True` for logits")
         return features

@@ -81,7 +81,12 @@ class _KernelMetric(FeatureMetric):
 
     def _prepared(self, rows):
         rows = rows.astype("float64")
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True) if self.normalized else rows
+        if not self.normalized:
+            return rows
+        lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+        if not lengths.all():
+            raise ValueError(f"{self.name}: a row of features is zero and has no direction; try `normalized=False`")
+        return rows / lengths
 
     def _sums(self, samples, reference):
         if reference.features.shape[0] < self.fewest:

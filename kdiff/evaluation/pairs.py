@@ -19,6 +19,9 @@ from kdiff.evaluation.reference import check_features
 __all__ = ["CLIPScore", "Retrieval"]
 
 
+_EQUAL = 1e-12  # cosines that differ by rounding alone
+
+
 class _PairMetric(SampleMetric):
     """The base of pair metrics: a row is the two embeddings of a pair, (2, features), of length 1."""
 
@@ -97,7 +100,7 @@ class Retrieval(_PairMetric):
 
     Xu et al., "AttnGAN" (2018), section 4.1, where each image has its own text and 99 random ones. Here it is the
     expectation over all such choices: if b of the n - 1 other texts are nearer, P(fewer than k of them are chosen) is
-    hypergeometric. It is not meaningful for repeated texts.
+    hypergeometric. Texts that are equally near are taken in random order. It is not meaningful for repeated texts.
 
     Args:
         images, texts, held_out: as in `CLIPScore`.
@@ -123,7 +126,12 @@ class Retrieval(_PairMetric):
             from scipy.stats import hypergeom
         n = len(samples)
         cosines = samples[:, 0] @ samples[:, 1].T
-        nearer = (cosines > np.diagonal(cosines)[:, None]).sum(1)
-        if self.pool is None:
-            return float(np.mean(nearer < self.k))
-        return float(np.mean(hypergeom.cdf(self.k - 1, n - 1, nearer, min(self.pool, n) - 1)))
+        ahead = cosines - np.diagonal(cosines)[:, None]
+        nearer = (ahead > _EQUAL).sum(1)
+        equal = (np.abs(ahead) <= _EQUAL).sum(1)  # with its own
+        pool = n if self.pool is None else min(self.pool, n)
+        # With j of the equal ones before its own, each j as likely.
+        shares = np.zeros(n)
+        for j in range(equal.max()):
+            shares += (j < equal) / equal * hypergeom.cdf(self.k - 1, n - 1, np.minimum(nearer + j, n - 1), pool - 1)
+        return float(shares.mean())
