@@ -179,10 +179,10 @@ class StandardLevels(likelihood.Levels):
         self.codec = codec
 
     def pictures(self, x):
-        return self.codec.mean + self.codec.std * x
+        return codecs.Standard.decode(self.codec, x)
 
     def check(self, x):
-        super().check(self.pictures(x))
+        super().check(ops.convert_to_numpy(self.pictures(ops.convert_to_tensor(x))))
 
     def nats_of_signal(self, x, noise, log_snr):
         """Of pictures, which have the noise of x times `std`."""

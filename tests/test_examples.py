@@ -263,14 +263,16 @@ def test_quality(run, tmp_path, ablate):
     save_file(drawn_state(), tmp_path / "features.safetensors")
     small = ("--minutes", "0.0001", "--evaluations", "2", "--samples", "8", "--reference", "16")
     small = (*small, "--features", str(tmp_path / "features.safetensors"), "--out", str(tmp_path))
-    chosen = ("--ablate", "weighting") if ablate else ("--recipes", "kdiff", "keras")
+    chosen = ("--ablate", "codec", "weighting") if ablate else ("--recipes", "kdiff", "keras")
     shorter = (("SIZE = 32", "SIZE = 16"), ("BITS = 128", "BITS = 2"), ("size=128", "size=32"), ("1000, sh", "100, sh"))
-    shorter = (*shorter, ("residual(16", "residual(8"), ("sample(100", "sample(4"), ("// 100", "// 4"))
+    shorter = (*shorter, ("residual(32", "residual(8"), ("sample(100", "sample(4"), ("// 100", "// 4"))
     run("quality.py", "digits", *chosen, *small, shorter=shorter)
     table = (tmp_path / "table.md").read_text().splitlines()
-    names = ["kdiff", "weighting min_snr", "weighting sigmoid"] if ablate else ["kdiff", "keras"]
+    names = ["kdiff", "codec pixels", "weighting min_snr", "weighting sigmoid"] if ablate else ["kdiff", "keras"]
     assert [row.split("|")[1].strip() for row in table[2:]] == [*names, "real pictures"]
     assert all("nan" not in row for row in table)
+    bits = [float(row.split("|")[-2].split("+-")[0]) for row in table[2:-1]]
+    assert all(1.0 < value < 15.0 for value in bits)  # of models that are hardly trained, all in pixels
     assert (tmp_path / "samples.png").stat().st_size > 1000
 
 

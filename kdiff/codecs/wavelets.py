@@ -43,7 +43,7 @@ class Haar(Codec):
         x = ops.reshape(x, (batch, height // side, side, width // side, side, channels))
         x = ops.reshape(ops.transpose(x, (0, 1, 3, 5, 2, 4)), (batch, height // side, width // side, channels, -1))
         x = ops.einsum("bhwcp,qp->bhwcq", x, backend.tensor(self._matrix, "float32"))
-        return ops.reshape(x, (batch, height // side, width // side, -1))
+        return ops.reshape(x, (batch, height // side, width // side, channels * side**2))
 
     def decode(self, x):
         return ops.clip(self.images(x), -1.0, 1.0)
@@ -55,7 +55,7 @@ class Haar(Codec):
         x = ops.reshape(x, (batch, height, width, channels // side**2, side**2))
         x = ops.einsum("bhwcq,qp->bhwcp", x, backend.tensor(self._matrix, "float32"))
         x = ops.transpose(ops.reshape(x, (batch, height, width, -1, side, side)), (0, 1, 4, 2, 5, 3))
-        return ops.reshape(x, (batch, height * side, width * side, -1))
+        return ops.reshape(x, (batch, height * side, width * side, channels // side**2))
 
     def data_shape(self, shape: Shape) -> Shape:
         side = 2**self.depth

@@ -86,12 +86,13 @@ class Levels(Decoder):
         """
         spread = 127.5 * np.exp(-0.5 * np.asarray(log_snr, "float32"))  # sigma / alpha, in steps
         reach = min(255, math.ceil(14.0 * spread.max()))
+        apart = ops.convert_to_tensor(1.0 / spread)  # of neighbouring levels, in units of the noise
         total = ops.zeros_like(x)
         level = ops.round((x + 1.0) * 127.5)
         own = 0.5 * noise**2
         for j in range(-reach, reach + 1):
             there = ops.logical_and(level + j >= 0, level + j <= 255)
-            total = total + ops.where(there, ops.exp(own - 0.5 * (noise - np.float32(j) / spread) ** 2), 0.0)
+            total = total + ops.where(there, ops.exp(own - 0.5 * (noise - j * apart) ** 2), 0.0)
         return sum_of_rows(ops.log(total))
 
 
