@@ -349,8 +349,8 @@ ROWS = ("data", *TEACHERS.values(), *METHODS, GUIDED)
 class Results:
     """What was found of each method, in files of a folder, one for each."""
 
-    def __init__(self, folder: Path, kind: str):
-        self.folder, self.kind = folder, kind
+    def __init__(self, folder: Path, data: str, steps: int):
+        self.folder, self.kind = folder, f"{data}-{steps}"
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, name: str, seed: int, seconds: float, steps: int, scores: dict[int, list], shown: list) -> None:
@@ -464,7 +464,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="all of it is done for each")
     parser.add_argument("--out", type=Path, default=Path("runs") / "few_steps", help="a folder")
     options = parser.parse_args()
-    results = Results(options.out, options.data)
+    results = Results(options.out, options.data, options.steps)
     names = list(METHODS) if "all" in options.method else options.method
     for seed in options.seeds:
         keras.utils.set_random_seed(seed)

@@ -13,8 +13,8 @@ batch, and sees it noised at a level that is a further input. It measures:
     trained for the same time without that noise, and of bicubic interpolation
 
 The distance is between Gaussians of all squares of 8 x 8 pixels, each less its mean colour: it measures edges and
-corners, not content; it needs the extra `evaluation`. --minutes are CPU minutes. Each model is saved when it is trained,
-and the cascade, which can draw other prompts: --model FOLDER/imagen.keras.
+corners, not content; it needs the extra `evaluation`. --minutes are CPU minutes. Each model is saved when it is
+trained, and the cascade, which can draw other prompts: --model FOLDER/imagen.keras.
 
 Other pictures, such as emoji, can be read from a folder, with captions in files of the same name, cat.png and cat.txt:
 --folder (which needs the extra `data`). A tenth of them is the test set. No program reads those.

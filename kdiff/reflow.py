@@ -19,6 +19,7 @@ from keras import ops
 from kdiff import deprecated
 from kdiff.model import DiffusionModel
 from kdiff.sampling import initial_noise
+from kdiff.times import Jumps
 
 __all__ = ["pairs"]
 
@@ -37,13 +38,15 @@ def pairs(model: DiffusionModel, count: int, *, batch_size: int = 256, **options
         float32 arrays {"encoded": encoded data, "noise": noise}, and the conditions, with one row per pair.
 
     Raises:
-        ValueError: if the sampler is stochastic, or does not begin with noise; and as in `sample`.
+        ValueError: if the sampler is stochastic, or does not begin with noise and end with data; and as in `sample`.
     """
     if given := {"x", "image", "noise", "stop", "known"} & set(options):
         raise ValueError(f"pairs: it begins with noise and ends with data; received: {sorted(given)}")
     run = model._run(count, **options)
-    if run.sampler.solver.stochastic:
+    if run.sampler.solver.stochastic or isinstance(run.sampler.grid, Jumps):
         raise ValueError(f"pairs: the sampler must be deterministic, as DDIM and Heun are; received: {run.sampler!r}")
+    if not run.sampler.to_zero:
+        raise ValueError(f"pairs: the sampler must end with data, to_zero=True; received: {run.sampler!r}")
     noise = ops.convert_to_numpy(initial_noise(run.shape, run.seed))  # which `run` draws too
     conditions = {name: np.array(rows) for name, rows in run.given.conditions.items()}
     return {"encoded": run.ends(model, ops.convert_to_numpy, batch_size), "noise": noise, **conditions}

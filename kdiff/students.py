@@ -78,7 +78,7 @@ def progressive(
 ) -> DiffusionModel:
     """Progressive distillation, in which each model is a student of the previous one.
 
-    Salimans and Ho 2022, arXiv:2202.00512, algorithm 2. See `objectives.Distillation`.
+    Salimans and Ho 2022, arXiv:2202.00512, algorithm 2. See `objectives.ProgressiveDistillation`.
 
     Args:
         teacher: the first teacher, which is no longer trainable afterwards.

@@ -61,6 +61,16 @@ def test_a_network_with_an_interval_is_sampled_as_it_was_trained():
     np.testing.assert_allclose(numpy(problem.output), numpy(estimate.x_hat), atol=1e-5)
 
 
+def test_it_is_sampled_at_times_that_it_has_learned():
+    teacher = diffusion("cosine_beta", "velocity")
+    steps = teacher.schedule.num_steps // 20
+    model = students.student(teacher, objectives.LCM(teacher, steps))
+    for count in (1, 3, 4):
+        times = model.sampler.clone(steps=count).times(model.schedule)[:-1]
+        np.testing.assert_allclose(times * steps, np.round(times * steps), atol=1e-5)
+        assert times[0] == 1.0
+
+
 def test_a_lora_learns_latent_consistency():
     teacher = labelled()
     model = students.student(teacher, objectives.LCM(teacher, 10, 4.0))
@@ -70,6 +80,8 @@ def test_a_lora_learns_latent_consistency():
     model.fit({"image": X, "label": LABELS}, verbose=0)
     assert len(model.network.trainable_variables) > 0
     assert all("lora" in weight.path for weight in model.network.trainable_variables)
+    b = [weight for weight in model.network.trainable_variables if "kernel_b" in weight.path]
+    assert all(np.abs(numpy(weight)).max() > 0 for weight in b)  # they begin at 0
     kept = [numpy(weight) for weight in model.network.weights if "lora" not in weight.path]
     for value, old in zip(kept, before, strict=True):
         np.testing.assert_array_equal(value, old)

@@ -123,6 +123,10 @@ def test_players_that_make_no_sense_are_refused():
         objectives.DistributionMatching(teacher)
     with pytest.raises(ValueError, match="`fake` is trained and the teacher is not"):
         objectives.DistributionMatching(teacher, teacher)
+    frozen = students.student(teacher, "denoising")
+    students.student(teacher, objectives.SCM(frozen), prediction="trig_flow")
+    with pytest.raises(ValueError, match="is trained, but it is frozen"):
+        objectives.DistributionMatching(teacher, frozen)
     with pytest.raises(ValueError, match="the discriminator has no weights yet"):
         objectives.DistributionMatching(teacher, fake, discriminator=MLP(8, 1))
     with pytest.raises(ValueError, match="has a weight of its own"):

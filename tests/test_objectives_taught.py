@@ -1,12 +1,16 @@
 """Objectives of few steps: on Gaussian data, where what they learn is known, each has nothing left to learn."""
 
+import io
+import warnings
+import zipfile
+
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
 import kdiff
-from kdiff import objectives, random, solvers, students
+from kdiff import codecs, objectives, random, solvers, students
 from kdiff.blocks import Interval
 from kdiff.denoisers import interval
 from kdiff.networks import MLP
@@ -219,6 +223,7 @@ def refused(message, schedule, prediction, make, **options):
         refused("SCM: the schedule must be cont", TABLE, "trig_flow", "scm"),
         refused("Consistency: the schedule must be continuous", TABLE, "velocity", EASY),
         refused("Consistency: x_hat must be x itself at the cl", COSINE, "data", EASY),
+        refused("Consistency: with Noise.. on Cosine.. x_hat changes by", COSINE, "noise", EASY),
         refused("MeanFlow: the network learns from its own deriv", RECTIFIED, "flow", "mean_flow", time_label="scaled"),
         refused("SCM: the network learns from i", COSINE, "trig_flow", "scm", **FAST),
         refused("Shortcut: it draws its own noise levels", RECTIFIED, "flow", "shortcut", weighting="variational"),
@@ -233,6 +238,76 @@ def test_what_makes_no_sense_is_refused(schedule, prediction, make, options, mes
             prediction=prediction,
             objective=make,
         )
+
+
+@pytest.mark.once
+def test_an_objective_that_is_refused_leaves_the_teacher_as_it_was():
+    teacher = diffusion()
+    for make in (
+        lambda: objectives.ProgressiveDistillation(teacher, steps=0),
+        lambda: students.student(teacher, objectives.ProgressiveDistillation(teacher, 5, "leading")),
+        lambda: students.student(teacher, objectives.ProgressiveDistillation(teacher), codec="pixels"),
+    ):
+        with pytest.raises(ValueError):  # noqa: PT011
+            make()
+        assert teacher.trainable_variables
+    students.student(teacher, objectives.ProgressiveDistillation(teacher))
+    assert not teacher.trainable_variables
+
+
+@pytest.mark.once
+def test_the_codec_is_the_teachers_with_its_numbers():
+    teacher = diffusion(codec=codecs.Standard())
+    objective = objectives.ProgressiveDistillation(teacher)
+    assert students.student(teacher, objective).objective is objective
+    with pytest.raises(ValueError, match="the codec must be the teacher's"):
+        students.student(teacher, objective, codec=codecs.Standard(5.0, 10.0))
+
+
+@pytest.mark.once
+def test_a_teacher_is_saved_without_its_optimizer(tmp_path):
+    """Beside its weights and averages nothing; and by itself whole."""
+    teacher = diffusion()
+    teacher.compile(keras.optimizers.Adam(1e-3))
+    teacher.fit(X, batch_size=64, verbose=0)
+    model = students.student(teacher, objectives.ProgressiveDistillation(teacher))
+    model.compile("sgd")
+    model.save(tmp_path / "student.keras")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = keras.saving.load_model(tmp_path / "student.keras")
+    assert not loaded.objective.teacher.compiled
+    for one, other in zip(loaded.objective.teacher.variables, model.objective.teacher.variables, strict=True):
+        np.testing.assert_array_equal(numpy(one), numpy(other))
+    teacher.save(tmp_path / "teacher.keras")
+    import h5py
+
+    names: dict[str, list[str]] = {"student": [], "teacher": []}
+    for name, found in names.items():
+        with zipfile.ZipFile(tmp_path / f"{name}.keras") as file, file.open("model.weights.h5") as weights:
+            h5py.File(io.BytesIO(weights.read())).visit(found.append)
+    assert any("teacher" in name for name in names["student"])
+    assert not any("teacher" in name and "optimizer" in name for name in names["student"])
+    assert any("optimizer" in name for name in names["teacher"])
+
+
+def test_tangents_are_normalised_and_warmed():
+    """SCM's g = a - r b, with r = step / warmup, and then g / (|g| + c) (its equations 4 to 7)."""
+
+    def g(c, warmup=0, step=0):
+        objective = objectives.SCM(None, FiniteDifference(0.005), warmup, c, 0)
+        model = exact_model(COSINE, TrigFlow(), objective, times=Given(*TIMES.tables))
+        model.network.bias.assign([0.1, -0.1])
+        model.step.assign(step)
+        made = objective.problem(model, ops.convert_to_tensor(X), {}, random.Keys(random.key_of(0)), True)
+        return numpy(made.target - made.output)
+
+    whole, without = g(None), g(None, 10, 0)
+    assert np.abs(whole - without).max() > 0.1
+    np.testing.assert_allclose(g(None, 10, 5), 0.5 * (whole + without), atol=1e-5)
+    np.testing.assert_allclose(g(None, 10, 25), whole, atol=1e-5)
+    length = np.sqrt((whole**2).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(g(0.1), whole / (length + 0.1), atol=1e-5)
 
 
 @pytest.mark.once
@@ -262,6 +337,12 @@ def test_wrong_teachers():
             "are not every seco",
         ),
         (lambda: objectives.Shortcut(steps=12), "a power of 2"),
+        (lambda: objectives.SCM(model, guidance=(5.0, 2.0)), r"\(low, high\) in this order"),
+        (lambda: objectives.SCM(model, guidance=float("inf")), "guidance"),
+        (
+            lambda: students.student(noisy := diffusion("cosine", "noise"), objectives.ProgressiveDistillation(noisy)),
+            "x_hat changes by .* times as much as the output at t = 1",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             make()

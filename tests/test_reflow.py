@@ -16,8 +16,11 @@ def test_reflow_pairs_are_where_the_flow_leads(tmp_path):
     z = made["noise"] * s
     np.testing.assert_allclose(made["encoded"], MEAN + (z - MEAN) * C / np.sqrt(C**2 + s**2), atol=5e-3)
     assert made["noise"].std() == pytest.approx(1.0, abs=0.15)
-    with pytest.raises(ValueError, match="pairs: the sampler must be deterministic"):
-        reflow.pairs(model, 4, sampler="ddpm")
+    for sampler in ("ddpm", kdiff.Sampler("ddim", kdiff.times.Jumps("trailing", 2, 2), 4)):
+        with pytest.raises(ValueError, match="pairs: the sampler must be deterministic"):
+            reflow.pairs(model, 4, sampler=sampler)
+    with pytest.raises(ValueError, match="pairs: the sampler must end with data"):
+        reflow.pairs(model, 4, sampler=kdiff.Sampler("ddim", steps=4, to_zero=False))
 
 
 def test_reflow_learns_with_the_noise_that_is_given():
@@ -27,6 +30,8 @@ def test_reflow_learns_with_the_noise_that_is_given():
     model.compile(keras.optimizers.SGD(0.0))
     assert model.evaluate({"encoded": X, "noise": X}, verbose=0) < 1e-10
     assert model.evaluate(X, verbose=0) > 0.5
+    with pytest.raises(ValueError, match="'noise' must have the shape of encoded data"):
+        model.evaluate({"encoded": X, "noise": X[:, :1]}, verbose=0)
     other = exact_model(RECTIFIED, "flow")
     other.compile("sgd")
     with pytest.raises(ValueError, match="takes no \\['noise'\\]"):

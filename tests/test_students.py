@@ -68,10 +68,22 @@ def test_a_step_is_two_of_the_teacher_as_it_is_sampled():
     np.testing.assert_allclose(numpy(x_hat), sampled, atol=2e-3 * np.abs(sampled).max())
 
 
-def test_progressive_halves(tmp_path):
-    """Each student begins as the one before, and the last is an ordinary model that samples in one step."""
-    teacher = diffusion()
+def test_progressive_halves(tmp_path, monkeypatch):
+    """Each student begins as the one before, from which it learns; the last is an ordinary model, sampled in a step."""
+    teacher, begun = diffusion(), []
+    student = students.student
+
+    def watched(model, objective, **changes):
+        made = student(model, objective, **changes)
+        begun.append((model, objective.teacher, objective.steps, made))
+        return made
+
+    monkeypatch.setattr(students, "student", watched)
     model = students.progressive(teacher, X, (2, 1), optimizer=keras.optimizers.Adam(1e-3), epochs=1, verbose=0)
+    (first, taught, two, middle), (second, taught_again, one, last) = begun
+    assert first is taught is teacher
+    assert second is taught_again is middle
+    assert (two, one, last) == (2, 1, model)
     assert repr(model.objective) == "Denoising()"
     assert model.sampler.steps == 1
     assert model.sample(3).shape == (3, 2)

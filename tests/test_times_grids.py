@@ -25,7 +25,7 @@ def sigmas(grid, schedule):
 
 def test_every_grid_is_here():
     assert set(NAMES) == {
-        *("all", "leading", "trailing", "linspace", "rounded", "beta_quantile", "flow_shift"),
+        *("all", "leading", "trailing", "linspace", "rounded", "beta_quantile", "flow_shift", "distilled"),
         *("karras", "exponential", "polyexponential", "uniform_log_snr"),
     }
 
@@ -37,7 +37,8 @@ def test_grids_decrease_to_zero(schedule, name, steps):
     """And a discrete schedule is not read before its first step."""
     if name == "all":
         steps = schedule.num_steps or 1000
-    grid = TimeGrid.get(name)(schedule, steps)
+    grid = times.Distilled(20) if name == "distilled" else TimeGrid.get(name)
+    grid = grid(schedule, steps)
     assert grid.shape == (steps + 1,)
     assert grid.dtype == np.float64
     assert np.all(np.diff(grid.astype("float32")) < 0)
@@ -48,6 +49,16 @@ def test_grids_decrease_to_zero(schedule, name, steps):
 
 def indices(grid, steps, schedule=DISCRETE):
     return list(np.round(grid(schedule, steps)[:-1] * schedule.num_steps - 1, 6))
+
+
+def test_distilled_steps_are_of_the_times_at_distillation():
+    """LCM's: k 1000 / 50 - 1, k = 50 ... 1, at the places 0, 12, 25, 37."""
+    assert indices(times.Distilled(50), 4) == [999, 759, 499, 259]
+    assert indices(times.Distilled(4), 4) == [999, 749, 499, 249]
+    with pytest.raises(ValueError, match="`steps` must be at most 4"):
+        times.Distilled(4)(DISCRETE, 5)
+    with pytest.raises(ValueError, match="`original` must be at most 40"):
+        times.Distilled(50)(schedules.CosineBeta(40), 4)
 
 
 def test_grids_are_the_published_spacings():

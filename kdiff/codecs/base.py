@@ -164,6 +164,7 @@ class Pixels(Codec):
         return ops.clip(x, -1.0, 1.0)
 
     def images(self, x):
+        """The data itself."""
         return x
 
 

@@ -11,7 +11,6 @@ __all__ = [
     "HAIR",
     "BetaSigmas",
     "Consistent",
-    "Distilled",
     "FlowMatching",
     "FlowSigmas",
     "LinspaceUnrounded",
@@ -141,31 +140,6 @@ class Upwards(TimeGrid):
     def indices(self, num_steps: int, steps: int) -> np.ndarray:
         """The index i for one step fewer than these times."""
         return np.append(self.last - 1, self.grid.indices(self.last, steps)[1:])
-
-
-class Distilled(TimeGrid):
-    """The times of LCM and TCD: a subset of the `original` times at which a network was distilled,
-
-        i = k T // original - 1,  k = original ... 1,     at the indices floor(j original / steps).
-
-    Args:
-        original: the number of times at distillation.
-    """
-
-    named = False
-
-    def __init__(self, original: int = 50):
-        self.original = original
-
-    def indices(self, num_steps: int, steps: int) -> np.ndarray:
-        """i."""
-        if steps > self.original:
-            raise ValueError(
-                f"Distilled: `steps` must be at most {self.original}, the number at distillation "
-                f"(`original_inference_steps`); received: {steps}"
-            )
-        of_training = np.arange(self.original, 0, -1) * (num_steps // self.original) - 1
-        return of_training[np.floor(np.linspace(0, self.original, steps, endpoint=False)).astype(int)]
 
 
 class BetaSigmas(_Sigmas):

@@ -8,7 +8,7 @@ import numpy as np
 
 from kdiff import guidance, predictions, schedules, solvers, times
 from kdiff.interop.configs import Keys
-from kdiff.interop.grids import BetaSigmas, Distilled, FlowSigmas, LinspaceUnrounded, UpTo, Upwards, Within, WithoutLast
+from kdiff.interop.grids import BetaSigmas, FlowSigmas, LinspaceUnrounded, UpTo, Upwards, Within, WithoutLast
 from kdiff.interop.guidance import LowThreshold
 from kdiff.interop.tables import ExponentialBeta, LaplaceBeta, NearlyZeroSNR
 from kdiff.sampling import Sampler
@@ -139,7 +139,7 @@ def grid_of(config: Config, spacing: str, tokens: int | None = None) -> times.Ti
         unipc = config["_class_name"] == "UniPCMultistepScheduler"
         return FlowSigmas(shift_of(config, tokens), config["num_train_timesteps"], unipc, config.get("shift_terminal"))
     if spacing == "distilled":
-        return Distilled(config["original_inference_steps"])
+        return times.Distilled(config["original_inference_steps"])
     noise, name = noise_grid_of(config), config.get("timestep_spacing", "linspace")
     if noise and spacing == "shorter":
         return noise

@@ -7,7 +7,7 @@ from typing import Any
 
 from kdiff import guidance, predictions, schedules, solvers, times
 from kdiff.interop import multistep, schedulers
-from kdiff.interop.grids import BetaSigmas, Consistent, Distilled, FlowMatching, FlowSigmas, UpTo, Upwards
+from kdiff.interop.grids import BetaSigmas, Consistent, FlowMatching, FlowSigmas, UpTo, Upwards
 from kdiff.interop.guidance import LowThreshold
 from kdiff.interop.scheduler_keys import SPACINGS, VARIANCES
 from kdiff.interop.scheduler_parts import PREDICTIONS
@@ -15,7 +15,7 @@ from kdiff.interop.scheduler_tabled import MULTISTEP, SINGLESTEP
 from kdiff.interop.score_sde import EulerMaruyama, PredictorCorrector
 from kdiff.interop.solvers import DDIMInverted, DDIMKeptNoise, DiffusersPNDM, DiffusersTCD, EvenSteps, NoisyEnd
 from kdiff.interop.tables import ExponentialBeta, LaplaceBeta, NearlyZeroSNR, WuerstchenCosine
-from kdiff.times import TimeGrid
+from kdiff.times import Distilled, TimeGrid
 
 __all__ = [
     "ENDS",

@@ -126,6 +126,7 @@ class DiffusionModel(
         check_invertible(self.prediction, self.schedule)
         self._warn_of_beginning()
         self.objective.check(self)
+        self.objective.taken()
 
     def _warn_of_beginning(self) -> None:
         """Warns if `sample` with the default sampler would raise; another may begin at less noise."""
@@ -169,6 +170,7 @@ class DiffusionModel(
         except (TypeError, ValueError):
             self._replace(name, value, old)
             raise
+        self.objective.taken()
         self._forget_graphs()
 
     def _replace(self, name: str, old: Any, new: Any) -> None:

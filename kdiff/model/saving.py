@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import keras
@@ -77,8 +78,28 @@ def _paths(nested: Mapping[str, Any], above: str = "") -> Iterator[str]:
             yield path
 
 
+_parts_of_another: ContextVar[frozenset[int]] = ContextVar("parts_of_another", default=frozenset())
+
+
 class Saving(SafeFiles):
-    """The part of `DiffusionModel` that saves and loads it."""
+    """The part of `DiffusionModel` that saves and loads it.
+
+    The models that are parts of another, such as the teacher of its objective, are saved without their optimizers.
+    """
+
+    def save(self, *arguments, **options) -> None:
+        """As `SafeFiles.save`."""
+        inner = (part for part in self._flatten_layers(include_self=False) if isinstance(part, Saving))
+        token = _parts_of_another.set(frozenset(map(id, inner)))
+        try:
+            super().save(*arguments, **options)
+        finally:
+            _parts_of_another.reset(token)
+
+    def __dir__(self):
+        """Keras saves the variables of what is listed here."""
+        names = super().__dir__()
+        return [name for name in names if name != "optimizer"] if id(self) in _parts_of_another.get() else names
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, serialised; a codec that is not saved is replaced by its description."""
@@ -109,8 +130,10 @@ class Saving(SafeFiles):
             if "frozen" in config:
                 _freeze(self.network, config["frozen"])
 
-    def get_compile_config(self) -> dict[str, Any]:
+    def get_compile_config(self) -> dict[str, Any] | None:
         """The compilation, without what depends on the machine: jit, steps per execution, PyTorch's optimizer class."""
+        if id(self) in _parts_of_another.get():
+            return None
         config = super().get_compile_config()
         config = {key: value for key, value in config.items() if key not in ("jit_compile", "steps_per_execution")}
         if measures := self._measures.metrics:

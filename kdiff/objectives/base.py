@@ -107,3 +107,6 @@ class Objective(Configurable, keras.layers.Layer):
 
     def check(self, model: Any) -> None:
         """Raises a ValueError if the objective does not fit the model; called when the model is created."""
+
+    def taken(self) -> None:
+        """Called when a model has this objective, which has passed `check`."""

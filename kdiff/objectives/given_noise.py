@@ -22,4 +22,9 @@ class Reflow(Denoising):
 
     def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool):
         conditions = dict(conditions)
-        return self.problem_of(model, x, conditions.pop("noise", None), conditions, keys, training)
+        noise = conditions.pop("noise", None)
+        if noise is not None and tuple(noise.shape[1:]) != tuple(x.shape[1:]):
+            raise ValueError(
+                f"Reflow: 'noise' must have the shape of encoded data, {tuple(x.shape)}; received: {tuple(noise.shape)}"
+            )
+        return self.problem_of(model, x, noise, conditions, keys, training)

@@ -12,6 +12,7 @@ from kdiff.objectives.base import Problem
 from kdiff.objectives.effective_weight import loss_weight
 from kdiff.objectives.taught import (
     Taught,
+    check_noisy_end,
     check_simple,
     condition_inputs,
     implied_output,
@@ -102,9 +103,12 @@ class ProgressiveDistillation(Taught):
         return Problem(output, still(target), weight)
 
     def check(self, model: Any) -> None:
-        """Raises a ValueError as in `Taught`, for a learned variance or a weight per log-SNR, or for the grid."""
+        """Raises a ValueError as in `Taught`, for a learned variance or a weight per log-SNR, for a prediction that
+        hardly sees x_hat at t = 1, as of the noise (section 4 of the paper), or for the grid.
+        """
         super().check(model)
         check_simple("ProgressiveDistillation", model)
+        check_noisy_end("ProgressiveDistillation", model)
         fine, coarse = (self.grid(model.schedule, count) for count in (2 * self.steps, self.steps))
         if not np.allclose(fine[::2], coarse, atol=1e-6):
             raise ValueError(

@@ -1,7 +1,6 @@
 """Latent consistency models: a guided discrete diffusion model, distilled to a consistency model."""
 
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
 from typing import Any
 
 from keras import ops
@@ -12,6 +11,7 @@ from kdiff.denoisers import leading
 from kdiff.objectives.base import Problem
 from kdiff.objectives.taught import Taught, check_simple, noised, rows, still
 from kdiff.solvers.base import flow_to
+from kdiff.times import Distilled
 
 __all__ = ["LCM"]
 
@@ -29,7 +29,7 @@ class LCM(Taught):
     guidance, the paper draws it from 6 to 16:
 
         model = students.student(teacher, LCM(teacher, guidance=(6.0, 16.0)), network=..., ema=0.95)
-        model.sample(4, text="a red hat", timestep_cond=8.0)
+        model.sample(4, text="a red hat", timestep_cond=8.0)          # at times that it has learned: times.Distilled
 
     With `lora.enable(model, rank=64)` before `compile`, a LoRA is trained (LCM-LoRA, Luo et al. 2023,
     arXiv:2311.05556), without this input and with a fixed number as `guidance`. For r = 1 / T, c_skip is 1, and f^- is
@@ -41,8 +41,6 @@ class LCM(Taught):
         guidance, guidance_input: as in `Taught`.
         solver: the `solvers.LCM` whose scalings are used.
     """
-
-    sampled_by = MappingProxyType({"solver": "lcm", "steps": 4})
 
     @deprecated.arguments(steering="guidance_input")
     def __init__(
@@ -60,6 +58,11 @@ class LCM(Taught):
         self.steps, self.solver = steps, solvers.Solver.get(solver)
         if not isinstance(self.solver, solvers.LCM):
             raise ValueError(f"LCM: `solver` must be solvers.LCM(), whose scalings are learned; received: {solver!r}")
+
+    @property
+    def sampled_by(self) -> dict[str, Any]:
+        """Four of its times."""
+        return {"solver": "lcm", "grid": Distilled(self.steps), "steps": min(4, self.steps)}
 
     def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
         schedule, batch = model.schedule, ops.shape(x)[0]

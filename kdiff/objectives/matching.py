@@ -70,6 +70,8 @@ class DistributionMatching(Taught):
                 "DistributionMatching: `fake` is trained and the teacher is not: give it a model of its own, "
                 "students.student(teacher, 'denoising', ema=None)"
             )
+        if not fake.trainable_variables:
+            raise ValueError("DistributionMatching: `fake` is trained, but it is frozen: was it a teacher?")
         check_integer("DistributionMatching", "steps", steps)
         check_integer("DistributionMatching", "every", every)
         check_number("DistributionMatching", "adversarial", adversarial, 0.0)

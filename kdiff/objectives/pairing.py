@@ -15,7 +15,7 @@ from kdiff import deprecated, random
 from kdiff.base import Value, check_integer, check_number
 from kdiff.denoisers import leading
 from kdiff.objectives.base import Problem
-from kdiff.objectives.taught import Taught, check_continuous, check_simple, noised, rows, still
+from kdiff.objectives.taught import Taught, check_continuous, check_noisy_end, check_simple, noised, rows, still
 from kdiff.schedules import CLEAN_LOG_SNR, Marginal, NoiseSchedule
 
 __all__ = ["Consistency", "Discretised", "Easy", "Pairs"]
@@ -39,7 +39,7 @@ class Discretised(Pairs):
     """Neighbours on a grid that is refined in training (Song and Dhariwal 2023, arXiv:2310.14189, sections 3.4, 3.5):
 
         s_i = (least^(1/rho) + i / (N - 1) (most^(1/rho) - least^(1/rho)))^rho,       i = 0 ... N - 1,
-        N   = min(first 2^floor(step / K'), last) + 1,     K' = floor(iterations / (log2(last / first) + 1)).
+        N   = min(first 2^floor(step / K'), last) + 1,     K' = floor(iterations / (floor(log2(last / first)) + 1)).
 
     A drawn ratio is rounded up to s_{i+1} and compared with s_i. With the paper's times, LogNormalSigma(-1.1, 2.0), i
     has the paper's probability, a difference of error functions.
@@ -93,8 +93,8 @@ class Easy(Pairs):
         self.iterations, self.q, self.k, self.b, self.stages = iterations, q, k, b, stages
 
     def __call__(self, s, least, most, step):
-        stage = max(1, self.iterations // self.stages)
-        a = ops.cast(ops.minimum(ops.cast(step, "int32") // stage, self.stages - 1), "float32")
+        done = ops.minimum(ops.cast(step, "int32"), self.iterations - 1)
+        a = ops.cast(done * self.stages // self.iterations, "float32")
         way = (1.0 + self.k * ops.sigmoid(-self.b * s)) * self.q ** (-(a + 1.0))
         return s, s * ops.maximum(1.0 - way, 0.0)
 
@@ -125,8 +125,8 @@ class Consistency(Taught):
 
     Args:
         teacher: a `DiffusionModel`, whose trajectories are followed; None for those of data and noise.
-        pairs: a `Pairs`: which two noise levels. None, with a teacher: neighbours on a grid of 18, as in the first
-            paper. Without a teacher it is required, since the two levels approach each other during training.
+        pairs: a `Pairs`: which two noise levels. None, with a teacher: neighbours on a grid of 18 levels, as in the
+            first paper. Without a teacher it is required, since the two levels approach each other during training.
         ema: whether the target is computed with the averaged (EMA) weights.
         c: the constant in w; None for 0.00054 sqrt(d), with d the size of an example.
         guidance, guidance_input: as in `Taught`.
@@ -153,7 +153,7 @@ class Consistency(Taught):
             )
         if c is not None:
             check_number("Consistency", "c", c, 1e-12)
-        self.pairs, self.ema, self.c = Pairs.get(Discretised(1, 18, 18) if pairs is None else pairs), ema, c
+        self.pairs, self.ema, self.c = Pairs.get(Discretised(1, 17, 17) if pairs is None else pairs), ema, c
 
     def problem(self, model: Any, x, conditions: Mapping[str, Any], keys: Iterator, training: bool) -> Problem:
         schedule, (clean, noisy) = model.schedule, model.schedule.log_snr_ends()
@@ -193,6 +193,7 @@ class Consistency(Taught):
         super().check(model)
         check_continuous("Consistency", model)
         check_simple("Consistency", model)
+        check_noisy_end("Consistency", model)
         gain = float(ops.convert_to_numpy(model.prediction.gain(model.schedule.at(np.float32(0.0)))))
         if gain > 0.1:
             raise ValueError(

@@ -32,6 +32,7 @@ from kdiff.tangents import Tangent
 __all__ = [
     "Taught",
     "check_continuous",
+    "check_noisy_end",
     "check_simple",
     "check_tangent",
     "condition_inputs",
@@ -91,6 +92,16 @@ def check_simple(owner: str, model: Any) -> None:
         )
 
 
+def check_noisy_end(owner: str, model: Any) -> None:
+    """Raises a ValueError if the output at t = 1, where sampling begins, says next to nothing of x_hat."""
+    gain = float(ops.convert_to_numpy(model.prediction.gain(model.schedule.at(np.float32(1.0)))))
+    if abs(gain) > 100.0:
+        raise ValueError(
+            f"{owner}: with {model.prediction!r} on {model.schedule!r} x_hat changes by {gain:.3g} times as much as "
+            "the output at t = 1, where sampling begins, so it is not learned there. Use Velocity(), Flow() or Data()"
+        )
+
+
 def check_continuous(owner: str, model: Any) -> None:
     """Raises a ValueError for a discrete schedule."""
     if model.schedule.num_steps is not None:
@@ -124,12 +135,17 @@ def check_tangent(owner: str, tangent: Tangent, model: Any) -> None:
         )
 
 
+def _same_codec(one: Any, other: Any) -> bool:
+    """Whether these encode alike, as far as arguments tell: the weights are not compared."""
+    return one == other or (bool(one.weights) and type(one) is type(other) and one.get_config() == other.get_config())
+
+
 class Taught(Objective):
     """The base class of objectives with an optional or required teacher. A new one defines `problem`.
 
     Args:
         teacher: a built `DiffusionModel` on any schedule, whose averaged weights are used. Its weights are frozen from
-            now on, until `teacher.trainable = True`. None for no teacher.
+            when a model has this objective, until `teacher.trainable = True`. None for no teacher.
         guidance: the classifier-free guidance scale that is distilled: a number, where 1 or None is no guidance; or a
             pair `(low, high)`, in which it is drawn for each example and passed to the student.
         guidance_input: the input of the student for the scale, as in `blocks.GuidanceEmbedding`.
@@ -155,18 +171,23 @@ class Taught(Objective):
         if several and len(guidance) != 2:
             raise ValueError(f"{name}: `guidance` must be a number, or (low, high); received: {guidance!r}")
         for one in guidance if several else () if guidance is None else (guidance,):
-            check_number(name, "guidance", one, 0.0)
+            check_number(name, "guidance", one, 0.0, 1e6)
+        if several and guidance[0] > guidance[1]:
+            raise ValueError(f"{name}: `guidance` must be (low, high) in this order; received: {guidance!r}")
         if guidance is not None and teacher is None and not self.guides_itself:
             raise ValueError(f"{name}: `guidance` needs a teacher; received: {guidance!r}, and no teacher")
-        for variable in () if teacher is None else teacher.variables:
-            variable.trainable = False  # not its layers, which a student copies
         self.teacher, self.guidance_input = teacher, guidance_input
         self.guidance = tuple(guidance) if several else guidance
+
+    def taken(self) -> None:
+        """Freezes the teacher."""
+        for variable in () if self.teacher is None else self.teacher.variables:
+            variable.trainable = False  # not its layers, which a student copies
 
     def check(self, model: Any) -> None:
         """Raises a ValueError if the teacher has another codec or cannot be guided, or the student has no input."""
         name, teacher = type(self).__name__, self.teacher
-        if teacher is not None and type(teacher.codec) is not type(model.codec):
+        if teacher is not None and not _same_codec(teacher.codec, model.codec):
             raise ValueError(f"{name}: the codec must be the teacher's, {teacher.codec!r}; received: {model.codec!r}")
         guided = model if teacher is None else teacher
         if self._guided and not self.teacher_told and not guided.denoiser_in_step().nulls:

@@ -8,6 +8,7 @@ TimeLabel     (schedule, marginal) -> label   the time input of the network
 from kdiff.times.grids import (
     All,
     BetaQuantile,
+    Distilled,
     FlowShift,
     Leading,
     Linspace,
@@ -41,6 +42,7 @@ __all__ = [
     "Antithetic",
     "BetaQuantile",
     "Discrete",
+    "Distilled",
     "Exponential",
     "FlowShift",
     "Index",

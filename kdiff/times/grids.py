@@ -26,6 +26,7 @@ from kdiff.schedules.wrappers import token_mu
 __all__ = [
     "All",
     "BetaQuantile",
+    "Distilled",
     "FlowShift",
     "Leading",
     "Linspace",
@@ -158,6 +159,39 @@ class Trailing(TimeGrid):
 
     def indices(self, num_steps: int, steps: int) -> np.ndarray:
         return np.round(num_steps - np.arange(steps) * (num_steps / steps)) - 1
+
+
+class Distilled(TimeGrid):
+    """The times of LCM and TCD: a subset of the `original` times at which a network was distilled,
+
+        i = k floor(T / original) - 1,  k = original ... 1,   at the indices floor(j original / steps),  j = 0, 1, ...
+
+    Luo et al. 2023, arXiv:2310.04378, whose network has learned no other times.
+
+    Args:
+        original: the number of times at distillation, which is also the largest number of steps.
+    """
+
+    formerly = ("kdiff.interop>Distilled",)
+
+    def __init__(self, original: int = 50):
+        check_integer("Distilled", "original", original)
+        self.original = original
+
+    def indices(self, num_steps: int, steps: int) -> np.ndarray:
+        """i."""
+        if steps > self.original:
+            raise ValueError(
+                f"Distilled: `steps` must be at most {self.original}, the number at distillation "
+                f"(`original_inference_steps`); received: {steps}"
+            )
+        if self.original > num_steps:
+            raise ValueError(
+                f"Distilled: `original` must be at most {num_steps}, the number of steps of the process; received: "
+                f"{self.original}"
+            )
+        of_training = np.arange(self.original, 0, -1) * (num_steps // self.original) - 1
+        return of_training[np.floor(np.linspace(0, self.original, steps, endpoint=False)).astype(int)]
 
 
 class Linspace(TimeGrid):
