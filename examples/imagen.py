@@ -9,8 +9,8 @@ batch, and sees it noised at a level that is a further input. It measures:
 
     what a program reads in the pictures after each stage
     the PSNR of the result, downsampled, to the input of a stage, in dB, which falls with the noise
-    the Frechet distance to real pictures of enlarged samples of the base: of the first super-resolution stage, of one
-    trained for the same time without that noise, and of bicubic interpolation
+    the Frechet distance to real pictures of enlarged samples of the base, and of one that was hardly trained: by the
+    first super-resolution stage, by one trained for the same time without that noise, and by bicubic interpolation
 
 The distance is between Gaussians of all squares of 8 x 8 pixels, each less its mean colour: it measures edges and
 corners, not content; it needs the extra `evaluation`. --minutes are CPU minutes. Each model is saved when it is
@@ -41,8 +41,8 @@ PROMPTS = (
     "a large blue square on a white background",
     "a large yellow triangle on a gray background",
 )
-SHARES = (0.32, 0.2, 0.28, 0.2)  # of the time, by stage; the last is the stage without noise
-RATES = (2e-3, 1e-3, 1e-3, 1e-3)
+SHARES = (0.32, 0.2, 0.26, 0.2, 0.02)  # of the time: of the stages, of that without noise, of the poor base
+RATES = (2e-3, 1e-3, 1e-3, 1e-3, 2e-3)
 LEVELS = (0.05, 0.1, 0.2, 0.3)
 MAX_LEVEL = 0.3  # in training; of levels up to 1 the highest take most of the loss, and pictures stay blurred
 LEVEL = 0.1  # the noise level in sampling
@@ -94,13 +94,13 @@ def words_of(options: argparse.Namespace, captions: list[str]):
     return lambda: TextEncoder(tokenizer, options.width // 2, depth=1, dropout=0.1)
 
 
-def base_of(options: argparse.Namespace, words) -> kdiff.DiffusionModel:
+def base_of(options: argparse.Namespace, words, name: str = "base") -> kdiff.DiffusionModel:
     """A narrow transformer on small patches that attends to the words."""
     block = TransformerBlock(heads=4, adaptive=True, gated=True)
     network = DiT(options.width // 2, depth=3, patch=2, block=block, conditions={"text": words()})
     rules = [ClassifierFree(1.5), DynamicThreshold(0.995)]
     sampler = kdiff.Sampler("dpm_solver_pp", "trailing", options.steps, rules)
-    return kdiff.DiffusionModel(network, "cosine", "data", sampler=sampler, ema=0.995, name="base")
+    return kdiff.DiffusionModel(network, "cosine", "data", sampler=sampler, ema=0.995, name=name)
 
 
 def larger_of(options: argparse.Namespace, words, factor: int, noise, name: str) -> kdiff.DiffusionModel:
@@ -112,8 +112,8 @@ def larger_of(options: argparse.Namespace, words, factor: int, noise, name: str)
     return kdiff.DiffusionModel(network, "cosine", "data", sampler=sampler, ema=0.99, name=name)
 
 
-def learn(options: argparse.Namespace) -> tuple[kdiff.Cascade, kdiff.DiffusionModel]:
-    """(the cascade, its second stage without noise)."""
+def learn(options: argparse.Namespace) -> tuple[kdiff.Cascade, kdiff.DiffusionModel, kdiff.DiffusionModel]:
+    """(the cascade, its second stage without noise, a base that is hardly trained)."""
     sizes, (_, captions) = options.sizes, some(options, options.sizes[0], options.pictures)
     words, schedule = words_of(options, captions), kdiff.schedules.Cosine()
     twice, again = sizes[1] // sizes[0], sizes[2] // sizes[1]
@@ -122,15 +122,16 @@ def learn(options: argparse.Namespace) -> tuple[kdiff.Cascade, kdiff.DiffusionMo
         larger_of(options, words, twice, schedule, "second"),
         larger_of(options, words, again, schedule, "third"),
         larger_of(options, words, twice, None, "second-without-noise"),
+        base_of(options, words, "poor-base"),
     ]
-    for stage, size, share, rate in zip(stages, [*sizes, sizes[1]], SHARES, RATES, strict=True):
+    for stage, size, share, rate in zip(stages, [*sizes, sizes[1], sizes[0]], SHARES, RATES, strict=True):
         images, captions = some(options, size, options.pictures)
-        batch_size = options.batch_size // 2 if stage is stages[0] else options.batch_size * sizes[0] ** 2 // size**2
+        batch_size = options.batch_size // 2 if size == sizes[0] else options.batch_size * sizes[0] ** 2 // size**2
         train(stage, {"image": images, "text": captions}, Clock(share * options.minutes, rate), max(4, batch_size))
         stage.save(options.out / f"{stage.name}.keras")
     cascade = kdiff.Cascade(stages[:3])
     cascade.save(options.out / "imagen.keras")
-    return cascade, stages[3]
+    return cascade, stages[3], stages[4]
 
 
 def decibels(a: np.ndarray, b: np.ndarray) -> float:
@@ -167,6 +168,23 @@ def follow(cascade: kdiff.Cascade, options: argparse.Namespace) -> None:
         pictures.save_png(options.out / f"levels-{i}.png", np.concatenate([*(row[:8] for row in rows), images[:8]]), 8)
 
 
+def compare(options: argparse.Namespace, cascade: kdiff.Cascade, plain, poor, captions: list[str], images) -> None:
+    """Enlarges samples of both bases in three ways; `plain` is the stage without noise."""
+    rows, given = [], {"text": captions, "seed": 0}
+    print("Frechet distance to real pictures of enlarged samples:")
+    for base in (cascade.stages[0], poor):
+        small = base.sample(len(captions), **given)
+        made = {"bicubic": keras.ops.convert_to_numpy(resized(small, images.shape[1:3], "bicubic"))}
+        for name, stage in {"without noise": plain, "with noise": cascade.stages[1]}.items():
+            made[name] = kdiff.Cascade([base, stage]).sample(len(captions), low=small, **given)
+        rows += [x[:8] for x in made.values()]
+        print(f"  of the {base.name}:", ", ".join(f"{name} {frechet(x, images):.3f}" for name, x in made.items()))
+        if not options.folder:
+            read = ", ".join(f"{name} {read_right(x, captions):.1%}" for name, x in made.items())
+            print(f"    read as in the caption:  small {read_right(small, captions):.1%}, {read}")
+    pictures.save_png(options.out / "augmentation.png", np.concatenate(rows), 8)
+
+
 def main() -> None:
     options = arguments()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -176,25 +194,19 @@ def main() -> None:
         prompts = [
             scenes.Scene.parse(prompt).caption for prompt in prompts
         ]  # in the vocabulary of the training captions
-    cascade, plain = (keras.saving.load_model(options.model), None) if options.model else learn(options)
+    cascade, *others = (keras.saving.load_model(options.model),) if options.model else learn(options)
     stages = list(cascade.sample_stages(count, text=captions))
     for made in stages if not options.folder else ():
         print(f"{made.shape[1]} pixels: of {count}, read as in the caption:  {read_right(made, captions):.1%}")
     follow(cascade, options)
-    if plain:
-        without = kdiff.Cascade([cascade.stages[0], plain]).sample(count, text=captions, low=stages[0])
-        bicubic = keras.ops.convert_to_numpy(resized(stages[0], stages[1].shape[1:3], "bicubic"))
-        print("Frechet distance to real pictures of enlarged samples of the base:")
-        for name, made in {"with noise": stages[1], "without": without, "bicubic": bicubic}.items():
-            print(f"  {name:12} {frechet(made, images / 127.5 - 1):.3f}")
-        rows = [row[:8] for row in (bicubic, without, stages[1], images / 127.5 - 1)]
-        pictures.save_png(options.out / "augmentation.png", np.concatenate(rows), 8)
+    if others:
+        compare(options, cascade, *others, captions, images / 127.5 - 1)
     texts = [prompt for prompt in prompts for _ in range(4)]
     for i, made in enumerate(cascade.sample_stages(len(texts), text=texts, seed=1)):
         pictures.save_png(options.out / f"prompts-{i}.png", made, 4, captions=texts)
-    others = ", augmentation.png, imagen.keras" if plain else ""
+    more = ", augmentation.png, imagen.keras" if others else ""
     print("prompts-*.png:", "; ".join(prompts))
-    print(f"In {options.out.resolve()}: prompts-*.png, levels-*.png{others}")
+    print(f"In {options.out.resolve()}: prompts-*.png, levels-*.png{more}")
 
 
 if __name__ == "__main__":

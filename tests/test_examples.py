@@ -244,7 +244,7 @@ def test_imagen(run, tmp_path, words):
     output = run("imagen.py", *(() if words == "folder" else ("a small red circle",)), *small)
     assert ("32 pixels: of 4" in output) == (words != "folder")
     assert ("years old" in output) == (words == "folder")
-    for said in ("8 to 16 pixels, level 0.05", "with noise", "without", "bicubic"):
+    for said in ("8 to 16 pixels, level 0.05", "of the base: bicubic", "of the poor-base: bicubic", "without noise"):
         assert said in output
     for name in ("prompts-2", "levels-1", "levels-2", "augmentation"):
         assert (tmp_path / f"{name}.png").stat().st_size > 300

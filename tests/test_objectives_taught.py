@@ -310,6 +310,35 @@ def test_tangents_are_normalised_and_warmed():
     np.testing.assert_allclose(g(0.1), whole / (length + 0.1), atol=1e-5)
 
 
+def problem_of(objective, schedule, prediction, **options):
+    """Of a network that is wrong by 0.1."""
+    model = exact_model(schedule, prediction, objective, times=Given(*TIMES.tables), **options)
+    model.network.bias.assign([0.1, -0.1])
+    made = objective.problem(model, ops.convert_to_tensor(X), {}, random.Keys(random.key_of(0)), True)
+    return made, ((numpy(made.output) - numpy(made.target)) ** 2).sum(axis=1)
+
+
+@pytest.mark.once
+def test_mean_flow_weighs_errors_by_their_size():
+    """Geng et al. 2025, section 4.3: w = 1 / (|Delta|^2 + c)^p, of the sum over the coordinates."""
+    tangent = FiniteDifference(0.005)
+    made, error = problem_of(objectives.MeanFlow(None, 0.5, tangent, 0.5, 1e-2), RECTIFIED, "flow")
+    np.testing.assert_allclose(numpy(made.weight), 2.0 / np.sqrt(error + 1e-2), rtol=1e-4)
+
+
+@pytest.mark.once
+def test_weightings_of_shortcuts_and_consistency_are_used():
+    for make, schedule, prediction in (
+        (lambda: objectives.Shortcut(), COSINE, "velocity"),
+        (lambda: objectives.Consistency(pairs=objectives.Easy(100), c=1.0), COSINE, "velocity"),
+    ):
+        weights = [
+            numpy(problem_of(make(), schedule, prediction, weighting=one)[0].weight)
+            for one in ("truncated_snr", "min_snr")
+        ]
+        assert np.abs(weights[1] - weights[0]).max() > 0.1
+
+
 @pytest.mark.once
 def test_a_scale_of_1_is_no_guidance():
     """It asks for no null row, and the teacher is called once."""

@@ -55,20 +55,29 @@ def test_where_other_runs_leave_calls_out():
     np.testing.assert_allclose(same, plain, atol=3e-5)
 
 
-def test_what_is_computed_in_each_step():
+def test_what_is_computed_in_each_step(monkeypatch):
     """The U-Net of 2 levels: in the steps between, the first block down and the last two up, and no key or value."""
     model, _ = made("unet")
     network, ran = model.network, []
     run = network._run
     network._run = lambda layer, *rest: (ran.append(layer.name), run(layer, *rest))[1]
+    once, parts = Store.once, []
+
+    def counted(self, part, owner, x, make):
+        return once(self, part, owner, x, lambda: (parts.append(part), make())[1])
+
+    monkeypatch.setattr(Store, "once", counted)
     denoise = model.denoiser(text=ops.convert_to_tensor(TOKENS))
-    kept = []
+    kept, keys = [], []
     for step in Sampler("ddim", steps=3, reuse=Reuse(2)).steps_of(denoise, model.schedule, (2, 8, 8, 1)):
         kept.append(list(ran))
         ran.clear()
+        keys.append(parts.count("context"))
+        parts.clear()
         assert step.x.shape == (2, 8, 8, 1)
     everything = ["down_0", "down_1", "down_2", "bridge", "up_0", "up_1", "up_2", "up_3"]
     assert kept == [everything, ["down_0", "up_2", "up_3"], everything]
+    assert keys[0] > 0 == sum(keys[1:])
 
 
 @pytest.mark.parametrize("name", mostly_once(["dit", "mmdit", "uvit", "unet"]))
