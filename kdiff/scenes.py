@@ -257,11 +257,12 @@ def read(image: np.ndarray) -> Scene | None:
     centres = np.array([np.argwhere(near[colour]).mean(0) for colour in colours])
     positions = np.stack(np.mgrid[: len(image), : len(image)], -1)
     nearest = np.argmin([np.linalg.norm(positions - centre, axis=-1) for centre in centres], axis=0)
-    things = [
-        _thing(_coverage(image, COLOURS[colour], BACKGROUNDS[background]) * (nearest == i), colour)
-        for i, colour in enumerate(colours)
+    parts = [
+        _coverage(image, COLOURS[colour], BACKGROUNDS[background]) * (nearest == i) for i, colour in enumerate(colours)
     ]
-    return _related(things, centres, background)
+    if not all(part.any() for part in parts):  # scattered pixels, each nearer to the centre of the other colour
+        return None
+    return _related([_thing(*pair) for pair in zip(parts, colours, strict=True)], centres, background)
 
 
 NEAR = 45.0  # the distance in RGB within which a pixel has a colour: half that of the two most similar
