@@ -130,3 +130,12 @@ def test_some_rows_are_those_of_the_whole():
 def test_bad_numbers(options):
     with pytest.raises(ValueError, match=list(options)[-1]):
         scenes.dataset(**options)
+
+
+def test_two_colours_around_one_place_are_no_scene():
+    """Of which one has no pixel that is nearer to its own centre; and no number is divided by 0."""
+    red, blue = (scenes.COLOURS[name] for name in ("red", "blue"))
+    image = np.zeros((16, 16, 3), "uint8")
+    image[4:12, 4:12], image[5:11, 5:11], image[7:9, 7:9] = red, 0, blue
+    with np.errstate(all="raise"):
+        assert scenes.read(image) is None
