@@ -186,6 +186,13 @@ def test_intervals_of_the_frechet_distance_cover_the_truth():
 
 
 @pytest.mark.once
+def test_intervals_of_cmmd_cover_the_mean():
+    made = reports(lambda y: evaluation.CMMD(None, y, sigma=1.0, normalized=False, groups=10), 80)
+    values = [report.value for report in made]
+    assert 0.9 <= covered([report.interval for report in made], np.mean(values)) <= 0.99
+
+
+@pytest.mark.once
 def test_intervals_of_the_frechet_distance_with_a_small_reference():
     """Of fewer examples than twice the number of groups: nearly all of the variance is theirs."""
     made = reports(lambda y: evaluation.FrechetDistance(None, y[:39]), 400, repetitions=100)

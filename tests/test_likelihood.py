@@ -60,13 +60,20 @@ class TestBound:
         assert found == pytest.approx(ENTROPY + 0.5 * (ratio - math.log1p(ratio)), abs=1e-4)
         assert ratio > 0.1
 
-    @pytest.mark.once
     @pytest.mark.parametrize(
-        ("variance", "expected"), [("small", 1.30503), ("large", 0.79336), (posterior_variance, 0.72579)]
+        ("make", "steps", "small", "large"),
+        [
+            (schedules.CosineBeta, 10, 1.30503, 0.79336),
+            pytest.param(schedules.CosineBeta, 100, 1.51923, 0.78982, marks=pytest.mark.once),
+            pytest.param(schedules.CosineBeta, 1000, 1.25578, 0.85416, marks=pytest.mark.once),
+            pytest.param(schedules.LinearBeta, 1000, 1.29572, 0.84046, marks=pytest.mark.once),
+            pytest.param(schedules.CosineBeta, 4000, 1.19959, 0.87195, marks=[pytest.mark.once, pytest.mark.thorough]),
+        ],
     )
-    def test_fixed_variances_cost_what_they_cost(self, variance, expected):
-        """Figures of a derivation in float64: T = 10 of the cosine betas."""
-        assert expected_bound(schedules.CosineBeta(10), 10, variance) == pytest.approx(expected, abs=2e-5)
+    def test_fixed_variances_cost_what_they_cost(self, make, steps, small, large):
+        """Figures of a derivation in float64."""
+        for variance, expected in {"small": small, "large": large, posterior_variance: 0.72579}.items():
+            assert expected_bound(make(steps), steps, variance) == pytest.approx(expected, abs=2e-5)
 
     @pytest.mark.once
     @pytest.mark.parametrize("variance", ["small", "large", "learned"])
@@ -309,7 +316,7 @@ class TestWavelets:
 
             yield measure(model, self.images, **options, **({"noise": noise} if measure is not likelihood.ode else {}))
 
-    @pytest.mark.parametrize("measure", [likelihood.bound, likelihood.continuous_bound, likelihood.ode])
+    @pytest.mark.parametrize("measure", mostly_once([likelihood.bound, likelihood.continuous_bound, likelihood.ode], 2))
     def test_the_likelihood_is_that_of_the_pixels(self, measure):
         options = {} if measure is likelihood.continuous_bound else {"steps": 10}
         pixels, wavelets = self.reports(measure, **options)

@@ -7,6 +7,7 @@ from keras import ops
 
 from kdiff import backend, blocks
 from kdiff.backend import BACKEND
+from tests.toys import mostly_once
 
 
 def numpy(tensor):
@@ -117,7 +118,7 @@ def test_convolution_by_a_large_kernel(kernel, padding):
         ((16, 15), (12, 12), 1, 1),  # too large for shifted maps
     ],
 )
-@pytest.mark.parametrize("multiplier", [1, 2])
+@pytest.mark.parametrize("multiplier", mostly_once([1, 2]))
 def test_depthwise_convolution(size, kernel, stride, dilation, padding, multiplier):
     """Each channel's is a convolution of one channel."""
     strides, rates = (stride,) * len(size), (dilation,) * len(size)
