@@ -81,8 +81,8 @@ class FeatureLikelihoodDivergence(FeatureMetric):
 
     and s maximises the likelihood of the training set. A sample that copies a training example gets a variance near 0,
     and then adds no likelihood to held-out examples: so, unlike a distance, FLD detects memorisation. 0 is as good as
-    the training set. The interval is wider than its level: its parts are small, and of few examples the score varies
-    more than in proportion.
+    the training set. The interval is conservative: it is estimated from small parts, and the score of few examples
+    varies more than in proportion.
 
     Jiralerspong et al., "Feature Likelihood Divergence: Evaluating the Generalization of Generative Models Using
     Samples" (2023), section 3; features are normalised to mean 0 and variance 1 on the held-out set, as in their code.

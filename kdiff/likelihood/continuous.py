@@ -124,8 +124,8 @@ class BitsPerDim(Configurable, keras.metrics.Metric):
     `standard_error()`; `continuous_bound` draws more times per example.
 
     Args:
-        decoder: a `Decoder` or its name: "levels" for images, "density" for other data; None: by the codec. That images
-            are on the levels is not checked, as `bound` does.
+        decoder: a `Decoder` or its name: "levels" for images, "density" for other data; None: by the codec. Unlike
+            `bound`, the metric does not check that images are on the levels.
         name: the name of the metric.
     """
 
