@@ -71,8 +71,8 @@ OURS = {
     "weighting": "uniform",
     "times": "stratified",
     "ema": 0.999,
-    "optimizer": "adam",
-    "rate": 2e-3,
+    "optimizer": "muon",
+    "rate": 4e-3,
     "batch_size": 64,
 }
 CHANGES: dict[str, tuple] = {
@@ -83,8 +83,8 @@ CHANGES: dict[str, tuple] = {
     "weighting": ("min_snr", "sigmoid"),
     "times": ("uniform", "logit_normal"),
     "ema": (0.99, ema.Power(0.1)),
-    "optimizer": ("adamw", "muon"),
-    "rate": (1e-3, 4e-3),
+    "optimizer": ("adam", "adamw"),
+    "rate": (2e-3, 8e-3),
     "batch_size": (32, 128),
 }
 NETWORKS = {
