@@ -1,6 +1,7 @@
 """The only folder that names a backend: functions that Keras does not offer alike for TensorFlow, JAX and PyTorch."""
 
 from kdiff.backend.attention_kernels import HIDDEN, attention
+from kdiff.backend.convolutions import convolution, depthwise_convolution
 from kdiff.backend.data import (
     checked_dataset,
     dataset_parts,
@@ -31,9 +32,7 @@ from kdiff.backend.machine import cores, installed, keep_programs, noticed, wait
 from kdiff.backend.one_channel import mend_convolutions
 from kdiff.backend.operations import (
     average_pool,
-    convolution,
     dense,
-    depthwise_convolution,
     gelu_tanh,
     group_norm,
     layer_norm,
