@@ -3,7 +3,8 @@
     lint            ruff's rules and format, and what a type checker says of typical use
     alone(backend)  a selection of tests with only `kdiff[backend,plot]` installed: the extra is sufficient, and on JAX
                     and PyTorch only kdiff.data needs TensorFlow, which is not installed
-    together        one environment with every extra: the backends compared, then the suite on each
+    together        one environment with every extra: the backends compared, scores compared with those of other
+                    packages, then the suite on each
     thorough        not by default: everything on each backend, including slow tests, such as all pairs of guidance
                     rules compiled
     mutation        not by default: mutation testing of the mathematics (tests/mutation.py)
@@ -22,6 +23,9 @@ import nox
 BACKENDS = ("tensorflow", "jax", "torch")
 ONCE = "torch"  # starts fastest
 COMPARED = "tests/test_backends_agree.py"
+# In a folder of their own: transformers computes otherwise where torchvision is installed.
+PEERS = ("torchmetrics", "lightning-utilities", "torch-fidelity", "pytorch-fid", "prdc", "torchvision")
+MEASURED = ("tests/test_evaluation_reference.py", "tests/test_evaluation_inception.py")
 ALONE = ("package", "base", "callbacks", "model_feeding", "model_parts", "text")
 SPLIT = ("-n", "auto", "--dist", "worksteal")  # small programs leave cores idle, so each core has its own process
 SHARE = ("-m", "not once", "--cases", "1")  # for the backends other than ONCE
@@ -40,11 +44,11 @@ def install(session: nox.Session, *requirements: str) -> None:
     session.install("--no-compile", "-c", "constraints.txt", *requirements)
 
 
-def pytest(session: nox.Session, backend: str, *arguments: str) -> None:
+def pytest(session: nox.Session, backend: str, *arguments: str, **environment: str) -> None:
     """Run tests of the installed package: unlike `python -m pytest`, `pytest` does not put the checkout on the path."""
     # A selection after `--` may leave no tests here, which pytest reports as exit code 5.
     success = (0, 5) if session.posargs else (0,)
-    environment = {"KERAS_BACKEND": backend, "JAX_COMPILATION_CACHE_DIR": JAX_CACHE}
+    environment |= {"KERAS_BACKEND": backend, "JAX_COMPILATION_CACHE_DIR": JAX_CACHE}
     session.run("pytest", *arguments, *session.posargs, env=environment, success_codes=success)
 
 
@@ -69,12 +73,15 @@ def alone(session: nox.Session, backend: str) -> None:
 def together(session: nox.Session) -> None:
     """Compare the backends, and run the suite on each, regardless of failures on the others."""
     install(session, ".[all]")
-    runs = [(ONCE, COMPARED)]  # it starts a process for each backend
-    runs += [(one, "--ignore", COMPARED, *SPLIT, *(() if one == ONCE else SHARE)) for one in BACKENDS]
+    peers = str(Path(session.virtualenv.location) / "peers")
+    install(session, "--no-deps", "--upgrade", "--target", peers, *PEERS)
+    # The first starts a process for each backend.
+    runs = [(ONCE, {}, COMPARED), (ONCE, {"PYTHONPATH": peers}, *MEASURED)]
+    runs += [(one, {}, "--ignore", COMPARED, *SPLIT, *(() if one == ONCE else SHARE)) for one in BACKENDS]
     failed = []
-    for backend, *arguments in runs:
+    for backend, environment, *arguments in runs:
         try:
-            pytest(session, backend, *arguments)
+            pytest(session, backend, *arguments, **environment)
         except nox.command.CommandFailed:
             failed.append(backend)
     if failed:

@@ -14,6 +14,9 @@ ENDS = ("convolution", "convolution", "convolution", "pool", "convolution", "con
 @pytest.fixture(scope="module")
 def theirs():
     """(images, what each stage of pytorch-fid's network gives, the state dict), of random weights."""
+    pytest.importorskip("torch")
+    from tests import helpers_peers  # noqa: F401
+
     module = pytest.importorskip("pytorch_fid.inception", reason="pytorch-fid is not installed")
     import torch
     from torchvision.models import inception_v3
