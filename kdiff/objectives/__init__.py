@@ -16,7 +16,7 @@ from kdiff.objectives.given_noise import Reflow
 from kdiff.objectives.halving import ProgressiveDistillation
 from kdiff.objectives.latent_consistency import LCM
 from kdiff.objectives.learned_schedule import LearnedSchedule
-from kdiff.objectives.loss_aware import LossAware
+from kdiff.objectives.loss_aware import LossAware, LossAwareBound
 from kdiff.objectives.matching import DistributionMatching
 from kdiff.objectives.pairing import Consistency, Discretised, Easy, Pairs
 from kdiff.objectives.tangential import SCM
@@ -34,6 +34,7 @@ __all__ = [
     "Easy",
     "LearnedSchedule",
     "LossAware",
+    "LossAwareBound",
     "MeanFlow",
     "Objective",
     "Pairs",

@@ -73,7 +73,7 @@ class VariationalBound(Denoising):
     arXiv:2102.09672, section 3.3), in nats per dimension. It trains both the mean and the variance, which needs
     `predictions.LearnedVariance`; the hybrid with the simple loss is `Denoising`.
 
-    Its gradients are noisy: the paper uses importance sampling of the times (section 3.3, `LossAware`).
+    Its gradients are noisy: the paper uses importance sampling of the times, `LossAwareBound`.
     """
 
     held = False

@@ -8,12 +8,12 @@ from keras import ops
 from kdiff import backend
 from kdiff.base import check_integer, check_number
 from kdiff.objectives.base import Problem
-from kdiff.objectives.denoising import Denoising
+from kdiff.objectives.denoising import Denoising, VariationalBound
 from kdiff.schedules import NoiseSchedule
 from kdiff.times import Discrete, TimeSampler
 from kdiff.times.samplers import HALF_STEP, UNIFORM, check_points
 
-__all__ = ["LossAware"]
+__all__ = ["LossAware", "LossAwareBound"]
 
 
 class LossAware(Denoising):
@@ -28,6 +28,8 @@ class LossAware(Denoising):
     Its weights, `past_losses` and `counts`, are saved with the model. On a continuous schedule i is the interval
     [i / T, (i + 1) / T) of time, in which t is uniform; on a discrete schedule it is one step, or a fixed number of
     steps.
+
+    With a learned variance L_i includes its bound; `LossAwareBound` is that bound alone.
 
     Two examples of a batch with the same i give two losses of its history, in the order of the batch; of more than
     `history`, the last are kept. Losses that are not finite are ignored.
@@ -59,12 +61,13 @@ class LossAware(Denoising):
         return problem._replace(
             weight=importance if weight is None else weight * importance,
             extra=None if extra is None else extra * importance,
-            notes=ops.ones_like(drawn.t) if weight is None else weight,
+            notes=(ops.ones_like(drawn.t) if weight is None else weight, 0.0 if extra is None else extra),
             drawn=drawn._replace(density=drawn.density / importance),
         )
 
     def learn(self, model: Any, problem: Problem, errors) -> None:
-        self.update(model.schedule, problem.drawn.t, errors * problem.notes)
+        weight, extra = problem.notes
+        self.update(model.schedule, problem.drawn.t, errors * weight + extra)
 
     def times(self, model: Any) -> Any:
         return self.draw
@@ -73,6 +76,7 @@ class LossAware(Denoising):
         return Discrete()
 
     def check(self, model: Any) -> None:
+        super().check(model)
         self._check(model.schedule)
 
     def probabilities(self):
@@ -141,3 +145,12 @@ class LossAware(Denoising):
                 f"LossAware: `num_steps` must divide {schedule.num_steps}, the number of steps of {schedule!r}; "
                 f"received: {self.num_steps}"
             )
+
+
+class LossAwareBound(LossAware, VariationalBound):
+    """`VariationalBound` with the times of `LossAware`: L_vlb as improved DDPM trains it (Nichol and Dhariwal 2021,
+    arXiv:2102.09672, section 3.3), of which L_i are the terms.
+
+    Args:
+        num_steps, history, uniform, points: as in `LossAware`.
+    """

@@ -102,7 +102,8 @@ class Adaptive(Solver):
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One step of the grid, in substeps; arguments and results as in `Solver.step`."""
-        span, start = half_step(now, then), state.tried
+        way, start = half_step(now, then), state.tried
+        way, span = ops.sign(way), ops.abs(way)  # up to noise as well, for likelihoods
 
         def on_the_way(done, z, x_hat, memory, control):
             return ops.logical_and(done < span, control.tried - start < self.max_substeps)
@@ -114,9 +115,9 @@ class Adaptive(Solver):
             wanted = ops.maximum(control.h, least)
             last = ops.logical_or(wanted >= 0.999 * (span - done), left < 1.5)
             h = ops.where(last, span - done, wanted)
-            m = schedule.at_log_snr(now.log_snr + 2.0 * done)
-            z_low, z_high, estimate = self._pair(denoise, schedule, z, m, h)
-            error = self._error(z, z_low, z_high, m, h)
+            m = schedule.at_log_snr(now.log_snr + 2.0 * way * done)
+            z_low, z_high, estimate = self._pair(denoise, schedule, z, m, way * h)
+            error = self._error(z, z_low, z_high, m, way * h)
             taken = ops.logical_or(error <= 1.0, h <= least)
             control = self._control(control, error, h, taken)
             done = ops.where(taken, ops.where(last, span, done + h), done)
