@@ -12,7 +12,7 @@ import h5py
 import keras
 import numpy as np
 
-from kdiff import pictures
+from kdiff import backend, pictures
 from kdiff.base import check_integer
 from kdiff.codecs import Codec
 from kdiff.periodic import DIGITS, Periodic, Skipping
@@ -208,18 +208,26 @@ class BackupCallback(keras.callbacks.BackupAndRestore):
         """Continues after the last backup, if there is one."""
         self._step, self._due, self._metrics = 0, False, []
         self.model._initial_epoch = None  # Keras keeps that of an earlier run
-        if self._path.exists():
-            self._restore()
+        if (place := backend.of_first_process(self._read)) is not None:
+            backend.share_training(self.model)
+            self._go_on(*place)
 
-    def _restore(self) -> None:
+    def _read(self) -> tuple | None:
+        """Loads the backup, and returns its epoch, step, passes and metrics; None if there is none."""
+        if not self._path.exists():
+            return None
         try:
             with h5py.File(self._path) as file:
                 place = file["place"]
                 epoch, step, passes = (place.attrs[name] for name in ("epoch", "step", "passes"))
-                self._metrics = [values[()] for _, values in sorted(place.items())]
+                metrics = [values[()] for _, values in sorted(place.items())]
             self._load_model()
         except (OSError, KeyError) as error:
             raise ValueError(f"{self._path}: not a whole backup; to begin anew, remove it: {error}") from error
+        return epoch, step, passes, metrics
+
+    def _go_on(self, epoch: int, step: int, passes: np.ndarray, metrics: list[np.ndarray]) -> None:
+        self._metrics = metrics
         self.model._initial_epoch = int(epoch)
         self._step = int(step)
         self._last_batch_seen = max(self._step - 1, 0)
@@ -283,7 +291,7 @@ class BackupCallback(keras.callbacks.BackupAndRestore):
                     file.create_group("place").attrs.update(place)
                     for number, variable in enumerate(self.model.metrics_variables if self._step else ()):
                         file["place"][f"{number:03d}"] = keras.ops.convert_to_numpy(variable)
-        except OSError as error:
+        except Exception as error:  # h5py raises several kinds where the disk is full
             message = f"BackupCallback could not write {self._path}, and training goes on: {error}"
             warnings.warn(message, stacklevel=2)
 

@@ -1,6 +1,7 @@
 """Files that are written beside and moved into place, so that a kill or a full disk leaves what stood there."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -8,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["remove_leftovers", "replacing"]
+__all__ = ["check_space", "remove_leftovers", "replacing"]
 
 _HOUR = 3600.0
 
@@ -45,12 +46,22 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True) if new.is_dir() else new.unlink(missing_ok=True)
 
 
+def check_space(path: str | os.PathLike, size: int) -> None:
+    """Raises an OSError unless the disk has room for a new file of so many bytes at `path`.
+
+    It is for writers that do not survive a full disk: HDF5 may end the process.
+    """
+    disk = shutil.disk_usage(next(folder for folder in Path(path).resolve().parents if folder.is_dir()))
+    if disk.total and disk.free < size:  # a remote folder may not say its size
+        raise OSError(errno.ENOSPC, f"{size / 1e6:.1f} MB are needed, and {disk.free / 1e6:.1f} are free", str(path))
+
+
 def remove_leftovers(path: Path) -> None:
     """Removes what killed processes left beside `path`, of files and folders that were to take its place.
 
     That is what nobody has changed for an hour: another process, perhaps of another machine, may be writing.
     """
-    pattern = re.compile(rf"\.partial-[^-]+-{re.escape(path.name)}")
+    pattern = re.compile(rf"(\.partial-[^-]+-)+{re.escape(path.name)}")  # also of a file that a new file took
     for old in [old for old in path.parent.iterdir() if pattern.fullmatch(old.name)]:
         with contextlib.suppress(OSError):  # it is gone, or another's
             if time.time() - old.stat().st_mtime > _HOUR:

@@ -7,15 +7,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import numpy as np
 import pytest
 
-from kdiff import backend, blocks, networks
+from kdiff import backend, blocks, distribution, networks
 
 BACKEND = keras.backend.backend()
 DEVICES = 2  # that share a batch
+RANK = int(os.environ.get("RANK", 0))
+ROWS = 20  # of which the last batch has 4
 
 
 def one_model(network, **options):
@@ -38,7 +41,7 @@ def trained(model, x, labels=None):
     """By the weights and the losses that two epochs give, the samples, and the losses of validation."""
     shapes = {"image": x.shape} if labels is None else {"image": x.shape, "label": labels.shape}
     model.build(shapes)
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(RANK)  # the other processes take the weights of the first
     for weight in model.network.weights:
         weight.assign(0.2 * generator.standard_normal(weight.shape))
     model.reset_ema()
@@ -53,9 +56,54 @@ def trained(model, x, labels=None):
     }
 
 
+def parted():
+    """The rows that this process reads in each of two epochs, by PyTorch's sampler, and how many it trains on."""
+    import torch
+
+    import kdiff
+
+    class Noted(kdiff.objectives.Denoising):
+        def problem(self, model, x, conditions, keys, training):
+            counts.append(len(x))
+            return super().problem(model, x, conditions, keys, training)
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 16
+
+        def __getitem__(self, index):
+            read.append(index)
+            return torch.full((3,), index / 16)
+
+    model, orders = one_model(kdiff.networks.MLP(8, 1), codec="identity", objective=Noted()), []
+    for inner in (False, True):
+        sampler = torch.utils.data.DistributedSampler(Rows(), shuffle=True, seed=0)
+        batches = torch.utils.data.BatchSampler(sampler, 4, True)
+        options = {"batch_sampler": batches} if inner else {"sampler": sampler, "batch_size": 4}
+        read, counts = [], []
+        model.fit(torch.utils.data.DataLoader(Rows(), **options), epochs=2, verbose=0)
+        orders.append(np.reshape(read[-16:], (2, 8)))  # after the first batch, whose shapes are looked at
+        assert counts[-4:] == [4] * 4, counts
+    read, counts = [], []
+    model.train_on_batch(np.zeros((8, 3), "float32"))
+    assert counts[-1] == 4, counts
+    return {"orders": np.array(orders)}
+
+
+def refused(model, x):
+    """The errors of batches that the devices cannot share, and whether a step was made before them."""
+    before, errors = int(model.optimizer.iterations), []
+    for data, size in ((x[:17], 8), (x[:18], 9)):
+        try:
+            model.fit(data, batch_size=size, verbose=0)
+        except ValueError as error:
+            errors.append(str(error))
+    return {"errors": np.array(errors), "steps": int(model.optimizer.iterations) - before}
+
+
 def main(devices: str, folder: Path) -> None:
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    keras.utils.set_random_seed(3)
+    keras.utils.set_random_seed(3 + RANK)
     if BACKEND == "tensorflow" and devices == "many":
         import tensorflow as tf
 
@@ -63,6 +111,7 @@ def main(devices: str, folder: Path) -> None:
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * DEVICES)
     import kdiff
 
+    backend.distribution._BUCKET = 100  # numbers, so that several are summed up
     if devices in ("many", "8"):
         kdiff.distribution.data_parallel()
     if devices == "8":
@@ -71,8 +120,8 @@ def main(devices: str, folder: Path) -> None:
         mesh = keras.distribution.DeviceMesh((2, 2), ["batch", "model"], keras.distribution.list_devices())
         layout = kdiff.networks.layout_map(mesh)
         keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layout))
-    x = np.random.default_rng(0).uniform(-1, 1, (16, 4, 4, 2)).astype("float32")
-    labels = np.arange(16, dtype="int32") % 3
+    x = np.random.default_rng(0).uniform(-1, 1, (ROWS, 4, 4, 2)).astype("float32")
+    labels = np.arange(ROWS, dtype="int32") % 3
     options = {"schedule": kdiff.schedules.LinearBeta(4), "codec": "identity", "weighting": "min_snr"}
     options |= {"prediction": kdiff.predictions.LearnedVariance("noise")}
     options |= {"objective": kdiff.objectives.LossAware(4, history=2, points="stratified")}
@@ -81,8 +130,13 @@ def main(devices: str, folder: Path) -> None:
     results = {"transformer": trained(both[0], x, labels), "aware": trained(both[1], x[:, 0, 0])}
     if devices == "mesh":
         results["layout"] = divided(both[0])
+    if devices == "many":
+        results["refused"] = refused(both[1], x[:, 0, 0])
+        results["first"] = {"is": kdiff.distribution.is_first()}
+    if devices == "many" and BACKEND == "torch":
+        results["parted"] = parted()
     for name, values in results.items():
-        np.savez(folder / f"{name}-{devices}-{os.environ.get('RANK', 0)}.npz", **values)
+        np.savez(folder / f"{name}-{devices}-{RANK}.npz", **values)
 
 
 def divided(model):
@@ -180,6 +234,60 @@ def test_a_run_of_eight_devices_that_is_killed_goes_on(tmp_path):
 def test_processes_have_the_same_weights_to_the_last_bit(results, model):
     for name, values in results[f"{model}-many-0"].items():
         np.testing.assert_array_equal(results[f"{model}-many-1"][name], values, err_msg=name)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the processes are PyTorch's")
+def test_of_several_processes_one_is_the_first(results):
+    assert [bool(results[f"first-many-{rank}"]["is"]) for rank in range(DEVICES)] == [True, False]
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the sampler is PyTorch's")
+def test_parts_of_the_data_have_a_new_order_in_each_epoch(results):
+    """Each process reads half, all of it and none of the other's; and a batch given to all is shared again."""
+    orders = np.stack([results[f"parted-many-{rank}"]["orders"] for rank in range(DEVICES)], axis=2)
+    for epochs in orders:
+        for epoch in epochs:
+            np.testing.assert_array_equal(np.sort(epoch.ravel()), np.arange(16))
+        assert np.any(epochs[0] != epochs[1])
+
+
+def test_batches_that_devices_cannot_share(results):
+    """Are refused before the first step; TensorFlow's replicas may have different numbers of rows."""
+    found = results["refused-many-0"]
+    if BACKEND == "tensorflow":
+        assert len(found["errors"]) == 0
+        return
+    assert len(found["errors"]) == 2
+    assert found["steps"] == 0
+    assert "the last batch of 1 examples" in found["errors"][0]
+    assert "a batch of 9 examples" in found["errors"][1]
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="each process has the device of its number")
+@pytest.mark.parametrize("devices", ["cpu:0", [], ["cpu:9"], ["tpu:0"]])
+def test_devices_that_there_are_not(devices):
+    with pytest.raises(TypeError if devices == "cpu:0" else ValueError, match=r"`devices` must be .*received: "):
+        distribution.data_parallel(devices)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the strategies are TensorFlow's")
+def test_several_machines_of_tensorflow(monkeypatch):
+    """One of them is the first, and models are refused there."""
+    import tensorflow as tf
+
+    cluster = {"worker": ["a:1", "b:1"], "evaluator": ["c:1"]}
+    for jobs, first in ((cluster, "worker"), ({**cluster, "chief": ["d:1"]}, "chief")):
+        for kind in jobs:
+            for number in range(len(jobs[kind])):
+                spec = tf.train.ClusterSpec(jobs)
+                resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(spec, task_type=kind, task_id=number)
+                strategy = SimpleNamespace(cluster_resolver=resolver)
+                monkeypatch.setattr(tf.distribute, "get_strategy", lambda strategy=strategy: strategy)
+                assert distribution.is_first() == ((kind, number) == (first, 0))
+    extended = SimpleNamespace(worker_devices=("cpu:0",))
+    model = SimpleNamespace(distribute_strategy=SimpleNamespace(num_replicas_in_sync=2, extended=extended))
+    with pytest.raises(ValueError, match="several machines"):
+        backend.check_strategy(model)
 
 
 NETWORKS = {

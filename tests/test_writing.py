@@ -72,7 +72,7 @@ def test_a_device_is_written_to(tmp_path):
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     """Of the same name, and after an hour: another process may be writing."""
     kept = {".partial-9-a.txt", ".partial-123-b.txt", ".partial-5-b-a.txt", ".partial-a.txt", "a.txt.old"}
-    for name in (".partial-123-a.txt", *kept):
+    for name in (".partial-123-a.txt", ".partial-7-.partial-7-a.txt", *kept):
         (tmp_path / name).write_text("half")
     (tmp_path / ".partial-7-a.txt").mkdir()
     (tmp_path / ".partial-7-a.txt" / "inner").write_text("half")

@@ -18,6 +18,8 @@ from keras import ops, tree
 from kdiff.backend.running import BACKEND
 
 __all__ = [
+    "check_shares",
+    "check_strategy",
     "data_parallel",
     "device_count",
     "first_row",
@@ -26,11 +28,14 @@ __all__ = [
     "is_parted",
     "laid_out_as",
     "mean_of_processes",
+    "of_first_process",
     "on_devices",
     "over_devices",
+    "parting_sampler",
     "rows_of_process",
     "share_of_loss",
     "share_training",
+    "sharers",
     "strategy_of",
     "whole_batch",
 ]
@@ -40,17 +45,48 @@ _BUCKET = 2**23  # numbers that PyTorch's processes add up at once
 
 def data_parallel(devices: Sequence[str] | None = None) -> None:
     """As in `kdiff.distribution.data_parallel`."""
+    if BACKEND == "torch":
+        _join_processes(devices)
+        return
+    if devices is not None:
+        devices = _checked_devices(devices)
     if BACKEND == "jax":
         keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices))
-    elif BACKEND == "tensorflow":
+    else:
         import tensorflow as tf
 
-        devices = devices or [one.name for kind in ("GPU", "CPU") for one in tf.config.list_logical_devices(kind)]
-        kind = "GPU" if any("GPU" in name for name in devices) else "CPU"
-        strategy = tf.distribute.MirroredStrategy([name for name in devices if kind in name.upper()])
-        tf.distribute.experimental_set_strategy(strategy)
+        tf.distribute.experimental_set_strategy(tf.distribute.MirroredStrategy(devices or _alike_devices()))
+
+
+def _alike_devices() -> list[str]:
+    """The GPUs that TensorFlow sees, or else its CPUs, as "gpu:0"."""
+    import tensorflow as tf
+
+    devices = [_device_name(one.name) for kind in ("GPU", "CPU") for one in tf.config.list_logical_devices(kind)]
+    return [name for name in devices if name.startswith(devices[0][:3])]
+
+
+def _device_name(name: str) -> str:
+    """The short form, "gpu:0", of a name such as "/job:localhost/replica:0/task:0/device:GPU:0"."""
+    return ":".join(name.lower().replace("/", ":").split(":")[-2:])
+
+
+def _checked_devices(devices: Any) -> list[str]:
+    """Raises an error unless these are names of devices, all of one kind."""
+    if isinstance(devices, str) or not all(isinstance(name, str) for name in devices):
+        raise TypeError(f"data_parallel: `devices` must be a list of names; received: {devices!r}")
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        known = [_device_name(one.name) for one in tf.config.list_logical_devices()]
     else:
-        _join_processes(devices)
+        known = keras.distribution.list_devices()
+    named = [_device_name(name) for name in devices]
+    if not named or not set(named) <= set(known) or len({name.split(":")[0] for name in named}) > 1:
+        raise ValueError(
+            f"data_parallel: `devices` must be some of {known}, all of one kind; received: {list(devices)}"
+        )
+    return named
 
 
 def _join_processes(devices) -> None:
@@ -100,8 +136,24 @@ def is_first_process() -> bool:
         import tensorflow as tf
 
         resolver = tf.distribute.get_strategy().cluster_resolver
-        return resolver is None or resolver.task_type in (None, "chief") or resolver.task_id == 0
+        if resolver is None or resolver.task_type is None:
+            return True
+        first = "chief" if "chief" in resolver.cluster_spec().jobs else "worker"
+        return resolver.task_type == first and resolver.task_id == 0
     return _processes() == 1 or _process() == 0
+
+
+def check_strategy(model: keras.Model) -> None:
+    """Raises a ValueError for TensorFlow's strategies of several machines."""
+    if BACKEND != "tensorflow":
+        return
+    strategy = model.distribute_strategy
+    if (count := strategy.num_replicas_in_sync) > 1 and count > len(strategy.extended.worker_devices):
+        raise ValueError(
+            f"{type(strategy).__name__} of several machines cannot train or sample kdiff's models: Keras 3.15 takes no "
+            "batches that are dictionaries there. MirroredStrategy has the devices of one machine; several machines "
+            "train with JAX or PyTorch"
+        )
 
 
 def strategy_of(model: keras.Model) -> contextlib.AbstractContextManager:
@@ -139,7 +191,7 @@ def first_row(batch: Any) -> Any:
     if isinstance(batch, int):
         return here * batch
     sizes = gathered(ops.reshape(batch, (1,)))
-    return ops.sum(ops.where(ops.arange(len(sizes), dtype="int32") < here, sizes, 0))
+    return ops.sum(ops.where(ops.arange(replica.num_replicas_in_sync, dtype="int32") < here, sizes, 0))
 
 
 def whole_batch(batch: Any) -> Any:
@@ -175,13 +227,40 @@ def share_of_loss(value: Any) -> Any:
 # PyTorch's processes
 
 
-def is_parted(data: Any) -> bool:
-    """Whether a PyTorch `DataLoader` gives each process a part of its own, by a `DistributedSampler`."""
-    if _processes() == 1:
-        return False
+def parting_sampler(data: Any) -> Any:
+    """The `DistributedSampler` by which a PyTorch `DataLoader` gives each process a part of its own; None if none."""
+    if BACKEND != "torch":
+        return None
     import torch
 
-    return isinstance(getattr(data, "sampler", None), torch.utils.data.DistributedSampler)
+    samplers = getattr(data, "sampler", None), getattr(getattr(data, "batch_sampler", None), "sampler", None)
+    return next((one for one in samplers if isinstance(one, torch.utils.data.DistributedSampler)), None)
+
+
+def is_parted(data: Any) -> bool:
+    """Whether each of several processes is given a part of its own."""
+    return _processes() > 1 and parting_sampler(data) is not None
+
+
+def sharers() -> int:
+    """Among how many devices of this process, or processes, a batch must be shared out equally."""
+    if BACKEND == "torch":
+        return _processes()
+    distribution = keras.distribution.distribution() if BACKEND == "jax" else None
+    if distribution is None:  # TensorFlow's replicas may have different numbers of rows
+        return 1
+    import jax
+
+    return 1 if jax.process_count() > 1 else distribution.num_model_replicas
+
+
+def check_shares(count: int, devices: int, name: str = "a batch") -> None:
+    """Raises a ValueError unless so many devices can share so many examples equally."""
+    if count % devices:
+        raise ValueError(
+            f"{devices} devices cannot share {name} of {count} examples equally: choose a batch size that {devices} "
+            "divides, and leave out what remains, `dataset.batch(size, drop_remainder=True)`"
+        )
 
 
 def rows_of_process(batch: Any) -> Any:
@@ -193,18 +272,39 @@ def rows_of_process(batch: Any) -> Any:
     if (processes := _processes()) == 1:
         return batch
     count = len(next(leaf for leaf in tree.flatten(batch) if leaf is not None))
-    if count % processes:
-        raise ValueError(
-            f"{processes} processes cannot share a batch of {count} examples equally: choose a batch size that "
-            f"{processes} divides, and drop what is left over, `dataset.batch(size, drop_remainder=True)`"
-        )
+    check_shares(count, processes)
     first = _process() * (size := count // processes)
     return tree.map_structure(lambda leaf: None if leaf is None else leaf[first : first + size], batch)
 
 
-def share_training(model: keras.Model) -> None:
-    """Has PyTorch's processes train one model: with the values of the first, its random numbers, and mean gradients."""
+def of_first_process(function: Callable[[], Any]) -> Any:
+    """On PyTorch, what `function` returns or raises in the first process, in each; elsewhere `function()`."""
     if _processes() == 1:
+        return function()
+    import torch
+
+    found = [None, None]
+    if _process() == 0:
+        try:
+            found[0] = function()
+        except Exception as error:  # which the others, that wait, raise too
+            found[1] = error
+    torch.distributed.broadcast_object_list(found, 0)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
+
+
+def share_training(model: keras.Model, anew: bool = True) -> None:
+    """Has PyTorch's processes train one model: with the values of the first, its random numbers, and mean gradients.
+
+    If not `anew`, only where they do not yet: with this optimizer and these weights.
+    """
+    if _processes() == 1:
+        return
+    parameters = [variable.value for variable in model.trainable_variables]
+    before = model.__dict__.get("_reduction")
+    if not anew and before is not None and before.is_of(model.optimizer, parameters):
         return
     import torch
 
@@ -215,19 +315,23 @@ def share_training(model: keras.Model) -> None:
     random.setstate(states[0])
     np.random.set_state(states[1])  # noqa: NPY002
     torch.set_rng_state(states[2])
-    reduction = _MeanGradients([variable.value for variable in model.trainable_variables])
-    model.__dict__["_reduction"] = reduction  # by itself it would be a part of the model, and saved
+    # By itself it would be a part of the model, and saved.
+    model.__dict__["_reduction"] = _MeanGradients(model.optimizer, parameters)
 
 
 class _MeanGradients:
     """When a backward pass ends, the gradients of these parameters become their means over the processes."""
 
-    def __init__(self, parameters: list):
-        self.parameters, self.due = parameters, False
+    def __init__(self, optimizer: Any, parameters: list):
+        self.optimizer, self.parameters, self.due = optimizer, parameters, False
         for parameter in parameters:
             if hasattr(parameter, "_mean_gradient"):
                 parameter._mean_gradient.remove()
             parameter._mean_gradient = parameter.register_post_accumulate_grad_hook(self.note)
+
+    def is_of(self, optimizer: Any, parameters: list) -> bool:
+        """Whether it is of this optimizer and these parameters."""
+        return optimizer is self.optimizer and list(map(id, parameters)) == list(map(id, self.parameters))
 
     def note(self, parameter) -> None:
         import torch
@@ -277,13 +381,9 @@ def mean_of_processes(results: dict[str, Any]) -> dict[str, Any]:
 def device_count(model: keras.Model) -> int:
     """Among how many devices the rows of a batch that is sampled are shared."""
     if BACKEND == "tensorflow":
+        check_strategy(model)
         return model.distribute_strategy.num_replicas_in_sync
-    if BACKEND == "torch":
-        return _processes()
-    import jax
-
-    distribution = keras.distribution.distribution()
-    return 1 if distribution is None or jax.process_count() > 1 else distribution.num_model_replicas
+    return sharers()
 
 
 def on_devices(x: Any) -> Any:

@@ -7,9 +7,10 @@ so that a bad batch raises an error instead of ruining the network.
 """
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -149,6 +150,7 @@ class BatchCheck:
 
     Attributes:
         error: the last error that was raised; tf.data hides it in an error of its own.
+        devices: how many devices must be able to share a batch equally.
     """
 
     def __init__(
@@ -163,8 +165,15 @@ class BatchCheck:
         self.conditions, self.layers = condition_names(network), condition_layers(network)
         self.optional, self.derived = {*optional_names(network), *others}, set(derivations(network))
         self.error: ValueError | None = None
+        self.devices = 1
         self.warned = False
         self.looked = 0  # how many batches' numbers were looked at
+
+    def again(self) -> Self:
+        """The same check, of other data."""
+        other = copy.copy(self)
+        other.looked = 0
+        return other
 
     def __call__(self, data: Any) -> dict[str, Any]:
         """Checks a batch and returns it in one dictionary."""
@@ -176,6 +185,7 @@ class BatchCheck:
             self.size({name: tuple(value.shape) for name, value in inputs.items()})
             name = "image" if "image" in inputs else "encoded"
             examples = inputs[name]
+            backend.check_shares(len(examples), self.devices)
             if self.looked >= LOOKED_AT and any(map(backend.is_away, inputs.values())):
                 return packed(data)  # the accelerator would wait for the host
             self.looked += 1

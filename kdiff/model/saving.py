@@ -1,5 +1,6 @@
 """Saving of models: to files that are moved into place, with the states of random layers."""
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +13,7 @@ from keras import ops
 
 from kdiff import backend, deprecated, lora
 from kdiff.codecs import Absent
-from kdiff.writing import replacing
+from kdiff.writing import check_space, replacing
 
 __all__ = ["SafeFiles", "Saving"]
 
@@ -37,9 +38,15 @@ class SafeFiles:
             super().save(new, overwrite, zipped, **options)
 
     def save_weights(self, filepath, overwrite=True, max_shard_size=None) -> None:
-        """Keras' `save_weights`, to a file that is moved into place as in `save`; several files are not."""
+        """Keras' `save_weights`, to a file that is moved into place as in `save`; several files are not.
+
+        Raises:
+            OSError: if the disk has too little room for them.
+        """
         several = max_shard_size is not None
         with nullcontext(filepath) if several else _new_file(filepath, overwrite) as new:
+            if "://" not in str(filepath):
+                check_space(new, _bytes_of(self))
             super().save_weights(new, overwrite, max_shard_size)
 
     def set_state_tree(self, state_tree: Mapping[str, Any]) -> None:
@@ -66,6 +73,12 @@ class SafeFiles:
                     "process; load there with `load_weights`, not `load_model`"
                 )
         super().set_state_tree(state_tree)
+
+
+def _bytes_of(model: keras.Model) -> int:
+    """What its weights and its optimizer take in a file, with 4 KiB each for what HDF5 writes about them."""
+    variables = [*model.variables, *(model.optimizer.variables if getattr(model, "optimizer", None) else ())]
+    return sum(np.dtype("float32").itemsize * math.prod(one.shape) + 4096 for one in variables)
 
 
 def _paths(nested: Mapping[str, Any], above: str = "") -> Iterator[str]:

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import keras
 import numpy as np
+from keras import tree
 
 from kdiff import backend
 from kdiff.codecs import Codec
@@ -109,6 +110,14 @@ class Source:
             check_axes(inputs["image"], codec)
         return {name: (None, *tuple(array.shape)[1:]) for name, array in inputs.items()}
 
+    def check_shares(self, devices: int, size: int | None) -> None:
+        """Raises a ValueError if the `devices` cannot share each batch equally, as far as is known before.
+
+        Args:
+            devices: how many.
+            size: of the batches that Keras makes of arrays; None if these are one batch.
+        """
+
     def checked(self, check: BatchCheck) -> Any:
         """The data for Keras, with `check` called on every batch; labels and weights join the dictionary of inputs."""
         return self.mapped(_Packed(check)).data
@@ -138,7 +147,14 @@ class _Arrays(Source):
         inputs, _ = unpack(self.data)
         return self.data if len(next(iter(inputs.values()))) else None
 
+    def check_shares(self, devices, size):
+        count = len(next(iter(unpack(self.data)[0].values())))
+        size = count if size is None else min(count, size)
+        backend.check_shares(size, devices)
+        backend.check_shares(count % size, devices, "the last batch")
+
     def checked(self, check):
+        check.devices = 1  # these are all batches in one
         return check(self.data)
 
 
@@ -206,6 +222,12 @@ class _Loader(Source):
     def first(self):
         return next(iter(copy.copy(self.data)), None)  # workers that persist would keep the loader's own collation
 
+    def check_shares(self, devices, size):
+        if self.data.batch_size is not None and hasattr(self.data.dataset, "__len__"):
+            backend.check_shares(self.data.batch_size, devices)
+            last = 0 if self.data.drop_last else len(self.data.sampler) % self.data.batch_size
+            backend.check_shares(last, devices, "the last batch")
+
 
 class _MappedCollation:
     def __init__(self, collate, function: Callable):
@@ -258,6 +280,10 @@ class _Dataset(Source):
             return backend.on_host(lambda array: prepare.value(name, array), tensor, shape, rows[name].dtype)
 
         return _Dataset(self.data.map(lambda *batch: prepare.mapped(batch if len(batch) > 1 else batch[0], value)))
+
+    def check_shares(self, devices, size):
+        static = tree.flatten(self.data.element_spec)[0].shape[0]
+        backend.check_shares(static or 0, devices)
 
     def checked(self, check):
         checked = backend.checked_dataset(self.data, check)

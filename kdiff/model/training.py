@@ -1,10 +1,11 @@
 """Keras' `fit`, `evaluate` and similar methods, on data that is checked batch by batch."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import keras
+from keras import tree
 
 from kdiff import backend
 from kdiff.model import feeding
@@ -68,15 +69,22 @@ class CheckedTraining:
         if options.pop("class_weight", None) is not None:
             raise ValueError("fit: there are no classes to weight; give `sample_weight`, one number an example")
         self._parted = {"training": backend.is_parted(x), "evaluation": backend.is_parted(validation_data)}
-        x, check = self._checked(x, y, options.pop("sample_weight", None))
+        sampler, size = backend.parting_sampler(x), _batch_size(args, options)
+        x, check = self._checked(x, y, options.pop("sample_weight", None), parted=self._parted["training"], size=size)
+        checks = [check]
         if validation_data is not None:
-            validation_data, _ = self._checked(*keras.utils.unpack_x_y_sample_weight(validation_data), check)
+            size = options.get("validation_batch_size") or size
+            parts = keras.utils.unpack_x_y_sample_weight(validation_data)
+            validation_data, other = self._checked(*parts, check.again(), self._parted["evaluation"], size)
+            checks.append(other)
         if not backend.is_first_process():
             options["verbose"] = 0
+        if sampler is not None:
+            options["callbacks"] = _also(options.get("callbacks"), _NewOrder(sampler))
         if not isinstance(x, (dict, keras.utils.PyDataset)):
             options.setdefault("shuffle", False)  # Keras cannot shuffle the others, and would warn
         self._prepare_training()
-        with self._tried(check):
+        with self._tried(*checks):
             return super().fit(x, None, *args, validation_data=validation_data, **options)
 
     def evaluate(self, x=None, y=None, *args, **options):
@@ -87,8 +95,9 @@ class CheckedTraining:
         if len(args) < 4:
             feeding.check_end(x, "steps", options)
         self._check_compiled("evaluate")
-        self._parted = {**self._parted, "evaluation": backend.is_parted(x)}
-        x, check = self._checked(x, y, options.pop("sample_weight", None))
+        self._parted = {**self._parted, "evaluation": (parted := backend.is_parted(x))}
+        weight, size = options.pop("sample_weight", None), _batch_size(args, options)
+        x, check = self._checked(x, y, weight, parted=parted, size=size)
         if not backend.is_first_process():
             options["verbose"] = 0
         self._before_evaluating(True)  # only now is the model certain to be built
@@ -113,14 +122,16 @@ class CheckedTraining:
     def train_on_batch(self, x, y=None, sample_weight=None, **options):
         """Keras' `train_on_batch`, with a batch as in `fit`."""
         self._check_compiled("train_on_batch")
+        self._parted = {}
         x, check = self._checked(x, y, sample_weight)
-        self._prepare_training()
+        self._prepare_training(anew=False)
         with self._tried(check):
             return super().train_on_batch(x, **options)
 
     def test_on_batch(self, x, y=None, sample_weight=None, **options):
         """Keras' `test_on_batch`, with a batch as in `fit`."""
         self._check_compiled("test_on_batch")
+        self._parted = {}
         x, check = self._checked(x, y, sample_weight)
         self._before_evaluating(False)
         with self._tried(check):
@@ -135,32 +146,51 @@ class CheckedTraining:
         return backend.mean_of_processes(super().get_metrics_result())
 
     def _check_compiled(self, method: str) -> None:
+        backend.check_strategy(self)
         if not self.compiled:
             raise ValueError(f"{method}: no optimizer and no loss yet; call `compile()`, `model.compile('adam')`")
 
     @contextmanager
-    def _tried(self, check: feeding.BatchCheck) -> Iterator[None]:
+    def _tried(self, *checks: feeding.BatchCheck) -> Iterator[None]:
         """The scope of a call of Keras, after which the shapes are certain: the model has computed with the data."""
-        with check.reported():
+        with ExitStack() as stack:
+            for check in checks:
+                stack.enter_context(check.reported())
             yield
         self._on_trial = False
 
     @backend.uninterrupted
-    def _prepare_training(self) -> None:
-        """Creates the optimizer's variables before the first step, which TensorFlow would otherwise trace twice."""
+    def _prepare_training(self, anew: bool = True) -> None:
+        """Creates the optimizer's variables before the first step, which TensorFlow would otherwise trace twice.
+
+        `anew`: whether PyTorch's processes take the first one's values even if they train this model already.
+        """
         self._before_training()
         if not self.optimizer.built:
             with backend.strategy_of(self):
                 self.optimizer.build(self.trainable_variables)
         backend.fuse_updates(self.optimizer)
         backend.lie_alike(self.optimizer.variables, self.trainable_variables)
-        backend.share_training(self)
+        backend.share_training(self, anew)
 
-    def _checked(self, x, y=None, sample_weight=None, check: feeding.BatchCheck | None = None):
-        """(x, check): the data, prepared and with the check applied; the model is built for it if it was not."""
+    def _checked(
+        self,
+        x,
+        y=None,
+        sample_weight=None,
+        check: feeding.BatchCheck | None = None,
+        parted: bool = False,
+        size: int | None = None,
+    ):
+        """(x, check): the data, prepared and with the check applied; the model is built for it if it was not.
+
+        `parted`: whether each process has a part of its own; `size`: of the batches that Keras makes of arrays.
+        """
         source = source_of(x, y, sample_weight).prepared(self._taking())
         shapes = source.shapes(None if self.built else self._codec_of_data())
         check = self._new_check(shapes) if check is None else check
+        check.devices = 1 if parted else backend.sharers()
+        source.check_shares(check.devices, size)
         check.names(shapes)
         check.size(shapes)
         checked = source.checked(check)
@@ -170,6 +200,30 @@ class CheckedTraining:
         elif self._on_trial:
             self._take_shapes_anew(shapes)
         return checked, check
+
+
+def _batch_size(args: tuple, options: dict[str, Any]) -> int:
+    """Of `fit` or `evaluate`: their first argument after the data."""
+    return (args[0] if args else options.get("batch_size")) or 32
+
+
+def _also(callbacks: Any, one: keras.callbacks.Callback) -> Any:
+    """The callbacks that `fit` was given, None, one or several, and another."""
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks.append(one)
+        return callbacks
+    return [one, *([] if callbacks is None else tree.flatten(callbacks))]
+
+
+class _NewOrder(keras.callbacks.Callback):
+    """Tells PyTorch's `DistributedSampler` the epoch, of which its order is a function."""
+
+    def __init__(self, sampler: Any):
+        super().__init__()
+        self.sampler = sampler
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        self.sampler.set_epoch(epoch)
 
 
 def scaled(optimizer: Any, low: bool, options: dict[str, Any]) -> keras.optimizers.Optimizer:
