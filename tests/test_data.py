@@ -9,6 +9,8 @@ import pytest
 
 tf = pytest.importorskip("tensorflow", reason="the extra `data` is not installed")
 
+from tensorflow.python.data.experimental.ops import distribute  # noqa: E402
+
 from kdiff import data, scenes  # noqa: E402
 from kdiff.data import encoding, folders, sources  # noqa: E402
 from kdiff.text import Bytes  # noqa: E402
@@ -824,6 +826,40 @@ def test_bad_tfds(tfds_folder):
         data.images("with_text", data_dir=folder, text=["a", "b"])
     with pytest.raises(ValueError, match="uint16"):
         data.images("deep", data_dir=folder)
+
+
+# Several hosts
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"cache": False}, {"shuffle": False}, {"shuffle": False, "cache": "file", "drop_remainder": False}],
+    ids=["shuffled", "unshuffled", "cached"],
+)
+@pytest.mark.parametrize("kind", ["array", "folder", "shards", "tfds"])
+def test_hosts_share_the_images_out(kind, options, folder, tfds_folder, colours, tmp_path):
+    """By the rewriting of `tf.distribute`, which by default looks for files, even where none can be left out.
+
+    Keras' JAX backend shares out the batches themselves.
+    """
+    source, whole = colours[:6], colours[:6]
+    if kind in ("folder", "shards"):
+        source = folder
+    if kind == "shards":
+        source = tmp_path / "shards"
+        data.write_shards(folder, source, shards=2)
+    if kind == "tfds":
+        source, whole = "tiny_pets", tfds_folder[1][:4]
+        options = {**options, "data_dir": tfds_folder[0]}
+    if options.get("cache") == "file":
+        options = {**options, "cache": tmp_path / "cache"}
+    found = []
+    for host in range(2):
+        dataset = data.images(source, whole.shape[1:3], 2, **options)
+        part = values(distribute._AutoShardDataset(dataset.rebatch(1), 2, host, num_replicas=2))
+        assert len(part) == len(whole) // 2
+        found += [np.round((image + 1) * 127.5).astype("uint8").tobytes() for image in part]
+    assert sorted(found) == sorted(image.tobytes() for image in whole)
 
 
 # Packages

@@ -7,6 +7,8 @@ pytestmark = [pytest.mark.data, pytest.mark.once]
 data = pytest.importorskip("kdiff.data", exc_type=ImportError)
 Image = pytest.importorskip("PIL.Image")
 
+from kdiff import writing  # noqa: E402
+
 COUNT = 60
 
 
@@ -32,12 +34,14 @@ def sharded(folder, tmp_path_factory):
 
 
 def read(source, **options):
-    """The number of each picture of a pass, its label and its caption."""
+    """The number of each picture of a pass, and its label and its caption, where it has them."""
     options = {"batch_size": 1, "cache": False, "labels": True, "text": True, **options}
     found = []
     for batch in data.images(source, 4, **options).as_numpy_iterator():
+        batch = batch if isinstance(batch, dict) else {"image": batch}
         number = int(np.round((batch["image"][0, 0, 0, 0] + 1) * 127.5))
-        found.append((number, int(batch["label"][0]), batch["text"][0].decode()))
+        others = [int(batch["label"][0])] if "label" in batch else []
+        found.append((number, *others, *([batch["text"][0].decode()] if "text" in batch else [])))
     return found
 
 
@@ -82,14 +86,99 @@ def test_what_is_not_there(folder, tmp_path):
         data.images(plain, 4, text=True)
     with pytest.raises(ValueError, match="no such folder"):
         data.write_shards(tmp_path / "nowhere", plain)
+    with pytest.raises(ValueError, match="must be a folder"):
+        data.write_shards(folder, plain / "shards.json")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no image files"):
         data.write_shards(tmp_path / "empty", tmp_path / "shards")
     assert not (tmp_path / "shards").exists()
-    loose = tmp_path / "loose"
-    loose.mkdir()
-    Image.fromarray(np.zeros((3, 3, 3), "uint8")).save(loose / "one.png")
-    with pytest.raises(ValueError, match="outside of any"):
-        data.write_shards(loose, tmp_path / "shards", labels=True)
-    with pytest.raises(ValueError, match="missing"):
-        data.write_shards(loose, tmp_path / "shards", text=True)
+
+
+def pictures(folder, *names):
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((5, 4, 3), number, "uint8")).save(folder / name)
+    return folder
+
+
+def test_classes_are_numbered_as_those_of_the_folder(tmp_path):
+    """Where some folders hold no images, and some none that can be read."""
+    source = pictures(tmp_path / "source", "cat/0.png", "dog/old/1.png", "eel/2.png")
+    (source / "attic" / "empty").mkdir(parents=True)
+    (source / "books").mkdir()
+    (source / "books" / "notes.txt").write_text("no picture")
+    (source / "cow").mkdir()
+    (source / "cow" / "broken.png").write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match="broken"):
+        data.write_shards(source, tmp_path / "shards", labels=True, shards=2)
+    with pytest.warns(UserWarning, match="broken"):  # of the folder
+        folder, shards = (data.images(one, 4, 1, labels=True, cache=False) for one in (source, tmp_path / "shards"))
+    assert shards.class_names == folder.class_names == ["cat", "cow", "dog", "eel"]
+    with pytest.warns(UserWarning, match="broken"):
+        of_folder = read(source, text=False)
+    assert sorted(read(tmp_path / "shards", text=False)) == sorted(of_folder) == [(0, 0), (1, 2), (2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"labels": True}, r"2 images are outside of any:\s.*x\.png"), ({"text": True}, r"2 are missing:\s.*x\.txt")],
+)
+def test_what_an_image_lacks_is_found_before_anything_is_written(tmp_path, monkeypatch, options, message):
+    source = pictures(tmp_path / "source", *(f"a/{number}.png" for number in range(9)), "x.png", "y.png")
+    for number in range(9):
+        (source / "a" / f"{number}.txt").write_text("caption")
+    monkeypatch.setattr(data.shards, "replacing", None)
+    with pytest.raises(ValueError, match=rf"(?s){message}"):
+        data.write_shards(source, tmp_path / "shards", **options)
+
+
+def test_what_changes_in_the_midst_is_skipped(tmp_path, monkeypatch):
+    """As captions are that are not UTF-8, which only reading shows."""
+    source = pictures(tmp_path / "source", "a/0.png", "a/1.png", "a/2.png")
+    (source / "a" / "0.txt").write_text("caption")
+    (source / "a" / "1.txt").write_bytes(b"\xff")
+    (source / "a" / "2.txt").write_text("caption")
+    names = data.shards._checked_names
+
+    def checked(*options):
+        found = names(*options)
+        pictures(source, "b/3.png", "4.png")
+        for name in ("b/3.txt", "4.txt"):
+            (source / name).write_text("caption")
+        (source / "a" / "2.txt").unlink()
+        return found
+
+    monkeypatch.setattr(data.shards, "_checked_names", checked)
+    with pytest.warns(UserWarning, match="4 cannot be read") as warned:
+        assert data.write_shards(source, tmp_path / "shards", labels=True, text=True, shards=2) == 1
+    for why in ("1.txt is not UTF-8", "No such file", "b/3.png: it is of no class", "4.png: it is of no class"):
+        assert why in str(warned[0].message)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moves", range(4))
+def test_a_kill_leaves_no_index_without_its_files(sharded, tmp_path, monkeypatch, moves):
+    """Neither in a new folder nor in one that has shards of other images under the same names."""
+    shards, old = tmp_path / "shards", pictures(tmp_path / "old", "0.png", "1.png")
+    data.write_shards(old, shards, shards=3)
+    source = pictures(tmp_path / "source", *(f"{number}.png" for number in range(20)))
+    move, moved = writing._move, []
+
+    def killed(new, path):
+        if len(moved) == moves:
+            raise Killed
+        moved.append(path)
+        move(new, path)
+
+    monkeypatch.setattr(writing, "_move", killed)
+    for folder in (shards, tmp_path / "new"):
+        moved.clear()
+        with pytest.raises(Killed):
+            data.write_shards(source, folder, shards=3)
+        assert not data.shards.is_sharded(folder)
+    monkeypatch.undo()
+    assert data.write_shards(source, shards, shards=3) == 20
+    assert sorted(read(shards, labels=False, text=False)) == [(number,) for number in range(20)]

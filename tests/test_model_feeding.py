@@ -1,5 +1,7 @@
 """Data on its way into `fit`, and images on every way into a run: taken as it was meant, or refused in plain words."""
 
+import gc
+
 import keras
 import numpy as np
 import pytest
@@ -208,6 +210,21 @@ def test_calls_of_keras_that_mean_nothing_here(tmp_path):
 def test_a_name_that_is_nearly_an_argument(name, hint):
     with pytest.raises(ValueError, match=rf"received: \['{name}'\]. Did you mean '{hint}'"):
         model().sample(2, **{name: 2})
+
+
+@pytest.mark.once
+def test_workers_that_persist_do_not_keep_batches_from_the_check(monkeypatch):
+    """Those of a loader that was iterated before, which goes on as it was."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # for its wait after an error
+    bad = np.where(np.arange(8)[:, None, None, None] == 5, np.nan, UNIT).astype("float32")
+    loader = torch.utils.data.DataLoader(bad, batch_size=4, num_workers=1, persistent_workers=True)
+    batches = iter(loader)
+    next(batches)
+    with pytest.raises(ValueError, match="finite"):
+        model().fit(loader, verbose=0)
+    assert next(batches).isnan().any()
+    gc.collect()  # ends the workers
 
 
 class Plain(keras.layers.Layer):

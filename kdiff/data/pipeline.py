@@ -92,7 +92,8 @@ def images(
         drop_remainder: whether to drop a smaller last batch.
         seed: fixes the order, and augments on one thread so that layers with a seed are reproducible too; `None` does
             neither. With it, training that `BackupCallback` resumes continues with the next order; the random numbers
-            of layers in `augment` start anew.
+            of layers in `augment` start anew. Hosts that share the batches out need it, the same for all: each goes
+            through all images in the order of the seed, and takes its part of every batch.
 
     Raises:
         TypeError: if `codec` is not a codec.
@@ -132,6 +133,7 @@ def images(
         dataset = dataset.map(_augment(augment), tf.data.AUTOTUNE if seed is None else None)
     finish = _scale if codec is None else latents.drawn(seed)
     dataset = dataset.batch(batch_size, drop_remainder).map(finish).prefetch(tf.data.AUTOTUNE)
+    dataset = dataset.with_options(_by_batches())
     dataset.class_names = found.class_names
     dataset.order = order
     return dataset
@@ -183,6 +185,13 @@ def _check_count(count: int, batch_size: int) -> None:
             f"images: `batch_size` is {batch_size}, but there are only {count} images, less than one batch; "
             "pass a smaller one, or `drop_remainder=False`"
         )
+
+
+def _by_batches() -> tf.data.Options:
+    """Options by which hosts share out batches, since files are read inside of a pass or not at all, from a cache."""
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+    return options
 
 
 # One image, as a float in 0..255, cached as uint8 unless the source has floats.

@@ -29,7 +29,7 @@ __all__ = ["INDEX", "from_shards", "is_sharded", "write_shards"]
 
 INDEX = "shards.json"  # how many images there are in each file, and the names of the classes
 _AT_ONCE = 16  # files that are read side by side
-_NAMED = 5  # broken images that the warning names
+_NAMED = 5  # files that warnings and errors name
 
 
 def write_shards(
@@ -43,13 +43,14 @@ def write_shards(
 ) -> int:
     """Writes the images of a folder, and below it, into a few large files that `images` reads.
 
-    The folder is gone through once; nothing is held but the names of the classes. Files that cannot be read are skipped
-    with a warning. The images are copied as they are, whatever their sizes.
+    The folder is gone through once, and with `labels` or `text` once before, by names alone, so that errors come before
+    anything is written; nothing is held but the names of the classes. Files that cannot be read are skipped with a
+    warning. The images are copied as they are, whatever their sizes.
 
     Args:
         source: the folder.
         folder: where the files go, in place of those of the same names; made if it is not there.
-        labels: whether each folder directly in `source` is a class.
+        labels: whether each folder directly in `source` is a class, if it has images, as in `images`.
         text: whether the caption of photo.jpg is in photo.txt.
         shards: how many files; of some hundred megabytes each they are read well.
         seed: by which images are shared out among them.
@@ -58,54 +59,99 @@ def write_shards(
         How many images were written.
 
     Raises:
-        ValueError: if there are no images, or, with `labels`, some outside of any class; if a caption is missing.
+        ValueError: if there are no images, or, with `labels`, some outside of any class; if a caption is missing; if
+            `folder` is a file.
     """
     check_integer("write_shards", "shards", shards)
-    source = Path(source).expanduser()
+    source, folder = Path(source).expanduser(), Path(folder).expanduser()
     if not source.is_dir():
         raise ValueError(f"write_shards: no such folder: {source}")
-    names = sorted(one.name for one in os.scandir(source) if one.is_dir() and not one.name.startswith("."))
-    class_numbers = {name: number for number, name in enumerate(names)} if labels else None
-    generator, counts, broken = np.random.default_rng(seed), [0] * shards, _Broken()
-    with replacing(Path(folder)) as new, ExitStack() as stack:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"write_shards: `folder` must be a folder, or not there yet; {folder} is neither")
+    class_names = _checked_names(source, labels, text) if labels or text else []
+    class_numbers = {name: number for number, name in enumerate(class_names)} if labels else None
+    generator, counts, broken = np.random.default_rng(seed), [0] * shards, _Noted()
+    with replacing(folder) as new:
         new.mkdir()
         files = [new / f"images-{i:05}-of-{shards:05}.tfrecord" for i in range(shards)]
-        writers = [stack.enter_context(tf.io.TFRecordWriter(str(file))) for file in files]
-        for path in _walk(source):
-            try:
-                example = _example(source, path, class_numbers, text)
-            except OSError as error:
-                broken.note(path, error)
-                continue
-            number = int(generator.integers(shards))
-            writers[number].write(example)
-            counts[number] += 1
+        with ExitStack() as stack:
+            writers = [stack.enter_context(tf.io.TFRecordWriter(str(file))) for file in files]
+            for path in _walk(source):
+                try:
+                    example = _example(source, path, class_numbers, text)
+                except OSError as error:
+                    broken.note(f"{path}: {error}")
+                    continue
+                number = int(generator.integers(shards))
+                writers[number].write(example)
+                counts[number] += 1
+        unread = f"; {broken.count} cannot be read:{broken.named()}" if broken.count else ""
         if not sum(counts):
-            raise ValueError(f"write_shards: {source} holds no image files ({', '.join(FORMATS)}){broken.named()}")
-        about = {"counts": {file.name: count for file, count in zip(files, counts, strict=True)}}
-        about |= {"class_names": names if labels else None, "text": text}
-        (new / INDEX).write_text(json.dumps(about))
-    broken.warn()
+            raise ValueError(f"write_shards: {source} holds no image files ({', '.join(FORMATS)}){unread}")
+        (folder / INDEX).unlink(missing_ok=True)  # of the files that are now replaced
+    about = {"counts": {file.name: count for file, count in zip(files, counts, strict=True)}}
+    about |= {"class_names": class_names if labels else None, "text": text}
+    with replacing(folder / INDEX) as new:  # last: where it is, all files are
+        new.write_text(json.dumps(about))
+    if unread:
+        warnings.warn(f"write_shards: images were skipped{unread}", stacklevel=2)
     return sum(counts)
 
 
-class _Broken:
-    """Counts the images that cannot be read, and keeps the names of the first."""
+def _checked_names(source: Path, labels: bool, text: bool) -> list[str]:
+    """The names of the folders directly in `source` that have images, in order, as `images` numbers them.
+
+    Raises:
+        ValueError: with `labels` for images outside of these folders, with `text` for images without a caption, unless
+            none of the latter can be read.
+    """
+    names, loose, missing, readable = set(), _Noted(), _Noted(), False
+    for path in _walk(source):
+        if path.parent == source:
+            loose.note(path)
+        else:
+            names.add(_class_name(source, path))
+        if text and not (caption := path.with_suffix(".txt")).is_file():
+            missing.note(caption)
+            readable = readable or _is_readable(path)
+    if labels and loose.count:
+        raise ValueError(
+            f"write_shards: `labels=True` takes one folder a class; {loose.count} images are outside of any:"
+            f"{loose.named()}"
+        )
+    if readable:
+        raise ValueError(
+            f"write_shards: `text=True` takes the caption of photo.jpg from photo.txt; {missing.count} are missing:"
+            f"{missing.named()}"
+        )
+    return sorted(names)
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        decode(path)
+    except Exception:  # Pillow raises many types
+        return False
+    return True
+
+
+def _class_name(source: Path, path: Path) -> str:
+    return path.relative_to(source).parts[0]
+
+
+class _Noted:
+    """Counts files, and keeps the names of the first."""
 
     def __init__(self):
         self.count, self.first = 0, []
 
-    def note(self, path: Path, error: Exception) -> None:
+    def note(self, what: Path | str) -> None:
         self.count += 1
         if len(self.first) < _NAMED:
-            self.first.append(f"\n  {path}: {error}")
+            self.first.append(f"\n  {what}")
 
     def named(self) -> str:
-        return f"; {self.count} cannot be read:{''.join(self.first)}" if self.count else ""
-
-    def warn(self) -> None:
-        if self.count:
-            warnings.warn(f"write_shards: images were skipped{self.named()}", stacklevel=3)
+        return "".join(self.first)
 
 
 def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
@@ -125,23 +171,25 @@ def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
 
 
 def _example(source: Path, path: Path, class_numbers: dict[str, int] | None, text: bool) -> bytes:
-    """The record of an image, which is decoded to see that it can be."""
-    data = path.read_bytes()
+    """The record of an image, which is decoded to see that it can be.
+
+    Raises:
+        OSError: for an image or caption that cannot be read, or whose folder was not there when writing began.
+    """
     try:
+        data = path.read_bytes()
         decode(io.BytesIO(data))
+        caption = read_caption(path.with_suffix(".txt")) if text else None
     except Exception as error:  # Pillow raises many types
         raise OSError(str(error)) from error
     features = {"image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[data]))}
     if class_numbers is not None:
-        if path.parent == source:
-            raise ValueError(f"write_shards: `labels=True` takes one folder a class; {path} is outside of any")
-        number = class_numbers[path.relative_to(source).parts[0]]
+        number = class_numbers.get(_class_name(source, path))
+        if number is None:
+            raise OSError("it is of no class that was there when writing began")
         features["label"] = tf.train.Feature(int64_list=tf.train.Int64List(value=[number]))
-    if text:
-        caption = path.with_suffix(".txt")
-        if not caption.is_file():
-            raise ValueError(f"write_shards: `text=True` takes the caption of {path} from {caption}, which is missing")
-        features["text"] = tf.train.Feature(bytes_list=tf.train.BytesList(value=[read_caption(caption).encode()]))
+    if caption is not None:
+        features["text"] = tf.train.Feature(bytes_list=tf.train.BytesList(value=[caption.encode()]))
     return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
 
 

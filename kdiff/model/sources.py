@@ -215,12 +215,18 @@ class _Loader(Source):
     _empty = "the DataLoader has no batch"
 
     def mapped(self, function):
-        loader = copy.copy(self.data)
+        loader = self._copy()
         loader.collate_fn = _MappedCollation(loader.collate_fn, function)
         return _Loader(loader)
 
     def first(self):
-        return next(iter(copy.copy(self.data)), None)  # workers that persist would keep the loader's own collation
+        return next(iter(self._copy()), None)
+
+    def _copy(self):
+        """With workers of its own: those that persist, of `persistent_workers`, keep the collation they began with."""
+        loader = copy.copy(self.data)
+        loader._iterator = None
+        return loader
 
     def check_shares(self, devices, size):
         if self.data.batch_size is not None and hasattr(self.data.dataset, "__len__"):
