@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,12 @@ import keras
 import numpy as np
 
 from kdiff import backend
+from kdiff.base import check_number
+from kdiff.checks import as_numpy
+from kdiff.codecs import Pixels
 from kdiff.model import DiffusionModel
+from kdiff.model.feeding import BatchCheck, data_shape, unpack
+from kdiff.model.sources import source_of
 
 __all__ = ["Report", "Timing", "doctor"]
 
@@ -67,15 +72,17 @@ def doctor(
     Args:
         network: a Keras model or layer as for `DiffusionModel`, which must be one that loads: of kdiff's classes, or of
             others that are registered with Keras where `import kdiff` finds them.
-        batch: a batch of data as for `fit`: an array, or a dictionary with conditions.
+        batch: a batch of data as for `fit`: an array, a dictionary with conditions, or a pair with labels.
         timeout: the seconds that a backend may take.
         print_fn: called with each line.
 
     Raises:
-        ValueError: for a network without a batch.
+        TypeError: for a network that is no layer, or is a `DiffusionModel`; for data of another kind than in `fit`.
+        ValueError: for a network without a batch, a batch that `fit` would refuse, or a negative `timeout`.
     """
-    if network is not None and batch is None:
-        raise ValueError("doctor: give a `batch` of data, such as np.zeros((16, 32, 32, 3)), to time the network on")
+    check_number("doctor", "timeout", timeout, 0.0)
+    if network is not None:
+        batch = _checked(network, batch)
     versions = backend.installed()
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     print_fn(f"{backend.cores():g} cores; installed: {listed}; Keras is on {backend.BACKEND}.")
@@ -86,13 +93,28 @@ def doctor(
     return Report(advice, timings, failures)
 
 
+def _checked(network, batch) -> dict[str, np.ndarray]:
+    """The inputs in a batch by name, with text as numbers."""
+    if not isinstance(network, keras.layers.Layer) or isinstance(network, DiffusionModel):
+        raise TypeError(
+            "doctor: `network` must be a Keras model or layer as for DiffusionModel, such as the `network` of one; "
+            f"received: {type(network).__name__}"
+        )
+    if batch is None:
+        raise ValueError("doctor: give a `batch` of data, such as np.zeros((16, 32, 32, 3)), to time the network on")
+    source = source_of(*keras.utils.unpack_x_y_sample_weight(batch)).prepared(network)
+    shapes, codec = source.shapes(), Pixels()
+    check = BatchCheck(codec, data_shape(shapes, codec), network)
+    inputs, _ = unpack(check(source.first()))
+    return {name: as_numpy(value) for name, value in inputs.items()}
+
+
 def _timed(network, batch, names, timeout, print_fn) -> tuple[dict[str, Timing], dict[str, str]]:
-    batch = batch if isinstance(batch, Mapping) else {"image": batch}
     timings, failures = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder) / "network.json", Path(folder) / "batch.npz"
         files[0].write_text(json.dumps(keras.saving.serialize_keras_object(network)))
-        np.savez(files[1], **{name: np.asarray(value) for name, value in batch.items()})
+        np.savez(files[1], **batch)
         for name in names:
             try:
                 timings[name] = _in_process(name, files, timeout)
@@ -127,8 +149,10 @@ def _measure(network_file: str, batch_file: str, began: float) -> None:
     model.train_on_batch(batch)
     start = time.time() - began
     m = model.schedule.at(np.float32(0.5))
-    x = np.random.default_rng(0).standard_normal((len(batch["image"]), *model.shapes["image"][1:])).astype("float32")
-    conditions = model.condition_rows({name: value for name, value in batch.items() if name != "image"}, len(x))
+    conditions = {name: value for name, value in batch.items() if name not in ("image", "encoded")}
+    count = len(next(iter(batch.values())))
+    x = np.random.default_rng(0).standard_normal((count, *model.shapes["image"][1:])).astype("float32")
+    conditions = model.condition_rows(conditions, count)
 
     def evaluate(x, conditions):
         return model.denoise(x, m, ema=False, **conditions)

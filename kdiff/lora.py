@@ -110,7 +110,15 @@ def merge(model: keras.layers.Layer, ema: bool = True) -> None:
     Args:
         model: a `DiffusionModel` or its network.
         ema: whether to merge the averages of A and B, if the model has averages that have been updated.
+
+    Raises:
+        ValueError: if kernels are quantized: the sum would be rounded to whole numbers, and small changes be lost.
     """
+    if quantized := [layer.name for layer in enabled(model) if layer.quantization_mode is not None]:
+        raise ValueError(
+            f"lora.merge: {len(quantized)} layers with A and B are quantized, and the sum would be rounded anew; keep "
+            "A and B, which are saved with the model, or merge before `quantize`"
+        )
     averaged = ema_of(model) if ema else {}
     for layer in enabled(model):
         a, b = (_numbers(averaged.get(id(one), one)) for one in (layer.lora_kernel_a, layer.lora_kernel_b))
@@ -180,8 +188,6 @@ def _enable(model, layers) -> None:
             layer.lora_alpha = alpha
         else:
             layer.enable_lora(rank, alpha)
-        for weight in (layer.lora_kernel_a, layer.lora_kernel_b):
-            weight.trainable = weight.averaged = weight.adapts = True
     changed(model)
 
 

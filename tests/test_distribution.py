@@ -37,22 +37,45 @@ def transformer():
     return one_model(network, schedule="linear_beta")
 
 
-def trained(model, x, labels=None):
-    """By the weights and the losses that two epochs give, the samples, and the losses of validation."""
-    shapes = {"image": x.shape} if labels is None else {"image": x.shape, "label": labels.shape}
+def unet():
+    """Two levels, with convolutions between them."""
+    import kdiff
+
+    return one_model(kdiff.networks.UNet.residual(8, levels=2, depth=1))
+
+
+def drawn(model, shapes):
     model.build(shapes)
     generator = np.random.default_rng(RANK)  # the other processes take the weights of the first
     for weight in model.network.weights:
         weight.assign(0.2 * generator.standard_normal(weight.shape))
     model.reset_ema()
+
+
+def weights_of(model):
+    return {
+        "weights": np.concatenate([keras.ops.convert_to_numpy(weight).ravel() for weight in model.network.weights]),
+        "averages": np.concatenate([keras.ops.convert_to_numpy(value).ravel() for value in model.ema_weights.values]),
+    }
+
+
+def one_step(model, x):
+    """By the loss and the weights after a step: a U-Net takes long to compile."""
+    drawn(model, {"image": x.shape})
+    losses = model.train_on_batch(x, return_dict=True)
+    return {**{name: np.array(value) for name, value in losses.items()}, **weights_of(model)}
+
+
+def trained(model, x, labels=None):
+    """By the weights and the losses that two epochs give, the samples, and the losses of validation."""
+    drawn(model, {"image": x.shape} if labels is None else {"image": x.shape, "label": labels.shape})
     conditions = {} if labels is None else {"label": labels[:5]}
     data = {"image": x} if labels is None else {"image": x, "label": labels}
     history = model.fit(data, epochs=2, batch_size=8, shuffle=False, validation_data=data, verbose=0).history
     return {
         **{name: np.array(values) for name, values in history.items()},
         "samples": model.sample(5, sampler="ddpm", steps=3, batch_size=3, **conditions),
-        "weights": np.concatenate([keras.ops.convert_to_numpy(weight).ravel() for weight in model.network.weights]),
-        "averages": np.concatenate([keras.ops.convert_to_numpy(value).ravel() for value in model.ema_weights.values]),
+        **weights_of(model),
     }
 
 
@@ -128,8 +151,10 @@ def main(devices: str, folder: Path) -> None:
     network = kdiff.networks.MLP(8, 1, out_channels=4)
     both = transformer(), one_model(network, **options)
     results = {"transformer": trained(both[0], x, labels), "aware": trained(both[1], x[:, 0, 0])}
+    if BACKEND == "jax" and devices != "many":
+        results["unet"] = one_step(convolved := unet(), x[:8])
     if devices == "mesh":
-        results["layout"] = divided(both[0])
+        results |= {"layout": divided(both[0]), "layout_unet": divided(convolved)}
     if devices == "many" and BACKEND != "tensorflow":
         results["refused"] = refused(both[1], x[:, 0, 0])
     if devices == "many":
@@ -194,27 +219,29 @@ def results(tmp_path_factory):
     return {file.stem: dict(np.load(file)) for file in folder.glob("*.npz")}
 
 
-MANY = ["many", "mesh"] if BACKEND == "jax" else ["many"]
+MANY = [("transformer", "many"), ("aware", "many")]
+MESH = [("transformer", "mesh"), ("aware", "mesh"), ("unet", "mesh")]
 
 
-@pytest.mark.parametrize("model", ["transformer", "aware"])
-@pytest.mark.parametrize("devices", MANY)
+@pytest.mark.parametrize(("model", "devices"), [*MANY, *MESH] if BACKEND == "jax" else MANY)
 def test_several_devices_do_what_one_does(results, model, devices):
     """The same times, noise, dropped labels and weights in the loss: one seed, one result."""
     one, many = results[f"{model}-1-0"], results[f"{model}-{devices}-0"]
     assert one.keys() == many.keys()
-    for name in ("loss", "mae", "val_loss", "val_mae"):
+    arrays = ("weights", "averages", "samples")
+    for name in one.keys() - {*arrays}:
         np.testing.assert_allclose(many[name], one[name], rtol=1e-6, err_msg=name)
-    for name in ("weights", "averages", "samples"):
+    for name in one.keys() & {*arrays}:
         # Adam divides rounding errors by small gradients.
         np.testing.assert_allclose(many[name], one[name], atol=2e-4, err_msg=name)
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="models are divided on JAX")
-def test_averages_and_optimizer_lie_as_the_weights_do(results):
-    layout = results["layout-mesh-0"]
+@pytest.mark.parametrize("model", ["layout", "layout_unet"])
+def test_averages_and_optimizer_lie_as_the_weights_do(results, model):
+    layout = results[f"{model}-mesh-0"]
     here, whole = layout["weights"].T
-    assert here.sum() < 0.8 * whole.sum(), "of this small transformer, half of the numbers in two"
+    assert here.sum() < 0.8 * whole.sum(), "of these small networks, half of the numbers in two"
     np.testing.assert_array_equal(layout["momenta"], layout["weights"])
     np.testing.assert_array_equal(layout["averages"], layout["weights"])
 
@@ -316,3 +343,33 @@ def test_layouts_divide_most_of_each_network(name):
             assert tuple(found.axes) == ("model", None), variable.path
         sizes[found is not None] += int(np.prod(variable.shape))
     assert sizes[True] > 0.75 * (sizes[True] + sizes[False])
+
+
+@pytest.mark.once
+def test_layouts_check_what_they_are_given():
+    def mesh(*names):
+        return keras.distribution.DeviceMesh((1,) * len(names), names, ["cpu:0"])
+
+    for wrong in ("x", None, 2):
+        with pytest.raises(TypeError, match=r"must be a keras\.distribution\.DeviceMesh; received"):
+            networks.layout_map(wrong)
+    for names in (("batch",), ("batch", "model", "more"), ("model", "model"), ("batch", None)):
+        with pytest.raises(ValueError, match="two axes with different names"):
+            networks.layout_map(mesh(*names))
+    for axes in (0, 7, "2", None):
+        with pytest.raises(ValueError, match=r"`axes` must be one of \[1, 2, 3\]; received"):
+            networks.layout_map(mesh("batch", "model"), axes)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_convolutions_of_each_rank_are_divided_by_output_channels(axes):
+    network = networks.UNet.residual(8, levels=1, depth=1)
+    with backend.unallocated():
+        network.build({"image": (None, *[8] * axes, 3), "time": (None,)})
+    layout = networks.layout_map(keras.distribution.DeviceMesh((1, 1), ["batch", "model"], ["cpu:0"]), axes)
+    kernels = [one for one in network.variables if "conv2d" in one.path and one.path.endswith("kernel")]
+    assert kernels
+    for kernel in kernels:
+        assert layout[kernel.path].axes == (*[None] * (axes + 1), "model"), kernel.path
+        assert len(kernel.shape) == axes + 2

@@ -1,5 +1,9 @@
 """What `doctor` says of a machine, and the timings that it takes."""
 
+import contextlib
+import importlib
+import io
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +16,8 @@ import pytest
 import kdiff
 from kdiff import backend
 from kdiff.backend import BACKEND, machine
+
+doctor = importlib.import_module("kdiff.doctor")  # `kdiff.doctor` is the function
 
 
 def run(code: str, **environment: str | None) -> str:
@@ -53,6 +59,60 @@ def test_a_network_without_data_and_one_that_no_other_process_knows(monkeypatch)
     assert report.timings == {}
     assert list(report.failures) == [BACKEND]
     assert "Unknown" in report.failures[BACKEND]
+
+
+IMAGES = np.zeros((4, 8, 8, 3), "float32")
+LABELS = np.arange(4, dtype="int32") % 3
+
+
+def labelled():
+    return kdiff.networks.DiT(16, 1, 2, conditions={"label": kdiff.blocks.LabelEmbedding(3)})
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "batch",
+    [(IMAGES, LABELS), {"image": IMAGES, "label": LABELS.tolist()}, ({"encoded": IMAGES}, LABELS, np.ones(4))],
+)
+def test_data_is_as_for_fit(batch, monkeypatch):
+    """What the processes read, of which one measures as they do."""
+    monkeypatch.setattr(machine, "_PACKAGES", {BACKEND: machine._PACKAGES[BACKEND]})
+    monkeypatch.setattr(doctor, "_FIRST", 0)
+    monkeypatch.setattr(doctor, "_MEASURED", 1)
+
+    def here(name, files, timeout):
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            doctor._measure(*map(str, files), 0.0)
+        return doctor.Timing(**json.loads(said.getvalue()))
+
+    monkeypatch.setattr(doctor, "_in_process", here)
+    report = kdiff.doctor(labelled(), batch, print_fn=lambda line: None)
+    assert report.failures == {}
+    assert report.timings[BACKEND].train > 0
+
+
+BAD = {
+    "unet": ("unet", IMAGES, {}, TypeError, r"must be a Keras model or layer.*received: str"),
+    "model": (None, IMAGES, {}, TypeError, r"such as the `network` of one; received: DiffusionModel"),
+    "kind": (labelled, "images", {}, TypeError, "must be an array"),
+    "name": (labelled, {"x": IMAGES}, {}, ValueError, "must have an 'image'"),
+    "missing": (labelled, IMAGES, {}, ValueError, r"takes the conditions \['label'\]; missing"),
+    "objects": (labelled, {"image": IMAGES, "label": np.array([None] * 4)}, {}, ValueError, "Python objects"),
+    "rows": (labelled, (IMAGES, LABELS[:3]), {}, ValueError, "must have 4 rows"),
+    "empty": (labelled, (IMAGES[:0], LABELS[:0]), {}, ValueError, "is empty"),
+    "nan": (labelled, (np.full_like(IMAGES, np.nan), LABELS), {}, ValueError, "must be finite"),
+    "timeout": (labelled, (IMAGES, LABELS), {"timeout": -1}, ValueError, "`timeout` must be a number"),
+}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_refused_before_a_process_starts(name, monkeypatch):
+    network, batch, options, kind, message = BAD[name]
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: pytest.fail("a process was started"))
+    network = kdiff.DiffusionModel(labelled()) if network is None else network() if callable(network) else network
+    with pytest.raises(kind, match=message):
+        kdiff.doctor(network, batch, print_fn=lambda line: None, **options)
 
 
 @pytest.mark.parametrize("low", ["mixed_bfloat16", "float32"])

@@ -354,6 +354,16 @@ def test_files_that_do_not_fit(message, theirs, tmp_path):
 
 
 @pytest.mark.once
+def test_a_quantized_network_takes_no_file(theirs, tmp_path):
+    """A change smaller than 1 would vanish in its whole numbers, a larger one be far too large."""
+    network = interop.load(tmp_path / "unet")
+    network.quantize("int8")
+    path = written(tmp_path / "lora.safetensors", *kohya(random_factors(theirs), "unet", RANK))
+    with pytest.raises(ValueError, match=r"int8: .* would be added to a quantized kernel; load it before"):
+        files.load(network, path)
+
+
+@pytest.mark.once
 def test_arguments(theirs, tmp_path):
     network = interop.load(tmp_path / "unet")
     with pytest.raises(ValueError, match="received none"):

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+from keras import ops
 
 from kdiff import backend
 from kdiff.blocks.initializers import Normal
@@ -40,6 +41,8 @@ class LowRank:
         """As in Keras, with A ~ N(0, 1 / rank^2) by default; `lora_alpha` comes from a configuration, if any."""
         lora_alpha = self.lora_alpha if lora_alpha is None else lora_alpha
         super().enable_lora(rank, lora_alpha, a_initializer or Normal(1.0 / rank), b_initializer)
+        for variable in (self.lora_kernel_a, self.lora_kernel_b):
+            variable.averaged = variable.adapts = True
 
     def disable_lora(self) -> None:
         """Undoes `enable_lora`: A and B are discarded, and the kernel is unchanged."""
@@ -49,38 +52,39 @@ class LowRank:
         self.lora_enabled, self.lora_rank, self.lora_alpha = False, None, None
 
     def save_own_variables(self, store):
-        """Saves kernel and bias as Keras does, and also A, B and the scale."""
-        if not self.lora_enabled or self._quantized_kernel():
+        """Saves the kernel, quantized or not, and the bias as Keras does, and also A, B and the scale."""
+        if not self.lora_enabled:
             super().save_own_variables(store)
             return
-        kept = [self._kernel] if self.bias is None else [self._kernel, self.bias]
-        for i, variable in enumerate(kept):
-            store[str(i)] = variable
+        self.lora_enabled = False  # Keras would merge A and B, and round the sum anew if the kernel is quantized
+        try:
+            super().save_own_variables(store)
+        finally:
+            self.lora_enabled = True
         store["lora_kernel_a"], store["lora_kernel_b"] = self.lora_kernel_a, self.lora_kernel_b
         store["lora_scale"] = np.float32(self.lora_alpha / self.lora_rank)
 
     def load_own_variables(self, store):
-        """Loads the weights: a layer without LoRA merges A and B into its kernel; one with LoRA resets absent ones."""
-        if self._quantized_kernel() or not self.built or not (self.lora_enabled or "lora_scale" in set(store.keys())):
+        """Loads the weights: a layer without LoRA merges A and B into its kernel; one with LoRA resets absent ones.
+
+        A quantized kernel takes no A and B, which would be rounded with it: Keras raises a ValueError.
+        """
+        mergeable = "lora_scale" in set(store.keys()) and self.quantization_mode is None
+        if not self.built or not (self.lora_enabled or mergeable):
             super().load_own_variables(store)
             return
         values = {name: np.asarray(store[name]) for name in set(store.keys())}
-        kernel = values["0"]
+        a, b, scale = (values.pop(f"lora_{name}", None) for name in ("kernel_a", "kernel_b", "scale"))
         if not self.lora_enabled:
-            a, b = (values[f"lora_kernel_{one}"].astype("float32") for one in "ab")
-            kernel = kernel + values["lora_scale"] * (a @ b)
-        elif "lora_scale" in values:
-            self.lora_kernel_a.assign(values["lora_kernel_a"])
-            self.lora_kernel_b.assign(values["lora_kernel_b"])
-            self.lora_alpha = float(values["lora_scale"]) * self.lora_rank
-        else:
-            self.lora_kernel_b.assign(np.zeros(self.lora_kernel_b.shape, "float32"))
-        self._kernel.assign(kernel)
-        if self.bias is not None:
-            self.bias.assign(values["1"])
-
-    def _quantized_kernel(self) -> bool:
-        return getattr(self, "quantization_mode", None) is not None
+            change = scale * (a.astype("float32") @ b.astype("float32"))
+            super().load_own_variables({**values, "0": values["0"] + change})
+            return
+        initial = ops.convert_to_numpy(self.lora_kernel_a).copy()
+        super().load_own_variables(values)  # which sets A and B to zero, and so their gradients
+        self.lora_kernel_a.assign(initial if a is None else a)
+        if b is not None:
+            self.lora_kernel_b.assign(b)
+            self.lora_alpha = float(scale) * self.lora_rank
 
 
 @keras.saving.register_keras_serializable("kdiff.blocks")

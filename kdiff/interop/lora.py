@@ -254,6 +254,9 @@ def _placed(source, parts, known, strict) -> dict[tuple[str, str], Factors]:
         found[place] = factors[name]
         shape = _shape(factors[name])
         for slot in parts[place[0]][place[1]]:
+            if (mode := slot.layer.quantization_mode) is not None:
+                wrong.append(f"{mode}: {name} would be added to a quantized kernel; load it before `quantize`")
+                continue
             ours = read_slot(slot, np.broadcast_to(np.float32(0.0), shape))
             if ours is None or ours.shape != tuple(slot.layer._kernel.shape):
                 wrong.append(f"shape: {name} is of {shape}, which does not make {tuple(slot.layer._kernel.shape)}")

@@ -46,6 +46,7 @@ class Averaging:
             self.ema_weights = self._new_ema()
         self._forget_graphs()
 
+    @backend.uninterrupted
     def quantize(self, mode: str | None = None, config: Any = None, filters: Any = None, **options: Any) -> None:
         """Quantizes the network, by its averaged weights if there are: less memory, for `sample`; see `Network`.
 
@@ -67,6 +68,10 @@ class Averaging:
         self.ema, self.optimizer, self.compiled = None, None, False
         self._use_ema(False)
         self._forget_graphs()
+
+    def _check_quantize_args(self, mode, compute_dtype):
+        """As Keras, whatever the precision of this model, which is not that of the network."""
+        super()._check_quantize_args(mode, None)
 
     @backend.uninterrupted
     def update_ema(self) -> None:

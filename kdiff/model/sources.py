@@ -40,7 +40,7 @@ def source_of(x: Any, y: Any = None, sample_weight: Any = None) -> "Source":
     sample_weight = np.asarray(sample_weight) if isinstance(sample_weight, (list, tuple)) else sample_weight
     if isinstance(x, dict) or all(hasattr(x, name) for name in ("shape", "dtype", "__getitem__")):
         parts = dict(x) if isinstance(x, dict) else {"image": x}
-        for name, part in {**parts, "label": y, "sample_weight": sample_weight}.items():
+        for name, part in {"label": y, "sample_weight": sample_weight, **parts}.items():
             if type(part).__name__ == "RaggedTensor":
                 raise ValueError(f"`{name}` is ragged. {_UNEVEN}")
             if isinstance(part, np.ndarray) and part.dtype.kind == "O" and not is_text(part):

@@ -2,6 +2,8 @@
 
 import keras
 
+from kdiff.base import check_choice
+
 __all__ = ["layout_map"]
 
 # Of two dense layers, one after the other, the first is divided by columns and the second by rows: what is between them
@@ -28,14 +30,28 @@ def layout_map(mesh: keras.distribution.DeviceMesh, axes: int = 2) -> keras.dist
     variables lie as their weights do, and the results are those of one device.
 
     Args:
-        mesh: of two axes. Batches are divided along the first, weights along the last, whose size must divide the
-            number of heads and the channels.
+        mesh: of two axes. Batches are divided along the first, weights along the second, whose size must divide the
+            channels of the layers that are divided; if it divides the number of heads too, no head lies on two devices.
         axes: of what the convolutions work on: 1 for series, 2 for images, 3 for volumes.
 
     Returns:
         A map from the paths of variables, to which more may be added: `layout[".*/table"] = (None, "model")`.
+
+    Raises:
+        TypeError: if `mesh` is no `DeviceMesh`.
+        ValueError: if it has another number of axes than two, or no two names for them; for another value of `axes`.
     """
-    layout, model = keras.distribution.LayoutMap(mesh), mesh.axis_names[-1]
+    if not isinstance(mesh, keras.distribution.DeviceMesh):
+        raise TypeError(f"layout_map: `mesh` must be a keras.distribution.DeviceMesh; received: {mesh!r}")
+    names = list(mesh.axis_names)
+    if len(names) != 2 or not all(isinstance(name, str) and name for name in names) or len({*names}) != 2:
+        raise ValueError(
+            "layout_map: `mesh` must have two axes with different names, the first for batches and the second for "
+            f"weights, such as DeviceMesh((2, 4), ['batch', 'model']); received the shape {tuple(mesh.shape)} with the "
+            f"names {names}"
+        )
+    check_choice("layout_map", "axes", axes, (1, 2, 3))  # the path of a kernel, all that a map is given, has no rank
+    layout, model = keras.distribution.LayoutMap(mesh), names[-1]
     for path in _COLUMNS:
         layout[f"{path}/kernel"] = (None, model)
         layout[f"{path}/bias"] = (model,)
