@@ -421,6 +421,11 @@ class TestBitsPerDim:
             for part in values:
                 again.add(ops.convert_to_tensor(part), np.full(5, scale))
             assert again.standard_error() == pytest.approx(metric.standard_error(), rel=1e-3)
+        small = likelihood.BitsPerDim()  # each of the numbers but the first changes the mean by less than float32 sees
+        small.add(ops.ones((1,)), np.array([1e6]))
+        for _ in range(400):
+            small.add(2.0 * ops.ones((1,)), np.array([0.0625]))
+        assert float(numpy(small.result())) == pytest.approx(1.0 + 25.0 / 1000025.0, abs=2e-7)
         weighted = likelihood.BitsPerDim()
         weighted.add(ops.convert_to_tensor(values[0]), np.array([1.0, 0.0, 0.0, 0.0, 3.0]))
         assert float(numpy(weighted.result())) == pytest.approx((values[0, 0] + 3 * values[0, 4]) / 4, rel=1e-6)
