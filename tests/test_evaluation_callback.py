@@ -83,6 +83,18 @@ def test_the_best_is_kept_and_training_stops_early(tmp_path):
 
 
 @pytest.mark.once
+@pytest.mark.data  # Keras' callback writes by TensorFlow
+def test_scores_are_in_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    import tensorflow as tf
+
+    fitted_fake(EvaluationCallback(Scripted()), keras.callbacks.TensorBoard(tmp_path), epochs=2)
+    events = [tf.compat.v1.train.summary_iterator(str(file)) for file in (tmp_path / "train").iterdir()]
+    values = [value for one in events for event in one for value in event.summary.value]
+    assert [float(tf.make_ndarray(one.tensor)) for one in values if one.tag == "epoch_scripted"] == [3.0, 1.0]
+
+
+@pytest.mark.once
 def test_every_so_many_epochs():
     assert fitted_fake(EvaluationCallback(Scripted(), every=2))["scripted"] == [3.0, 1.0]
 
