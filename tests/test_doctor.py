@@ -139,6 +139,41 @@ def test_advice_is_of_this_machine(monkeypatch, low):
     assert ("mixed_bfloat16" in said) == (low == "float32")
 
 
+@pytest.mark.skipif(sys.platform != "linux" or BACKEND == "jax", reason="glibc's; on JAX it saves nothing")
+@pytest.mark.parametrize("given", [{}, {"MALLOC_ARENA_MAX": "2"}, {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=7"}])
+def test_memory_that_is_freed_is_kept_unless_the_user_has_chosen(given):
+    """An array of 200 MB takes new pages once, otherwise in each thread.
+
+    Imports may have left an arena of a thread, which every second thread then has.
+    """
+    code = """
+import ctypes, resource, threading, kdiff
+from kdiff.backend import machine
+library = ctypes.CDLL(None)
+library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+def faults(size=200_000_000):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    address = library.malloc(ctypes.c_size_t(size))
+    ctypes.memset(address, 1, size)
+    library.free(address)
+    found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+found = []
+for _ in range(5):
+    thread = threading.Thread(target=faults)
+    thread.start()
+    thread.join()
+print(machine.KEEPS_MEMORY, *found)
+"""
+    names = [name for name in os.environ if name.startswith("MALLOC_")]
+    kept, first, *faults = run(code, **dict.fromkeys([*names, "GLIBC_TUNABLES", "LD_PRELOAD"]) | given).split()
+    assert kept == str(not given)
+    again = sum(int(count) > 0.9 * int(first) for count in faults)
+    if given:
+        assert again == len(faults)
+    elif machine.cores() <= machine._FEW_CORES:
+        assert again <= len(faults) / 2
+
+
 @pytest.mark.skipif(BACKEND != "jax", reason="the option is of JAX's compiler")
 @pytest.mark.parametrize(("given", "cores"), [(None, 2), ("--xla_backend_optimization_level=0", 2), (None, 1)])
 def test_small_convolutions_use_all_cores_unless_the_user_has_set_options(given, cores):

@@ -1,5 +1,6 @@
 """What this machine has, and how each backend is set up on it: what costs time unseen."""
 
+import ctypes
 import logging
 import os
 import re
@@ -24,6 +25,9 @@ _TUNABLES = ":".join(
     for name, value in {"hugetlb": 1, "arena_max": 1, "trim_threshold": 4 * 10**9, "mmap_threshold": 4 * 10**9}.items()
 )
 _ALLOCATORS = ("tcmalloc", "jemalloc", "mimalloc")
+# Options of glibc's mallopt: M_TRIM_THRESHOLD, so that nothing is returned to Linux, M_MMAP_MAX, so that nothing is
+# mapped apart, and M_ARENA_MAX, for the arenas of threads cannot hold large arrays; but one arena is one lock for all.
+_KEEP, _ONE_ARENA, _FEW_CORES = {-1: -1, -4: 0}, {-8: 1}, 8
 
 
 def installed() -> dict[str, str]:
@@ -104,16 +108,22 @@ def _on_accelerator() -> Iterator[str]:
 
 
 def _allocator() -> str | None:
-    if sys.platform != "linux" or any(name in _read("/proc/self/maps") for name in _ALLOCATORS):
+    if sys.platform != "linux" or _other_allocator() or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return None
-    if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
-        return None
-    kept = "takes up to a fifth off a step on JAX and TensorFlow, and less on PyTorch"
+    kept = (
+        "Memory that a step frees is given back to Linux, and asked for again by the next. Another allocator takes up "
+        "to a fifth off a step on JAX, and a third on TensorFlow"
+    )
+    if KEEPS_MEMORY:
+        kept = "kdiff has glibc keep the memory that a step frees. Another allocator may be faster still"
     return (
-        "Memory that a step frees is given back to Linux, and asked for again by the next. Another allocator "
         f"{kept}: `apt install libtcmalloc-minimal4`, then LD_PRELOAD=libtcmalloc_minimal.so.4 before `python`; or, "
         f"with nothing to install, GLIBC_TUNABLES={_TUNABLES}."
     )
+
+
+def _other_allocator() -> bool:
+    return any(name in _read("/proc/self/maps") for name in _ALLOCATORS)
 
 
 def _huge_pages() -> str | None:
@@ -216,6 +226,23 @@ def _mend_small_convolutions() -> None:
     logging.getLogger("kdiff").info("XLA_FLAGS=%s: small convolutions on all cores", _SMALL_CONVOLUTIONS)
 
 
+def _keep_memory() -> bool:
+    """Has glibc keep what is freed, for the next step needs as much, unless the user has set how memory is allocated.
+
+    Not on JAX, where it saves nothing.
+    """
+    chosen = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if BACKEND == "jax" or chosen or sys.platform != "linux" or _other_allocator():
+        return False
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version"):  # another C library, such as musl
+        return False
+    options = _KEEP | (_ONE_ARENA if cores() <= _FEW_CORES else {})
+    kept = all([library.mallopt(*option) for option in options.items()])
+    logging.getLogger("kdiff").info("glibc keeps memory that is freed; MALLOC_TRIM_THRESHOLD_=131072 would leave it")
+    return kept
+
+
 def _cpu_flags() -> set[str]:
     """Of Linux; empty elsewhere."""
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
@@ -229,5 +256,6 @@ def _read(path: str) -> str:
         return ""
 
 
+KEEPS_MEMORY = _keep_memory()
 if BACKEND == "jax":
     _mend_small_convolutions()
