@@ -76,7 +76,7 @@ def together(session: nox.Session) -> None:
     peers = str(Path(session.virtualenv.location) / "peers")
     install(session, "--no-deps", "--upgrade", "--target", peers, *PEERS)
     # The first starts a process for each backend.
-    runs = [(ONCE, {}, COMPARED), (ONCE, {"PYTHONPATH": peers}, *MEASURED)]
+    runs = [(ONCE, {}, COMPARED), (ONCE, {"PEERS": peers}, *MEASURED)]
     runs += [(one, {}, "--ignore", COMPARED, *SPLIT, *(() if one == ONCE else SHARE)) for one in BACKENDS]
     failed = []
     for backend, environment, *arguments in runs:
