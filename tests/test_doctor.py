@@ -162,7 +162,7 @@ for _ in range(5):
     thread = threading.Thread(target=faults)
     thread.start()
     thread.join()
-print(machine.KEEPS_MEMORY, *found)
+print(machine._KEEPS_MEMORY, *found)
 """
     names = [name for name in os.environ if name.startswith("MALLOC_")]
     kept, first, *faults = run(code, **dict.fromkeys([*names, "GLIBC_TUNABLES", "LD_PRELOAD"]) | given).split()

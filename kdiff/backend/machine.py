@@ -114,7 +114,7 @@ def _allocator() -> str | None:
         "Memory that a step frees is given back to Linux, and asked for again by the next. Another allocator takes up "
         "to a fifth off a step on JAX, and a third on TensorFlow"
     )
-    if KEEPS_MEMORY:
+    if _KEEPS_MEMORY:
         kept = "kdiff has glibc keep the memory that a step frees. Another allocator may be faster still"
     return (
         f"{kept}: `apt install libtcmalloc-minimal4`, then LD_PRELOAD=libtcmalloc_minimal.so.4 before `python`; or, "
@@ -256,6 +256,6 @@ def _read(path: str) -> str:
         return ""
 
 
-KEEPS_MEMORY = _keep_memory()
+_KEEPS_MEMORY = _keep_memory()
 if BACKEND == "jax":
     _mend_small_convolutions()
