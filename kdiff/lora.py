@@ -188,6 +188,8 @@ def _enable(model, layers) -> None:
             layer.lora_alpha = alpha
         else:
             layer.enable_lora(rank, alpha)
+        for weight in (layer.lora_kernel_a, layer.lora_kernel_b):
+            weight.trainable = weight.averaged = weight.adapts = True  # also in a frozen encoder
     changed(model)
 
 
