@@ -44,6 +44,7 @@ NETWORKS = {
 @pytest.mark.parametrize("name", mostly_once(list(NETWORKS), 2))
 def test_both_agree_through_networks(name):
     """The image and the time move together; every operation that has a fast form of its own is in one of these."""
+    keras.utils.set_random_seed(0)  # some weights make a curve that is too bent for differences
     make, shape = NETWORKS[name]
     network, generator = make(), np.random.default_rng(0)
     network.build({"image": (None, *shape), "time": (None,)})
