@@ -122,20 +122,27 @@ class CheckedTraining:
     def train_on_batch(self, x, y=None, sample_weight=None, **options):
         """Keras' `train_on_batch`, with a batch as in `fit`."""
         self._check_compiled("train_on_batch")
-        self._parted = {}
         x, check = self._checked(x, y, sample_weight)
         self._prepare_training(anew=False)
-        with self._tried(check):
+        with self._tried(check), self._whole():
             return super().train_on_batch(x, **options)
 
     def test_on_batch(self, x, y=None, sample_weight=None, **options):
         """Keras' `test_on_batch`, with a batch as in `fit`."""
         self._check_compiled("test_on_batch")
-        self._parted = {}
         x, check = self._checked(x, y, sample_weight)
         self._before_evaluating(False)
-        with self._tried(check):
+        with self._tried(check), self._whole():
             return super().test_on_batch(x, **options)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """The scope of a batch that every process is given whole, also within a `fit` on parts."""
+        before, self._parted = self._parted, {}
+        try:
+            yield
+        finally:
+            self._parted = before
 
     def _rows_here(self, data, use: str):
         """Of a batch for "training" or "evaluation", the rows that this process computes."""

@@ -102,8 +102,8 @@ class Adaptive(Solver):
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One step of the grid, in substeps; arguments and results as in `Solver.step`."""
-        way, start = half_step(now, then), state.tried
-        way, span = ops.sign(way), ops.abs(way)  # up to noise as well, for likelihoods
+        signed, start = half_step(now, then), state.tried
+        way, span = ops.sign(signed), ops.abs(signed)  # up to noise as well, for likelihoods
 
         def on_the_way(done, z, x_hat, memory, control):
             return ops.logical_and(done < span, control.tried - start < self.max_substeps)
