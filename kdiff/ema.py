@@ -136,11 +136,13 @@ class EMA(keras.layers.Layer):
     Attributes:
         values: the averages with the first profile, one per weight.
         kept: a list with the averages of each profile; `values` is its first entry.
+        used: whether the model computes with them; not before the first update.
     """
 
     def __init__(self, *profiles: Profile):
         super().__init__(dtype="float32", autocast=False)
         self.profiles = profiles
+        self.used = False
 
     def follow(self, network: keras.layers.Layer) -> None:
         """Creates the averages of the weights of `network`, which must be built, with their current values."""
@@ -153,6 +155,11 @@ class EMA(keras.layers.Layer):
         for averages in self.kept:
             backend.lie_alike(averages, weights)
         self.built = True
+
+    def load_own_variables(self, store) -> None:
+        """As in Keras. The model computes with loaded averages at once, also inside a graph, if there was an update."""
+        super().load_own_variables(store)
+        self.used = self.moved
 
     def fits(self, network: keras.layers.Layer) -> bool:
         """Whether the network has the same weights as when the averages were created."""

@@ -81,6 +81,30 @@ def test_averages_that_were_never_moved_are_not_used():
     np.testing.assert_allclose(model.sample(1, steps=2, ema=False), averaged, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")  # the saved model has none
+def test_loaded_averages_are_used_at_once(tmp_path):
+    """By a loss of one's own, and by an evaluation that was traced before they were loaded."""
+    x = np.linspace(-1, 1, 32, dtype="float32").reshape(2, 4, 4, 1)
+    trained, model = (kdiff.DiffusionModel(tiny_network((4, 4, 1))) for _ in range(2))
+    model.build(x.shape)
+    model.compile("adam")
+    model.evaluate(x, verbose=0)
+    trained.build(x.shape)
+    for weight in trained.network.weights:
+        weight.assign(2.0 * weight)
+    trained.update_ema()
+    trained.save(tmp_path / "model.keras")
+    trained.save_weights(tmp_path / "model.weights.h5")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    m = trained.schedule.at(np.float32(0.5))
+    outputs = [numpy(one.output(ops.convert_to_tensor(x), m, {})) for one in (trained, loaded)]
+    np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-5)
+    assert np.abs(outputs[0] - numpy(trained.output(ops.convert_to_tensor(x), m, {}, ema=False))).max() > 1e-3
+    model.load_weights(tmp_path / "model.weights.h5")
+    trained.compile("adam")
+    assert model.evaluate(x, verbose=0) == pytest.approx(trained.evaluate(x, verbose=0), rel=1e-5)
+
+
 def test_a_network_that_changes():
     """New weights are an error that says what to call, before anything is trained."""
     network = tiny_network((4, 4, 1))

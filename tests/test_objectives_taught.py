@@ -291,6 +291,35 @@ def test_a_teacher_is_saved_without_its_optimizer(tmp_path):
     assert any("optimizer" in name for name in names["teacher"])
 
 
+def test_the_averages_of_a_teacher_are_used_in_a_loop_of_ones_own(tmp_path):
+    """From its first step, before which no method of the models is called: of a teacher that was loaded, or given its
+    weights, and of a student that was loaded with its teacher.
+    """
+
+    def student_of(teacher):
+        return students.student(teacher, objectives.ProgressiveDistillation(teacher, 2))
+
+    def target(model):
+        keys = random.Keys(random.key_of(0))
+        return numpy(model.objective.problem(model, ops.convert_to_tensor(X), {}, keys, True).target)
+
+    teacher = diffusion()
+    model = student_of(teacher)
+    teacher.save(tmp_path / "teacher.keras")
+    model.save(tmp_path / "student.keras")
+    given = type(teacher).from_config(teacher.get_config())
+    given.build((None, 2))
+    given.set_weights(teacher.get_weights())
+    found = {
+        "loaded": student_of(keras.saving.load_model(tmp_path / "teacher.keras")),
+        "given": student_of(given),
+        "with its student": keras.saving.load_model(tmp_path / "student.keras"),
+    }
+    for name, one in found.items():
+        np.testing.assert_allclose(target(one), target(model), atol=1e-5, err_msg=name)
+    assert np.abs(target(student_of(diffusion(ema=None))) - target(model)).max() > 1e-2  # without averages
+
+
 def test_tangents_are_normalised_and_warmed():
     """SCM's g = a - r b, with r = step / warmup, and then g / (|g| + c) (its equations 4 to 7)."""
 

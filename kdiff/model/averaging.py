@@ -28,9 +28,14 @@ class Averaging:
         ema.follow(self.network)
         return ema
 
+    @property
+    def _averaging(self) -> bool:
+        """Whether the averages are used: see `_follow_ema`."""
+        return self.ema_weights is not None and self.ema_weights.used
+
     def _weights(self, ema: bool):
         """A scope in which the network uses the averaged weights, if `ema` is true and there are any."""
-        return self.ema_weights.scope(self.network) if ema and self._averaging and self.ema_weights else nullcontext()
+        return self.ema_weights.scope(self.network) if ema and self._averaging else nullcontext()
 
     def reset_ema(self) -> None:
         """Resets the averages to the current weights, for example after loading weights into the network.
@@ -66,7 +71,6 @@ class Averaging:
             with backend.replaced(self, self.ema_weights):
                 self.ema_weights = None
         self.ema, self.optimizer, self.compiled = None, None, False
-        self._use_ema(False)
         self._forget_graphs()
 
     def _check_quantize_args(self, mode, compute_dtype):
@@ -101,5 +105,5 @@ class Averaging:
 
     def _use_ema(self, used: bool) -> None:
         """Graphs are traced for one of the two cases, and traced again when it changes."""
-        if used != self._averaging:
-            self._averaging, self.test_function = used, None
+        if self.ema_weights is not None and used != self._averaging:
+            self.ema_weights.used, self.test_function = used, None

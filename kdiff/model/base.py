@@ -23,7 +23,7 @@ from kdiff import backend, random
 from kdiff.base import Configurable
 from kdiff.codecs import Codec
 from kdiff.denoisers import INTERVAL
-from kdiff.ema import Profile, profiles_of
+from kdiff.ema import EMA, Profile, profiles_of
 from kdiff.model import feeding
 from kdiff.model.averaging import Averaging
 from kdiff.model.condition_inputs import condition_layers, condition_names, derivations
@@ -118,7 +118,7 @@ class DiffusionModel(
         self.seed = seed
         self.shapes: dict[str, tuple] | None = None  # the shapes of the network's inputs, including encoded data
         self.example: tuple | None = None  # the shape of an example before encoding, if it is known
-        self._averaging = False  # whether the averages are used: see `_follow_ema`
+        self.ema_weights: EMA | None = None  # from `build`
         self._compiled_steps: dict[Any, Any] = {}
         self._compiled_problem: Callable | None = None  # on PyTorch
         self._measures = SimpleNamespace(metrics=[])
@@ -127,6 +127,7 @@ class DiffusionModel(
         self._warn_of_beginning()
         self.objective.check(self)
         self.objective.taken()
+        self._follow_ema_of_others()
 
     def _warn_of_beginning(self) -> None:
         """Warns if `sample` with the default sampler would raise; another may begin at less noise."""
@@ -171,6 +172,7 @@ class DiffusionModel(
             self._replace(name, value, old)
             raise
         self.objective.taken()
+        self._follow_ema_of_others()
         self._forget_graphs()
 
     def _replace(self, name: str, old: Any, new: Any) -> None:

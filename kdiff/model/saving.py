@@ -174,6 +174,7 @@ class Saving(SafeFiles):
         super().load_own_variables({name: store[name] for name in names if not name.startswith("random_state_")})
         for index, state in enumerate(self._random_states()):
             state.assign(np.asarray(store[f"random_state_{index}"]))
+        self.test_function = None  # it may have been traced without the averages, which are loaded next
 
     def _random_states(self) -> list:
         weights = {id(weight) for weight in self.network.weights}
