@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, Self
 from keras import ops, tree
 
 from kdiff import backend, deprecated, encodings, reuse
-from kdiff.reuse import kept_in
 from kdiff.schedules import Marginal
 
 __all__ = ["INTERVAL", "Denoise", "Denoiser", "Estimate", "Given", "interval", "leading", "only_if", "rows_like"]
@@ -191,11 +190,19 @@ class Denoiser(functools.partial):
         """(estimate, pull), where `pull(v)` is the vector-Jacobian product (d x_hat / d x)^T v, with the shape of `x`.
 
         No gradient flows through it. `pull` may be called only once, unless `often` is true.
+
+        Raises:
+            ValueError: in a run with `Reuse`.
         """
+        if reuse.is_on():
+            raise ValueError(
+                "Reuse: the guidance differentiates the network, as DPS does, and what is computed inside a derivative "
+                "cannot be kept for later steps. Sample without `reuse`, or with a guidance without derivatives, such "
+                "as Inpaint for a known part"
+            )
 
         def parts(x):
-            with kept_in(None):  # what is made inside a derivative cannot be kept for later
-                x_hat, *rest = self(x, m)
+            x_hat, *rest = self(x, m)
             return x_hat, rest
 
         x_hat, pull, rest = backend.vjp(parts, x, often)

@@ -29,8 +29,9 @@ class Reuse(Value):
     all blocks except the first and last `shallow` (as in Delta-DiT, Chen et al. 2024, arXiv:2406.01125), in an `MMDiT`
     those of the text too. Other networks are refused.
 
-    Keys and values of the tokens of conditions, such as a text, are computed once per run, so the tokens must not
-    depend on the time. With `every` = 1 the samples are unchanged.
+    Keys and values of the tokens of conditions, such as a text, are used for as many steps. With `every` = 1 the
+    samples are unchanged, also under a guidance that changes the conditions from step to step. A guidance that
+    differentiates the network, such as `DPS`, is refused.
 
     Args:
         every: the number of steps for which deep features are used.
@@ -44,7 +45,7 @@ class Reuse(Value):
 
     def at(self, index: int, kept: dict[str, dict]) -> dict[str, dict]:
         """The features for step `index`, out of those of the step before."""
-        return {**kept, "deep": {} if index % self.every == 0 else kept["deep"]}
+        return nothing_kept() if index % self.every == 0 else kept
 
 
 def nothing_kept() -> dict[str, dict]:
@@ -94,7 +95,7 @@ def once(part: str, owner: Any, x: Any, make: Callable[[], tuple]) -> tuple:
     """The result of `make`, a tuple of tensors, or its result of an earlier step.
 
     Args:
-        part: "deep", computed in each `every`-th step, or "context", computed once per run.
+        part: "deep", or "context", of the tokens of conditions.
         owner: the layer.
         x: a tensor with the same number of rows.
         make: a function without arguments.

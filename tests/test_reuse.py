@@ -5,7 +5,7 @@ import pytest
 from keras import ops
 
 import kdiff
-from kdiff import Sampler, networks, solvers
+from kdiff import Sampler, guidance, networks, operators, solvers
 from kdiff.blocks import LabelEmbedding, OptionalCondition
 from kdiff.denoisers import Denoiser, Estimate
 from kdiff.guidance import ClassifierFree
@@ -21,6 +21,7 @@ NETWORKS = {
     "uvit": lambda: networks.UViT(16, 5, 2),
 }
 TOLD = {"unet", "mmdit"}
+ONES = np.ones((8, 8, 1), "float32")
 
 
 def made(name):
@@ -55,8 +56,28 @@ def test_where_other_runs_leave_calls_out():
     np.testing.assert_allclose(same, plain, atol=3e-5)
 
 
+class Faded(guidance.Guidance):
+    """Tokens that change from step to step."""
+
+    def guide(self, denoise, x, m, here):
+        faded = denoise.given._replace(conditions={"text": m.t * denoise.conditions["text"]})
+        estimate = Denoiser(denoise.answer, faded, denoise.nulls)(x, m)
+        return estimate.guided(estimate.x_hat)
+
+
+def test_guidance_that_changes_tokens():
+    """Their keys and values are of the same step, if all is computed in every step."""
+    model, text = made("unet")
+    options = {"solver": "ddim", "steps": 3, "guidance": [Faded(), ClassifierFree(3.0)]}
+    plain, same = (model.sample(2, sampler=Sampler(**options, reuse=reuse), **text) for reuse in (None, Reuse(1)))
+    np.testing.assert_allclose(same, plain, atol=1e-5)
+
+
 def test_what_is_computed_in_each_step(monkeypatch):
-    """The U-Net of 2 levels: in the steps between, the first block down and the last two up, and no key or value."""
+    """The U-Net of 2 levels: in the steps between, the first block down and the last two up, and no key or value.
+
+    Those of a text are the same in all steps, but a guidance may change it.
+    """
     model, _ = made("unet")
     network, ran = model.network, []
     run = network._run
@@ -77,7 +98,7 @@ def test_what_is_computed_in_each_step(monkeypatch):
         assert step.x.shape == (2, 8, 8, 1)
     everything = ["down_0", "down_1", "down_2", "bridge", "up_0", "up_1", "up_2", "up_3"]
     assert kept == [everything, ["down_0", "up_2", "up_3"], everything]
-    assert keys[0] > 0 == sum(keys[1:])
+    assert keys[0] == keys[2] > 0 == keys[1]
 
 
 @pytest.mark.parametrize("name", mostly_once(["dit", "mmdit", "uvit", "unet"]))
@@ -106,6 +127,8 @@ def test_where_nothing_can_be_reused():
     schedule = kdiff.schedules.Cosine()
     with pytest.raises(ValueError, match="needs a UNet, UViT, DiT or MMDiT"):
         sampler(Denoiser(lambda given, x, m: Estimate(0.5 * x)), schedule, (2, 3))
+    with pytest.raises(ValueError, match=r"differentiates the network, .* Sample without `reuse`"):
+        made("dit")[0].sample(1, sampler=sampler, guidance=guidance.DPS(operators.Mask(ONES), ONES))
     with pytest.raises(ValueError, match="takes no fixed steps"):
         Sampler(solvers.Adaptive(), reuse=Reuse(2))
     for solver in (solvers.PNDM(), solvers.DPMSolverFast(), EvenSteps(DiffusersPNDM())):
