@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import kdiff
-from kdiff import pictures
+from kdiff import objectives, pictures, students
 from kdiff.blocks import Concat, LabelEmbedding, MLPEmbedding, OptionalCondition, SinusoidalEmbedding, TextEncoder
 from kdiff.demo import drawing, load, page
 from kdiff.demo.__main__ import main
@@ -15,6 +15,7 @@ from kdiff.demo.drawing import chosen_sampler, equations, frames
 from kdiff.demo.inputs import edited, enlarged, fields, resized
 from kdiff.demo.page import _options
 from kdiff.guidance import AdaptiveProjected, ClassifierFree, Clip
+from tests.helpers_taught import labelled
 from tests.toys import draw_weights, images, tiny_network
 
 pytest.importorskip("PIL", reason="the extra `plot` is not installed")
@@ -72,6 +73,13 @@ def test_fields_are_made_of_the_conditions():
         "style": None,
     }
     assert model.sample(2, steps=1, **given).shape == (2, 8, 8, 3)
+
+
+@pytest.mark.once
+def test_a_scale_that_was_drawn_in_training_has_a_field():
+    teacher = labelled(True)
+    (_, field) = fields(students.student(teacher, objectives.LCM(teacher, 10, (2.0, 5.0))))
+    assert (field.name, field.options["value"], field.optional) == ("timestep_cond", 2.0, True)
 
 
 @pytest.mark.once

@@ -45,6 +45,20 @@ def test_latent_consistency_follows_the_guided_teacher(guidance):
     np.testing.assert_allclose(numpy(problem.target), f(x_r, then, np.maximum(10 * i - 1, 0)), atol=2e-4)
 
 
+def test_a_scale_that_was_drawn_in_training_is_needed(tmp_path):
+    """Also when the teacher is released, by the loaded model, and by one that goes on from it."""
+    teacher = labelled(True)
+    model = students.student(teacher, objectives.LCM(teacher, 10, (2.0, 5.0)))
+    model.objective = "denoising"
+    model.save(tmp_path / "model.keras")
+    further = students.student(model, "denoising")
+    for one in (model, keras.saving.load_model(tmp_path / "model.keras"), further):
+        with pytest.raises(ValueError, match=r"drawn from 2 to 5, and needs one: `timestep_cond=2`"):
+            one.sample(2, label=1)
+    assert model.sample(2, label=1, timestep_cond=[2.0, 4.0]).shape == (2, 2)
+    assert teacher.sample(2, label=1).shape == (2, 2)
+
+
 @pytest.mark.once
 def test_a_network_with_an_interval_is_sampled_as_it_was_trained():
     """It is told the way to the data in both: x_hat of the solver's first step is the output at t = 1."""

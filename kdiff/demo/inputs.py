@@ -61,6 +61,9 @@ def fields(model: DiffusionModel, classes: Mapping[str, Sequence[str]] | None = 
             found.append(Field(name, *described, name in optional, name in nulls and _takes_text(layer)))
         elif name not in nulls and name not in optional:
             raise ValueError(f"the page has no input for the condition {name!r}, of the shape {tuple(shape)}")
+    for name, (low, _) in model.drawn_inputs.items():
+        if name in optional and name not in model.shapes:
+            found.append(Field(name, "Number", {"label": name, "value": low}, lambda value: value, True))
     return found
 
 

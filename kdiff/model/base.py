@@ -119,6 +119,7 @@ class DiffusionModel(
         self.shapes: dict[str, tuple] | None = None  # the shapes of the network's inputs, including encoded data
         self.example: tuple | None = None  # the shape of an example before encoding, if it is known
         self.ema_weights: EMA | None = None  # from `build`
+        self.drawn_inputs: dict[str, tuple[float, float]] = {}  # of all objectives: see `Objective`
         self._compiled_steps: dict[Any, Any] = {}
         self._compiled_problem: Callable | None = None  # on PyTorch
         self._measures = SimpleNamespace(metrics=[])
@@ -126,8 +127,7 @@ class DiffusionModel(
         check_invertible(self.prediction, self.schedule)
         self._warn_of_beginning()
         self.objective.check(self)
-        self.objective.taken()
-        self._follow_ema_of_others()
+        self._take_objective()
 
     def _warn_of_beginning(self) -> None:
         """Warns if `sample` with the default sampler would raise; another may begin at less noise."""
@@ -171,9 +171,14 @@ class DiffusionModel(
         except (TypeError, ValueError):
             self._replace(name, value, old)
             raise
-        self.objective.taken()
-        self._follow_ema_of_others()
+        self._take_objective()
         self._forget_graphs()
+
+    def _take_objective(self) -> None:
+        """Takes what the objective, which has passed its `check`, brings."""
+        self.objective.taken()
+        self.drawn_inputs = {**self.drawn_inputs, **self.objective.drawn_inputs}
+        self._follow_ema_of_others()
 
     def _replace(self, name: str, old: Any, new: Any) -> None:
         with backend.replaced(self, old) if isinstance(old, keras.layers.Layer) else nullcontext():

@@ -22,7 +22,7 @@ from kdiff.codecs import Codec
 from kdiff.denoisers import Denoiser, Given
 from kdiff.guidance import ClassifierFree, Guidance, Inpaint
 from kdiff.guidance.base import Run
-from kdiff.model.condition_inputs import condition_nulls, condition_rows
+from kdiff.model.condition_inputs import condition_nulls, condition_rows, optional_names
 from kdiff.model.requests import Request
 from kdiff.model.sizes import Sizes
 from kdiff.model.steps import Steps
@@ -319,10 +319,18 @@ class Sampling(Sizes, Steps):
             example: the shape of one encoded sample, from which conditions derive defaults; None for no defaults.
 
         Raises:
-            ValueError: if the model has no weights; if a condition is missing, unknown or of another batch size.
+            ValueError: if the model has no weights; if a condition, or an input that was drawn in training, is missing;
+                if a condition is unknown or of another batch size.
         """
         if not self.built:
             raise ValueError("sample: the model has no weights yet; train it, load it, or call `build`")
+        taken = () if some else optional_names(self.network)
+        for name, (low, high) in self.drawn_inputs.items():
+            if name in taken and name not in conditions:
+                raise ValueError(
+                    f"sample: in training the network was given a guidance scale, drawn from {low:g} to {high:g}, and "
+                    f"needs one: `{name}={low:g}`, one number or one per sample; missing: {name!r}"
+                )
         shapes = {name: shape[1:] for name, shape in self.shapes.items() if name != "image"}
         factor = getattr(self.codec, "factor", 1)
         sizes = None if example is None else tuple(side * factor for side in example[:-1])

@@ -122,12 +122,16 @@ class Saving(SafeFiles):
         return config
 
     def get_build_config(self) -> dict[str, Any] | None:
-        """The shapes given to `build`, and the layers that `lora.enable` changed; none if only a token is trained."""
+        """The shapes given to `build`, the inputs that training drew, what is frozen, and the layers that `lora.enable`
+        changed, none if only a token is trained.
+        """
         if self.shapes is None:
             return None
         shapes = dict(self.shapes)
         example = {} if self.example is None else {"image": (None, *self.example)}
         config = {"shapes": {"encoded": shapes.pop("image"), **example, **shapes}}
+        if self.drawn_inputs:
+            config["drawn_inputs"] = {name: list(ends) for name, ends in self.drawn_inputs.items()}
         if any((frozen := _frozen(self.network)).values()):
             config["frozen"] = frozen
         changed = lora.plan(self.network)
@@ -138,6 +142,8 @@ class Saving(SafeFiles):
         """Builds a loaded model."""
         if config:
             self.build(config["shapes"])
+            drawn = {name: tuple(ends) for name, ends in config.get("drawn_inputs", {}).items()}
+            self.drawn_inputs = {**drawn, **self.drawn_inputs}
             if "lora" in config:
                 lora.restore(self, config["lora"])
             if "frozen" in config:

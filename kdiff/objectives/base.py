@@ -75,10 +75,13 @@ class Objective(Configurable, keras.layers.Layer):
 
     Attributes:
         inputs: the names of additional entries of the data, which `problem` receives among the conditions.
+        drawn_inputs: the range (low, high) of each guidance scale that `problem` draws and passes to the network, by
+            the name of the input. `sample` then needs the scale.
         sampled_by: the arguments of the `Sampler` that suits the trained network, used by `students.student`.
     """
 
     inputs: tuple[str, ...] = ()
+    drawn_inputs: Mapping[str, tuple[float, float]] = MappingProxyType({})
     sampled_by: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self):

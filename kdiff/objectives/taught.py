@@ -147,7 +147,8 @@ class Taught(Objective):
         teacher: a built `DiffusionModel` on any schedule, whose averaged weights are used. Its weights are frozen from
             when a model has this objective, until `teacher.trainable = True`. None for no teacher.
         guidance: the classifier-free guidance scale that is distilled: a number, where 1 or None is no guidance; or a
-            pair `(low, high)`, in which it is drawn for each example and passed to the student.
+            pair `(low, high)`, in which it is drawn for each example and passed to the student, whose `sample` then
+            needs it, as `timestep_cond=low`.
         guidance_input: the input of the student for the scale, as in `blocks.GuidanceEmbedding`.
 
     Attributes:
@@ -204,6 +205,11 @@ class Taught(Objective):
     @property
     def _guided(self) -> bool:
         return self.guidance is not None and self.guidance != 1
+
+    @property
+    def drawn_inputs(self) -> dict[str, tuple[float, float]]:
+        """The guidance scale, if it is random."""
+        return {self.guidance_input: self.guidance} if isinstance(self.guidance, tuple) else {}
 
     def scales(self, x, key) -> Any:
         """The guidance scale of each example, `(batch,)`; None for no guidance."""
