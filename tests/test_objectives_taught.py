@@ -36,7 +36,7 @@ from tests.helpers_taught import (
     network,
     product,
 )
-from tests.toys import mostly_once, numpy
+from tests.toys import draw_weights, mostly_once, numpy
 
 LAWS = {
     "MeanFlow": (
@@ -280,15 +280,54 @@ def test_a_teacher_is_saved_without_its_optimizer(tmp_path):
     for one, other in zip(loaded.objective.teacher.variables, model.objective.teacher.variables, strict=True):
         np.testing.assert_array_equal(numpy(one), numpy(other))
     teacher.save(tmp_path / "teacher.keras")
-    import h5py
-
-    names: dict[str, list[str]] = {"student": [], "teacher": []}
-    for name, found in names.items():
-        with zipfile.ZipFile(tmp_path / f"{name}.keras") as file, file.open("model.weights.h5") as weights:
-            h5py.File(io.BytesIO(weights.read())).visit(found.append)
+    names = {name: names_in(tmp_path / f"{name}.keras") for name in ("student", "teacher")}
     assert any("teacher" in name for name in names["student"])
     assert not any("teacher" in name and "optimizer" in name for name in names["student"])
     assert any("optimizer" in name for name in names["teacher"])
+
+
+def names_in(file):
+    """The names of what a file of a model has."""
+    import h5py
+
+    found = []
+    with zipfile.ZipFile(file) as whole, whole.open("model.weights.h5") as weights:
+        h5py.File(io.BytesIO(weights.read())).visit(found.append)
+    return found
+
+
+@pytest.mark.once
+def test_a_teacher_that_was_taught_itself_is_saved_without_its_teacher(tmp_path, monkeypatch):
+    """Also if it was loaded with it. A file of an older kdiff, which has all of them, is read."""
+
+    def third(file):
+        first = diffusion()
+        second = students.student(first, objectives.ProgressiveDistillation(first, 2))
+        second.save(tmp_path / "second.keras")
+        second = keras.saving.load_model(tmp_path / "second.keras")
+        assert second.objective.teacher is not None
+        model = students.student(second, objectives.ProgressiveDistillation(second, 1))
+        draw_weights(model.network, 5)
+        model.reset_ema()
+        model.save(file)
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objectives.Taught, "taken", lambda self: None)
+        old = third(tmp_path / "old.keras")
+    model = third(tmp_path / "new.keras")
+    taught = [
+        [name for name in names_in(tmp_path / f"{one}.keras") if name.count("teacher") > 1] for one in ("old", "new")
+    ]
+    assert taught[0]
+    assert not taught[1]
+    assert repr(model.objective.teacher.objective) == "Denoising()"
+    for name in ("old", "new"):
+        loaded = keras.saving.load_model(tmp_path / f"{name}.keras")
+        assert repr(loaded.objective.teacher.objective) == "Denoising()"
+        np.testing.assert_allclose(loaded.sample(4), old.sample(4), atol=1e-5)
+        for one, other in zip(loaded.objective.teacher.weights, model.objective.teacher.weights, strict=True):
+            np.testing.assert_array_equal(numpy(one), numpy(other))
 
 
 def test_the_averages_of_a_teacher_are_used_in_a_loop_of_ones_own(tmp_path):

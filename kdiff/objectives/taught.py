@@ -1,7 +1,8 @@
 """Objectives with an optional teacher, a trained model, and their common functions.
 
 A teacher is a part of the objective: it is frozen, not averaged, and saved once with the model; a loaded model has it
-again. `model.objective = "denoising"` releases it, and the model is then saved without it.
+again. `model.objective = "denoising"` releases it, and the model is then saved without it. A student that becomes a
+teacher releases its own.
 
 A step of a network from `now` to `then` is also expressed by an x_hat, the one with which the step of DDIM,
 
@@ -145,7 +146,8 @@ class Taught(Objective):
 
     Args:
         teacher: a built `DiffusionModel` on any schedule, whose averaged weights are used. Its weights are frozen from
-            when a model has this objective, until `teacher.trainable = True`. None for no teacher.
+            when a model has this objective, until `teacher.trainable = True`. One that was taught itself then has the
+            objective "denoising", so that its own teacher is not saved with the model. None for no teacher.
         guidance: the classifier-free guidance scale that is distilled: a number, where 1 or None is no guidance; or a
             pair `(low, high)`, in which it is drawn for each example and passed to the student, whose `sample` then
             needs it, as `timestep_cond=low`.
@@ -181,7 +183,9 @@ class Taught(Objective):
         self.guidance = tuple(guidance) if several else guidance
 
     def taken(self) -> None:
-        """Freezes the teacher."""
+        """Freezes the teacher, and releases the one by which it was taught itself."""
+        if getattr(getattr(self.teacher, "objective", None), "teacher", None) is not None:
+            self.teacher.objective = "denoising"
         for variable in () if self.teacher is None else self.teacher.variables:
             variable.trainable = False  # not its layers, which a student copies
 
