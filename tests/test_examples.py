@@ -123,9 +123,10 @@ def test_recipes(run, tmp_path):
 def test_few_steps(run, tmp_path):
     pytest.importorskip("matplotlib")
     small = ("--steps", "20", "--out", str(tmp_path))
-    output = run("few_steps.py", "--method", "consistency", "scm", *small, shorter=(("256, 4, 5000", "16, 2, 100"),))
-    names = ["teacher of noise levels", "consistency", "teacher of angles", "scm"]
-    assert [line[:24].strip() for line in output.splitlines()[:4]] == names
+    methods = ("--method", "ict", "consistency", "scm")
+    output = run("few_steps.py", *methods, *small, shorter=(("256, 4, 5000", "16, 2, 100"),))
+    names = ["ict", "teacher of noise levels", "consistency", "teacher of angles", "scm"]
+    assert [line[:24].strip() for line in output.splitlines()[:5]] == names
     assert "| scm | " in output
     for name in ("samples", "distance"):
         assert (tmp_path / f"plane-{name}.png").stat().st_size > 10_000
