@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import sys
 import zipfile
 from collections import OrderedDict, defaultdict
 
@@ -189,6 +190,13 @@ def test_the_form_before_version_1_6(tmp_path):
         files.read_state(file)
     assert "\x1b" not in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_the_form_before_version_1_6_without_pytorch(tmp_path, monkeypatch):
+    file = saved({"w": torch.arange(3.0)}, tmp_path, _use_new_zipfile_serialization=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ModuleNotFoundError, match=r"weights\.pt: only PyTorch can read this file"):
+        files.read_state(file)
 
 
 def test_pickles_of_other_programs(tmp_path):

@@ -112,7 +112,7 @@ REQUIREMENTS = {
     "pictures": {"PIL", "matplotlib"},
     "text": {"tokenizers", "keras_hub"},
     "encoders": {"tokenizers", "sentencepiece"},
-    "interop": {"h5py", "safetensors", "torch"},
+    "interop": {"h5py", "safetensors"},
     "evaluation": {"scipy", "sklearn", "keras_hub"},
     "callbacks": {"h5py"},  # which Keras requires
     "posthoc": {"h5py", "matplotlib"},

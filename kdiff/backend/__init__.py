@@ -10,6 +10,7 @@ from kdiff.backend.data import (
     leave_accelerator,
     loader_batch,
     on_host,
+    torch_file,
 )
 from kdiff.backend.distribution import (
     check_shares,
@@ -149,6 +150,7 @@ __all__ = [
     "strategy_of",
     "synchronise",
     "tensor",
+    "torch_file",
     "unallocated",
     "uncompiled",
     "uninterrupted",

@@ -18,6 +18,7 @@ __all__ = [
     "leave_accelerator",
     "loader_batch",
     "on_host",
+    "torch_file",
 ]
 
 
@@ -81,3 +82,15 @@ def on_host(function: Callable[[np.ndarray], np.ndarray], tensor: Any, shape: tu
 
     result = tf.numpy_function(function, [tensor], tf.as_dtype(dtype), stateful=False)
     return tf.ensure_shape(result, shape)
+
+
+def torch_file(path: Any) -> Any:
+    """What PyTorch reads of a file of its own, if that has only tensors in containers.
+
+    Raises:
+        ModuleNotFoundError: without PyTorch.
+        pickle.UnpicklingError: if there is anything else in the file.
+    """
+    import torch
+
+    return torch.load(path, map_location="cpu", weights_only=True)

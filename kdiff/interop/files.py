@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from kdiff import backend
 from kdiff.interop.arrays import Array, Opened, State
 from kdiff.interop.checkpoints import state_of, unwrapped
 from kdiff.interop.configs import shown
@@ -154,13 +155,11 @@ def _explained(path: Path, function: Callable[[], Any]) -> Any:
 def _read_old(path: Path) -> Any:
     """A file written by PyTorch before 1.6, read by PyTorch itself if it has only tensors in containers."""
     try:
-        import torch
+        return backend.torch_file(path)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"{path}: only PyTorch can read this file; install it, or convert the file to safetensors"
         ) from error
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         more = f" with an object of {found[1]}" if found else ""
