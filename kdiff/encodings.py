@@ -2,7 +2,8 @@
 
 The layer of a condition returns the same in every step of a run if it depends neither on the time nor on x_t. Before
 the first step it is called with `Changing` objects in place of these, which have a shape but no numbers: what it
-returns is kept, and if it needs the numbers it raises, and is called in every step instead.
+returns is kept, and if it needs the numbers it raises, and is called in every step instead. If it raises with numbers
+too, so does the run.
 
 In a step, a result is found by the identity of the tensors from which it was computed. Tensors that a guidance has
 changed are therefore never mistaken for those that were encoded. `Denoiser` joins the results where it joins conditions

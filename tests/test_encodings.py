@@ -96,9 +96,22 @@ def test_what_depends_on_time_or_image_is_encoded_in_every_step(uses, scale, mon
     runs = counted.runs if uses == "image" else layer.layer.runs
     runs.clear()
     samples, plain = both(model, monkeypatch, steps=4, text=ROWS, guidance=scale)
-    tries = 1 + (scale != 1.0)  # before the first step, until the time is asked for
-    assert 4 <= len(runs) - 4 <= 4 + tries
+    tries = 1 + (scale != 1.0)  # before the first step, until the time is asked for, and then with a time
+    assert 4 <= len(runs) - 4 <= 4 + 2 * tries
     np.testing.assert_allclose(samples, plain, atol=1e-5)
+
+
+def test_an_error_of_a_layer_is_not_taken_for_its_need_of_the_time():
+    class Several(Counted):
+        def call(self, x, embed=None, image=None):
+            if x.shape[0] == 1:
+                raise ValueError("more than one row, please")
+            return super().call(x)
+
+    model = made({"text": OptionalCondition(Several(), absent=np.ones(4, "float32"), dropout=0.1)}, {"text": (4,)})
+    with pytest.raises(ValueError, match="more than one row, please"):
+        model.sample(3, steps=2, text=ROWS, guidance=2.0)
+    assert model.sample(3, steps=2, text=ROWS).shape == (3, 4, 4, 1)
 
 
 @pytest.mark.parametrize("guided", mostly_once([True, False]))

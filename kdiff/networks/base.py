@@ -8,7 +8,6 @@ of the layers is inferred in `build`. A new network defines `_build_body` and `_
 `Network`, as any Keras model that satisfies this contract can be used.
 """
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -295,10 +294,14 @@ class Network(Quantizable, ConfigurableLayer, keras.Model):
 
         Returns:
             The fields of `Encoded` that are not None, by the name of the condition.
+
+        Raises:
+            Exception: that of a layer which raises for another reason than that it needs the time or x_t.
         """
         if not conditions:
             return {}
-        rows = next(iter(conditions.values())).shape[0]
+        first = next(iter(conditions.values()))
+        rows = first.shape[0]
         image = encodings.Changing((rows, *size))
         shapes = {"image": image.shape, "time": (rows,), **{name: tuple(one.shape) for name, one in conditions.items()}}
         time = output_shape(self.embedding, given_to(self.embedding, "time", shapes))
@@ -307,10 +310,17 @@ class Network(Quantizable, ConfigurableLayer, keras.Model):
         for name, layer in self.conditions.items():
             by_row = all(getattr(one, "by_row", True) for one in layer._flatten_layers())
             if by_row and any(one in inputs for one in inputs_of(layer, name)):
-                # A layer that needs time or image raises; one that raises for another reason does so again in the step.
-                with contextlib.suppress(Exception):
-                    made[name] = self._encoded(name, inputs, time, image, False)
-        return {name: {k: v for k, v in one._asdict().items() if v is not None} for name, one in made.items()}
+                made[name] = self._constant_encoding(name, inputs, time, image, ops.shape(first)[0])
+        made = {name: one._asdict() for name, one in made.items() if one is not None}
+        return {name: {k: v for k, v in one.items() if v is not None} for name, one in made.items()}
+
+    def _constant_encoding(self, name, inputs, time, image, rows) -> Encoded | None:
+        """What the layer of a condition returns; None if it raises without the numbers of time and image alone."""
+        try:
+            return self._encoded(name, inputs, time, image, False)
+        except Exception:  # its type depends on the operation and on the backend
+            self._encoded(name, inputs, *(ops.zeros((rows, *one.shape[1:]), one.dtype) for one in (time, image)), False)
+            return None
 
     def _steering(self, time, encoded: list[Encoded]):
         """The sum of the vectors of time and conditions, and the concatenated tokens of conditions, or None."""
