@@ -175,7 +175,6 @@ class DiffusionModel(
         self._forget_graphs()
 
     def _take_objective(self) -> None:
-        """Takes what the objective, which has passed its `check`, brings."""
         self.objective.taken()
         self.drawn_inputs = {**self.drawn_inputs, **self.objective.drawn_inputs}
         self._follow_ema_of_others()
