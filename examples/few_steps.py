@@ -35,6 +35,7 @@ from kdiff import (
     evaluation,
     networks,
     objectives,
+    pictures,
     predictions,
     reflow,
     schedules,
@@ -105,7 +106,7 @@ class Pictures:
 
     source, size, epochs = "", 0, 0
     codec, batch, samples = "pixels", 64, 2000
-    title, panel, columns = "Frechet distance", (3.4, 1.1), 4
+    title, panel, columns = "Frechet distance", (4.2, 0.92), 3
     c_scm, c_huber = 0.1, None
 
     def __init__(self, steps: int, seed: int, data_dir: Path | None = None):
@@ -155,9 +156,9 @@ class Pictures:
         return [float(report.value), *map(float, report.interval), float(right)]
 
     def draw(self, panel: Any, samples: np.ndarray) -> None:
-        side = samples.shape[1]
-        rows = samples[:30, :, :, 0].reshape(3, 10, side, side).transpose(0, 2, 1, 3).reshape(3 * side, 10 * side)
-        panel.imshow(rows, cmap="gray", vmin=-1, vmax=1)
+        panel.imshow(pictures.grid(samples[:20], 10, padding=1, scale=2)[..., 0], cmap="gray", vmin=0, vmax=255)
+        for spine in panel.spines.values():
+            spine.set_visible(False)
 
 
 class Digits(Pictures):
