@@ -134,7 +134,7 @@ def main(devices: str, folder: Path) -> None:
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * DEVICES)
     import kdiff
 
-    backend.distribution._BUCKET = 100  # numbers, so that several are summed up
+    backend.processes._BUCKET = 100  # numbers, so that several are summed up
     if devices in ("many", "8"):
         kdiff.distribution.data_parallel()
     if devices == "8":

@@ -12,23 +12,16 @@ from kdiff.backend.data import (
     on_host,
 )
 from kdiff.backend.distribution import (
-    check_shares,
     check_strategy,
     data_parallel,
     device_count,
     first_row,
     gathered,
     is_first_process,
-    is_parted,
     laid_out_as,
-    mean_of_processes,
-    of_first_process,
     on_devices,
     over_devices,
-    parting_sampler,
-    rows_of_process,
     share_of_loss,
-    share_training,
     sharers,
     strategy_of,
     whole_batch,
@@ -45,6 +38,15 @@ from kdiff.backend.operations import (
     scaled,
     upsample_bilinear,
     upsample_nearest,
+)
+from kdiff.backend.processes import (
+    check_shares,
+    is_parted,
+    mean_of_processes,
+    of_first_process,
+    parting_sampler,
+    rows_of_process,
+    share_training,
 )
 from kdiff.backend.running import (
     BACKEND,
