@@ -26,6 +26,7 @@ __all__ = [
     "laid_out_as",
     "on_devices",
     "over_devices",
+    "prepare_for_replicas",
     "share_of_loss",
     "sharers",
     "strategy_of",
@@ -119,6 +120,35 @@ def laid_out_as(variable: keras.Variable, weight: keras.Variable) -> None:
     if BACKEND == "jax" and getattr(weight, "_layout", None) is not None:
         variable._layout = weight._layout
         variable.assign(variable.value)
+
+
+def prepare_for_replicas(model: keras.Model) -> None:
+    """Has loss scaling leave out a step in which the gradients of any replica overflow.
+
+    Keras leaves it out if those of the first do, as if all had the same, and adds up what overflows in the others.
+
+    Raises:
+        ValueError: if the optimizer accumulates gradients and there are several replicas.
+    """
+    if BACKEND != "tensorflow" or model.distribute_strategy.num_replicas_in_sync == 1:
+        return
+    import tensorflow as tf
+
+    optimizer = model.optimizer
+    if steps := getattr(getattr(optimizer, "inner_optimizer", optimizer), "gradient_accumulation_steps", None):
+        raise ValueError(
+            "fit: Keras 3.15 cannot accumulate gradients under TensorFlow's strategies of several devices; received "
+            f"`gradient_accumulation_steps={steps}`. One device, JAX and PyTorch can; or choose larger batches"
+        )
+    if not hasattr(optimizer, "check_finite") or "check_finite" in vars(optimizer):
+        return
+    finite_here = optimizer.check_finite
+
+    def check_finite(gradients):
+        finite = tf.cast(finite_here(gradients), tf.float32)
+        return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.MEAN, finite) == 1.0
+
+    object.__setattr__(optimizer, "check_finite", check_finite)  # past Keras, which would track and save it
 
 
 # A part of a batch, inside a step

@@ -3,6 +3,7 @@
 torchrun has started them, one a device. On the other backends, or if they are not joined, there is one, the first.
 """
 
+import contextlib
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops, tree
+from keras import tree
 
 from kdiff.backend.running import BACKEND
 
@@ -145,12 +146,12 @@ def of_first_process(function: Callable[[], Any]) -> Any:
     return found[0]
 
 
-def mean_of_processes(results: dict[str, Any]) -> dict[str, Any]:
-    """The means over the processes of metrics by name; nests of them stay."""
-    names = [name for name, value in results.items() if ops.is_tensor(value) and not value.shape]
-    if processes() == 1 or not names:
-        return results
-    return {**results, **dict(zip(names, _means([results[name].detach().float() for name in names]), strict=True))}
+def mean_of_processes(variables: Sequence[keras.Variable]) -> contextlib.AbstractContextManager:
+    """A scope in which the variables, such as the sums and counts of metrics, are their means over the processes."""
+    if processes() == 1 or not variables:
+        return contextlib.nullcontext()
+    means = _means([variable.value.detach().float() for variable in variables])
+    return keras.StatelessScope(list(zip(variables, means, strict=True)))
 
 
 def _means(tensors: list) -> list:
