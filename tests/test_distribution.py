@@ -3,6 +3,7 @@
 Devices must be set before a backend starts: this file's `main` runs in processes of its own.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -485,3 +486,35 @@ def test_convolutions_of_each_rank_are_divided_by_output_channels(axes):
     for kernel in kernels:
         assert layout[kernel.path].axes == (*[None] * (axes + 1), "model"), kernel.path
         assert len(kernel.shape) == axes + 2
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["dit", "uvit", "unet", "hybrid"])
+def test_networks_on_series_are_divided_too(name):
+    network = NETWORKS[name]()
+    with backend.unallocated():
+        network.build({"image": (None, 8, 4), "time": (None,)})
+    layout = networks.layout_map(keras.distribution.DeviceMesh((1, 1), ["batch", "model"], ["cpu:0"]), axes=1)
+    found = [(one, layout[one.path]) for one in network.variables]
+    assert all(one is None or len(one.axes) == len(variable.shape) for variable, one in found)
+    sizes = [int(np.prod(variable.shape)) for variable, _ in found]
+    assert sum(size for size, (_, one) in zip(sizes, found, strict=True) if one) > 0.6 * sum(sizes)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="models are divided on JAX")
+@pytest.mark.parametrize(("axes", "wanted"), [(2, 1), (1, 2), (3, 1)])
+def test_a_layout_for_another_number_of_axes(axes, wanted):
+    """The error says what to give instead."""
+    mesh = keras.distribution.DeviceMesh((1, 1), ["batch", "model"], keras.distribution.list_devices()[:1])
+    shape = (None, *[8] * wanted, 4)
+    try:
+        for given, raises in ((axes, True), (wanted, False)):
+            layout = networks.layout_map(mesh, given)
+            keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layout))
+            network = networks.UNet.residual(8, levels=1, depth=1)
+            words = rf"for {axes + 2} axes; this kernel has {wanted + 2}.*`networks.layout_map\(mesh, axes=1\)` is for"
+            with pytest.raises(ValueError, match=words) if raises else contextlib.nullcontext():
+                network.build({"image": shape, "time": (None,)})
+        networks.MLP(8, 1).build({"image": (None, 3), "time": (None,)})
+    finally:
+        keras.distribution.set_distribution(None)

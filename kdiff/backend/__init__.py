@@ -12,6 +12,7 @@ from kdiff.backend.data import (
     on_host,
 )
 from kdiff.backend.distribution import (
+    check_layout,
     check_strategy,
     data_parallel,
     device_count,
@@ -94,6 +95,7 @@ __all__ = [
     "attention",
     "average_pool",
     "by_numpy",
+    "check_layout",
     "check_shares",
     "check_strategy",
     "checked_dataset",

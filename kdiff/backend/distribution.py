@@ -17,6 +17,7 @@ from kdiff.backend.processes import join_processes, process, processes, rows_of_
 from kdiff.backend.running import BACKEND
 
 __all__ = [
+    "check_layout",
     "check_strategy",
     "data_parallel",
     "device_count",
@@ -113,6 +114,18 @@ def check_strategy(model: keras.Model) -> None:
 def strategy_of(model: keras.Model) -> contextlib.AbstractContextManager:
     """The scope in which the variables of `model` are to be made: that of its `tf.distribute` strategy, if any."""
     return model.distribute_strategy.scope() if BACKEND == "tensorflow" else contextlib.nullcontext()
+
+
+def check_layout(path: str, axes: int) -> None:
+    """Raises a ValueError unless the layout of `keras.distribution.ModelParallel` is for a kernel of so many axes."""
+    distribution = keras.distribution.distribution() if BACKEND == "jax" else None
+    layout = None if distribution is None else distribution.get_tensor_layout(path)
+    if layout is not None and len(layout.axes) != axes:
+        raise ValueError(
+            f"{path}: the layout map gives {tuple(layout.axes)}, for {len(layout.axes)} axes; this kernel has {axes}. "
+            "`networks.layout_map(mesh, axes=1)` is for series, `axes=2` for images, `axes=3` for volumes; a layout "
+            "for this kernel alone has its whole path as the key"
+        )
 
 
 def laid_out_as(variable: keras.Variable, weight: keras.Variable) -> None:
