@@ -284,13 +284,16 @@ class BackupCallback(keras.callbacks.BackupAndRestore):
 
     def _save_model(self) -> None:
         place = {"epoch": self._current_epoch, "step": self._step, "passes": np.array(self._passes, "int64")}
+        variables = self.model.metrics_variables if self._step else []
+        with backend.mean_of_processes(variables):  # all processes go on with the metrics of one
+            metrics = [keras.ops.convert_to_numpy(variable) for variable in variables]
         try:
             with replacing(self._path) as new:
                 self.model.save_weights(new)
                 with h5py.File(new, "a") as file:
                     file.create_group("place").attrs.update(place)
-                    for number, variable in enumerate(self.model.metrics_variables if self._step else ()):
-                        file["place"][f"{number:03d}"] = keras.ops.convert_to_numpy(variable)
+                    for number, values in enumerate(metrics):
+                        file["place"][f"{number:03d}"] = values
         except Exception as error:  # h5py raises several kinds where the disk is full
             message = f"BackupCallback could not write {self._path}, and training goes on: {error}"
             warnings.warn(message, stacklevel=2)

@@ -3,7 +3,9 @@
 Devices must be set before a backend starts: this file's `main` runs in processes of its own.
 """
 
+import contextlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,11 +23,12 @@ RANK = int(os.environ.get("RANK", 0))
 ROWS = 20  # of which the last batch has 4
 
 
-def one_model(network, **options):
+def one_model(network, accumulated=None, **options):
     import kdiff
 
     model = kdiff.DiffusionModel(network, ema=0.9, seed=11, **options)
-    model.compile(keras.optimizers.Adam(1e-2), metrics=["mae"])
+    optimizer = keras.optimizers.Adam(1e-2, gradient_accumulation_steps=accumulated)
+    model.compile(optimizer, metrics=["mae"], weighted_metrics=["mse"])
     return model
 
 
@@ -66,17 +69,18 @@ def one_step(model, x):
     return {**{name: np.array(value) for name, value in losses.items()}, **weights_of(model)}
 
 
-def trained(model, x, labels=None):
-    """By the weights and the losses that two epochs give, the samples, and the losses of validation."""
+def trained(model, x, labels=None, weights=None, used=True):
+    """By the weights and losses that two epochs give, and, if it is `used`, the losses of validation and samples."""
     drawn(model, {"image": x.shape} if labels is None else {"image": x.shape, "label": labels.shape})
     conditions = {} if labels is None else {"label": labels[:5]}
-    data = {"image": x} if labels is None else {"image": x, "label": labels}
-    history = model.fit(data, epochs=2, batch_size=8, shuffle=False, validation_data=data, verbose=0).history
-    return {
-        **{name: np.array(values) for name, values in history.items()},
-        "samples": model.sample(5, sampler="ddpm", steps=3, batch_size=3, **conditions),
-        **weights_of(model),
-    }
+    data = {"image": x, "label": labels, "sample_weight": weights}
+    data = {name: rows for name, rows in data.items() if rows is not None}
+    validation = data if used else None
+    history = model.fit(data, epochs=2, batch_size=8, shuffle=False, validation_data=validation, verbose=0).history
+    results = {**{name: np.array(values) for name, values in history.items()}, **weights_of(model)}
+    if used:
+        results["samples"] = model.sample(5, sampler="ddpm", steps=3, batch_size=3, **conditions)
+    return results
 
 
 def parted():
@@ -113,6 +117,69 @@ def parted():
     return {"orders": np.array(orders)}
 
 
+def broken_off(x, folder, devices):
+    """By the results of whole runs, and of those that are broken off in step 4 and go on, in a folder a process."""
+    import kdiff
+
+    def run(*callbacks):
+        model = one_model(kdiff.networks.MLP(8, 1), codec="identity")
+        drawn(model, {"image": x.shape})
+        weights = np.linspace(0, 2, ROWS, dtype="float32")
+        data = {"image": x, "sample_weight": weights}
+        history = model.fit(data, epochs=2, batch_size=8, shuffle=False, verbose=0, callbacks=[*callbacks]).history
+        return {**history, "samples": model.sample(4, steps=1), **weights_of(model)}
+
+    def stop(batch, logs):
+        steps.append(batch)
+        if len(steps) == 5:
+            raise InterruptedError
+
+    results = {"whole": run()}
+    own = folder / f"backup-{RANK}"
+    kinds = {"backup": lambda: kdiff.BackupCallback(own / "kdiff", save_freq=2)}
+    kinds["keras"] = lambda: keras.callbacks.BackupAndRestore(own / "keras")
+    for name, kind in kinds.items() if devices == "many" else ():
+        steps = []
+        with pytest.raises(InterruptedError):
+            run(kind(), keras.callbacks.LambdaCallback(on_train_batch_end=stop))
+        keras.utils.set_random_seed(5 + RANK)
+        if RANK:  # kdiff's is taken from the first process
+            shutil.rmtree(own / "kdiff", ignore_errors=True)
+        results[name] = run(kind())
+    return results
+
+
+def accumulated(x):
+    """The error of accumulated gradients on TensorFlow's replicas."""
+    import kdiff
+
+    with pytest.raises(ValueError, match="cannot accumulate") as caught:
+        one_model(kdiff.networks.MLP(8, 1), accumulated=2, codec="identity").fit(x, verbose=0)
+    return {"error": np.array(str(caught.value))}
+
+
+def laid_out(model):
+    """The shapes of what a device has of x, before and after a step of 8 samples, as JAX's compiler laid it out."""
+    import jax
+
+    import kdiff
+
+    shapes = []
+
+    def look(x):
+        jax.debug.inspect_array_sharding(x, callback=lambda layout: shapes.append(layout.shard_shape(x.shape)))
+
+    class Seen(kdiff.solvers.DDIM):
+        def step(self, denoise, schedule, x, *arguments):
+            look(x)
+            y, *results = super().step(denoise, schedule, x, *arguments)
+            look(y)
+            return y, *results
+
+    model.sample(8, sampler=kdiff.Sampler(Seen(), steps=1))
+    return {"shapes": np.array(shapes)}
+
+
 def refused(model, x):
     """The errors of batches that the devices cannot share, and whether a step was made before them."""
     before, errors = keras.ops.convert_to_numpy(model.optimizer.iterations), []
@@ -134,7 +201,7 @@ def main(devices: str, folder: Path) -> None:
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * DEVICES)
     import kdiff
 
-    backend.distribution._BUCKET = 100  # numbers, so that several are summed up
+    backend.processes._BUCKET = 100  # numbers, so that several are summed up
     if devices in ("many", "8"):
         kdiff.distribution.data_parallel()
     if devices == "8":
@@ -149,14 +216,24 @@ def main(devices: str, folder: Path) -> None:
     options |= {"prediction": kdiff.predictions.LearnedVariance("noise")}
     options |= {"objective": kdiff.objectives.LossAware(4, history=2, points="stratified")}
     network = kdiff.networks.MLP(8, 1, out_channels=4)
-    both = transformer(), one_model(network, **options)
-    results = {"transformer": trained(both[0], x, labels), "aware": trained(both[1], x[:, 0, 0])}
+    # TensorFlow's strategies cannot accumulate gradients.
+    both = transformer(), one_model(network, accumulated=None if BACKEND == "tensorflow" else 2, **options)
+    weights = np.linspace(0, 2, ROWS, dtype="float32") ** 2
+    results = {"transformer": trained(both[0], x, labels), "aware": trained(both[1], x[:, 0, 0], weights=weights)}
+    if devices != "mesh":
+        half = one_model(kdiff.networks.MLP(8, 1, dtype="mixed_float16"), codec="identity")
+        heavy = np.where(np.arange(ROWS) == 7, 1e3, 0.05 * weights)  # too heavy for float16, on the last device
+        results["half"] = trained(half, x[:, 0, 0], weights=heavy.astype("float32"), used=False)
+    if BACKEND == "torch":
+        results |= broken_off(x[:, 0, 0], folder, devices)
     if BACKEND == "jax" and devices != "many":
         results["unet"] = one_step(convolved := unet(), x[:8])
     if devices == "mesh":
         results |= {"layout": divided(both[0]), "layout_unet": divided(convolved)}
-    if devices == "many" and BACKEND != "tensorflow":
-        results["refused"] = refused(both[1], x[:, 0, 0])
+    if devices != "1" and BACKEND == "jax":
+        results["samples"] = laid_out(both[1])
+    if devices == "many":
+        results["refused"] = accumulated(x[:, 0, 0]) if BACKEND == "tensorflow" else refused(both[1], x[:, 0, 0])
     if devices == "many":
         results["first"] = {"is": kdiff.distribution.is_first()}
     if devices == "many" and BACKEND == "torch":
@@ -219,21 +296,29 @@ def results(tmp_path_factory):
     return {file.stem: dict(np.load(file)) for file in folder.glob("*.npz")}
 
 
-MANY = [("transformer", "many"), ("aware", "many")]
+MANY = [("transformer", "many"), ("aware", "many"), ("half", "many")]
 MESH = [("transformer", "mesh"), ("aware", "mesh"), ("unet", "mesh")]
 
 
 @pytest.mark.parametrize(("model", "devices"), [*MANY, *MESH] if BACKEND == "jax" else MANY)
 def test_several_devices_do_what_one_does(results, model, devices):
-    """The same times, noise, dropped labels and weights in the loss: one seed, one result."""
+    """The same times, noise, dropped labels and weights in the loss: one seed, one result.
+
+    "aware" has sample weights and accumulates gradients. In the first batches of "half" a weight is too large for
+    float16: the gradients of one of the devices overflow, and all leave the step out.
+    """
     one, many = results[f"{model}-1-0"], results[f"{model}-{devices}-0"]
     assert one.keys() == many.keys()
+    # JAX and PyTorch round the losses by up to 2.6e-7 in another way. TensorFlow's replicas halve and add up theirs: up
+    # to 9.4e-7. Adam divides rounding errors by small gradients. In float16 the sums over the rows, which are the
+    # gradients, are rounded by up to 5e-4: the losses differ by up to 6e-5, and the weights by 5e-4.
+    exact, close = 1e-6 if BACKEND == "tensorflow" else 3e-7, 2e-4
+    exact, close = (5e-4, 2e-3) if model == "half" else (exact, close)
     arrays = ("weights", "averages", "samples")
     for name in one.keys() - {*arrays}:
-        np.testing.assert_allclose(many[name], one[name], rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(many[name], one[name], rtol=exact, err_msg=name)
     for name in one.keys() & {*arrays}:
-        # Adam divides rounding errors by small gradients.
-        np.testing.assert_allclose(many[name], one[name], atol=2e-4, err_msg=name)
+        np.testing.assert_allclose(many[name], one[name], atol=close, err_msg=name)
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="models are divided on JAX")
@@ -244,6 +329,15 @@ def test_averages_and_optimizer_lie_as_the_weights_do(results, model):
     assert here.sum() < 0.8 * whole.sum(), "of these small networks, half of the numbers in two"
     np.testing.assert_array_equal(layout["momenta"], layout["weights"])
     np.testing.assert_array_equal(layout["averages"], layout["weights"])
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="the layout is JAX's")
+@pytest.mark.parametrize(("devices", "rows"), [("many", 2), ("mesh", 4)])
+def test_samples_lie_on_all_devices(results, devices, rows):
+    """Eight, inside the compiled step of a sampler: on each of four, and on two for batches of two for weights."""
+    shapes = results[f"samples-{devices}-0"]["shapes"]
+    assert len(shapes) > 1
+    np.testing.assert_array_equal(shapes, [(rows, 2)] * len(shapes))
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="eight devices of one process are JAX's")
@@ -258,10 +352,23 @@ def test_a_run_of_eight_devices_that_is_killed_goes_on(tmp_path):
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="the processes are PyTorch's")
-@pytest.mark.parametrize("model", ["transformer", "aware"])
+@pytest.mark.parametrize("model", ["transformer", "aware", "half", "whole"])
 def test_processes_have_the_same_weights_to_the_last_bit(results, model):
     for name, values in results[f"{model}-many-0"].items():
         np.testing.assert_array_equal(results[f"{model}-many-1"][name], values, err_msg=name)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the processes are PyTorch's")
+@pytest.mark.parametrize("callback", ["backup", "keras"])
+def test_runs_of_processes_with_folders_of_their_own_go_on(results, callback):
+    """With the same weights and samples, and the losses of the epoch that was broken off."""
+    whole, broken = results["whole-many-0"], results[f"{callback}-many-0"]
+    np.testing.assert_allclose(whole["samples"], results["whole-1-0"]["samples"], atol=1e-6)
+    for name, values in broken.items():
+        if name in ("weights", "averages", "samples"):
+            np.testing.assert_array_equal(values, whole[name], err_msg=name)
+        else:
+            np.testing.assert_allclose(values, whole[name][1:], rtol=2e-7, err_msg=name)
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="the processes are PyTorch's")
@@ -277,6 +384,12 @@ def test_parts_of_the_data_have_a_new_order_in_each_epoch(results):
         for epoch in epochs:
             np.testing.assert_array_equal(np.sort(epoch.ravel()), np.arange(16))
         assert np.any(epochs[0] != epochs[1])
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the others accumulate gradients")
+def test_gradients_that_replicas_cannot_accumulate(results):
+    """Are refused before the first step; Keras would raise an error of `merge_call`."""
+    assert "JAX and PyTorch can" in str(results["refused-many-0"]["error"])
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="its replicas may have different numbers of rows")
@@ -373,3 +486,35 @@ def test_convolutions_of_each_rank_are_divided_by_output_channels(axes):
     for kernel in kernels:
         assert layout[kernel.path].axes == (*[None] * (axes + 1), "model"), kernel.path
         assert len(kernel.shape) == axes + 2
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["dit", "uvit", "unet", "hybrid"])
+def test_networks_on_series_are_divided_too(name):
+    network = NETWORKS[name]()
+    with backend.unallocated():
+        network.build({"image": (None, 8, 4), "time": (None,)})
+    layout = networks.layout_map(keras.distribution.DeviceMesh((1, 1), ["batch", "model"], ["cpu:0"]), axes=1)
+    found = [(one, layout[one.path]) for one in network.variables]
+    assert all(one is None or len(one.axes) == len(variable.shape) for variable, one in found)
+    sizes = [int(np.prod(variable.shape)) for variable, _ in found]
+    assert sum(size for size, (_, one) in zip(sizes, found, strict=True) if one) > 0.6 * sum(sizes)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="models are divided on JAX")
+@pytest.mark.parametrize(("axes", "wanted"), [(2, 1), (1, 2), (3, 1)])
+def test_a_layout_for_another_number_of_axes(axes, wanted):
+    """The error says what to give instead."""
+    mesh = keras.distribution.DeviceMesh((1, 1), ["batch", "model"], keras.distribution.list_devices()[:1])
+    shape = (None, *[8] * wanted, 4)
+    try:
+        for given, raises in ((axes, True), (wanted, False)):
+            layout = networks.layout_map(mesh, given)
+            keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layout))
+            network = networks.UNet.residual(8, levels=1, depth=1)
+            words = rf"for {axes + 2} axes; this kernel has {wanted + 2}.*`networks.layout_map\(mesh, axes=1\)` is for"
+            with pytest.raises(ValueError, match=words) if raises else contextlib.nullcontext():
+                network.build({"image": shape, "time": (None,)})
+        networks.MLP(8, 1).build({"image": (None, 3), "time": (None,)})
+    finally:
+        keras.distribution.set_distribution(None)

@@ -212,3 +212,20 @@ def test_adam_is_that_of_keras(options, monkeypatch):
     for way in ((True, False), (True, True)):
         for one, wanted in zip(found[way], found[False, False], strict=True):
             np.testing.assert_allclose(one, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="elsewhere Adam is Keras' own")
+@pytest.mark.parametrize(
+    "name", ["_apply_weight_decay", "_get_variable_index", "_momentums", "_use_weight_decay", "_velocities"]
+)
+def test_adam_of_a_keras_with_other_private_names_is_left_alone(name, monkeypatch):
+    optimizer = keras.optimizers.Adam()
+    optimizer.build([keras.Variable(np.zeros(3, "float32"))])
+    with monkeypatch.context() as changed:
+        for holder in (optimizer, *type(optimizer).__mro__):
+            if name in vars(holder):
+                changed.delattr(holder, name)
+        kdiff.backend.fuse_updates(optimizer)
+        assert not {"apply", "update_step"} & vars(optimizer).keys()
+    kdiff.backend.fuse_updates(optimizer)
+    assert {"apply", "update_step"} <= vars(optimizer).keys()

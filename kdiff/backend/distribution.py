@@ -1,52 +1,44 @@
 """One model on several devices: by `keras.distribution` on JAX, `tf.distribute` on TensorFlow, processes on PyTorch.
 
 JAX sees a batch as a whole wherever its rows are. On the other two each device computes some rows of a batch: a replica
-of a `tf.distribute` strategy, or a process that torchrun has started, of which every one is given the whole batch.
+of a `tf.distribute` strategy, or a process (`processes.py`).
 """
 
 import contextlib
-import os
-import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import keras
 import numpy as np
-from keras import ops, tree
+from keras import ops
 
+from kdiff.backend.processes import join_processes, process, processes, rows_of_processes
 from kdiff.backend.running import BACKEND
 
 __all__ = [
-    "check_shares",
+    "check_layout",
     "check_strategy",
     "data_parallel",
     "device_count",
     "first_row",
     "gathered",
     "is_first_process",
-    "is_parted",
     "laid_out_as",
-    "mean_of_processes",
-    "of_first_process",
     "on_devices",
     "over_devices",
-    "parting_sampler",
-    "rows_of_process",
+    "prepare_for_replicas",
     "share_of_loss",
-    "share_training",
     "sharers",
     "strategy_of",
     "whole_batch",
 ]
 
-_BUCKET = 2**23  # numbers that PyTorch's processes add up at once
-
 
 def data_parallel(devices: Sequence[str] | None = None) -> None:
     """As in `kdiff.distribution.data_parallel`."""
     if BACKEND == "torch":
-        _join_processes(devices)
+        join_processes(devices)
         return
     if devices is not None:
         devices = _checked_devices(devices)
@@ -89,43 +81,6 @@ def _checked_devices(devices: Any) -> list[str]:
     return named
 
 
-def _join_processes(devices) -> None:
-    import torch
-
-    if devices is not None:
-        raise ValueError(
-            "data_parallel: on PyTorch each process has one device, of its own number; give no `devices`, and have "
-            f"`torchrun --nproc-per-node` start as many processes; received: {devices}"
-        )
-    if torch.distributed.is_initialized():
-        return
-    if "LOCAL_RANK" not in os.environ:
-        raise RuntimeError(
-            "data_parallel: on PyTorch there is one process a device: start the script with "
-            "`torchrun --nproc-per-node 8 train.py`"
-        )
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
-
-
-def _processes() -> int:
-    """How many processes train one model, on PyTorch; 1 elsewhere."""
-    if BACKEND != "torch":
-        return 1
-    import torch
-
-    group = torch.distributed
-    return group.get_world_size() if group.is_available() and group.is_initialized() else 1
-
-
-def _process() -> int:
-    import torch
-
-    return torch.distributed.get_rank()
-
-
 def is_first_process() -> bool:
     """As in `kdiff.distribution.is_first`."""
     if BACKEND == "jax":
@@ -140,7 +95,7 @@ def is_first_process() -> bool:
             return True
         first = "chief" if "chief" in resolver.cluster_spec().jobs else "worker"
         return resolver.task_type == first and resolver.task_id == 0
-    return _processes() == 1 or _process() == 0
+    return process() == 0
 
 
 def check_strategy(model: keras.Model) -> None:
@@ -161,11 +116,52 @@ def strategy_of(model: keras.Model) -> contextlib.AbstractContextManager:
     return model.distribute_strategy.scope() if BACKEND == "tensorflow" else contextlib.nullcontext()
 
 
+def check_layout(path: str, axes: int) -> None:
+    """Raises a ValueError unless the layout of `keras.distribution.ModelParallel` is for a kernel of so many axes."""
+    distribution = keras.distribution.distribution() if BACKEND == "jax" else None
+    layout = None if distribution is None else distribution.get_tensor_layout(path)
+    if layout is not None and len(layout.axes) != axes:
+        raise ValueError(
+            f"{path}: the layout map gives {tuple(layout.axes)}, for {len(layout.axes)} axes; this kernel has {axes}. "
+            "`networks.layout_map(mesh, axes=1)` is for series, `axes=2` for images, `axes=3` for volumes; a layout "
+            "for this kernel alone has its whole path as the key"
+        )
+
+
 def laid_out_as(variable: keras.Variable, weight: keras.Variable) -> None:
     """Has a variable lie on the devices as another of its shape does; elsewhere than on JAX all lie on each."""
     if BACKEND == "jax" and getattr(weight, "_layout", None) is not None:
         variable._layout = weight._layout
         variable.assign(variable.value)
+
+
+def prepare_for_replicas(model: keras.Model) -> None:
+    """Has loss scaling leave out a step in which the gradients of any replica overflow.
+
+    Keras leaves it out if those of the first do, as if all had the same, and adds up what overflows in the others.
+
+    Raises:
+        ValueError: if the optimizer accumulates gradients and there are several replicas.
+    """
+    if BACKEND != "tensorflow" or model.distribute_strategy.num_replicas_in_sync == 1:
+        return
+    import tensorflow as tf
+
+    optimizer = model.optimizer
+    if steps := getattr(getattr(optimizer, "inner_optimizer", optimizer), "gradient_accumulation_steps", None):
+        raise ValueError(
+            "fit: Keras 3.15 cannot accumulate gradients under TensorFlow's strategies of several devices; received "
+            f"`gradient_accumulation_steps={steps}`. One device, JAX and PyTorch can; or choose larger batches"
+        )
+    if not hasattr(optimizer, "check_finite") or "check_finite" in vars(optimizer):
+        return
+    finite_here = optimizer.check_finite
+
+    def check_finite(gradients):
+        finite = tf.cast(finite_here(gradients), tf.float32)
+        return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.MEAN, finite) == 1.0
+
+    object.__setattr__(optimizer, "check_finite", check_finite)  # past Keras, which would track and save it
 
 
 # A part of a batch, inside a step
@@ -183,8 +179,8 @@ def _replica():
 
 def first_row(batch: Any) -> Any:
     """The number in the whole batch of the first of the `batch` rows that are here; None if all are."""
-    if _processes() > 1:
-        return _process() * batch
+    if processes() > 1:
+        return process() * batch
     if (replica := _replica()) is None:
         return None
     here = replica.replica_id_in_sync_group
@@ -197,7 +193,7 @@ def first_row(batch: Any) -> Any:
 def whole_batch(batch: Any) -> Any:
     """How many rows the whole batch has of which `batch` are here."""
     if (replica := _replica()) is None:
-        return batch * _processes()
+        return batch * processes()
     return (
         batch * replica.num_replicas_in_sync if isinstance(batch, int) else ops.sum(gathered(ops.reshape(batch, (1,))))
     )
@@ -207,15 +203,7 @@ def gathered(x: Any) -> Any:
     """The rows of all devices, in their order, of a tensor whose rows here are `x`."""
     if (replica := _replica()) is not None:
         return replica.all_gather(x, axis=0)
-    return _from_processes(x) if _processes() > 1 else x
-
-
-def _from_processes(x):
-    import torch
-
-    parts = [torch.empty_like(x) for _ in range(_processes())]
-    torch.distributed.all_gather(parts, x.detach().contiguous())
-    return torch.cat(parts)
+    return rows_of_processes(x)
 
 
 def share_of_loss(value: Any) -> Any:
@@ -224,155 +212,16 @@ def share_of_loss(value: Any) -> Any:
     return value if replica is None else value / replica.num_replicas_in_sync
 
 
-# PyTorch's processes
-
-
-def parting_sampler(data: Any) -> Any:
-    """The `DistributedSampler` by which a PyTorch `DataLoader` gives each process a part of its own; None if none."""
-    if BACKEND != "torch":
-        return None
-    import torch
-
-    samplers = getattr(data, "sampler", None), getattr(getattr(data, "batch_sampler", None), "sampler", None)
-    return next((one for one in samplers if isinstance(one, torch.utils.data.DistributedSampler)), None)
-
-
-def is_parted(data: Any) -> bool:
-    """Whether each of several processes is given a part of its own."""
-    return _processes() > 1 and parting_sampler(data) is not None
-
-
 def sharers() -> int:
     """Among how many devices of this process, or processes, a batch must be shared out equally."""
     if BACKEND == "torch":
-        return _processes()
+        return processes()
     distribution = keras.distribution.distribution() if BACKEND == "jax" else None
     if distribution is None:  # TensorFlow's replicas may have different numbers of rows
         return 1
     import jax
 
     return 1 if jax.process_count() > 1 else distribution.num_model_replicas
-
-
-def check_shares(count: int, devices: int, name: str = "a batch") -> None:
-    """Raises a ValueError unless so many devices can share so many examples equally."""
-    if count % devices:
-        raise ValueError(
-            f"{devices} devices cannot share {name} of {count} examples equally: choose a batch size that {devices} "
-            "divides, and leave out what remains, `dataset.batch(size, drop_remainder=True)`"
-        )
-
-
-def rows_of_process(batch: Any) -> Any:
-    """Of a nest of tensors, the rows that this process trains on.
-
-    Raises:
-        ValueError: if they cannot be shared out equally.
-    """
-    if (processes := _processes()) == 1:
-        return batch
-    count = len(next(leaf for leaf in tree.flatten(batch) if leaf is not None))
-    check_shares(count, processes)
-    first = _process() * (size := count // processes)
-    return tree.map_structure(lambda leaf: None if leaf is None else leaf[first : first + size], batch)
-
-
-def of_first_process(function: Callable[[], Any]) -> Any:
-    """On PyTorch, what `function` returns or raises in the first process, in each; elsewhere `function()`."""
-    if _processes() == 1:
-        return function()
-    import torch
-
-    found = [None, None]
-    if _process() == 0:
-        try:
-            found[0] = function()
-        except Exception as error:  # which the others, that wait, raise too
-            found[1] = error
-    torch.distributed.broadcast_object_list(found, 0)
-    if found[1] is not None:
-        raise found[1]
-    return found[0]
-
-
-def share_training(model: keras.Model, anew: bool = True) -> None:
-    """Has PyTorch's processes train one model: with the values of the first, its random numbers, and mean gradients.
-
-    If not `anew`, only where they do not yet: with this optimizer and these weights.
-    """
-    if _processes() == 1:
-        return
-    parameters = [variable.value for variable in model.trainable_variables]
-    before = model.__dict__.get("_reduction")
-    if not anew and before is not None and before.is_of(model.optimizer, parameters):
-        return
-    import torch
-
-    for variable in (*model.variables, *model.optimizer.variables):
-        torch.distributed.broadcast(variable.value.data, 0)
-    states = [random.getstate(), np.random.get_state(), torch.get_rng_state()]  # noqa: NPY002
-    torch.distributed.broadcast_object_list(states, 0)
-    random.setstate(states[0])
-    np.random.set_state(states[1])  # noqa: NPY002
-    torch.set_rng_state(states[2])
-    # By itself it would be a part of the model, and saved.
-    model.__dict__["_reduction"] = _MeanGradients(model.optimizer, parameters)
-
-
-class _MeanGradients:
-    """When a backward pass ends, the gradients of these parameters become their means over the processes."""
-
-    def __init__(self, optimizer: Any, parameters: list):
-        self.optimizer, self.parameters, self.due = optimizer, parameters, False
-        for parameter in parameters:
-            if hasattr(parameter, "_mean_gradient"):
-                parameter._mean_gradient.remove()
-            parameter._mean_gradient = parameter.register_post_accumulate_grad_hook(self.note)
-
-    def is_of(self, optimizer: Any, parameters: list) -> bool:
-        """Whether it is of this optimizer and these parameters."""
-        return optimizer is self.optimizer and list(map(id, parameters)) == list(map(id, self.parameters))
-
-    def note(self, parameter) -> None:
-        import torch
-
-        if not self.due:
-            self.due = True
-            torch.autograd.Variable._execution_engine.queue_callback(self.reduce)
-
-    def reduce(self) -> None:
-        """All of one order: that of the parameters."""
-        self.due = False
-        bucket, size = [], 0
-        for gradient in [parameter.grad for parameter in self.parameters if parameter.grad is not None]:
-            if bucket and (size + gradient.numel() > _BUCKET or gradient.dtype != bucket[0].dtype):
-                self.mean(bucket)
-                bucket, size = [], 0
-            bucket.append(gradient)
-            size += gradient.numel()
-        if bucket:
-            self.mean(bucket)
-
-    def mean(self, gradients: list) -> None:
-        import torch
-
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        torch.distributed.all_reduce(flat)
-        flat /= _processes()
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, [p.reshape(g.shape) for p, g in zip(parts, gradients, strict=True)])
-
-
-def mean_of_processes(results: dict[str, Any]) -> dict[str, Any]:
-    """The means over PyTorch's processes of metrics by name; nests of them stay."""
-    names = [name for name, value in results.items() if ops.is_tensor(value) and not value.shape]
-    if _processes() == 1 or not names:
-        return results
-    import torch
-
-    values = torch.stack([results[name].detach().to(torch.float32) for name in names])
-    torch.distributed.all_reduce(values)
-    return {**results, **dict(zip(names, values / _processes(), strict=True))}
 
 
 # Sampling
@@ -411,8 +260,8 @@ def over_devices(model: keras.Model, function: Callable[[np.ndarray], np.ndarray
         return function(rows)
     parts = np.split(rows, count)
     if BACKEND == "torch":
-        made = ops.convert_to_tensor(function(parts[_process()]))
-        return ops.convert_to_numpy(_from_processes(made))
+        made = ops.convert_to_tensor(function(parts[process()]))
+        return ops.convert_to_numpy(rows_of_processes(made))
     import tensorflow as tf
 
     def on(device, part):

@@ -119,7 +119,8 @@ def group_norm(x: Any, groups: int, gamma: Any, beta: Any, epsilon: float) -> An
             same = np.kron(np.eye(groups), np.ones([channels // groups] * 2)) * (groups / channels)
             return ops.matmul(per_channel, ops.convert_to_tensor(same, "float32"))[:, None]
         mean = ops.mean(ops.reshape(per_channel, (batch, groups, -1)), axis=-1, keepdims=True)
-        return ops.reshape(ops.repeat(mean, channels // groups, axis=-1), (batch, 1, channels))
+        # Not `ops.repeat`, of which TensorFlow makes a dozen operations, and as many of its gradient.
+        return ops.reshape(ops.broadcast_to(mean, (batch, groups, channels // groups)), (batch, 1, channels))
 
     mean = group_mean(ops.mean(y, axis=1))
     variance = group_mean(ops.mean(ops.square(y - mean), axis=1))

@@ -9,6 +9,9 @@ from kdiff.backend.running import BACKEND
 
 __all__ = ["fuse_updates"]
 
+# What is used of Keras 3.15's optimizers besides their public methods.
+_PRIVATE = ("_apply_weight_decay", "_get_variable_index", "_momentums", "_use_weight_decay", "_velocities")
+
 
 def fuse_updates(optimizer: Any) -> None:
     """Has Keras' Adam and AdamW on TensorFlow update each weight by one operation, with the same formula:
@@ -17,30 +20,34 @@ def fuse_updates(optimizer: Any) -> None:
         w <- w - rate sqrt(1 - b2^n) / (1 - b1^n) m / (sqrt(v) + e).
 
     Keras makes forty operations of it for each weight, half of the graph of a training step, which is traced, optimised
-    and held in memory. Sparse gradients, other precisions and several devices are updated by Keras' own.
+    and held in memory. Sparse gradients, other precisions and several devices are updated by Keras' own, and so is all
+    with a version of Keras that lacks what is used of its private members.
     """
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of loss scaling
     fits = type(optimizer) in (keras.optimizers.Adam, keras.optimizers.AdamW)
     if BACKEND != "tensorflow" or not fits or optimizer.amsgrad or "update_step" in vars(optimizer):
         return
+    if not all(hasattr(optimizer, name) for name in _PRIVATE):
+        return
     import tensorflow as tf
 
-    plain, whole, decay = optimizer.update_step, optimizer._backend_update_step, optimizer._apply_weight_decay
+    plain, whole, decay = optimizer.update_step, optimizer.apply, optimizer._apply_weight_decay
     shared: list[dict[str, Any]] = []  # the scalars of the update that is being made
 
-    def update(gradients, variables, learning_rate):
+    def apply(grads, trainable_variables=None):
         names = {"beta1": optimizer.beta_1, "beta2": optimizer.beta_2, "epsilon": optimizer.epsilon}
         scalars = {name: tf.constant(value, tf.float32) for name, value in names.items()}
         n = tf.cast(optimizer.iterations + 1, tf.float32)
         scalars |= {f"beta{i}_power": tf.pow(scalars[f"beta{i}"], n) for i in (1, 2)}
-        shared.append({**scalars, "lr": tf.cast(learning_rate, tf.float32)})
+        shared.append({**scalars, "lr": tf.cast(optimizer.learning_rate, tf.float32)})
         try:
-            whole(gradients, variables, learning_rate)
+            whole(grads, trainable_variables)
         finally:
             shared.pop()
 
     def update_step(gradient, variable, learning_rate):
-        if isinstance(gradient, tf.IndexedSlices) or variable.dtype != tf.float32 or tf.distribute.has_strategy():
+        simple = variable.dtype == tf.float32 and not isinstance(gradient, tf.IndexedSlices)
+        if not (shared and simple) or tf.distribute.has_strategy():
             return plain(gradient, variable, learning_rate)
         index = optimizer._get_variable_index(variable)
         m, v = (group[index].value.handle for group in (optimizer._momentums, optimizer._velocities))
@@ -57,6 +64,6 @@ def fuse_updates(optimizer: Any) -> None:
                 variable.assign_sub(math.prod(rates, start=variable), read_value=False)
         return None
 
-    replaced = {"update_step": update_step, "_backend_update_step": update, "_apply_weight_decay": apply_weight_decay}
+    replaced = {"apply": apply, "update_step": update_step, "_apply_weight_decay": apply_weight_decay}
     for name, function in replaced.items():
         object.__setattr__(optimizer, name, function)

@@ -130,6 +130,7 @@ class _AnyRank(Direct):
     def build(self, input_shape):
         """Creates kernel and bias for this rank."""
         self._take_rank(input_shape)
+        backend.check_layout(f"{self.path}/kernel", self.rank + 2)
         super().build(input_shape)
 
     def compute_output_shape(self, input_shape):

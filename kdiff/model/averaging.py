@@ -73,10 +73,6 @@ class Averaging:
         self.ema, self.optimizer, self.compiled = None, None, False
         self._forget_graphs()
 
-    def _check_quantize_args(self, mode, compute_dtype):
-        """As Keras, whatever the precision of this model, which is not that of the network."""
-        super()._check_quantize_args(mode, None)
-
     @backend.uninterrupted
     def update_ema(self) -> None:
         """Updates the averages once, as `fit` does after each step of the optimizer.

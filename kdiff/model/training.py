@@ -150,7 +150,8 @@ class CheckedTraining:
 
     def get_metrics_result(self):
         """Keras' own, of the whole batches."""
-        return backend.mean_of_processes(super().get_metrics_result())
+        with backend.mean_of_processes(self.metrics_variables):
+            return super().get_metrics_result()
 
     def _check_compiled(self, method: str) -> None:
         backend.check_strategy(self)
@@ -173,6 +174,7 @@ class CheckedTraining:
         `anew`: whether PyTorch's processes take the first one's values even if they train this model already.
         """
         self._before_training()
+        backend.prepare_for_replicas(self)
         if not self.optimizer.built:
             with backend.strategy_of(self):
                 self.optimizer.build(self.trainable_variables)

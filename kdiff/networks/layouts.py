@@ -32,7 +32,8 @@ def layout_map(mesh: keras.distribution.DeviceMesh, axes: int = 2) -> keras.dist
     Args:
         mesh: of two axes. Batches are divided along the first, weights along the second, whose size must divide the
             channels of the layers that are divided; if it divides the number of heads too, no head lies on two devices.
-        axes: of what the convolutions work on: 1 for series, 2 for images, 3 for volumes.
+        axes: of what the convolutions work on: 1 for series, 2 for images, 3 for volumes. Convolutions of another rank
+            raise a ValueError when they are built.
 
     Returns:
         A map from the paths of variables, to which more may be added: `layout[".*/table"] = (None, "model")`.
