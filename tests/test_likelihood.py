@@ -181,6 +181,24 @@ class TestContinuous:
         assert (parts["diffusion"], parts["reconstruction"]) == pytest.approx(expected, abs=1e-4)
         assert sum(parts.values()) == pytest.approx(ENTROPY + (0.0133 if high == 5.0 else 0.0), abs=1e-4)
 
+    def test_an_end_before_that_of_the_schedule(self):
+        """The terms are those of a schedule that ends there, here at 5."""
+        x = STD * np.random.default_rng(0).standard_normal((20_000, 1)).astype("float32")
+        options = {"schedule": schedules.Cosine(), "decoder": "density", "batch_size": len(x)}
+        report = likelihood.continuous_bound(GAUSSIAN, x, max_log_snr=5.0, **options)
+        diffusion = report.terms["diffusion"]
+        error = diffusion.std() / math.sqrt(len(x))
+        assert error < 0.03
+        assert diffusion.mean() == pytest.approx(1.82015, abs=4.0 * error)
+        assert report.terms["reconstruction"].mean() == pytest.approx(-1.08106, abs=1e-4)
+        assert 4.0 < report.curve.log_snr.max() < 5.0
+        assert float(numpy(schedules.Cosine().log_snr(np.float32(report.start)))) == pytest.approx(5.0, abs=1e-3)
+        x, options["draws"] = x[:2], 1
+        assert likelihood.continuous_bound(GAUSSIAN, x, max_log_snr=20.0, **options).curve.log_snr.max() > 5.0
+        assert not likelihood.continuous_bound(GAUSSIAN, x, max_log_snr=-15.0, **options).terms["diffusion"].any()
+        with pytest.raises(ValueError, match=r"`max_log_snr` must be a number in \[-15.0, inf\]"):
+            likelihood.continuous_bound(GAUSSIAN, x, max_log_snr=-16.0, **options)
+
     @pytest.mark.once
     @pytest.mark.parametrize("log_snr", [13.3, 9.0, 4.0])
     def test_the_decoder_of_levels_is_a_softmax_over_all(self, log_snr):
@@ -393,6 +411,15 @@ class TestBitsPerDim:
         assert loaded.evaluate(images, return_dict=True, verbose=0, batch_size=8)["bits_per_dim"] == pytest.approx(
             found
         )
+
+    def test_an_end_before_that_of_the_schedule(self):
+        model = compiled_model(metrics=[likelihood.BitsPerDim(max_log_snr=5.0)], schedule=schedules.Cosine(-8.0, 12.0))
+        images = np.tile(self.images(), (40, 1, 1, 1))
+        found = model.evaluate(images, return_dict=True, verbose=0, batch_size=64)["bits_per_dim"]
+        bound = likelihood.continuous_bound(model, images, draws=2, max_log_snr=5.0)
+        error = math.hypot(bound.bits_per_dim_error, model.metrics[-1].standard_error())
+        assert error < 0.05 * found
+        assert found == pytest.approx(bound.bits_per_dim, abs=4.0 * error)
 
     def test_times_that_learn(self):
         """What is drawn by probabilities that differ is divided by them: the mean is that of any times."""
