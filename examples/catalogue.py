@@ -51,7 +51,7 @@ def summary(kind: type) -> str:
     """The first sentence of the docstring, without a following equation."""
     lines = itertools.takewhile(str.strip, inspect.getdoc(kind).splitlines())
     text = " ".join(line.strip() for line in lines)
-    return re.split(r"(?<=\.)\s+(?=[A-Z])", text)[0].rstrip(":,").replace("|", "\\|")
+    return re.split(r"(?<=[^.]\.)\s+(?=[A-Z])", text)[0].rstrip(":,").replace("|", "\\|")
 
 
 def call(kind: type) -> str:
@@ -81,6 +81,8 @@ def catalogue() -> str:
         "Written by `examples/catalogue.py` from the objects, and checked by a test. Each can be given by",
         'name, `schedule="cosine"`, or as an object, `schedule=Cosine(min_log_snr=-12.0)`; `object.explain()` prints',
         "its documentation: equation, source, arguments and their limits.",
+        "",
+        ", ".join(f"[{title}](#{title.lower().replace(':', '').replace(' ', '-')})" for title in FAMILIES) + ".",
     ]
     for title, base in FAMILIES.items():
         lines += ["", f"## {title}", "", *rows(base)]

@@ -38,8 +38,8 @@ def show(name, images=None, columns=None):
 # %% [markdown]
 # ## 1. The data
 #
-# 1,500 digits, with labels, as a `tf.data` pipeline: float32 in [-1, 1], with shape (batch, 16, 16, 1). A diffusion
-# model learns to draw more of them.
+# 1,500 digits, with labels, as a `tf.data` pipeline of whole batches of 64, so of 1,472 in each epoch: float32 in
+# [-1, 1], with shape (batch, 16, 16, 1). A diffusion model learns to draw more of them.
 
 # %%
 dataset = data.images("digits", image_size=16, labels=True)
@@ -191,7 +191,7 @@ show("few-steps.png", np.concatenate(rows), columns=10)
 # | `q_sample(x, i, noise)` | `schedule(x, noise, t)` |
 # | `posterior_mean_coef1`, `posterior_mean_coef2`, `posterior_variance` | `schedule.posterior(x, x_t, now, then)` |
 # | `p_sample` in a loop | `Sampler("ddpm", "all")` |
-# | `DDIMSampler(ddim_steps=50, eta=0)` | `Sampler("ddim", steps=50)` |
+# | `DDIMSampler(ddim_steps=50, eta=0)` | `Sampler("ddim", "linspace", 50)`, with steps rounded, not truncated |
 # | `training_loss`, an optimizer and a loop | `model.compile`, `model.fit` |
 # | `SimpleUNet` | `networks.SimpleUNet`; `interop.original.simple_unet(state_dict)` takes its weights |
 

@@ -2,7 +2,7 @@
 
     KERAS_BACKEND=jax python examples/recipes.py                       # or tensorflow, or torch
     KERAS_BACKEND=jax python examples/recipes.py --data mixture
-    KERAS_BACKEND=jax python examples/recipes.py --steps 8000          # as in the figure of the README
+    KERAS_BACKEND=jax python examples/recipes.py --steps 8000          # as in the figure of two_equations.md
 
 Only objects are exchanged: schedule, prediction, training times, loss weight, grid and solver. It draws the data and
 the samples of each recipe, and prints their distance to the data. DDPM and Stable Diffusion train slowest: of their

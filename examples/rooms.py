@@ -1,4 +1,4 @@
-"""Draw the architecture of kdiff from its imports: each room stands above all that it imports.
+"""Draw the architecture of kdiff: each room, a module or subpackage, stands above all that it imports.
 
 python examples/rooms.py          # examples/pictures/rooms.png; seconds, and no backend is needed
 """

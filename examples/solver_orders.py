@@ -1,4 +1,4 @@
-"""Plot the error of every solver against the number of network evaluations, on data with a known solution.
+"""Plot the error of solvers against the number of network evaluations, on data with a known solution.
 
     KERAS_BACKEND=torch python examples/solver_orders.py          # or jax, or tensorflow; under a minute
 

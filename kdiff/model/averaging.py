@@ -40,7 +40,7 @@ class Averaging:
     def reset_ema(self) -> None:
         """Resets the averages to the current weights, for example after loading weights into the network.
 
-        If the network has other weights than before, as after `enable_lora`, new averages are created.
+        If the network has other weights than before, as after `kdiff.lora.enable`, new averages are created.
         """
         if not self.ema_weights:
             return
