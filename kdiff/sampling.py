@@ -219,7 +219,7 @@ class Sampler(Value):
         state = State(self.solver.init(x, _steps_from(times, 0)), given._replace(memory=memory), kept)
         backwards = times[-1] > times[0]
         for index, (now, then) in enumerate(pairwise(times)):
-            number = before + index
+            number = before + (len(times) - 2 - index if backwards else index)  # that of the step that is inverted
             if then > now and not backwards:
                 x = _noisier(schedule, x, now, then, key, number, first, noise)
                 state = state._replace(solver=self.solver.init(x, _steps_from(times, index + 1)))
@@ -276,7 +276,8 @@ class Sampler(Value):
             `(x, x_hat, state)`: the batch at `then`, the estimate of the data in this step, and the new state.
         """
         both = schedule.sampled_at(ops.stack([now, then]))
-        place = Place(index, *(Marginal(*(field[i] for field in both)) for i in (0, 1)), schedule)
+        now, then = (Marginal(*(field[i] for field in both)) for i in (0, 1))
+        place = Place(index, *((then, now) if self.solver.inverts else (now, then)), schedule)
         denoise = Denoiser(answer, state.given, nulls)
         for one in self.active:
             denoise = one.over(denoise, place)
@@ -289,7 +290,7 @@ class Sampler(Value):
 
         store = Store(state.kept, self.reuse.shallow) if self.reuse else None
         with within(state.given), kept_in(store):
-            x, estimate, solver = self.solver.step(denoise, schedule, x, place.now, place.then, noise, state.solver)
+            x, estimate, solver = self.solver.step(denoise, schedule, x, now, then, noise, state.solver)
         kept = store.kept if store else ()
         return x, estimate.x_hat, State(solver, state.given._replace(memory=estimate.memory), kept)
 
