@@ -115,8 +115,10 @@ class Sampler(Value):
         They decrease; those of a grid with jumps (`times.Jumps`) also increase. With a `strength` below 1 the run
         begins at that time, which replaces the nearest time of the grid, and omits the preceding ones. With a `stop`
         above 0 it ends at that time, which replaces the nearest time below the first. A run that ends at a time and one
-        that begins there are together the whole run. With a strength of 0, or one not above the end of a run that does
-        not go to t = 0, there is no step, and the times are [0].
+        that begins there are together the whole run. Jumps stay within the run: those to times above its beginning
+        lead to its beginning, and steps to times below its end, from which jumps return, lead to its end. With a
+        strength of 0, or one not above the end of a run that does not go to t = 0, there is no step, and the times are
+        [0].
         """
         check_number("Sampler", "strength", strength, 0.0, 1.0)
         check_number("Sampler", "stop", stop, 0.0, 1.0)
@@ -370,18 +372,35 @@ def initial_noise(shape: tuple[int, ...], seed: int | Sequence[int] = 0, first: 
 
 
 def _from(start: float, times: np.ndarray) -> np.ndarray:
-    """The times from `start` on, which replaces the nearest one; the last time is kept.
+    """The times from `start` on, which replaces the nearest one, and those above; the last time is kept.
 
     If `start` is not above the last there is no step, and the time is that of data, 0.
     """
     if np.float32(start) <= np.float32(times[-1]):
         return np.zeros(1)
-    return np.append(start, times[1 + np.argmin(np.abs(times[:-1] - start)) :])
+    near = _nearest(times[times > times[-1]], start)
+    later = times[1 + np.argmax(times == near) :]
+    return _moving(np.append(start, np.where(later >= near, start, later)))
 
 
 def _until(stop: float, times: np.ndarray) -> np.ndarray:
-    """The times up to `stop`, which replaces the nearest one."""
-    return np.append(times[: max(1, np.argmin(np.abs(times[:-1] - stop)))], stop)
+    """The times up to `stop`, which replaces the nearest one between the ends, and those below."""
+    between = times[(times < times[0]) & (times > times[-1])]
+    if not len(between):
+        return np.append(times[0], stop)
+    near = _nearest(between, stop)
+    earlier = times[: np.flatnonzero(times == near)[-1]]
+    return _moving(np.append(np.where(earlier <= near, stop, earlier), stop))
+
+
+def _nearest(times: np.ndarray, time: float) -> float:
+    """The one of the times that is nearest to this."""
+    return times[np.argmin(np.abs(times - time))]
+
+
+def _moving(times: np.ndarray) -> np.ndarray:
+    """The times without repetitions of the one before."""
+    return times[np.append(True, np.diff(times) != 0)]
 
 
 def _steps_from(times: np.ndarray, index: int) -> int:
