@@ -12,7 +12,6 @@ Zhang et al., "Adding Conditional Control to Text-to-Image Diffusion Models" (20
 """
 
 import keras
-from keras import ops
 
 from kdiff import backend
 from kdiff.networks.control import Controlled, ControlNet
@@ -43,7 +42,8 @@ def add(model: keras.Model, channels: int = 3, **controls: ControlNet) -> None:
         raise ValueError(f"control.add: the model already has controls of these names: {taken}")
     pictures = {name: (None, None, None, channels) for name in controls}
     model._check_names([*controls, *(f"{name}_scale" for name in controls)])
-    _follow_averages(model)
+    if model.ema_weights:
+        model.ema_weights.apply(model.network)
     network = Controlled(old.network if before else old, {**before, **controls})
     network.build({"time": (None,), **model.shapes, **pictures})
     _replace(model, network, {**model.shapes, **pictures})
@@ -66,7 +66,8 @@ def remove(model: keras.Model, *names: str) -> None:
         return
     if not kept and any(getattr(weight, "adapts", False) for weight in old.network.weights):
         raise ValueError("control.remove: the U-Net has LoRA or trained tokens; end them first, as by `lora.merge`")
-    _follow_averages(model)
+    if model.ema_weights:
+        model.ema_weights.apply(model.network)
     if kept:
         network = Controlled(old.network, kept)
         network.build({"time": (None,), **model.shapes})
@@ -75,13 +76,6 @@ def remove(model: keras.Model, *names: str) -> None:
         old.release()
     removed = before.keys() - kept.keys()
     _replace(model, network, {name: shape for name, shape in model.shapes.items() if name not in removed})
-
-
-def _follow_averages(model: keras.Model) -> None:
-    """Averages that have been updated become the weights, before the network is replaced."""
-    if model.ema_weights and model.ema_weights.moved:
-        for weight, average in model.ema_weights.pairs(model.network):
-            weight.assign(ops.convert_to_numpy(average))
 
 
 def _replace(model: keras.Model, network: keras.layers.Layer, shapes: dict) -> None:

@@ -231,6 +231,12 @@ class EMA(keras.layers.Layer):
                 average.assign(ops.convert_to_numpy(weight).astype("float32"))
         self.updates.assign(0)
 
+    def apply(self, network: keras.layers.Layer) -> None:
+        """Makes each average its weight, if there was an update, as before other weights are averaged."""
+        if self.moved:
+            for weight, average in self.pairs(network):
+                weight.assign(ops.convert_to_numpy(average))
+
     def exchange(self, network: keras.layers.Layer) -> None:
         """Swaps each weight with its average."""
         for weight, average in self.pairs(network):

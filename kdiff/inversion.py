@@ -30,7 +30,8 @@ __all__ = ["add", "enable", "extend", "finish", "prompt_of", "vectors_of"]
 def add(model: keras.layers.Layer, token: str, initializer_token: str, vectors: int = 1) -> None:
     """Adds a token to all text encoders of a model, initialised with the vectors of a word.
 
-    In a text the token expands to all of its vectors, each of which takes the place of one token of the encoder.
+    In a text the token expands to all of its vectors, each of which takes the place of one token of the encoder. If the
+    model has averages that have been updated, they become its weights, and averaging begins anew.
 
     Args:
         model: a `DiffusionModel` or its network, built, whose text condition is a `Prompt` of `CLIPText` with
@@ -78,6 +79,7 @@ def extend(model: keras.layers.Layer, token: str, rows: list[np.ndarray | None])
                 f"{vectors.shape}"
             )
         made.append((*tokenizer.with_token(token, len(vectors)), vectors))
+    lora.follow_ema(model)
     for i, (encoder, (tokenizer, numbers, vectors)) in enumerate(zip(prompt.encoders, made, strict=True)):
         if vectors is not None:
             size = encoder.vocabulary_size
@@ -93,7 +95,8 @@ def enable(model: keras.layers.Layer, token: str) -> None:
     """Freezes all weights except the vectors of one token; only these are then trained and averaged.
 
     Call it before `compile`. The network calls the encoders in each step, on tokens, to which `fit` and `sample`
-    convert texts; precomputed embeddings are no longer accepted. An enabled LoRA remains trainable.
+    convert texts; precomputed embeddings are no longer accepted. An enabled LoRA remains trainable. If the model has
+    averages that have been updated, they become its weights.
 
     Args:
         model: a `DiffusionModel` or its network, built.
@@ -108,6 +111,7 @@ def enable(model: keras.layers.Layer, token: str) -> None:
             "inversion.enable: a token of the model is already being trained; call `inversion.finish` first"
         )
     known = _numbers(prompt, token, "inversion.enable")
+    lora.follow_ema(model)
     lora.freeze(model)
     for encoder, numbers in known:
         encoder.learn(numbers[0], len(numbers))
@@ -121,14 +125,15 @@ def finish(model: keras.layers.Layer, ema: bool = True) -> None:
 
     Args:
         model: a `DiffusionModel` or its network.
-        ema: whether to store the averages of the vectors, if the model has averages that have been updated.
+        ema: whether to store the averages of the vectors, if the model has averages that have been updated. Those of
+            other weights, such as A and B of a LoRA, then become these weights.
     """
     prompt = prompt_of(model, "inversion.finish")
-    averaged = lora.ema_of(model) if ema else {}
+    if ema:
+        lora.follow_ema(model)
     for encoder in prompt.encoders:
         if encoder.learned:
-            rows = encoder.table.rows
-            encoder.keep(ops.convert_to_numpy(averaged.get(id(rows), rows)))
+            encoder.keep(ops.convert_to_numpy(encoder.table.rows))
     lora.release(model)
     lora.changed(model)
 

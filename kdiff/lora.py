@@ -30,6 +30,7 @@ __all__ = [
     "enable",
     "enabled",
     "find",
+    "follow_ema",
     "freeze",
     "merge",
     "plan",
@@ -65,8 +66,9 @@ def enable(
 ) -> list[str]:
     """Freezes all weights and adds A and B to some layers; only these are then trained and averaged.
 
-    Call it before `compile`. B is initialised to zero, and so is the change. Frozen weights have no averages. The
-    vectors of a token that `kdiff.inversion.enable` made trainable remain trainable.
+    Call it before `compile`. B is initialised to zero, and so is the change. Frozen weights have no averages: if the
+    model had averages that have been updated, they become its weights. The vectors of a token that
+    `kdiff.inversion.enable` made trainable remain trainable.
 
     Args:
         model: a `DiffusionModel` or its network, built.
@@ -94,6 +96,7 @@ def enable(
         known = list(find(model, "", text))
         shown = known[:10] + [f"... {len(known) - 10} more"] * (len(known) > 10)
         raise ValueError(f"lora.enable: `where` must match the path of a layer, {shown}; received: {where!r}")
+    follow_ema(model)
     _enable(model, [(layer, rank, rank if alpha is None else alpha) for layer in found.values()])
     return list(found)
 
@@ -109,7 +112,8 @@ def merge(model: keras.layers.Layer, ema: bool = True) -> None:
 
     Args:
         model: a `DiffusionModel` or its network.
-        ema: whether to merge the averages of A and B, if the model has averages that have been updated.
+        ema: whether to merge the averages of A and B, if the model has averages that have been updated. Those of other
+            weights, such as the vectors of a token, then become these weights.
 
     Raises:
         ValueError: if kernels are quantized: the sum would be rounded to whole numbers, and small changes be lost.
@@ -119,16 +123,17 @@ def merge(model: keras.layers.Layer, ema: bool = True) -> None:
             f"lora.merge: {len(quantized)} layers with A and B are quantized, and the sum would be rounded anew; keep "
             "A and B, which are saved with the model, or merge before `quantize`"
         )
-    averaged = ema_of(model) if ema else {}
+    if ema:
+        follow_ema(model)
     for layer in enabled(model):
-        a, b = (_numbers(averaged.get(id(one), one)) for one in (layer.lora_kernel_a, layer.lora_kernel_b))
+        a, b = _numbers(layer.lora_kernel_a), _numbers(layer.lora_kernel_b)
         change = np.float32(layer.lora_alpha / layer.lora_rank) * (a @ b)
         layer._kernel.assign(_numbers(layer._kernel) + change)
     remove(model)
 
 
 def remove(model: keras.layers.Layer) -> None:
-    """Removes A and B: the network is exactly as before `enable`, and trainable again."""
+    """Removes A and B: the network is exactly as after `enable`, when B was zero, and trainable again."""
     for layer in enabled(model):
         layer.disable_lora()
     release(model)
@@ -179,6 +184,12 @@ def ema_of(model: keras.layers.Layer) -> dict[int, keras.Variable]:
     averages = getattr(model, "ema_weights", None)
     moved = averages is not None and averages.moved
     return {id(weight): average for weight, average in averages.pairs(_network(model))} if moved else {}
+
+
+def follow_ema(model: keras.layers.Layer) -> None:
+    """Makes averages that have been updated the weights of the network, before others take their place."""
+    if averages := getattr(model, "ema_weights", None):
+        averages.apply(_network(model))
 
 
 def _enable(model, layers) -> None:

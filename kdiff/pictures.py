@@ -1,7 +1,8 @@
 """Pictures from batches of images: grids, PNG files, animated GIFs, and a plot of the loss.
 
 A batch of images has the shape `(count, height, width, channels)`, with 1, 3 or 4 channels, and values in [-1, 1]
-(values outside, as in noisy samples, are clipped) or uint8. A picture is a uint8 array `(height, width, channels)`.
+(values outside, as in noisy samples, are clipped) or whole numbers in 0..255. A picture is a uint8 array `(height,
+width, channels)`.
 """
 
 import contextlib
@@ -45,14 +46,16 @@ FRAME = 200  # the grey of the frame of an image with a caption
 
 
 def to_uint8(images: Any) -> np.ndarray:
-    """Converts images of any shape from [-1, 1] to 0..255, rounded; uint8 is unchanged.
+    """Converts images of any shape from [-1, 1] to 0..255, rounded; whole numbers are unchanged.
 
     Raises:
-        ValueError: if there are NaNs.
+        ValueError: if there are NaNs, or whole numbers outside 0..255.
     """
     images = keras.ops.convert_to_numpy(images)
-    if images.dtype == np.uint8:
-        return images
+    if images.dtype.kind in "iu":
+        if images.size and (images.min() < 0 or images.max() > 255):
+            raise ValueError(f"images: whole numbers must be in 0..255; received {images.min()} to {images.max()}")
+        return images.astype("uint8", copy=False)
     if np.isnan(images).any():
         raise ValueError("images: they contain NaN, as from a diverged model")
     return np.round((np.clip(images.astype("float32"), -1, 1) + 1) * 127.5).astype("uint8")

@@ -96,6 +96,7 @@ def key_of(seed: int | Sequence[int]) -> np.ndarray:
     if isinstance(seed, (list, tuple, np.ndarray)) and np.ndim(seed):
         return np.stack([key_of(one) for one in seed])
     check_integer("key_of", "seed", seed, minimum=0)
+    seed = int(seed)  # NumPy's integers have fewer bits
     if seed >= 2**64:
         raise ValueError(f"`seed` must be below 2^64; received: {seed}")
     words = (seed >> 32, seed & 0xFFFFFFFF)

@@ -115,8 +115,10 @@ class Sampler(Value):
         They decrease; those of a grid with jumps (`times.Jumps`) also increase. With a `strength` below 1 the run
         begins at that time, which replaces the nearest time of the grid, and omits the preceding ones. With a `stop`
         above 0 it ends at that time, which replaces the nearest time below the first. A run that ends at a time and one
-        that begins there are together the whole run. With a strength of 0, or one not above the end of a run that does
-        not go to t = 0, there is no step, and the times are [0].
+        that begins there are together the whole run. Jumps stay within the run: those to times above its beginning
+        lead to its beginning, and steps to times below its end, from which jumps return, lead to its end. With a
+        strength of 0, or one not above the end of a run that does not go to t = 0, there is no step, and the times are
+        [0].
         """
         check_number("Sampler", "strength", strength, 0.0, 1.0)
         check_number("Sampler", "stop", stop, 0.0, 1.0)
@@ -219,7 +221,7 @@ class Sampler(Value):
         state = State(self.solver.init(x, _steps_from(times, 0)), given._replace(memory=memory), kept)
         backwards = times[-1] > times[0]
         for index, (now, then) in enumerate(pairwise(times)):
-            number = before + index
+            number = before + (len(times) - 2 - index if backwards else index)  # that of the step that is inverted
             if then > now and not backwards:
                 x = _noisier(schedule, x, now, then, key, number, first, noise)
                 state = state._replace(solver=self.solver.init(x, _steps_from(times, index + 1)))
@@ -276,7 +278,8 @@ class Sampler(Value):
             `(x, x_hat, state)`: the batch at `then`, the estimate of the data in this step, and the new state.
         """
         both = schedule.sampled_at(ops.stack([now, then]))
-        place = Place(index, *(Marginal(*(field[i] for field in both)) for i in (0, 1)), schedule)
+        now, then = (Marginal(*(field[i] for field in both)) for i in (0, 1))
+        place = Place(index, *((then, now) if self.solver.inverts else (now, then)), schedule)
         denoise = Denoiser(answer, state.given, nulls)
         for one in self.active:
             denoise = one.over(denoise, place)
@@ -289,7 +292,7 @@ class Sampler(Value):
 
         store = Store(state.kept, self.reuse.shallow) if self.reuse else None
         with within(state.given), kept_in(store):
-            x, estimate, solver = self.solver.step(denoise, schedule, x, place.now, place.then, noise, state.solver)
+            x, estimate, solver = self.solver.step(denoise, schedule, x, now, then, noise, state.solver)
         kept = store.kept if store else ()
         return x, estimate.x_hat, State(solver, state.given._replace(memory=estimate.memory), kept)
 
@@ -369,18 +372,35 @@ def initial_noise(shape: tuple[int, ...], seed: int | Sequence[int] = 0, first: 
 
 
 def _from(start: float, times: np.ndarray) -> np.ndarray:
-    """The times from `start` on, which replaces the nearest one; the last time is kept.
+    """The times from `start` on, which replaces the nearest one, and those above; the last time is kept.
 
     If `start` is not above the last there is no step, and the time is that of data, 0.
     """
     if np.float32(start) <= np.float32(times[-1]):
         return np.zeros(1)
-    return np.append(start, times[1 + np.argmin(np.abs(times[:-1] - start)) :])
+    near = _nearest(times[times > times[-1]], start)
+    later = times[1 + np.argmax(times == near) :]
+    return _moving(np.append(start, np.where(later >= near, start, later)))
 
 
 def _until(stop: float, times: np.ndarray) -> np.ndarray:
-    """The times up to `stop`, which replaces the nearest one."""
-    return np.append(times[: max(1, np.argmin(np.abs(times[:-1] - stop)))], stop)
+    """The times up to `stop`, which replaces the nearest one between the ends, and those below."""
+    between = times[(times < times[0]) & (times > times[-1])]
+    if not len(between):
+        return np.append(times[0], stop)
+    near = _nearest(between, stop)
+    earlier = times[: np.flatnonzero(times == near)[-1]]
+    return _moving(np.append(np.where(earlier <= near, stop, earlier), stop))
+
+
+def _nearest(times: np.ndarray, time: float) -> float:
+    """The one of the times that is nearest to this."""
+    return times[np.argmin(np.abs(times - time))]
+
+
+def _moving(times: np.ndarray) -> np.ndarray:
+    """The times without repetitions of the one before."""
+    return times[np.append(True, np.diff(times) != 0)]
 
 
 def _steps_from(times: np.ndarray, index: int) -> int:

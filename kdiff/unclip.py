@@ -32,6 +32,7 @@ from kdiff.encoders import Prompt
 from kdiff.encoders.base import Encoder
 from kdiff.model import DiffusionModel
 from kdiff.model.condition_inputs import condition_names, condition_nulls, optional_names
+from kdiff.model.sampling import as_sampler
 from kdiff.model.saving import SafeFiles
 from kdiff.random import slerp
 from kdiff.solvers import DDIM
@@ -219,7 +220,8 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
             images: one, or several in a batch: integers, or floats in [-1, 1].
             count: the number of variations of each.
             eta: None for new noise; in [0, 1] they start from the noise to which `invert` maps the image, and are drawn
-                by `DDIM(eta)`: at 0 they reproduce the image, and vary more with larger values.
+                by `DDIM(eta)`: at 0 they reproduce the image, and vary more with larger values. Grid, steps and
+                guidance are those of the `sampler` in `decoder`, or of the decoder's own.
             decoder, upsampling, seed, batch_size: as in `sample`.
             **conditions: of the decoder and the upsamplers; null if omitted.
         """
@@ -366,13 +368,14 @@ class UnCLIP(SafeFiles, Configurable, keras.Model):
 
     def _inverted(self, images, z, options, conditions, batch_size) -> np.ndarray:
         """The noise that the decoder maps to the images."""
-        kept = {name: options[name] for name in ("guidance", "steps", "ema") if name in options}
+        kept = {name: options[name] for name in ("guidance", "steps", "schedule", "ema") if name in options}
         given = {**self._decoded_of(conditions), self.embedding: z}
         return self.decoder.invert(images, sampler=self._sampler(options, 0.0), batch_size=batch_size, **kept, **given)
 
     def _sampler(self, options, eta: float) -> Any:
-        """The sampler of the decoder, with DDIM."""
-        sampler = self.decoder.sampler
+        """The given sampler, or that of the decoder, with DDIM."""
+        given = options.get("sampler")
+        sampler = self.decoder.sampler if given is None else as_sampler(given)
         return sampler.replaced(solver=DDIM(eta), **({"steps": options["steps"]} if "steps" in options else {}))
 
 

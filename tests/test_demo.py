@@ -166,6 +166,27 @@ def test_frames_end_at_the_samples(model, monkeypatch):
 
 
 @pytest.mark.once
+def test_noisy_pictures_are_of_unit_size_on_any_schedule():
+    """ "variance_exploding" begins with a sigma of 80, of which no more than 1 would be left where x is clipped."""
+    model = kdiff.DiffusionModel(tiny_network(), "variance_exploding", "karras", ema=None)
+    model.build((None, 8, 8, 1))
+    first = next(frames(model, 1, steps=6))
+    assert first.noisy.std() > 60  # of 255
+
+
+@pytest.mark.once
+def test_models_of_one_file_name_are_shown_apart(model, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("kdiff.demo.__main__.launch", lambda models, *_, **options: shown.extend(models))
+    paths = [tmp_path / folder / "model.keras" for folder in "ab"] + [tmp_path / "other.keras"]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        model.save(path)
+    main(list(map(str, paths)))
+    assert shown == [str(paths[0]), str(paths[1]), "other"]
+
+
+@pytest.mark.once
 def test_what_cannot_be_shown_is_a_sentence(tmp_path, capsys):
     with pytest.raises(ValueError, match="no such file or folder"):
         load(tmp_path / "nothing.keras")

@@ -33,6 +33,9 @@ def test_rows_are_the_encoders_vectors():
     np.testing.assert_allclose(prompt.rows(small[0]), numpy(wanted)[0], atol=1e-5)
     rows = prompt.rows(small)
     assert prompt.rows(rows) is rows
+    for bad in (small.astype("float32"), np.full_like(small, np.nan, "float32"), small.astype("int32") - 1):
+        with pytest.raises(ValueError, match="`picture` "):
+            prompt.rows(bad)
 
 
 @pytest.mark.once

@@ -17,7 +17,7 @@ from kdiff.blocks import (
     VectorAndTokens,
 )
 from kdiff.ema import EMA
-from kdiff.encoders import CLIPText, CLIPVision, Prompt, PromptVector, T5Text
+from kdiff.encoders import CLIPText, CLIPVision, JointPrompt, Prompt, PromptVector, T5Text
 from kdiff.networks import DiT
 from kdiff.text import Bytes
 from tests.toys import compiled_model, draw_weights, images, numpy
@@ -199,3 +199,16 @@ def test_one_text_for_two_conditions():
 def test_errors(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.once
+def test_another_condition_with_the_same_encoders():
+    """As a `Cascade` asks for, of a subclass too."""
+    prompt = two(layer=Dense(3))
+    assert prompt.through(None).layer is None
+    assert prompt.through(Dense(4)).layer.units == 4
+    joint = JointPrompt([clip(), t5(width=6)], [Bytes(5), Bytes(7)], 16, 7)
+    other = joint.through(joint.layer)
+    assert isinstance(other, JointPrompt)
+    assert other.encoders == joint.encoders
+    np.testing.assert_array_equal(other.prepare(TEXTS), joint.prepare(TEXTS))

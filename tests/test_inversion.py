@@ -246,3 +246,35 @@ def test_errors(tmp_path):
             function()
     with pytest.raises(ValueError, match="its encoders are trained, so texts must be strings or tokens"):
         sampled(model, np.zeros((2, LENGTH), "float32"))
+
+
+@pytest.mark.once
+def test_averages_become_the_weights_before_others_are_averaged():
+    """Of the whole network when a token is added, and of a LoRA when the training of a token ends, or the reverse."""
+
+    def moved(model):
+        for average in model.ema_weights.values:
+            average.assign(0.7 * numpy(average))
+        model.ema_weights.updates.assign(1)
+        return sampled(model, "a b")
+
+    model, _ = model_of()
+    wanted = moved(model)
+    inversion.add(model, "<toy>", initializer_token="b")
+    np.testing.assert_allclose(sampled(model, "a b"), wanted, atol=1e-5)
+    wanted = moved(model)
+    inversion.enable(model, "<toy>")
+    np.testing.assert_allclose(sampled(model, "a b"), wanted, atol=1e-5)
+    for first, second in ((inversion.finish, lora.merge), (lora.merge, inversion.finish)):
+        if not any(encoder.learned for encoder in inversion.prompt_of(model, "").encoders):
+            inversion.enable(model, "<toy>")
+        lora.enable(model, 2, text=True)
+        for layer in lora.enabled(model):
+            layer.lora_kernel_b.assign(0.3 * np.ones(layer.lora_kernel_b.shape))
+        model.reset_ema()
+        moved(model)
+        wanted = sampled(model, "a <toy>")
+        first(model)
+        np.testing.assert_allclose(sampled(model, "a <toy>"), wanted, atol=1e-4)
+        second(model)
+        np.testing.assert_allclose(sampled(model, "a <toy>"), wanted, atol=1e-4)

@@ -183,3 +183,17 @@ def test_errors():
     lora.enable(model, 2, "")
     with pytest.raises(ValueError, match="already on"):
         lora.enable(model, 2, "")
+
+
+@pytest.mark.once
+def test_averages_become_the_weights_before_others_are_averaged():
+    """What `sample` drew with them is drawn on."""
+    model = model_of()
+    for average in model.ema_weights.values:
+        average.assign(0.5 * numpy(average))
+    model.ema_weights.updates.assign(1)
+    wanted = model.sample(2, steps=2)
+    lora.enable(model, 2, "")
+    np.testing.assert_allclose(model.sample(2, steps=2), wanted, atol=1e-5)
+    lora.remove(model)
+    np.testing.assert_allclose(model.sample(2, steps=2), wanted, atol=1e-5)

@@ -198,6 +198,8 @@ def test_a_part_of_the_run():
 
     plain, all_of_it = run(edges_scale=0.0), run()
     np.testing.assert_array_equal(run(Control("edges")), all_of_it)
+    churned = {"sampler": kdiff.solvers.Euler(s_churn=0.5), "edges": EDGES[0]}  # begins above t = 1
+    np.testing.assert_array_equal(sample(model, **churned, guidance=[Control("edges")]), sample(model, **churned))
     np.testing.assert_array_equal(run(Control("edges", 0.0)), plain)
     first = run(x=run(stop=0.5), start=0.5, edges_scale=0.0)
     second = run(x=run(stop=0.5, edges_scale=0.0), start=0.5)

@@ -18,6 +18,9 @@ def test_to_uint8_maps_the_ends_and_the_middle():
     assert pictures.to_uint8(np.array([-3.0, -1.0, 0.0, 1.0, 3.0])).tolist() == [0, 0, 128, 255, 255]
     assert pictures.to_uint8(keras.ops.ones((2, 2))).tolist() == [[255, 255], [255, 255]]
     assert pictures.to_uint8(np.array([7], "uint8")).tolist() == [7]
+    assert pictures.to_uint8(np.array([0, 7, 255])).tolist() == [0, 7, 255]
+    with pytest.raises(ValueError, match=r"whole numbers must be in 0\.\.255; received 7 to 256"):
+        pictures.to_uint8(np.array([7, 256]))
 
 
 def test_grid_puts_each_image_in_its_cell(noise):

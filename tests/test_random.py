@@ -68,6 +68,12 @@ def test_seeds_and_streams_differ():
             assert not np.any(a == b)
 
 
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint32", "uint64"])
+def test_seeds_are_the_integers_of_numpy_too(dtype):
+    for seed in (3, 2**31 - 1, np.iinfo(dtype).max):
+        np.testing.assert_array_equal(random.key_of(np.dtype(dtype).type(seed)), random.key_of(int(seed)))
+
+
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.5, True, None])
 def test_seeds_that_are_none(seed):
     with pytest.raises(ValueError, match="seed"):

@@ -48,5 +48,7 @@ def test_pairs_are_written_and_read(tmp_path):
     shuffled = np.concatenate([np.asarray(batch["label"]) for batch in kdiff.data.load_pairs(tmp_path / "pairs", 16)])
     assert sorted(shuffled) == sorted(LABELS)
     assert (shuffled != LABELS).any()
+    with pytest.raises(ValueError, match="`batch_size` is 100, but there are only 64"):
+        kdiff.data.load_pairs(tmp_path / "pairs", 100)
     with pytest.raises(ValueError, match="the same number of rows"):
         kdiff.data.save_pairs({"encoded": X, "noise": X[:3]}, tmp_path / "other")

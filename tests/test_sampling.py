@@ -71,6 +71,16 @@ def test_a_run_may_begin_and_end_anywhere():
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("solver", list(Solver.names()))
+def test_a_strength_of_zero_has_no_step(solver):
+    """Nor a share of churn for each."""
+    solver = Solver.get(solver)
+    sampler = Sampler(solver.clone(s_churn=2.0) if hasattr(solver, "s_churn") else solver, steps=5)
+    times = sampler.times(SCHEDULE, 0.0)
+    assert not list(sampler.steps_of(exact_denoiser(0.0, 1.0), SCHEDULE, (2, 3), times=times))
+
+
+@pytest.mark.once
 def test_a_rise_draws_from_the_forward_process():
     """q(x_then | x_now), of DDPM eq. 2: with the steps between two times of a table its betas say both numbers."""
     schedule = schedules.LinearBeta(10, 0.02, 0.3)

@@ -5,6 +5,7 @@ import pytest
 from keras import ops
 
 from kdiff import Sampler, analytic, schedules
+from kdiff.guidance import DPS, CFGPlusPlus, CFGZeroStar
 from kdiff.solvers import DDIM, DDPM, EulerAncestral
 from kdiff.solvers.ancestral import DDIMInversion
 from kdiff.solvers.consistency import TCD
@@ -72,6 +73,17 @@ def test_it_is_undone_on_every_grid():
         noise = sampler.invert(MIXTURE, schedule, x, iterations=8)
         end = float(schedule.at(np.float32(sampler.times(schedule)[-1])).alpha)
         np.testing.assert_allclose(numpy(sampler(MIXTURE, schedule, x.shape, x=noise)), end * x, atol=1e-4)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("rule", [CFGPlusPlus(0.6), CFGZeroStar(1.0, zero_steps=2), DPS("grey", [0.3], 0.02)], ids=repr)
+def test_guidance_sees_the_step_that_is_inverted(rule):
+    """Of rules that depend on the step: its length, with the sign of the way to data, and its place in the run."""
+    data = MIXTURE.conditional(np.arange(16) % 3)
+    x, sampler = MIXTURE.sample(16), Sampler(DDIM(), steps=10, guidance=rule)
+    noise = sampler.invert(data, schedules.Cosine(), x, iterations=40)
+    again = numpy(sampler(data, schedules.Cosine(), x.shape, x=noise))
+    np.testing.assert_allclose(again, x, atol=1e-3)
 
 
 @pytest.mark.once

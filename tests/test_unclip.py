@@ -4,10 +4,11 @@ import keras
 import numpy as np
 import pytest
 
-from kdiff import Contrastive, DiffusionModel, UnCLIP, codecs
+from kdiff import Contrastive, DiffusionModel, Sampler, UnCLIP, codecs
 from kdiff.blocks import Concat, ImageEmbedding, Joint, TextEncoder, TransformerBlock
 from kdiff.cascade import stage_seed
 from kdiff.encoders import CLIPText, CLIPVision, Prompt, PromptVector
+from kdiff.guidance import ClassifierFree
 from kdiff.networks import DiT, PriorTransformer, UNet
 from kdiff.random import slerp
 from kdiff.text import Bytes
@@ -118,6 +119,17 @@ def test_from_its_own_noise_an_image_is_itself(unclip, images):
     assert np.abs(changed[1] - changed[0]).max() > 1e-3
     other = unclip.variations(images, 1, decoder=FINE)
     assert np.abs(other - x).mean() > 0.2
+
+
+@pytest.mark.once
+def test_the_noise_of_an_image_is_that_of_the_given_sampler_and_schedule(unclip, images):
+    """With its guidance, grid and steps; only the solver is DDIM."""
+    rule = ClassifierFree(2.0)
+    wanted = unclip.variations(images, 1, eta=0.0, decoder={**FINE, "guidance": rule})
+    sampler = Sampler("heun", steps=FINE["steps"], guidance=rule)
+    np.testing.assert_allclose(unclip.variations(images, 1, eta=0.0, decoder={"sampler": sampler}), wanted, atol=1e-6)
+    same = unclip.variations(images, 1, eta=0.0, decoder={**FINE, "schedule": "rectified"})
+    assert np.abs(same - (images / 127.5 - 1)).mean() < 0.05
 
 
 @pytest.mark.once

@@ -36,9 +36,16 @@ def load_pairs(folder: Any, batch_size: int = 64, shuffle: int | None = 10_000, 
         batch_size: the number of examples per batch; a smaller last batch is dropped.
         shuffle: the size of the shuffle buffer, with a new order in each pass; None for the order of the file.
         seed: for the order.
+
+    Raises:
+        ValueError: if there are fewer examples than a batch has.
     """
     check_integer("load_pairs", "batch_size", batch_size)
     dataset = tf.data.Dataset.load(str(folder))
+    if 0 <= (count := int(dataset.cardinality())) < batch_size:
+        raise ValueError(
+            f"load_pairs: `batch_size` is {batch_size}, but there are only {count} examples, less than one batch"
+        )
     if shuffle is not None:
         check_integer("load_pairs", "shuffle", shuffle)
         dataset = dataset.shuffle(shuffle, seed=seed)

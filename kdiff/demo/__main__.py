@@ -15,10 +15,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, help="of 127.0.0.1; otherwise the first that is free from 7860 on")
     options = parser.parse_args(arguments)
     try:
-        models = {Path(path).resolve().stem: load(path) for path in options.models}
+        models = {name: load(path) for name, path in _names(options.models).items()}
         launch(models, dict(map(_named, options.classes)), server_port=options.port)
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
+
+
+def _names(paths: list[str]) -> dict[str, str]:
+    """The paths by the names of their tabs: that of the file, or the path where several files have it."""
+    stems = [Path(path).resolve().stem for path in paths]
+    return {path if stems.count(stem) > 1 else stem: path for stem, path in zip(stems, paths, strict=True)}
 
 
 def _named(text: str) -> tuple[str, list[str]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from keras import ops
 
 from kdiff import pictures
 from kdiff.base import Configurable
@@ -75,14 +76,14 @@ def chosen_sampler(
 def frames(model: DiffusionModel, count: int, **options: Any) -> Iterator[Frame]:
     """The steps of `model.sample_steps(count, **options)`, all or `SHOWN` of them; the last ends at the samples."""
     noisy_film, film = [], []
-    for step in model.sample_steps(count, **options):
+    for step in model._run(count, **options).steps():  # not decoded, which clips x_t
         in_film, shown = (step.index in _moments(step.total, most) for most in (FILM, SHOWN))
         if not in_film and not shown:
             continue
         m = model.schedule.sampled_at(step.t)
         alpha, sigma = float(m.alpha), float(m.sigma)
-        noisy = step.x / max(1.0, math.hypot(alpha, sigma))
-        estimate = step.x if step.index == step.total else step.x_hat
+        made = (step.x / max(1.0, math.hypot(alpha, sigma)), step.x if step.index == step.total else step.x_hat)
+        noisy, estimate = (ops.convert_to_numpy(model.decode(x)) for x in made)
         if in_film:
             noisy_film.append(_thumbnail(noisy))
             film.append(_thumbnail(estimate))

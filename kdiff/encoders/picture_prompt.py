@@ -15,6 +15,7 @@ from kdiff import backend
 from kdiff.base import check_integer
 from kdiff.blocks.base import apply_layer, build_layer, get_layer, output_shape
 from kdiff.blocks.conditions import Condition, Encoded, Input, inputs_of
+from kdiff.checks import check_examples
 from kdiff.encoders.clip import CLIPVision
 from kdiff.encoders.pixels import MEAN, STD, prepared
 
@@ -118,13 +119,18 @@ class PicturePrompt(Condition):
         return np.zeros(self.row, "float32")
 
     def rows(self, pictures: Any) -> Any:
-        """Encodes a picture, or a batch, as a vector, or vectors (count, width); vectors are unchanged."""
+        """Encodes a picture, or a batch, as a vector, or vectors (count, width); vectors are unchanged.
+
+        Raises:
+            ValueError: if pictures are not integers in 0 ... 255 or floats in [-1, 1].
+        """
         shape = tuple(pictures.shape)
         if len(shape) not in (3, 4) or shape[-1] != self.encoder.channels:
             return pictures
         if not self.encoder.built:
             raise ValueError("PicturePrompt: the encoder has no weights yet; build it, or the model")
         pictures = ops.convert_to_numpy(pictures)
+        check_examples(pictures, 1.0, PICTURE)
         batch = pictures[None] if len(shape) == 3 else pictures
         size = min(self.batch_size, 2 ** (len(batch) - 1).bit_length())
         found = []

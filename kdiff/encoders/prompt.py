@@ -294,7 +294,9 @@ class Prompt(Condition):
     def through(self, layer: keras.layers.Layer | None) -> "Prompt":
         """The same condition with another `layer`, sharing the encoders."""
         options = {name: getattr(self, name) for name in self._argument_defaults()}
-        return Prompt(**{**options, "layer": layer})
+        if layer is not None or "layer" in options:  # a subclass may have none
+            options["layer"] = layer
+        return type(self)(**options)
 
     def replace_encoders(self, encoders: Sequence[Encoder]) -> None:
         """Uses other encoders of the same classes, such as those of another network, to share their memory."""

@@ -42,7 +42,7 @@ __all__ = ["Clip", "DynamicThreshold", "Guidance", "Here", "Place", "Run", "chec
 
 
 class Place(NamedTuple):
-    """A step of a run.
+    """A step of a run; in an inversion the step that is inverted, with its index in the run from noise to data.
 
     Attributes:
         index: its index, 0 ... steps - 1, an int32 tensor.

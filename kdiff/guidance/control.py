@@ -46,7 +46,8 @@ class Control(Guidance):
 
     def guide(self, denoise: Denoiser, x, m: Marginal, here: Here) -> Estimate:
         rows, name = here.rows, f"{self.name}_scale"
-        inside = ops.logical_and(m.t > rows["end"], m.t <= rows["begin"])
+        t = ops.minimum(m.t, 1.0)  # churn goes beyond 1
+        inside = ops.logical_and(t > rows["end"], t <= rows["begin"])
         scale = rows["scale"] * ops.cast(inside, "float32")
         given = denoise.conditions.get(name)
         if given is not None:

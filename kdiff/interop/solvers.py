@@ -338,6 +338,7 @@ class DiffusersDDIMInversion(Solver):
     """
 
     named = False
+    inverts = True
 
     def __init__(self, prediction="noise", limit: float | None = None):
         self.prediction, self.limit = Prediction.get(prediction), limit

@@ -139,8 +139,8 @@ class Sampling(Sizes, Steps):
             iterations: the number of calls of the network per step. Each reduces the error several times, if the steps
                 are short compared to the changes of the estimate; otherwise use more steps.
             batch_size: the number of examples per batch.
-            **options: `sampler`, whose solver must have an inverse, as DDIM and Euler do, `guidance`, `steps`, `ema`
-                and conditions, as in `sample`.
+            **options: `sampler`, whose solver must have an inverse, as DDIM and Euler do, `guidance`, `steps`,
+                `schedule`, `ema` and conditions, as in `sample`.
 
         Returns:
             A float32 array with the shape of the encoded examples.
@@ -165,7 +165,7 @@ class Sampling(Sizes, Steps):
             )
         run = self._run(len(image), image=image, iterations=iterations, **options)
         times = run.times[::-1]
-        x = self.schedule.sampled_at(times[0]).alpha * ops.convert_to_tensor(run.data)
+        x = run.schedule.sampled_at(times[0]).alpha * ops.convert_to_tensor(run.data)
         return run._replace(times=times, x=ops.convert_to_numpy(x))
 
     def _run(

@@ -100,6 +100,8 @@ class DDIMInversion(Solver):
         iterations: the number of calls of the network per step.
     """
 
+    inverts = True
+
     def __init__(self, iterations: int = 1):
         check_integer("DDIMInversion", "iterations", iterations)
         self.iterations = iterations

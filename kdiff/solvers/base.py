@@ -42,6 +42,7 @@ class Solver(Value):
             has fewer.
         grid: the default grid of a run.
         learned: whether the estimates must have a `share`, as with `predictions.LearnedVariance`.
+        inverts: whether its steps lead to more noise, as those of an inversion.
         branches: whether the number of calls differs between steps, by `ops.cond`: what a network keeps in one of
             several branches cannot leave a compiled step, so there is no `Reuse`.
     """
@@ -68,6 +69,7 @@ class Solver(Value):
     evaluations: int = 1
     grid: TimeGrid = Trailing()
     learned: bool = False
+    inverts: bool = False
     branches: bool = False
 
     def init(self, x, steps: int) -> Any:

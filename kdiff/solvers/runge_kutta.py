@@ -69,7 +69,7 @@ class RungeKutta(Solver):
         """gamma, if there is churn."""
         if not self.stochastic:
             return ()
-        return ops.convert_to_tensor(np.float32(min(self.s_churn / steps, np.sqrt(2.0) - 1.0)))
+        return ops.convert_to_tensor(np.float32(min(self.s_churn / max(steps, 1), np.sqrt(2.0) - 1.0)))
 
     def step(self, denoise: Denoise, schedule: NoiseSchedule, x, now: Marginal, then: Marginal, noise: Draw, state):
         """One step; arguments and results as in `Solver.step`."""
