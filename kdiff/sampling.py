@@ -31,6 +31,7 @@ from kdiff.reuse import Reuse, Store, kept_in, nothing_kept
 from kdiff.schedules import Marginal, NoiseSchedule
 from kdiff.solvers import Adaptive, DPMSolverFast, Solver
 from kdiff.times import Exponential, TimeGrid
+from kdiff.times.parts import begun_at, ended_at, steps_onward
 
 __all__ = ["Sampler", "State", "Step", "dpm_fast", "initial_noise"]
 
@@ -129,8 +130,8 @@ class Sampler(Value):
         if stop > 0 and stop >= min(strength, times[0]):
             raise ValueError(f"Sampler: `stop` must be below {min(strength, times[0])}, where the run begins: {stop}")
         if stop > times[-1]:
-            times = _until(schedule.nearest(stop), times)
-        return _from(schedule.nearest(strength), times) if strength < times[0] else times
+            times = ended_at(schedule.nearest(stop), times)
+        return begun_at(schedule.nearest(strength), times) if strength < times[0] else times
 
     @property
     def models(self) -> tuple:
@@ -218,13 +219,13 @@ class Sampler(Value):
         x = x_hat = ops.convert_to_tensor(x, "float32")
         memory = tuple(one.start(x) for one in self.active)
         kept = nothing_kept() if self.reuse else ()
-        state = State(self.solver.init(x, _steps_from(times, 0)), given._replace(memory=memory), kept)
+        state = State(self.solver.init(x, steps_onward(times, 0)), given._replace(memory=memory), kept)
         backwards = times[-1] > times[0]
         for index, (now, then) in enumerate(pairwise(times)):
             number = before + (len(times) - 2 - index if backwards else index)  # that of the step that is inverted
             if then > now and not backwards:
                 x = _noisier(schedule, x, now, then, key, number, first, noise)
-                state = state._replace(solver=self.solver.init(x, _steps_from(times, index + 1)))
+                state = state._replace(solver=self.solver.init(x, steps_onward(times, index + 1)))
             else:
                 if self.reuse:
                     state = state._replace(kept=self.reuse.at(index, state.kept))
@@ -369,44 +370,6 @@ def _drawn(draw: Callable, step: int, shape: tuple[int, ...]):
 def initial_noise(shape: tuple[int, ...], seed: int | Sequence[int] = 0, first: int = 0) -> Any:
     """The initial noise of a run: standard normal, the same on every backend. `seed` may be one per sample."""
     return random.normal(random.fold_in(random.key_of(seed), 0, random.INITIAL), shape, first)
-
-
-def _from(start: float, times: np.ndarray) -> np.ndarray:
-    """The times from `start` on, which replaces the nearest one, and those above; the last time is kept.
-
-    If `start` is not above the last there is no step, and the time is that of data, 0.
-    """
-    if np.float32(start) <= np.float32(times[-1]):
-        return np.zeros(1)
-    near = _nearest(times[times > times[-1]], start)
-    later = times[1 + np.argmax(times == near) :]
-    return _moving(np.append(start, np.where(later >= near, start, later)))
-
-
-def _until(stop: float, times: np.ndarray) -> np.ndarray:
-    """The times up to `stop`, which replaces the nearest one between the ends, and those below."""
-    between = times[(times < times[0]) & (times > times[-1])]
-    if not len(between):
-        return np.append(times[0], stop)
-    near = _nearest(between, stop)
-    earlier = times[: np.flatnonzero(times == near)[-1]]
-    return _moving(np.append(np.where(earlier <= near, stop, earlier), stop))
-
-
-def _nearest(times: np.ndarray, time: float) -> float:
-    """The one of the times that is nearest to this."""
-    return times[np.argmin(np.abs(times - time))]
-
-
-def _moving(times: np.ndarray) -> np.ndarray:
-    """The times without repetitions of the one before."""
-    return times[np.append(True, np.diff(times) != 0)]
-
-
-def _steps_from(times: np.ndarray, index: int) -> int:
-    """How many steps there are from here in one direction."""
-    signs = np.sign(np.diff(times[index:], append=times[-1]))
-    return int(np.argmax(signs != signs[0]))
 
 
 def _noisier(schedule: NoiseSchedule, x, now, then, key, index: int, first, draw: Callable | None = None):
