@@ -145,9 +145,9 @@ class SampleCallback(Periodic):
     def _write_training(self) -> None:
         if self._last is None:
             raise ValueError(f"no grid was drawn; `every` is {self.every}")
-        paths = sorted(self.folder.glob(f"samples-{self.unit}-*.png"))
-        # Those after the last one drawn are an earlier, longer run's.
-        written = [pictures.read_picture(path) for path in paths if path <= self._last]
+        paths = {int(path.stem.split("-")[-1]): path for path in self.folder.glob(f"samples-{self.unit}-*.png")}
+        last = int(self._last.stem.split("-")[-1])  # those after it are of an earlier, longer run
+        written = [pictures.read_picture(path) for number, path in sorted(paths.items()) if number <= last]
         alike = [picture for picture in written if picture.shape == written[-1].shape]  # not an earlier run's
         pictures.save_gif(self.folder / "training.gif", alike, fps=4)
 

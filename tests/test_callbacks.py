@@ -170,6 +170,25 @@ def test_animations(model, tmp_path):
         assert animation.size == pictures.read_picture(tmp_path / "samples-epoch-0004.png").shape[1::-1]
 
 
+@pytest.mark.once
+def test_an_animation_is_in_the_order_of_the_numbers(model, tmp_path):
+    from PIL import Image
+
+    fit(model, SampleCallback(tmp_path), epochs=1)
+    (drawn,) = tmp_path.iterdir()
+    black = Image.new("L", pictures.read_picture(drawn).shape[1::-1])
+    for number in (9999, 10001):
+        black.save(tmp_path / f"samples-epoch-{number}.png")
+    drawn.unlink()
+    callback = SampleCallback(tmp_path, training_gif=True)
+    callback.set_model(model)
+    callback.on_epoch_end(9999)
+    callback.on_train_end()
+    with Image.open(tmp_path / "training.gif") as animation:
+        assert animation.n_frames == 2
+        assert animation.convert("L").getpixel((5, 5)) == 0
+
+
 @pytest.mark.data
 def test_tensorboard_shows_the_grids(model, tmp_path):
     import tensorflow as tf

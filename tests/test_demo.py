@@ -92,6 +92,14 @@ def test_a_condition_without_an_input_is_refused():
 
 
 @pytest.mark.once
+def test_a_map_that_is_no_picture_is_refused():
+    model = kdiff.DiffusionModel(kdiff.networks.UNet.residual(8, levels=2, depth=1, conditions={"flow": Concat()}))
+    model.build({"image": (None, 8, 8, 3), "flow": (None, 8, 8, 2)})
+    with pytest.raises(ValueError, match=r"no input for the condition 'flow', of the shape \(8, 8, 2\)"):
+        fields(model)
+
+
+@pytest.mark.once
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_sample_in_the_editor_comes_back_and_what_is_painted_is_the_mask(channels):
     picture = pictures.to_uint8(images(1, (8, 8, channels))[0])

@@ -81,7 +81,7 @@ def _described(name: str, layer: Any, shape: tuple, absent: bool, classes: Seque
         return "Textbox", {"label": label, "lines": 2}, lambda value: value if value or not absent else None
     if isinstance(layer, PicturePrompt):
         return "Image", {"label": label, "type": "numpy"}, lambda value: value
-    if len(shape) == 3:
+    if len(shape) == 3 and shape[-1] in (1, 3, 4):
         return "Image", {"label": label, "type": "numpy"}, lambda value: _unit(resized(value, shape))
     if shape == () and not absent:
         return "Number", {"label": name, "value": 0}, lambda value: value

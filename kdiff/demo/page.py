@@ -6,6 +6,8 @@ import random as py_random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from kdiff.base import needs
 from kdiff.demo.drawing import OWN, RULES, chosen_sampler, equations, frames
 from kdiff.demo.inputs import CANVAS, Field, edited, enlarged, fields
@@ -177,6 +179,7 @@ def _run_inputs(gradio: Any, model: DiffusionModel) -> dict[str, Any]:
         inputs["steps"] = gradio.Slider(1, max(100, steps), steps, step=1, label="steps")
     if condition_nulls(model.network):
         scale = next((one.scale for one in sampler.guidance if isinstance(one, tuple(RULES.values()))), 1.0)
+        scale = float(np.ravel(scale)[0])  # there may be one for each sample
         with gradio.Row():
             inputs["rule"] = gradio.Dropdown(list(RULES), value=next(iter(RULES)), label="guidance")
             inputs["guidance"] = gradio.Slider(0, max(15, scale), scale, step=0.1, label="scale, 1 is off")

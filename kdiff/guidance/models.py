@@ -81,8 +81,9 @@ class ClassifierGuidance(Guidance):
     noisy images, at twice the cost.
 
     Args:
-        classifier: a Keras model that returns one logit per class: for images as the model decodes them, in [-1, 1],
-            `classifier(image)`; or, if `noisy`, for noisy images, `classifier({"image": x_t, "time": label})`.
+        classifier: a Keras model that returns one logit per class: `classifier(x_hat)`, of clean encoded data, which
+            with the codec `Pixels` are images in [-1, 1], and with others their latents or wavelet coefficients; or, if
+            `noisy`, `classifier({"image": x_t, "time": label})`.
         scale: the factor on the gradient; 1 samples from p(x) p(y | x). One number, or one per sample.
         labels: the classes y, one for all samples or one per sample; None: the condition "label".
         noisy: whether the classifier was trained on noisy images.
