@@ -111,7 +111,7 @@ def ours(data: np.ndarray, evaluations: int, **changes: Any) -> Recipe:
         times=chosen["times"],
         codec=chosen["codec"],
         ema=chosen["ema"],
-        sampler=kdiff.Sampler(kdiff.solvers.DPMSolverPP(3), "uniform_log_snr", evaluations),
+        sampler=kdiff.Sampler("dpm_solver_pp", "trailing", evaluations),
     )
     return Recipe(model, OPTIMIZERS[chosen["optimizer"]](chosen["rate"]), chosen["batch_size"], warmup=100)
 
